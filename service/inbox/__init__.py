@@ -1,0 +1,1 @@
+"""The guarantee: lock, ledger, claims, dispatch, and the one pipeline that deliveries and recovery share."""

@@ -1,0 +1,173 @@
+"""Handlers: how they are declared, what they are given, and which one an event goes to.
+
+Guarantees: `@on` only notes a declaration beside the function, opens nothing and registers nowhere global;
+`Registry.load` imports the named modules and refuses, all faults together, an unknown module or two handlers
+for one pattern. The most exact pattern wins: the type itself, then the longest `prefix.*`, then `*`.
+"""
+
+import asyncio
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sqlalchemy import CursorResult, Executable
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.errors import ConfigurationError, HandlerRuleBroken
+from service.inbox.event import Event
+
+_PATTERN = re.compile(r"\*|[A-Za-z0-9_\[\]\-]+(\.[A-Za-z0-9_\[\]\-]+)*(\.\*)?")
+_DECLARED = "__firstclaim_handlers__"
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a handler is given beside the event.
+
+    `connection` is the transaction whose commit carries the completion mark: what you write on it happens
+    exactly once in this database. It refuses `commit()` and `rollback()`; savepoints (`begin_nested`) are fine.
+    `attempt` counts from 1 and only rises.
+    """
+
+    event: Event
+    attempt: int
+    connection: AsyncConnection
+    _loop: asyncio.AbstractEventLoop
+    _deadline: float
+
+    @property
+    def idempotency_key(self) -> str:
+        """Hand this to every call to the outside (`idempotency_key=` of Stripe's own API): the event's id.
+
+        The same on every attempt, so the far side can tell a repeat. Calling out twice for one event? Add a
+        suffix of your own per call.
+        """
+        return self.event.id
+
+    def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
+        """Run one statement from a sync handler's thread, in the same transaction; rows are buffered.
+
+        Raises what SQLAlchemy raises, `HandlerRuleBroken` on the event loop's own thread (an async handler
+        awaits `context.connection.execute`), and `TimeoutError` once the handler's deadline has passed.
+        """
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        if running is not None:
+            raise HandlerRuleBroken(
+                "context.execute() is for sync handlers; an async one awaits context.connection.execute()"
+            )
+        remaining = self._deadline - self._loop.time()
+        if remaining <= 0:
+            raise TimeoutError("the handler's deadline has passed; its transaction is gone")
+        call = asyncio.run_coroutine_threadsafe(self.connection.execute(statement, parameters), self._loop)
+        return call.result(remaining)
+
+
+AsyncHandler = Callable[[Event, Context], Awaitable[str | None]]
+SyncHandler = Callable[[Event, Context], str | None]
+H = TypeVar("H", bound=Callable[[Event, Context], Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Handler:
+    """One declared function and its pattern."""
+
+    pattern: str
+    function: Callable[[Event, Context], Any]
+
+    @property
+    def is_async(self) -> bool:
+        return inspect.iscoroutinefunction(self.function)
+
+    @property
+    def name(self) -> str:
+        return f"{self.function.__module__}.{self.function.__qualname__}"
+
+
+def on(*patterns: str) -> Callable[[H], H]:
+    """Declare a handler for `patterns`: an exact type, `"customer.subscription.*"`, or `"*"`.
+
+    The function takes `(event, context)`, is async or sync (then it runs in a thread), and returns the
+    `action` of the answer, a short str; None means `handled`. Raises `TypeError` or `ValueError` at import
+    for what could never work.
+    """
+    if not patterns:
+        raise TypeError('@on needs at least one event type, e.g. @on("invoice.payment_failed")')
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"@on({pattern!r}): write @on(\"type\"), with the event type as a string")
+        if not _PATTERN.fullmatch(pattern):
+            raise ValueError(f'@on("{pattern}"): expected an event type, "prefix.*" or "*"')
+
+    def declare(function: H) -> H:
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(f"{function.__qualname__}: a handler returns its action, it does not yield")
+        try:
+            inspect.signature(function).bind(object(), object())
+        except TypeError:
+            raise TypeError(f"{function.__qualname__}: a handler takes (event, context)") from None
+        # Noted in the module's own namespace, in a list: a second function of the same name hides the first
+        # from the module, and must not hide its handler.
+        noted = vars(sys.modules[function.__module__]).setdefault(_DECLARED, [])
+        noted.extend(Handler(pattern, function) for pattern in patterns)
+        function.__firstclaim_patterns__ = patterns  # type: ignore[attr-defined]
+        return function
+
+    return declare
+
+
+class Registry:
+    """Which handler an event goes to; immutable once loaded."""
+
+    def __init__(self, handlers: Iterable[Handler]) -> None:
+        """Raises `ConfigurationError` when two different functions claim one pattern."""
+        self._by_pattern: dict[str, Handler] = {}
+        faults = []
+        for handler in handlers:
+            known = self._by_pattern.setdefault(handler.pattern, handler)
+            if known.function is not handler.function:
+                faults.append(f'two handlers for "{handler.pattern}": {known.name} and {handler.name}')
+        if faults:
+            raise ConfigurationError(faults)
+
+    @classmethod
+    def load(cls, modules: Iterable[str]) -> "Registry":
+        """Import `modules` and collect what they declare or re-export; raises `ConfigurationError`."""
+        handlers: list[Handler] = []
+        faults: list[str] = []
+        for name in modules:
+            try:
+                module = importlib.import_module(name)
+            except Exception as error:  # noqa: BLE001  (whatever a user's module raises at import)
+                faults.append(f"FIRSTCLAIM_HANDLERS: cannot import {name}: {type(error).__name__}: {error}")
+                continue
+            handlers += getattr(module, _DECLARED, [])
+            for function in vars(module).values():
+                if inspect.isfunction(function) and function.__module__ != name:
+                    handlers += [Handler(each, function) for each in getattr(function, "__firstclaim_patterns__", ())]
+        try:
+            registry = cls(handlers)
+        except ConfigurationError as error:
+            faults += error.faults
+        if faults:
+            raise ConfigurationError(faults)
+        return registry
+
+    def __iter__(self) -> Iterable[Handler]:  # type: ignore[override]
+        return iter(self._by_pattern.values())
+
+    def find(self, event_type: str) -> Handler | None:
+        """The most exact handler for `event_type`, or None."""
+        if found := self._by_pattern.get(event_type):
+            return found
+        parts = event_type.split(".")
+        for length in range(len(parts) - 1, 0, -1):
+            if found := self._by_pattern.get(".".join(parts[:length]) + ".*"):
+                return found
+        return self._by_pattern.get("*")

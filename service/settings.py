@@ -1,0 +1,290 @@
+"""Settings: read once from the environment, checked together, frozen, secrets masked.
+
+Every fault is reported at once (`load_settings` raises one `ConfigurationError` with all of them), no
+fault ever repeats the value it is about, and a misspelt `FIRSTCLAIM_*` name is a fault too: a setting that
+silently does nothing is how a team finds out in production.
+"""
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from service.errors import ConfigurationError
+
+PREFIX = "FIRSTCLAIM_"
+
+# Query parameters of a REDIS_URL that say where and how to connect. Any other would override what the
+# lock's correctness rests on: no retries of its own, short socket timeouts.
+_REDIS_QUERY = {"db", "ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname"}
+
+# libpq parameters that hosting platforms append and that the driver would send to the server as settings.
+_LIBPQ_ONLY = {"channel_binding", "connect_timeout", "gssencmode", "keepalives", "keepalives_idle"}
+
+
+class Settings(BaseSettings):
+    """All of it. The description of a field is its row in the README, and says why the default is what it is."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", hide_input_in_errors=True
+    )
+
+    database_url: SecretStr | None = Field(
+        None,
+        validation_alias="DATABASE_URL",
+        description="PostgreSQL 14 or newer: `postgresql://` or `postgres://`. Unset: an embedded server in the data folder.",
+    )
+    redis_url: SecretStr | None = Field(
+        None,
+        validation_alias="REDIS_URL",
+        description="Redis 7 or Valkey 8, or newer: `redis://`, `rediss://` or `unix://`. Unset: an embedded Valkey.",
+    )
+    stripe_webhook_secrets: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (),
+        validation_alias="STRIPE_WEBHOOK_SECRETS",
+        description="Signing secrets (`whsec_...`), comma separated: one per endpoint and mode, two while one is rolled.",
+    )
+    data_dir: Path = Field(
+        Path(".firstclaim"),
+        description="Where the embedded servers and the generated signing secret live. Survives restarts.",
+    )
+    handlers: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("service.handlers",), description="Modules that hold the handlers, comma separated, importable by name."
+    )
+    livemode: Literal["any", "live", "test"] = Field(
+        "any", description="An event of the other mode is recorded as `ignored`: live Connect endpoints get test events too."
+    )
+    redis_prefix: str = Field(
+        "firstclaim:", max_length=64, description="Before every key, so that several services can share a Redis."
+    )
+
+    lock_ttl_seconds: float = Field(
+        20, ge=1, le=60, description="Life of the Redis lock: longer than recording takes, and no stale lock delays longer."
+    )
+    marker_ttl_seconds: float = Field(
+        96 * 3600, ge=60, description="Life of the `recorded` marker: outlives Stripe's 3 days of retries by one."
+    )
+    lease_seconds: float = Field(
+        15, ge=0.5, description="How long a claim may go unlocked before it counts as abandoned; < handler deadline."
+    )
+    handler_deadline_seconds: float = Field(
+        30, ge=0.5, description="A handler still running then has failed, and its connection is terminated."
+    )
+    idle_in_transaction_seconds: float = Field(
+        35, ge=1, description="Set on the server per transaction: frees the row of a frozen process; > handler deadline."
+    )
+    handler_slots: int = Field(
+        10, ge=1, le=500, description="Handlers running at once in a process, one connection each."
+    )
+    ingest_connections: int = Field(
+        5, ge=2, le=500, description="Connections for claiming and recording, apart, so that slow handlers never starve them."
+    )
+    answer_budget_seconds: float = Field(
+        5, gt=0, le=30, description="Stripe wants a quick answer: past it, 202 `deferred` and the work goes on."
+    )
+    redis_timeout_seconds: float = Field(
+        0.2, ge=0.05, le=2, description="Per Redis command. Slower than this is away: the ledger alone carries safety."
+    )
+    redis_breaker_seconds: float = Field(
+        1, ge=0.1, le=30, description="After Redis failed, ask it again only this often: one timeout per outage second."
+    )
+    postgres_timeout_seconds: float = Field(
+        1.5, ge=0.1, le=30, description="To connect, to get a connection, and per ledger statement: 503 within 2 s when it is down."
+    )
+    recovery_interval_seconds: float = Field(
+        1, ge=0.05, le=60, description="Between two looks for due events, per process; at once when the last was full."
+    )
+    backoff_first_seconds: float = Field(
+        5, gt=0, description="First retry after a failure, doubling each time, jittered between half and whole."
+    )
+    backoff_most_seconds: float = Field(3600, gt=0, description="The backoff stops doubling here.")
+    give_up_seconds: float = Field(
+        3 * 86_400, gt=0, description="A failing event is `dead` this long after receipt: when Stripe itself gives up."
+    )
+    abandoned_most: int = Field(
+        8, ge=1, description="An event whose holder vanished this often kills its process: it becomes `dead`."
+    )
+    body_most_bytes: int = Field(1024 * 1024, ge=1024, description="Larger is answered with 413; Stripe publishes no maximum.")
+    body_timeout_seconds: float = Field(5, gt=0, le=60, description="A body that takes longer to arrive is answered with 408.")
+    signature_tolerance_seconds: int = Field(
+        300, ge=1, le=3600, description="How far a signature's timestamp may be from now, in either direction."
+    )
+    drain_seconds: float = Field(
+        0, ge=0, le=300, description="After SIGTERM `/readyz` says 503 and deliveries are still served this long: your balancer's lag."
+    )
+    shutdown_seconds: float = Field(
+        25, ge=1, le=3600, description="From SIGTERM to exit, the drain included; under Kubernetes' 30 s grace."
+    )
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="`auto`: console on a terminal, one JSON object per line elsewhere."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least severe level that is written.")
+
+    @property
+    def embedded_database(self) -> bool:
+        """No `DATABASE_URL`: this process looks after a PostgreSQL of its own."""
+        return self.database_url is None
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], **sources: PydanticBaseSettingsSource
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment and what a test hands in; no dotenv, no secrets folder, no third place to look."""
+        return sources["init_settings"], sources["env_settings"]
+
+    @field_validator("stripe_webhook_secrets", "handlers", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("stripe_webhook_secrets")
+    @classmethod
+    def _no_blank_secret(cls, secrets: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if any(not secret.get_secret_value().strip() for secret in secrets):
+            raise ValueError("one of the secrets is blank (an empty secret would verify anything); remove the stray comma")
+        if any(not secret.get_secret_value().isascii() or " " in secret.get_secret_value() for secret in secrets):
+            raise ValueError("a secret holds a space or a non-ASCII character; expected whsec_... values, comma separated")
+        return secrets
+
+    @field_validator("handlers")
+    @classmethod
+    def _module_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [name for name in names if not all(part.isidentifier() for part in name.split("."))]:
+            raise ValueError(f"not a dotted module name: {', '.join(map(repr, wrong))}; expected e.g. shop.handlers")
+        return names
+
+    @field_validator("database_url")
+    @classmethod
+    def _postgres_url(cls, url: SecretStr | None) -> SecretStr | None:
+        return None if url is None else SecretStr(postgres_dsn(url.get_secret_value()))
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis_url(cls, url: SecretStr | None) -> SecretStr | None:
+        return None if url is None else SecretStr(redis_url(url.get_secret_value()))
+
+    @model_validator(mode="after")
+    def _numbers_agree(self) -> Self:
+        faults = [
+            message
+            for wrong, message in (
+                (
+                    not self.lease_seconds < self.handler_deadline_seconds < self.idle_in_transaction_seconds,
+                    "FIRSTCLAIM_LEASE_SECONDS < FIRSTCLAIM_HANDLER_DEADLINE_SECONDS < "
+                    "FIRSTCLAIM_IDLE_IN_TRANSACTION_SECONDS must hold, or a live handler could be taken over",
+                ),
+                (
+                    self.marker_ttl_seconds <= self.lock_ttl_seconds,
+                    "FIRSTCLAIM_MARKER_TTL_SECONDS must be longer than FIRSTCLAIM_LOCK_TTL_SECONDS",
+                ),
+                (
+                    self.backoff_first_seconds > self.backoff_most_seconds,
+                    "FIRSTCLAIM_BACKOFF_FIRST_SECONDS must not be above FIRSTCLAIM_BACKOFF_MOST_SECONDS",
+                ),
+                (
+                    self.drain_seconds >= self.shutdown_seconds,
+                    "FIRSTCLAIM_DRAIN_SECONDS must be below FIRSTCLAIM_SHUTDOWN_SECONDS, which includes it",
+                ),
+                (
+                    self.database_url is not None and not self.stripe_webhook_secrets,
+                    "STRIPE_WEBHOOK_SECRETS is missing or blank: set it to the endpoint's signing secret (whsec_...)",
+                ),
+            )
+            if wrong
+        ]
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+
+def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
+    """Read and check everything; raises `ConfigurationError` with every fault, each naming its variable."""
+    faults = _unknown_names(environ)
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        raise ConfigurationError([*faults, *_explain(error)]) from None
+    if faults:
+        raise ConfigurationError(faults)
+    return settings
+
+
+def environment_name(field: str) -> str:
+    """The variable that sets `field`."""
+    alias = Settings.model_fields[field].validation_alias
+    return alias if isinstance(alias, str) else PREFIX + field.upper()
+
+
+def postgres_dsn(url: str) -> str:
+    """`url` as the driver takes it; raises ValueError with what was expected, never with the password."""
+    parts = _split_url(url, "postgresql://user:password@host:5432/database")
+    scheme = parts.scheme.partition("+")[0]
+    if scheme not in ("postgresql", "postgres"):
+        raise ValueError(f"scheme {parts.scheme!r} is not PostgreSQL; expected postgresql:// or postgres://")
+    query = "&".join(
+        pair for pair in parts.query.split("&") if pair and pair.partition("=")[0] not in _LIBPQ_ONLY
+    )
+    if dict(parse_qsl(query, keep_blank_values=True)).get("pgbouncer") is not None:
+        raise ValueError("pgbouncer=true names a transaction-mode pooler, which cannot work; use the direct address")
+    return urlunsplit(("postgresql", parts.netloc, parts.path, query, ""))
+
+
+def redis_url(url: str) -> str:
+    """`url` as the client takes it; Valkey's schemes are Redis's. Sentinel and Cluster are refused by name."""
+    parts = _split_url(url, "redis://:password@host:6379/0")
+    scheme = {"valkey": "redis", "valkeys": "rediss", "redis+unix": "unix", "valkey+unix": "unix"}.get(
+        parts.scheme, parts.scheme
+    )
+    if "sentinel" in scheme:
+        raise ValueError("Redis Sentinel URLs are not supported; give the primary's own address (or a proxy's)")
+    if "cluster" in scheme:
+        raise ValueError("Redis Cluster URLs are not supported; give a single primary (redis:// or rediss://)")
+    if scheme not in ("redis", "rediss", "unix"):
+        raise ValueError(f"scheme {parts.scheme!r} is not Redis; expected redis://, rediss:// or unix://")
+    if "," in parts.netloc:
+        raise ValueError("several hosts in one URL (Sentinel or Cluster) are not supported; give a single primary")
+    if strange := {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)} - _REDIS_QUERY:
+        raise ValueError(f"unknown parameter {', '.join(sorted(strange))}; allowed: {', '.join(sorted(_REDIS_QUERY))}")
+    if scheme == "unix" and not parts.path:
+        raise ValueError("a unix:// URL needs a path, e.g. unix:///run/redis/redis.sock?db=0")
+    if scheme == "unix":
+        return f"unix://{parts.netloc}{parts.path}" + (f"?{parts.query}" if parts.query else "")
+    return urlunsplit((scheme, parts.netloc, parts.path, parts.query, ""))
+
+
+def _split_url(url: str, example: str) -> Any:
+    try:
+        parts = urlsplit(url.strip())
+        _ = parts.port
+    except ValueError:
+        raise ValueError(f"not a URL; expected e.g. {example}") from None
+    if not parts.scheme or "://" not in url:
+        raise ValueError(f"not a URL; expected e.g. {example}")
+    return parts
+
+
+def _unknown_names(environ: Mapping[str, str]) -> list[str]:
+    known = {environment_name(field) for field in Settings.model_fields}
+    faults = []
+    for name in sorted(environ):
+        if name.startswith(PREFIX) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            faults.append(f"{name} is not a setting" + (f"; did you mean {near[0]}?" if near else ""))
+    return faults
+
+
+def _explain(error: ValidationError) -> list[str]:
+    faults: list[str] = []
+    for detail in error.errors(include_url=False, include_input=False, include_context=False):
+        message = detail["msg"].removeprefix("Value error, ")
+        if not detail["loc"]:
+            faults.extend(message.split("\n"))
+            continue
+        field = str(detail["loc"][0])
+        faults.append(f"{environment_name(field) if field in Settings.model_fields else field}: {message}")
+    return faults
