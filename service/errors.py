@@ -73,7 +73,7 @@ class HandlerRuleBroken(FirstclaimError):
     """A handler did what no handler may do (commit, return no action, ...); the message names the rule."""
 
 
-class Retry(FirstclaimError):  # noqa: N818  (a control-flow signal of the public API, read as a verb)
+class Retry(FirstclaimError):
     """Raised by a handler: try this event again, `after` seconds from now (default: the usual backoff).
 
     Nothing the handler did in its transaction is kept. The delivery is answered with 500.
@@ -86,7 +86,7 @@ class Retry(FirstclaimError):  # noqa: N818  (a control-flow signal of the publi
         self.after = after
 
 
-class Permanent(FirstclaimError):  # noqa: N818
+class Permanent(FirstclaimError):
     """Raised by a handler: no retry will ever help. The event becomes `dead` and waits for an operator.
 
     Nothing the handler did in its transaction is kept. The delivery is answered with 200, so that Stripe

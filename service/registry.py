@@ -10,7 +10,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -69,8 +69,6 @@ class Context:
         return call.result(remaining)
 
 
-AsyncHandler = Callable[[Event, Context], Awaitable[str | None]]
-SyncHandler = Callable[[Event, Context], str | None]
 H = TypeVar("H", bound=Callable[[Event, Context], Any])
 
 
@@ -101,7 +99,7 @@ def on(*patterns: str) -> Callable[[H], H]:
         raise TypeError('@on needs at least one event type, e.g. @on("invoice.payment_failed")')
     for pattern in patterns:
         if not isinstance(pattern, str):
-            raise TypeError(f"@on({pattern!r}): write @on(\"type\"), with the event type as a string")
+            raise TypeError(f'@on({pattern!r}): write @on("type"), with the event type as a string')
         if not _PATTERN.fullmatch(pattern):
             raise ValueError(f'@on("{pattern}"): expected an event type, "prefix.*" or "*"')
 
@@ -159,7 +157,7 @@ class Registry:
             raise ConfigurationError(faults)
         return registry
 
-    def __iter__(self) -> Iterable[Handler]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Handler]:
         return iter(self._by_pattern.values())
 
     def find(self, event_type: str) -> Handler | None:

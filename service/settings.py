@@ -9,8 +9,8 @@ import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
-from urllib.parse import parse_qsl, urlsplit, urlunsplit
+from typing import Annotated, Literal, Self
+from urllib.parse import SplitResult, parse_qsl, urlsplit, urlunsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -37,7 +37,7 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(
         None,
         validation_alias="DATABASE_URL",
-        description="PostgreSQL 14 or newer: `postgresql://` or `postgres://`. Unset: an embedded server in the data folder.",
+        description="PostgreSQL 14 or newer: `postgresql://` or `postgres://`. Unset: an embedded server.",
     )
     redis_url: SecretStr | None = Field(
         None,
@@ -47,83 +47,133 @@ class Settings(BaseSettings):
     stripe_webhook_secrets: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),
         validation_alias="STRIPE_WEBHOOK_SECRETS",
-        description="Signing secrets (`whsec_...`), comma separated: one per endpoint and mode, two while one is rolled.",
+        description="Signing secrets (`whsec_...`), comma separated: per endpoint and mode, two while one is rolled.",
     )
     data_dir: Path = Field(
         Path(".firstclaim"),
         description="Where the embedded servers and the generated signing secret live. Survives restarts.",
     )
     handlers: Annotated[tuple[str, ...], NoDecode] = Field(
-        ("service.handlers",), description="Modules that hold the handlers, comma separated, importable by name."
+        ("service.handlers",),
+        description="Modules that hold the handlers, comma separated, importable by name.",
     )
     livemode: Literal["any", "live", "test"] = Field(
-        "any", description="An event of the other mode is recorded as `ignored`: live Connect endpoints get test events too."
+        "any",
+        description="An event of the other mode is recorded as `ignored`: live Connect endpoints get test events too.",
     )
     redis_prefix: str = Field(
-        "firstclaim:", max_length=64, description="Before every key, so that several services can share a Redis."
+        "firstclaim:",
+        max_length=64,
+        description="Before every key, so that several services can share a Redis.",
     )
 
     lock_ttl_seconds: float = Field(
-        20, ge=1, le=60, description="Life of the Redis lock: longer than recording takes, and no stale lock delays longer."
+        20,
+        ge=1,
+        le=60,
+        description="Life of the Redis lock: longer than recording takes, and no stale lock delays longer.",
     )
     marker_ttl_seconds: float = Field(
-        96 * 3600, ge=60, description="Life of the `recorded` marker: outlives Stripe's 3 days of retries by one."
+        96 * 3600,
+        ge=60,
+        description="Life of the `recorded` marker: outlives Stripe's 3 days of retries by one.",
     )
     lease_seconds: float = Field(
-        15, ge=0.5, description="How long a claim may go unlocked before it counts as abandoned; < handler deadline."
+        15,
+        ge=0.5,
+        description="How long a claim may go unlocked before it counts as abandoned; < handler deadline.",
     )
     handler_deadline_seconds: float = Field(
         30, ge=0.5, description="A handler still running then has failed, and its connection is terminated."
     )
     idle_in_transaction_seconds: float = Field(
-        35, ge=1, description="Set on the server per transaction: frees the row of a frozen process; > handler deadline."
+        35,
+        ge=1,
+        description="Set on the server per transaction: frees the row of a frozen process; > handler deadline.",
     )
     handler_slots: int = Field(
         10, ge=1, le=500, description="Handlers running at once in a process, one connection each."
     )
     ingest_connections: int = Field(
-        5, ge=2, le=500, description="Connections for claiming and recording, apart, so that slow handlers never starve them."
+        5,
+        ge=2,
+        le=500,
+        description="Connections for claiming and recording, apart, so that slow handlers never starve them.",
     )
     answer_budget_seconds: float = Field(
-        5, gt=0, le=30, description="Stripe wants a quick answer: past it, 202 `deferred` and the work goes on."
+        5,
+        gt=0,
+        le=30,
+        description="Stripe wants a quick answer: past it, 202 `deferred` and the work goes on.",
     )
     redis_timeout_seconds: float = Field(
-        0.2, ge=0.05, le=2, description="Per Redis command. Slower than this is away: the ledger alone carries safety."
+        0.2,
+        ge=0.05,
+        le=2,
+        description="Per Redis command. Slower than this is away: the ledger alone carries safety.",
     )
     redis_breaker_seconds: float = Field(
-        1, ge=0.1, le=30, description="After Redis failed, ask it again only this often: one timeout per outage second."
+        1,
+        ge=0.1,
+        le=30,
+        description="After Redis failed, ask it again only this often: one timeout per outage second.",
     )
     postgres_timeout_seconds: float = Field(
-        1.5, ge=0.1, le=30, description="To connect, to get a connection, and per ledger statement: 503 within 2 s when it is down."
+        1.5,
+        ge=0.1,
+        le=30,
+        description="To connect, to get a connection, and per ledger statement: 503 within 2 s when it is down.",
     )
     recovery_interval_seconds: float = Field(
-        1, ge=0.05, le=60, description="Between two looks for due events, per process; at once when the last was full."
+        1,
+        ge=0.05,
+        le=60,
+        description="Between two looks for due events, per process; at once when the last was full.",
     )
     backoff_first_seconds: float = Field(
-        5, gt=0, description="First retry after a failure, doubling each time, jittered between half and whole."
+        5,
+        gt=0,
+        description="First retry after a failure, doubling each time, jittered between half and whole.",
     )
     backoff_most_seconds: float = Field(3600, gt=0, description="The backoff stops doubling here.")
     give_up_seconds: float = Field(
-        3 * 86_400, gt=0, description="A failing event is `dead` this long after receipt: when Stripe itself gives up."
+        3 * 86_400,
+        gt=0,
+        description="A failing event is `dead` this long after receipt: when Stripe itself gives up.",
     )
     abandoned_most: int = Field(
         8, ge=1, description="An event whose holder vanished this often kills its process: it becomes `dead`."
     )
-    body_most_bytes: int = Field(1024 * 1024, ge=1024, description="Larger is answered with 413; Stripe publishes no maximum.")
-    body_timeout_seconds: float = Field(5, gt=0, le=60, description="A body that takes longer to arrive is answered with 408.")
+    body_most_bytes: int = Field(
+        1024 * 1024, ge=1024, description="Larger is answered with 413; Stripe publishes no maximum."
+    )
+    body_timeout_seconds: float = Field(
+        5, gt=0, le=60, description="A body that takes longer to arrive is answered with 408."
+    )
     signature_tolerance_seconds: int = Field(
-        300, ge=1, le=3600, description="How far a signature's timestamp may be from now, in either direction."
+        300,
+        ge=1,
+        le=3600,
+        description="How far a signature's timestamp may be from now, in either direction.",
     )
     drain_seconds: float = Field(
-        0, ge=0, le=300, description="After SIGTERM `/readyz` says 503 and deliveries are still served this long: your balancer's lag."
+        0,
+        ge=0,
+        le=300,
+        description="After SIGTERM `/readyz` says 503 and deliveries are still served this long: your balancer's lag.",
     )
     shutdown_seconds: float = Field(
-        25, ge=1, le=3600, description="From SIGTERM to exit, the drain included; under Kubernetes' 30 s grace."
+        25,
+        ge=1,
+        le=3600,
+        description="From SIGTERM to exit, the drain included; under Kubernetes' 30 s grace.",
     )
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="`auto`: console on a terminal, one JSON object per line elsewhere."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least severe level that is written.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The least severe level that is written."
+    )
 
     @property
     def embedded_database(self) -> bool:
@@ -132,10 +182,15 @@ class Settings(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], **sources: PydanticBaseSettingsSource
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """The environment and what a test hands in; no dotenv, no secrets folder, no third place to look."""
-        return sources["init_settings"], sources["env_settings"]
+        return init_settings, env_settings
 
     @field_validator("stripe_webhook_secrets", "handlers", mode="before")
     @classmethod
@@ -146,9 +201,13 @@ class Settings(BaseSettings):
     @classmethod
     def _no_blank_secret(cls, secrets: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
         if any(not secret.get_secret_value().strip() for secret in secrets):
-            raise ValueError("one of the secrets is blank (an empty secret would verify anything); remove the stray comma")
+            raise ValueError(
+                "one of the secrets is blank (an empty secret would verify anything); remove the stray comma"
+            )
         if any(not secret.get_secret_value().isascii() or " " in secret.get_secret_value() for secret in secrets):
-            raise ValueError("a secret holds a space or a non-ASCII character; expected whsec_... values, comma separated")
+            raise ValueError(
+                "a secret holds a space or a non-ASCII character; expected whsec_... values, comma separated"
+            )
         return secrets
 
     @field_validator("handlers")
@@ -226,9 +285,7 @@ def postgres_dsn(url: str) -> str:
     scheme = parts.scheme.partition("+")[0]
     if scheme not in ("postgresql", "postgres"):
         raise ValueError(f"scheme {parts.scheme!r} is not PostgreSQL; expected postgresql:// or postgres://")
-    query = "&".join(
-        pair for pair in parts.query.split("&") if pair and pair.partition("=")[0] not in _LIBPQ_ONLY
-    )
+    query = "&".join(pair for pair in parts.query.split("&") if pair and pair.partition("=")[0] not in _LIBPQ_ONLY)
     if dict(parse_qsl(query, keep_blank_values=True)).get("pgbouncer") is not None:
         raise ValueError("pgbouncer=true names a transaction-mode pooler, which cannot work; use the direct address")
     return urlunsplit(("postgresql", parts.netloc, parts.path, query, ""))
@@ -257,7 +314,7 @@ def redis_url(url: str) -> str:
     return urlunsplit((scheme, parts.netloc, parts.path, parts.query, ""))
 
 
-def _split_url(url: str, example: str) -> Any:
+def _split_url(url: str, example: str) -> SplitResult:
     try:
         parts = urlsplit(url.strip())
         _ = parts.port

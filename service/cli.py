@@ -1,0 +1,265 @@
+"""The `firstclaim` command: parses, calls, prints; decides nothing.
+
+Exit codes: 0 done · 1 the command ran and its answer is no (`send` saw an event processed twice) · 2 the
+command line, a setting or a handler module is wrong · 3 a store is away, unsuited, or not migrated.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+import uvicorn
+from rich.console import Console
+from rich.table import Table
+from uvicorn.supervisors import Multiprocess
+
+from service import sending
+from service.app import WEBHOOK_PATH, create_app
+from service.checks import Check, Verdict, all_checks, refuse
+from service.embedded import kept_secret, servers
+from service.errors import ConfigurationError, LedgerUnavailable, OperatorError
+from service.inbox import schema
+from service.inbox.postgres import rotate_epoch
+from service.logs import configure
+from service.settings import Settings, load_settings
+
+app = typer.Typer(
+    name="firstclaim",
+    help="Receives Stripe webhooks and dispatches each event once.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+epoch = typer.Typer(no_args_is_help=True, help="The ledger's epoch, which every marker in Redis carries.")
+app.add_typer(epoch, name="epoch")
+
+out = Console(highlight=False)
+_KEEP_ALIVE_SECONDS = 75  # longer than a load balancer's idle timeout (60 s is common), or it meets closed sockets
+
+
+def main() -> None:
+    """The console script."""
+    sys.path.insert(0, os.getcwd())  # handler modules beside you, as `python -m` would find them
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"firstclaim {version('firstclaim')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8000,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes.")] = 1,
+    migrate: Annotated[bool, typer.Option("--migrate", help="Bring the schema up to date first.")] = False,
+) -> None:
+    """Serve POST /webhooks/stripe, /livez and /readyz until SIGTERM."""
+    with _reported():
+        settings = _settings()
+        _stop_on_signals()
+        listener = _listen(host, port)
+        with servers(settings) as ready:
+            if migrate or settings.embedded_database:
+                _migrate(ready)
+            found = asyncio.run(all_checks(ready, patient=True))
+            refuse(found)
+            _greet(settings, ready, listener, workers)
+            _print_checks([check for check in found if check.verdict is not Verdict.OK])
+            _run(ready, listener, workers)
+
+
+@app.command()
+def migrate() -> None:
+    """Bring the database's schema up to date; safe to run from many places at once."""
+    with _reported(), servers(_settings(), share=True) as settings:
+        _migrate(settings)
+
+
+@app.command()
+def check() -> None:
+    """Check configuration, handlers and both stores, a line each; changes nothing."""
+    with _reported(), servers(_settings(), share=True) as settings:
+        found = asyncio.run(all_checks(settings))
+        _print_checks(found)
+        if any(each.verdict is Verdict.FAIL for each in found):
+            raise typer.Exit(2 if any(each.fatal and each.name == "handlers" for each in found) else 3)
+
+
+@epoch.command()
+def rotate() -> None:
+    """Make every marker in Redis worthless: the step after restoring the ledger from a backup."""
+    with _reported(), servers(_settings(), share=True) as settings:
+        before, after = asyncio.run(rotate_epoch(_dsn(settings), settings.postgres_timeout_seconds))
+        out.print(f"epoch {before} -> {after}; running services notice within one recovery round")
+
+
+@app.command()
+def send(
+    event_type: Annotated[str, typer.Argument(metavar="TYPE", help="Event type, e.g. invoice.payment_failed.")] = "",
+    copies: Annotated[int, typer.Option(min=1, max=10_000, help="Copies, all in flight at once.")] = 1,
+    url: Annotated[str, typer.Option(help="Where to.")] = f"http://127.0.0.1:8000{WEBHOOK_PATH}",
+    event_id: Annotated[str, typer.Option("--id", help="Event id; default: a fresh one.")] = "",
+    file: Annotated[Path | None, typer.Option(help="Send this event instead of a template.")] = None,
+) -> None:
+    """Sign and send an event as Stripe would; exit 1 if more than one copy was processed."""
+    with _reported():
+        body = _event(event_type, event_id, file)
+        with sending.progress(copies, out) as on_answer:
+            answers = asyncio.run(sending.send(url, body, _secret(), copies, on_answer))
+        sending.report(answers, out)
+        raise typer.Exit(sending.exit_code(answers))
+
+
+def _event(event_type: str, event_id: str, file: Path | None) -> bytes:
+    try:
+        if file is not None:
+            return sending.read_event(file, event_id or None)
+        return sending.build_event(event_type, event_id or None)
+    except ValueError as error:
+        raise ConfigurationError([str(error)]) from error
+
+
+def _secret() -> str:
+    settings = _settings()
+    if settings.stripe_webhook_secrets:
+        return settings.stripe_webhook_secrets[0].get_secret_value()
+    if (kept := kept_secret(settings)) is not None:
+        return kept
+    raise ConfigurationError(
+        [f"no signing secret: set STRIPE_WEBHOOK_SECRETS, or start `firstclaim serve` on {settings.data_dir} first"]
+    )
+
+
+# -- shared -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Say what is wrong in sentences on standard error and exit with its code; a traceback helps no operator."""
+    try:
+        yield
+    except OperatorError as error:
+        _fail(str(error), error.exit_code)
+    except LedgerUnavailable as error:
+        _fail(f"Postgres: {error}", OperatorError.exit_code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    for line in message.splitlines():
+        typer.echo(f"firstclaim: {line}", err=True)
+    raise typer.Exit(code)
+
+
+def _settings() -> Settings:
+    settings = load_settings()
+    configure(settings.log_format, settings.log_level)
+    return settings
+
+
+def _dsn(settings: Settings) -> str:
+    if settings.database_url is None:
+        raise ConfigurationError(["DATABASE_URL is missing"])
+    return settings.database_url.get_secret_value()
+
+
+def _migrate(settings: Settings) -> None:
+    before, after = asyncio.run(schema.migrate(_dsn(settings), settings.postgres_timeout_seconds))
+    if before != after:
+        out.print(f"schema {before or 'empty'} -> {after}")
+    else:
+        out.print(f"schema {after}, up to date")
+
+
+def _print_checks(found: list[Check]) -> None:
+    colours = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "red"}
+    table = Table.grid(padding=(0, 2))
+    for each in found:
+        table.add_row(f"[{colours[each.verdict]}]{each.verdict}[/]", each.name, each.detail)
+    if found:
+        out.print(table)
+
+
+def _greet(settings: Settings, ready: Settings, listener: socket.socket, workers: int) -> None:
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    lines = {
+        "webhooks": f"POST http://{host}:{port}{WEBHOOK_PATH}",
+        "workers": str(workers),
+        "postgres": "DATABASE_URL" if settings.database_url else f"embedded, in {settings.data_dir}",
+        "redis": "REDIS_URL" if settings.redis_url else "embedded Valkey",
+    }
+    if not settings.stripe_webhook_secrets:
+        secret = ready.stripe_webhook_secrets[0].get_secret_value()
+        lines["secret"] = f"{secret} (generated, kept in {settings.data_dir})"
+        lines["try"] = "firstclaim send invoice.payment_failed --copies 20"
+    table = Table.grid(padding=(0, 2))
+    for name, value in lines.items():
+        table.add_row(f"[bold]{name}[/]", value)
+    out.print(f"firstclaim {version('firstclaim')}")
+    out.print(table)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bind before anything is started, so that a port in use costs nothing."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ConfigurationError([f"cannot listen on {host} port {port}: {error.strerror or error}"]) from error
+    listener.set_inheritable(True)
+    return listener
+
+
+def _stop_on_signals() -> None:
+    """Leave through every `finally`: the embedded servers stop with the service, also on SIGTERM."""
+
+    def leave(_signum: int, _frame: FrameType | None) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)  # once is enough: the second must not interrupt the stopping
+        raise SystemExit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
+
+
+def _run(settings: Settings, listener: socket.socket, workers: int) -> None:
+    reading_and_answering = settings.body_timeout_seconds + settings.answer_budget_seconds + 1
+    config = uvicorn.Config(
+        partial(create_app, settings),
+        factory=True,
+        workers=workers,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=max(1, int(min(reading_and_answering, settings.shutdown_seconds / 2))),
+    )
+    if workers > 1:
+        Multiprocess(config, sockets=[listener]).run()
+    else:
+        uvicorn.Server(config).run(sockets=[listener])

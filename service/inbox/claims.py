@@ -1,0 +1,115 @@
+"""Both claims, always in this order: the Redis lock, then the ledger row.
+
+Guarantees: a `Claim` is returned only when both were won; every other answer is an `Outcome` that promises a
+committed row, or nothing. Whoever did not get the lock only ever records. The marker is written after the
+row's COMMIT is known, never before: a marker is a promise that the row exists.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from service.inbox import outcome
+from service.inbox.event import Delivery
+from service.inbox.ledger import Claim, Found, Ledger
+from service.inbox.lock import Lock, LockReply
+from service.inbox.model import TAKEABLE, Status
+from service.inbox.outcome import Outcome
+from service.inbox.postgres import Epoch
+
+_STATES = {
+    Status.COMPLETED: "already completed",
+    Status.IGNORED: "already recorded as ignored",
+    Status.DEAD: "is dead: replay it",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """The lock and the ledger as one."""
+
+    lock: Lock
+    ledger: Ledger
+    epoch: Epoch
+    lock_ttl_seconds: float
+
+    async def win(self, delivery: Delivery, *, ignored: str | None) -> Claim | Outcome:
+        """Claim a delivered event. `ignored`: why nothing here wants it; it is then settled, not dispatched.
+
+        Raises `LedgerUnavailable`: nothing is promised, and our lock is gone again.
+        """
+        event_id = delivery.event.id
+        token = self.lock.new_token()
+        reply = await self.lock.acquire(event_id, token, self.epoch.current)
+        if reply is LockReply.RECORDED:
+            return outcome.duplicate(event_id)
+        if reply is LockReply.BUSY:
+            # The holder meets our row and takes it over; if it died, the row is due when its lock has run out.
+            return await self._record(
+                delivery, due_in_seconds=self.lock_ttl_seconds, otherwise=outcome.duplicate(event_id)
+            )
+        if reply is LockReply.AWAY:
+            return await self._record(
+                delivery,
+                due_in_seconds=0,
+                otherwise=outcome.deferred("Recorded; dispatched when the lock is back"),
+            )
+        try:
+            return await self._claim(delivery, token, ignored)
+        except BaseException:
+            # The next delivery must reach the ledger: whether this row exists is not known.
+            await self.lock.forget(event_id, token, None)
+            raise
+
+    async def recover(self, event_ids: Sequence[str]) -> list[Claim]:
+        """Claim events that the ledger says are due. While Redis is away, dispatch waits: nothing is claimed."""
+        tokens: dict[str, str] = {}
+        for event_id in event_ids:
+            token = self.lock.new_token()
+            reply = await self.lock.acquire(event_id, token, None, over_marker=True)
+            if reply is LockReply.AWAY:
+                break
+            if reply is LockReply.HELD:
+                tokens[event_id] = token
+        if not tokens:
+            return []
+        claimed: list[Claim] = []
+        try:
+            claimed = await self.ledger.take_over(list(tokens))
+        finally:
+            held = {claim.event_id: claim for claim in claimed}
+            for event_id, token in tokens.items():
+                if event_id in held:
+                    await self.lock.mark_recorded(event_id, token, held[event_id].epoch)
+                else:
+                    await self.lock.forget(event_id, token, None)
+        return claimed
+
+    async def forget(self, claim: Claim) -> None:
+        """An attempt is over without settling the event: the next delivery must reach the ledger again."""
+        await self.lock.forget(claim.event_id, "", claim.epoch)
+
+    async def _claim(self, delivery: Delivery, token: str, ignored: str | None) -> Claim | Outcome:
+        event_id = delivery.event.id
+        won = await self.ledger.claim(delivery, ignored=ignored is not None)
+        if isinstance(won, Found) and won.status in TAKEABLE:
+            # Recorded by a delivery that had no lock, or failed before: ours now, whatever its due_at. If the
+            # row is skipped, recovery has it in its hands at this very moment.
+            won = next(iter(await self.ledger.take_over([event_id])), won)
+            if isinstance(won, Claim) and ignored is not None:
+                await self.ledger.ignore_if_held(won)
+        await self.lock.mark_recorded(event_id, token, won.epoch)
+        if isinstance(won, Found):
+            return _answer(event_id, won)
+        return won if ignored is None else outcome.unhandled(ignored, won.attempt)
+
+    async def _record(self, delivery: Delivery, *, due_in_seconds: float, otherwise: Outcome) -> Outcome:
+        found = await self.ledger.record(delivery, due_in_seconds=due_in_seconds)
+        if found is None or found.status in TAKEABLE:
+            return otherwise
+        return _answer(delivery.event.id, found)
+
+
+def _answer(event_id: str, found: Found) -> Outcome:
+    """By a row that is owned or settled."""
+    state = _STATES.get(found.status)
+    return outcome.duplicate(event_id) if state is None else outcome.already(event_id, state)

@@ -1,0 +1,104 @@
+"""The ledger's tables and the one enum of its states.
+
+Guarantees: `UNIQUE(event_id)` over all rows for ever (never partition by time), no NULL where a value is
+known, every status the code knows and no other. The signed body lives in a table of its own: a status
+update then never rewrites it (TOAST would only move bodies of 2 kB and more out of line), and it can expire
+while the event id, which dedupes, stays.
+"""
+
+from enum import StrEnum
+
+from sqlalchemy import (
+    Boolean,
+    CheckConstraint,
+    Column,
+    DateTime,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+    Uuid,
+    text,
+)
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "ck": "%(table_name)s_%(constraint_name)s_check",
+        "ix": "%(table_name)s_%(column_0_name)s_idx",
+    }
+)
+
+
+class Status(StrEnum):
+    """The states of an event. The README draws the edges."""
+
+    PENDING = "pending"  # recorded, nobody is dispatching
+    PROCESSING = "processing"  # claimed: somebody holds it, or vanished
+    COMPLETED = "completed"  # the handler's effects are committed
+    IGNORED = "ignored"  # no handler for the type; a later deploy can replay it
+    FAILED = "failed"  # tried again at due_at
+    DEAD = "dead"  # needs an operator
+
+
+TAKEABLE = (Status.PENDING, Status.FAILED)
+UNFINISHED = (Status.PENDING, Status.PROCESSING, Status.FAILED)
+
+
+def _id(name: str, *, primary_key: bool = False, nullable: bool = False) -> Column[str]:
+    # Byte order, not the locale's: ids are compared and sorted, never read as words.
+    return Column(name, Text(collation="C"), primary_key=primary_key, nullable=nullable)
+
+
+def _at(name: str, *, nullable: bool = False) -> Column[object]:
+    return Column(name, DateTime(timezone=True), nullable=nullable)
+
+
+events = Table(
+    "stripe_events",
+    metadata,
+    _id("event_id", primary_key=True),
+    Column("type", Text, nullable=False),
+    Column("account", Text),
+    Column("livemode", Boolean, nullable=False),
+    Column("api_version", Text),
+    Column("object_id", Text),
+    _at("created_at"),  # Stripe's `created`
+    Column("status", Text, nullable=False),
+    Column("attempt", Integer, nullable=False),  # the fencing token: only ever rises
+    Column("failures", Integer, nullable=False, server_default="0"),
+    Column("abandoned", Integer, nullable=False, server_default="0"),
+    Column("action", Text),
+    Column("last_error", Text),
+    _at("received_at"),
+    _at("due_at"),
+    _at("give_up_at"),
+    _at("settled_at", nullable=True),
+    CheckConstraint("status IN ({})".format(", ".join(f"'{each}'" for each in Status)), name="status"),
+    CheckConstraint("attempt >= 0 AND failures >= 0 AND abandoned >= 0", name="counts"),
+    CheckConstraint("(status IN ('completed', 'ignored', 'dead')) = (settled_at IS NOT NULL)", name="settled"),
+    Index(
+        "stripe_events_due",
+        "due_at",
+        postgresql_where=text("status IN ('pending', 'processing', 'failed')"),
+    ),
+)
+
+payloads = Table(
+    "stripe_event_payloads",
+    metadata,
+    _id("event_id", primary_key=True),
+    Column("body", LargeBinary, nullable=False),
+)
+
+# One row. Rotated by hand after a restore that keeps the system identifier and the timeline.
+epoch = Table(
+    "ledger_epoch",
+    metadata,
+    Column("singleton", Boolean, primary_key=True, server_default=text("true")),
+    Column("id", Uuid, nullable=False),
+    _at("rotated_at"),
+    CheckConstraint("singleton", name="singleton"),
+)

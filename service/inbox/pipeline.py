@@ -1,0 +1,156 @@
+"""The one path: a delivery and recovery both come through here, and nothing else dispatches.
+
+Guarantees: an answer within the budget, and an honest one: past it, `deferred` only if the row's COMMIT is
+known. The work lives in a tracked task of its own, never in the request's: a client that hangs up cancels
+nothing, and a graceful stop waits for it, then releases what is left.
+"""
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import structlog
+
+from service.errors import FirstclaimError, LedgerUnavailable
+from service.inbox import outcome
+from service.inbox.claims import Claims
+from service.inbox.dispatch import Dispatcher
+from service.inbox.event import Delivery, Event, parse_event
+from service.inbox.ledger import Claim
+from service.inbox.outcome import Outcome
+from service.logs import describe_error
+from service.registry import Registry
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class _Progress:
+    recorded: bool = False
+
+
+class Pipeline:
+    """Claims, then dispatches; `deliver` for one delivery, `recover` for one round of recovery."""
+
+    def __init__(
+        self,
+        claims: Claims,
+        dispatcher: Dispatcher,
+        registry: Registry,
+        *,
+        livemode: Literal["any", "live", "test"],
+        budget_seconds: float,
+    ) -> None:
+        self._claims = claims
+        self._dispatcher = dispatcher
+        self._registry = registry
+        self._livemode = livemode
+        self._budget_seconds = budget_seconds
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._stopping = False
+
+    async def deliver(self, delivery: Delivery) -> Outcome:
+        """What came of `delivery`, within the answer's budget; never raises."""
+        if self._stopping:
+            return outcome.unavailable("Shutting down")
+        progress = _Progress()
+        task = self._spawn(self._process(delivery, progress))
+        done, _ = await asyncio.wait({task}, timeout=self._budget_seconds)
+        if done and not task.cancelled():
+            return task.result()
+        if progress.recorded:
+            return outcome.deferred("Recorded; still at work on it")
+        return outcome.unavailable("Not recorded in time")
+
+    async def recover(self, most: int) -> int:
+        """One round: return what was abandoned, claim up to `most` due events and set them to work.
+
+        Returns how many were claimed. Raises `LedgerUnavailable`.
+        """
+        ledger = self._claims.ledger
+        for event_id, status, times in await ledger.return_abandoned(most):
+            log.warning("abandoned", event_id=event_id, status=status, times=times)
+        if self._claims.lock.away or self._stopping:
+            return 0
+        due = await ledger.due(min(most, self._dispatcher.free_slots), abandoned=False)
+        if self._dispatcher.suspect_free and self._dispatcher.free_slots > len(due):
+            due += await ledger.due(1, abandoned=True)
+        claims = await self._claims.recover(due)
+        for claim in claims:
+            self._spawn(self._recovered(claim))
+        return len(claims)
+
+    async def drain(self, seconds: float) -> None:
+        """Take nothing new, give running work `seconds` to end, then release the rest uncharged."""
+        self._stopping = True
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=max(0, seconds))
+        left = list(self._tasks)
+        for task in left:
+            task.cancel()
+        if left:
+            log.info("releasing", events=len(left))
+            await asyncio.wait(left, timeout=5)
+
+    def _spawn(self, work: Coroutine[Any, Any, Outcome]) -> asyncio.Task[Outcome]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _process(self, delivery: Delivery, progress: _Progress) -> Outcome:
+        """A delivery's way through; whatever breaks on it, the answer promises nothing that is not so."""
+        event = delivery.event
+        try:
+            won = await self._claims.win(delivery, ignored=self._why_ignored(event))
+            progress.recorded = True
+            return await self._dispatch(won, event) if isinstance(won, Claim) else won
+        except LedgerUnavailable as error:
+            log.warning("ledger_unavailable", event_id=event.id, error=str(error))
+            return outcome.unavailable("The ledger cannot be reached")
+        except Exception as error:  # a fault of ours: Stripe and recovery will both try again
+            log.exception("delivery_broke", event_id=event.id, error=describe_error(error))
+            return outcome.unavailable("Internal error")
+
+    async def _recovered(self, claim: Claim) -> Outcome:
+        """A claim that recovery won, dispatched like a delivery's."""
+        try:
+            result = await self._dispatch_recovered(claim)
+        except LedgerUnavailable as error:
+            log.warning("ledger_unavailable", event_id=claim.event_id, error=str(error))
+            return outcome.unavailable("The ledger cannot be reached")
+        except Exception as error:
+            log.exception("recovery_broke", event_id=claim.event_id, error=describe_error(error))
+            return outcome.unavailable("Internal error")
+        log.info("recovered", event_id=claim.event_id, attempt=claim.attempt, outcome=result.kind)
+        return result
+
+    async def _dispatch_recovered(self, claim: Claim) -> Outcome:
+        if claim.body is None:
+            await self._claims.ledger.kill_if_held(claim, "its payload has expired: it cannot be dispatched")
+            return outcome.dead(claim.event_id, claim.attempt)
+        try:
+            event = parse_event(claim.body)
+        except FirstclaimError as error:  # accepted by an earlier build, which knew better
+            await self._claims.ledger.kill_if_held(claim, f"its payload cannot be read: {error}")
+            return outcome.dead(claim.event_id, claim.attempt)
+        if (reason := self._why_ignored(event)) is not None:
+            await self._claims.ledger.ignore_if_held(claim)
+            return outcome.unhandled(reason, claim.attempt)
+        return await self._dispatch(claim, event)
+
+    async def _dispatch(self, claim: Claim, event: Event) -> Outcome:
+        handler = self._registry.find(event.type)
+        if handler is None:
+            raise LookupError(event.type)
+        return await self._dispatcher.run(claim, event, handler)
+
+    def _why_ignored(self, event: Event) -> str | None:
+        """Why nothing here wants the event; None: there is a handler for it."""
+        if self._livemode != "any" and event.livemode is not (self._livemode == "live"):
+            mode = "live" if event.livemode else "test"
+            return f"Event {event.id} is a {mode} mode event; this service takes {self._livemode} mode only"
+        if self._registry.find(event.type) is None:
+            return f"Event type {event.type} not handled"
+        return None

@@ -1,0 +1,213 @@
+"""Connections to the ledger's Postgres: pinned, checked, and given up for good when they stop answering.
+
+Guarantees, for every connection that a pool hands out: `synchronous_commit` is on and the default isolation
+is READ COMMITTED (whatever the role or the database says), the server is writable, and the ledger's epoch
+was read on it when it was opened. A connection that timed out is terminated before it goes back: asyncpg
+would otherwise wait, on release, for a frozen server to confirm the cancellation.
+"""
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import asyncpg
+from sqlalchemy import event, exc
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from service.errors import HandlerRuleBroken, LedgerUnavailable
+
+# Everything the driver, the pool and the network raise when Postgres is away or says no.
+UNAVAILABLE = (
+    exc.SQLAlchemyError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+    OSError,
+    TimeoutError,
+)
+
+_HANDLER_RUNS = "firstclaim_handler_runs"
+
+_PIN = """
+SELECT set_config('synchronous_commit', 'on', false) AS synchronous_commit,
+       set_config('default_transaction_isolation', 'read committed', false) AS isolation,
+       pg_is_in_recovery() OR current_setting('default_transaction_read_only')::bool AS read_only
+"""
+_EPOCH = "SELECT id::text FROM ledger_epoch"
+_TIMELINE = """
+SELECT (SELECT system_identifier::text FROM pg_control_system())
+       || '/' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)
+"""
+
+
+class PinnedConnection(asyncpg.Connection):
+    """An asyncpg connection that remembers the ledger epoch read when it was opened; None: no ledger yet."""
+
+    epoch: str | None = None
+
+
+class Epoch:
+    """The ledger's epoch as this process last saw it; a marker counts only under a freshly confirmed one.
+
+    A restore swaps the ledger under a Redis that still holds the old one's markers. While Postgres cannot
+    confirm the epoch (it is down: perhaps being restored), no marker may answer for it.
+    """
+
+    def __init__(self, fresh_seconds: float) -> None:
+        self._fresh_seconds = fresh_seconds
+        self._value: str | None = None
+        self._confirmed = float("-inf")
+
+    def confirm(self, value: str | None) -> None:
+        """Note what a connection has just read."""
+        self._value = value
+        self._confirmed = time.monotonic()
+
+    @property
+    def current(self) -> str | None:
+        """The epoch, or None when it was not confirmed lately."""
+        return self._value if time.monotonic() - self._confirmed <= self._fresh_seconds else None
+
+
+async def read_epoch(connection: Any) -> str | None:
+    """The epoch as 16 hex digits, from an asyncpg connection; None while the ledger has no tables.
+
+    A hash of the stored uuid, the system identifier and the timeline: a promoted standby, a point-in-time
+    recovery and `firstclaim epoch rotate` each change it. Servers that hide the last two (some managed ones)
+    leave the uuid.
+    """
+    try:
+        stored = await connection.fetchval(_EPOCH)
+    except asyncpg.UndefinedTableError:
+        return None
+    with suppress(asyncpg.PostgresError):
+        stored += "/" + (await connection.fetchval(_TIMELINE) or "")
+    return hashlib.sha256(stored.encode()).hexdigest()[:16]
+
+
+async def open_connection(dsn: str, timeout_seconds: float, epoch: Epoch | None = None) -> PinnedConnection:
+    """Connect, pin, check; raises what `UNAVAILABLE` lists, or `LedgerUnavailable` when the pins do not hold."""
+    connection: PinnedConnection = await asyncpg.connect(
+        dsn,
+        timeout=timeout_seconds,
+        connection_class=PinnedConnection,
+        server_settings={"application_name": "firstclaim"},
+    )
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            pins = await connection.fetchrow(_PIN)
+            if pins is None or pins["read_only"]:  # a standby, or the losing side of a failover
+                raise LedgerUnavailable("the server is read-only")
+            if (pins["synchronous_commit"], pins["isolation"]) != ("on", "read committed"):
+                raise LedgerUnavailable("synchronous_commit or the isolation level cannot be pinned")
+            connection.epoch = await read_epoch(connection)
+    except BaseException:
+        connection.terminate()
+        raise
+    if epoch is not None:
+        epoch.confirm(connection.epoch)
+    return connection
+
+
+def create_engine(
+    dsn: str, *, size: int, timeout_seconds: float, epoch: Epoch, autocommit: bool = False
+) -> AsyncEngine:
+    """A pool of exactly `size` connections; opens nothing yet. No overflow: that would reconnect per request."""
+    engine = create_async_engine(
+        "postgresql+asyncpg://",
+        async_creator=lambda: open_connection(dsn, timeout_seconds, epoch),
+        pool_size=size,
+        max_overflow=0,
+        pool_timeout=timeout_seconds,
+        hide_parameters=True,
+        **({"isolation_level": "AUTOCOMMIT"} if autocommit else {}),
+    )
+    event.listen(engine.sync_engine, "checkout", _refuse_closed)
+    event.listen(engine.sync_engine, "commit", _refuse_in_handler)
+    event.listen(engine.sync_engine, "rollback", _refuse_in_handler)
+    return engine
+
+
+def _refuse_closed(dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
+    """A server that restarted has closed the socket: the pool then connects anew, and nobody sees an error."""
+    if dbapi_connection.driver_connection.is_closed():
+        raise exc.DisconnectionError
+
+
+def _refuse_in_handler(connection: Any) -> None:
+    if connection.info.get(_HANDLER_RUNS):
+        raise HandlerRuleBroken(
+            "a handler must not commit or roll back: its transaction carries the completion mark "
+            "(use context.connection.begin_nested() for a part that may fail)"
+        )
+
+
+def handler_runs(connection: AsyncConnection, running: bool) -> None:
+    """While `running`, commit() and rollback() on `connection` raise `HandlerRuleBroken`."""
+    sync = connection.sync_connection
+    if sync is not None and not sync.closed and not sync.invalidated:
+        sync.info[_HANDLER_RUNS] = running
+
+
+def driver(connection: AsyncConnection) -> PinnedConnection:
+    """The asyncpg connection underneath; raises `LedgerUnavailable` when it is gone already."""
+    sync = connection.sync_connection
+    found = None if sync is None or sync.closed or sync.invalidated else sync.connection.driver_connection
+    if not isinstance(found, PinnedConnection):
+        raise LedgerUnavailable("the connection is gone")
+    return found
+
+
+async def discard(connection: AsyncConnection) -> None:
+    """Close for good without waiting for the server, which may be frozen, and free the place in the pool."""
+    with suppress(LedgerUnavailable):
+        driver(connection).terminate()
+        await connection.invalidate()
+    await connection.close()
+
+
+@asynccontextmanager
+async def borrow(engine: AsyncEngine, timeout_seconds: float) -> AsyncIterator[AsyncConnection]:
+    """A pooled connection for one short piece of work, `timeout_seconds` for all of it.
+
+    Raises `LedgerUnavailable` for whatever Postgres, the network or the pool says, without their words
+    where these could hold a value.
+    """
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            connection = await engine.connect()
+            try:
+                yield connection
+            except (TimeoutError, asyncio.CancelledError):
+                await discard(connection)
+                raise
+            finally:
+                await connection.close()
+    except UNAVAILABLE as error:
+        raise LedgerUnavailable(describe(error)) from error
+
+
+def describe(error: BaseException) -> str:
+    """Class and SQLSTATE: enough to act on, and no value of a row or of a URL in it."""
+    cause = getattr(error, "orig", None) or error
+    original = getattr(cause, "__cause__", None) or cause
+    state = getattr(original, "sqlstate", None)
+    return type(original).__name__ + (f" ({state})" if state else "")
+
+
+async def rotate_epoch(dsn: str, timeout_seconds: float) -> tuple[str | None, str | None]:
+    """Give the ledger a new epoch; returns the one before and the one after. Raises `LedgerUnavailable`."""
+    try:
+        connection = await open_connection(dsn, timeout_seconds)
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                rotated = "UPDATE ledger_epoch SET id = gen_random_uuid(), rotated_at = clock_timestamp()"
+                await connection.execute(rotated)
+                return connection.epoch, await read_epoch(connection)
+        finally:
+            connection.terminate()
+    except UNAVAILABLE as error:
+        raise LedgerUnavailable(describe(error)) from error

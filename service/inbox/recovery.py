@@ -1,0 +1,68 @@
+"""Recovery: a delivery that Stripe did not have to make. Every process runs it; there is no leader.
+
+Guarantees: the loop is supervised: neither a bad row nor a restarted server ends it; `healthy` says whether
+its last round was lately. Each round also confirms the ledger's epoch, without which no marker counts.
+"""
+
+import asyncio
+import random
+import time
+
+import structlog
+
+from service.errors import LedgerUnavailable
+from service.inbox.ledger import Ledger
+from service.inbox.pipeline import Pipeline
+from service.inbox.postgres import Epoch
+from service.logs import describe_error
+
+log = structlog.get_logger(__name__)
+
+
+class Recovery:
+    """The loop of one process: every `interval_seconds`, and at once again when the last round was full."""
+
+    def __init__(
+        self, pipeline: Pipeline, ledger: Ledger, epoch: Epoch, *, interval_seconds: float, batch: int
+    ) -> None:
+        self._pipeline = pipeline
+        self._ledger = ledger
+        self._epoch = epoch
+        self._interval_seconds = interval_seconds
+        self._batch = batch
+        self._last_round = time.monotonic()
+        self._failing = False
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds since a round last went well."""
+        return time.monotonic() - self._last_round
+
+    async def run(self) -> None:
+        """Run rounds until cancelled."""
+        while True:
+            claimed = await self._round()
+            if not claimed:
+                # Spread, so that processes started together do not ask together for ever.
+                await asyncio.sleep(self._interval_seconds * random.uniform(0.75, 1))  # noqa: S311
+
+    async def _round(self) -> int:
+        try:
+            self._epoch.confirm(await self._ledger.read_epoch())
+            claimed = await self._pipeline.recover(self._batch)
+        except LedgerUnavailable as error:
+            self._note_failure(str(error))
+            return 0
+        except Exception as error:  # noqa: BLE001  (a bad row must not end recovery of all others)
+            self._note_failure(describe_error(error))
+            return 0
+        if self._failing:
+            log.info("recovery_back")
+        self._failing = False
+        self._last_round = time.monotonic()
+        return claimed
+
+    def _note_failure(self, error: str) -> None:
+        if not self._failing:
+            log.warning("recovery_round_failed", error=error)
+        self._failing = True

@@ -1,0 +1,126 @@
+"""POST /webhooks/stripe: bytes in, one honest answer out.
+
+Guarantees: the signature is checked over the raw bytes before they are parsed; the body is capped in size and
+in time; every answer has the one JSON shape; the table `STATUS` is the only place where an outcome becomes a
+status code. A 500 or 503 is always safe to retry.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import orjson
+import structlog
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from service.errors import Rejected
+from service.inbox import outcome as outcomes
+from service.inbox.event import Delivery, parse_event
+from service.inbox.outcome import Kind, Outcome
+from service.inbox.pipeline import Pipeline
+from service.web.signature import verify
+
+log = structlog.get_logger(__name__)
+
+STATUS: dict[Kind, tuple[int, bool]] = {  # (HTTP status, processed)
+    Kind.PROCESSED: (200, True),
+    Kind.UNHANDLED: (200, True),
+    Kind.DUPLICATE: (200, False),
+    Kind.DEFERRED: (202, False),
+    Kind.FAILED: (500, False),
+    Kind.DEAD: (200, False),
+    Kind.UNAVAILABLE: (503, False),
+}
+_RETRY_AFTER_SECONDS = "5"  # an outage shorter than this is not worth a retry; Stripe has its own pace anyway
+
+
+@dataclass(frozen=True, slots=True)
+class Webhook:
+    """The endpoint; sizes in bytes, times in seconds."""
+
+    pipeline: Pipeline
+    secrets: Sequence[str]
+    tolerance_seconds: int
+    body_most_bytes: int
+    body_timeout_seconds: float
+
+    async def __call__(self, request: Request) -> Response:
+        """Verify, parse, hand to the pipeline, answer."""
+        began = time.perf_counter()
+        try:
+            body = await self._read(request)
+            verify(
+                body,
+                request.headers.getlist("stripe-signature"),
+                self.secrets,
+                tolerance_seconds=self.tolerance_seconds,
+                now=time.time(),
+            )
+            event = parse_event(body)
+        except Rejected as error:
+            log.info("rejected", kind=error.kind, status=error.status)
+            return rejection(error)
+        except ClientDisconnect:
+            return Response(status_code=400)  # nobody reads it
+        except asyncio.CancelledError:  # the server gave up waiting for this body: it is shutting down
+            return answer(None, outcomes.unavailable("Shutting down"))
+        result = await self._deliver(Delivery(event, body))
+        log.info(
+            "delivery",
+            event_id=event.id,
+            type=event.type,
+            outcome=result.kind,
+            attempt=result.attempt,
+            milliseconds=round((time.perf_counter() - began) * 1000, 1),
+        )
+        return answer(event.id, result)
+
+    async def _deliver(self, delivery: Delivery) -> Outcome:
+        try:
+            return await self.pipeline.deliver(delivery)
+        except asyncio.CancelledError:  # shutting down; the work goes on in its own task
+            return outcomes.unavailable("Shutting down")
+
+    async def _read(self, request: Request) -> bytes:
+        """The raw body, within the cap and the time for it; raises `Rejected` (413, 408)."""
+        too_large = Rejected("body_too_large", f"Body is larger than {self.body_most_bytes} bytes", 413)
+        declared = request.headers.get("content-length", "0")
+        if not declared.isdigit() or int(declared) > self.body_most_bytes:
+            raise too_large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.body_timeout_seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > self.body_most_bytes:
+                        raise too_large
+        except TimeoutError:
+            raise Rejected("body_too_slow", "Body took too long to arrive", 408) from None
+        return bytes(body)
+
+
+def answer(event_id: str | None, result: Outcome) -> Response:
+    """The response for an outcome; errors name no event."""
+    status, processed = STATUS[result.kind]
+    headers = {"Retry-After": _RETRY_AFTER_SECONDS} if status == 503 else {}
+    return _respond(status, event_id if status < 400 else None, processed, result.action, result.reason, headers)
+
+
+def rejection(error: Rejected) -> Response:
+    """The response for what was refused; the connection is closed when its body was not read to the end."""
+    headers = {"Connection": "close"} if error.status in (408, 413) else {}
+    return _respond(error.status, None, False, "rejected", error.reason, headers)
+
+
+def _respond(
+    status: int,
+    event_id: str | None,
+    processed: bool,
+    action: str,
+    reason: str | None,
+    headers: dict[str, str],
+) -> Response:
+    body = {"event_id": event_id, "processed": processed, "action": action, "reason": reason}
+    return Response(orjson.dumps(body), status, headers, media_type="application/json")

@@ -1,0 +1,310 @@
+"""What we ship and how: the lock, the image's recipe, the compose file and CI say the same as the code.
+
+Read as text, without Docker and without the network; the image itself is built and started by CI.
+"""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from service.settings import PREFIX, Settings, environment_name
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT: dict[str, Any] = PYPROJECT["project"]
+LOCK = (ROOT / "requirements.lock").read_text()
+COMPOSE = (ROOT / "compose.yaml").read_text()
+CI = (ROOT / ".github/workflows/ci.yaml").read_text()
+
+_HASH = re.compile(r"\s--hash=sha256:[0-9a-f]{64}(?=\s|$)")
+
+
+def _logical_lines(text: str) -> list[str]:
+    """`text` without comment lines, continued lines joined."""
+    kept = "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
+    return [line.strip() for line in kept.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def _pins() -> list[Requirement]:
+    return [Requirement(_HASH.sub("", line)) for line in _logical_lines(LOCK)]
+
+
+def _version(pin: Requirement) -> str:
+    [specifier] = pin.specifier
+    assert specifier.operator == "==", f"{pin} is not an exact pin"
+    return specifier.version
+
+
+def _stages() -> list[list[tuple[str, str]]]:
+    """The Dockerfile's stages, each a list of (instruction, rest)."""
+    stages: list[list[tuple[str, str]]] = []
+    for line in _logical_lines((ROOT / "Dockerfile").read_text()):
+        name, _, rest = line.partition(" ")
+        if name == "FROM":
+            stages.append([])
+        stages[-1].append((name, rest.strip()))
+    return stages
+
+
+def _last(instruction: str) -> str:
+    """What the image does: the last `instruction` of the final stage."""
+    return [rest for name, rest in _stages()[-1] if name == instruction][-1]
+
+
+def _pip_commands() -> list[list[str]]:
+    """Every command of a RUN that has pip fetch, build or install something, as its words."""
+    runs = [rest for stage in _stages() for name, rest in stage if name == "RUN"]
+    commands = [shlex.split(part) for rest in runs for part in rest.split("&&")]
+    return [words for words in commands if words[0] == "pip" and {"install", "wheel"} & set(words)]
+
+
+def _services() -> dict[str, str]:
+    """Each service of the compose file with the text that describes it."""
+    block = re.split(r"^(?=\S)", COMPOSE.partition("\nservices:\n")[2], flags=re.MULTILINE)[0]
+    parts = re.split(r"^  (\w+):\n", block, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def _application() -> str:
+    """What `migrate` and `service` share in the compose file."""
+    return COMPOSE.partition("&firstclaim\n")[2].partition("\nservices:\n")[0]
+
+
+# -- requirements.lock --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dependency", PROJECT["dependencies"])
+def test_every_dependency_is_locked_inside_its_range(dependency: str) -> None:
+    """The lock has every dependency of the project, at a version that its range in pyproject.toml admits."""
+    wanted = Requirement(dependency)
+    pins = [pin for pin in _pins() if canonicalize_name(pin.name) == canonicalize_name(wanted.name)]
+    assert pins, f"{wanted.name} is not locked: run the command at the head of requirements.lock"
+    outside = [str(pin) for pin in pins if _version(pin) not in wanted.specifier]
+    assert not outside, f"{outside}, but pyproject.toml wants {wanted}"
+
+
+def test_extras_are_locked_too() -> None:
+    """The lock has what our dependencies' extras bring: the C parser and SQLAlchemy's asyncio support."""
+    assert {"hiredis", "greenlet"} <= {pin.name for pin in _pins()}
+
+
+def test_every_pin_has_hashes() -> None:
+    """Every line of the lock is one exact version with at least one SHA-256."""
+    lines = _logical_lines(LOCK)
+    assert lines
+    assert not [line for line in lines if not _HASH.search(line)]
+    assert all(_version(pin) for pin in _pins())
+
+
+def test_the_lock_says_what_and_never_where() -> None:
+    """The lock holds no address, no path and no option: it installs from whatever index is configured."""
+    assert not re.findall(r"https?:|file:|git\+| @ |(?<!\w)/\w+/", LOCK)
+    assert not re.findall(r"--(?:extra-)?index|--find-links|--trusted-host|--no-index", LOCK)
+    assert not [line for line in _logical_lines(LOCK) if line.startswith("-")]
+
+
+def test_the_lock_is_for_production_only() -> None:
+    """Nothing that only the tests or the embedded servers need is in the lock, so it is not in the image."""
+    extras = [Requirement(line).name for group in PROJECT["optional-dependencies"].values() for line in group]
+    assert extras
+    assert not {canonicalize_name(name) for name in extras} & {canonicalize_name(pin.name) for pin in _pins()}
+
+
+# -- Dockerfile, .dockerignore ------------------------------------------------------------------------
+
+
+def test_the_image_does_not_run_as_root() -> None:
+    """The image's last USER is a number above 0, which an orchestrator can check by itself."""
+    user, _, group = _last("USER").partition(":")
+    assert int(user) > 0
+    assert int(group) > 0
+
+
+def test_the_service_is_process_1() -> None:
+    """ENTRYPOINT and CMD are exec form and name our command, so SIGTERM reaches the service, not a shell."""
+    entrypoint, command = json.loads(_last("ENTRYPOINT")), json.loads(_last("CMD"))
+    assert entrypoint == ["firstclaim"]
+    assert entrypoint[0] in PROJECT["scripts"]
+    assert command[0] == "serve"
+    assert command[command.index("--host") + 1] == "0.0.0.0"  # noqa: S104
+    assert command[command.index("--port") + 1] == _last("EXPOSE")
+    assert _last("STOPSIGNAL") == "SIGTERM"
+
+
+def test_the_last_stage_takes_only_the_venv() -> None:
+    """The image gets the venv from the builder and nothing else: no source tree, no build tools."""
+    copied = [rest for name, rest in _stages()[-1] if name in ("COPY", "ADD")]
+    assert copied == ["--from=builder /opt/venv /opt/venv"]
+
+
+def test_everything_fetched_is_hashed() -> None:
+    """Each pip command of the Dockerfile demands hashes or is offline, and one installs the lock."""
+    commands = _pip_commands()
+    loose = [
+        words
+        for words in commands
+        if "--require-hashes" not in words and not {"--no-index", "--no-deps"} <= set(words)
+    ]
+    assert not loose
+    assert any({"--require-hashes", "-r", "requirements.lock"} <= set(words) for words in commands)
+
+
+def test_the_build_backend_is_the_one_pyproject_asks_for() -> None:
+    """The Dockerfile pins, with hashes, a version of the build backend that pyproject.toml admits."""
+    found = re.findall(r"'(\S+==\S+) --hash=sha256:[0-9a-f]{64}'", (ROOT / "Dockerfile").read_text())
+    pins = {pin.name: pin for pin in map(Requirement, found)}
+    for wanted in map(Requirement, PYPROJECT["build-system"]["requires"]):
+        assert _version(pins[wanted.name]) in wanted.specifier
+
+
+def test_the_image_names_no_address_and_no_secret() -> None:
+    """No index, download address or credential is written into a layer of the image."""
+    recipe = [rest for stage in _stages() for name, rest in stage if name != "HEALTHCHECK"]
+    assert not [rest for rest in recipe if re.search(r"https?:|--(extra-)?index-url|--find-links", rest)]
+    settings = [rest for stage in _stages() for name, rest in stage if name in ("ARG", "ENV")]
+    assert settings
+    assert not [rest for rest in settings if re.search(r"(?i)secret|token|password|_url\b", rest)]
+
+
+def test_what_the_dockerfile_copies_is_let_into_the_build() -> None:
+    """What the Dockerfile copies exists and is let through .dockerignore, which keeps out all else."""
+    rules = _logical_lines((ROOT / ".dockerignore").read_text())
+    copies = [rest.split() for stage in _stages()[:-1] for name, rest in stage if name == "COPY"]
+    sources = {source for *sources, _ in copies for source in sources}
+    assert rules[0] == "*"
+    assert {rule[1:] for rule in rules if rule.startswith("!")} == sources
+    assert not [source for source in sources if not (ROOT / source).exists()]
+
+
+@contextmanager
+def _livez(status: int) -> Iterator[int]:
+    """A server on a free port that answers /livez with `status`, and anything else with 404."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/livez" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def _healthcheck(port: int) -> int:
+    """The exit code of the image's own health check, asked of `port` with a proxy in the environment."""
+    program, *arguments = json.loads(_last("HEALTHCHECK").partition(" CMD ")[2])
+    assert program == "python"
+    code = arguments[-1]
+    exposed = f"127.0.0.1:{_last('EXPOSE')}/"
+    assert exposed in code, "the check does not ask the port that the image exposes"
+    command = [sys.executable, *arguments[:-1], code.replace(exposed, f"127.0.0.1:{port}/")]
+    dead_end = {"http_proxy": "http://127.0.0.1:9"}
+    return subprocess.run(command, env=dead_end, check=False, capture_output=True).returncode
+
+
+def test_the_health_check_tells_alive_from_not() -> None:
+    """The HEALTHCHECK's own code passes on a 200 from /livez, and fails on a 503 and when nobody listens."""
+    with _livez(200) as port:
+        assert _healthcheck(port) == 0
+    assert _healthcheck(port) == 1
+    with _livez(503) as port:
+        assert _healthcheck(port) == 1
+
+
+# -- compose.yaml -------------------------------------------------------------------------------------
+
+
+def test_compose_has_the_service_and_all_it_needs() -> None:
+    """The compose file starts the two stores, migrates, then serves: its conditions force that order."""
+    services = _services()
+    assert set(services) == {"postgres", "redis", "migrate", "service"}
+    waits = {
+        (name, *pair)
+        for name, text in services.items()
+        for pair in re.findall(r"^      (\w+):\n        condition: (\w+)$", text, flags=re.MULTILINE)
+    }
+    assert waits == {
+        ("migrate", "postgres", "service_healthy"),
+        ("service", "migrate", "service_completed_successfully"),
+        ("service", "redis", "service_healthy"),
+    }
+    assert "command: [migrate]" in services["migrate"]
+    assert all("healthcheck:\n      test:" in services[store] for store in ("postgres", "redis"))
+
+
+def test_compose_publishes_only_the_service() -> None:
+    """No store is reachable from outside: it publishes no port, and its one network leads nowhere."""
+    services = _services()
+    assert [name for name, text in services.items() if "ports:" in text] == ["service"]
+    assert all("networks: [stores]" in services[name] for name in ("postgres", "redis", "migrate"))
+    assert "  stores:\n    internal: true\n" in COMPOSE
+
+
+def test_compose_hardens_our_containers() -> None:
+    """Both of our containers run read-only, without capabilities and without a way to gain any."""
+    ours = _application()
+    for line in ("read_only: true", "cap_drop: [ALL]", 'security_opt: ["no-new-privileges:true"]'):
+        assert f"\n  {line}\n" in ours
+    assert all("<<: *firstclaim" in _services()[name] for name in ("migrate", "service"))
+
+
+def test_compose_gives_only_settings_that_exist_and_demands_the_secret() -> None:
+    """Each variable that compose hands to the service is a setting, and without a signing secret it stops."""
+    given = dict(re.findall(r"^    ([A-Z_]+): (\S.*)$", _application(), flags=re.MULTILINE))
+    assert set(given) >= {"DATABASE_URL", "REDIS_URL", "STRIPE_WEBHOOK_SECRETS"}
+    assert set(given) <= {environment_name(field) for field in Settings.model_fields}
+    assert given["STRIPE_WEBHOOK_SECRETS"].startswith("${STRIPE_WEBHOOK_SECRETS:?")
+
+
+def test_compose_waits_for_a_graceful_stop() -> None:
+    """The grace before SIGKILL is longer than the time that the service gives itself to finish."""
+    [grace] = re.findall(r"stop_grace_period: (\d+)s", _services()["service"])
+    assert int(grace) > Settings.model_fields["shutdown_seconds"].default
+
+
+def test_nothing_we_ship_looks_like_a_misspelt_setting() -> None:
+    """Every FIRSTCLAIM_* name in the Dockerfile and the compose file is one that the service knows."""
+    names = set(re.findall(rf"\b{PREFIX}[A-Z_]+\b", (ROOT / "Dockerfile").read_text() + COMPOSE))
+    assert names
+    assert names <= {environment_name(field) for field in Settings.model_fields}
+
+
+# -- CI -----------------------------------------------------------------------------------------------
+
+
+def test_ci_runs_every_python_we_claim() -> None:
+    """The CI matrix is the Python versions that pyproject.toml claims, and each runs the whole .ci/run."""
+    claimed = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    [matrix] = re.findall(r"^        python: (\[.*\])$", CI, flags=re.MULTILINE)
+    assert json.loads(matrix) == claimed
+    assert "run: bash .ci/run\n" in CI
+    assert (ROOT / ".ci/run").is_file()
+
+
+def test_ci_can_only_read() -> None:
+    """The workflow's token reads and no more, and every action is named with a version."""
+    assert re.findall(r"^permissions:\n((?:  .*\n)+)", CI, flags=re.MULTILINE) == ["  contents: read\n"]
+    used = re.findall(r"uses: (\S+)", CI)
+    assert used
+    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", action) for action in used)
