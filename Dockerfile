@@ -44,8 +44,8 @@ RUN pip --python /opt/backend/bin/python wheel --no-index --no-deps --no-build-i
 
 
 FROM base
-# /app is root's: the service can read it and not write to it. A handler package of yours goes there
-# (COPY shop /app/shop, with PYTHONPATH=/app and FIRSTCLAIM_HANDLERS=shop.handlers).
+# /app is root's: the service can read it and not write to it. Handlers of yours go there, in an image of your own:
+# `FROM firstclaim`, `COPY shop ./shop`, `ENV FIRSTCLAIM_HANDLERS=shop.handlers`.
 RUN groupadd --gid 10001 firstclaim \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /app --shell /usr/sbin/nologin firstclaim
 WORKDIR /app

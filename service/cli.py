@@ -20,11 +20,11 @@ from typing import Annotated, NoReturn
 import typer
 import uvicorn
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 from uvicorn.supervisors import Multiprocess
 
 from service import sending
-from service.app import WEBHOOK_PATH, create_app
+from service.app import create_app
 from service.checks import Check, Verdict, all_checks, refuse
 from service.embedded import kept_secret, servers
 from service.errors import ConfigurationError, LedgerUnavailable, OperatorError
@@ -32,6 +32,7 @@ from service.inbox import schema
 from service.inbox.postgres import rotate_epoch
 from service.logs import configure
 from service.settings import Settings, load_settings
+from service.web.webhook import WEBHOOK_PATH
 
 app = typer.Typer(
     name="firstclaim",
@@ -192,11 +193,9 @@ def _migrate(settings: Settings) -> None:
 
 def _print_checks(found: list[Check]) -> None:
     colours = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "red"}
-    table = Table.grid(padding=(0, 2))
     for each in found:
-        table.add_row(f"[{colours[each.verdict]}]{each.verdict}[/]", each.name, each.detail)
-    if found:
-        out.print(table)
+        line = Text.assemble((f"{each.verdict:6}", colours[each.verdict]), f"{each.name:20} ", each.detail)
+        out.print(line, soft_wrap=True)
 
 
 def _greet(settings: Settings, ready: Settings, listener: socket.socket, workers: int) -> None:
@@ -212,11 +211,9 @@ def _greet(settings: Settings, ready: Settings, listener: socket.socket, workers
         secret = ready.stripe_webhook_secrets[0].get_secret_value()
         lines["secret"] = f"{secret} (generated, kept in {settings.data_dir})"
         lines["try"] = "firstclaim send invoice.payment_failed --copies 20"
-    table = Table.grid(padding=(0, 2))
-    for name, value in lines.items():
-        table.add_row(f"[bold]{name}[/]", value)
     out.print(f"firstclaim {version('firstclaim')}")
-    out.print(table)
+    for name, value in lines.items():
+        out.print(f"[bold]{name:10}[/]{value}", soft_wrap=True)  # a secret in two lines cannot be copied
 
 
 def _listen(host: str, port: int) -> socket.socket:

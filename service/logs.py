@@ -51,6 +51,7 @@ def configure(log_format: str, level: str) -> None:
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.ExtraAdder(),
+        _plain,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _place_of_exception,
     ]
@@ -84,6 +85,12 @@ def configure(log_format: str, level: str) -> None:
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
+
+
+def _plain(_: WrappedLogger, __: str, record: EventDict) -> EventDict:
+    """Uvicorn hands every line over twice, the second time with a terminal's colours."""
+    record.pop("color_message", None)
+    return record
 
 
 def _place_of_exception(_: WrappedLogger, __: str, record: EventDict) -> EventDict:

@@ -16,6 +16,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from service.inbox.event import Delivery
 from service.inbox.model import Status
 from service.inbox.postgres import borrow, driver, read_epoch
+from service.inbox.retry import Backoff
 
 # Insert the event and its body, or do nothing if the id is known: a row comes back only to the first.
 _INSERT = text("""
@@ -186,14 +187,13 @@ class Ledger:
     def __init__(
         self,
         engine: AsyncEngine,
+        backoff: Backoff,
         *,
         timeout_seconds: float,
         lease_seconds: float,
         give_up_seconds: float,
         idle_in_transaction_seconds: float,
         abandoned_most: int,
-        backoff_first_seconds: float,
-        backoff_most_seconds: float,
     ) -> None:
         self._engine = engine
         self._timeout_seconds = timeout_seconds
@@ -201,7 +201,7 @@ class Ledger:
         self._give_up_seconds = give_up_seconds
         self._timeout_ms = str(round(idle_in_transaction_seconds * 1000))
         self._abandoned_most = abandoned_most
-        self._backoff = {"first": backoff_first_seconds, "longest": backoff_most_seconds}
+        self._backoff = backoff
 
     # -- the two ways in ------------------------------------------------------------------------------
 
@@ -260,7 +260,12 @@ class Ledger:
 
     async def return_abandoned(self, limit: int) -> list[tuple[str, Status, int]]:
         """Give up on vanished holders; returns (event id, `pending` or `dead`, times abandoned) of each."""
-        parameters = {"limit": limit, "most": self._abandoned_most, **self._backoff}
+        parameters = {
+            "limit": limit,
+            "most": self._abandoned_most,
+            "first": self._backoff.first_seconds,
+            "longest": self._backoff.most_seconds,
+        }
         async with borrow(self._engine, self._timeout_seconds) as connection:
             rows = await connection.execute(_RETURN_ABANDONED, parameters)
             return [(row.event_id, Status(row.status), row.abandoned) for row in rows]

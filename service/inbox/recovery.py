@@ -18,6 +18,9 @@ from service.logs import describe_error
 
 log = structlog.get_logger(__name__)
 
+_ROUNDS_MISSED = 10  # a restart of Postgres is no news; this many intervals without a good round are
+_ROUND_SECONDS = 5  # and a round itself may take its time
+
 
 class Recovery:
     """The loop of one process: every `interval_seconds`, and at once again when the last round was full."""
@@ -32,6 +35,11 @@ class Recovery:
         self._batch = batch
         self._last_round = time.monotonic()
         self._failing = False
+
+    @property
+    def well(self) -> bool:
+        """Whether a round went well lately."""
+        return self.idle_seconds < _ROUNDS_MISSED * self._interval_seconds + _ROUND_SECONDS
 
     @property
     def idle_seconds(self) -> float:

@@ -82,7 +82,7 @@ class Readiness:
     def __init__(self, parts: list[Part]) -> None:
         self._parts = parts
 
-    async def __call__(self, _request: Request) -> Response:
+    async def report(self, _request: Request) -> Response:
         """Ask all parts side by side."""
         answers = await asyncio.gather(*(part.ask() for part in self._parts))
         lines = [

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import orjson
 import structlog
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
@@ -24,6 +25,7 @@ from service.web.signature import verify
 
 log = structlog.get_logger(__name__)
 
+WEBHOOK_PATH = "/webhooks/stripe"
 STATUS: dict[Kind, tuple[int, bool]] = {  # (HTTP status, processed)
     Kind.PROCESSED: (200, True),
     Kind.UNHANDLED: (200, True),
@@ -46,7 +48,7 @@ class Webhook:
     body_most_bytes: int
     body_timeout_seconds: float
 
-    async def __call__(self, request: Request) -> Response:
+    async def receive(self, request: Request) -> Response:
         """Verify, parse, hand to the pipeline, answer."""
         began = time.perf_counter()
         try:
@@ -112,6 +114,15 @@ def rejection(error: Rejected) -> Response:
     """The response for what was refused; the connection is closed when its body was not read to the end."""
     headers = {"Connection": "close"} if error.status in (408, 413) else {}
     return _respond(error.status, None, False, "rejected", error.reason, headers)
+
+
+async def refuse_path(_request: Request, error: Exception) -> Response:
+    """404 and 405 in the one shape, the header `Allow` kept."""
+    status = error.status_code if isinstance(error, HTTPException) else 404
+    reason = "Method not allowed" if status == 405 else f"No such path: webhooks go to POST {WEBHOOK_PATH}"
+    response = rejection(Rejected("path", reason, status))
+    response.headers.update(getattr(error, "headers", None) or {})
+    return response
 
 
 def _respond(

@@ -20,6 +20,7 @@ from service.handlers.invoices import payment_failure
 from service.inbox.event import parse_event
 from service.sending import (
     Answer,
+    _client,
     build_event,
     exit_code,
     progress,
@@ -174,7 +175,7 @@ def test_references_within_an_event_stay_consistent() -> None:
 @pytest.mark.parametrize("event_type", shipped_types())
 def test_only_ids_and_instants_are_renewed(event_type: str) -> None:
     """Amounts, types and every other word stay as the template has them."""
-    instants = rb'\b17\d{8}\b|(?<="created": )"20[^"]+"'
+    instants = rb'\b[12]\d{9}\b|(?<="created": )"20[^"]+"'
     template = (Path(service.__file__).parent / "templates" / f"{event_type}.json").read_bytes()
     built = (ID.sub(b"*", re.sub(instants, b"*", body)) for body in (build_event(event_type) + b"\n", template))
     assert next(built) == next(built)
@@ -369,6 +370,21 @@ async def test_an_answer_that_is_not_ours_keeps_its_status(content: bytes) -> No
     assert (answer.status, answer.action, answer.processed, answer.error) == (502, None, None, None)
 
 
+@pytest.mark.parametrize(
+    ("url", "trusted"),
+    [
+        (URL, False),
+        ("http://127.0.0.1:8000/", False),
+        ("http://[::1]:8000/", False),
+        ("HTTPS://LOCALHOST/", False),
+        ("https://staging.example.com/", True),
+    ],
+)
+def test_no_proxy_stands_before_this_machine(url: str, trusted: bool) -> None:
+    """A proxy in the environment serves staging, and never intercepts the service beside us."""
+    assert _client(url, httpx.create_ssl_context(), None).trust_env is trusted
+
+
 async def test_a_redirect_is_not_followed() -> None:
     """Stripe counts a redirect as a failure, so it is reported and not followed."""
     transport = answering(lambda _: httpx.Response(307, headers={"Location": "http://elsewhere/"}))
@@ -411,6 +427,7 @@ def test_the_latency_is_of_answered_copies() -> None:
     """p50 and p99 are latencies that some answered copy had, in milliseconds; an error has none."""
     answers = [Answer(200, "ignored", False, each / 1000, None) for each in range(1, 101)]
     assert "latency p50 50.0 ms, p99 99.0 ms" in said([*answers, REFUSED])
+    assert "latency p50 2.0 ms, p99 3.0 ms" in said(answers[:3])
     assert "latency p50 12.0 ms, p99 12.0 ms" in said([DONE])
     assert "latency" not in said([REFUSED])
 

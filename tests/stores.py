@@ -1,0 +1,94 @@
+"""Real servers for the tests: your own with TEST_DATABASE_URL and TEST_REDIS_URL, else the embedded ones.
+
+Every test gets a database of its own, cloned from a migrated template, and a Redis key prefix of its own.
+"""
+
+import asyncio
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+from pydantic import SecretStr
+
+from service import embedded
+from service.inbox import schema
+from service.settings import Settings, postgres_dsn
+
+# Without a unique constraint on purpose: a doubled effect must be able to show itself.
+EFFECTS = """
+CREATE TABLE effects (
+    event_id text NOT NULL, attempt integer NOT NULL, pid integer NOT NULL, xid text NOT NULL,
+    at timestamptz NOT NULL DEFAULT clock_timestamp()
+)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """Addresses of a running Postgres and Redis, and the database that tests clone."""
+
+    postgres_url: str
+    redis_url: str
+    template: str
+
+    def database(self, name: str) -> str:
+        """The address of database `name` on the same server."""
+        return with_database(self.postgres_url, name)
+
+
+def with_database(url: str, name: str) -> str:
+    """`url` with another database."""
+    return urlunsplit(urlsplit(url)._replace(path=f"/{name}"))
+
+
+@contextmanager
+def running(folder: Path, postgres_url: str | None, redis_url: str | None) -> Iterator[Stores]:
+    """Both stores up, the template migrated; embedded servers live in `folder`."""
+    settings = Settings(
+        data_dir=folder,
+        database_url=SecretStr(postgres_url) if postgres_url else None,
+        redis_url=SecretStr(redis_url) if redis_url else None,
+        stripe_webhook_secrets=(SecretStr("whsec_test"),),
+    )
+    with embedded.servers(settings) as ready:
+        assert ready.database_url is not None
+        assert ready.redis_url is not None
+        url = postgres_dsn(ready.database_url.get_secret_value())
+        template = f"firstclaim_template_{secrets.token_hex(4)}"
+        asyncio.run(_make_template(url, template))
+        try:
+            yield Stores(url, ready.redis_url.get_secret_value(), template)
+        finally:
+            asyncio.run(_execute(url, f'DROP DATABASE IF EXISTS "{template}" WITH (FORCE)'))
+
+
+async def _make_template(url: str, template: str) -> None:
+    await _execute(url, f'CREATE DATABASE "{template}"')
+    await schema.migrate(with_database(url, template), 10)
+    await _execute(with_database(url, template), EFFECTS)
+
+
+async def clone(stores: Stores) -> str:
+    """A fresh database as the template has it; returns its address."""
+    name = f"test_{secrets.token_hex(6)}"
+    await _execute(stores.postgres_url, f'CREATE DATABASE "{name}" TEMPLATE "{stores.template}"')
+    return stores.database(name)
+
+
+async def drop(url: str) -> None:
+    """Drop a cloned database, whoever is connected to it."""
+    parts = urlsplit(url)
+    name = parts.path.removeprefix("/")
+    await _execute(with_database(url, "postgres"), f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
+
+
+async def _execute(url: str, statement: str) -> None:
+    connection = await asyncpg.connect(url, timeout=10)
+    try:
+        await connection.execute(statement)
+    finally:
+        await connection.close()
