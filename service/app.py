@@ -62,6 +62,8 @@ def assemble(settings: Settings, registry: Registry) -> Parts:
     """Build everything from settings that name both stores; opens nothing. Raises `ConfigurationError`."""
     if settings.database_url is None or settings.redis_url is None:
         raise ConfigurationError(["DATABASE_URL and REDIS_URL must both be set for the application itself"])
+    if not settings.stripe_webhook_secrets:
+        raise ConfigurationError(["STRIPE_WEBHOOK_SECRETS is missing: nothing could be verified"])
     dsn = settings.database_url.get_secret_value()
     patience = settings.postgres_timeout_seconds
     backoff = Backoff(settings.backoff_first_seconds, settings.backoff_most_seconds)

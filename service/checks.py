@@ -130,12 +130,12 @@ async def _connect(dsn: str, timeout_seconds: float, *, patient: bool) -> asyncp
 
 
 async def _ask_postgres(connection: asyncpg.Connection, dsn: str, settings: Settings) -> AsyncIterator[Check]:
-    version = connection.get_server_version()
+    version = await _setting(connection, "server_version")
     number = int(await _setting(connection, "server_version_num"))
     if number < _POSTGRES_OLDEST:
-        yield _fail("postgres", f"version {version.major} is too old: 14 or newer is needed")
+        yield _fail("postgres", f"version {version} is too old: 14 or newer is needed")
         return
-    yield _ok("postgres", f"version {version.major}.{version.minor}")
+    yield _ok("postgres", f"version {version}")
     if await _pooled_by_transaction(connection, dsn, settings.postgres_timeout_seconds):
         yield _fail(
             "pooler",
@@ -155,14 +155,17 @@ async def _ask_postgres(connection: asyncpg.Connection, dsn: str, settings: Sett
     if await _setting(connection, "synchronous_commit") != "on":
         yield _ok("synchronous_commit", "is not on by default; every connection of ours pins it to on")
     yield await _check_connections(connection, settings)
-    version_num = await read_version(connection)
-    state = compare(version_num)
+    yield await _check_schema(connection)
+
+
+async def _check_schema(connection: asyncpg.Connection) -> Check:
+    revision = await read_version(connection)
+    state = compare(revision)
     if state is SchemaState.OUTDATED:
-        yield _fail("schema", str(outdated(version_num)))
-    elif state is SchemaState.NEWER:
-        yield _warn("schema", f"at {version_num}, migrated by a newer firstclaim: this build works on it")
-    else:
-        yield _ok("schema", f"at {version_num}, ledger epoch {await read_epoch(connection)}")
+        return _fail("schema", str(outdated(revision)))
+    if state is SchemaState.NEWER:
+        return _warn("schema", f"at {revision}, migrated by a newer firstclaim: this build works on it")
+    return _ok("schema", f"at {revision}, ledger epoch {await read_epoch(connection)}")
 
 
 async def _setting(connection: asyncpg.Connection, name: str) -> str:

@@ -80,9 +80,11 @@ def serve(
         _stop_on_signals()
         listener = _listen(host, port)
         with servers(settings) as ready:
-            if migrate or settings.embedded_database:
-                _migrate(ready)
             found = asyncio.run(all_checks(ready, patient=True))
+            if migrate or settings.embedded_database:
+                refuse([check for check in found if check.name != "schema"])
+                _migrate(ready)
+                found = asyncio.run(all_checks(ready))
             refuse(found)
             _greet(settings, ready, listener, workers)
             _print_checks([check for check in found if check.verdict is not Verdict.OK])
@@ -92,7 +94,7 @@ def serve(
 @app.command()
 def migrate() -> None:
     """Bring the database's schema up to date; safe to run from many places at once."""
-    with _reported(), servers(_settings(), share=True) as settings:
+    with _reported(), servers(_settings(receiving=False), share=True) as settings:
         _migrate(settings)
 
 
@@ -109,7 +111,7 @@ def check() -> None:
 @epoch.command()
 def rotate() -> None:
     """Make every marker in Redis worthless: the step after restoring the ledger from a backup."""
-    with _reported(), servers(_settings(), share=True) as settings:
+    with _reported(), servers(_settings(receiving=False), share=True) as settings:
         before, after = asyncio.run(rotate_epoch(_dsn(settings), settings.postgres_timeout_seconds))
         out.print(f"epoch {before} -> {after}; running services notice within one recovery round")
 
@@ -123,6 +125,8 @@ def send(
     file: Annotated[Path | None, typer.Option(help="Send this event instead of a template.")] = None,
 ) -> None:
     """Sign and send an event as Stripe would; exit 1 if more than one copy was processed."""
+    if bool(event_type) == (file is not None):
+        raise typer.BadParameter("name an event TYPE, or give one with --file")
     with _reported():
         body = _event(event_type, event_id, file)
         with sending.progress(copies, out) as on_answer:
@@ -171,8 +175,8 @@ def _fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def _settings() -> Settings:
-    settings = load_settings()
+def _settings(*, receiving: bool = True) -> Settings:
+    settings = load_settings(receiving=receiving)
     configure(settings.log_format, settings.log_level)
     return settings
 

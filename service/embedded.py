@@ -213,18 +213,18 @@ def _let_in(user: User, places: list[Path], programs: Mapping[str, Path]) -> Non
     files = [*programs.values()]
     if postgres := programs.get("database_url"):
         files.append(postgres.parents[1] / "share/postgresql/postgres.bki")
-    ways = {folder for path in (*places, *files) for folder in path.parents}
-    shut = sorted(folder for folder in ways if not _may(user, folder, 1))
-    for folder in shut:
-        folder.chmod(stat.S_IMODE(folder.stat().st_mode) | 0o001)
-    if shut:
-        log.warning("folders_opened_for_search", folders=[str(each) for each in shut], uid=user.uid)
     for file in files:
         if not _may(user, file, 4):
             raise OperatorError(
                 f"{file} is not readable for uid {user.uid}, who runs the servers because root must not. "
                 "Install firstclaim[embedded] again under umask 022, or run as another user than root."
             )
+    ways = {folder for path in (*places, *files) for folder in path.parents}
+    shut = sorted(folder for folder in ways if not _may(user, folder, 1))
+    for folder in shut:
+        folder.chmod(stat.S_IMODE(folder.stat().st_mode) | 0o001)
+    if shut:
+        log.warning("folders_opened_for_search", folders=[str(each) for each in shut], uid=user.uid)
 
 
 def _make_private(folder: Path, user: User | None) -> None:

@@ -7,10 +7,11 @@ silently does nothing is how a team finds out in production.
 
 import difflib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
-from urllib.parse import SplitResult, parse_qsl, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
@@ -19,12 +20,17 @@ from service.errors import ConfigurationError
 
 PREFIX = "FIRSTCLAIM_"
 
+_SERVICE_LINK = re.compile(PREFIX + r"(?:SERVICE_(?:HOST|PORT)|PORT)(?:_.*)?")
+
 # Query parameters of a REDIS_URL that say where and how to connect. Any other would override what the
 # lock's correctness rests on: no retries of its own, short socket timeouts.
 _REDIS_QUERY = {"db", "ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname"}
 
 # libpq parameters that hosting platforms append and that the driver would send to the server as settings.
 _LIBPQ_ONLY = {"channel_binding", "connect_timeout", "gssencmode", "keepalives", "keepalives_idle"}
+
+_POSTGRES_EXAMPLE = "postgresql://user:password@host:5432/database"
+_REDIS_EXAMPLE = "redis://:password@host:6379/0"
 
 
 class Settings(BaseSettings):
@@ -76,19 +82,22 @@ class Settings(BaseSettings):
     marker_ttl_seconds: float = Field(
         96 * 3600,
         ge=60,
+        le=35 * 86_400,
         description="Life of the `recorded` marker: outlives Stripe's 3 days of retries by one.",
     )
     lease_seconds: float = Field(
         15,
         ge=0.5,
+        le=3600,
         description="How long a claim may go unlocked before it counts as abandoned; < handler deadline.",
     )
     handler_deadline_seconds: float = Field(
-        30, ge=0.5, description="A handler still running then has failed, and its connection is terminated."
+        30, ge=0.5, le=3600, description="A handler still running then has failed, and its connection is terminated."
     )
     idle_in_transaction_seconds: float = Field(
         35,
         ge=1,
+        le=2 * 3600,
         description="Set on the server per transaction: frees the row of a frozen process; > handler deadline.",
     )
     handler_slots: int = Field(
@@ -133,12 +142,14 @@ class Settings(BaseSettings):
     backoff_first_seconds: float = Field(
         5,
         gt=0,
+        le=3600,
         description="First retry after a failure, doubling each time, jittered between half and whole.",
     )
-    backoff_most_seconds: float = Field(3600, gt=0, description="The backoff stops doubling here.")
+    backoff_most_seconds: float = Field(3600, gt=0, le=86_400, description="The backoff stops doubling here.")
     give_up_seconds: float = Field(
         3 * 86_400,
         gt=0,
+        le=30 * 86_400,
         description="A failing event is `dead` this long after receipt: when Stripe itself gives up.",
     )
     abandoned_most: int = Field(
@@ -249,10 +260,6 @@ class Settings(BaseSettings):
                     self.drain_seconds >= self.shutdown_seconds,
                     "FIRSTCLAIM_DRAIN_SECONDS must be below FIRSTCLAIM_SHUTDOWN_SECONDS, which includes it",
                 ),
-                (
-                    self.database_url is not None and not self.stripe_webhook_secrets,
-                    "STRIPE_WEBHOOK_SECRETS is missing or blank: set it to the endpoint's signing secret (whsec_...)",
-                ),
             )
             if wrong
         ]
@@ -261,13 +268,19 @@ class Settings(BaseSettings):
         return self
 
 
-def load_settings(environ: Mapping[str, str] = os.environ) -> Settings:
-    """Read and check everything; raises `ConfigurationError` with every fault, each naming its variable."""
-    faults = _unknown_names(environ)
+def load_settings(*, receiving: bool = True) -> Settings:
+    """Read and check the environment; raises `ConfigurationError` with every fault, each naming its variable.
+
+    `receiving`: whether deliveries will be verified, so that signing secrets are needed (`migrate` has no use
+    for them, and a migration job should not hold them).
+    """
+    faults = _unknown_names(os.environ)
+    if receiving and os.environ.get("DATABASE_URL") and not os.environ.get("STRIPE_WEBHOOK_SECRETS", "").strip():
+        faults.append("STRIPE_WEBHOOK_SECRETS is missing or blank: set it to the endpoint's signing secret (whsec_...)")
     try:
         settings = Settings()
     except ValidationError as error:
-        raise ConfigurationError([*faults, *_explain(error)]) from None
+        raise ConfigurationError([*faults, *_all_faults(error)]) from None
     if faults:
         raise ConfigurationError(faults)
     return settings
@@ -281,19 +294,20 @@ def environment_name(field: str) -> str:
 
 def postgres_dsn(url: str) -> str:
     """`url` as the driver takes it; raises ValueError with what was expected, never with the password."""
-    parts = _split_url(url, "postgresql://user:password@host:5432/database")
+    parts = _split_url(url, _POSTGRES_EXAMPLE)
+    _check_port(parts, _POSTGRES_EXAMPLE)
     scheme = parts.scheme.partition("+")[0]
     if scheme not in ("postgresql", "postgres"):
         raise ValueError(f"scheme {parts.scheme!r} is not PostgreSQL; expected postgresql:// or postgres://")
     query = "&".join(pair for pair in parts.query.split("&") if pair and pair.partition("=")[0] not in _LIBPQ_ONLY)
     if dict(parse_qsl(query, keep_blank_values=True)).get("pgbouncer") is not None:
         raise ValueError("pgbouncer=true names a transaction-mode pooler, which cannot work; use the direct address")
-    return urlunsplit(("postgresql", parts.netloc, parts.path, query, ""))
+    return f"postgresql://{parts.netloc}{parts.path}" + (f"?{query}" if query else "")
 
 
 def redis_url(url: str) -> str:
     """`url` as the client takes it; Valkey's schemes are Redis's. Sentinel and Cluster are refused by name."""
-    parts = _split_url(url, "redis://:password@host:6379/0")
+    parts = _split_url(url, _REDIS_EXAMPLE)
     scheme = {"valkey": "redis", "valkeys": "rediss", "redis+unix": "unix", "valkey+unix": "unix"}.get(
         parts.scheme, parts.scheme
     )
@@ -303,45 +317,74 @@ def redis_url(url: str) -> str:
         raise ValueError("Redis Cluster URLs are not supported; give a single primary (redis:// or rediss://)")
     if scheme not in ("redis", "rediss", "unix"):
         raise ValueError(f"scheme {parts.scheme!r} is not Redis; expected redis://, rediss:// or unix://")
-    if "," in parts.netloc:
+    if "," in parts.netloc.rpartition("@")[2]:
         raise ValueError("several hosts in one URL (Sentinel or Cluster) are not supported; give a single primary")
+    _check_port(parts, _REDIS_EXAMPLE)
     if strange := {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)} - _REDIS_QUERY:
         raise ValueError(f"unknown parameter {', '.join(sorted(strange))}; allowed: {', '.join(sorted(_REDIS_QUERY))}")
     if scheme == "unix" and not parts.path:
         raise ValueError("a unix:// URL needs a path, e.g. unix:///run/redis/redis.sock?db=0")
-    if scheme == "unix":
-        return f"unix://{parts.netloc}{parts.path}" + (f"?{parts.query}" if parts.query else "")
-    return urlunsplit((scheme, parts.netloc, parts.path, parts.query, ""))
+    return f"{scheme}://{parts.netloc}{parts.path}" + (f"?{parts.query}" if parts.query else "")
 
 
 def _split_url(url: str, example: str) -> SplitResult:
     try:
         parts = urlsplit(url.strip())
-        _ = parts.port
     except ValueError:
         raise ValueError(f"not a URL; expected e.g. {example}") from None
     if not parts.scheme or "://" not in url:
         raise ValueError(f"not a URL; expected e.g. {example}")
+    # An unescaped # ? or / of a password ends the host part early: the rest of it, and the real host, then stand
+    # where they would be connected to, or shown, as something else.
+    cut_short = parts.netloc and "@" not in parts.netloc and "@" in parts.path + parts.query.partition("=")[0]
+    if "#" in url or cut_short:
+        raise ValueError("a # ? / or @ in the user name or the password must be written %23, %3F, %2F or %40")
     return parts
 
 
+def _check_port(parts: SplitResult, example: str) -> None:
+    try:
+        _ = parts.port
+    except ValueError:
+        raise ValueError(f"not a URL; expected e.g. {example}") from None
+
+
 def _unknown_names(environ: Mapping[str, str]) -> list[str]:
-    known = {environment_name(field) for field in Settings.model_fields}
+    """Misspelt settings; what Kubernetes injects for a Service named firstclaim is none."""
+    known = {environment_name(field): environment_name(field).removeprefix(PREFIX) for field in Settings.model_fields}
     faults = []
     for name in sorted(environ):
-        if name.startswith(PREFIX) and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            faults.append(f"{name} is not a setting" + (f"; did you mean {near[0]}?" if near else ""))
+        if name.startswith(PREFIX) and name not in known and not _SERVICE_LINK.fullmatch(name):
+            near = difflib.get_close_matches(name.removeprefix(PREFIX), known.values(), n=1)
+            meant = [full for full, short in known.items() if short in near]
+            faults.append(f"{name} is not a setting" + (f"; did you mean {meant[0]}?" if meant else ""))
     return faults
+
+
+def _all_faults(error: ValidationError) -> list[str]:
+    """The faults of single settings and, with stand-ins for those, the faults between settings."""
+    wrong = {str(detail["loc"][0]) for detail in error.errors() if detail["loc"]}
+    faults = _explain(error)
+    if wrong:
+        fields = {name: field for name, field in Settings.model_fields.items() if _key(name) in wrong}
+        try:
+            Settings(**{_key(name): field.default for name, field in fields.items()})
+        except ValidationError as between:
+            faults += _explain(between)
+    return faults
+
+
+def _key(field: str) -> str:
+    """What pydantic calls the field: its alias, where it has one."""
+    return str(Settings.model_fields[field].validation_alias or field)
 
 
 def _explain(error: ValidationError) -> list[str]:
     faults: list[str] = []
     for detail in error.errors(include_url=False, include_input=False, include_context=False):
         message = detail["msg"].removeprefix("Value error, ")
-        if not detail["loc"]:
-            faults.extend(message.split("\n"))
-            continue
-        field = str(detail["loc"][0])
-        faults.append(f"{environment_name(field) if field in Settings.model_fields else field}: {message}")
+        if detail["loc"]:
+            name = str(detail["loc"][0])
+            message = f"{environment_name(name) if name in Settings.model_fields else name}: {message}"
+        faults.extend(message.split("\n"))
     return faults

