@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -94,7 +94,7 @@ def serve(
 @app.command()
 def migrate() -> None:
     """Bring the database's schema up to date; safe to run from many places at once."""
-    with _reported(), servers(_settings(receiving=False), share=True) as settings:
+    with _reported(), _database() as settings:
         _migrate(settings)
 
 
@@ -111,7 +111,7 @@ def check() -> None:
 @epoch.command()
 def rotate() -> None:
     """Make every marker in Redis worthless: the step after restoring the ledger from a backup."""
-    with _reported(), servers(_settings(receiving=False), share=True) as settings:
+    with _reported(), _database() as settings:
         before, after = asyncio.run(rotate_epoch(_dsn(settings), settings.postgres_timeout_seconds))
         out.print(f"epoch {before} -> {after}; running services notice within one recovery round")
 
@@ -179,6 +179,14 @@ def _settings(*, receiving: bool = True) -> Settings:
     settings = load_settings(receiving=receiving)
     configure(settings.log_format, settings.log_level)
     return settings
+
+
+@contextmanager
+def _database() -> Iterator[Settings]:
+    """For commands that ask Postgres alone: settings with its address, no Redis and no secret needed."""
+    settings = _settings(receiving=False)
+    with nullcontext(settings) if settings.database_url else servers(settings, share=True) as ready:
+        yield ready
 
 
 def _dsn(settings: Settings) -> str:
