@@ -113,7 +113,7 @@ def rotate() -> None:
     """Make every marker in Redis worthless: the step after restoring the ledger from a backup."""
     with _reported(), _database() as settings:
         before, after = asyncio.run(rotate_epoch(_dsn(settings), settings.postgres_timeout_seconds))
-        out.print(f"epoch {before} -> {after}; running services notice within one recovery round")
+        out.print(f"epoch {before} -> {after}; running services notice within one recovery round", soft_wrap=True)
 
 
 @app.command()

@@ -267,12 +267,21 @@ def test_compose_hardens_our_containers() -> None:
     assert all("<<: *firstclaim" in _services()[name] for name in ("migrate", "service"))
 
 
+def _given(service: str) -> dict[str, str]:
+    return dict(re.findall(r"^      ([A-Z_]+): (\S.*)$", _services()[service], flags=re.MULTILINE))
+
+
 def test_compose_gives_only_settings_that_exist_and_demands_the_secret() -> None:
     """Each variable that compose hands to the service is a setting, and without a signing secret it stops."""
-    given = dict(re.findall(r"^    ([A-Z_]+): (\S.*)$", _application(), flags=re.MULTILINE))
+    given = _given("service")
     assert set(given) >= {"DATABASE_URL", "REDIS_URL", "STRIPE_WEBHOOK_SECRETS"}
     assert set(given) <= {environment_name(field) for field in Settings.model_fields}
     assert given["STRIPE_WEBHOOK_SECRETS"].startswith("${STRIPE_WEBHOOK_SECRETS:?")
+
+
+def test_compose_keeps_the_secret_from_the_migration() -> None:
+    """The migration is handed the database's address and nothing else."""
+    assert set(_given("migrate")) == {"DATABASE_URL"}
 
 
 def test_compose_waits_for_a_graceful_stop() -> None:
