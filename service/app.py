@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from functools import partial
 
 from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
@@ -68,10 +69,11 @@ def assemble(settings: Settings, registry: Registry) -> Parts:
     patience = settings.postgres_timeout_seconds
     backoff = Backoff(settings.backoff_first_seconds, settings.backoff_most_seconds)
     epoch = Epoch(fresh_seconds=5 * settings.recovery_interval_seconds + 2 * patience)
-    ingest = create_engine(
-        dsn, size=settings.ingest_connections, timeout_seconds=patience, epoch=epoch, autocommit=True
+    engine = partial(
+        create_engine, dsn, timeout_seconds=patience, queue_seconds=settings.answer_budget_seconds, epoch=epoch
     )
-    handlers = create_engine(dsn, size=settings.handler_slots, timeout_seconds=patience, epoch=epoch)
+    ingest = engine(size=settings.ingest_connections, autocommit=True)
+    handlers = engine(size=settings.handler_slots)
     lock = Lock(
         connect(settings.redis_url.get_secret_value(), timeout_seconds=settings.redis_timeout_seconds),
         prefix=settings.redis_prefix,

@@ -22,6 +22,7 @@ from service.inbox.event import Event
 
 _PATTERN = re.compile(r"\*|[A-Za-z0-9_\[\]\-]+(\.[A-Za-z0-9_\[\]\-]+)*(\.\*)?")
 _DECLARED = "__firstclaim_handlers__"
+_PATTERNS = "__firstclaim_patterns__"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +82,12 @@ class Handler:
 
     @property
     def is_async(self) -> bool:
+        """Whether it is awaited; else it runs in a thread."""
         return inspect.iscoroutinefunction(self.function)
 
     @property
     def name(self) -> str:
+        """Where it is defined, for faults and logs."""
         return f"{self.function.__module__}.{self.function.__qualname__}"
 
 
@@ -114,7 +117,9 @@ def on(*patterns: str) -> Callable[[H], H]:
         # from the module, and must not hide its handler.
         noted = vars(sys.modules[function.__module__]).setdefault(_DECLARED, [])
         noted.extend(Handler(pattern, function) for pattern in patterns)
-        function.__firstclaim_patterns__ = patterns  # type: ignore[attr-defined]
+        # Also on the function, for whoever re-exports it; there may be a second `@on` on it.
+        known = getattr(function, _PATTERNS, ())
+        setattr(function, _PATTERNS, (*known, *patterns))
         return function
 
     return declare
@@ -142,13 +147,13 @@ class Registry:
         for name in modules:
             try:
                 module = importlib.import_module(name)
-            except Exception as error:  # noqa: BLE001  (whatever a user's module raises at import)
+            except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever a user's module raises at import)
                 faults.append(f"FIRSTCLAIM_HANDLERS: cannot import {name}: {type(error).__name__}: {error}")
                 continue
             handlers += getattr(module, _DECLARED, [])
             for function in vars(module).values():
                 if inspect.isfunction(function) and function.__module__ != name:
-                    handlers += [Handler(each, function) for each in getattr(function, "__firstclaim_patterns__", ())]
+                    handlers += [Handler(each, function) for each in getattr(function, _PATTERNS, ())]
         try:
             registry = cls(handlers)
         except ConfigurationError as error:

@@ -49,6 +49,7 @@ _MAKERS: dict[str, Callable[[], bytes]] = {
     "Infinity": lambda: _with(b"-Infinity"),
     "1e999999": lambda: _with(b"1e999999"),
     "1e-999999": lambda: _with(b"1e-999999"),
+    "integer of 300 digits": lambda: _with(b"9" * 300),
     "integer of 400 digits": lambda: _with(b"9" * 400),
     "integer of 100,000 digits": lambda: _with(b"9" * 100_000),
     "fraction of 100,000 digits": lambda: _with(b"0." + b"3" * 100_000),

@@ -70,6 +70,8 @@ class Dispatcher:
         self._suspects = asyncio.Semaphore(1)
         self._waiting = 0
         self._running = 0
+        self._roomy = asyncio.Event()
+        self._roomy.set()
 
     @property
     def free_slots(self) -> int:
@@ -80,6 +82,10 @@ class Dispatcher:
     def suspect_free(self) -> bool:
         """Whether an event that was abandoned before could start right now."""
         return not self._suspects.locked()
+
+    async def room(self) -> None:
+        """Wait until half of the slots are free: recovery then fetches its next batch, not single events."""
+        await self._roomy.wait()
 
     async def run(self, claim: Claim, event: Event, handler: Handler) -> Outcome:
         """Dispatch a claimed event; raises `LedgerUnavailable` when what became of it cannot be told."""
@@ -101,7 +107,7 @@ class Dispatcher:
         """Wait for a slot, half the lease at most; returns what frees it again, or None."""
         gates = [self._suspects, self._slots] if claim.abandoned else [self._slots]
         entered: list[asyncio.Semaphore] = []
-        self._waiting += 1
+        self._count(waiting=1)
         try:
             async with asyncio.timeout(self._limits.lease_seconds / 2):
                 for gate in gates:
@@ -114,15 +120,23 @@ class Dispatcher:
                 return None
             raise
         finally:
-            self._waiting -= 1
-        self._running += 1
+            self._count(waiting=-1)
+        self._count(running=1)
 
         def release() -> None:
-            self._running -= 1
+            self._count(running=-1)
             for gate in entered:
                 gate.release()
 
         return release
+
+    def _count(self, *, waiting: int = 0, running: int = 0) -> None:
+        self._waiting += waiting
+        self._running += running
+        if self.free_slots * 2 >= self._limits.slots:
+            self._roomy.set()
+        else:
+            self._roomy.clear()
 
     async def _settle(self, claim: Claim, ended: "str | Exception") -> Outcome:
         """Bring the ledger in line with how the attempt ended: its action, or why it failed."""

@@ -31,7 +31,7 @@ class _Progress:
 
 
 class Pipeline:
-    """Claims, then dispatches; `deliver` for one delivery, `recover` for one round of recovery."""
+    """Claims, then dispatches; `deliver` for one delivery, `recover` for what is due."""
 
     def __init__(
         self,
@@ -63,23 +63,34 @@ class Pipeline:
             return outcome.deferred("Recorded; still at work on it")
         return outcome.unavailable("Not recorded in time")
 
-    async def recover(self, most: int) -> int:
-        """One round: return what was abandoned, claim up to `most` due events and set them to work.
-
-        Returns how many were claimed. Raises `LedgerUnavailable`.
-        """
-        ledger = self._claims.ledger
-        for event_id, status, times in await ledger.return_abandoned(most):
+    async def return_abandoned(self, most: int) -> None:
+        """Make events due again whose holder vanished. Raises `LedgerUnavailable`."""
+        for event_id, status, times in await self._claims.ledger.return_abandoned(most):
             log.warning("abandoned", event_id=event_id, status=status, times=times)
+
+    async def recover(self) -> bool:
+        """Claim due events, no more than free handler slots, and set them to work.
+
+        Returns whether there may be more of them. Raises `LedgerUnavailable`.
+        """
         if self._claims.lock.away or self._stopping:
-            return 0
-        due = await ledger.due(min(most, self._dispatcher.free_slots), abandoned=False)
-        if self._dispatcher.suspect_free and self._dispatcher.free_slots > len(due):
+            return False
+        ledger, slots = self._claims.ledger, self._dispatcher.free_slots
+        if not slots:
+            return True
+        due = await ledger.due(slots, abandoned=False)
+        full = len(due) == slots
+        if not full and self._dispatcher.suspect_free:
             due += await ledger.due(1, abandoned=True)
         claims = await self._claims.recover(due)
         for claim in claims:
             self._spawn(self._recovered(claim))
-        return len(claims)
+        # None of a full house of them: others hold their locks, and asking again at once would only spin.
+        return full and bool(claims)
+
+    async def room(self) -> None:
+        """Wait until there is room for a fair number of due events."""
+        await self._dispatcher.room()
 
     async def drain(self, seconds: float) -> None:
         """Take nothing new, give running work `seconds` to end, then release the rest uncharged."""

@@ -113,15 +113,19 @@ async def open_connection(dsn: str, timeout_seconds: float, epoch: Epoch | None 
 
 
 def create_engine(
-    dsn: str, *, size: int, timeout_seconds: float, epoch: Epoch, autocommit: bool = False
+    dsn: str, *, size: int, timeout_seconds: float, queue_seconds: float, epoch: Epoch, autocommit: bool = False
 ) -> AsyncEngine:
-    """A pool of exactly `size` connections; opens nothing yet. No overflow: that would reconnect per request."""
+    """A pool of exactly `size` connections; opens nothing yet. No overflow: that would reconnect per request.
+
+    `timeout_seconds` is for connecting; `queue_seconds` is how long a caller waits for a connection that is in
+    use: a burst of ours that queues here is no sign of Postgres being away.
+    """
     engine = create_async_engine(
         "postgresql+asyncpg://",
         async_creator=lambda: open_connection(dsn, timeout_seconds, epoch),
         pool_size=size,
         max_overflow=0,
-        pool_timeout=timeout_seconds,
+        pool_timeout=queue_seconds,
         hide_parameters=True,
         **({"isolation_level": "AUTOCOMMIT"} if autocommit else {}),
     )
@@ -171,21 +175,21 @@ async def discard(connection: AsyncConnection) -> None:
 
 @asynccontextmanager
 async def borrow(engine: AsyncEngine, timeout_seconds: float) -> AsyncIterator[AsyncConnection]:
-    """A pooled connection for one short piece of work, `timeout_seconds` for all of it.
+    """A pooled connection for one short piece of work, which may take `timeout_seconds`.
 
     Raises `LedgerUnavailable` for whatever Postgres, the network or the pool says, without their words
     where these could hold a value.
     """
     try:
-        async with asyncio.timeout(timeout_seconds):
-            connection = await engine.connect()
-            try:
+        connection = await engine.connect()
+        try:
+            async with asyncio.timeout(timeout_seconds):
                 yield connection
-            except (TimeoutError, asyncio.CancelledError):
-                await discard(connection)
-                raise
-            finally:
-                await connection.close()
+        except (TimeoutError, asyncio.CancelledError):
+            await discard(connection)
+            raise
+        finally:
+            await connection.close()
     except UNAVAILABLE as error:
         raise LedgerUnavailable(describe(error)) from error
 

@@ -1,10 +1,11 @@
 """Recovery: a delivery that Stripe did not have to make. Every process runs it; there is no leader.
 
-Guarantees: the loop is supervised: neither a bad row nor a restarted server ends it; `healthy` says whether
+Guarantees: the loop is supervised: neither a bad row nor a restarted server ends it; `well` says whether
 its last round was lately. Each round also confirms the ledger's epoch, without which no marker counts.
 """
 
 import asyncio
+import contextlib
 import random
 import time
 
@@ -23,7 +24,10 @@ _ROUND_SECONDS = 5  # and a round itself may take its time
 
 
 class Recovery:
-    """The loop of one process: every `interval_seconds`, and at once again when the last round was full."""
+    """The loop of one process: every `interval_seconds`, and as soon as there is room when a round was full.
+
+    `batch` bounds how many abandoned events a round makes due again.
+    """
 
     def __init__(
         self, pipeline: Pipeline, ledger: Ledger, epoch: Epoch, *, interval_seconds: float, batch: int
@@ -35,6 +39,7 @@ class Recovery:
         self._batch = batch
         self._last_round = time.monotonic()
         self._failing = False
+        self._upkeep_at = 0.0
 
     @property
     def well(self) -> bool:
@@ -49,26 +54,35 @@ class Recovery:
     async def run(self) -> None:
         """Run rounds until cancelled."""
         while True:
-            claimed = await self._round()
-            if not claimed:
-                # Spread, so that processes started together do not ask together for ever.
-                await asyncio.sleep(self._interval_seconds * random.uniform(0.75, 1))  # noqa: S311
+            more = await self._round()
+            # Spread, so that processes started together do not ask together for ever.
+            pause = self._interval_seconds * random.uniform(0.75, 1)  # noqa: S311
+            if not more:
+                await asyncio.sleep(pause)
+                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._pipeline.room()
 
-    async def _round(self) -> int:
+    async def _round(self) -> bool:
+        """One look; whether there may be more to do at once."""
         try:
-            self._epoch.confirm(await self._ledger.read_epoch())
-            claimed = await self._pipeline.recover(self._batch)
+            if time.monotonic() >= self._upkeep_at:
+                self._epoch.confirm(await self._ledger.read_epoch())
+                await self._pipeline.return_abandoned(self._batch)
+                self._upkeep_at = time.monotonic() + self._interval_seconds / 2
+            more = await self._pipeline.recover()
         except LedgerUnavailable as error:
             self._note_failure(str(error))
-            return 0
+            return False
         except Exception as error:  # noqa: BLE001  (a bad row must not end recovery of all others)
             self._note_failure(describe_error(error))
-            return 0
+            return False
         if self._failing:
             log.info("recovery_back")
         self._failing = False
         self._last_round = time.monotonic()
-        return claimed
+        return more
 
     def _note_failure(self, error: str) -> None:
         if not self._failing:

@@ -6,6 +6,7 @@ status code. A 500 or 503 is always safe to retry.
 """
 
 import asyncio
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ STATUS: dict[Kind, tuple[int, bool]] = {  # (HTTP status, processed)
     Kind.DEAD: (200, False),
     Kind.UNAVAILABLE: (503, False),
 }
+_DECLARED_LENGTH = re.compile("[0-9]{1,18}")  # int() raises for what str.isdigit() takes: 5000 digits, or a superscript
 _RETRY_AFTER_SECONDS = "5"  # an outage shorter than this is not worth a retry; Stripe has its own pace anyway
 
 
@@ -89,7 +91,7 @@ class Webhook:
         """The raw body, within the cap and the time for it; raises `Rejected` (413, 408)."""
         too_large = Rejected("body_too_large", f"Body is larger than {self.body_most_bytes} bytes", 413)
         declared = request.headers.get("content-length", "0")
-        if not declared.isdigit() or int(declared) > self.body_most_bytes:
+        if not _DECLARED_LENGTH.fullmatch(declared) or int(declared) > self.body_most_bytes:
             raise too_large
         body = bytearray()
         try:

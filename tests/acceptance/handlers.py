@@ -93,7 +93,7 @@ async def _permanent(_wish: _Wish, _context: Context) -> str:
 
 
 async def _hold(wish: _Wish, _context: Context) -> str:
-    while not wish.gate.exists():
+    while not wish.gate.exists():  # noqa: ASYNC110  (another process opens it)
         await asyncio.sleep(_POLL_SECONDS)
     return ACTION
 

@@ -26,8 +26,8 @@ import httpx
 import orjson
 import redis
 
-from service.app import WEBHOOK_PATH
 from service.inbox.model import Status
+from service.web.webhook import WEBHOOK_PATH
 from tests.fixtures import SECRET, event_body, signed
 from tests.stores import Stores, clone, drop
 
@@ -347,6 +347,8 @@ class Service:
             if (said := re.search(r"POST (http://127\.0\.0\.1:\d+)/", self.output)) is None:
                 return False
             self._origin = said[1]
+        if self.output.count("Application startup complete") < self._workers:
+            return False  # one worker's readiness is not the others'
         with suppress(httpx.TransportError):
             return (await self.get("/readyz")).status_code == 200
         return False

@@ -1,0 +1,57 @@
+"""Two deliveries of one event in the same microsecond: the case that this service was built for."""
+
+import asyncio
+from collections import Counter
+
+import pytest_asyncio
+
+from tests.acceptance.harness import IGNORED, PROCESSED, Answer, Ground, Sample, Service, parallel, sample, volley
+
+DUPLICATES = 200
+PAIRS = 50
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def both(shared_ground: Ground) -> tuple[Service, Service]:
+    """Two services with two workers each, on the same stores."""
+    one, other = shared_ground.service(workers=2), shared_ground.service(workers=2)
+    await asyncio.gather(one.start(), other.start())
+    return one, other
+
+
+def assert_one_processed(event: Sample, answers: list[Answer]) -> None:
+    assert Counter(answer.said for answer in answers) == {PROCESSED: 1, IGNORED: len(answers) - 1}
+    reasons = {answer.reason for answer in answers if not answer.processed}
+    assert reasons <= {parallel(event.id), f"Event {event.id} already completed"}
+
+
+async def test_200_simultaneous_duplicates_are_processed_once(
+    shared_ground: Ground, both: tuple[Service, Service]
+) -> None:
+    """Of 200 copies that reach four processes at once, one is processed, 199 are ignored, one effect is there."""
+    event = sample()
+    answers = await volley([(both[number % 2].url, event.body) for number in range(DUPLICATES)])
+    assert_one_processed(event, answers)
+    row = await shared_ground.settled(event)
+    assert row.counts == (1, 0, 0)
+    for answer in answers:
+        await shared_ground.check_honest(event, answer)
+
+
+async def test_two_copies_at_once_are_processed_once_for_each_of_many_events(
+    shared_ground: Ground, both: tuple[Service, Service]
+) -> None:
+    """For 50 events, each delivered to two services at the same moment, the two never both process it."""
+    for _ in range(PAIRS):
+        event = sample()
+        assert_one_processed(event, await volley([(service.url, event.body) for service in both]))
+        assert (await shared_ground.settled(event)).counts == (1, 0, 0)
+
+
+async def test_many_pairs_at_once_are_processed_once_each(shared_ground: Ground, both: tuple[Service, Service]) -> None:
+    """50 events in two copies each, all 100 deliveries in flight together: each is processed once."""
+    events = [sample() for _ in range(PAIRS)]
+    answers = await volley([(service.url, event.body) for event in events for service in both])
+    for number, event in enumerate(events):
+        assert_one_processed(event, answers[2 * number : 2 * number + 2])
+        assert (await shared_ground.settled(event)).counts == (1, 0, 0)

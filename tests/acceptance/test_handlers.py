@@ -1,0 +1,183 @@
+"""What a handler may do, what it must not, and what becomes of its event either way."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from service.inbox.model import Status
+from tests.acceptance.harness import (
+    DEAD,
+    FAILED,
+    IGNORED,
+    PROCESSED,
+    UNHANDLED,
+    Ground,
+    Service,
+    eventually,
+    parallel,
+    sample,
+)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def service(shared_ground: Ground) -> Service:
+    """One service for the whole module: no test here harms it."""
+    return await shared_ground.service().start()
+
+
+async def recovery_has_passed(ground: Ground, service: Service) -> None:
+    """Prove it by an event that came later, failed, and was completed by recovery."""
+    witness = sample("fail", until=1)
+    assert (await ground.deliver(service, witness)).said == FAILED
+    await ground.settled(witness)
+
+
+@pytest.mark.parametrize(
+    "event_type",
+    [
+        "invoice.payment_failed",
+        "invoice.paid",  # its handler is a sync one
+        "customer.subscription.deleted",  # by the wildcard customer.subscription.*
+        "v1.billing.meter.error_report_triggered",  # a thin event: no data, fetched by whoever needs it
+    ],
+)
+async def test_each_kind_of_handler_is_dispatched_once(
+    event_type: str, shared_ground: Ground, service: Service
+) -> None:
+    """An async, a sync, a wildcard and a thin event's handler run once, and their action is the answer."""
+    event = sample(type=event_type)
+    assert (await shared_ground.deliver(service, event)).said == PROCESSED
+    row = await shared_ground.settled(event)
+    assert (row.counts, row.action) == ((1, 0, 0), "effect_recorded")
+    again = await shared_ground.deliver(service, event)
+    assert (again.said, again.reason) == (IGNORED, parallel(event.id))
+    assert await shared_ground.settled(event) == await shared_ground.row(event)
+
+
+async def test_a_type_that_nobody_handles_is_recorded_and_ignored(shared_ground: Ground, service: Service) -> None:
+    """No handler for the type: processed, ignored, the reason names the type, and the row says so."""
+    event = sample(type="customer.created")
+    answer = await shared_ground.deliver(service, event)
+    assert (answer.said, answer.reason) == (UNHANDLED, "Event type customer.created not handled")
+    await shared_ground.settled(event, Status.IGNORED)
+
+
+@pytest.mark.parametrize("event_type", ["invoice.payment_failed", "invoice.paid"])
+async def test_a_handler_that_fails_and_then_works(event_type: str, shared_ground: Ground, service: Service) -> None:
+    """Twice a 500 in effect, one effect in the end: recovery goes on where Stripe's retry is hours away."""
+    event = sample("fail", event_type, until=2)
+    answer = await shared_ground.deliver(service, event)
+    assert (answer.said, answer.reason) == (FAILED, "The handler failed; the event is tried again")
+    row = await shared_ground.settled(event)
+    assert row.counts == (3, 2, 0)
+    assert row.last_error is None
+
+
+async def test_stripes_retry_does_not_wait_for_our_backoff(shared_ground: Ground, service: Service) -> None:
+    """Retry(after=60) leaves the row due in a minute, and a resent delivery takes it over at once."""
+    event = sample("retry", until=1, after=60)
+    assert (await shared_ground.deliver(service, event)).said == FAILED
+    row = await shared_ground.settled(event, Status.FAILED)
+    assert row.counts == (1, 1, 0)
+    assert 0 < row.due_in_seconds <= 60
+    await recovery_has_passed(shared_ground, service)
+    assert (await shared_ground.row(event) or row).counts == (1, 1, 0), "recovery came before it was due"
+    assert (await shared_ground.deliver(service, event)).said == PROCESSED
+    assert (await shared_ground.settled(event)).counts == (2, 1, 0)
+
+
+async def test_a_short_retry_is_recoverys(shared_ground: Ground, service: Service) -> None:
+    """Retry(after=0.1) is completed without any further delivery."""
+    event = sample("retry", until=1, after=0.1)
+    assert (await shared_ground.deliver(service, event)).said == FAILED
+    assert (await shared_ground.settled(event)).counts == (2, 1, 0)
+
+
+async def test_permanent_is_dead_at_once(shared_ground: Ground, service: Service) -> None:
+    """Permanent: 200, so that Stripe stops; dead, so that an operator looks; and never tried again by itself."""
+    event = sample("permanent")
+    answer = await shared_ground.deliver(service, event)
+    assert (answer.said, answer.reason) == (DEAD, f"Event {event.id} is dead: replay it")
+    row = await shared_ground.settled(event, Status.DEAD)
+    assert row.counts == (1, 1, 0)
+    assert row.last_error == "Permanent: never"
+    await recovery_has_passed(shared_ground, service)
+    assert (await shared_ground.deliver(service, event)).said == IGNORED
+    assert await shared_ground.settled(event, Status.DEAD) == await shared_ground.row(event)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "rule"),
+    [
+        ("swallow", "the handler swallowed an SQL error"),
+        ("commit", "a handler must not commit or roll back"),
+        ("bad_action", "a handler returns its action"),
+    ],
+)
+async def test_a_broken_rule_fails_visibly(
+    behaviour: str, rule: str, shared_ground: Ground, service: Service
+) -> None:
+    """A rule broken: 500, the ledger names the rule, no effect; once the handler keeps it, one effect."""
+    event = sample(behaviour, until=1)
+    assert (await shared_ground.deliver(service, event)).said == FAILED
+    seen = await eventually(
+        lambda: shared_ground.row(event), lambda row: row is not None and row.status in (Status.FAILED, Status.COMPLETED)
+    )
+    assert seen is not None
+    if seen.status is Status.FAILED:  # recovery may have been quicker than we
+        assert rule in (seen.last_error or "")
+    assert (await shared_ground.settled(event)).counts == (2, 1, 0)
+
+
+async def test_a_broken_rule_is_named_in_the_ledger(shared_ground: Ground, service: Service) -> None:
+    """PLACEHOLDER."""
+
+
+async def test_a_handlers_own_commit_is_dead_and_named(shared_ground: Ground, service: Service) -> None:
+    """A raw COMMIT: 500 and dead, because a retry would double what it committed; the error names the rule."""
+    event = sample("raw_commit")
+    shared_ground.waived.add(event.id)
+    assert (await shared_ground.deliver(service, event)).said == FAILED
+    row = await shared_ground.row(event)
+    assert row is not None
+    assert (row.status, row.counts) == (Status.DEAD, (1, 1, 0))
+    assert "a handler must not commit" in (row.last_error or "")
+    await recovery_has_passed(shared_ground, service)
+    assert (await shared_ground.deliver(service, event)).said == IGNORED
+    assert await shared_ground.effects(event) == 1
+
+
+async def test_a_duplicate_after_redis_was_emptied_meets_the_ledger(shared_ground: Ground, service: Service) -> None:
+    """With Redis emptied the ledger decides: 200, already completed, still one effect; the marker is written anew."""
+    event = sample()
+    assert (await shared_ground.deliver(service, event)).said == PROCESSED
+    assert (await shared_ground.deliver(service, event)).reason == parallel(event.id)
+    assert shared_ground.empty_redis() >= 1
+    answer = await shared_ground.deliver(service, event)
+    assert (answer.said, answer.reason) == (IGNORED, f"Event {event.id} already completed")
+    assert (await shared_ground.settled(event)).counts == (1, 0, 0)
+    assert (await shared_ground.deliver(service, event)).reason == parallel(event.id)
+
+
+# -- over the deadline --------------------------------------------------------------------------------
+
+
+async def test_handlers_over_their_deadline_fail_without_effect(ground: Ground, tmp_path: Path) -> None:
+    """Over its deadline a handler has failed: hanging, ignoring its cancellation, or writing late from a thread."""
+    gate = tmp_path / "gate"
+    service = await ground.service(lease_seconds=1, handler_deadline_seconds=1.5, idle_in_transaction_seconds=3).start()
+    events = [
+        sample("hang", until=1),
+        sample("stubborn", gate=str(gate)),
+        sample("late", "invoice.paid", until=1, gate=str(gate)),
+    ]
+    answers = await asyncio.gather(*(ground.deliver(service, event) for event in events))
+    assert [answer.said for answer in answers] == [FAILED] * 3
+    for event in events:
+        assert await ground.effects(event) == 0
+    gate.touch()  # the two that went on now write on a connection that is gone
+    for event in (events[0], events[2]):
+        assert (await ground.settled(event)).counts == (2, 1, 0)
+    assert (await ground.deliver(service, sample())).said == PROCESSED, "the slots are free again"

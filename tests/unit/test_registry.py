@@ -1,0 +1,307 @@
+"""The registry: which handler an event goes to, and what is refused before the first one comes."""
+
+import asyncio
+import importlib
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service.errors import ConfigurationError, HandlerRuleBroken
+from service.inbox.event import Event, parse_event
+from service.registry import Context, Handler, Registry, on
+from tests.fixtures import event_body
+
+Write = Callable[[str, str], str]
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
+    """Writes an importable module and returns its name; forgotten afterwards."""
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+
+    def write(name: str, code: str) -> str:
+        path = tmp_path / (name.replace(".", "/") + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("from service import on\n" + textwrap.dedent(code))
+        importlib.invalidate_caches()
+        return name
+
+    yield write
+    for name in set(sys.modules) - before:
+        del sys.modules[name]
+
+
+def faults(*modules: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigurationError) as refused:
+        Registry.load(modules)
+    return refused.value.faults
+
+
+def handler(pattern: str) -> Handler:
+    def function(event: Event, context: Context) -> str:
+        return pattern
+
+    return Handler(pattern, function)
+
+
+def pattern_for(registry: Registry, event_type: str) -> str | None:
+    found = registry.find(event_type)
+    return found.pattern if found else None
+
+
+# -- which one ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("event_type", "pattern"),
+    [
+        ("customer.subscription.updated", "customer.subscription.updated"),
+        ("customer.subscription.deleted", "customer.subscription.*"),
+        ("customer.subscription.trial.ended", "customer.subscription.*"),
+        ("customer.created", "customer.*"),
+        ("customer", "*"),
+        ("customers.created", "*"),
+        ("invoice.paid", "*"),
+        ("customer.subscription", "customer.*"),
+        ("v1.billing.meter.error_report_triggered", "v1.billing.*"),
+        ("v2.core.account[requirements].updated", "v2.core.account[requirements].updated"),
+    ],
+)
+def test_the_most_exact_pattern_wins(event_type: str, pattern: str) -> None:
+    """The type itself, then the longest prefix, whole words only, then `*`; the order of declaration is nothing."""
+    patterns = [
+        "*",
+        "customer.*",
+        "customer.subscription.*",
+        "customer.subscription.updated",
+        "v1.billing.*",
+        "v2.core.account[requirements].updated",
+    ]
+    assert pattern_for(Registry(map(handler, patterns)), event_type) == pattern
+    assert pattern_for(Registry(map(handler, reversed(patterns))), event_type) == pattern
+
+
+def test_without_a_star_the_rest_goes_nowhere() -> None:
+    """A type that nobody declared has no handler, and a bare prefix is no prefix pattern."""
+    registry = Registry([handler("customer.*"), handler("invoice")])
+    assert registry.find("charge.refunded") is None
+    assert registry.find("invoice.paid") is None
+    assert Registry([]).find("invoice.paid") is None
+
+
+def test_all_handlers_can_be_listed() -> None:
+    """`check` shows what is registered."""
+    assert [each.pattern for each in Registry([handler("a"), handler("b.*")])] == ["a", "b.*"]
+
+
+# -- loading ------------------------------------------------------------------------------------------
+
+
+def test_a_module_is_loaded_with_all_it_declares(module: Write) -> None:
+    """Several types on one function, async or sync."""
+    name = module(
+        "shop_all",
+        """
+        @on("a.b", "c.*")
+        async def first(event, context): ...
+        @on("d.e")
+        def second(event, context): ...
+        """,
+    )
+    registry = Registry.load([name])
+    found = {each.pattern: (each.name, each.is_async) for each in registry}
+    assert found == {
+        "a.b": ("shop_all.first", True),
+        "c.*": ("shop_all.first", True),
+        "d.e": ("shop_all.second", False),
+    }
+
+
+def test_two_functions_of_one_name_are_two_handlers(module: Write) -> None:
+    """The second `def handle` hides the first from the module, and not from us: nothing is silently lost."""
+    name = module(
+        "shop_twins",
+        """
+        @on("a.b")
+        def handle(event, context): return "first"
+        @on("c.d")
+        def handle(event, context): return "second"
+        """,
+    )
+    registry = Registry.load([name])
+    assert {each.pattern: cast(Any, each.function)(None, None) for each in registry} == {
+        "a.b": "first",
+        "c.d": "second",
+    }
+
+
+def test_a_reexported_handler_is_found_once(module: Write) -> None:
+    """A package that gathers its modules' handlers can be named alone, or beside them."""
+    module("shop_parts", '@on("a.b")\ndef handle(event, context): ...')
+    package = module("shop_package", "from shop_parts import handle\nfrom shop_parts import handle as again")
+    for names in ([package], [package, "shop_parts"], ["shop_parts", package]):
+        assert [each.pattern for each in Registry.load(names)] == ["a.b"]
+
+
+def test_stacked_declarations_are_reexported_whole(module: Write) -> None:
+    """`@on` above `@on` declares both, wherever the function is found."""
+    module("shop_stacked", '@on("a.b")\n@on("c.d")\ndef handle(event, context): ...')
+    package = module("shop_gathers", "from shop_stacked import handle")
+    assert {each.pattern for each in Registry.load(["shop_stacked"])} == {"a.b", "c.d"}
+    assert {each.pattern for each in Registry.load([package])} == {"a.b", "c.d"}
+
+
+def test_nothing_else_of_another_module_is_registered(module: Write) -> None:
+    """Only what a named module declares or re-exports counts, not whatever it imports from there."""
+    module("shop_hidden", '@on("a.b")\ndef handle(event, context): ...')
+    assert list(Registry.load([module("shop_uses", "import shop_hidden")])) == []
+
+
+# -- refused ------------------------------------------------------------------------------------------
+
+
+def test_two_handlers_for_one_pattern_are_both_named(module: Write) -> None:
+    """Which of two runs must not depend on an import order: refused, with both names."""
+    module("shop_one", '@on("a.b")\ndef one(event, context): ...')
+    module("shop_two", '@on("a.b")\ndef two(event, context): ...')
+    assert faults("shop_one", "shop_two") == ('two handlers for "a.b": shop_one.one and shop_two.two',)
+
+
+def test_two_handlers_in_one_module_are_both_named(module: Write) -> None:
+    """The same within one module, also for two functions of one name."""
+    name = module("shop_same", '@on("a.b")\ndef f(event, context): ...\n@on("a.b")\ndef f(event, context): ...')
+    assert faults(name) == ('two handlers for "a.b": shop_same.f and shop_same.f',)
+
+
+def test_all_faults_of_all_modules_at_once(module: Write) -> None:
+    """An unknown module, one that raises at import, one that declares nonsense, and a duplicate: one report."""
+    module("shop_raises", "raise RuntimeError('no database')")
+    module("shop_syntax", "def")
+    module("shop_nonsense", '@on("a b")\ndef f(event, context): ...')
+    module("shop_a", '@on("a.b")\ndef f(event, context): ...')
+    module("shop_b", '@on("a.b")\ndef f(event, context): ...')
+    found = faults("shop_missing", "shop_raises", "shop_syntax", "shop_nonsense", "shop_a", "shop_b")
+    assert len(found) == 5
+    assert all(fault.startswith("FIRSTCLAIM_HANDLERS: cannot import shop_") for fault in found[:4])
+    assert "No module named 'shop_missing'" in found[0]
+    assert "RuntimeError: no database" in found[1]
+    assert "SyntaxError" in found[2]
+    assert "expected an event type" in found[3]
+    assert found[4] == 'two handlers for "a.b": shop_a.f and shop_b.f'
+
+
+def test_a_module_that_exits_is_a_fault(module: Write) -> None:
+    """A script named by mistake, which calls sys.exit() when imported, does not end the service without a word."""
+    [fault] = faults(module("shop_script", "raise SystemExit(0)"))
+    assert fault.startswith("FIRSTCLAIM_HANDLERS: cannot import shop_script: SystemExit")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["", " ", "a b", "a..b", ".a", "a.", "a.*.b", "*.a", "**", "a*", "a.**", "a/b", "a.b\n", "\N{EURO SIGN}", "a,b"],
+)
+def test_a_bad_pattern_is_refused(pattern: str) -> None:
+    """What could never match a type is refused when the module is imported, by its name."""
+    with pytest.raises(ValueError, match="expected an event type"):
+        on(pattern)
+
+
+@pytest.mark.parametrize("pattern", ["a", "a.b", "a.b.c", "a.*", "a.b.*", "*", "v2.core.x[y_z].up-dated"])
+def test_a_good_pattern_is_taken(pattern: str) -> None:
+    """Exact types, thin ones too, prefixes and the star."""
+
+    @on(pattern)
+    def function(event: Event, context: Context) -> None: ...
+
+    assert Handler(pattern, function) in vars(sys.modules[__name__])["__firstclaim_handlers__"]
+
+
+def test_on_without_a_type_is_refused() -> None:
+    """`@on()` and a bare `@on` say how to write it."""
+    with pytest.raises(TypeError, match="at least one event type"):
+        on()
+
+    def function(event: Event, context: Context) -> None: ...
+
+    with pytest.raises(TypeError, match="with the event type as a string"):
+        on(cast(str, function))
+
+
+def no_argument() -> None: ...
+def one_argument(event: Event) -> None: ...
+def three_arguments(event: Event, context: Context, more: int) -> None: ...
+def by_keyword(*, event: Event, context: Context) -> None: ...
+async def one_async(event: Event) -> None: ...
+
+
+@pytest.mark.parametrize("function", [no_argument, one_argument, three_arguments, by_keyword, one_async])
+def test_a_wrong_signature_is_refused(function: Callable[..., Any]) -> None:
+    """A handler that could not be called with (event, context) is refused at import, not at its first event."""
+    with pytest.raises(TypeError, match=rf"{function.__name__}: a handler takes \(event, context\)"):
+        on("a.b")(function)
+
+
+def test_defaults_and_stars_fit() -> None:
+    """Any signature that (event, context) fits is fine."""
+
+    def with_default(event: Event, context: Context, more: int = 1) -> None: ...
+    def with_stars(*arguments: Any) -> None: ...
+
+    assert on("a.b")(with_default) is with_default
+    assert on("a.b")(with_stars) is with_stars
+
+
+def generates(event: Event, context: Context) -> Iterator[str]:
+    yield "handled"
+
+
+async def generates_async(event: Event, context: Context) -> AsyncIterator[str]:
+    yield "handled"
+
+
+@pytest.mark.parametrize("function", [generates, generates_async])
+def test_a_generator_is_refused(function: Callable[..., Any]) -> None:
+    """Calling a generator runs none of its code: such a handler would be `processed` without having done a thing."""
+    with pytest.raises(TypeError, match=f"{function.__name__}: a handler returns its action, it does not yield"):
+        on("a.b")(function)
+
+
+# -- context ------------------------------------------------------------------------------------------
+
+
+class Unreachable:
+    """A connection that nobody may use."""
+
+    async def execute(self, *_: object) -> None:
+        raise AssertionError("executed")
+
+
+def context(*, seconds: float) -> Context:
+    loop = asyncio.get_running_loop()
+    event = parse_event(event_body(id="evt_1"))
+    return Context(event, 1, cast(AsyncConnection, Unreachable()), loop, loop.time() + seconds)
+
+
+async def test_execute_on_the_loops_own_thread_is_refused() -> None:
+    """It would wait for itself for ever; the hint says what an async handler does instead."""
+    with pytest.raises(HandlerRuleBroken, match=r"an async one awaits context\.connection\.execute\(\)"):
+        context(seconds=30).execute(text("SELECT 1"))
+
+
+async def test_execute_after_the_deadline_is_refused() -> None:
+    """A thread that outlived its deadline reaches no connection, which may serve another handler by now."""
+    late = context(seconds=-1)
+    with pytest.raises(TimeoutError, match="its transaction is gone"):
+        await asyncio.to_thread(late.execute, text("SELECT 1"))
+
+
+async def test_the_idempotency_key_is_the_events_id() -> None:
+    """The same key on every attempt, so that the far side can tell a repeat."""
+    assert context(seconds=30).idempotency_key == "evt_1"

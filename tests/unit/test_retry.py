@@ -1,0 +1,38 @@
+"""The backoff: its bounds for every count, and that it spreads."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.inbox.retry import Backoff
+
+
+@pytest.mark.parametrize(
+    ("count", "whole"), [(1, 5), (2, 10), (3, 20), (10, 2560), (11, 3600), (12, 3600), (10_000, 3600)]
+)
+def test_it_doubles_up_to_the_cap(monkeypatch: pytest.MonkeyPatch, count: int, whole: float) -> None:
+    """5 s, 10 s, 20 s and so on, an hour from the eleventh failure on; jittered between half and whole."""
+    drawn: list[tuple[float, float]] = []
+    monkeypatch.setattr(random, "uniform", lambda low, high: drawn.append((low, high)) or high)
+    assert Backoff(5, 3600).after(count) == whole
+    assert drawn == [(0.5, 1)]
+
+
+@given(
+    st.floats(0.001, 3600),
+    st.floats(0.001, 86_400),
+    st.integers(1, 10**12),
+)
+def test_it_stays_between_half_and_whole(first: float, most: float, count: int) -> None:
+    """For any settings and any count, however large, the wait is at least half of the doubled one and capped."""
+    whole = min(first * 2.0 ** min(count - 1, 60), most)
+    assert whole / 2 <= Backoff(first, most).after(count) <= whole <= most
+
+
+def test_it_spreads() -> None:
+    """A thousand events that failed together do not come back together."""
+    waits = {Backoff(5, 3600).after(4) for _ in range(1000)}
+    assert len(waits) > 900
+    assert min(waits) < 24 < 36 < max(waits)
