@@ -1,10 +1,12 @@
 """The handlers of the processes under test: every one leaves a row in `effects`, then does as its event says.
 
 The event chooses: `data.object.metadata.behaviour` names a function of `ASYNC` or `SYNC`, the other metadata
-are its parameters. `until` is the last attempt on which it misbehaves.
+are its parameters: `until` is the last attempt on which it misbehaves, `mended` a file whose existence ends
+that instead, `gate` a file that it waits for.
 """
 
 import asyncio
+import contextlib
 import os
 import resource
 import signal
@@ -40,6 +42,8 @@ class _Wish:
         return str(self.of.get("behaviour", "plain"))
 
     def misbehaves(self, context: Context) -> bool:
+        if "mended" in self.of:
+            return not Path(str(self.of["mended"])).exists()
         return context.attempt <= int(self.of.get("until", _FOR_EVER))
 
     @property
@@ -105,13 +109,16 @@ async def _hang(wish: _Wish, context: Context) -> str:
 
 
 async def _stubborn(wish: _Wish, context: Context) -> str:
-    """Goes on after its cancellation, and then tries to write."""
-    while not wish.gate.exists():
+    """Goes on after its cancellation, tries to write once the gate opens, and leaves word of how that went."""
+    if wish.misbehaves(context):
+        while not wish.gate.exists():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(_POLL_SECONDS)
         try:
-            await asyncio.sleep(_POLL_SECONDS)
-        except asyncio.CancelledError:
-            continue
-    await context.connection.execute(_EFFECT, _effect(context.event, context))
+            await context.connection.execute(_EFFECT, _effect(context.event, context))
+        except Exception as error:
+            _leave_word(wish, context, error)
+            raise
     return ACTION
 
 
@@ -172,11 +179,19 @@ def _hold_in_thread(wish: _Wish, _context: Context) -> str:
 
 
 def _late_in_thread(wish: _Wish, context: Context) -> str:
-    """Writes again once the gate opens, which is after its deadline."""
+    """Writes again once the gate opens, which is after its deadline, and leaves word of how that went."""
     if wish.misbehaves(context):
         _hold_in_thread(wish, context)
-        context.execute(_EFFECT, _effect(context.event, context))
+        try:
+            context.execute(_EFFECT, _effect(context.event, context))
+        except Exception as error:
+            _leave_word(wish, context, error)
+            raise
     return ACTION
+
+
+def _leave_word(wish: _Wish, context: Context, error: Exception) -> None:
+    (wish.gate.parent / context.event.id).write_text(type(error).__name__)
 
 
 ASYNC: Mapping[str, Callable[[_Wish, Context], Awaitable[object]]] = {

@@ -382,7 +382,7 @@ class Row:
     abandoned: int
     action: str | None
     last_error: str | None
-    due_in_seconds: float
+    due_in_seconds: float = field(compare=False)
 
     @property
     def counts(self) -> tuple[int, int, int]:
