@@ -131,7 +131,7 @@ class Settings(BaseSettings):
         1.5,
         ge=0.1,
         le=30,
-        description="To connect, to get a connection, and per ledger statement: 503 within 2 s when it is down.",
+        description="To connect, and per ledger statement: 503 within 2 s when it is down.",
     )
     recovery_interval_seconds: float = Field(
         1,

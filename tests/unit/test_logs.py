@@ -34,7 +34,7 @@ CANARY = "c4n4rypw"
         ("amex 378282246310005", "amex [redacted]"),
         ("postgresql://me:pw@db:5432/x", "postgresql://[redacted]@db:5432/x"),
         ("redis://:pw@cache", "redis://[redacted]@cache"),
-        ("https://token@git.example.com/x", "https://[redacted]@git.example.com/x"),
+        ("https://token@git.example.com/x", "[redacted]/x"),
         ("in_1Sca5RKdVq2Wn7RtLxQt0Jx7 of evt_1, 12 EUR", "in_1Sca5RKdVq2Wn7RtLxQt0Jx7 of evt_1, 12 EUR"),
         ("at 1793610041 (10 digits)", "at 1793610041 (10 digits)"),
     ],
