@@ -86,6 +86,7 @@ def stop_leftovers(mark: str) -> None:
     titles = {
         f"/postgres -c cluster_name={mark} ": signal.SIGINT,  # The postmaster: a fast shutdown.
         f"/valkey-server {mark}": signal.SIGTERM,
+        f"{{title}} {mark}": signal.SIGTERM,  # Valkey, before it has set its title.
         f"postgres: {mark}: ": 0,  # A worker leaves when its postmaster does.
     }
     started = time.monotonic()

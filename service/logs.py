@@ -92,8 +92,11 @@ def configure(log_format: str, level: str) -> None:
 
 
 def _plain(_: WrappedLogger, __: str, record: EventDict) -> EventDict:
-    """Uvicorn hands every line over twice, the second time with a terminal's colours."""
+    """Of a library's record what we want of it: uvicorn's has every line a second time, in colours."""
     record.pop("color_message", None)
+    if getattr(record.get("_record"), "name", None) == "asyncio":
+        # Of an exception that nobody retrieved, the lines after the first show the message, and even locals.
+        record["event"] = str(record["event"]).partition("\n")[0]
     return record
 
 

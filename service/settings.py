@@ -37,7 +37,13 @@ class Settings(BaseSettings):
     """All of it. The description of a field is its row in the README, and says why the default is what it is."""
 
     model_config = SettingsConfigDict(
-        frozen=True, env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", hide_input_in_errors=True
+        frozen=True,
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        validate_by_name=True,
+        validate_by_alias=True,
     )
 
     database_url: SecretStr | None = Field(

@@ -16,6 +16,7 @@ from typing import Any
 import asyncpg
 from sqlalchemy import event, exc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.pool import PoolResetState
 
 from service.errors import HandlerRuleBroken, LedgerUnavailable
 
@@ -132,6 +133,7 @@ def create_engine(
     event.listen(engine.sync_engine, "checkout", _refuse_closed)
     event.listen(engine.sync_engine, "commit", _refuse_in_handler)
     event.listen(engine.sync_engine, "rollback", _refuse_in_handler)
+    event.listen(engine.sync_engine, "reset", _end_transaction)
     return engine
 
 
@@ -141,8 +143,17 @@ def _refuse_closed(dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
         raise exc.DisconnectionError
 
 
+def _end_transaction(dbapi_connection: Any, _record: Any, state: PoolResetState) -> None:
+    """Back into the pool without a transaction: after a refused commit() SQLAlchemy takes it for ended already.
+
+    It was still open, and the next event's handler would have committed what the refused one had written.
+    """
+    if state.asyncio_safe:
+        dbapi_connection.rollback()  # costs nothing when there is none
+
+
 def _refuse_in_handler(connection: Any) -> None:
-    if connection.info.get(_HANDLER_RUNS):
+    if not connection.invalidated and connection.info.get(_HANDLER_RUNS):
         raise HandlerRuleBroken(
             "a handler must not commit or roll back: its transaction carries the completion mark "
             "(use context.connection.begin_nested() for a part that may fail)"

@@ -10,6 +10,7 @@ import contextlib
 import os
 import resource
 import signal
+import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -149,9 +150,46 @@ async def _raw_commit(_wish: _Wish, context: Context) -> str:
     return "committed_by_itself"
 
 
+async def _raw_rollback(wish: _Wish, context: Context) -> str:
+    if wish.misbehaves(context):
+        await context.connection.exec_driver_sql("ROLLBACK")
+    return ACTION
+
+
 async def _commit(wish: _Wish, context: Context) -> str:
     if wish.misbehaves(context):
         await context.connection.commit()
+    return ACTION
+
+
+async def _commit_and_go_on(wish: _Wish, context: Context) -> str:
+    if wish.misbehaves(context):
+        with contextlib.suppress(Exception):
+            await context.connection.commit()
+    return ACTION
+
+
+async def _rollback(wish: _Wish, context: Context) -> str:
+    if wish.misbehaves(context):
+        await context.connection.rollback()
+    return ACTION
+
+
+async def _close(wish: _Wish, context: Context) -> str:
+    if wish.misbehaves(context):
+        await context.connection.close()
+    return ACTION
+
+
+async def _exit(wish: _Wish, context: Context) -> str:
+    if wish.misbehaves(context):
+        sys.exit(1)
+    return ACTION
+
+
+async def _cancel(wish: _Wish, context: Context) -> str:
+    if wish.misbehaves(context):
+        raise asyncio.CancelledError
     return ACTION
 
 
@@ -206,7 +244,13 @@ ASYNC: Mapping[str, Callable[[_Wish, Context], Awaitable[object]]] = {
     "abort": _abort,
     "swallow": _swallow,
     "raw_commit": _raw_commit,
+    "raw_rollback": _raw_rollback,
     "commit": _commit,
+    "commit_and_go_on": _commit_and_go_on,
+    "rollback": _rollback,
+    "close": _close,
+    "exit": _exit,
+    "cancel": _cancel,
     "bad_action": _bad_action,
 }
 

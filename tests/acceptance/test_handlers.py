@@ -113,6 +113,12 @@ async def test_permanent_is_dead_at_once(shared_ground: Ground, service: Service
     [
         ("swallow", "the handler swallowed an SQL error"),
         ("commit", "a handler must not commit or roll back"),
+        ("commit_and_go_on", ""),
+        ("rollback", "a handler must not commit or roll back"),
+        ("raw_rollback", "a handler must not roll back"),
+        ("close", ""),
+        ("exit", "a handler must not exit the process"),
+        ("cancel", "a handler must not end by cancelling itself"),
         ("bad_action", "a handler returns its action"),
     ],
 )
@@ -126,7 +132,9 @@ async def test_a_broken_rule_fails_visibly(
     row = await shared_ground.row(event)
     assert row is not None
     assert row.failures >= 1
-    assert rule in (row.last_error or "")
+    assert row.last_error is not None
+    assert rule in row.last_error
+    print(row.last_error)
     assert await shared_ground.effects(event) == 0
     mended.touch()
     row = await shared_ground.settled(event)

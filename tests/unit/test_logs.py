@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -89,40 +90,33 @@ def test_an_error_is_described_without_its_message() -> None:
 # -- the lines ----------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def untouched() -> Iterator[None]:
-    """Logging as it was before, afterwards."""
+@contextmanager
+def configured(log_format: str = "json") -> Iterator[None]:
+    """Our logging while the block runs; pytest exchanges its own handlers between a fixture and its test."""
     root = logging.getLogger()
-    before = root.handlers, root.level, structlog.get_config()
-    yield
-    root.handlers = before[0]
-    root.setLevel(before[1])
-    structlog.configure(**before[2])
+    handlers, level, ours = root.handlers, root.level, structlog.get_config()
+    configure(log_format, "info")
+    try:
+        yield
+    finally:
+        root.handlers = handlers
+        root.setLevel(level)
+        structlog.configure(**ours)
 
 
-@pytest.fixture
-def lines(untouched: None, capsys: pytest.CaptureFixture[str]) -> "Lines":
-    configure("json", "info")
-    return Lines(capsys)
+def written(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """The lines on standard error, read as JSON."""
+    text = capsys.readouterr().err
+    assert text.isascii()
+    return [json.loads(line) for line in text.splitlines()]
 
 
-class Lines:
-    """What was written to standard error since the last look."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def read(self) -> list[dict[str, Any]]:
-        written = self._capsys.readouterr().err
-        assert written.isascii()
-        return [json.loads(line) for line in written.splitlines()]
-
-
-def test_one_json_object_per_line(lines: Lines) -> None:
+def test_one_json_object_per_line(capsys: pytest.CaptureFixture[str]) -> None:
     """Ours and any library's lines have one shape, with level and a UTC instant."""
-    structlog.get_logger("ours").info("delivery", event_id="evt_1", milliseconds=1.5)
-    logging.getLogger("theirs").warning("it %s", "happened")
-    ours, theirs = lines.read()
+    with configured():
+        structlog.get_logger("ours").info("delivery", event_id="evt_1", milliseconds=1.5)
+        logging.getLogger("theirs").warning("it %s", "happened")
+    ours, theirs = written(capsys)
     assert (ours.pop("event"), ours.pop("level"), ours.pop("event_id")) == ("delivery", "info", "evt_1")
     assert ours.pop("milliseconds") == 1.5
     assert ours.pop("timestamp").endswith("Z")
@@ -131,54 +125,59 @@ def test_one_json_object_per_line(lines: Lines) -> None:
     assert theirs["timestamp"].endswith("Z")
 
 
-def test_an_exception_leaves_neither_message_nor_traceback(lines: Lines) -> None:
+def test_an_exception_leaves_neither_message_nor_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     """What an exception says may quote a payload: its class and place are logged, whoever logs it."""
-    for logger in (structlog.get_logger("ours"), logging.getLogger("theirs")):
-        try:
-            raise RuntimeError(CANARY) from KeyError(CANARY)
-        except RuntimeError:
-            logger.exception("it_broke")
-    for line in lines.read():
+    with configured():
+        for logger in (structlog.get_logger("ours"), logging.getLogger("theirs")):
+            try:
+                raise RuntimeError(CANARY) from KeyError(CANARY)
+            except RuntimeError:
+                logger.exception("it_broke")
+    lines = written(capsys)
+    assert len(lines) == 2
+    for line in lines:
         assert line["event"] == "it_broke"
         assert line["error"].startswith("RuntimeError at test_logs.py:")
         assert not {"exception", "exc_info", "stack", "traceback"} & set(line)
         assert CANARY not in json.dumps(line)
 
 
-async def test_a_forgotten_tasks_exception_leaves_no_message(lines: Lines) -> None:
+async def test_a_forgotten_tasks_exception_leaves_no_message(capsys: pytest.CaptureFixture[str]) -> None:
     """asyncio's own complaint about a task that nobody awaited shows its exception's class only."""
 
     async def breaks() -> None:
         raise RuntimeError(CANARY)
 
-    task = asyncio.ensure_future(breaks())
-    await asyncio.wait({task})
-    del task
-    gc.collect()
-    [line] = lines.read()
+    with configured():
+        task = asyncio.ensure_future(breaks())
+        await asyncio.wait({task})
+        del task
+        gc.collect()
+    [line] = written(capsys)
     assert "never retrieved" in line["event"]
     assert "RuntimeError at test_logs.py:" in line["error"]
     assert CANARY not in json.dumps(line)
 
 
 @pytest.mark.parametrize("log_format", ["json", "console"])
-def test_no_value_can_forge_a_line(untouched: None, capsys: pytest.CaptureFixture[str], log_format: str) -> None:
+def test_no_value_can_forge_a_line(capsys: pytest.CaptureFixture[str], log_format: str) -> None:
     """Line breaks and terminal escapes of a value, wherever it stands, are written as escapes."""
-    configure(log_format, "info")
     nasty = 'evt\n{"event":"forged"}\r\x1b[2J\u2028\u202e\ud800'
-    structlog.get_logger("ours").info(nasty, event_id=nasty, nested=[nasty, {"a": nasty}])
-    logging.getLogger("theirs").warning("got %s", nasty)
-    written = capsys.readouterr().err
-    assert len(written.splitlines()) == written.count("\n") == 2
-    assert not set("\r\x1b\u2028\u202e\ud800") & set(written)
+    with configured(log_format):
+        structlog.get_logger("ours").info(nasty, event_id=nasty, nested=[nasty, {"a": nasty}])
+        logging.getLogger("theirs").warning("got %s", nasty)
+    text = capsys.readouterr().err
+    assert text.count("\n") == len(text.splitlines()) == 2
+    assert not set("\r\x1b\u2028\u202e\ud800") & set(text)
 
 
-def test_levels_hold(lines: Lines) -> None:
+def test_levels_hold(capsys: pytest.CaptureFixture[str]) -> None:
     """What is below the level is not written; chatty libraries speak from warning on."""
-    structlog.get_logger("ours").debug("quiet")
-    for chatty in ("uvicorn.access", "asyncio", "httpx", "alembic"):
-        logging.getLogger(chatty).info("quiet")
-    logging.getLogger("uvicorn.error").info("started", extra={"color_message": "\x1b[1mstarted"})
-    [line] = lines.read()
+    with configured():
+        structlog.get_logger("ours").debug("quiet")
+        for chatty in ("uvicorn.access", "asyncio", "httpx", "alembic"):
+            logging.getLogger(chatty).info("quiet")
+        logging.getLogger("uvicorn.error").info("started", extra={"color_message": "\x1b[1mstarted"})
+    [line] = written(capsys)
     assert line["event"] == "started"
     assert "color_message" not in line

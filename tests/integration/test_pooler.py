@@ -1,0 +1,78 @@
+"""A transaction-mode pooler is refused by name; a session-mode one is not. Against a real PgBouncer."""
+
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from pydantic import SecretStr
+
+from service.checks import Check, check_postgres
+from service.settings import Settings
+from tests.acceptance.harness import eventually
+
+PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+pytestmark = pytest.mark.skipif(PGBOUNCER is None, reason="PgBouncer is not installed")
+
+
+async def _accepts(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+async def pooler(database_url: str) -> AsyncIterator[str]:
+    """The address, up to the database name, of a PgBouncer that serves this test's database both ways."""
+    parts = urlsplit(database_url)
+    host = parse_qs(parts.query).get("host", [parts.hostname or ""])[0]
+    user = os.stat(host).st_uid if host.startswith("/") else 65534
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    target = f"host={host} port={parts.port or 5432} dbname={parts.path[1:]} user={parts.username}"
+    if parts.password:
+        target += f" password={parts.password}"
+    # Not in tmp_path: that is closed to the user whom a run as root gives up its rights to.
+    folder = Path(tempfile.mkdtemp())
+    folder.chmod(0o755)
+    config = folder / "pgbouncer.ini"
+    config.write_text(
+        f"[databases]\nby_transaction = {target} pool_mode=transaction\nby_session = {target} pool_mode=session\n"
+        f"[pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nauth_type = any\nunix_socket_dir =\n"
+    )
+    assert PGBOUNCER is not None
+    run_as: dict[str, Any] = {"user": user, "group": user, "extra_groups": []} if os.geteuid() == 0 else {}
+    server = subprocess.Popen([PGBOUNCER, str(config)], stderr=subprocess.DEVNULL, cwd="/", **run_as)
+    try:
+        await eventually(lambda: _accepts(port))
+        yield f"postgresql://anyone@127.0.0.1:{port}/"
+    finally:
+        server.terminate()
+        server.wait(10)
+        shutil.rmtree(folder)
+
+
+async def _checks(url: str) -> dict[str, Check]:
+    settings = Settings(database_url=SecretStr(url), stripe_webhook_secrets=(SecretStr("whsec_test"),))
+    return {check.name: check async for check in check_postgres(settings)}
+
+
+async def test_transaction_mode_is_refused_by_name(pooler: str) -> None:
+    """Through transaction pooling the check fails, fatally, and its words name PgBouncer and the mode."""
+    found = (await _checks(pooler + "by_transaction"))["pooler"]
+    assert found.fatal
+    assert "PgBouncer" in found.detail
+    assert "transaction mode" in found.detail
+
+
+async def test_session_mode_passes(pooler: str) -> None:
+    """Session pooling keeps a server connection per client, and is not mistaken for the other."""
+    found = await _checks(pooler + "by_session")
+    assert "pooler" not in found
+    assert found["schema"].verdict == "ok"

@@ -1,0 +1,213 @@
+"""The house rules that a machine can check: types, style, who may import whom, and that nothing opens at import."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import service
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "service"
+MODULE_MOST_LINES = 330  # that are not blank; two screens of code and what it argues for
+
+# Who may import whom: only from a line further down here. A new module without a place fails.
+RANKS: tuple[tuple[str, ...], ...] = (
+    ("service.__main__",),
+    ("service.cli",),
+    ("service.app", "service.checks", "service.embedded"),
+    ("service.web.probes", "service.web.webhook", "service.embedded_servers"),
+    ("service.inbox.recovery", "service.web.signature", "service.web.health"),
+    ("service.inbox.pipeline",),
+    ("service.inbox.dispatch",),
+    ("service.inbox.claims",),
+    ("service.inbox.ledger", "service.inbox.schema"),
+    ("service.inbox.lock", "service.inbox.postgres"),
+    ("service.migrations.env", "service.migrations.versions.0001_ledger"),
+    ("service.handlers",),
+    ("service.handlers.invoices",),
+    ("service",),
+    ("service.registry",),
+    ("service.inbox.event", "service.inbox.model", "service.inbox.outcome", "service.inbox.retry"),
+    ("service.settings", "service.logs", "service.sending", "service.stopping"),
+    ("service.errors",),
+    ("service.inbox", "service.web", "service.migrations", "service.migrations.versions"),
+)
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): ast.parse(path.read_text(), str(path)) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(name: str) -> Iterator[tuple[str, str | None]]:
+    """(module, name or None) of every import in the module, those inside functions too."""
+    for node in ast.walk(MODULES[name]):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} line {node.lineno}: a relative import"
+            yield from ((str(node.module), alias.name) for alias in node.names)
+
+
+def imported_modules(name: str) -> set[str]:
+    """Which of our modules it imports; `from service.inbox import outcome` is the module `outcome`."""
+    found = set()
+    for module, member in imports(name):
+        if module.partition(".")[0] == "service":
+            full = f"{module}.{member}"
+            found.add(full if full in MODULES else module)
+    return found
+
+
+# -- tools --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "command",
+    [["mypy"], ["ruff", "check", "service", "tests"], ["ruff", "format", "--check", "service", "tests"]],
+    ids=lambda command: " ".join(command[:2]),
+)
+def test_the_tools_have_nothing_to_say(command: list[str]) -> None:
+    """Strict types and one style, over the tests too; a red line in review is a failing test here."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# -- who may import whom ------------------------------------------------------------------------------
+
+
+def test_every_module_has_a_rank() -> None:
+    """A new module finds its place among the others first, and one that has gone leaves none behind."""
+    assert set(MODULES) == set(RANK)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_imports_upwards(name: str) -> None:
+    """Only from lower ranks: so there is no cycle, and what carries safety depends on nothing above it."""
+    wrong = {other for other in imported_modules(name) if RANK[other] <= RANK[name]}
+    assert not wrong, f"{name} imports {', '.join(sorted(wrong))}"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("service.handlers")])
+def test_handlers_import_only_service(name: str) -> None:
+    """The shipped handlers live by what any user's can: the public names, and other packages."""
+    for module, member in imports(name):
+        assert not module.startswith("service.") or module.startswith("service.handlers."), module
+        assert module != "service" or member in service.__all__, member
+
+
+def test_only_the_roots_know_the_web_server() -> None:
+    """Who serves, and how commands are parsed, is the business of two modules."""
+    for package, roots in {"uvicorn": {"service.cli"}, "typer": {"service.cli"}}.items():
+        assert {
+            name for name in MODULES if any(module.split(".")[0] == package for module, _ in imports(name))
+        } == roots
+
+
+@pytest.mark.parametrize(
+    "name", ["service.inbox.event", "service.inbox.outcome", "service.inbox.model", "service.errors"]
+)
+def test_values_know_no_client(name: str) -> None:
+    """What all others share talks to nothing: no driver, no client, no framework."""
+    clients = {"asyncpg", "redis", "starlette", "uvicorn", "httpx", "asyncio"}
+    assert not {module.split(".")[0] for module, _ in imports(name)} & clients
+
+
+# -- nothing opens at import --------------------------------------------------------------------------
+
+OPENS = """
+import sys
+opened = []
+def note(event, arguments):
+    if event.startswith(("socket.", "subprocess.", "os.system", "os.fork", "sqlite3.")) and event != "socket.__new__":
+        opened.append(event)
+    if event == "open" and isinstance(arguments[1], str) and set("wax+") & set(arguments[1]):
+        opened.append(f"open {arguments[0]}")
+sys.dont_write_bytecode = True
+sys.addaudithook(note)
+import importlib, threading
+importlib.import_module(sys.argv[1])
+assert not opened, opened
+assert threading.active_count() == 1, threading.enumerate()
+loaded = {"uvicorn", "redis", "asyncpg", "typer", "rich", "alembic", "stripe", "starlette"} & set(sys.modules)
+assert sys.argv[1] != "service" or not loaded, loaded
+"""
+
+
+@pytest.mark.parametrize("name", ["service", "service.handlers", "service.app", "service.cli"])
+def test_importing_opens_nothing(name: str) -> None:
+    """No socket, no process, no file for writing, no thread; `service` alone loads no client and no server either."""
+    done = subprocess.run(
+        [sys.executable, "-c", OPENS, name], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_public_names_are_all_there() -> None:
+    """`from service import ...` offers what a handler module needs, and nothing else."""
+    assert sorted(service.__all__) == ["Context", "Event", "Permanent", "Retry", "on"]
+    assert all(hasattr(service, name) for name in service.__all__)
+
+
+# -- size and words -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_module_is_too_long(name: str) -> None:
+    """What does not fit in a head belongs in two modules."""
+    path = ROOT.joinpath(*name.split("."))
+    text = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+    assert sum(1 for line in text.splitlines() if line.strip()) <= MODULE_MOST_LINES
+
+
+def undocumented(body: list[ast.stmt], prefix: str) -> Iterator[str]:
+    """Public functions and classes at the top of a module, and public methods, without a docstring."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            if not ast.get_docstring(node):
+                yield prefix + node.name
+            if isinstance(node, ast.ClassDef):
+                yield from undocumented(node.body, f"{prefix}{node.name}.")
+
+
+@pytest.mark.parametrize("name", [name for name, tree in MODULES.items() if tree.body])
+def test_everything_public_says_what_it_is(name: str) -> None:
+    """Every module says what it guarantees, every public class and function what it does."""
+    tree = MODULES[name]
+    assert ast.get_docstring(tree)
+    if not name.startswith("service.migrations.versions"):  # their one function has Alembic's name and meaning
+        assert not list(undocumented(tree.body, ""))
+
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_test_says_what_it_proves(path: Path) -> None:
+    """Each test has one sentence, and each test module too."""
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree) or not tree.body
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
+            assert ast.get_docstring(node), node.name
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_words_we_avoid(name: str) -> None:
+    """One word for one thing: none of those that house-style.md rules out is in a name of ours."""
+    avoided = re.compile(r"processor(?!s)|dlq|stuck|stalled|zombie|orphan|exactly_once", re.IGNORECASE)
+    names = {node.name for node in ast.walk(MODULES[name]) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {node.id for node in ast.walk(MODULES[name]) if isinstance(node, ast.Name)}
+    assert not {each for each in names if avoided.search(each)}
