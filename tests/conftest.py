@@ -2,7 +2,9 @@
 
 import os
 import secrets
+import tempfile
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -10,10 +12,11 @@ from tests.stores import Stores, clone, drop, running
 
 
 @pytest.fixture(scope="session")
-def stores(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stores]:
+def stores() -> Iterator[Stores]:
     """A real Postgres and a real Redis or Valkey for the whole run."""
-    folder = tmp_path_factory.mktemp("stores")
-    with running(folder, os.environ.get("TEST_DATABASE_URL"), os.environ.get("TEST_REDIS_URL")) as up:
+    addresses = os.environ.get("TEST_DATABASE_URL"), os.environ.get("TEST_REDIS_URL")
+    # Not pytest's own: as root, any other session that starts shuts its parent for the servers' user.
+    with tempfile.TemporaryDirectory(prefix="firstclaim-test-") as folder, running(Path(folder), *addresses) as up:
         yield up
 
 

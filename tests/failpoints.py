@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from service.inbox.dispatch import _Attempt
+from service.inbox.attempt import Attempt
 from service.inbox.ledger import Claim, Ledger
 from service.inbox.lock import Lock, LockReply
 
@@ -43,11 +43,11 @@ POINTS: Mapping[str, Point] = {
     # The lock was replaced by the marker.
     "marker": Point(Lock, "mark_recorded", lambda _, __: True),
     # The handler's SQL is done in its open transaction, the completion mark is not.
-    "handler": Point(_Attempt, "_within_deadline", lambda _, __: True),
+    "handler": Point(Attempt, "_call", lambda _, __: True),
     # The completion mark too is done, and not committed.
-    "mark": Point(_Attempt, "_mark", lambda _, __: True),
+    "mark": Point(Attempt, "_mark", lambda _, __: True),
     # Committed; nobody was answered.
-    "commit": Point(_Attempt, "_commit", lambda _, ended: isinstance(ended, str)),
+    "commit": Point(Attempt, "_commit", lambda _, ended: isinstance(ended, str)),
 }
 
 

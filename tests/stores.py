@@ -15,8 +15,9 @@ import asyncpg
 from pydantic import SecretStr
 
 from service import embedded
+from service.addresses import postgres_dsn
 from service.inbox import schema
-from service.settings import Settings, postgres_dsn
+from service.settings import Settings
 
 # Without a unique constraint on purpose: a doubled effect must be able to show itself.
 EFFECTS = """

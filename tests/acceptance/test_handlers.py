@@ -134,7 +134,6 @@ async def test_a_broken_rule_fails_visibly(
     assert row.failures >= 1
     assert row.last_error is not None
     assert rule in row.last_error
-    print(row.last_error)
     assert await shared_ground.effects(event) == 0
     mended.touch()
     row = await shared_ground.settled(event)
@@ -142,16 +141,26 @@ async def test_a_broken_rule_fails_visibly(
     assert row.abandoned == 0
 
 
-async def test_a_handlers_own_commit_is_dead_and_named(shared_ground: Ground, service: Service) -> None:
-    """A raw COMMIT: 500 and dead, because a retry would double what it committed; the error names the rule."""
-    event = sample("raw_commit")
+@pytest.mark.parametrize(
+    ("behaviour", "rule"),
+    [
+        ("raw_commit", "a handler must not commit"),
+        ("raw_rollback_and_write", "a handler must not roll back"),
+    ],
+)
+async def test_what_a_handler_committed_by_itself_is_not_doubled(
+    behaviour: str, rule: str, shared_ground: Ground, service: Service
+) -> None:
+    """A raw COMMIT, or a raw ROLLBACK and then SQL outside of any transaction: dead, named, never tried again."""
+    event = sample(behaviour)
     shared_ground.waived.add(event.id)
     assert (await shared_ground.deliver(service, event)).said == FAILED
     row = await shared_ground.row(event)
     assert row is not None
-    assert (row.status, row.counts) == (Status.DEAD, (1, 1, 0))
-    assert "a handler must not commit" in (row.last_error or "")
+    assert rule in (row.last_error or "")
     await recovery_has_passed(shared_ground, service)
+    assert (await shared_ground.row(event)) == row
+    assert (row.status, row.counts) == (Status.DEAD, (1, 1, 0))
     assert (await shared_ground.deliver(service, event)).said == IGNORED
     assert await shared_ground.effects(event) == 1
 

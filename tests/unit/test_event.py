@@ -147,7 +147,7 @@ def test_created_is_an_aware_instant(created: int | str, instant: datetime) -> N
 
 @pytest.mark.parametrize("field", ["account", "api_version"])
 @pytest.mark.parametrize("value", [MISSING, None, "", 7, [], {}, "x" * 256, "a\nb", "a\0b", "\u202e"])
-def test_odd_side_information_is_dropped(field: str, value: object) -> None:
+def test_odd_side_information_is_dropped(field: str, value: Any) -> None:
     """What is not needed to handle an event is never a reason to lose it."""
     assert getattr(parse_event(event_body(**{field: value})), field) is None
 

@@ -132,7 +132,9 @@ import sys
 opened = []
 def note(event, arguments):
     if event.startswith(("socket.", "subprocess.", "os.system", "os.fork", "sqlite3.")) and event != "socket.__new__":
-        opened.append(event)
+        # stripe-python loads urllib3, which binds ::1 for a moment to see whether there is IPv6.
+        if sys._getframe(2).f_globals.get("__name__") != "urllib3.util.connection":
+            opened.append(event)
     if event == "open" and isinstance(arguments[1], str) and set("wax+") & set(arguments[1]):
         opened.append(f"open {arguments[0]}")
 sys.dont_write_bytecode = True

@@ -15,7 +15,12 @@ from service.inbox.retry import Backoff
 def test_it_doubles_up_to_the_cap(monkeypatch: pytest.MonkeyPatch, count: int, whole: float) -> None:
     """5 s, 10 s, 20 s and so on, an hour from the eleventh failure on; jittered between half and whole."""
     drawn: list[tuple[float, float]] = []
-    monkeypatch.setattr(random, "uniform", lambda low, high: drawn.append((low, high)) or high)
+
+    def uniform(low: float, high: float) -> float:
+        drawn.append((low, high))
+        return high
+
+    monkeypatch.setattr(random, "uniform", uniform)
     assert Backoff(5, 3600).after(count) == whole
     assert drawn == [(0.5, 1)]
 

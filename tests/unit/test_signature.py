@@ -169,10 +169,18 @@ def test_ten_thousand_signatures_cost_nothing(monkeypatch: pytest.MonkeyPatch) -
     """A header of 10,000 signatures is refused before one digest is computed, though one of them is right."""
     computed: list[str] = []
     right = v1()
-    monkeypatch.setattr(stripe.WebhookSignature, "_compute_signature", lambda *a: computed.append(a[0]) or "")
+    compute = stripe.WebhookSignature._compute_signature
+
+    def counted(payload: str, secret: str) -> str:
+        computed.append(payload)
+        return compute(payload, secret)
+
+    monkeypatch.setattr(stripe.WebhookSignature, "_compute_signature", staticmethod(counted))
     assert refusal([",".join([f"t={NOW}", *["v1=00"] * 10_000, right])]) == "signature_malformed"
     assert refusal([f"t={NOW}," + "," * 1_000_000]) == "signature_malformed"
     assert not computed
+    assert refusal([f"t={NOW},{right}"]) is None
+    assert len(computed) == 1
 
 
 # -- any header ---------------------------------------------------------------------------------------

@@ -1,0 +1,202 @@
+"""One attempt at an event: one connection, one transaction, one call of its handler.
+
+Guarantees: the row is locked first and marked last, in the transaction that holds the handler's SQL, so that
+effects and mark commit together or not at all; at its deadline the attempt is over and its connection
+terminated, whatever the handler does; nothing that a handler raises ends the service. What the ledger should
+say about an attempt that did not commit is the dispatcher's business.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+from service.errors import HandlerRuleBroken, LedgerUnavailable
+from service.inbox.event import Event
+from service.inbox.ledger import Claim, Held, Ledger
+from service.inbox.postgres import UNAVAILABLE, describe, discard, handler_runs
+from service.registry import Context, Handler
+
+_ENDED = "rule broken: a handler must not end its transaction, which carries the completion mark"
+_SWALLOWED = "rule broken: the handler swallowed an SQL error, which had aborted its transaction"
+_ABORTED = "25P02"  # in_failed_sql_transaction
+_ACTION_MOST_CHARACTERS = 200
+
+
+class TakenOver(Exception):
+    """Another holds the row now."""
+
+
+class CommitUnknown(Exception):
+    """COMMIT was sent, and what came back is not its success."""
+
+    def __init__(self, action: str, error: str) -> None:
+        super().__init__(f"COMMIT failed: {error}")
+        self.action = action
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One attempt. `held` is its transaction once the row is locked; `work` the handler once it is called."""
+
+    engine: AsyncEngine
+    ledger: Ledger
+    claim: Claim
+    event: Event
+    handler: Handler
+    deadline_seconds: float
+    postgres_timeout_seconds: float
+    held: Held | None = field(default=None, init=False)
+    work: asyncio.Future[Any] | None = field(default=None, init=False)
+
+    async def run(self) -> str | Exception:
+        """The action once it is committed, or the exception that says why it is not.
+
+        Raises `LedgerUnavailable` when no connection can be had, and CancelledError when we are stopping.
+        """
+        try:
+            connection = await self.engine.connect()
+        except UNAVAILABLE as error:
+            raise LedgerUnavailable(describe(error)) from error
+        try:
+            async with asyncio.timeout(self.postgres_timeout_seconds):
+                self.held = await self.ledger.hold(connection, self.claim)
+            if self.held is None:
+                return TakenOver()
+            action = _checked_action(await self._call(connection))
+            handler_runs(connection, False)
+            await self._mark(connection, self.held, action)
+        except (TimeoutError, asyncio.CancelledError) as error:
+            await self._end(connection)
+            if isinstance(error, TimeoutError):
+                return error
+            raise
+        except Exception as error:  # noqa: BLE001  (whatever a handler raises is this attempt's failure)
+            return error
+        else:
+            return await self._commit(connection, action)
+        finally:
+            await self._give_back(connection)
+
+    async def _call(self, connection: AsyncConnection) -> Any:
+        """Run the handler and wait for it until its deadline, but not for one that ignores its cancellation."""
+        loop = asyncio.get_running_loop()
+        context = Context(self.event, self.claim.attempt, connection, loop, loop.time() + self.deadline_seconds)
+        handler_runs(connection, True)
+        start = _in_task if self.handler.is_async else _in_thread
+        self.work = work = start(loop, self.handler.function, self.event, context)
+        try:
+            done, _ = await asyncio.wait({work}, timeout=self.deadline_seconds)
+        except asyncio.CancelledError:
+            _stop(work)
+            raise
+        if not done:
+            _stop(work)
+            raise TimeoutError(f"the handler ran longer than its deadline of {self.deadline_seconds:g} s")
+        if work.cancelled():  # by something in the handler; were it us, the wait above had raised
+            raise HandlerRuleBroken("a handler must not end by cancelling itself")
+        return work.result()
+
+    async def _mark(self, connection: AsyncConnection, held: Held, action: str) -> None:
+        try:
+            async with asyncio.timeout(self.postgres_timeout_seconds):
+                marked = await self.ledger.complete_if_held(connection, self.claim, held, action)
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) == _ABORTED:
+                raise HandlerRuleBroken(_SWALLOWED) from error
+            raise
+        if not marked:  # no longer the transaction that was begun: the handler ended that one
+            raise HandlerRuleBroken(_ENDED)
+
+    async def _commit(self, connection: AsyncConnection, action: str) -> str | Exception:
+        try:
+            async with asyncio.timeout(self.postgres_timeout_seconds):
+                await connection.commit()
+        except (*UNAVAILABLE, asyncio.CancelledError) as error:
+            await discard(connection)
+            return CommitUnknown(action, describe(error))
+        return action
+
+    async def _end(self, connection: AsyncConnection) -> None:
+        """Give up on the transaction, whatever the handler and the server are doing in it."""
+        await discard(connection)
+        if self.held is not None:
+            with contextlib.suppress(LedgerUnavailable):  # then the server's own timeouts end it
+                await self.ledger.end(self.held)
+
+    async def _give_back(self, connection: AsyncConnection) -> None:
+        handler_runs(connection, False)
+        try:
+            async with asyncio.timeout(self.postgres_timeout_seconds):
+                await connection.close()
+        except (*UNAVAILABLE, asyncio.CancelledError):
+            await discard(connection)
+
+
+def _in_task(
+    loop: asyncio.AbstractEventLoop, function: Callable[..., Any], event: Event, context: Context
+) -> asyncio.Future[Any]:
+    async def body() -> Any:
+        try:
+            return await function(event, context)
+        except (SystemExit, KeyboardInterrupt) as error:
+            raise _refused(error) from error
+
+    return loop.create_task(body())
+
+
+def _in_thread(
+    loop: asyncio.AbstractEventLoop, function: Callable[..., Any], event: Event, context: Context
+) -> asyncio.Future[Any]:
+    """Run a sync handler in a thread of its own: a daemon, so that one that hangs cannot hold up the exit."""
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def settle(result: Any, error: Exception | None) -> None:
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+            future.exception()  # retrieved: after the deadline nobody else does
+
+    def body() -> None:
+        result: Any = None
+        failure: Exception | None = None
+        try:
+            result = function(event, context)
+        except BaseException as error:  # noqa: BLE001
+            catchable = isinstance(error, Exception) and not isinstance(error, StopIteration)
+            failure = error if catchable else _refused(error)  # type: ignore[assignment]
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the service has gone, recovery has the row
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    run = contextvars.copy_context().run
+    threading.Thread(target=run, args=(body,), daemon=True, name=f"handler-{event.id}").start()
+    return future
+
+
+def _refused(error: BaseException) -> HandlerRuleBroken:
+    """For what would end the event loop instead of the attempt, were it let through."""
+    return HandlerRuleBroken(f"a handler must not raise {type(error).__name__}")
+
+
+def _stop(work: asyncio.Future[Any]) -> None:
+    """Ask the handler to end. A thread cannot be: its later calls on the connection raise."""
+    if isinstance(work, asyncio.Task):
+        work.cancel()
+        work.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+
+def _checked_action(value: object) -> str:
+    if value is None:
+        return "handled"
+    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= _ACTION_MOST_CHARACTERS:
+        raise HandlerRuleBroken(
+            f"a handler returns its action, a short printable str, or None; this one returned {type(value).__name__}"
+        )
+    return value
