@@ -234,7 +234,7 @@ def progress(copies: int, console: Console) -> Iterator[Callable[[Answer], None]
 
 
 def exit_code(answers: Sequence[Answer]) -> int:
-    """1 if more than one copy was processed, or if none was answered; else 0."""
+    """1 if more than one copy was processed, or if none was answered with a 2xx; else 0."""
     return _verdict(answers)[0]
 
 
@@ -268,8 +268,12 @@ def _verdict(answers: Sequence[Answer]) -> tuple[int, str]:
         return 1, f"Processed {processed} times: {of} of one event may be processed once at most.{lost}"
     if processed == 1:
         return 0, f"Processed once, of {of}.{lost}"
+    accepted = any(each.status is not None and each.status < 300 for each in answered)
     status, action, _ = _tally(answered).most_common(1)[0][0]
-    return 0, f"Not processed, of {of}; most were answered {status} {_cell(action or 'without an action')}.{lost}"
+    return (
+        0 if accepted else 1,
+        f"Not processed, of {of}; most were answered {status} {_cell(action or 'without an action')}.{lost}",
+    )
 
 
 def _cell(value: int | str | bool | None) -> Text:

@@ -10,6 +10,7 @@ what Stripe sent, and the reason ends up in logs and on the dashboard. Nothing s
 e-mail addresses stay in the event, whose payload expires.
 """
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,8 +27,8 @@ payment_failures = Table(
     Column("invoice", Text(collation="C"), primary_key=True),
     Column("customer", Text),
     Column("subscription", Text),
-    Column("amount_due_minor", BigInteger, nullable=False),
-    Column("currency", Text, nullable=False),
+    Column("amount_due_minor", BigInteger),
+    Column("currency", Text),
     Column("attempt_count", Integer, nullable=False),
     Column("next_attempt_at", DateTime(timezone=True)),
     Column("failed_at", DateTime(timezone=True), nullable=False),
@@ -68,18 +69,23 @@ def payment_failure(event: Event) -> dict[str, Any]:
     invoice = event.data.get("object")
     if not isinstance(invoice, dict) or invoice.get("object", "invoice") != "invoice":
         raise _no_invoice("data.object is something else")
-    next_attempt = invoice.get("next_payment_attempt")
     return {
         "invoice": _text(invoice.get("id"), "id"),
         "customer": _reference(invoice.get("customer"), "customer"),
         "subscription": _subscription(invoice),
-        "amount_due_minor": _integer(invoice.get("amount_due"), "amount_due", _BIGINT_MOST),
-        "currency": _text(invoice.get("currency"), "currency"),
-        "attempt_count": _integer(invoice.get("attempt_count"), "attempt_count", _INTEGER_MOST),
-        "next_attempt_at": None if next_attempt is None else _instant(next_attempt, "next_payment_attempt"),
+        "amount_due_minor": _known(_integer, invoice, "amount_due", _BIGINT_MOST),
+        "currency": _known(_text, invoice, "currency"),
+        "attempt_count": _known(_integer, invoice, "attempt_count", _INTEGER_MOST) or 0,
+        "next_attempt_at": _known(_instant, invoice, "next_payment_attempt"),
         "failed_at": event.created,
         "event_id": event.id,
     }
+
+
+def _known(check: Callable[..., Any], invoice: dict[str, Any], name: str, *limits: int) -> Any:
+    """The checked field; one that was not sent is null in the row: unknown, never made up."""
+    value = invoice.get(name)
+    return None if value is None else check(value, name, *limits)
 
 
 def _subscription(invoice: dict[str, Any]) -> str | None:

@@ -19,6 +19,9 @@ from service.errors import Rejected
 _ID = re.compile(r"[A-Za-z0-9_.:\-]{1,255}")
 _TYPE = re.compile(r"[A-Za-z0-9_.\[\]\-]{1,255}")
 
+# The driver stores the first and the last instant of a datetime as infinite.
+_YEARS = (1970, 9998)
+
 SNAPSHOT = "event"
 THIN = "v2.core.event"
 
@@ -108,10 +111,14 @@ def _optional(value: object) -> str | None:
 def _instant(value: object) -> datetime:
     try:
         if isinstance(value, int) and not isinstance(value, bool):
-            return datetime.fromtimestamp(value, UTC)
-        if isinstance(value, str):
+            instant = datetime.fromtimestamp(value, UTC)
+        elif isinstance(value, str):
             instant = datetime.fromisoformat(value)
-            return instant.astimezone(UTC) if instant.tzinfo else instant.replace(tzinfo=UTC)
+            instant = instant.astimezone(UTC) if instant.tzinfo else instant.replace(tzinfo=UTC)
+        else:
+            raise ValueError
+        if not _YEARS[0] <= instant.year <= _YEARS[1]:
+            raise ValueError
     except (ValueError, OverflowError, OSError):
-        pass
-    raise _rejected('"created" must be unix seconds or an ISO 8601 instant')
+        raise _rejected('"created" must be unix seconds or an ISO 8601 instant') from None
+    return instant

@@ -144,12 +144,22 @@ def parallel(event_id: str) -> str:
     return f"Event {event_id} handled by parallel worker (idempotency lock)"
 
 
-async def post(url: str, body: bytes, headers: dict[str, str] | None = None) -> Answer:
+async def post(url: str, body: bytes, headers: Sequence[tuple[str, str]] | None = None) -> Answer:
     """POST on a connection of its own; signed with the service's secret unless headers are given."""
     began = time.monotonic()
+    chosen = signed(body).items() if headers is None else headers
+    encoded = [(name.encode(), value.encode("latin-1")) for name, value in chosen]
     async with _client() as client:
-        response = await client.post(url, content=body, headers=signed(body) if headers is None else headers)
+        response = await client.post(url, content=body, headers=encoded)
     return Answer(response.status_code, orjson.loads(response.content), response.headers, time.monotonic() - began)
+
+
+async def raw_request(url: str, request: bytes) -> Answer:
+    """Send these very bytes; the answer must close the connection."""
+    parts = urlsplit(url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    writer.write(request)
+    return await _receive(reader, writer, time.monotonic())
 
 
 async def volley(shots: Sequence[tuple[str, bytes]]) -> list[Answer]:

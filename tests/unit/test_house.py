@@ -13,7 +13,7 @@ import service
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "service"
-MODULE_MOST_LINES = 330  # that are not blank; two screens of code and what it argues for
+MODULE_MOST_LINES = 320  # that are not blank; two screens of code and what it argues for
 
 # Who may import whom: only from a line further down here. A new module without a place fails.
 RANKS: tuple[tuple[str, ...], ...] = (
@@ -24,7 +24,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("service.inbox.recovery", "service.web.signature", "service.web.health"),
     ("service.inbox.pipeline",),
     ("service.inbox.dispatch",),
-    ("service.inbox.claims",),
+    ("service.inbox.claims", "service.inbox.attempt"),
     ("service.inbox.ledger", "service.inbox.schema"),
     ("service.inbox.lock", "service.inbox.postgres"),
     ("service.migrations.env", "service.migrations.versions.0001_ledger"),
@@ -34,7 +34,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("service.registry",),
     ("service.inbox.event", "service.inbox.model", "service.inbox.outcome", "service.inbox.retry"),
     ("service.settings", "service.logs", "service.sending", "service.stopping"),
-    ("service.errors",),
+    ("service.errors", "service.addresses"),
     ("service.inbox", "service.web", "service.migrations", "service.migrations.versions"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
@@ -133,7 +133,7 @@ opened = []
 def note(event, arguments):
     if event.startswith(("socket.", "subprocess.", "os.system", "os.fork", "sqlite3.")) and event != "socket.__new__":
         # stripe-python loads urllib3, which binds ::1 for a moment to see whether there is IPv6.
-        if sys._getframe(2).f_globals.get("__name__") != "urllib3.util.connection":
+        if sys._getframe(1).f_globals.get("__name__") != "urllib3.util.connection":
             opened.append(event)
     if event == "open" and isinstance(arguments[1], str) and set("wax+") & set(arguments[1]):
         opened.append(f"open {arguments[0]}")

@@ -147,15 +147,29 @@ def test_the_ends_of_a_range_belong_to_it(field: str, value: int) -> None:
     assert payment_failure(failed(**{field: value}))
 
 
-@pytest.mark.parametrize("value", [MISSING, None, "", "a\0b", "x" * 256, 7, True, [], {}])
+@pytest.mark.parametrize("value", [MISSING, None])
+def test_what_was_not_sent_is_unknown(value: object) -> None:
+    """A field that was not sent is null in the row, never made up; the attempt then counts below all others."""
+    row = payment_failure(failed(amount_due=value, currency=value, attempt_count=value))
+    assert (row["amount_due_minor"], row["currency"], row["attempt_count"]) == (None, None, 0)
+
+
+@pytest.mark.parametrize("value", [MISSING, None])
+def test_no_id_is_no_invoice(value: object) -> None:
+    """Without an invoice's id there is no row to keep."""
+    with pytest.raises(Permanent, match="^not an invoice: id must be a string"):
+        payment_failure(failed(id=value))
+
+
+@pytest.mark.parametrize("value", ["", "a\0b", "x" * 256, 7, True, [], {}])
 @pytest.mark.parametrize("field", ["id", "currency"])
 def test_a_required_text_is_checked(field: str, value: object) -> None:
-    """No id or no currency is no invoice: said as such, and not by a constraint deep in SQL."""
+    """A text that its column cannot hold is refused before any SQL."""
     with pytest.raises(Permanent, match=rf"^not an invoice: {field} must be a string"):
         payment_failure(failed(**{field: value}))
 
 
-@pytest.mark.parametrize("value", [MISSING, None, "2000", 19.99, True, -1, 2**63, 1e30, [], {}])
+@pytest.mark.parametrize("value", ["2000", 19.99, True, -1, 2**63, 1e30, [], {}])
 @pytest.mark.parametrize("field", ["amount_due", "attempt_count"])
 def test_a_required_number_is_checked(field: str, value: object) -> None:
     """A number that its column cannot hold is refused before any SQL."""

@@ -405,11 +405,13 @@ async def test_a_redirect_is_not_followed() -> None:
         ([DONE, REFUSED], 0),
         ([DONE, DUPLICATE, DONE], 1),
         ([REFUSED] * 3, 1),
+        ([Answer(400, "rejected", False, 0.1, None)] * 3, 1),
+        ([Answer(500, "failed", False, 0.1, None)], 1),
         ([], 1),
     ],
 )
 def test_the_exit_code_is_the_promise(answers: list[Answer], code: int) -> None:
-    """Processed twice, or never answered, fails the command; once, or not at all, does not."""
+    """Processed twice, or never accepted, fails the command; processed once, or a duplicate, does not."""
     assert exit_code(answers) == code
 
 

@@ -68,12 +68,16 @@ def upgrade() -> None:
             invoice          text COLLATE "C" CONSTRAINT payment_failures_pkey PRIMARY KEY,
             customer         text,
             subscription     text,
-            amount_due_minor bigint      NOT NULL,
-            currency         text        NOT NULL,
+            amount_due_minor bigint,
+            currency         text,
             attempt_count    integer     NOT NULL,
             next_attempt_at  timestamptz,
             failed_at        timestamptz NOT NULL,
-            event_id         text COLLATE "C" NOT NULL
+            event_id         text COLLATE "C" NOT NULL,
+            CONSTRAINT payment_failures_invoice_check          CHECK (invoice <> ''),
+            CONSTRAINT payment_failures_amount_due_minor_check CHECK (amount_due_minor >= 0),
+            CONSTRAINT payment_failures_currency_check         CHECK (currency <> ''),
+            CONSTRAINT payment_failures_attempt_count_check    CHECK (attempt_count >= 0)
         )
         """
     )
