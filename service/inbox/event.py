@@ -20,7 +20,7 @@ _ID = re.compile(r"[A-Za-z0-9_.:\-]{1,255}")
 _TYPE = re.compile(r"[A-Za-z0-9_.\[\]\-]{1,255}")
 
 # The driver stores the first and the last instant of a datetime as infinite.
-_YEARS = (1970, 9998)
+_YEARS = (2, 9998)
 
 SNAPSHOT = "event"
 THIN = "v2.core.event"

@@ -157,7 +157,7 @@ def test_what_was_not_sent_is_unknown(value: object) -> None:
 @pytest.mark.parametrize("value", [MISSING, None])
 def test_no_id_is_no_invoice(value: object) -> None:
     """Without an invoice's id there is no row to keep."""
-    with pytest.raises(Permanent, match="^not an invoice: id must be a string"):
+    with pytest.raises(Permanent, match=r"^not an invoice: id must be a string"):
         payment_failure(failed(id=value))
 
 

@@ -1,0 +1,117 @@
+"""The bounds that a service keeps: the answer's budget, its handler slots, the lease, a body's time, its mode."""
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from service.inbox.model import Status
+from tests.acceptance.harness import (
+    DEFERRED,
+    IGNORED,
+    PROCESSED,
+    UNHANDLED,
+    Ground,
+    Sample,
+    Service,
+    StalledDelivery,
+    eventually,
+    parallel,
+    sample,
+)
+
+# One slot, so that one slow event fills the house; half a lease is how long the next may wait for it.
+NARROW = {"handler_slots": 1, "lease_seconds": 1, "answer_budget_seconds": 0.5, "body_timeout_seconds": 0.5}
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def service(shared_ground: Ground) -> Service:
+    """One narrow service for the whole module."""
+    return await shared_ground.service(livemode="live", **NARROW).start()
+
+
+def held(gate: Path, event_type: str = "invoice.payment_failed") -> Sample:
+    """An event whose handler waits for the gate."""
+    return sample("hold", event_type, livemode=True, gate=str(gate))
+
+
+@pytest.mark.parametrize("event_type", ["invoice.payment_failed", "invoice.paid"])
+async def test_a_handler_slower_than_the_answers_budget(
+    event_type: str, shared_ground: Ground, service: Service, tmp_path: Path
+) -> None:
+    """Past the budget: 202, deferred, never before the row is there; the handler goes on, and its effect is one."""
+    event = held(tmp_path / "gate", event_type)
+    answer = await shared_ground.deliver(service, event)
+    assert (answer.said, answer.reason) == (DEFERRED, "Recorded; still at work on it")
+    assert answer.seconds < 5
+    again = await shared_ground.deliver(service, event)
+    assert (again.said, again.reason) == (IGNORED, parallel(event.id))
+    (tmp_path / "gate").touch()
+    assert (await shared_ground.settled(event)).counts == (1, 0, 0)
+
+
+@pytest.mark.parametrize("event_type", ["invoice.payment_failed", "invoice.paid"])
+async def test_a_live_handler_is_not_taken_over(
+    event_type: str, shared_ground: Ground, service: Service, tmp_path: Path
+) -> None:
+    """A handler that runs for two leases keeps its event: its row's lock is the lease, async or in a thread."""
+    event = held(tmp_path / "gate", event_type)
+    assert (await shared_ground.deliver(service, event)).said == DEFERRED
+    await eventually(lambda: shared_ground.row(event), lambda row: row is not None and row.due_in_seconds < -1)
+    (tmp_path / "gate").touch()
+    assert (await shared_ground.settled(event)).counts == (1, 0, 0)
+
+
+async def test_a_full_house_charges_nobody(shared_ground: Ground, service: Service, tmp_path: Path) -> None:
+    """Six events for one slot: all deferred, those that got none released uncharged, all completed once."""
+    events = [held(tmp_path / "gate") for _ in range(6)]
+    answers = await asyncio.gather(*(shared_ground.deliver(service, event) for event in events))
+    assert [answer.said for answer in answers] == [DEFERRED] * 6
+
+    async def statuses() -> list[Status]:
+        return sorted(row.status for event in events if (row := await shared_ground.row(event)))
+
+    await eventually(statuses, lambda seen: seen == [Status.PENDING] * 5 + [Status.PROCESSING])
+    (tmp_path / "gate").touch()
+    for row in await shared_ground.all_settled(events):
+        assert (row.failures, row.abandoned) == (0, 0)
+
+
+async def test_a_client_that_hangs_up_cancels_nothing(shared_ground: Ground, service: Service, tmp_path: Path) -> None:
+    """The work is not the request's: its client leaves in the middle, and the event completes on that attempt."""
+    event = held(tmp_path / "gate")
+    delivery = await StalledDelivery.begin(service.url, event.body)
+    delivery.finish()
+    await shared_ground.settled(event, Status.PROCESSING)
+    await delivery.hang_up()
+    (tmp_path / "gate").touch()
+    assert (await shared_ground.settled(event)).counts == (1, 0, 0)
+
+
+async def test_a_client_that_hangs_up_before_the_end_left_nothing(shared_ground: Ground, service: Service) -> None:
+    """A delivery cut off before its last byte is no delivery."""
+    event = sample(livemode=True)
+    delivery = await StalledDelivery.begin(service.url, event.body)
+    await delivery.hang_up()
+    assert (await shared_ground.deliver(service, sample(livemode=True))).said == PROCESSED
+    assert await shared_ground.row(event) is None
+
+
+async def test_a_body_that_arrives_too_slowly(shared_ground: Ground, service: Service) -> None:
+    """A body that does not end within its time: 408, the connection closed, no row."""
+    event = sample(livemode=True)
+    delivery = await StalledDelivery.begin(service.url, event.body)
+    answer = await delivery.answer()
+    assert (answer.status, answer.content["action"]) == (408, "rejected")
+    assert answer.headers["connection"] == "close"
+    assert await shared_ground.row(event) is None
+
+
+async def test_an_event_of_the_other_mode_is_ignored(shared_ground: Ground, service: Service) -> None:
+    """A service for live mode records a test event as ignored, says why, and dispatches nothing."""
+    event = sample(livemode=False)
+    answer = await shared_ground.deliver(service, event)
+    assert answer.said == UNHANDLED
+    assert answer.reason == f"Event {event.id} is a test mode event; this service takes live mode only"
+    await shared_ground.settled(event, Status.IGNORED)
