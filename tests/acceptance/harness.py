@@ -40,9 +40,11 @@ SETTLE_SECONDS: Final = 30.0
 _POLL_SECONDS: Final = 0.02
 _CLIENT_SECONDS: Final = 60.0  # a hanging answer is for the test to judge, never for the client to cut short
 
+Overrides = dict[str, str | float]
+
 # Everything due comes at once. The lease and the answer budget stay long: a test that is about neither must
 # not meet them because the machine was busy.
-QUICK: Final = {
+QUICK: Final[Overrides] = {
     "lock_ttl_seconds": 2,
     "lease_seconds": 10,
     "handler_deadline_seconds": 20,
@@ -59,7 +61,7 @@ QUICK: Final = {
 }
 
 # A vanished holder is noticed within a second.
-SHORT_LEASE: Final = {"lease_seconds": 1, "lock_ttl_seconds": 1}
+SHORT_LEASE: Final[Overrides] = {"lease_seconds": 1, "lock_ttl_seconds": 1}
 
 T = TypeVar("T")
 
@@ -441,14 +443,14 @@ class Ground:
             self.empty_redis()
             await drop(self.database_url)
 
-    def service(self, workers: int = 1, **overrides: str | float) -> Service:
-        """A service on this ground, not started yet; the overrides are settings by their field's name.
+    def service(self, overrides: Overrides | None = None, *, workers: int = 1) -> Service:
+        """A service on this ground, not started yet; `overrides` are settings by their field's name.
 
         A name in capitals is a variable of its own (`TEST_FAILPOINT`).
         """
         environment = {"PATH": os.environ["PATH"], "DATABASE_URL": self.database_url, "REDIS_URL": self.redis_url}
         environment["STRIPE_WEBHOOK_SECRETS"] = SECRET
-        chosen = {"handlers": HANDLERS, "redis_prefix": self.redis_prefix, **QUICK, **overrides}
+        chosen = {"handlers": HANDLERS, "redis_prefix": self.redis_prefix, **QUICK, **(overrides or {})}
         for name, value in chosen.items():
             environment[name if name.isupper() else f"FIRSTCLAIM_{name.upper()}"] = str(value)
         service = Service(self.folder, environment, workers)

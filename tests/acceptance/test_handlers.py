@@ -183,7 +183,7 @@ async def test_a_duplicate_after_redis_was_emptied_meets_the_ledger(shared_groun
 async def test_handlers_over_their_deadline_fail_without_effect(ground: Ground, tmp_path: Path) -> None:
     """Over its deadline a handler has failed: hanging, deaf to its cancellation, or writing late from a thread."""
     gate = tmp_path / "gate"
-    service = ground.service(lease_seconds=1, handler_deadline_seconds=1.5, idle_in_transaction_seconds=3)
+    service = ground.service({"lease_seconds": 1, "handler_deadline_seconds": 1.5, "idle_in_transaction_seconds": 3})
     await service.start()
     hanging = sample("hang", until=1)
     late = [

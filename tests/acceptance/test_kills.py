@@ -30,9 +30,8 @@ async def killed_at(point: str, ground: Ground, folder: Path) -> tuple[Service, 
     """A service that was killed with two deliveries at `point`, and then started again."""
     kills = folder / "kills"
     kills.mkdir()
-    service = ground.service(
-        **SHORT_LEASE, TEST_FAILPOINT=point, TEST_FAILPOINT_FOLDER=str(kills), TEST_FAILPOINT_ARRIVALS=2
-    )
+    armed = {"TEST_FAILPOINT": point, "TEST_FAILPOINT_FOLDER": str(kills), "TEST_FAILPOINT_ARRIVALS": 2}
+    service = ground.service(SHORT_LEASE | armed)
     await service.start()
     one, other = sample(), sample()
     await asyncio.gather(unanswered(service, one), unanswered(service, other))
@@ -88,7 +87,7 @@ async def test_killed_after_the_completion(ground: Ground, tmp_path: Path) -> No
 
 async def test_an_event_that_kills_its_process_dies_alone(ground: Ground, tmp_path: Path) -> None:
     """An event that aborts every process it meets ends dead; the neighbours it took down complete once each."""
-    service = ground.service(workers=2, abandoned_most=2, **SHORT_LEASE)
+    service = ground.service(SHORT_LEASE | {"abandoned_most": 2}, workers=2)
     await service.start()
     gate = tmp_path / "gate"
     neighbours = [sample("hold", gate=str(gate)) for _ in range(6)]

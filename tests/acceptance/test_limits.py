@@ -1,6 +1,7 @@
 """The bounds that a service keeps: the answer's budget, its handler slots, the lease, a body's time, its mode."""
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from tests.acceptance.harness import (
     PROCESSED,
     UNHANDLED,
     Ground,
+    Overrides,
     Sample,
     Service,
     StalledDelivery,
@@ -22,13 +24,21 @@ from tests.acceptance.harness import (
 )
 
 # One slot, so that one slow event fills the house; half a lease is how long the next may wait for it.
-NARROW = {"handler_slots": 1, "lease_seconds": 1, "answer_budget_seconds": 0.5, "body_timeout_seconds": 0.5}
+NARROW: Overrides = {"handler_slots": 1, "lease_seconds": 1, "answer_budget_seconds": 0.5, "body_timeout_seconds": 0.5}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def service(shared_ground: Ground) -> Service:
     """One narrow service for the whole module."""
-    return await shared_ground.service(livemode="live", **NARROW).start()
+    return await shared_ground.service({"livemode": "live"} | NARROW).start()
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Path]:
+    """What `held` events wait for; open at the latest when the test is over, so that the slot is free again."""
+    gate = tmp_path / "gate"
+    yield gate
+    gate.touch()
 
 
 def held(gate: Path, event_type: str = "invoice.payment_failed") -> Sample:
@@ -38,54 +48,55 @@ def held(gate: Path, event_type: str = "invoice.payment_failed") -> Sample:
 
 @pytest.mark.parametrize("event_type", ["invoice.payment_failed", "invoice.paid"])
 async def test_a_handler_slower_than_the_answers_budget(
-    event_type: str, shared_ground: Ground, service: Service, tmp_path: Path
+    event_type: str, shared_ground: Ground, service: Service, gate: Path
 ) -> None:
     """Past the budget: 202, deferred, never before the row is there; the handler goes on, and its effect is one."""
-    event = held(tmp_path / "gate", event_type)
+    event = held(gate, event_type)
     answer = await shared_ground.deliver(service, event)
     assert (answer.said, answer.reason) == (DEFERRED, "Recorded; still at work on it")
     assert answer.seconds < 5
     again = await shared_ground.deliver(service, event)
     assert (again.said, again.reason) == (IGNORED, parallel(event.id))
-    (tmp_path / "gate").touch()
+    gate.touch()
     assert (await shared_ground.settled(event)).counts == (1, 0, 0)
 
 
 @pytest.mark.parametrize("event_type", ["invoice.payment_failed", "invoice.paid"])
 async def test_a_live_handler_is_not_taken_over(
-    event_type: str, shared_ground: Ground, service: Service, tmp_path: Path
+    event_type: str, shared_ground: Ground, service: Service, gate: Path
 ) -> None:
     """A handler that runs for two leases keeps its event: its row's lock is the lease, async or in a thread."""
-    event = held(tmp_path / "gate", event_type)
+    event = held(gate, event_type)
     assert (await shared_ground.deliver(service, event)).said == DEFERRED
     await eventually(lambda: shared_ground.row(event), lambda row: row is not None and row.due_in_seconds < -1)
-    (tmp_path / "gate").touch()
+    gate.touch()
     assert (await shared_ground.settled(event)).counts == (1, 0, 0)
 
 
-async def test_a_full_house_charges_nobody(shared_ground: Ground, service: Service, tmp_path: Path) -> None:
+async def test_a_full_house_charges_nobody(shared_ground: Ground, service: Service, gate: Path) -> None:
     """Six events for one slot: all deferred, those that got none released uncharged, all completed once."""
-    events = [held(tmp_path / "gate") for _ in range(6)]
+    events = [held(gate) for _ in range(6)]
     answers = await asyncio.gather(*(shared_ground.deliver(service, event) for event in events))
     assert [answer.said for answer in answers] == [DEFERRED] * 6
 
     async def statuses() -> list[Status]:
-        return sorted(row.status for event in events if (row := await shared_ground.row(event)))
+        rows = [await shared_ground.row(event) for event in events]
+        return sorted(row.status for row in rows if row is not None)
 
     await eventually(statuses, lambda seen: seen == [Status.PENDING] * 5 + [Status.PROCESSING])
-    (tmp_path / "gate").touch()
+    gate.touch()
     for row in await shared_ground.all_settled(events):
         assert (row.failures, row.abandoned) == (0, 0)
 
 
-async def test_a_client_that_hangs_up_cancels_nothing(shared_ground: Ground, service: Service, tmp_path: Path) -> None:
+async def test_a_client_that_hangs_up_cancels_nothing(shared_ground: Ground, service: Service, gate: Path) -> None:
     """The work is not the request's: its client leaves in the middle, and the event completes on that attempt."""
-    event = held(tmp_path / "gate")
+    event = held(gate)
     delivery = await StalledDelivery.begin(service.url, event.body)
     delivery.finish()
     await shared_ground.settled(event, Status.PROCESSING)
     await delivery.hang_up()
-    (tmp_path / "gate").touch()
+    gate.touch()
     assert (await shared_ground.settled(event)).counts == (1, 0, 0)
 
 

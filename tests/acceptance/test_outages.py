@@ -14,6 +14,7 @@ from tests.acceptance.harness import (
     SHORT_LEASE,
     UNAVAILABLE,
     Ground,
+    Overrides,
     Service,
     eventually,
     post,
@@ -24,7 +25,7 @@ from tests.proxy import Mode, Proxy, before_postgres, before_redis
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # the proxies live on one loop with the tests
 
 # As shipped: these tests are about just these times.
-AS_SHIPPED = {
+AS_SHIPPED: Overrides = {
     "redis_timeout_seconds": 0.2,
     "redis_breaker_seconds": 1,
     "postgres_timeout_seconds": 1.5,
@@ -49,8 +50,8 @@ async def proxied_service(shared_ground: Ground) -> AsyncIterator[Proxied]:
         before_postgres(shared_ground.database_url) as (postgres, database_url),
         before_redis(shared_ground.redis_url) as (redis, redis_url),
     ):
-        addresses = {"DATABASE_URL": database_url, "REDIS_URL": redis_url}
-        service = shared_ground.service(**SHORT_LEASE, **AS_SHIPPED, **addresses)
+        addresses: Overrides = {"DATABASE_URL": database_url, "REDIS_URL": redis_url}
+        service = shared_ground.service(SHORT_LEASE | AS_SHIPPED | addresses)
         await service.start()
         yield Proxied(service, postgres, redis)
         await service.kill()

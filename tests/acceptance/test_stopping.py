@@ -1,0 +1,111 @@
+"""How a service ends: asked to, with work in flight; and when the process that looks after it is killed."""
+
+import asyncio
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service.inbox.model import Status
+from tests.acceptance.harness import (
+    DEFERRED,
+    PROCESSED,
+    UNAVAILABLE,
+    Ground,
+    Overrides,
+    Service,
+    StalledDelivery,
+    eventually,
+    sample,
+)
+
+SHUTDOWN_SECONDS = 6
+HASTY: Overrides = {"answer_budget_seconds": 1.5, "shutdown_seconds": SHUTDOWN_SECONDS, "lock_ttl_seconds": 1}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_sigterm_with_work_in_flight(workers: int, ground: Ground, tmp_path: Path) -> None:
+    """SIGTERM: what can end ends, what cannot is released uncharged, nobody is lied to, and it exits with 0 in time."""
+    service = await ground.service(HASTY, workers=workers).start()
+    gate = tmp_path / "gate"
+    ending, stuck, unsent = sample("hold", gate=str(gate)), sample("hang", until=1), sample()
+    answers = [asyncio.create_task(ground.deliver(service, event)) for event in (ending, stuck)]
+    stalled = await StalledDelivery.begin(service.url, unsent.body)
+    for event in (ending, stuck):
+        await ground.settled(event, Status.PROCESSING)
+
+    asked_at = time.monotonic()
+    service.terminate()
+    await eventually(_says(service, "Shutting down"))
+    gate.touch()
+    assert await service.ended() == 0, service.output
+    assert time.monotonic() - asked_at < SHUTDOWN_SECONDS + 1
+    await eventually(service.members, lambda members: not members)
+
+    ended, deferred = await asyncio.gather(*answers)
+    assert ended.said in (PROCESSED, DEFERRED)
+    assert deferred.said in (DEFERRED, UNAVAILABLE)
+    assert (await stalled.answer()).said == UNAVAILABLE
+    assert await ground.row(unsent) is None
+    assert (await ground.settled(ending)).counts == (1, 0, 0)
+    row = await ground.settled(stuck, Status.PENDING)
+    assert row.counts == (1, 0, 0)
+    assert row.due_in_seconds <= 0
+
+    await service.start()
+    assert (await ground.settled(stuck)).counts == (2, 0, 0)
+    assert await service.stop() == 0
+
+
+async def test_the_drain_delay_keeps_serving(ground: Ground) -> None:
+    """During FIRSTCLAIM_DRAIN_SECONDS /readyz says 503 and deliveries are still processed; then it exits with 0."""
+    service = await ground.service({"drain_seconds": 3}).start()
+    service.terminate()
+    await eventually(service.parts, lambda parts: parts[0] == 503)
+    status, parts = await service.parts()
+    assert (status, [name for name, found in parts.items() if found != "ok"]) == (503, ["process"])
+    assert (await ground.deliver(service, sample())).said == PROCESSED
+    assert await service.ended() == 0, service.output
+    with pytest.raises(httpx.TransportError):
+        await service.get("/livez")
+
+
+async def test_a_second_signal_skips_the_drain_delay(ground: Ground) -> None:
+    """Ctrl-C twice, or an impatient operator: the delay is cut short, and the exit is still a clean one."""
+    service = await ground.service({"drain_seconds": 60, "shutdown_seconds": 90}).start()
+    service.terminate()
+    await eventually(service.parts, lambda parts: parts[0] == 503)
+    service.terminate()
+    assert await service.ended() == 0, service.output
+
+
+async def test_workers_leave_with_their_killed_supervisor(ground: Ground, tmp_path: Path) -> None:
+    """kill -9 of the supervisor: its workers end their work and leave by themselves, and the port is free again."""
+    service = await ground.service(HASTY, workers=2).start()
+    gate = tmp_path / "gate"
+    event = sample("hold", gate=str(gate))
+    answer = asyncio.create_task(ground.deliver(service, event))
+    await ground.settled(event, Status.PROCESSING)
+    assert len(await service.members()) >= 3
+
+    service.kill_supervisor()
+    assert await service.ended() == -signal.SIGKILL
+    await eventually(_says(service, "supervisor_vanished"))
+    gate.touch()
+    await eventually(service.members, lambda members: not members)
+    assert (await answer).said in (PROCESSED, DEFERRED)
+    assert (await ground.settled(event)).counts == (1, 0, 0)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", service.port))
+
+
+def _says(service: Service, words: str) -> Callable[[], Awaitable[bool]]:
+    async def said() -> bool:
+        return words in service.output
+
+    return said

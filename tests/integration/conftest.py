@@ -1,0 +1,43 @@
+"""A database per module that each test finds empty, and the service's parts on it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import asyncpg
+import pytest
+
+from tests.integration.world import World, build
+from tests.stores import Stores, clone, drop
+
+MakeWorld = Callable[..., Awaitable[World]]
+
+
+@pytest.fixture(scope="module")
+def module_database(stores: Stores) -> Iterator[str]:
+    """One clone for the module's tests: cloning takes longer than most of them."""
+    url = asyncio.run(clone(stores))
+    yield url
+    asyncio.run(drop(url))
+
+
+@pytest.fixture
+async def make_world(module_database: str, stores: Stores, redis_prefix: str) -> AsyncIterator[MakeWorld]:
+    """Puts the parts together over an empty ledger, as often as asked: each is a process of its own."""
+    connection = await asyncpg.connect(module_database)
+    await connection.execute("DELETE FROM stripe_events; DELETE FROM stripe_event_payloads; DELETE FROM effects")
+    await connection.close()
+    worlds: list[World] = []
+
+    async def make(*arguments: object, **changes: object) -> World:
+        worlds.append(await build(module_database, stores.redis_url, redis_prefix, *arguments, **changes))  # type: ignore[arg-type]
+        return worlds[-1]
+
+    yield make
+    for world in worlds:
+        await world.close()
+
+
+@pytest.fixture
+async def world(make_world: MakeWorld) -> World:
+    """One process's parts, without handlers, with calm limits."""
+    return await make_world()

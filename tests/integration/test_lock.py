@@ -1,0 +1,553 @@
+"""The lock: one table of replies, on a fake and on a real server alike; then every way Redis can be away."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import fakeredis
+import hiredis
+import pytest
+from redis.asyncio import Redis
+
+from service.errors import LockUnavailable
+from service.inbox import lock as lock_module
+from service.inbox.lock import Lock, LockReply, connect
+from tests.stores import Stores
+
+ID, TOKEN, EPOCH = "evt_1", "0123456789abcdef", "00aa11bb22cc33dd"
+LOCK_TTL_MS, MARKER_TTL_MS = 20_000, 3_600_000
+BREAKER_SECONDS = 10.0
+
+OURS = f"claimed:{TOKEN}".encode()
+THEIRS = b"claimed:fedcba9876543210"
+RECORDED = f"recorded:{EPOCH}".encode()
+OTHER_EPOCH = b"recorded:ffffffffffffffff"
+
+
+@pytest.fixture
+def address(server: str, request: pytest.FixtureRequest) -> str | None:
+    """The real server's address; it is only started for whom it concerns, and outside of any event loop."""
+    if server == "fake":
+        return None
+    stores: Stores = request.getfixturevalue("stores")
+    return stores.redis_url
+
+
+@pytest.fixture
+async def redis(address: str | None) -> AsyncIterator[Redis]:
+    """The client that the lock uses."""
+    client: Redis = (
+        fakeredis.FakeAsyncRedis(server=fakeredis.FakeServer(), version=(7,))
+        if address is None
+        else connect(address, timeout_seconds=2)
+    )
+    async with client:
+        yield client
+
+
+@pytest.fixture
+def lock(redis: Redis, redis_prefix: str) -> Lock:
+    return make(redis, redis_prefix)
+
+
+@pytest.fixture
+def key(redis_prefix: str) -> str:
+    return redis_prefix + ID
+
+
+def make(redis: Redis, prefix: str = "test:") -> Lock:
+    return Lock(
+        redis,
+        prefix=prefix,
+        lock_ttl_seconds=LOCK_TTL_MS / 1000,
+        marker_ttl_seconds=MARKER_TTL_MS / 1000,
+        breaker_seconds=BREAKER_SECONDS,
+    )
+
+
+async def has_ttl(redis: Redis, key: str, milliseconds: int) -> bool:
+    """Whether the key was given that life a moment ago."""
+    left: int = await redis.pttl(key)
+    return milliseconds - 5000 < left <= milliseconds
+
+
+@pytest.fixture
+def commands(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The name of every command that the client is told to send, from here on."""
+    sent: list[str] = []
+    execute: Callable[..., Awaitable[Any]] = redis.execute_command
+
+    def counted(*arguments: Any, **options: Any) -> Awaitable[Any]:
+        sent.append(str(arguments[0]))
+        return execute(*arguments, **options)
+
+    monkeypatch.setattr(redis, "execute_command", counted)
+    return sent
+
+
+both = pytest.mark.parametrize("server", ["fake", "real"])
+
+
+# -- the table, on both -------------------------------------------------------------------------------
+
+
+@both
+async def test_a_free_key_is_locked(redis: Redis, lock: Lock, key: str) -> None:
+    """The first to ask holds the lock, under the prefix, with our token and the lock's life; one key, no other."""
+    assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.HELD
+    assert await redis.get(key) == OURS
+    assert await has_ttl(redis, key, LOCK_TTL_MS)
+    assert await redis.keys(key.replace(ID, "*")) == [key.encode()]
+
+
+@both
+async def test_our_own_lock_is_held(redis: Redis, lock: Lock, key: str) -> None:
+    """Asked again with the same token (its first reply was lost), the lock is still ours."""
+    await redis.set(key, OURS, px=5000)
+    assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.HELD
+    assert await redis.get(key) == OURS
+
+
+@both
+async def test_a_marker_of_this_epoch_answers(redis: Redis, lock: Lock, key: str) -> None:
+    """A durable row exists: nothing is locked, and the marker keeps its life."""
+    await redis.set(key, RECORDED, px=MARKER_TTL_MS)
+    assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.RECORDED
+    assert await redis.get(key) == RECORDED
+    assert await has_ttl(redis, key, MARKER_TTL_MS)
+
+
+@both
+@pytest.mark.parametrize("left_over", [OTHER_EPOCH, b"recorded:", b"recorded", b"", b"garbage", b"\xff\0", b"claimed"])
+@pytest.mark.parametrize("life", [None, 5000, MARKER_TTL_MS])
+async def test_what_is_left_over_is_taken(
+    redis: Redis, lock: Lock, key: str, left_over: bytes, life: int | None
+) -> None:
+    """A marker of another epoch, or what nobody of ours wrote, counts for nothing, and is replaced by our lock."""
+    await redis.set(key, left_over, px=life)
+    assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.HELD
+    assert await redis.get(key) == OURS
+    assert await has_ttl(redis, key, LOCK_TTL_MS)
+
+
+@both
+@pytest.mark.parametrize("over_marker", [False, True])
+@pytest.mark.parametrize("life", [1000, LOCK_TTL_MS])
+async def test_anothers_live_lock_is_left_alone(
+    redis: Redis, lock: Lock, key: str, life: int, over_marker: bool
+) -> None:
+    """Somebody is between lock and row: neither a delivery nor recovery takes that, or makes it last longer."""
+    await redis.set(key, THEIRS, px=life)
+    assert await lock.acquire(ID, TOKEN, EPOCH, over_marker=over_marker) is LockReply.BUSY
+    assert await redis.get(key) == THEIRS
+    assert await redis.pttl(key) <= life
+
+
+@both
+@pytest.mark.parametrize("life", [None, LOCK_TTL_MS + 5000, MARKER_TTL_MS])
+async def test_a_lock_that_would_outlive_every_lock_is_taken(
+    redis: Redis, lock: Lock, key: str, life: int | None
+) -> None:
+    """A `claimed` without a life, or with a longer one than ours have, would delay its event for ever."""
+    await redis.set(key, THEIRS, px=life)
+    assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.HELD
+    assert await redis.get(key) == OURS
+    assert await has_ttl(redis, key, LOCK_TTL_MS)
+
+
+@both
+@pytest.mark.parametrize("marker", [RECORDED, OTHER_EPOCH, b"recorded:", b"recorded:None"])
+async def test_no_marker_counts_while_the_epoch_is_unknown(redis: Redis, lock: Lock, key: str, marker: bytes) -> None:
+    """While Postgres cannot confirm its epoch (it may be being restored), no marker answers for it."""
+    await redis.set(key, marker, px=MARKER_TTL_MS)
+    assert await lock.acquire(ID, TOKEN, None) is LockReply.HELD
+    assert await redis.get(key) == OURS
+
+
+@both
+async def test_recovery_locks_over_a_marker(redis: Redis, lock: Lock, key: str) -> None:
+    """The ledger said that work is due, so a marker, even of this epoch, is no evidence against it."""
+    await redis.set(key, RECORDED, px=MARKER_TTL_MS)
+    assert await lock.acquire(ID, TOKEN, EPOCH, over_marker=True) is LockReply.HELD
+    assert await redis.get(key) == OURS
+    assert await has_ttl(redis, key, LOCK_TTL_MS)
+
+
+@both
+@pytest.mark.parametrize("kind", ["list", "hash", "set", "zset"])
+async def test_a_key_of_the_wrong_type_is_deleted(redis: Redis, lock: Lock, key: str, kind: str) -> None:
+    """It concerns that one key: it is deleted and locked, and Redis does not count as away."""
+    puts: dict[str, Callable[[], Awaitable[Any]]] = {
+        "list": lambda: redis.rpush(key, "x"),
+        "hash": lambda: redis.hset(key, "x", "y"),
+        "set": lambda: redis.sadd(key, "x"),
+        "zset": lambda: redis.zadd(key, {"x": 1}),
+    }
+    await puts[kind]()
+    assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.HELD
+    assert await redis.get(key) == OURS
+    assert not lock.away
+
+
+@both
+async def test_the_wrong_type_stops_no_marker_and_no_release(redis: Redis, lock: Lock, key: str) -> None:
+    """Writing a marker over such a key, or releasing it, changes nothing and raises nothing."""
+    await redis.rpush(key, "x")
+    await lock.mark_recorded(ID, TOKEN, EPOCH)
+    await lock.forget(ID, TOKEN, EPOCH)
+    assert await redis.type(key) == b"list"
+    assert not lock.away
+
+
+@both
+async def test_of_fifty_at_once_one_holds_it(redis: Redis, lock: Lock) -> None:
+    """However many ask for one event at the same moment, exactly one gets the lock, also over a left-over value."""
+    for epoch in (EPOCH, None):
+        replies = await asyncio.gather(*(lock.acquire(ID, lock.new_token(), epoch) for _ in range(50)))
+        assert replies.count(LockReply.HELD) == 1
+        assert replies.count(LockReply.BUSY) == 49
+        await redis.set(redis_key(lock), OTHER_EPOCH, px=MARKER_TTL_MS)
+
+
+@both
+async def test_a_value_that_changes_hands_is_not_taken(
+    redis: Redis, lock: Lock, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between our look at a left-over value and our taking it another took it: compare-and-set leaves that alone."""
+    await redis.set(key, OTHER_EPOCH, px=MARKER_TTL_MS)
+    evaluate = redis.eval
+
+    async def beaten(*arguments: Any) -> Any:
+        await redis.set(key, THEIRS, px=LOCK_TTL_MS)
+        return await evaluate(*arguments)
+
+    monkeypatch.setattr(redis, "eval", beaten)
+    assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.BUSY
+    assert await redis.get(key) == THEIRS
+
+
+@both
+async def test_a_lock_that_runs_out_under_our_eyes_is_busy_once(
+    redis: Redis, lock: Lock, key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gone between the two looks, it was live a moment ago: this delivery records, the next one finds it free."""
+    await redis.set(key, THEIRS, px=LOCK_TTL_MS)
+    pttl = redis.pttl
+
+    async def gone(name: str) -> Any:
+        await redis.delete(key)
+        return await pttl(name)
+
+    monkeypatch.setattr(redis, "pttl", gone)
+    assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.BUSY
+    assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.HELD
+
+
+# -- marker and release, on both ----------------------------------------------------------------------
+
+
+@both
+async def test_our_lock_becomes_the_marker(redis: Redis, lock: Lock, key: str) -> None:
+    """Once the row's COMMIT is known, with the epoch that it was committed under and the marker's life."""
+    await lock.acquire(ID, TOKEN, EPOCH)
+    await lock.mark_recorded(ID, TOKEN, EPOCH)
+    assert await redis.get(key) == RECORDED
+    assert await has_ttl(redis, key, MARKER_TTL_MS)
+    assert await lock.acquire(ID, lock.new_token(), EPOCH) is LockReply.RECORDED
+
+
+@both
+@pytest.mark.parametrize("seen", [None, THEIRS, OTHER_EPOCH, RECORDED, b"garbage", b"claimed:"])
+async def test_only_our_own_lock_becomes_a_marker(redis: Redis, lock: Lock, key: str, seen: bytes | None) -> None:
+    """A lock that ran out, or that is another's by now, is neither replaced nor created nor prolonged."""
+    if seen is not None:
+        await redis.set(key, seen, px=5000)
+    await lock.mark_recorded(ID, TOKEN, EPOCH)
+    assert await redis.get(key) == seen
+    assert await redis.pttl(key) <= 5000
+
+
+@both
+async def test_without_an_epoch_there_is_no_marker(redis: Redis, lock: Lock, key: str) -> None:
+    """A row committed under an unknown epoch leaves the lock to run out."""
+    await lock.acquire(ID, TOKEN, None)
+    await lock.mark_recorded(ID, TOKEN, None)
+    assert await redis.get(key) == OURS
+
+
+@both
+@pytest.mark.parametrize("seen", [OURS, RECORDED])
+async def test_our_own_value_is_released(redis: Redis, lock: Lock, key: str, seen: bytes) -> None:
+    """Our lock, or the marker of our row: gone, so that the next delivery reaches the ledger."""
+    await redis.set(key, seen, px=5000)
+    await lock.forget(ID, TOKEN, EPOCH)
+    assert await redis.get(key) is None
+
+
+@both
+@pytest.mark.parametrize("epoch", [EPOCH, None])
+@pytest.mark.parametrize("seen", [THEIRS, OTHER_EPOCH, b"garbage"])
+async def test_anothers_value_is_never_released(
+    redis: Redis, lock: Lock, key: str, seen: bytes, epoch: str | None
+) -> None:
+    """What another wrote meanwhile stays as it is."""
+    await redis.set(key, seen, px=5000)
+    await lock.forget(ID, TOKEN, epoch)
+    assert await redis.get(key) == seen
+
+
+@both
+async def test_a_marker_stays_when_only_the_lock_is_released(redis: Redis, lock: Lock, key: str) -> None:
+    """Released without an epoch, a marker keeps promising the row that it was written for."""
+    await redis.set(key, RECORDED, px=5000)
+    await lock.forget(ID, TOKEN, None)
+    assert await redis.get(key) == RECORDED
+
+
+# -- what it costs, on both ---------------------------------------------------------------------------
+
+
+@both
+async def test_a_duplicate_is_one_command(redis: Redis, lock: Lock, key: str, commands: list[str]) -> None:
+    """A duplicate after completion asks Redis once."""
+    await redis.set(key, RECORDED, px=MARKER_TTL_MS)
+    commands.clear()
+    await lock.acquire(ID, TOKEN, EPOCH)
+    assert commands == ["SET"]
+
+
+@both
+async def test_a_first_delivery_is_two_commands(lock: Lock, commands: list[str]) -> None:
+    """Lock and marker."""
+    await lock.acquire(ID, TOKEN, EPOCH)
+    await lock.mark_recorded(ID, TOKEN, EPOCH)
+    assert commands == ["SET", "EVAL"]
+
+
+def redis_key(lock: Lock) -> str:
+    return lock._key(ID)
+
+
+# -- Redis is away ------------------------------------------------------------------------------------
+
+
+class Clock:
+    """A monotonic clock that a test moves by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """The breaker's clock."""
+    clock = Clock()
+    monkeypatch.setattr(lock_module, "time", SimpleNamespace(monotonic=clock.monotonic))
+    return clock
+
+
+class Server:
+    """Speaks Redis' protocol: answers each command as told, `None` being never; remembers what it heard."""
+
+    def __init__(self) -> None:
+        self.reply: bytes | None = b"+OK\r\n"
+        self.heard: list[str] = []
+        self.hang_up = False
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        commands = hiredis.Reader()
+        while chunk := await reader.read(65_536):
+            commands.feed(chunk)
+            while (command := commands.gets()) is not False:
+                name = command[0].decode().upper()
+                if name == "CLIENT":  # its name, sent once per connection
+                    writer.write(b"+OK\r\n")
+                    continue
+                self.heard.append(name)
+                if self.hang_up:
+                    writer.close()
+                elif self.reply is not None:
+                    writer.write(self.reply)
+        writer.close()
+
+
+@asynccontextmanager
+async def listening(server: Server, timeout_seconds: float = 2) -> AsyncIterator[Redis]:
+    """A client as the service makes it, of that server."""
+    listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    async with listener, connect(f"redis://127.0.0.1:{port}", timeout_seconds=timeout_seconds) as client:
+        yield client
+
+
+async def is_away(lock: Lock) -> None:
+    """Nothing raises: asking is `AWAY`, writing and deleting do nothing."""
+    assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
+    await lock.mark_recorded(ID, TOKEN, EPOCH)
+    await lock.forget(ID, TOKEN, EPOCH)
+    assert lock.away
+    with pytest.raises(LockUnavailable):
+        await lock.ping()
+
+
+async def test_a_stopped_server_is_away(unused_tcp_port: int) -> None:
+    """Nobody listens: refused, and therefore away."""
+    async with connect(f"redis://127.0.0.1:{unused_tcp_port}", timeout_seconds=2) as client:
+        await is_away(make(client))
+
+
+async def test_a_missing_socket_is_away() -> None:
+    """The same for a Unix socket that is not there, and for a host whose name nobody knows."""
+    for url in ("unix:///nowhere/redis.sock", "redis://nowhere.invalid"):
+        async with connect(url, timeout_seconds=2) as client:
+            await is_away(make(client))
+
+
+async def test_a_frozen_server_is_away() -> None:
+    """It takes the connection and the command, and never answers: a timeout, and therefore away."""
+    server = Server()
+    server.reply = None
+    async with listening(server, timeout_seconds=0.05) as client:
+        await is_away(make(client))
+
+
+ERRORS = [
+    b"-OOM command not allowed when used memory > 'maxmemory'.\r\n",
+    b"-READONLY You can't write against a read only replica.\r\n",
+    b"-NOAUTH Authentication required.\r\n",
+    b"-WRONGPASS invalid username-password pair or user is disabled.\r\n",
+    b"-NOPERM User default has no permissions to run the 'set' command\r\n",
+    b"-LOADING Redis is loading the dataset in memory\r\n",
+    b"-BUSY Redis is busy running a script.\r\n",
+    b"-MASTERDOWN Link with MASTER is down\r\n",
+    b"-CLUSTERDOWN Hash slot not served\r\n",
+    b"-MOVED 3999 127.0.0.1:6381\r\n",
+    b"-MISCONF Errors writing to the AOF file\r\n",
+    b"-NOREPLICAS Not enough good replicas to write.\r\n",
+    b"-TRYAGAIN Multiple keys request during rehashing of slot\r\n",
+    b"-ERR syntax error\r\n",
+    b"HTTP/1.1 400 Bad Request\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.split()[0].decode())
+async def test_a_server_that_refuses_is_away(error: bytes) -> None:
+    """OOM, READONLY, NOPERM and their like are no connection errors, and all the same no lock can be had."""
+    server = Server()
+    server.reply = error
+    async with listening(server) as client:
+        await is_away(make(client))
+
+
+async def test_a_user_without_rights_is_away(stores: Stores) -> None:
+    """A real server's own NOPERM, and its WRONGPASS."""
+    name = f"test-{secrets.token_hex(4)}"
+    parts = urlsplit(stores.redis_url)
+    host = parts.netloc.rpartition("@")[2]
+    async with connect(stores.redis_url, timeout_seconds=2) as admin:
+        await admin.acl_setuser(
+            name, enabled=True, passwords=["+right"], keys=["*"], commands=["+@all", "-set", "-ping"]
+        )
+        try:
+            for password in ("right", "wrong"):
+                url = urlunsplit(parts._replace(netloc=f"{name}:{password}@{host}"))
+                async with connect(url, timeout_seconds=2) as client:
+                    await is_away(make(client))
+        finally:
+            await admin.acl_deluser(name)
+
+
+async def test_a_lost_reply_is_not_asked_for_again(clock: Clock) -> None:
+    """The command may have been applied: repeated by the library, our own lock would look like another's."""
+    server = Server()
+    server.hang_up = True
+    async with listening(server) as client:
+        assert await make(client).acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
+    assert server.heard == ["SET"]
+
+
+# -- the breaker --------------------------------------------------------------------------------------
+
+
+async def test_an_outage_costs_one_timeout_per_window(clock: Clock) -> None:
+    """After one failure nobody asks until the window is over: 100 deliveries wait for nothing."""
+    server = Server()
+    server.reply = None
+    async with listening(server, timeout_seconds=0.05) as client:
+        lock = make(client)
+        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
+        assert server.heard == ["SET"]
+        clock.now += BREAKER_SECONDS - 0.001
+        assert lock.away
+        for number in range(100):
+            assert await lock.acquire(f"evt_{number}", TOKEN, EPOCH) is LockReply.AWAY
+        await lock.mark_recorded(ID, TOKEN, EPOCH)
+        await lock.forget(ID, TOKEN, EPOCH)
+    assert server.heard == ["SET"]
+
+
+async def test_after_the_window_one_asks_for_all(clock: Clock) -> None:
+    """Of 20 deliveries at the end of a window one finds out, the others do not wait; it failed: another window."""
+    server = Server()
+    server.reply = None
+    async with listening(server, timeout_seconds=0.05) as client:
+        lock = make(client)
+        for window in range(1, 4):
+            replies = await asyncio.gather(*(lock.acquire(f"evt_{number}", TOKEN, EPOCH) for number in range(20)))
+            assert set(replies) == {LockReply.AWAY}
+            assert len(server.heard) == 20 + window - 1  # all of the first outage were under way together
+            assert lock.away
+            clock.now += BREAKER_SECONDS
+
+
+async def test_the_breaker_closes_when_redis_is_back(clock: Clock) -> None:
+    """One good reply after the window, and everybody asks again."""
+    server = Server()
+    server.reply = ERRORS[0]
+    async with listening(server) as client:
+        lock = make(client)
+        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
+        server.reply = b"$-1\r\n"
+        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
+        clock.now += BREAKER_SECONDS
+        assert not lock.away
+        for number in range(20):
+            assert await lock.acquire(f"evt_{number}", TOKEN, EPOCH) is LockReply.HELD
+        assert not lock.away
+    assert len(server.heard) == 21
+
+
+async def test_a_ping_asks_whatever_the_breaker_says(clock: Clock) -> None:
+    """A probe of readiness wants to know how Redis is now."""
+    server = Server()
+    server.reply = ERRORS[0]
+    async with listening(server) as client:
+        lock = make(client)
+        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
+        server.reply = b"+PONG\r\n"
+        await lock.ping()
+    assert server.heard == ["SET", "PING"]
+
+
+@pytest.mark.parametrize("server", ["fake"])
+async def test_one_odd_key_does_not_trip_the_breaker(redis: Redis, lock: Lock, clock: Clock) -> None:
+    """A key that is given the wrong type again and again is given up on, and no other event waits for it."""
+    poison = redis_key(lock)
+    delete = redis.delete
+
+    async def poisoned_again(*names: Any) -> Any:
+        await delete(*names)
+        await redis.rpush(poison, "x")
+
+    redis.delete = poisoned_again  # type: ignore[method-assign]
+    await redis.rpush(poison, "x")
+    assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
+    assert not lock.away
+    assert await lock.acquire("evt_2", TOKEN, EPOCH) is LockReply.HELD

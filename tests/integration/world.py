@@ -1,0 +1,204 @@
+"""The service's parts as `service.app` puts them together, on real stores, in the test's own event loop.
+
+Guarantees: nothing listens and no recovery loop runs, so that a test alone decides what happens when; what the
+parts opened is closed at the end; what a test sees of the ledger it reads on a connection of its own.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import asyncpg
+import orjson
+from pydantic import SecretStr
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service import Context, Event
+from service.app import Parts, assemble
+from service.inbox.claims import Claims
+from service.inbox.dispatch import Dispatcher
+from service.inbox.event import Delivery, parse_event
+from service.inbox.ledger import Claim, Ledger
+from service.inbox.lock import Lock
+from service.inbox.model import Status
+from service.inbox.outcome import Outcome
+from service.inbox.pipeline import Pipeline
+from service.registry import Handler, Registry
+from service.settings import Settings
+from tests.fixtures import SECRET, event_body
+
+Function = Callable[[Event, Context], Any]
+
+# Long enough that no test meets one by accident; a test that is about one of them sets it.
+CALM = {
+    "lease_seconds": 60.0,
+    "handler_deadline_seconds": 120.0,
+    "idle_in_transaction_seconds": 180.0,
+    "answer_budget_seconds": 60.0,
+    "postgres_timeout_seconds": 10.0,
+    "redis_timeout_seconds": 5.0,
+    "handler_slots": 4,
+    "ingest_connections": 4,
+}
+
+EFFECT = text(
+    "INSERT INTO effects (event_id, attempt, pid, xid)"
+    " VALUES (:event_id, :attempt, pg_backend_pid(), pg_current_xact_id()::text)"
+)
+
+
+async def effect(event: Event, context: Context, connection: AsyncConnection | None = None) -> None:
+    """What a handler does to the database: one row of `effects`."""
+    await (connection or context.connection).execute(EFFECT, {"event_id": event.id, "attempt": context.attempt})
+
+
+def effect_from_thread(event: Event, context: Context) -> None:
+    """The same from a sync handler."""
+    context.execute(EFFECT, {"event_id": event.id, "attempt": context.attempt})
+
+
+def delivery(event_id: str | None = None, type: str = "invoice.payment_failed", **changes: Any) -> Delivery:  # noqa: A002
+    """One delivery of a fresh event."""
+    body = event_body(type, event_id, **changes)
+    return Delivery(parse_event(body), body)
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The parts of one process, and a connection of the test's own to their database."""
+
+    settings: Settings
+    parts: Parts
+    database: asyncpg.Connection
+
+    @property
+    def lock(self) -> Lock:
+        return self.parts.lock
+
+    @property
+    def pipeline(self) -> Pipeline:
+        return self.parts.pipeline
+
+    @property
+    def claims(self) -> Claims:
+        return self.pipeline._claims
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.claims.ledger
+
+    @property
+    def dispatcher(self) -> Dispatcher:
+        return self.pipeline._dispatcher
+
+    async def claim(self, given: Delivery | None = None) -> Claim:
+        """A claimed row."""
+        won = await self.ledger.claim(given or delivery())
+        assert isinstance(won, Claim)
+        return won
+
+    async def dispatch(self, function: Function, claim: Claim | None = None) -> Outcome:
+        """What came of dispatching a claim, by default of a fresh event, to `function`."""
+        claim = claim or await self.claim()
+        assert claim.body is not None
+        return await self.dispatcher.run(claim, parse_event(claim.body), Handler("*", function))
+
+    async def row(self, event_id: str) -> dict[str, Any]:
+        """The ledger's row; `due_in` and `give_up_in` are in seconds by the database's clock."""
+        found = await self.database.fetchrow(
+            """
+            SELECT *, extract(epoch FROM due_at - clock_timestamp())::float AS due_in,
+                   extract(epoch FROM give_up_at - clock_timestamp())::float AS give_up_in
+              FROM stripe_events WHERE event_id = $1
+            """,
+            event_id,
+        )
+        assert found is not None, f"no row for {event_id}"
+        return dict(found)
+
+    async def status(self, event_id: str) -> Status:
+        """The row's status."""
+        return Status((await self.row(event_id))["status"])
+
+    async def effects(self, event_id: str) -> int:
+        """How many effects of the event are committed."""
+        found: int = await self.database.fetchval("SELECT count(*) FROM effects WHERE event_id = $1", event_id)
+        return found
+
+    async def change(self, event_id: str, **columns: Any) -> None:
+        """Put the row into another state; an interval in seconds for `..._at` counts from now."""
+        for name, value in columns.items():
+            expression = "clock_timestamp() + make_interval(secs => $2)" if name.endswith("_at") else "$2"
+            await self.database.execute(
+                f"UPDATE stripe_events SET {name} = {expression} WHERE event_id = $1", event_id, value
+            )
+
+    async def settle(self, event_id: str, status: Status) -> None:
+        """Put the row into a status, settled or not as that has it."""
+        settled = status in (Status.COMPLETED, Status.IGNORED, Status.DEAD)
+        await self.database.execute(
+            """
+            UPDATE stripe_events SET status = $2, settled_at = CASE WHEN $3 THEN clock_timestamp() END
+             WHERE event_id = $1
+            """,
+            event_id,
+            status,
+            settled,
+        )
+
+    async def state_of(self, given: Delivery, status: Status) -> Delivery:
+        """Record the event and put its row into `status`."""
+        await self.ledger.record(given, due_in_seconds=0)
+        await self.settle(given.event.id, status)
+        return given
+
+    @asynccontextmanager
+    async def locked(self, event_id: str) -> AsyncIterator[None]:
+        """Another transaction holds the row while the block runs."""
+        other = await asyncpg.connect(self.url)
+        try:
+            await other.execute("BEGIN")
+            await other.execute("SELECT FROM stripe_events WHERE event_id = $1 FOR UPDATE", event_id)
+            yield
+        finally:
+            await other.close()
+
+    @property
+    def url(self) -> str:
+        """Where the ledger is."""
+        assert self.settings.database_url is not None
+        return self.settings.database_url.get_secret_value()
+
+    async def close(self) -> None:
+        """Everything that was opened."""
+        await self.pipeline.drain(5)
+        await self.lock.close()
+        await self.parts.handlers.dispose()
+        await self.parts.ingest.dispose()
+        await self.database.close()
+
+
+async def build(
+    database_url: str, redis_url: str, prefix: str, handlers: dict[str, Function] | None = None, **changes: Any
+) -> World:
+    """The parts over these stores, with `handlers` by pattern; `changes` are settings, also beyond their limits."""
+    settings = Settings(
+        database_url=SecretStr(database_url),
+        redis_url=SecretStr(redis_url),
+        stripe_webhook_secrets=(SecretStr(SECRET),),
+    ).model_copy(update={**CALM, "redis_prefix": prefix, **changes})
+    registry = Registry(Handler(pattern, function) for pattern, function in (handlers or {}).items())
+    return World(settings, assemble(settings, registry), await asyncpg.connect(database_url))
+
+
+def same_body(body: bytes, other: bytes) -> bool:
+    """Whether two bodies are the same document."""
+    return bool(orjson.loads(body) == orjson.loads(other))
+
+
+async def all_of(*works: Any) -> list[Any]:
+    """All of them at once."""
+    return list(await asyncio.gather(*works))
