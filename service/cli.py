@@ -32,6 +32,7 @@ from service.inbox import schema
 from service.inbox.postgres import rotate_epoch
 from service.logs import configure
 from service.settings import Settings, load_settings
+from service.web.door import Door
 from service.web.webhook import WEBHOOK_PATH
 
 app = typer.Typer(
@@ -258,7 +259,7 @@ def _run(settings: Settings, listener: socket.socket, workers: int) -> None:
         factory=True,
         workers=workers,
         loop="uvloop",
-        http="httptools",
+        http=Door,
         ws="none",
         lifespan="on",
         log_config=None,

@@ -23,6 +23,7 @@ from service.inbox.event import Event
 _PATTERN = re.compile(r"\*|[A-Za-z0-9_\[\]\-]+(\.[A-Za-z0-9_\[\]\-]+)*(\.\*)?")
 _DECLARED = "__firstclaim_handlers__"
 _PATTERNS = "__firstclaim_patterns__"
+_DEADLINE_PASSED = "the handler's deadline has passed; its transaction is gone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +66,12 @@ class Context:
             )
         remaining = self._deadline - self._loop.time()
         if remaining <= 0:
-            raise TimeoutError("the handler's deadline has passed; its transaction is gone")
+            raise TimeoutError(_DEADLINE_PASSED)
         call = asyncio.run_coroutine_threadsafe(self.connection.execute(statement, parameters), self._loop)
-        return call.result(remaining)
+        try:
+            return call.result(remaining)
+        except TimeoutError:
+            raise TimeoutError(_DEADLINE_PASSED) from None
 
 
 H = TypeVar("H", bound=Callable[[Event, Context], Any])

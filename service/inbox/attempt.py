@@ -101,6 +101,8 @@ class Attempt:
             raise TimeoutError(f"the handler ran longer than its deadline of {self.deadline_seconds:g} s")
         if work.cancelled():  # by something in the handler; were it us, the wait above had raised
             raise HandlerRuleBroken("a handler must not end by cancelling itself")
+        if (error := work.exception()) is not None and not isinstance(error, Exception):
+            raise _refused(error)
         return work.result()
 
     async def _mark(self, connection: AsyncConnection, held: Held, action: str) -> None:
@@ -181,7 +183,7 @@ def _in_thread(
 
 
 def _refused(error: BaseException) -> HandlerRuleBroken:
-    """For what would end the event loop instead of the attempt, were it let through."""
+    """For what would end the event loop, or go past every `except Exception`, were it let through."""
     return HandlerRuleBroken(f"a handler must not raise {type(error).__name__}")
 
 

@@ -6,13 +6,14 @@ gets no slot in half its lease, or that we interrupt, is released uncharged.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from service.errors import Permanent, Retry
+from service.errors import LedgerUnavailable, Permanent, Retry
 from service.inbox import outcome
 from service.inbox.attempt import Attempt, CommitUnknown, TakenOver
 from service.inbox.claims import Claims
@@ -98,6 +99,13 @@ class Dispatcher:
                 else:
                     attempt.work.add_done_callback(lambda _: leave())
             return await self._settle(attempt, ended)
+        except LedgerUnavailable:
+            if attempt.held is None:
+                # No connection to begin with (a server that takes no more of them, say). Left claimed it would
+                # count as abandoned, and be dead after eight times; but not at once again, either.
+                with contextlib.suppress(LedgerUnavailable):
+                    await self._release(claim, due_in_seconds=self._backoff.first_seconds)
+            raise
         except asyncio.CancelledError:
             if not await self._killed_for_own_commit(claim, attempt.held):
                 await self._release(claim)
@@ -138,8 +146,8 @@ class Dispatcher:
         else:
             self._roomy.clear()
 
-    async def _release(self, claim: Claim) -> None:
-        await self._ledger.release_if_held(claim)
+    async def _release(self, claim: Claim, *, due_in_seconds: float = 0) -> None:
+        await self._ledger.release_if_held(claim, due_in_seconds=due_in_seconds)
         await self._claims.forget(claim)
 
     async def _settle(self, attempt: Attempt, ended: str | Exception) -> Outcome:

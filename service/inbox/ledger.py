@@ -123,7 +123,7 @@ RETURNING status
 """)
 
 _RELEASE = text("""
-UPDATE stripe_events SET status = 'pending', due_at = clock_timestamp()
+UPDATE stripe_events SET status = 'pending', due_at = clock_timestamp() + make_interval(secs => :due_in)
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
 RETURNING status
 """)
@@ -317,9 +317,9 @@ class Ledger:
         """No retry will help: `dead`; None: no longer ours."""
         return await self._settle(_KILL, claim, error=error)
 
-    async def release_if_held(self, claim: Claim) -> Status | None:
-        """Not begun, or interrupted by us: `pending`, due now, nothing charged; None: no longer ours."""
-        return await self._settle(_RELEASE, claim)
+    async def release_if_held(self, claim: Claim, *, due_in_seconds: float = 0) -> Status | None:
+        """Not begun, or interrupted by us: `pending`, nothing charged; None: no longer ours."""
+        return await self._settle(_RELEASE, claim, due_in=due_in_seconds)
 
     async def ignore_if_held(self, claim: Claim) -> Status | None:
         """Nothing here wants it: `ignored`; None: no longer ours."""
