@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -66,6 +67,11 @@ class Epoch:
         """Note what a connection has just read."""
         self._value = value
         self._confirmed = time.monotonic()
+
+    @property
+    def latest(self) -> str | None:
+        """The epoch that was read last, however long ago."""
+        return self._value
 
     @property
     def current(self) -> str | None:
@@ -130,16 +136,21 @@ def create_engine(
         hide_parameters=True,
         **({"isolation_level": "AUTOCOMMIT"} if autocommit else {}),
     )
-    event.listen(engine.sync_engine, "checkout", _refuse_closed)
+    event.listen(engine.sync_engine, "checkout", partial(_refuse_outdated, epoch))
     event.listen(engine.sync_engine, "commit", _refuse_in_handler)
     event.listen(engine.sync_engine, "rollback", _refuse_in_handler)
     event.listen(engine.sync_engine, "reset", _end_transaction)
     return engine
 
 
-def _refuse_closed(dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
-    """A server that restarted has closed the socket: the pool then connects anew, and nobody sees an error."""
-    if dbapi_connection.driver_connection.is_closed():
+def _refuse_outdated(epoch: Epoch, dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
+    """The pool then connects anew, and nobody sees an error.
+
+    A server that restarted has closed the socket. And what a connection has read as the ledger's epoch goes
+    into the markers of what it commits: after a rotation, markers of the old one would never count again.
+    """
+    connection = dbapi_connection.driver_connection
+    if connection.is_closed() or connection.epoch != epoch.latest:
         raise exc.DisconnectionError
 
 
@@ -207,8 +218,9 @@ async def borrow(engine: AsyncEngine, timeout_seconds: float) -> AsyncIterator[A
 
 def describe(error: BaseException) -> str:
     """Class and SQLSTATE: enough to act on, and no value of a row or of a URL in it."""
-    cause = getattr(error, "orig", None) or error
-    original = getattr(cause, "__cause__", None) or cause
+    original: BaseException = error
+    if isinstance(error, exc.DBAPIError) and error.orig is not None:
+        original = error.orig.__cause__ or error.orig  # the driver's own is the cause of what SQLAlchemy makes of it
     state = getattr(original, "sqlstate", None)
     return type(original).__name__ + (f" ({state})" if state else "")
 

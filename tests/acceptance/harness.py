@@ -269,6 +269,12 @@ class Service:
             file.seek(self._began_at)
             return file.read()
 
+    @property
+    def tail(self) -> str:
+        """The last lines that it ever wrote."""
+        lines = self._output.read_text(errors="replace").splitlines() if self._output.exists() else []
+        return "\n".join([f"--- {self._output.name}, the last of {len(lines)} lines:", *lines[-60:]])
+
     async def start(self) -> "Service":
         """Start, and wait until `/readyz` says 200; fails with the output if the process ends instead."""
         self._spawn()
@@ -436,6 +442,8 @@ class Ground:
     async def leave(self) -> None:
         """Kill what runs, check that effects and completions agree to the last row, take everything away."""
         await asyncio.gather(*(service.kill() for service in self._services))
+        for service in self._services:
+            print(service.tail)  # pytest shows it where a test failed
         try:
             broken = await self._fetch(_BROKEN)
             assert [dict(row) for row in broken if row["event_id"] not in self.waived] == []

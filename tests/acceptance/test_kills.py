@@ -12,6 +12,7 @@ from tests.acceptance.harness import (
     PROCESSED,
     SHORT_LEASE,
     Ground,
+    Overrides,
     Sample,
     Service,
     eventually,
@@ -30,7 +31,7 @@ async def killed_at(point: str, ground: Ground, folder: Path) -> tuple[Service, 
     """A service that was killed with two deliveries at `point`, and then started again."""
     kills = folder / "kills"
     kills.mkdir()
-    armed = {"TEST_FAILPOINT": point, "TEST_FAILPOINT_FOLDER": str(kills), "TEST_FAILPOINT_ARRIVALS": 2}
+    armed: Overrides = {"TEST_FAILPOINT": point, "TEST_FAILPOINT_FOLDER": str(kills), "TEST_FAILPOINT_ARRIVALS": 2}
     service = ground.service(SHORT_LEASE | armed)
     await service.start()
     one, other = sample(), sample()
@@ -57,9 +58,9 @@ async def test_killed_after_the_lock(ground: Ground, tmp_path: Path) -> None:
     assert (await ground.settled(silent)).counts == (1, 0, 0)
 
 
-@pytest.mark.parametrize("point", ["insert", "handler"])
+@pytest.mark.parametrize("point", ["insert", "marker", "handler"])
 async def test_killed_before_the_completion(point: str, ground: Ground, tmp_path: Path) -> None:
-    """A death after the row, or in the handler after its SQL: no effect stays, recovery completes it, retry or not."""
+    """Dead after the row, after the marker, in the handler after its SQL: no effect stays, recovery does the rest."""
     service, retried, silent = await killed_at(point, ground, tmp_path)
     for event in (retried, silent):
         row = await ground.settled(event, Status.PROCESSING)

@@ -24,13 +24,19 @@ from tests.acceptance.harness import (
 )
 
 # One slot, so that one slow event fills the house; half a lease is how long the next may wait for it.
-NARROW: Overrides = {"handler_slots": 1, "lease_seconds": 1, "answer_budget_seconds": 0.5, "body_timeout_seconds": 0.5}
+NARROW: Overrides = {
+    "handler_slots": 1,
+    "lease_seconds": 1,
+    "answer_budget_seconds": 0.5,
+    "body_timeout_seconds": 0.5,
+    "livemode": "live",
+}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def service(shared_ground: Ground) -> Service:
     """One narrow service for the whole module."""
-    return await shared_ground.service({"livemode": "live"} | NARROW).start()
+    return await shared_ground.service(NARROW).start()
 
 
 @pytest.fixture

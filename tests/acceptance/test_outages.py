@@ -41,6 +41,7 @@ class Proxied:
     service: Service
     postgres: Proxy
     redis: Proxy
+    redis_url: str  # through the proxy
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -53,7 +54,7 @@ async def proxied_service(shared_ground: Ground) -> AsyncIterator[Proxied]:
         addresses: Overrides = {"DATABASE_URL": database_url, "REDIS_URL": redis_url}
         service = shared_ground.service(SHORT_LEASE | AS_SHIPPED | addresses)
         await service.start()
-        yield Proxied(service, postgres, redis)
+        yield Proxied(service, postgres, redis, redis_url)
         await service.kill()
 
 
@@ -133,6 +134,19 @@ async def test_no_marker_answers_for_a_ledger_that_cannot_be_asked(proxied: Prox
     proxied.postgres.switch(Mode.OPEN)
     await eventually(said, lambda said: said == IGNORED)
     assert (await shared_ground.settled(event)).counts == (1, 0, 0)
+
+
+async def test_a_start_without_redis(proxied: Proxied, shared_ground: Ground) -> None:
+    """Redis away is no reason not to start: the service is ready, degraded, records, and dispatches later."""
+    proxied.redis.switch(Mode.REFUSE)
+    service = await shared_ground.service(AS_SHIPPED | {"REDIS_URL": proxied.redis_url}).start()
+    status, parts = await service.parts()
+    assert (status, parts["redis"]) == (200, "degraded")
+    event = sample()
+    assert (await shared_ground.deliver(service, event)).said == DEFERRED
+    proxied.redis.switch(Mode.OPEN)
+    assert (await shared_ground.settled(event)).counts == (1, 0, 0)
+    assert await service.stop() == 0
 
 
 async def test_both_away(proxied: Proxied, shared_ground: Ground) -> None:

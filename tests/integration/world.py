@@ -5,13 +5,13 @@ parts opened is closed at the end; what a test sees of the ledger it reads on a 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import asyncpg
-import orjson
 from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -31,6 +31,7 @@ from service.settings import Settings
 from tests.fixtures import SECRET, event_body
 
 Function = Callable[[Event, Context], Any]
+T = TypeVar("T")
 
 # Long enough that no test meets one by accident; a test that is about one of them sets it.
 CALM = {
@@ -100,9 +101,15 @@ class World:
         assert isinstance(won, Claim)
         return won
 
-    async def dispatch(self, function: Function, claim: Claim | None = None) -> Outcome:
-        """What came of dispatching a claim, by default of a fresh event, to `function`."""
-        claim = claim or await self.claim()
+    async def marked(self) -> Claim:
+        """A claimed row with its marker in Redis, as a delivery leaves them when it begins to dispatch."""
+        won = await self.claims.win(delivery(), ignored=None)
+        assert isinstance(won, Claim)
+        assert await self.value(won.event_id) == f"recorded:{won.epoch}".encode()
+        return won
+
+    async def dispatch(self, function: Function, claim: Claim) -> Outcome:
+        """What came of dispatching a claim to `function`."""
         assert claim.body is not None
         return await self.dispatcher.run(claim, parse_event(claim.body), Handler("*", function))
 
@@ -122,6 +129,10 @@ class World:
     async def status(self, event_id: str) -> Status:
         """The row's status."""
         return Status((await self.row(event_id))["status"])
+
+    async def value(self, event_id: str) -> bytes | None:
+        """What Redis holds for the event."""
+        return cast(bytes | None, await self.lock._redis.get(self.lock._key(event_id)))
 
     async def effects(self, event_id: str) -> int:
         """How many effects of the event are committed."""
@@ -194,11 +205,10 @@ async def build(
     return World(settings, assemble(settings, registry), await asyncpg.connect(database_url))
 
 
-def same_body(body: bytes, other: bytes) -> bool:
-    """Whether two bodies are the same document."""
-    return bool(orjson.loads(body) == orjson.loads(other))
-
-
-async def all_of(*works: Any) -> list[Any]:
-    """All of them at once."""
-    return list(await asyncio.gather(*works))
+async def until(look: Callable[[], Awaitable[T]], seconds: float = 20) -> T:
+    """Look again and again until there is something to see; returns it. Fails with what was seen last."""
+    deadline = time.monotonic() + seconds
+    while not (seen := await look()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s; seen last: {seen!r}"
+        await asyncio.sleep(0.001)
+    return seen

@@ -1,0 +1,219 @@
+"""What the command says when it cannot serve: every fault in a sentence, an exit code to act on, no traceback."""
+
+import asyncio
+import os
+import secrets
+import socket
+import sys
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from tests.acceptance.harness import REPOSITORY
+from tests.stores import Stores, drop
+
+_RUN_SECONDS = 60
+PASSWORD = "pa55w0rd-in-a-url"
+SECRET = "whsec_must_not_be_printed"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """How a command ended; `said` is everything it wrote."""
+
+    code: int
+    said: str
+
+    def says(self, *words: str) -> None:
+        """Every one of `words` was said, and none of what must never be."""
+        for word in words:
+            assert word in self.said, f"{word!r} is missing in:\n{self.said}"
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """Runs `firstclaim` in a folder of its own, with a valid environment that a test changes."""
+
+    folder: Path
+    environment: Mapping[str, str]
+
+    async def __call__(self, *arguments: str, **changes: str | None) -> Run:
+        environment = {**self.environment, **changes}
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "service", *arguments),
+            cwd=self.folder,
+            env={name: value for name, value in environment.items() if value is not None},
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        try:
+            async with asyncio.timeout(_RUN_SECONDS):
+                output, _ = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        assert process.returncode is not None
+        run = Run(process.returncode, output.decode())
+        assert "Traceback" not in run.said, run.said
+        assert PASSWORD not in run.said
+        assert SECRET not in run.said
+        return run
+
+
+@pytest.fixture
+def command(stores: Stores, tmp_path: Path) -> Command:
+    """On the suite's stores, and the template database: migrated, and nobody writes to it."""
+    return Command(
+        tmp_path,
+        {
+            "PATH": os.environ["PATH"],
+            "PYTHONPATH": str(REPOSITORY),
+            "DATABASE_URL": stores.database(stores.template),
+            "REDIS_URL": stores.redis_url,
+            "STRIPE_WEBHOOK_SECRETS": SECRET,
+        },
+    )
+
+
+@pytest.fixture
+async def empty_database(stores: Stores) -> AsyncIterator[str]:
+    """A database without a ledger."""
+    name = f"test_{secrets.token_hex(6)}"
+    connection = await asyncpg.connect(stores.postgres_url)
+    await connection.execute(f'CREATE DATABASE "{name}"')
+    await connection.close()
+    yield stores.database(name)
+    await drop(stores.database(name))
+
+
+async def both(command: Command, **changes: str | None) -> list[Run]:
+    """`check` and `serve` side by side: what one says about a bad environment, the other says too."""
+    return list(await asyncio.gather(*(command(what, **changes) for what in ("check", "serve"))))
+
+
+def unused_port() -> int:
+    """A port where nobody listens right now."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port: int = bound.getsockname()[1]
+        return port
+
+
+async def test_check_of_a_good_setup(command: Command) -> None:
+    """Everything in order: exit 0, a line for each part, and no file left in the folder."""
+    run = await command("check")
+    assert run.code == 0, run.said
+    assert list(command.folder.iterdir()) == []
+    run.says("configuration", "handlers", "invoice.payment_failed", "postgres", "schema", "redis")
+    assert not any(line.startswith(("warn", "fail")) for line in run.said.splitlines()), run.said
+
+
+@pytest.mark.parametrize("value", [None, " ", f"{SECRET},"], ids=["missing", "blank", "stray comma"])
+async def test_no_signing_secret(value: str | None, command: Command) -> None:
+    """No secret, or a blank one among others, would let anyone in: exit 2, the variable is named."""
+    for run in await both(command, STRIPE_WEBHOOK_SECRETS=value):
+        assert run.code == 2, run.said
+        run.says("STRIPE_WEBHOOK_SECRETS")
+
+
+async def test_all_faults_at_once(command: Command) -> None:
+    """Five faults in one environment: one run names them all."""
+    runs = await both(
+        command,
+        DATABASE_URL=f"mysql://user:{PASSWORD}@localhost/shop",
+        REDIS_URL=f"redis+sentinel://:{PASSWORD}@localhost:26379/0",
+        FIRSTCLAIM_LEASE_SECOND="20",
+        FIRSTCLAIM_HANDLER_SLOTS="many",
+        FIRSTCLAIM_DRAIN_SECONDS="100",
+    )
+    for run in runs:
+        assert run.code == 2, run.said
+        run.says(
+            "DATABASE_URL: scheme 'mysql' is not PostgreSQL",
+            "REDIS_URL: Redis Sentinel",
+            "FIRSTCLAIM_LEASE_SECOND is not a setting; did you mean FIRSTCLAIM_LEASE_SECONDS?",
+            "FIRSTCLAIM_HANDLER_SLOTS",
+            "FIRSTCLAIM_DRAIN_SECONDS must be below FIRSTCLAIM_SHUTDOWN_SECONDS",
+        )
+
+
+async def test_handler_modules_that_cannot_work(command: Command) -> None:
+    """Two modules that do not exist: exit 2, both named."""
+    for run in await both(command, FIRSTCLAIM_HANDLERS="shop.handlers,billing.handlers"):
+        assert run.code == 2, run.said
+        run.says("cannot import shop.handlers", "cannot import billing.handlers")
+
+
+async def test_two_handlers_for_one_type(command: Command) -> None:
+    """A type that two modules handle is refused: exit 2, both functions named."""
+    run = await command("check", FIRSTCLAIM_HANDLERS="service.handlers,tests.acceptance.handlers")
+    assert run.code == 2, run.said
+    run.says('two handlers for "invoice.payment_failed"', "record_payment_failure", "act")
+
+
+async def test_a_database_without_a_ledger(command: Command, empty_database: str) -> None:
+    """The schema is not there: exit 3, and the words to type next."""
+    for run in await both(command, DATABASE_URL=empty_database):
+        assert run.code == 3, run.said
+        run.says("firstclaim migrate")
+
+
+async def test_migrate_makes_it_ready(command: Command, empty_database: str) -> None:
+    """`migrate` from many processes at once: all exit 0, one schema; after it `check` is content."""
+    runs = await asyncio.gather(*(command("migrate", DATABASE_URL=empty_database) for _ in range(3)))
+    assert [run.code for run in runs] == [0] * 3, [run.said for run in runs]
+    run = await command("check", DATABASE_URL=empty_database)
+    assert run.code == 0, run.said
+
+
+async def test_a_newer_schema(command: Command, empty_database: str) -> None:
+    """Migrated by a newer build: this one works on it, and says so."""
+    assert (await command("migrate", DATABASE_URL=empty_database)).code == 0
+    connection = await asyncpg.connect(empty_database)
+    await connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    await connection.close()
+    run = await command("check", DATABASE_URL=empty_database)
+    assert run.code == 0, run.said
+    run.says("9999", "newer firstclaim")
+
+
+async def test_postgres_cannot_be_reached(command: Command) -> None:
+    """Nobody listens at DATABASE_URL: exit 3, the variable is named, its password is not."""
+    run = await command("check", DATABASE_URL=f"postgresql://user:{PASSWORD}@127.0.0.1:{unused_port()}/shop")
+    assert run.code == 3, run.said
+    run.says("postgres", "cannot connect", "DATABASE_URL")
+
+
+async def test_both_stores_away_are_both_named(command: Command) -> None:
+    """The second fault is not hidden by the first."""
+    port = unused_port()
+    run = await command(
+        "check",
+        DATABASE_URL=f"postgresql://user:{PASSWORD}@127.0.0.1:{port}/shop",
+        REDIS_URL=f"redis://:{PASSWORD}@127.0.0.1:{port}/0",
+    )
+    assert run.code == 3, run.said
+    run.says("cannot connect", "cannot be reached")
+
+
+async def test_a_database_that_does_not_exist(command: Command, stores: Stores) -> None:
+    """A wrong name at the end of DATABASE_URL: the server's own words."""
+    run = await command("check", DATABASE_URL=stores.database("no_such_database"))
+    assert run.code == 3, run.said
+    run.says("no_such_database")
+
+
+async def test_the_port_is_taken(command: Command) -> None:
+    """Somebody else listens there: exit 2 at once, the port is named."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        run = await command("serve", "--port", port)
+    assert run.code == 2, run.said
+    run.says(f"cannot listen on 127.0.0.1 port {port}")

@@ -1,0 +1,925 @@
+"""Every way a handler can end, on a real Postgres: what is committed, what the row says, what is answered."""
+
+import asyncio
+import contextlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service import Context, Event, Permanent, Retry
+from service.errors import HandlerRuleBroken, LedgerUnavailable
+from service.inbox.ledger import Claim, Ledger
+from service.inbox.model import Status
+from service.inbox.outcome import Kind, Outcome
+from service.inbox.postgres import Epoch, create_engine
+from tests.integration.conftest import MakeWorld
+from tests.integration.world import Function, World, effect, effect_from_thread, until
+
+
+async def ends(
+    world: World, function: Function, kind: Kind, status: Status, *, effects: int, error: str | None = None
+) -> tuple[Claim, Outcome, dict[str, Any]]:
+    """Dispatch a marked claim to `function` and hold its answer, row, effects and marker to what they must be."""
+    claim = await world.marked()
+    result = await world.dispatch(function, claim)
+    row = await world.row(claim.event_id)
+    assert (result.kind, row["status"], row["attempt"]) == (kind, status, 1), row["last_error"]
+    assert result.attempt == 1
+    assert await world.effects(claim.event_id) == effects
+    if error is None:
+        assert row["last_error"] is None
+    else:
+        assert error in row["last_error"]
+    # What is to be tried again must not be answered by a marker.
+    assert (await world.value(claim.event_id) is None) == (status in (Status.FAILED, Status.PENDING))
+    assert world.dispatcher.free_slots == world.settings.handler_slots
+    return claim, result, row
+
+
+async def fails(world: World, function: Function, error: str) -> dict[str, Any]:
+    """Nothing of it is kept, one failure is charged, and it is tried again after the first backoff."""
+    _, result, row = await ends(world, function, Kind.FAILED, Status.FAILED, effects=0, error=error)
+    assert (row["failures"], row["abandoned"], row["settled_at"]) == (1, 0, None)
+    assert result.reason == "The handler failed; the event is tried again"
+    await still_works(world)
+    return row
+
+
+async def still_works(world: World) -> None:
+    """Every connection of the handlers' pool carries the next events as if nothing had been."""
+    claims = [await world.claim() for _ in range(world.settings.handler_slots)]
+    results = await asyncio.gather(*(world.dispatch(handles, claim) for claim in claims))
+    assert {result.kind for result in results} == {Kind.PROCESSED}
+    assert [await world.effects(claim.event_id) for claim in claims] == [1] * len(claims)
+
+
+async def handles(event: Event, context: Context) -> str:
+    await effect(event, context)
+    return "handled_well"
+
+
+def handles_in_thread(event: Event, context: Context) -> str:
+    effect_from_thread(event, context)
+    return "handled_well"
+
+
+# -- it works -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("function", [handles, handles_in_thread])
+async def test_effects_and_mark_commit_together(world: World, function: Function) -> None:
+    """Async or in a thread: its SQL, and the completion mark with its action, in one transaction."""
+    claim, result, row = await ends(world, function, Kind.PROCESSED, Status.COMPLETED, effects=1)
+    assert (result.action, result.reason) == ("handled_well", None)
+    assert (row["action"], row["failures"]) == ("handled_well", 0)
+    assert row["settled_at"] is not None
+    assert await world.database.fetchval(
+        "SELECT e.xmin = f.xmin AND f.attempt = 1 FROM stripe_events e JOIN effects f USING (event_id)"
+        " WHERE event_id = $1",
+        claim.event_id,
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "action"), [(None, "handled"), ("done", "done"), ("x" * 200, "x" * 200), ("\N{EURO SIGN} 5", None)]
+)
+async def test_the_action_is_what_it_returns(world: World, value: str | None, action: str | None) -> None:
+    """A short printable string, or `handled` for None."""
+
+    async def function(event: Event, context: Context) -> str | None:
+        await effect(event, context)
+        return value
+
+    _, result, row = await ends(world, function, Kind.PROCESSED, Status.COMPLETED, effects=1)
+    assert result.action == row["action"] == (action or value)
+
+
+async def test_a_savepoint_is_fine(world: World) -> None:
+    """A part that may fail is rolled back alone, and the rest commits; begin_nested commits and rolls back freely."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        with contextlib.suppress(DBAPIError):
+            async with context.connection.begin_nested():
+                await effect(event, context)
+                await context.connection.execute(text("SELECT 1 / 0"))
+        async with context.connection.begin_nested():
+            await effect(event, context)
+        part = await context.connection.begin_nested()
+        await effect(event, context)
+        await part.rollback()
+
+    await ends(world, function, Kind.PROCESSED, Status.COMPLETED, effects=2)
+    await still_works(world)
+
+
+async def test_an_earlier_error_is_forgotten(world: World) -> None:
+    """The row of an event that failed before and then completed says nothing of a failure but their number."""
+    claim = await world.claim()
+    await world.dispatch(raising(ValueError("first")), claim)
+    [again] = await world.ledger.take_over([claim.event_id])
+    assert (await world.dispatch(handles, again)).attempt == 2
+    row = await world.row(claim.event_id)
+    assert (row["status"], row["failures"], row["last_error"]) == ("completed", 1, None)
+    assert await world.database.fetchval("SELECT attempt FROM effects WHERE event_id = $1", claim.event_id) == 2
+
+
+# -- it raises ----------------------------------------------------------------------------------------
+
+
+def raising(error: BaseException) -> Function:
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        raise error
+
+    return function
+
+
+def raising_in_thread(error: BaseException) -> Function:
+    def function(event: Event, context: Context) -> None:
+        effect_from_thread(event, context)
+        raise error
+
+    return function
+
+
+both = pytest.mark.parametrize("make", [raising, raising_in_thread])
+
+
+@both
+async def test_an_exception_is_a_failure(world: World, make: Callable[[BaseException], Function]) -> None:
+    """Nothing it did is kept; it is tried again after 2.5 to 5 s, and the row says what it raised."""
+    row = await fails(world, make(RuntimeError("boom")), "RuntimeError: boom")
+    assert row["last_error"] == "RuntimeError: boom"
+    assert -15 < row["due_in"] <= 5
+
+
+async def test_the_error_is_kept_without_secrets(world: World) -> None:
+    """The first line of what it says, redacted: no key, no address, no second line with the row's values."""
+
+    async def violates(event: Event, context: Context) -> None:
+        await context.connection.execute(text("CREATE TEMP TABLE people (email text PRIMARY KEY) ON COMMIT DROP"))
+        for _ in range(2):
+            await context.connection.execute(text("INSERT INTO people VALUES (:email)"), {"email": "jo@example.com"})
+
+    row = await fails(world, raising(RuntimeError("key sk_live_123 of jo@example.com\nsecond")), "RuntimeError: key")
+    assert row["last_error"] == "RuntimeError: key [redacted] of [redacted]"
+    row = await fails(world, violates, "IntegrityError: ")
+    assert "people_pkey" in row["last_error"]
+    assert "jo@" not in row["last_error"]
+
+
+@pytest.mark.parametrize(("failures", "whole"), [(1, 10), (3, 40), (20, 3600)])
+async def test_the_backoff_doubles(world: World, failures: int, whole: float) -> None:
+    """By the failures charged so far."""
+    claim = await world.claim()
+    await world.ledger.fail_if_held(claim, "", due_in_seconds=0)
+    await world.change(claim.event_id, failures=failures)
+    [claim] = await world.ledger.take_over([claim.event_id])
+    before: Any = await world.database.fetchval("SELECT clock_timestamp()")
+    await world.dispatch(raising(RuntimeError()), claim)
+    after: Any = await world.database.fetchval("SELECT clock_timestamp()")
+    row = await world.row(claim.event_id)
+    assert whole / 2 <= (row["due_at"] - before).total_seconds()
+    assert (row["due_at"] - after).total_seconds() <= whole
+    assert row["failures"] == failures + 1
+
+
+@both
+@pytest.mark.parametrize("after", [0.0, 500.0, 3 * 86_400.0])
+async def test_a_retry_comes_when_it_asked(
+    world: World, make: Callable[[BaseException], Function], after: float
+) -> None:
+    """`Retry(after=...)` instead of the backoff; it is a failure like any other."""
+    row = await fails(world, make(Retry("not yet", after=after)), "Retry: not yet")
+    assert after - 20 < row["due_in"] <= after
+
+
+async def test_a_retry_without_a_time_takes_the_backoff(world: World) -> None:
+    """The usual wait."""
+    row = await fails(world, raising(Retry()), "Retry: handler asked for a retry")
+    assert -15 < row["due_in"] <= 5
+
+
+@both
+async def test_permanent_is_dead(world: World, make: Callable[[BaseException], Function]) -> None:
+    """No retry will help: dead at once, nothing kept, and answered so that Stripe does not come again."""
+    claim, result, row = await ends(
+        world, make(Permanent("no such shop")), Kind.DEAD, Status.DEAD, effects=0, error="Permanent: no such shop"
+    )
+    assert result.reason == f"Event {claim.event_id} is dead: replay it"
+    assert row["failures"] == 1
+    await still_works(world)
+
+
+async def test_failing_for_three_days_is_dead(world: World) -> None:
+    """When Stripe itself has given up, the last failure is the end; answered as a failure, its marker stays."""
+    claim = await world.marked()
+    await world.change(claim.event_id, give_up_at=-1.0)
+    assert (await world.dispatch(raising(RuntimeError()), claim)).kind is Kind.FAILED
+    assert await world.status(claim.event_id) is Status.DEAD
+    assert await world.value(claim.event_id) is not None
+
+
+@both
+@pytest.mark.parametrize(
+    "error", [SystemExit(0), KeyboardInterrupt(), GeneratorExit(), StopIteration(), BaseException()]
+)
+async def test_nothing_a_handler_raises_ends_the_process(
+    world: World, make: Callable[[BaseException], Function], error: BaseException
+) -> None:
+    """Also what is no `Exception` is the failure of this attempt, and of nothing else."""
+    await fails(world, make(error), type(error).__name__)
+
+
+async def test_sys_exit_does_not_end_the_process(world: World) -> None:
+    """The call itself, as a script's code would have it, in a task and in a thread."""
+
+    async def exits(_event: Event, _context: Context) -> None:
+        sys.exit("bye")
+
+    def exits_in_thread(_event: Event, _context: Context) -> None:
+        sys.exit("bye")
+
+    await fails(world, exits, "a handler must not raise SystemExit")
+    await fails(world, exits_in_thread, "a handler must not raise SystemExit")
+
+
+async def test_cancelling_itself_is_a_failure(world: World) -> None:
+    """A CancelledError out of a handler is not our stopping: it is charged."""
+    await fails(world, raising(asyncio.CancelledError()), "a handler must not end by cancelling itself")
+
+
+# -- it breaks a rule ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["", "x" * 201, "a\nb", "\x1b[2J", "\ud800", 7, True, b"done", ["done"], {}])
+async def test_a_bad_action_is_a_failure(world: World, value: Any) -> None:
+    """What could not be answered or stored is the author's to mend: nothing is kept, and the type is named."""
+
+    async def function(event: Event, context: Context) -> Any:
+        await effect(event, context)
+        return value
+
+    await fails(world, function, f"this one returned {type(value).__name__}")
+
+
+async def test_a_swallowed_sql_error_is_named(world: World) -> None:
+    """Its transaction is aborted, a COMMIT would silently roll back: failed, never `processed`."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        with contextlib.suppress(DBAPIError):
+            await context.connection.execute(text("SELECT 1 / 0"))
+
+    await fails(world, function, "the handler swallowed an SQL error")
+
+
+async def test_a_swallowed_sql_error_of_a_thread_is_named(world: World) -> None:
+    """The same from a sync handler."""
+
+    def function(event: Event, context: Context) -> None:
+        effect_from_thread(event, context)
+        with contextlib.suppress(DBAPIError):
+            context.execute(text("SELECT 1 / 0"))
+
+    await fails(world, function, "the handler swallowed an SQL error")
+
+
+@pytest.mark.parametrize("method", ["commit", "rollback"])
+async def test_ending_the_transaction_is_refused(world: World, method: str) -> None:
+    """commit() and rollback() raise in the handler, with the rule and what to do instead; uncaught: a failure."""
+    caught: list[BaseException] = []
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        try:
+            await getattr(context.connection, method)()
+        except HandlerRuleBroken as error:
+            caught.append(error)
+            raise
+
+    await fails(world, function, "HandlerRuleBroken: a handler must not commit or roll back")
+    assert "begin_nested()" in str(caught[0])
+
+
+@pytest.mark.parametrize("method", ["commit", "rollback", "close", "invalidate"])
+async def test_a_swallowed_refusal_keeps_no_half(world: World, method: str) -> None:
+    """A handler that goes on after the refusal, or closes its connection: all of it is committed, or nothing is."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        with contextlib.suppress(HandlerRuleBroken):
+            await getattr(context.connection, method)()
+        with contextlib.suppress(SQLAlchemyError):
+            await effect(event, context)
+
+    claim = await world.marked()
+    result = await world.dispatch(function, claim)
+    status, effects = await world.status(claim.event_id), await world.effects(claim.event_id)
+    assert (result.kind, status, effects) in {
+        (Kind.PROCESSED, Status.COMPLETED, 2),
+        (Kind.FAILED, Status.FAILED, 0),
+    }
+    await still_works(world)
+
+
+def fail() -> None:
+    raise RuntimeError("boom")
+
+
+def permanently() -> None:
+    raise Permanent
+
+
+@pytest.mark.parametrize("then", [lambda: None, fail, permanently, asyncio.current_task])
+@pytest.mark.parametrize("statement", ["COMMIT", "END", "COMMIT AND CHAIN"])
+async def test_a_handlers_own_commit_is_found_out(world: World, statement: str, then: Callable[[], Any]) -> None:
+    """What it committed is kept, so a retry would double it: dead, the rule named, however the handler ended."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        await context.connection.execute(text(statement))
+        then()
+
+    _, result, row = await ends(
+        world,
+        function,
+        Kind.FAILED,
+        Status.DEAD,
+        effects=1,
+        error="a handler must not commit; what it committed is kept",
+    )
+    assert row["failures"] == 1
+    assert result.action == "failed"
+    await still_works(world)
+
+
+async def test_a_commit_before_the_deadline_is_found_out(make_world: MakeWorld) -> None:
+    """The same for a handler that committed and then ran too long."""
+    world = await make_world(handler_deadline_seconds=0.1)
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        await context.connection.execute(text("COMMIT"))
+        await asyncio.Event().wait()
+
+    await ends(world, function, Kind.FAILED, Status.DEAD, effects=1, error="a handler must not commit")
+
+
+@pytest.mark.parametrize("statement", ["ROLLBACK", "ABORT", "ROLLBACK AND CHAIN"])
+async def test_a_handlers_own_rollback_is_found_out(world: World, statement: str) -> None:
+    """What it did after that would be outside of the mark's transaction: nothing is kept, the rule is named."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        await context.connection.execute(text(statement))
+
+    await fails(world, function, "a handler must not end its transaction")
+
+
+async def test_effects_after_an_own_rollback_are_not_kept(world: World) -> None:
+    """In a transaction of its own making, which is not marked: rolled back."""
+
+    async def function(event: Event, context: Context) -> None:
+        for statement in ("ROLLBACK", "BEGIN"):
+            await context.connection.execute(text(statement))
+        await effect(event, context)
+
+    await fails(world, function, "a handler must not end its transaction")
+
+
+# -- it takes too long --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gate() -> Iterator[threading.Event]:
+    """Holds a thread until it is set; set at the end in any case."""
+    gate = threading.Event()
+    yield gate
+    gate.set()
+
+
+@pytest.fixture
+async def hasty(make_world: MakeWorld) -> World:
+    """One handler slot, and a deadline that a test can wait for."""
+    return await make_world(handler_slots=1, handler_deadline_seconds=0.15)
+
+
+async def too_late(world: World, function: Function) -> Claim:
+    """At its deadline the attempt has failed: answered, charged, nothing kept, and its backend has gone."""
+    claim = await world.marked()
+    async with asyncio.timeout(20):
+        result = await world.dispatch(function, claim)
+    assert result.kind is Kind.FAILED
+    row = await world.row(claim.event_id)
+    assert (row["status"], row["failures"]) == ("failed", 1)
+    assert row["last_error"] in (
+        "TimeoutError: the handler ran longer than its deadline of 0.15 s",
+        "TimeoutError: the handler's deadline has passed; its transaction is gone",  # a thread may see it first
+    )
+    assert await world.value(claim.event_id) is None
+    assert await world.effects(claim.event_id) == 0
+    busy = "SELECT count(*) = 0 FROM pg_stat_activity WHERE datname = current_database() AND backend_xid IS NOT NULL"
+    await until(lambda: world.database.fetchval(busy))
+    return claim
+
+
+async def test_a_slow_handler_fails_at_its_deadline(hasty: World) -> None:
+    """It is cancelled, its slot and its row are free again."""
+    cancelled: list[bool] = []
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
+
+    await too_late(hasty, function)
+    assert cancelled == [True]
+    await until(lambda: has_free_slot(hasty))
+    await still_works(hasty)
+
+
+async def test_a_slow_statement_is_ended_at_the_deadline(hasty: World) -> None:
+    """The server does not go on with it for minutes, with the row locked."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        await context.connection.execute(text("SELECT pg_sleep(600)"))
+
+    await too_late(hasty, function)
+    await until(lambda: has_free_slot(hasty))
+    await still_works(hasty)
+
+
+async def test_a_slow_statement_of_a_thread_is_ended_at_the_deadline(hasty: World) -> None:
+    """The same from a sync handler: the call on the connection raises in its thread."""
+    raised: list[BaseException] = []
+
+    def function(event: Event, context: Context) -> None:
+        effect_from_thread(event, context)
+        try:
+            context.execute(text("SELECT pg_sleep(600)"))
+        except BaseException as error:
+            raised.append(error)
+            raise
+
+    await too_late(hasty, function)
+    await until(lambda: has_free_slot(hasty))
+    assert len(raised) == 1
+    await still_works(hasty)
+
+
+async def test_a_thread_that_blocks_keeps_its_slot(hasty: World, gate: threading.Event) -> None:
+    """A thread cannot be ended: its slot stays taken until it ends, and its later calls on the connection raise."""
+    raised: list[type[BaseException]] = []
+
+    def function(event: Event, context: Context) -> None:
+        effect_from_thread(event, context)
+        gate.wait()
+        try:
+            effect_from_thread(event, context)
+        except Exception as error:
+            raised.append(type(error))
+            raise
+
+    claim = await too_late(hasty, function)
+    assert hasty.dispatcher.free_slots == 0
+    gate.set()
+    await until(lambda: has_free_slot(hasty))
+    assert raised == [TimeoutError]
+    await still_works(hasty)
+    assert await hasty.effects(claim.event_id) == 0
+
+
+async def test_a_handler_that_ignores_its_cancellation_keeps_its_slot(hasty: World) -> None:
+    """The answer does not wait for it; its slot stays taken until it ends; what it does later raises, not commits."""
+    raised: list[type[BaseException]] = []
+    let_go = asyncio.Event()
+
+    async def function(event: Event, context: Context) -> str:
+        await effect(event, context)
+        while not let_go.is_set():
+            with contextlib.suppress(asyncio.CancelledError):
+                await let_go.wait()
+        try:
+            await effect(event, context)
+        except Exception as error:  # noqa: BLE001
+            raised.append(type(error))
+        return "too_late"
+
+    claim = await too_late(hasty, function)
+    assert hasty.dispatcher.free_slots == 0
+    let_go.set()
+    await until(lambda: has_free_slot(hasty))
+    assert len(raised) == 1
+    assert issubclass(raised[0], SQLAlchemyError)
+    await still_works(hasty)
+    assert await hasty.status(claim.event_id) is Status.FAILED
+    assert await hasty.effects(claim.event_id) == 0
+
+
+async def test_a_sync_handler_stops_nobody(make_world: MakeWorld, gate: threading.Event) -> None:
+    """While a thread blocks, the event loop turns and other events are handled."""
+    world = await make_world(handler_slots=2)
+
+    def blocks(event: Event, context: Context) -> None:
+        effect_from_thread(event, context)
+        gate.wait()
+
+    blocked = await world.claim()
+    blocking = asyncio.create_task(world.dispatch(blocks, blocked))
+    assert (await world.dispatch(handles, await world.claim())).kind is Kind.PROCESSED
+    assert not blocking.done()
+    gate.set()
+    assert (await blocking).kind is Kind.PROCESSED
+    assert await world.effects(blocked.event_id) == 1
+
+
+async def has_free_slot(world: World) -> bool:
+    return world.dispatcher.free_slots == world.settings.handler_slots
+
+
+# -- who holds the row --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [None, Status.PENDING, Status.COMPLETED, Status.DEAD])
+async def test_a_claim_that_was_lost_is_not_begun(world: World, status: Status | None) -> None:
+    """Taken over, released or settled before the handler could start: it does not, and nothing is changed."""
+    claim = await world.claim()
+    if status is None:
+        await world.change(claim.event_id, attempt=2)
+    else:
+        await world.settle(claim.event_id, status)
+    before = await world.row(claim.event_id)
+    result = await world.dispatch(must_not_run, claim)
+    assert (result.kind, result.action) == (Kind.DUPLICATE, "ignored")
+    after = await world.row(claim.event_id)
+    assert {**before, "due_in": 0, "give_up_in": 0} == {**after, "due_in": 0, "give_up_in": 0}
+    await still_works(world)
+
+
+async def must_not_run(_event: Event, _context: Context) -> None:
+    raise AssertionError("the handler ran")
+
+
+async def test_a_running_handler_is_never_taken_over(make_world: MakeWorld) -> None:
+    """Long after its lease its row lock is the lease: nobody returns, takes over, replays or doubles it."""
+    world, other = await make_world(lease_seconds=0.05), await make_world()
+    running, finish = asyncio.Event(), asyncio.Event()
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        running.set()
+        await finish.wait()
+
+    claim = await world.marked()
+    dispatching = asyncio.create_task(world.dispatch(function, claim))
+    await running.wait()
+    await until(lambda: past_its_lease(world, claim))
+    async with asyncio.timeout(10):
+        assert await other.ledger.return_abandoned(10) == []
+        assert await other.ledger.take_over([claim.event_id]) == []
+        assert (await other.dispatch(must_not_run, claim)).kind is Kind.DUPLICATE
+    finish.set()
+    assert (await dispatching).kind is Kind.PROCESSED
+    assert await world.effects(claim.event_id) == 1
+
+
+async def past_its_lease(world: World, claim: Claim) -> bool:
+    due_in: float = (await world.row(claim.event_id))["due_in"]
+    return due_in < 0
+
+
+async def test_a_claim_dispatched_twice_is_handled_once(world: World) -> None:
+    """The same claim in two hands at once: one finds the row locked and stops."""
+    claim = await world.claim()
+    results = await asyncio.gather(*(world.dispatch(handles, claim) for _ in range(4)))
+    assert sorted(result.kind for result in results) == [Kind.DUPLICATE] * 3 + [Kind.PROCESSED]
+    assert await world.effects(claim.event_id) == 1
+
+
+# -- slots --------------------------------------------------------------------------------------------
+
+
+class Held:
+    """A handler that says when it runs, and goes on when told; counts how many run at once."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.most = 0
+        self.ran: list[str] = []
+        self.finish = asyncio.Event()
+
+    async def __call__(self, event: Event, context: Context) -> None:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        self.ran.append(event.id)
+        try:
+            await effect(event, context)
+            await self.finish.wait()
+        finally:
+            self.running -= 1
+
+    def as_handler(self) -> Function:
+        """A function, as the registry has them."""
+
+        async def function(event: Event, context: Context) -> None:
+            await self(event, context)
+
+        return function
+
+    async def reaches(self, number: int) -> None:
+        async def look() -> bool:
+            return self.running == number
+
+        await until(look)
+
+
+async def test_no_more_run_than_there_are_slots(make_world: MakeWorld) -> None:
+    """Of ten claims two run at once, and in the end all have run."""
+    world, held = await make_world(handler_slots=2), Held()
+    claims = [await world.claim() for _ in range(10)]
+    work = [asyncio.create_task(world.dispatch(held.as_handler(), claim)) for claim in claims]
+    await held.reaches(2)
+    assert world.dispatcher.free_slots == 0
+    held.finish.set()
+    assert {result.kind for result in await asyncio.gather(*work)} == {Kind.PROCESSED}
+    assert held.most == 2
+    assert world.dispatcher.free_slots == 2
+
+
+async def test_a_full_house_charges_nothing(make_world: MakeWorld) -> None:
+    """No slot in half the lease: released, due now, no count raised, no marker; whoever has room takes it."""
+    world, held = await make_world(handler_slots=1, lease_seconds=0.1), Held()
+    first = asyncio.create_task(world.dispatch(held.as_handler(), await world.claim()))
+    await held.reaches(1)
+    claim = await world.marked()
+    result = await world.dispatch(must_not_run, claim)
+    assert (result.kind, result.reason) == (Kind.DEFERRED, "Recorded; dispatched when a handler slot is free")
+    row = await world.row(claim.event_id)
+    assert (row["status"], row["attempt"], row["failures"], row["abandoned"]) == ("pending", 1, 0, 0)
+    assert row["due_in"] <= 0
+    assert await world.value(claim.event_id) is None
+    held.finish.set()
+    assert (await first).kind is Kind.PROCESSED
+    assert world.dispatcher.free_slots == 1
+
+
+async def test_those_abandoned_before_run_one_at_a_time(world: World) -> None:
+    """An event that may end the process drags as few neighbours along as can be; others do not wait for it."""
+    held = Held()
+    suspects = []
+    for _ in range(2):
+        claim = await world.claim()
+        await world.change(claim.event_id, abandoned=1, due_at=-1.0)
+        await world.ledger.release_if_held(claim)
+        suspects += await world.ledger.take_over([claim.event_id])
+    assert [claim.abandoned for claim in suspects] == [1, 1]
+    work = [asyncio.create_task(world.dispatch(held.as_handler(), claim)) for claim in suspects]
+    await held.reaches(1)
+    assert not world.dispatcher.suspect_free
+    assert (await world.dispatch(handles, await world.claim())).kind is Kind.PROCESSED
+    assert held.running == 1
+    held.finish.set()
+    assert {result.kind for result in await asyncio.gather(*work)} == {Kind.PROCESSED}
+    assert held.most == 1
+    assert world.dispatcher.suspect_free
+
+
+async def test_room_is_half_of_the_slots(world: World) -> None:
+    """Recovery waits until it can fetch a fair number of events at once."""
+    held = Held()
+    await asyncio.wait_for(world.dispatcher.room(), 5)
+    work = [asyncio.create_task(world.dispatch(held.as_handler(), await world.claim())) for _ in range(3)]
+    await held.reaches(3)
+    waiting = asyncio.create_task(world.dispatcher.room())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    held.finish.set()
+    await asyncio.wait_for(waiting, 5)
+    await asyncio.gather(*work)
+
+
+# -- we stop ------------------------------------------------------------------------------------------
+
+
+async def released(world: World, claim: Claim, dispatching: "asyncio.Task[Outcome]") -> None:
+    """Cancelled, the event is pending, due now, nothing charged, nothing kept, no marker."""
+    dispatching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await dispatching
+    row = await world.row(claim.event_id)
+    assert (row["status"], row["attempt"], row["failures"], row["abandoned"]) == ("pending", 1, 0, 0)
+    assert row["due_in"] <= 0
+    assert row["last_error"] is None
+    assert await world.effects(claim.event_id) == 0
+    assert await world.value(claim.event_id) is None
+
+
+async def test_stopping_releases_a_running_handler(world: World) -> None:
+    """The attempt is interrupted by us, so it is not charged; the handler sees a cancellation."""
+    held = Held()
+    claim = await world.marked()
+    dispatching = asyncio.create_task(world.dispatch(held.as_handler(), claim))
+    await held.reaches(1)
+    await released(world, claim, dispatching)
+    await held.reaches(0)
+    await still_works(world)
+
+
+async def test_stopping_releases_a_running_thread(world: World, gate: threading.Event) -> None:
+    """It cannot be ended, but its transaction is: the row does not wait for it."""
+    running = threading.Event()
+
+    def function(event: Event, context: Context) -> None:
+        effect_from_thread(event, context)
+        running.set()
+        gate.wait()
+
+    claim = await world.marked()
+    dispatching = asyncio.create_task(world.dispatch(function, claim))
+    await asyncio.to_thread(running.wait)
+    await released(world, claim, dispatching)
+    assert world.dispatcher.free_slots == world.settings.handler_slots - 1
+    gate.set()
+    await until(lambda: has_free_slot(world))
+
+
+async def test_stopping_releases_what_waits_for_a_slot(make_world: MakeWorld) -> None:
+    """Claimed and not begun: released as well, not left for the lease to run out and be called abandoned."""
+    world, held = await make_world(handler_slots=1), Held()
+    first = asyncio.create_task(world.dispatch(held.as_handler(), await world.claim()))
+    await held.reaches(1)
+    claim = await world.marked()
+    waiting = asyncio.create_task(world.dispatch(must_not_run, claim))
+    await until(lambda: has_status(world, claim, Status.PROCESSING))
+    await released(world, claim, waiting)
+    held.finish.set()
+    assert (await first).kind is Kind.PROCESSED
+    assert world.dispatcher.free_slots == 1
+
+
+async def test_stopping_does_not_forgive_an_own_commit(world: World) -> None:
+    """Released, its committed effects would be doubled by the next attempt: dead instead."""
+    running = asyncio.Event()
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        await context.connection.execute(text("COMMIT"))
+        running.set()
+        await asyncio.Event().wait()
+
+    claim = await world.marked()
+    dispatching = asyncio.create_task(world.dispatch(function, claim))
+    await running.wait()
+    dispatching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await dispatching
+    assert await world.status(claim.event_id) is Status.DEAD
+    assert await world.effects(claim.event_id) == 1
+
+
+async def has_status(world: World, claim: Claim, status: Status) -> bool:
+    return await world.status(claim.event_id) is status
+
+
+# -- the server or the network fails ------------------------------------------------------------------
+
+
+def commits_and(monkeypatch: pytest.MonkeyPatch, *, really: bool, error: BaseException) -> None:
+    """COMMIT is sent, or not, and what comes back is not its success."""
+    commit = AsyncConnection.commit
+
+    async def ambiguous(connection: AsyncConnection) -> None:
+        if really:
+            await commit(connection)
+        raise error
+
+    monkeypatch.setattr(AsyncConnection, "commit", ambiguous)
+
+
+LOST = [ConnectionResetError("reset"), TimeoutError(), DBAPIError("COMMIT", None, Exception("gone"))]
+
+
+@pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
+async def test_a_commit_whose_answer_is_lost_is_processed(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """The database is asked, and says that it was committed: processed, nothing charged."""
+    with monkeypatch.context() as patch:
+        commits_and(patch, really=True, error=error)
+        _, result, row = await ends(world, handles, Kind.PROCESSED, Status.COMPLETED, effects=1)
+    assert (result.action, row["failures"]) == ("handled_well", 0)
+    await still_works(world)
+
+
+@pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
+async def test_a_commit_that_never_arrived_is_a_failure(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """The database is asked, and says that it was not: tried again, one effect in the end."""
+    with monkeypatch.context() as patch:
+        commits_and(patch, really=False, error=error)
+        claim, *_ = await ends(world, handles, Kind.FAILED, Status.FAILED, effects=0, error="COMMIT failed: ")
+    [again] = await world.ledger.take_over([claim.event_id])
+    assert (await world.dispatch(handles, again)).kind is Kind.PROCESSED
+    assert await world.effects(claim.event_id) == 1
+    await still_works(world)
+
+
+async def test_a_commit_that_was_taken_over_is_a_duplicate(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost, and by the time we ask another holds the row: nothing of it is ours to say."""
+    claim = await world.claim()
+
+    async def lost(connection: AsyncConnection) -> None:
+        await connection.rollback()
+        await world.change(claim.event_id, attempt=2)
+        raise ConnectionResetError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AsyncConnection, "commit", lost)
+        assert (await world.dispatch(handles, claim)).kind is Kind.DUPLICATE
+    row = await world.row(claim.event_id)
+    assert (row["status"], row["attempt"], row["failures"]) == ("processing", 2, 0)
+
+
+async def test_a_database_that_cannot_say_promises_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost COMMIT and a ledger that is away: raised, for a 503; the row is left to recovery, the slot is free."""
+
+    async def away(*_: Any, **__: Any) -> None:
+        raise LedgerUnavailable("away")
+
+    claim = await world.marked()
+    with monkeypatch.context() as patch:
+        commits_and(patch, really=True, error=ConnectionResetError())
+        patch.setattr(Ledger, "fail_if_held", away)
+        with pytest.raises(LedgerUnavailable):
+            await world.dispatch(handles, claim)
+    assert await world.status(claim.event_id) is Status.COMPLETED
+    assert world.dispatcher.free_slots == world.settings.handler_slots
+
+
+async def test_a_backend_that_dies_in_the_handler_is_a_failure(world: World) -> None:
+    """Its effects die with it; the pool brings a new connection."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        pid = await context.connection.scalar(text("SELECT pg_backend_pid()"))
+        await world.database.execute("SELECT pg_terminate_backend($1)", pid)
+        await effect(event, context)
+
+    await fails(world, function, "Error")
+
+
+async def test_without_a_connection_nothing_is_charged(world: World, unused_tcp_port: int) -> None:
+    """No connection for the handler (the server is full, say) while the ledger can be reached: released, uncharged.
+
+    Left claimed, its lease would run out and it would count as abandoned: eight times, and it would be dead.
+    """
+    epoch = Epoch(fresh_seconds=60)
+    nowhere = create_engine(
+        f"postgresql://127.0.0.1:{unused_tcp_port}/x", size=1, timeout_seconds=5, queue_seconds=5, epoch=epoch
+    )
+    claim = await world.marked()
+    engine, world.dispatcher._engine = world.dispatcher._engine, nowhere
+    try:
+        with pytest.raises(LedgerUnavailable):
+            await world.dispatch(must_not_run, claim)
+    finally:
+        world.dispatcher._engine = engine
+        await nowhere.dispose()
+    row = await world.row(claim.event_id)
+    assert (row["status"], row["failures"], row["abandoned"]) == ("pending", 0, 0)
+    assert -15 < row["due_in"] <= 5  # not at once, or recovery would do nothing else
+    assert await world.value(claim.event_id) is None
+    await still_works(world)
+
+
+async def test_what_outlives_its_handler_cannot_write(world: World) -> None:
+    """A task that a handler left behind finds its connection closed: the next event's transaction is not its own."""
+    let_go, left_behind = asyncio.Event(), []
+
+    async def function(event: Event, context: Context) -> None:
+        async def later() -> None:
+            await let_go.wait()
+            await effect(event, context)
+
+        left_behind.append(asyncio.create_task(later()))
+        await effect(event, context)
+
+    claim, *_ = await ends(world, function, Kind.PROCESSED, Status.COMPLETED, effects=1)
+    let_go.set()
+    [error] = await asyncio.gather(*left_behind, return_exceptions=True)
+    assert isinstance(error, SQLAlchemyError)
+    await still_works(world)
+    assert await world.effects(claim.event_id) == 1

@@ -1,0 +1,791 @@
+"""The one path, on real stores: deliveries, duplicates, outages, recovery and the graceful stop."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import pytest
+from sqlalchemy import event as sqlalchemy_event
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from service import Context, Event
+from service.errors import LedgerUnavailable
+from service.inbox.event import Delivery
+from service.inbox.ledger import Claim, Found, Ledger
+from service.inbox.lock import LockReply
+from service.inbox.model import Status
+from service.inbox.outcome import Kind, Outcome
+from service.inbox.pipeline import Pipeline
+from service.inbox.postgres import rotate_epoch
+from service.inbox.recovery import Recovery
+from tests.fixtures import event_body
+from tests.integration.conftest import MakeWorld
+from tests.integration.world import World, build, delivery, effect, until
+from tests.proxy import Mode, Proxy, before_postgres, before_redis
+from tests.stores import Stores
+
+TYPE = "invoice.payment_failed"
+
+
+async def handles(event: Event, context: Context) -> str:
+    await effect(event, context)
+    return "payment_failure_recorded"
+
+
+async def raises(event: Event, context: Context) -> None:
+    await effect(event, context)
+    raise RuntimeError("boom")
+
+
+@pytest.fixture
+async def world(make_world: MakeWorld) -> World:
+    """One process with a handler that works."""
+    return await make_world({TYPE: handles})
+
+
+class Gate:
+    """A handler that says when it runs, and goes on when told."""
+
+    def __init__(self) -> None:
+        self.running = asyncio.Event()
+        self.finish = asyncio.Event()
+
+    async def handle(self, event: Event, context: Context) -> str:
+        await effect(event, context)
+        self.running.set()
+        await self.finish.wait()
+        return "finished"
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate()
+
+
+def duplicate(event_id: str, words: str = "handled by parallel worker (idempotency lock)") -> Outcome:
+    return Outcome(Kind.DUPLICATE, "ignored", f"Event {event_id} {words}")
+
+
+async def settled(world: World, event_id: str, attempt: int = 1) -> None:
+    """Completed by that attempt, one effect."""
+    row = await world.row(event_id)
+    assert (row["status"], row["attempt"]) == ("completed", attempt)
+    assert await world.effects(event_id) == 1
+
+
+async def recovered(world: World) -> None:
+    """One round of recovery, and the work that it began."""
+    await world.pipeline.recover()
+    if world.pipeline._tasks:
+        await asyncio.wait(world.pipeline._tasks)
+
+
+# -- deliveries ---------------------------------------------------------------------------------------
+
+
+async def test_a_delivery_is_processed(world: World) -> None:
+    """Both claims won, one effect, and a marker of the ledger's epoch."""
+    given = delivery()
+    result = await world.pipeline.deliver(given)
+    assert result == Outcome(Kind.PROCESSED, "payment_failure_recorded", None, 1)
+    await settled(world, given.event.id)
+    assert await world.value(given.event.id) == f"recorded:{await world.ledger.read_epoch()}".encode()
+
+
+async def test_a_duplicate_is_ignored_without_postgres(world: World) -> None:
+    """After completion: one Redis command, no statement and no connection of either pool."""
+    given = delivery()
+    await world.pipeline.deliver(given)
+    with counting(world) as counted:
+        assert await world.pipeline.deliver(given) == duplicate(given.event.id)
+    assert counted == ["SET"]
+    await settled(world, given.event.id)
+
+
+async def test_a_fresh_delivery_costs_what_it_must(world: World) -> None:
+    """Lock and marker; insert, hold, the handler's own statement, mark: no round trip beside these."""
+    await world.pipeline.deliver(delivery())  # opens the connections
+    with counting(world) as counted:
+        await world.pipeline.deliver(delivery())
+    assert counted == ["SET", "WITH", "EVAL", "SELECT", "INSERT", "UPDATE"]
+
+
+@contextmanager
+def counting(world: World) -> Iterator[list[str]]:
+    """The first word of every command to Redis and every statement to Postgres, in order."""
+    seen: list[str] = []
+    redis = world.lock._redis
+    execute = redis.execute_command
+
+    def on_redis(*arguments: Any, **options: Any) -> Any:
+        seen.append(str(arguments[0]))
+        return execute(*arguments, **options)  # type: ignore[no-untyped-call]
+
+    def on_postgres(*arguments: Any) -> None:
+        seen.append(arguments[2].split()[0])
+
+    engines = [world.parts.ingest.sync_engine, world.parts.handlers.sync_engine]
+    redis.execute_command = on_redis  # type: ignore[method-assign]
+    for engine in engines:
+        sqlalchemy_event.listen(engine, "before_cursor_execute", on_postgres)
+    try:
+        yield seen
+    finally:
+        redis.execute_command = execute  # type: ignore[method-assign]
+        for engine in engines:
+            sqlalchemy_event.remove(engine, "before_cursor_execute", on_postgres)
+
+
+async def test_two_hundred_copies_at_once_are_one(make_world: MakeWorld) -> None:
+    """Over two processes: one is processed, 199 are ignored, one effect."""
+    worlds = [await make_world({TYPE: handles}) for _ in range(2)]
+    given = delivery()
+    results = await asyncio.gather(*(worlds[number % 2].pipeline.deliver(given) for number in range(200)))
+    kinds = [result.kind for result in results]
+    assert (kinds.count(Kind.PROCESSED), kinds.count(Kind.DUPLICATE)) == (1, 199)
+    await settled(worlds[0], given.event.id)
+
+
+async def test_two_hundred_copies_without_redis_values_are_one(make_world: MakeWorld) -> None:
+    """The same with Redis emptied again and again under way: the ledger alone carries safety."""
+    worlds = [await make_world({TYPE: handles}) for _ in range(2)]
+    given = delivery()
+
+    async def deliver(number: int) -> Outcome:
+        world = worlds[number % 2]
+        await world.lock._redis.delete(world.lock._key(given.event.id))
+        return await world.pipeline.deliver(given)
+
+    kinds = [result.kind for result in await asyncio.gather(*map(deliver, range(200)))]
+    assert kinds.count(Kind.PROCESSED) == 1
+    assert set(kinds) == {Kind.PROCESSED, Kind.DUPLICATE}
+    await settled(worlds[0], given.event.id)
+
+
+async def test_with_redis_emptied_the_ledger_decides(world: World) -> None:
+    """The row answers, in its own words, and the marker is written again."""
+    given = delivery()
+    await world.pipeline.deliver(given)
+    await world.lock._redis.delete(world.lock._key(given.event.id))
+    assert await world.pipeline.deliver(given) == duplicate(given.event.id, "already completed")
+    assert await world.value(given.event.id) == f"recorded:{await world.ledger.read_epoch()}".encode()
+    await settled(world, given.event.id)
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (Status.COMPLETED, "already completed"),
+        (Status.IGNORED, "already recorded as ignored"),
+        (Status.DEAD, "is dead: replay it"),
+        (Status.PROCESSING, "handled by parallel worker (idempotency lock)"),
+    ],
+)
+async def test_a_settled_or_owned_row_answers_for_itself(world: World, status: Status, words: str) -> None:
+    """200 without a dispatch, and a marker, so that the next one does not ask the ledger."""
+    given = await world.state_of(delivery(), status)
+    assert await world.pipeline.deliver(given) == duplicate(given.event.id, words)
+    assert await world.status(given.event.id) is status
+    assert await world.value(given.event.id) is not None
+    assert await world.effects(given.event.id) == 0
+
+
+@pytest.mark.parametrize("status", [Status.PENDING, Status.FAILED])
+async def test_a_delivery_takes_over_what_waits(world: World, status: Status) -> None:
+    """Recorded by a delivery without the lock, or failed before: handled now, though it is due in an hour only."""
+    given = await world.state_of(delivery(), status)
+    await world.change(given.event.id, due_at=3600.0)
+    assert (await world.pipeline.deliver(given)).kind is Kind.PROCESSED
+    await settled(world, given.event.id)
+
+
+async def test_a_failed_event_is_handled_by_its_next_delivery(make_world: MakeWorld) -> None:
+    """A failure leaves no marker: Stripe's retry reaches the ledger, and is the second attempt."""
+    broken, mended = await make_world({TYPE: raises}), await make_world({TYPE: handles})
+    given = delivery()
+    assert (await broken.pipeline.deliver(given)).kind is Kind.FAILED
+    assert await mended.pipeline.deliver(given) == Outcome(Kind.PROCESSED, "payment_failure_recorded", None, 2)
+    await settled(mended, given.event.id, attempt=2)
+
+
+@pytest.mark.parametrize("life", [5000, 20_000])
+async def test_while_another_is_at_it_the_event_is_recorded(world: World, life: int) -> None:
+    """Its lock is no promise: the row is, which it takes over, or which is due when its lock has run out."""
+    given = delivery()
+    await world.lock._redis.set(world.lock._key(given.event.id), b"claimed:another", px=life)
+    assert await world.pipeline.deliver(given) == duplicate(given.event.id)
+    row = await world.row(given.event.id)
+    assert (row["status"], row["attempt"]) == ("pending", 0)
+    assert 0 < row["due_in"] <= 20
+    assert await world.value(given.event.id) == b"claimed:another"
+    # A third delivery, and recovery, do no more than the second.
+    assert await world.pipeline.deliver(given) == duplicate(given.event.id)
+    await world.change(given.event.id, due_at=-1.0)
+    await recovered(world)
+    assert await world.status(given.event.id) is Status.PENDING
+
+
+async def test_while_another_is_at_it_a_settled_row_answers(world: World) -> None:
+    """The lock of a late duplicate hides nothing."""
+    given = await world.state_of(delivery(), Status.COMPLETED)
+    await world.lock._redis.set(world.lock._key(given.event.id), b"claimed:another", px=5000)
+    assert await world.pipeline.deliver(given) == duplicate(given.event.id, "already completed")
+
+
+async def test_the_lock_holder_meets_a_row_that_is_skipped(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded, and in recovery's hands at this very moment: a duplicate; somebody has it, so nobody is skipped."""
+    given = await world.state_of(delivery(), Status.PENDING)
+    async with world.locked(given.event.id):
+        assert await world.pipeline.deliver(given) == duplicate(given.event.id)
+    assert await world.status(given.event.id) is Status.PENDING
+    await world.lock._redis.delete(world.lock._key(given.event.id))
+    await recovered(world)
+    await settled(world, given.event.id)
+
+
+# -- nobody wants it ----------------------------------------------------------------------------------
+
+
+async def test_a_type_without_a_handler_is_ignored(world: World) -> None:
+    """Settled in one statement, so that a later deploy can replay it; its duplicates are ignored like any other's."""
+    given = delivery(type="balance.available")
+    result = await world.pipeline.deliver(given)
+    assert result == Outcome(Kind.UNHANDLED, "ignored", "Event type balance.available not handled", 1)
+    row = await world.row(given.event.id)
+    assert (row["status"], row["action"]) == ("ignored", "ignored")
+    assert await world.pipeline.deliver(given) == duplicate(given.event.id)
+
+
+async def test_a_waiting_event_that_nobody_wants_any_more_is_ignored(world: World) -> None:
+    """Recorded while Redis was away, or failed under an earlier deploy: taken over and settled, never dispatched."""
+    for status in (Status.PENDING, Status.FAILED):
+        given = await world.state_of(delivery(type="balance.available"), status)
+        assert (await world.pipeline.deliver(given)).kind is Kind.UNHANDLED
+        assert await world.status(given.event.id) is Status.IGNORED
+
+
+@pytest.mark.parametrize(
+    ("takes", "livemode", "kind"),
+    [
+        ("any", True, Kind.PROCESSED),
+        ("any", False, Kind.PROCESSED),
+        ("live", True, Kind.PROCESSED),
+        ("live", False, Kind.UNHANDLED),
+        ("test", True, Kind.UNHANDLED),
+        ("test", False, Kind.PROCESSED),
+    ],
+)
+async def test_only_the_wanted_mode_is_handled(make_world: MakeWorld, takes: str, livemode: bool, kind: Kind) -> None:
+    """Live Connect endpoints get test events too: recorded as `ignored`, by a delivery and by recovery alike."""
+    world = await make_world({TYPE: handles}, livemode=takes)
+    given = delivery(livemode=livemode)
+    result = await world.pipeline.deliver(given)
+    assert result.kind is kind
+    waiting = await world.state_of(delivery(livemode=livemode), Status.PENDING)
+    await recovered(world)
+    wanted = kind is Kind.PROCESSED
+    for event_id in (given.event.id, waiting.event.id):
+        assert await world.status(event_id) is (Status.COMPLETED if wanted else Status.IGNORED)
+        assert await world.effects(event_id) == wanted
+    if not wanted:
+        mode = "live" if livemode else "test"
+        assert result.reason == f"Event {given.event.id} is a {mode} mode event; this service takes {takes} mode only"
+
+
+# -- the budget ---------------------------------------------------------------------------------------
+
+
+async def test_past_its_budget_a_recorded_event_is_deferred(make_world: MakeWorld, gate: Gate) -> None:
+    """The row's COMMIT is known, so it is promised; the work goes on and completes."""
+    world = await make_world({TYPE: gate.handle}, answer_budget_seconds=0.2)
+    given = delivery()
+    result = await world.pipeline.deliver(given)
+    assert result == Outcome(Kind.DEFERRED, "deferred", "Recorded; still at work on it")
+    assert await world.status(given.event.id) is Status.PROCESSING
+    assert await world.pipeline.deliver(given) == duplicate(given.event.id)
+    await gate.running.wait()
+    gate.finish.set()
+    await until(lambda: has_status(world, given.event.id, Status.COMPLETED))
+    await settled(world, given.event.id)
+
+
+async def test_past_its_budget_nothing_unrecorded_is_promised(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the insert's COMMIT is not known, the answer is a 503, though it may well be committed."""
+    go_on = asyncio.Event()
+    claim = Ledger.claim
+
+    async def slow(ledger: Ledger, given: Delivery, *, ignored: bool = False) -> Claim | Found:
+        won = await claim(ledger, given, ignored=ignored)
+        await go_on.wait()
+        return won
+
+    monkeypatch.setattr(Ledger, "claim", slow)
+    world = await make_world({TYPE: handles}, answer_budget_seconds=0.1)
+    given = delivery()
+    assert await world.pipeline.deliver(given) == Outcome(Kind.UNAVAILABLE, "unavailable", "Not recorded in time")
+    go_on.set()
+    await until(lambda: has_status(world, given.event.id, Status.COMPLETED))
+
+
+async def test_a_client_that_hangs_up_cancels_nothing(make_world: MakeWorld, gate: Gate) -> None:
+    """The work is not the request's: cancelled in the middle, the delivery is completed all the same."""
+    world = await make_world({TYPE: gate.handle})
+    given = delivery()
+    request = asyncio.create_task(world.pipeline.deliver(given))
+    await gate.running.wait()
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    gate.finish.set()
+    await until(lambda: has_status(world, given.event.id, Status.COMPLETED))
+    await settled(world, given.event.id)
+
+
+async def has_status(world: World, event_id: str, status: Status) -> bool:
+    return await world.status(event_id) is status
+
+
+# -- a store is away ----------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def between(
+    stores: Stores, database_url: str, prefix: str, **settings: Any
+) -> AsyncIterator[tuple[World, Proxy, Proxy]]:
+    """A process with a proxy before each store, Postgres' first."""
+    async with before_postgres(database_url) as (postgres, url), before_redis(stores.redis_url) as (redis, redis_url):
+        world = await build(url, redis_url, prefix, {TYPE: handles}, **settings)
+        try:
+            yield world, postgres, redis
+        finally:
+            for proxy in (postgres, redis):
+                proxy.switch(Mode.OPEN)
+            await world.close()
+
+
+@pytest.mark.parametrize("mode", [Mode.REFUSE, Mode.FROZEN, Mode.MUTE])
+async def test_while_redis_is_away_events_are_recorded(
+    stores: Stores, make_world: MakeWorld, redis_prefix: str, mode: Mode
+) -> None:
+    """Acceptance does not wait, dispatch does: deferred; nothing is handled, by recovery neither, until it is back."""
+    observer = await make_world()
+    async with between(stores, observer.url, redis_prefix, redis_timeout_seconds=0.1, redis_breaker_seconds=0.05) as (
+        world,
+        _,
+        redis,
+    ):
+        redis.switch(mode)
+        given = [delivery() for _ in range(5)]
+        for each in given:
+            async with asyncio.timeout(5):
+                result = await world.pipeline.deliver(each)
+            assert result == Outcome(Kind.DEFERRED, "deferred", "Recorded; dispatched when the lock is back")
+            row = await observer.row(each.event.id)
+            assert (row["status"], row["attempt"], row["abandoned"]) == ("pending", 0, 0)
+            assert row["due_in"] <= 0
+        assert await world.pipeline.recover() is False
+        assert await observer.effects(given[0].event.id) == 0
+        redis.switch(Mode.OPEN)
+
+        async def all_settled() -> bool:
+            await world.pipeline.recover()
+            return all([await has_status(observer, each.event.id, Status.COMPLETED) for each in given])
+
+        await until(all_settled)
+        for each in given:
+            await settled(observer, each.event.id)
+
+
+async def test_while_redis_is_away_a_settled_row_answers(
+    stores: Stores, make_world: MakeWorld, redis_prefix: str
+) -> None:
+    """A duplicate is a duplicate, by the row; one that waits is deferred and changed in nothing."""
+    observer = await make_world()
+    done = await observer.state_of(delivery(), Status.COMPLETED)
+    owned = await observer.state_of(delivery(), Status.PROCESSING)
+    failed = await observer.state_of(delivery(), Status.FAILED)
+    await observer.change(failed.event.id, due_at=3600.0)
+    async with between(stores, observer.url, redis_prefix) as (world, _, redis):
+        redis.switch(Mode.REFUSE)
+        assert await world.pipeline.deliver(done) == duplicate(done.event.id, "already completed")
+        assert await world.pipeline.deliver(owned) == duplicate(owned.event.id)
+        assert (await world.pipeline.deliver(failed)).kind is Kind.DEFERRED
+    row = await observer.row(failed.event.id)
+    assert (row["status"], row["due_in"] > 3000) == ("failed", True)
+
+
+@pytest.mark.parametrize("mode", [Mode.REFUSE, Mode.FROZEN, Mode.MUTE])
+async def test_while_postgres_is_away_nothing_is_promised(
+    stores: Stores, make_world: MakeWorld, redis_prefix: str, mode: Mode
+) -> None:
+    """503 in time and no lock is left behind: the next delivery, once it is back, is handled at once."""
+    observer = await make_world()
+    async with between(stores, observer.url, redis_prefix, postgres_timeout_seconds=0.3) as (world, postgres, _):
+        assert (await world.pipeline.deliver(delivery())).kind is Kind.PROCESSED  # the pools have connections
+        postgres.switch(mode)
+        given = delivery()
+        async with asyncio.timeout(5):
+            result = await world.pipeline.deliver(given)
+        assert result == Outcome(Kind.UNAVAILABLE, "unavailable", "The ledger cannot be reached")
+        assert await world.value(given.event.id) is None
+        with pytest.raises(LedgerUnavailable):
+            await world.pipeline.recover()
+        postgres.switch(Mode.OPEN)
+
+        async def handled() -> bool:
+            # What was held back reaches the server now: a row may be there, claimed by nobody who knows.
+            await world.pipeline.deliver(given)
+            await observer.database.execute(
+                "UPDATE stripe_events SET due_at = now() WHERE status IN ('processing', 'pending')"
+            )
+            await world.pipeline.return_abandoned(10)
+            await recovered(world)
+            return await has_status(observer, given.event.id, Status.COMPLETED)
+
+        await until(handled)
+        assert await observer.effects(given.event.id) == 1
+
+
+async def test_a_lost_answer_to_the_insert_is_not_a_promise(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Committed, and nobody told us: 503 and no marker; the row waits out its lease, and one effect comes of it."""
+    claim = Ledger.claim
+
+    async def lost(ledger: Ledger, given: Delivery, *, ignored: bool = False) -> Claim | Found:
+        await claim(ledger, given, ignored=ignored)
+        raise LedgerUnavailable("lost")
+
+    given = delivery()
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "claim", lost)
+        assert (await world.pipeline.deliver(given)).kind is Kind.UNAVAILABLE
+    assert await world.value(given.event.id) is None
+    assert await world.pipeline.deliver(given) == duplicate(given.event.id)
+    await world.change(given.event.id, due_at=-1.0)
+    await world.pipeline.return_abandoned(10)
+    await world.change(given.event.id, due_at=-1.0)
+    await recovered(world)
+    await settled(world, given.event.id, attempt=2)
+
+
+async def test_a_marker_that_cannot_be_written_changes_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis goes away between lock and marker: the row is committed, so the event is handled."""
+    acquire = world.lock.acquire
+
+    async def then_away(*arguments: Any, **more: Any) -> LockReply:
+        reply = await acquire(*arguments, **more)
+        monkeypatch.setattr(type(world.lock), "away", True)
+        return reply
+
+    monkeypatch.setattr(world.lock, "acquire", then_away)
+    given = delivery()
+    assert (await world.pipeline.deliver(given)).kind is Kind.PROCESSED
+    await settled(world, given.event.id)
+
+
+async def test_a_fault_of_ours_is_a_503(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever breaks on the way, nothing is promised that is not so, and the lock is gone again."""
+
+    async def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("bug")
+
+    given = delivery()
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "claim", broken)
+        assert await world.pipeline.deliver(given) == Outcome(Kind.UNAVAILABLE, "unavailable", "Internal error")
+    assert await world.value(given.event.id) is None
+    assert (await world.pipeline.deliver(given)).kind is Kind.PROCESSED
+
+
+# -- the ledger is another ----------------------------------------------------------------------------
+
+
+async def test_after_a_restore_markers_of_the_old_ledger_do_not_count(world: World) -> None:
+    """Redis says `recorded`, the restored ledger knows nothing: with the epoch rotated, it is recorded again."""
+    given = delivery()
+    await world.pipeline.deliver(given)
+    await world.database.execute("DELETE FROM stripe_events; DELETE FROM stripe_event_payloads; DELETE FROM effects")
+    assert await world.pipeline.deliver(given) == duplicate(given.event.id)  # nobody has told us
+    await rotate_epoch(world.url, 10)
+    world.claims.epoch.confirm(await world.ledger.read_epoch())  # what a round of recovery does
+    assert (await world.pipeline.deliver(given)).kind is Kind.PROCESSED
+    await settled(world, given.event.id)
+
+
+async def test_after_a_rotation_markers_count_again(world: World) -> None:
+    """The connections of both pools are renewed: what they commit is marked with the new epoch, and sheds load."""
+    await world.pipeline.deliver(delivery())
+    await rotate_epoch(world.url, 10)
+    world.claims.epoch.confirm(await world.ledger.read_epoch())
+    given = delivery()
+    assert (await world.pipeline.deliver(given)).kind is Kind.PROCESSED
+    with counting(world) as counted:
+        assert await world.pipeline.deliver(given) == duplicate(given.event.id)
+    assert counted == ["SET"]
+
+
+async def test_no_marker_counts_without_a_confirmed_epoch(world: World) -> None:
+    """Postgres has not been heard of for a while (it may be being restored): the ledger is asked, not Redis."""
+    given = delivery()
+    await world.pipeline.deliver(given)
+    world.claims.epoch._confirmed = float("-inf")
+    assert await world.pipeline.deliver(given) == duplicate(given.event.id, "already completed")
+
+
+# -- recovery -----------------------------------------------------------------------------------------
+
+
+async def test_recovery_completes_what_is_due(world: World) -> None:
+    """Pending and failed, over any marker; what is not due waits."""
+    due = [await world.state_of(delivery(), status) for status in (Status.PENDING, Status.FAILED)]
+    later = await world.state_of(delivery(), Status.FAILED)
+    await world.change(later.event.id, due_at=3600.0)
+    epoch = await world.ledger.read_epoch()
+    await world.lock._redis.set(world.lock._key(due[0].event.id), f"recorded:{epoch}", px=5000)
+    await recovered(world)
+    for each in due:
+        await settled(world, each.event.id)
+        assert await world.value(each.event.id) == f"recorded:{epoch}".encode()
+    assert await world.status(later.event.id) is Status.FAILED
+
+
+async def test_recovery_leaves_anothers_live_lock_alone(world: World) -> None:
+    """Somebody is between lock and row: that delivery will take the row over."""
+    given = await world.state_of(delivery(), Status.PENDING)
+    await world.lock._redis.set(world.lock._key(given.event.id), b"claimed:another", px=5000)
+    await recovered(world)
+    assert await world.status(given.event.id) is Status.PENDING
+    assert await world.value(given.event.id) == b"claimed:another"
+
+
+async def test_a_row_that_recovery_does_not_get_is_unlocked_again(world: World) -> None:
+    """Locked in Redis and not taken in the ledger: the lock is given back at once."""
+    given = await world.state_of(delivery(), Status.PENDING)
+    async with world.locked(given.event.id):
+        await recovered(world)
+    assert await world.value(given.event.id) is None
+
+
+async def test_recovery_fetches_no_more_than_it_has_slots(make_world: MakeWorld, gate: Gate) -> None:
+    """Of ten due events as many as can start; the others stay pending, for whoever has room, uncharged."""
+    world = await make_world({TYPE: gate.handle}, handler_slots=3)
+    for _ in range(10):
+        await world.state_of(delivery(), Status.PENDING)
+    assert await world.pipeline.recover() is True
+    await gate.running.wait()
+    claimed = "SELECT count(*) FROM stripe_events WHERE status = 'processing'"
+    assert await world.database.fetchval(claimed) == 3
+    assert await world.pipeline.recover() is True
+    assert await world.database.fetchval(claimed) == 3
+    gate.finish.set()
+
+    async def none_left() -> bool:
+        await world.pipeline.recover()
+        return not await world.database.fetchval("SELECT count(*) FROM stripe_events WHERE status <> 'completed'")
+
+    await until(none_left)
+    assert await world.pipeline.recover() is False
+    assert await world.database.fetchval("SELECT max(failures + abandoned) FROM stripe_events") == 0
+
+
+async def test_two_recoveries_do_not_double(make_world: MakeWorld) -> None:
+    """Every process runs it, and all of them look at the same rows."""
+    worlds = [await make_world({TYPE: handles}) for _ in range(3)]
+    given = [await worlds[0].state_of(delivery(), Status.PENDING) for _ in range(30)]
+
+    async def none_left() -> bool:
+        await asyncio.gather(*map(recovered, worlds))
+        return not await worlds[0].database.fetchval("SELECT count(*) FROM stripe_events WHERE status <> 'completed'")
+
+    await until(none_left)
+    for each in given:
+        await settled(worlds[0], each.event.id)
+
+
+async def test_recovery_takes_those_abandoned_before_one_by_one(make_world: MakeWorld, gate: Gate) -> None:
+    """Beside the others, and the next only when that one has ended."""
+    world = await make_world({TYPE: gate.handle})
+    suspects = [await world.state_of(delivery(), Status.PENDING) for _ in range(3)]
+    for each in suspects:
+        await world.change(each.event.id, abandoned=1)
+    for _ in range(3):
+        await world.pipeline.recover()
+    claimed = "SELECT count(*) FROM stripe_events WHERE status = 'processing'"
+    assert await world.database.fetchval(claimed) == 1
+    gate.finish.set()
+    for _ in suspects:
+        await recovered(world)
+    for each in suspects:
+        await settled(world, each.event.id)
+
+
+async def test_an_abandoned_event_comes_back(world: World) -> None:
+    """Its holder vanished: returned, and after its backoff handled by the next attempt."""
+    claim = await world.claim()
+    await world.change(claim.event_id, due_at=-1.0)
+    await world.pipeline.return_abandoned(10)
+    await recovered(world)
+    assert await world.status(claim.event_id) is Status.PENDING  # its backoff is not over
+    await world.change(claim.event_id, due_at=-1.0)
+    await recovered(world)
+    await settled(world, claim.event_id, attempt=2)
+    assert (await world.row(claim.event_id))["abandoned"] == 1
+
+
+async def test_an_expired_payload_is_dead(world: World) -> None:
+    """It cannot be dispatched any more, and says so; a delivery, which brings the payload, still could."""
+    given = await world.state_of(delivery(), Status.PENDING)
+    await world.database.execute("DELETE FROM stripe_event_payloads")
+    await recovered(world)
+    row = await world.row(given.event.id)
+    assert (row["status"], row["last_error"]) == ("dead", "its payload has expired: it cannot be dispatched")
+
+
+async def test_an_unreadable_payload_is_dead(world: World) -> None:
+    """Accepted by an earlier build, refused by this one: an operator has to look; other events are not held up."""
+    bad, good = [await world.state_of(delivery(), Status.PENDING) for _ in range(2)]
+    await world.database.execute("UPDATE stripe_event_payloads SET body = '{' WHERE event_id = $1", bad.event.id)
+    await recovered(world)
+    row = await world.row(bad.event.id)
+    assert (row["status"], row["last_error"]) == ("dead", "its payload cannot be read: body is not valid JSON")
+    await settled(world, good.event.id)
+
+
+async def test_a_replay_is_done_by_recovery(make_world: MakeWorld) -> None:
+    """Dead, or ignored by an earlier deploy: made due, and handled by the next attempt."""
+    old, new = await make_world(), await make_world({TYPE: handles})
+    given = delivery()
+    assert (await old.pipeline.deliver(given)).kind is Kind.UNHANDLED
+    await recovered(new)
+    assert await new.status(given.event.id) is Status.IGNORED
+    assert await new.ledger.replay([given.event.id]) == [given.event.id]
+    await recovered(new)
+    await settled(new, given.event.id, attempt=2)
+
+
+async def test_a_bad_round_does_not_end_recovery(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a restarted server nor a bug on the way ends the loop; when it can, it goes on."""
+    given = await world.state_of(delivery(), Status.PENDING)
+    errors: list[Exception] = [LedgerUnavailable("away"), RuntimeError("bug"), LedgerUnavailable("away")]
+    recover = Pipeline.recover
+
+    async def failing(pipeline: Pipeline) -> bool:
+        if errors:
+            raise errors.pop()
+        return await recover(pipeline)
+
+    monkeypatch.setattr(Pipeline, "recover", failing)
+    recovery = Recovery(world.pipeline, world.ledger, world.claims.epoch, interval_seconds=0.01, batch=10)
+    running = asyncio.create_task(recovery.run())
+    try:
+        await until(lambda: has_status(world, given.event.id, Status.COMPLETED))
+        assert not running.done()
+        assert recovery.well
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+    await settled(world, given.event.id)
+
+
+async def test_recovery_confirms_the_epoch(world: World) -> None:
+    """Each round reads it anew: without that no marker would count for long, and a rotation would go unnoticed."""
+    recovery = Recovery(world.pipeline, world.ledger, world.claims.epoch, interval_seconds=0.01, batch=10)
+    await recovery._round()
+    before = world.claims.epoch.current
+    assert before == await world.ledger.read_epoch()
+    _, after = await rotate_epoch(world.url, 10)
+
+    async def noticed() -> bool:
+        await recovery._round()
+        return world.claims.epoch.current == after
+
+    await until(noticed)
+    assert None is not after != before
+
+
+# -- the graceful stop --------------------------------------------------------------------------------
+
+
+async def test_draining_waits_for_what_runs(make_world: MakeWorld, gate: Gate) -> None:
+    """Nothing new is taken, by recovery neither; work in flight ends, and its delivery is answered."""
+    world = await make_world({TYPE: gate.handle})
+    waiting = delivery()
+    running = asyncio.create_task(world.pipeline.deliver(delivery()))
+    await gate.running.wait()
+    draining = asyncio.create_task(world.pipeline.drain(30))
+    await asyncio.sleep(0)
+    assert await world.pipeline.deliver(waiting) == Outcome(Kind.UNAVAILABLE, "unavailable", "Shutting down")
+    due = await world.state_of(delivery(), Status.PENDING)
+    assert await world.pipeline.recover() is False
+    assert not draining.done()
+    gate.finish.set()
+    await draining
+    assert (await running).kind is Kind.PROCESSED
+    assert await world.status(due.event.id) is Status.PENDING
+    assert (
+        await world.database.fetchval("SELECT count(*) FROM stripe_events WHERE event_id = $1", waiting.event.id) == 0
+    )
+
+
+async def test_draining_releases_what_does_not_end(make_world: MakeWorld, gate: Gate) -> None:
+    """Running, or waiting for a slot: pending, due now, nothing charged; its delivery was recorded, so 202."""
+    world = await make_world({TYPE: gate.handle}, handler_slots=1)
+    given = [delivery() for _ in range(3)]
+    deliveries = [asyncio.create_task(world.pipeline.deliver(each)) for each in given]
+    await gate.running.wait()
+    claimed = "SELECT count(*) = 3 FROM stripe_events WHERE status = 'processing'"
+    await until(lambda: world.database.fetchval(claimed))
+    await world.pipeline.drain(0)
+    assert {result.kind for result in await asyncio.gather(*deliveries)} == {Kind.DEFERRED}
+    for each in given:
+        row = await world.row(each.event.id)
+        assert (row["status"], row["attempt"], row["failures"], row["abandoned"]) == ("pending", 1, 0, 0)
+        assert row["due_in"] <= 0
+        assert await world.value(each.event.id) is None
+    other = await make_world({TYPE: handles})
+    for _ in given:
+        await recovered(other)
+    for each in given:
+        await settled(other, each.event.id, attempt=2)
+
+
+async def test_a_stop_during_the_commit_settles_it(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cancelled while COMMIT is under way: either it is completed, or it is released, never both and never lost."""
+    committing = asyncio.Event()
+    commit = AsyncConnection.commit
+
+    async def slow(connection: AsyncConnection) -> None:
+        await commit(connection)
+        committing.set()
+        await asyncio.Event().wait()
+
+    world = await make_world({TYPE: handles})
+    given = delivery()
+    with monkeypatch.context() as patch:
+        patch.setattr(AsyncConnection, "commit", slow)
+        delivering = asyncio.create_task(world.pipeline.deliver(given))
+        await committing.wait()
+        await world.pipeline.drain(0)
+        await delivering
+    await settled(world, given.event.id)
+    assert (await world.row(given.event.id))["failures"] == 0
+
+
+async def test_draining_nothing_ends_at_once(world: World) -> None:
+    """An idle process does not wait for its deadline."""
+    async with asyncio.timeout(5):
+        await world.pipeline.drain(600)
+
+
+async def test_a_thin_and_a_snapshot_event_share_the_path(make_world: MakeWorld) -> None:
+    """Both shapes are recorded, dispatched by type, and deduplicated by id."""
+    world = await make_world({"*": handles})
+    body = event_body("v1.billing.meter.error_report_triggered")
+    thin = delivery(type="v1.billing.meter.error_report_triggered")
+    assert body != thin.body
+    for given in (thin, delivery()):
+        assert (await world.pipeline.deliver(given)).kind is Kind.PROCESSED
+        assert await world.pipeline.deliver(given) == duplicate(given.event.id)
+        await settled(world, given.event.id)
