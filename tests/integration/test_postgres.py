@@ -1,0 +1,406 @@
+"""Connections to a real Postgres: what is pinned, what is refused, and that a frozen server holds up nobody."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+
+import asyncpg
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as QueueTimeout
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from service.errors import LedgerUnavailable
+from service.inbox import postgres
+from service.inbox.postgres import (
+    Epoch,
+    borrow,
+    create_engine,
+    describe,
+    discard,
+    driver,
+    open_connection,
+    read_epoch,
+    rotate_epoch,
+)
+from tests.integration.world import until
+from tests.proxy import Mode, before_postgres
+from tests.stores import Stores
+
+TIMEOUT_SECONDS = 10.0
+SHORT_SECONDS = 0.3
+# For whatever is said to take no longer than its timeout: what a busy machine adds.
+SLACK_SECONDS = 1.2
+
+
+@asynccontextmanager
+async def pool(
+    url: str, *, size: int = 1, timeout_seconds: float = TIMEOUT_SECONDS, autocommit: bool = True
+) -> AsyncIterator[tuple[AsyncEngine, Epoch]]:
+    """An engine as the service has it, and the epoch that its connections confirm."""
+    epoch = Epoch(fresh_seconds=60)
+    engine = create_engine(
+        url,
+        size=size,
+        timeout_seconds=timeout_seconds,
+        queue_seconds=timeout_seconds,
+        epoch=epoch,
+        autocommit=autocommit,
+    )
+    try:
+        yield engine, epoch
+    finally:
+        await engine.dispose()
+
+
+@pytest.fixture
+async def admin(database_url: str) -> AsyncIterator[asyncpg.Connection]:
+    """The test's own connection to the database."""
+    connection = await asyncpg.connect(database_url)
+    yield connection
+    await connection.close()
+
+
+async def configure(admin: asyncpg.Connection, setting: str) -> None:
+    """A default of this database, for every connection from now on."""
+    name = await admin.fetchval("SELECT quote_ident(current_database())")
+    await admin.execute(f"ALTER DATABASE {name} SET {setting}")
+
+
+async def ask(engine: AsyncEngine, statement: str) -> object:
+    async with borrow(engine, TIMEOUT_SECONDS) as connection:
+        return await connection.scalar(text(statement))
+
+
+# -- pins ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocommit", [True, False])
+@pytest.mark.parametrize("value", ["off", "local", "remote_write"])
+async def test_synchronous_commit_is_pinned(
+    database_url: str, admin: asyncpg.Connection, value: str, autocommit: bool
+) -> None:
+    """Whatever the database says: a COMMIT that was answered is on disk. In both pools, also once reused."""
+    await configure(admin, f"synchronous_commit = {value}")
+    async with pool(database_url, autocommit=autocommit) as (engine, _):
+        for _ in range(2):
+            assert await ask(engine, "SHOW synchronous_commit") == "on"
+
+
+@pytest.mark.parametrize("autocommit", [True, False])
+@pytest.mark.parametrize("value", ["serializable", "repeatable read"])
+async def test_read_committed_is_pinned(
+    database_url: str, admin: asyncpg.Connection, value: str, autocommit: bool
+) -> None:
+    """Whatever the database says: the claim statements see what others have committed."""
+    await configure(admin, f"default_transaction_isolation = '{value}'")
+    async with pool(database_url, autocommit=autocommit) as (engine, _):
+        for _ in range(2):
+            assert await ask(engine, "SHOW transaction_isolation") == "read committed"
+
+
+async def test_a_role_cannot_unpin_it(database_url: str, admin: asyncpg.Connection) -> None:
+    """A role's settings in this database go before the database's, and not before ours."""
+    name = await admin.fetchval("SELECT quote_ident(current_database())")
+    for setting in ("synchronous_commit = off", "default_transaction_isolation = serializable"):
+        await admin.execute(f"ALTER ROLE CURRENT_USER IN DATABASE {name} SET {setting}")
+    try:
+        async with pool(database_url) as (engine, _):
+            assert await ask(engine, "SHOW synchronous_commit") == "on"
+            assert await ask(engine, "SHOW transaction_isolation") == "read committed"
+    finally:
+        await admin.execute(f"ALTER ROLE CURRENT_USER IN DATABASE {name} RESET ALL")
+
+
+async def test_a_read_only_server_is_refused(database_url: str, admin: asyncpg.Connection) -> None:
+    """The losing side of a failover: said so at once, not at the first insert; and taken again when it is writable."""
+    await configure(admin, "default_transaction_read_only = on")
+    async with pool(database_url) as (engine, epoch):
+        with pytest.raises(LedgerUnavailable, match="the server is read-only"):
+            await ask(engine, "SELECT 1")
+        assert epoch.current is None
+        await admin.execute("SET default_transaction_read_only = off")
+        await configure(admin, "default_transaction_read_only = off")
+        assert await ask(engine, "SELECT 1") == 1
+
+
+async def test_a_standby_is_refused(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server in recovery is read-only as well."""
+    monkeypatch.setattr(postgres, "_PIN", postgres._PIN.replace("pg_is_in_recovery()", "true"))
+    with pytest.raises(LedgerUnavailable, match="the server is read-only"):
+        await open_connection(database_url, TIMEOUT_SECONDS)
+
+
+@pytest.mark.parametrize("pin", ["'on'", "'read committed'"])
+async def test_a_pin_that_does_not_hold_is_refused(
+    database_url: str, monkeypatch: pytest.MonkeyPatch, pin: str
+) -> None:
+    """What cannot be pinned (by a pooler, say) is not worked on, and the connection is closed."""
+    other = {"'on'": "'off'", "'read committed'": "'serializable'"}[pin]
+    monkeypatch.setattr(postgres, "_PIN", postgres._PIN.replace(pin, other))
+    with pytest.raises(LedgerUnavailable, match="cannot be pinned"):
+        await open_connection(database_url, TIMEOUT_SECONDS)
+
+
+# -- the epoch ----------------------------------------------------------------------------------------
+
+
+async def test_a_connection_knows_the_epoch_it_was_opened_under(database_url: str) -> None:
+    """Read when it is opened, and confirmed for the process."""
+    async with pool(database_url) as (engine, epoch):
+        assert epoch.current is None
+        async with borrow(engine, TIMEOUT_SECONDS) as connection:
+            found = driver(connection).epoch
+            assert found is not None
+            assert len(found) == 16
+            assert found == epoch.current == await read_epoch(driver(connection))
+
+
+async def test_rotating_changes_the_epoch(database_url: str) -> None:
+    """Each time, and the connections of a pool that has noticed are opened anew."""
+    before, after = await rotate_epoch(database_url, TIMEOUT_SECONDS)
+    assert None not in (before, after)
+    assert before != after
+    assert (await rotate_epoch(database_url, TIMEOUT_SECONDS))[0] == after
+    async with pool(database_url) as (engine, epoch):
+        first = await ask(engine, "SELECT pg_backend_pid()")
+        assert await ask(engine, "SELECT pg_backend_pid()") == first
+        _, newest = await rotate_epoch(database_url, TIMEOUT_SECONDS)
+        epoch.confirm(newest)
+        async with borrow(engine, TIMEOUT_SECONDS) as connection:
+            assert driver(connection).epoch == newest
+            assert await connection.scalar(text("SELECT pg_backend_pid()")) != first
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "UPDATE ledger_epoch SET id = gen_random_uuid()",
+        "CREATE FUNCTION public.pg_walfile_name(pg_lsn) RETURNS text RETURN '0000000200000000000000FF'",
+        "CREATE FUNCTION public.pg_control_system(OUT system_identifier bigint) RETURN 7",
+    ],
+)
+async def test_uuid_system_and_timeline_each_make_the_epoch(
+    database_url: str, admin: asyncpg.Connection, change: str
+) -> None:
+    """A rotation, a promoted standby or point-in-time recovery (a new timeline), another cluster: another epoch."""
+    before = await read_epoch(admin)
+    await admin.execute(change)
+    await admin.execute("SET search_path = public, pg_catalog")
+    after = await read_epoch(admin)
+    assert None not in (before, after)
+    assert before != after
+
+
+async def test_a_server_that_hides_its_identity_has_an_epoch(database_url: str, admin: asyncpg.Connection) -> None:
+    """Some managed servers refuse both functions: the uuid remains, and it rotates."""
+    await admin.execute(
+        "CREATE FUNCTION public.pg_control_system(OUT system_identifier bigint) LANGUAGE plpgsql"
+        " AS $$ BEGIN RAISE insufficient_privilege; END $$"
+    )
+    await admin.execute("SET search_path = public, pg_catalog")
+    before = await read_epoch(admin)
+    assert before is not None
+    assert before == await read_epoch(admin)
+    await admin.execute("UPDATE ledger_epoch SET id = gen_random_uuid()")
+    assert before != await read_epoch(admin)
+
+
+async def test_without_a_ledger_there_is_no_epoch(stores: Stores) -> None:
+    """A database that was never migrated: None, so that no marker counts."""
+    connection = await open_connection(stores.postgres_url, TIMEOUT_SECONDS)
+    assert connection.epoch is None
+    await connection.close()
+
+
+def test_an_epoch_counts_while_it_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Confirmed within its time, and not a moment longer; a new confirmation makes it fresh again."""
+    now = 1000.0
+    monkeypatch.setattr(postgres, "time", SimpleNamespace(monotonic=lambda: now))
+    epoch = Epoch(fresh_seconds=5)
+    seen = [epoch.current]
+    epoch.confirm("a")
+    now += 5
+    seen.append(epoch.current)
+    now += 0.001
+    seen.append(epoch.current)
+    assert epoch.latest == "a"
+    epoch.confirm("b")
+    seen.append(epoch.current)
+    epoch.confirm(None)
+    seen.append(epoch.current)
+    assert seen == [None, "a", None, "b", None]
+
+
+# -- frozen, gone, full -------------------------------------------------------------------------------
+
+
+async def test_a_frozen_server_is_given_up_in_time(database_url: str) -> None:
+    """A statement that is not answered: `LedgerUnavailable` at its timeout, and the pool is whole when it thaws."""
+    async with before_postgres(database_url) as (proxy, url), pool(url, timeout_seconds=SHORT_SECONDS) as (engine, _):
+        assert await ask(engine, "SELECT 1") == 1
+        for mode in (Mode.FROZEN, Mode.MUTE):
+            proxy.switch(mode)
+            for _ in range(3):  # the first with an open connection, the others without
+                began = time.monotonic()
+                with pytest.raises(LedgerUnavailable, match="TimeoutError"):
+                    async with borrow(engine, SHORT_SECONDS) as connection:
+                        await connection.execute(text("SELECT 1"))
+                assert time.monotonic() - began < SHORT_SECONDS + SLACK_SECONDS
+            proxy.switch(Mode.OPEN)
+            assert await ask(engine, "SELECT 1") == 1
+
+
+async def test_a_slow_statement_is_given_up_in_time(database_url: str, admin: asyncpg.Connection) -> None:
+    """The same for a server that works on it: given up, and its place in the pool is free."""
+    async with pool(database_url) as (engine, _):
+        began = time.monotonic()
+        with pytest.raises(LedgerUnavailable):
+            async with borrow(engine, SHORT_SECONDS) as connection:
+                await connection.execute(text("SELECT pg_sleep(600)"))
+        assert time.monotonic() - began < SHORT_SECONDS + SLACK_SECONDS
+        assert await ask(engine, "SELECT 1") == 1
+    running = "SELECT count(*) = 0 FROM pg_stat_activity WHERE query LIKE '%pg_sleep(600)%' AND pid <> pg_backend_pid()"
+    await admin.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(600)'"
+    )
+    await until(lambda: admin.fetchval(running))
+
+
+async def test_a_cancelled_borrower_leaves_no_hole(database_url: str) -> None:
+    """Its connection is closed, whatever it was doing, and the next one gets a new one at once."""
+    async with pool(database_url) as (engine, _):
+        started = asyncio.Event()
+
+        async def work() -> None:
+            async with borrow(engine, TIMEOUT_SECONDS) as connection:
+                started.set()
+                await connection.execute(text("SELECT pg_sleep(600)"))
+
+        task = asyncio.create_task(work())
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        async with asyncio.timeout(5):
+            assert await ask(engine, "SELECT 1") == 1
+
+
+async def test_closing_does_not_wait_for_a_frozen_server(database_url: str) -> None:
+    """A stop of the service is not held up by its goodbyes."""
+    async with before_postgres(database_url) as (proxy, url), pool(url, size=3) as (engine, _):
+        async with engine.connect(), engine.connect(), engine.connect():
+            pass
+        proxy.switch(Mode.FROZEN)
+        began = time.monotonic()
+        await engine.dispose()
+        assert time.monotonic() - began < SLACK_SECONDS
+
+
+async def test_discarding_does_not_wait_for_a_frozen_server(database_url: str) -> None:
+    """In the middle of a transaction: gone at once, and twice is no error."""
+    async with (
+        before_postgres(database_url) as (proxy, url),
+        pool(url, autocommit=False) as (engine, _),
+        engine.connect() as connection,
+    ):
+        await connection.execute(text("SELECT 1"))
+        proxy.switch(Mode.FROZEN)
+        began = time.monotonic()
+        await discard(connection)
+        await discard(connection)
+        assert time.monotonic() - began < SLACK_SECONDS
+        with pytest.raises(LedgerUnavailable, match="gone"):
+            driver(connection)
+        proxy.switch(Mode.OPEN)
+        assert await ask(engine, "SELECT 1") == 1
+
+
+async def test_a_stopped_server_is_refused_at_once(database_url: str) -> None:
+    """Down: `LedgerUnavailable` without waiting; back: the next one connects."""
+    async with before_postgres(database_url) as (proxy, url), pool(url) as (engine, _):
+        assert await ask(engine, "SELECT 1") == 1
+        proxy.switch(Mode.REFUSE)
+        for _ in range(3):
+            began = time.monotonic()
+            with pytest.raises(LedgerUnavailable):
+                await ask(engine, "SELECT 1")
+            assert time.monotonic() - began < SLACK_SECONDS
+        proxy.switch(Mode.OPEN)
+        assert await ask(engine, "SELECT 1") == 1
+
+
+async def test_a_backend_that_ended_in_the_pool_is_replaced(database_url: str, admin: asyncpg.Connection) -> None:
+    """A server that was restarted: every connection of the pool is dead, and nobody sees an error."""
+    async with pool(database_url, size=3) as (engine, _):
+        async with engine.connect() as one, engine.connect() as two, engine.connect() as three:
+            pids = [await each.scalar(text("SELECT pg_backend_pid()")) for each in (one, two, three)]
+        await admin.execute("SELECT pg_terminate_backend(pid) FROM unnest($1::int[]) AS pid", pids)
+        gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = ANY($1)"
+        await until(lambda: admin.fetchval(gone, pids))
+        for _ in range(6):
+            assert await ask(engine, "SELECT 1") == 1
+
+
+async def test_a_pool_in_use_is_waited_for(database_url: str) -> None:
+    """A queue of ours is no outage: whoever waits gets the connection, and past the queue's time it says so."""
+    async with pool(database_url) as (engine, _):
+        async with engine.connect():
+            waiting = asyncio.create_task(ask(engine, "SELECT 1"))
+            await asyncio.sleep(0)
+            assert not waiting.done()
+        assert await waiting == 1
+    async with pool(database_url, timeout_seconds=SHORT_SECONDS) as (engine, _), engine.connect():
+        with pytest.raises(LedgerUnavailable):
+            await ask(engine, "SELECT 1")
+
+
+async def test_a_connection_comes_back_without_a_transaction(database_url: str, admin: asyncpg.Connection) -> None:
+    """Whatever its last user left open is rolled back: nothing of it is committed by the next one."""
+    async with pool(database_url, autocommit=False) as (engine, _):
+        insert = text("INSERT INTO effects (event_id, attempt, pid, xid) VALUES ('evt_1', 1, 1, '1')")
+        async with engine.connect() as connection:
+            await connection.execute(insert)
+        async with engine.connect() as connection:
+            postgres.handler_runs(connection, True)
+            await connection.execute(insert)
+            with pytest.raises(Exception, match="must not commit"):
+                await connection.commit()
+            postgres.handler_runs(connection, False)
+        async with engine.connect() as connection:
+            await connection.execute(text("SELECT 1"))
+            await connection.commit()
+    assert await admin.fetchval("SELECT count(*) FROM effects") == 0
+
+
+# -- words --------------------------------------------------------------------------------------------
+
+
+async def test_an_error_is_described_without_values(database_url: str) -> None:
+    """Class and SQLSTATE; what the server says may quote a row or a password, and stays out of it."""
+    async with pool(database_url) as (engine, _):
+        with pytest.raises(LedgerUnavailable) as refused:
+            await ask(engine, "SELECT CAST('c4n4rypw' AS integer)")
+    assert str(refused.value) == "InvalidTextRepresentationError (22P02)"
+    assert describe(ConnectionRefusedError(111, "c4n4rypw")) == "ConnectionRefusedError"
+    assert describe(QueueTimeout("c4n4rypw")) == "TimeoutError"
+    assert describe(OperationalError("SELECT 'c4n4rypw'", {}, ValueError("c4n4rypw"))) == "ValueError"
+    with pytest.raises(TimeoutError) as late:
+        async with asyncio.timeout(0):
+            await asyncio.Event().wait()
+    assert describe(late.value) == "TimeoutError"
+
+
+async def test_a_wrong_password_is_not_repeated(stores: Stores) -> None:
+    """Nor is any other part of the address, whatever is wrong with it."""
+    for url in ("postgresql://c4n4rypw:c4n4rypw@127.0.0.1:1/c4n4rypw", stores.database("c4n4rypw")):
+        async with pool(url) as (engine, _):
+            with pytest.raises(LedgerUnavailable) as refused:
+                await ask(engine, "SELECT 1")
+            assert "c4n4rypw" not in str(refused.value)
+        with pytest.raises(LedgerUnavailable) as refused:
+            await rotate_epoch(url, TIMEOUT_SECONDS)
+        assert "c4n4rypw" not in str(refused.value)

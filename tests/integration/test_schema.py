@@ -1,0 +1,201 @@
+"""Migrations on a real Postgres: any number at once make one schema, and it is the one that the models describe."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator
+from typing import Any
+
+import asyncpg
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import NullPool
+
+from service.errors import LedgerUnavailable
+from service.handlers.invoices import metadata as invoices
+from service.inbox import schema
+from service.inbox.model import Status
+from service.inbox.model import metadata as ledger
+from service.inbox.schema import SchemaState, compare, head, migrate, outdated, read_version
+from tests.stores import Stores, drop
+
+TIMEOUT_SECONDS = 10.0
+
+
+@pytest.fixture
+async def empty_url(stores: Stores) -> AsyncIterator[str]:
+    """A database that was never migrated."""
+    name = f"test_{secrets.token_hex(6)}"
+    connection = await asyncpg.connect(stores.postgres_url)
+    await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE template0')
+    await connection.close()
+    url = stores.database(name)
+    yield url
+    await drop(url)
+
+
+def engine_of(url: str) -> AsyncEngine:
+    async def connect() -> asyncpg.Connection:
+        return await asyncpg.connect(url)
+
+    return create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
+
+
+async def fetch(url: str, query: str, *arguments: Any) -> list[tuple[Any, ...]]:
+    connection = await asyncpg.connect(url)
+    try:
+        return [tuple(row) for row in await connection.fetch(query, *arguments)]
+    finally:
+        await connection.close()
+
+
+# What the catalog says about our tables, in words that do not depend on the order of columns.
+COLUMNS = """
+SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated,
+       coalesce(l.collname, ''), coalesce(pg_get_expr(d.adbin, d.adrelid), '')
+  FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+  LEFT JOIN pg_collation l ON l.oid = a.attcollation
+  LEFT JOIN pg_attrdef d ON (d.adrelid, d.adnum) = (a.attrelid, a.attnum)
+ WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r' AND a.attnum > 0 AND NOT a.attisdropped
+   AND c.relname <> 'alembic_version'
+ ORDER BY 1, 2
+"""
+CONSTRAINTS = """
+SELECT conrelid::regclass::text, conname, contype::text, pg_get_constraintdef(oid)
+  FROM pg_constraint
+ WHERE connamespace = 'public'::regnamespace AND contype <> 'n'
+   AND conrelid IS DISTINCT FROM to_regclass('alembic_version')
+ ORDER BY 1, 2
+"""
+INDEXES = """
+SELECT tablename, indexname, indexdef FROM pg_indexes
+ WHERE schemaname = 'public' AND tablename <> 'alembic_version' ORDER BY 1, 2
+"""
+
+
+# -- migrating ----------------------------------------------------------------------------------------
+
+
+async def test_eight_at_once_make_one_schema(empty_url: str) -> None:
+    """A first start of eight processes: no error, one of them did it, and one epoch stands in it."""
+    results = await asyncio.gather(*(migrate(empty_url, TIMEOUT_SECONDS) for _ in range(8)))
+    assert sorted(results, key=str) == [*[(head(), head())] * 7, (None, head())]
+    assert await fetch(empty_url, "SELECT version_num FROM alembic_version") == [(head(),)]
+    assert await fetch(empty_url, "SELECT count(*), count(DISTINCT id) FROM ledger_epoch") == [(1, 1)]
+
+
+async def test_migrating_again_changes_nothing(empty_url: str) -> None:
+    """Up to date is up to date: the ledger's epoch, above all, stays what it is."""
+    assert await migrate(empty_url, TIMEOUT_SECONDS) == (None, head())
+    before = await fetch(empty_url, "SELECT * FROM ledger_epoch")
+    assert await migrate(empty_url, TIMEOUT_SECONDS) == (head(), head())
+    assert await fetch(empty_url, "SELECT * FROM ledger_epoch") == before
+
+
+async def test_a_failed_migration_leaves_nothing(empty_url: str) -> None:
+    """All in one transaction: what stands in the way is reported, and no half of a schema is left behind."""
+    await fetch(empty_url, "CREATE TABLE payment_failures (mine int)")
+    with pytest.raises(LedgerUnavailable, match=r"DuplicateTableError \(42P07\)"):
+        await migrate(empty_url, TIMEOUT_SECONDS)
+    tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
+    assert await fetch(empty_url, tables) == [("payment_failures",)]
+    await fetch(empty_url, "DROP TABLE payment_failures")
+    assert await migrate(empty_url, TIMEOUT_SECONDS) == (None, head())
+
+
+async def test_a_newer_schema_is_left_alone(database_url: str) -> None:
+    """Migrated by a newer build: this one works on it, and does not touch it."""
+    await fetch(database_url, "UPDATE alembic_version SET version_num = '9999_from_the_future'")
+    assert await migrate(database_url, TIMEOUT_SECONDS) == ("9999_from_the_future", head())
+    assert await fetch(database_url, "SELECT version_num FROM alembic_version") == [("9999_from_the_future",)]
+
+
+async def test_a_server_that_is_away_is_said_so(unused_tcp_port: int) -> None:
+    """Without a traceback, and without the address."""
+    with pytest.raises(LedgerUnavailable) as refused:
+        await migrate(f"postgresql://u:c4n4rypw@127.0.0.1:{unused_tcp_port}/x", TIMEOUT_SECONDS)
+    assert "c4n4rypw" not in str(refused.value)
+
+
+# -- what version it is -------------------------------------------------------------------------------
+
+
+async def test_the_version_is_read(empty_url: str) -> None:
+    """None without a ledger, else the revision."""
+    connection = await asyncpg.connect(empty_url)
+    try:
+        assert await read_version(connection) is None
+        await migrate(empty_url, TIMEOUT_SECONDS)
+        assert await read_version(connection) == head()
+        await connection.execute("DELETE FROM alembic_version")
+        assert await read_version(connection) is None
+    finally:
+        await connection.close()
+
+
+def test_what_a_version_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours, one of ours before it, none at all, or one that only a newer build can have made."""
+    known = [script.revision for script in schema._scripts().walk_revisions()]
+    assert known[0] == head()
+    assert compare(head()) is SchemaState.CURRENT
+    assert compare(None) is SchemaState.OUTDATED
+    assert compare("9999_from_the_future") is SchemaState.NEWER
+    compare.cache_clear()
+    monkeypatch.setattr(schema, "head", lambda: "9999_from_the_future")
+    assert {compare(revision) for revision in known} == {SchemaState.OUTDATED}
+    compare.cache_clear()
+
+
+@pytest.mark.parametrize(("version", "says"), [(None, "has no ledger yet"), ("0000", "is at schema 0000, this build")])
+def test_an_outdated_schema_names_the_command(version: str | None, says: str) -> None:
+    """What is wrong, and what to run."""
+    assert says in str(outdated(version))
+    assert "`firstclaim migrate`" in str(outdated(version))
+
+
+# -- it is what the models describe -------------------------------------------------------------------
+
+
+async def test_alembic_finds_nothing_to_migrate(database_url: str) -> None:
+    """Tables, columns, types, server defaults, keys and indexes of the migrated database are those of the models."""
+
+    def differences(connection: Connection) -> list[Any]:
+        context = MigrationContext.configure(
+            connection,
+            opts={
+                "compare_type": True,
+                "compare_server_default": True,
+                "include_name": lambda name, kind, _: (kind, name) != ("table", "effects"),
+            },
+        )
+        found: list[Any] = compare_metadata(context, [ledger, invoices])  # type: ignore[arg-type]
+        return found
+
+    engine = engine_of(database_url)
+    async with engine.connect() as connection:
+        assert await connection.run_sync(differences) == []
+    await engine.dispose()
+
+
+@pytest.mark.parametrize("query", [COLUMNS, CONSTRAINTS, INDEXES], ids=["columns", "constraints", "indexes"])
+async def test_the_catalog_is_that_of_the_models(database_url: str, empty_url: str, query: str) -> None:
+    """What Alembic does not compare too: CHECK constraints, collations, conditions of indexes, every name."""
+    engine = engine_of(empty_url)
+    async with engine.begin() as connection:
+        for metadata in (ledger, invoices):
+            await connection.run_sync(metadata.create_all)
+    await engine.dispose()
+    await fetch(database_url, "DROP TABLE effects")
+    migrated, modelled = await fetch(database_url, query), await fetch(empty_url, query)
+    assert migrated == modelled
+    assert len(migrated) >= 4
+
+
+async def test_the_database_knows_every_status(database_url: str) -> None:
+    """The one enum and the CHECK constraint name the same states."""
+    [(definition,)] = await fetch(
+        database_url, "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'stripe_events_status_check'"
+    )
+    assert set(definition.split("'")[1::2]) == set(Status)
