@@ -20,10 +20,13 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from service.errors import HandlerRuleBroken, LedgerUnavailable
 from service.inbox.event import Event
 from service.inbox.ledger import Claim, Held, Ledger
-from service.inbox.postgres import UNAVAILABLE, describe, discard, handler_runs
+from service.inbox.postgres import UNAVAILABLE, describe, discard, driver, handler_runs
 from service.registry import Context, Handler
 
-_ENDED = "rule broken: a handler must not end its transaction, which carries the completion mark"
+_ENDED = (
+    "rule broken: a handler must not commit, nor end its transaction in any other way; "
+    "what it committed is kept, so it is not retried by itself"
+)
 _SWALLOWED = "rule broken: the handler swallowed an SQL error, which had aborted its transaction"
 _ABORTED = "25P02"  # in_failed_sql_transaction
 _ACTION_MOST_CHARACTERS = 200
@@ -31,6 +34,13 @@ _ACTION_MOST_CHARACTERS = 200
 
 class TakenOver(Exception):
     """Another holds the row now."""
+
+
+class TransactionEnded(HandlerRuleBroken):
+    """The handler ended the transaction that it was given: what it wrote besides is committed, or may be."""
+
+    def __init__(self) -> None:
+        super().__init__(_ENDED)
 
 
 class CommitUnknown(Exception):
@@ -78,7 +88,7 @@ class Attempt:
                 return error
             raise
         except Exception as error:  # noqa: BLE001  (whatever a handler raises is this attempt's failure)
-            return error
+            return TransactionEnded() if self._ended_by_handler(connection) else error
         else:
             return await self._commit(connection, action)
         finally:
@@ -113,8 +123,16 @@ class Attempt:
             if getattr(error.orig, "sqlstate", None) == _ABORTED:
                 raise HandlerRuleBroken(_SWALLOWED) from error
             raise
-        if not marked:  # no longer the transaction that was begun: the handler ended that one
-            raise HandlerRuleBroken(_ENDED)
+        if not marked:  # no longer the transaction that was begun
+            raise TransactionEnded
+
+    def _ended_by_handler(self, connection: AsyncConnection) -> bool:
+        """Whether the server is in no transaction, not even a failed one: since then each statement has committed."""
+        try:
+            underneath = driver(connection)
+        except LedgerUnavailable:  # a lost connection committed nothing more
+            return False
+        return self.held is not None and not underneath.is_closed() and not underneath.is_in_transaction()
 
     async def _commit(self, connection: AsyncConnection, action: str) -> str | Exception:
         try:

@@ -15,10 +15,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from service.errors import LedgerUnavailable, Permanent, Retry
 from service.inbox import outcome
-from service.inbox.attempt import Attempt, CommitUnknown, TakenOver
+from service.inbox.attempt import Attempt, CommitUnknown, TakenOver, TransactionEnded
 from service.inbox.claims import Claims
 from service.inbox.event import Event
-from service.inbox.ledger import Claim, Held, Ledger
+from service.inbox.ledger import Claim, Ledger
 from service.inbox.model import Status
 from service.inbox.outcome import Outcome
 from service.inbox.retry import Backoff
@@ -26,8 +26,6 @@ from service.logs import describe_error, redact
 from service.registry import Handler
 
 log = structlog.get_logger(__name__)
-
-_OWN_COMMIT = "rule broken: a handler must not commit; what it committed is kept, so it is not retried by itself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +105,9 @@ class Dispatcher:
                     await self._release(claim, due_in_seconds=self._backoff.first_seconds)
             raise
         except asyncio.CancelledError:
-            if not await self._killed_for_own_commit(claim, attempt.held):
+            if await self._committed_all_the_same(attempt):
+                await self._ledger.kill_if_held(claim, str(TransactionEnded()))
+            else:
                 await self._release(claim)
             raise
 
@@ -160,15 +160,14 @@ class Dispatcher:
         if isinstance(ended, CommitUnknown):
             return await self._settle_unknown(claim, ended)
         log.warning("handler_failed", event_id=claim.event_id, attempt=claim.attempt, error=describe_error(ended))
-        if await self._killed_for_own_commit(claim, attempt.held):
+        if isinstance(ended, TransactionEnded) or await self._committed_all_the_same(attempt):
+            await self._ledger.kill_if_held(claim, str(TransactionEnded()))
             return outcome.failed(claim.attempt)
         return await self._fail(claim, ended)
 
-    async def _killed_for_own_commit(self, claim: Claim, held: Held | None) -> bool:
-        """An attempt that did not succeed and all the same committed: a retry would double what it did."""
-        if held is None or not await self._ledger.committed(held):
-            return False
-        return await self._ledger.kill_if_held(claim, _OWN_COMMIT) is not None
+    async def _committed_all_the_same(self, attempt: Attempt) -> bool:
+        """An attempt that did not succeed and whose transaction is committed: a retry would double what it did."""
+        return attempt.held is not None and await self._ledger.committed(attempt.held)
 
     async def _fail(self, claim: Claim, error: Exception) -> Outcome:
         text = redact(f"{type(error).__name__}: {_message(error)}")

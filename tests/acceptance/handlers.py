@@ -150,12 +150,6 @@ async def _raw_commit(_wish: _Wish, context: Context) -> str:
     return "committed_by_itself"
 
 
-async def _raw_rollback(wish: _Wish, context: Context) -> str:
-    if wish.misbehaves(context):
-        await context.connection.exec_driver_sql("ROLLBACK")
-    return ACTION
-
-
 async def _raw_rollback_and_write(_wish: _Wish, context: Context) -> str:
     await context.connection.exec_driver_sql("ROLLBACK")
     await context.connection.execute(_EFFECT, _effect(context.event, context))
@@ -250,7 +244,6 @@ ASYNC: Mapping[str, Callable[[_Wish, Context], Awaitable[object]]] = {
     "abort": _abort,
     "swallow": _swallow,
     "raw_commit": _raw_commit,
-    "raw_rollback": _raw_rollback,
     "raw_rollback_and_write": _raw_rollback_and_write,
     "commit": _commit,
     "commit_and_go_on": _commit_and_go_on,

@@ -529,6 +529,15 @@ class Ground:
         assert value is None or isinstance(value, bytes)
         return value
 
+    async def put(self, event: Sample, value: str, ttl_seconds: float | None = None) -> None:
+        """Have Redis hold `value` for the event; an empty one stands for a key of another type."""
+        with redis.Redis.from_url(self.redis_url) as client:
+            key = self.redis_prefix + event.id
+            if value:
+                client.set(key, value, px=None if ttl_seconds is None else round(ttl_seconds * 1000))
+            else:
+                client.hset(key, "another", "type")
+
     def empty_redis(self) -> int:
         """Delete every key of this ground; returns how many there were."""
         with redis.Redis.from_url(self.redis_url) as client:

@@ -1,10 +1,12 @@
-"""Two deliveries of one event in the same microsecond: the case that this service was built for."""
+"""Two deliveries of one event in the same microsecond, the case that this service was built for; and their lock."""
 
 import asyncio
 from collections import Counter
 
+import pytest
 import pytest_asyncio
 
+from service.inbox.model import Status
 from tests.acceptance.harness import IGNORED, PROCESSED, Answer, Ground, Sample, Service, parallel, sample, volley
 
 DUPLICATES = 200
@@ -55,3 +57,39 @@ async def test_many_pairs_at_once_are_processed_once_each(shared_ground: Ground,
     for number, event in enumerate(events):
         assert_one_processed(event, answers[2 * number : 2 * number + 2])
         assert (await shared_ground.settled(event)).counts == (1, 0, 0)
+
+
+async def test_who_meets_anothers_lock_records_and_never_dispatches(
+    shared_ground: Ground, both: tuple[Service, Service]
+) -> None:
+    """A lock is held and there is no row yet: recorded, ignored, attempt 0; recovery's once the lock has run out."""
+    event = sample()
+    await shared_ground.put(event, "claimed:another", ttl_seconds=1.5)
+    answer = await shared_ground.deliver(both[0], event)
+    assert (answer.said, answer.reason) == (IGNORED, parallel(event.id))
+    row = await shared_ground.row(event)
+    assert row is not None
+    assert (row.status, row.counts) == (Status.PENDING, (0, 0, 0))
+    assert 0 < row.due_in_seconds <= 2, "due when the longest lock has run out"
+    assert (await shared_ground.settled(event)).counts == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("value", "ttl_seconds"),
+    [
+        pytest.param("recorded:0123456789abcdef", 100, id="marker of another epoch"),
+        pytest.param("claimed:another", None, id="lock without an end"),
+        pytest.param("claimed:another", 100, id="lock longer than ours"),
+        pytest.param("whatever", 100, id="unknown content"),
+        pytest.param("", None, id="another type"),
+    ],
+)
+async def test_what_is_left_over_in_redis_delays_nothing(
+    value: str, ttl_seconds: float | None, shared_ground: Ground, both: tuple[Service, Service]
+) -> None:
+    """A value that no live service can have written is taken over: the first delivery is processed."""
+    event = sample()
+    await shared_ground.put(event, value, ttl_seconds)
+    assert (await shared_ground.deliver(both[0], event)).said == PROCESSED
+    assert (await shared_ground.deliver(both[1], event)).reason == parallel(event.id)
+    assert (await shared_ground.settled(event)).counts == (1, 0, 0)

@@ -354,7 +354,7 @@ async def test_a_handlers_own_commit_is_found_out(world: World, statement: str, 
         Kind.FAILED,
         Status.DEAD,
         effects=1,
-        error="a handler must not commit; what it committed is kept",
+        error="a handler must not commit",
     )
     assert row["failures"] == 1
     assert result.action == "failed"
@@ -375,13 +375,45 @@ async def test_a_commit_before_the_deadline_is_found_out(make_world: MakeWorld) 
 
 @pytest.mark.parametrize("statement", ["ROLLBACK", "ABORT", "ROLLBACK AND CHAIN"])
 async def test_a_handlers_own_rollback_is_found_out(world: World, statement: str) -> None:
-    """What it did after that would be outside of the mark's transaction: nothing is kept, the rule is named."""
+    """What it did after that would be outside of the mark's transaction, and may be committed: dead, the rule named."""
 
     async def function(event: Event, context: Context) -> None:
         await effect(event, context)
         await context.connection.execute(text(statement))
 
-    await fails(world, function, "a handler must not end its transaction")
+    await ends(
+        world, function, Kind.FAILED, Status.DEAD, effects=0, error="a handler must not commit, nor end its transaction"
+    )
+
+
+@pytest.mark.parametrize("then", [lambda: None, fail, permanently])
+async def test_what_was_written_after_an_own_rollback_is_not_doubled(world: World, then: Callable[[], Any]) -> None:
+    """Outside of any transaction each statement has committed: dead, however the handler ended."""
+
+    async def function(event: Event, context: Context) -> None:
+        await context.connection.execute(text("ROLLBACK"))
+        await effect(event, context)
+        then()
+
+    await ends(world, function, Kind.FAILED, Status.DEAD, effects=1, error="a handler must not commit")
+
+
+async def test_a_connection_lost_in_the_handler_is_no_rule_broken(world: World) -> None:
+    """Postgres ended the backend, not the handler its transaction: failed, and tried again."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        pid = await context.connection.scalar(text("SELECT pg_backend_pid()"))
+        await world.database.execute("SELECT pg_terminate_backend($1)", pid)
+        await until(lambda: gone(pid))
+        raise RuntimeError("noticed by other means")
+
+    async def gone(pid: int) -> bool:
+        return bool(
+            await world.database.fetchval("SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = $1)", pid)
+        )
+
+    await fails(world, function, "RuntimeError: noticed by other means")
 
 
 async def test_effects_after_an_own_rollback_are_not_kept(world: World) -> None:
@@ -392,7 +424,9 @@ async def test_effects_after_an_own_rollback_are_not_kept(world: World) -> None:
             await context.connection.execute(text(statement))
         await effect(event, context)
 
-    await fails(world, function, "a handler must not end its transaction")
+    await ends(
+        world, function, Kind.FAILED, Status.DEAD, effects=0, error="a handler must not commit, nor end its transaction"
+    )
 
 
 # -- it takes too long --------------------------------------------------------------------------------
