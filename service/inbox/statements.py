@@ -1,0 +1,141 @@
+"""The ledger's SQL, a line of purpose each.
+
+Guarantees: every change of state names status and attempt in its WHERE. `ON CONFLICT DO UPDATE` is never used:
+it queues behind a running handler's row lock, `DO NOTHING` does not. The clock is always `clock_timestamp()`.
+"""
+
+from sqlalchemy import text
+
+# Insert the event and its body, or do nothing if the id is known: a row comes back only to the first.
+INSERT = text("""
+WITH event AS (
+    INSERT INTO stripe_events (event_id, type, account, livemode, api_version, object_id, created_at, status,
+                               attempt, action, received_at, due_at, give_up_at, settled_at)
+    SELECT :event_id, :type, :account, :livemode, :api_version, :object_id, :created_at, :status,
+           :attempt, :action, now, now + make_interval(secs => :due_in), now + make_interval(secs => :give_up_in),
+           CASE WHEN :settled THEN now END
+      FROM clock_timestamp() AS now
+    ON CONFLICT (event_id) DO NOTHING
+    RETURNING event_id
+), payload AS (
+    INSERT INTO stripe_event_payloads (event_id, body) SELECT event_id, :body FROM event
+    ON CONFLICT (event_id) DO NOTHING
+)
+SELECT true FROM event
+""")
+
+FIND = text("SELECT status, attempt, failures, last_error FROM stripe_events WHERE event_id = :event_id")
+
+# Take over what nobody works on. MATERIALIZED: a plain IN (SELECT ... LIMIT) claimed 200 rows for 5 under
+# another plan. SKIP LOCKED: a row under a running handler's lock is held, however late it is.
+TAKE_OVER = text("""
+WITH due AS MATERIALIZED (
+    SELECT event_id FROM stripe_events
+     WHERE event_id = ANY(:event_ids) AND status IN ('pending', 'failed')
+       FOR UPDATE SKIP LOCKED
+)
+UPDATE stripe_events e
+   SET status = 'processing', attempt = attempt + 1,
+       due_at = clock_timestamp() + make_interval(secs => :lease)
+  FROM due LEFT JOIN stripe_event_payloads p USING (event_id)
+ WHERE e.event_id = due.event_id
+RETURNING e.event_id, e.attempt, e.failures, e.abandoned, p.body
+""")
+
+# Give up on holders that vanished: their claim is past its lease and no handler's lock is on the row. It is
+# due again after a backoff, or dead when it keeps killing its process.
+RETURN_ABANDONED = text("""
+WITH due AS MATERIALIZED (
+    SELECT event_id FROM stripe_events
+     WHERE status = 'processing' AND due_at <= (SELECT clock_timestamp())
+     ORDER BY due_at LIMIT :limit
+       FOR UPDATE SKIP LOCKED
+)
+UPDATE stripe_events e
+   SET abandoned = abandoned + 1,
+       status = CASE WHEN abandoned + 1 >= :most THEN 'dead' ELSE 'pending' END,
+       settled_at = CASE WHEN abandoned + 1 >= :most THEN clock_timestamp() END,
+       last_error = 'attempt ' || attempt || ' was abandoned: its process vanished or froze',
+       due_at = clock_timestamp() + make_interval(
+           secs => least(:first * power(2, least(abandoned, 60)), :longest) * (0.5 + random() / 2))
+  FROM due
+ WHERE e.event_id = due.event_id
+RETURNING e.event_id, e.status, e.abandoned
+""")
+
+# What is due, oldest first; events that were abandoned before are looked for apart. The clock in a subquery: a
+# bare volatile function would be no index condition, and each look would read every row that is not due yet.
+DUE = text("""
+SELECT event_id FROM stripe_events
+ WHERE status IN ('pending', 'failed') AND due_at <= (SELECT clock_timestamp()) AND (abandoned > 0) = :abandoned
+ ORDER BY due_at LIMIT :limit
+""")
+
+# The first statement of a handler's transaction: lock the row if the claim still holds. The lock is the
+# lease from here on; the timeouts free it when this process freezes.
+HOLD = text("""
+SELECT pg_current_xact_id()::text AS xid,
+       pg_backend_pid() AS pid,
+       set_config('synchronous_commit', 'on', true),
+       set_config('idle_in_transaction_session_timeout', :timeout_ms, true),
+       set_config('statement_timeout', :timeout_ms, true)
+  FROM stripe_events
+ WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
+   FOR UPDATE SKIP LOCKED
+""")
+
+# The last statement before COMMIT. Another transaction id: the handler ended the transaction by itself.
+COMPLETE = text("""
+UPDATE stripe_events
+   SET status = 'completed', action = :action, last_error = NULL, settled_at = clock_timestamp()
+ WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
+   AND pg_current_xact_id()::text = :xid
+RETURNING true
+""")
+
+FAIL = text("""
+UPDATE stripe_events
+   SET failures = failures + 1, last_error = :error,
+       status = CASE WHEN clock_timestamp() >= give_up_at THEN 'dead' ELSE 'failed' END,
+       settled_at = CASE WHEN clock_timestamp() >= give_up_at THEN clock_timestamp() END,
+       due_at = clock_timestamp() + make_interval(secs => :due_in)
+ WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
+RETURNING status
+""")
+
+KILL = text("""
+UPDATE stripe_events
+   SET status = 'dead', failures = failures + 1, last_error = :error, settled_at = clock_timestamp()
+ WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
+RETURNING status
+""")
+
+RELEASE = text("""
+UPDATE stripe_events SET status = 'pending', due_at = clock_timestamp() + make_interval(secs => :due_in)
+ WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
+RETURNING status
+""")
+
+IGNORE = text("""
+UPDATE stripe_events SET status = 'ignored', action = 'ignored', settled_at = clock_timestamp()
+ WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
+RETURNING status
+""")
+
+# An operator's replay of what is settled or waiting; never of what is being handled right now.
+REPLAY = text("""
+UPDATE stripe_events
+   SET status = 'pending', failures = 0, abandoned = 0, settled_at = NULL, due_at = clock_timestamp(),
+       give_up_at = clock_timestamp() + make_interval(secs => :give_up_in)
+ WHERE event_id = ANY(:event_ids) AND status IN ('pending', 'failed', 'dead', 'ignored')
+RETURNING event_id
+""")
+
+# A handler was given up on: end its transaction now, not when its statement happens to end. Pids are reused,
+# so only if the backend is still in that very transaction.
+END = text("""
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+ WHERE pid = :pid AND backend_xid = CAST(CAST(CAST(:xid AS text) AS xid8) AS xid)
+""")
+
+XACT_STATUS = text("SELECT pg_xact_status(CAST(CAST(:xid AS text) AS xid8))")
