@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import TextClause, text
 
 from service.errors import LedgerUnavailable, Rejected
-from service.inbox import ledger as ledger_module
+from service.inbox import statements
 from service.inbox.event import Delivery, parse_event
 from service.inbox.ledger import Claim, Found, Held, Ledger
 from service.inbox.model import TAKEABLE, Status
@@ -336,8 +336,8 @@ async def test_looking_for_due_events_reads_the_index(world: World) -> None:
     )
     await world.database.execute("ANALYZE stripe_events")
     looks: list[tuple[TextClause, dict[str, object]]] = [
-        (ledger_module._DUE, {"limit": 5, "abandoned": False}),
-        (ledger_module._RETURN_ABANDONED, {"limit": 5, "most": 8, "first": 5.0, "longest": 3600.0}),
+        (statements.DUE, {"limit": 5, "abandoned": False}),
+        (statements.RETURN_ABANDONED, {"limit": 5, "most": 8, "first": 5.0, "longest": 3600.0}),
     ]
     async with world.parts.ingest.connect() as connection:
         for statement, parameters in looks:
