@@ -1,6 +1,7 @@
 """A database per module that each test finds empty, and the service's parts on it."""
 
 import asyncio
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import asyncpg
@@ -41,3 +42,15 @@ async def make_world(module_database: str, stores: Stores, redis_prefix: str) ->
 async def world(make_world: MakeWorld) -> World:
     """One process's parts, without handlers, with calm limits."""
     return await make_world()
+
+
+@pytest.fixture
+async def empty_url(stores: Stores) -> AsyncIterator[str]:
+    """A database that was never migrated."""
+    name = f"test_{secrets.token_hex(6)}"
+    connection = await asyncpg.connect(stores.postgres_url)
+    await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE template0')
+    await connection.close()
+    url = stores.database(name)
+    yield url
+    await drop(url)

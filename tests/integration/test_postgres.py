@@ -209,9 +209,9 @@ async def test_a_server_that_hides_its_identity_has_an_epoch(database_url: str, 
     assert before != await read_epoch(admin)
 
 
-async def test_without_a_ledger_there_is_no_epoch(stores: Stores) -> None:
+async def test_without_a_ledger_there_is_no_epoch(empty_url: str) -> None:
     """A database that was never migrated: None, so that no marker counts."""
-    connection = await open_connection(stores.postgres_url, TIMEOUT_SECONDS)
+    connection = await open_connection(empty_url, TIMEOUT_SECONDS)
     assert connection.epoch is None
     await connection.close()
 

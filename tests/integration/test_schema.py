@@ -1,8 +1,6 @@
 """Migrations on a real Postgres: any number at once make one schema, and it is the one that the models describe."""
 
 import asyncio
-import secrets
-from collections.abc import AsyncIterator
 from typing import Any
 
 import asyncpg
@@ -19,21 +17,8 @@ from service.inbox import schema
 from service.inbox.model import Status
 from service.inbox.model import metadata as ledger
 from service.inbox.schema import SchemaState, compare, head, migrate, outdated, read_version
-from tests.stores import Stores, drop
 
 TIMEOUT_SECONDS = 10.0
-
-
-@pytest.fixture
-async def empty_url(stores: Stores) -> AsyncIterator[str]:
-    """A database that was never migrated."""
-    name = f"test_{secrets.token_hex(6)}"
-    connection = await asyncpg.connect(stores.postgres_url)
-    await connection.execute(f'CREATE DATABASE "{name}" TEMPLATE template0')
-    await connection.close()
-    url = stores.database(name)
-    yield url
-    await drop(url)
 
 
 def engine_of(url: str) -> AsyncEngine:
