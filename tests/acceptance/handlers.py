@@ -109,6 +109,12 @@ async def _hang(wish: _Wish, context: Context) -> str:
     return ACTION
 
 
+async def _slow_sql(wish: _Wish, context: Context) -> str:
+    if wish.misbehaves(context):
+        await context.connection.execute(text("SELECT pg_sleep(100)"))
+    return ACTION
+
+
 async def _stubborn(wish: _Wish, context: Context) -> str:
     """Goes on after its cancellation, tries to write once the gate opens, and leaves word of how that went."""
     if wish.misbehaves(context):
@@ -239,6 +245,7 @@ ASYNC: Mapping[str, Callable[[_Wish, Context], Awaitable[object]]] = {
     "permanent": _permanent,
     "hold": _hold,
     "hang": _hang,
+    "slow_sql": _slow_sql,
     "stubborn": _stubborn,
     "die": _die,
     "abort": _abort,

@@ -174,18 +174,18 @@ async def test_a_duplicate_after_redis_was_emptied_meets_the_ledger(shared_groun
 
 
 async def test_handlers_over_their_deadline_fail_without_effect(ground: Ground, tmp_path: Path) -> None:
-    """Over its deadline a handler has failed: hanging, deaf to its cancellation, or writing late from a thread."""
+    """Over its deadline a handler has failed: hanging, deaf, in a statement without end, or late from a thread."""
     gate = tmp_path / "gate"
     service = ground.service({"lease_seconds": 1, "handler_deadline_seconds": 1.5, "idle_in_transaction_seconds": 3})
     await service.start()
-    hanging = sample("hang", until=1)
+    hanging = [sample("hang", until=1), sample("slow_sql", until=1)]
     late = [
         sample("stubborn", until=1, gate=str(gate)),
         sample("late", "invoice.paid", until=1, gate=str(gate)),
     ]
-    events = [hanging, *late]
+    events = [*hanging, *late]
     answers = await asyncio.gather(*(ground.deliver(service, event) for event in events))
-    assert [answer.said for answer in answers] == [FAILED] * 3
+    assert [answer.said for answer in answers] == [FAILED] * 4
 
     gate.touch()  # two went on after their deadline: now they write, on a transaction that is gone
 
