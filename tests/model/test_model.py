@@ -33,7 +33,7 @@ INVARIANTS = {
     number: name for name, number in re.findall(r"^bool (I(\d)_\w+) = true;$", MODEL.read_text(), flags=re.MULTILINE)
 }
 
-# What each mutant breaks, and all of it: with every other invariant armed alone, the complete search finds nothing.
+# What each mutant breaks. Nothing else: with any other invariant armed, the same search was complete and found nothing.
 MUTANTS = {
     "M_ANSWER_ON_CLAIMED": (TWO_LANES, "1"),
     "M_DEFERRED_ON_UNKNOWN": (TWO_LANES, "1"),
@@ -41,7 +41,7 @@ MUTANTS = {
     "M_MARK_ON_UNKNOWN": (TWO_LANES, "17"),
     "M_BY_ID": (TWO_LANES, "2"),
     "M_MARK_APART": (TWO_LANES, "2"),
-    "M_LOCK_ALONE": (TWO_LANES, "2"),
+    "M_LOCK_ALONE": (TWO_LANES, "25"),
     "M_NO_FENCE": (TWO_LANES, "35"),
     "M_NO_ROW_LOCK": (TWO_LANES, "3"),
     "M_NO_ATTEMPT": (TWO_LANES, "5"),
@@ -67,15 +67,15 @@ class Search:
         return self.complete and self.errors == 0
 
 
-def search(folder: Path, *switches: str, liveness: bool = False) -> Search:
+def search(folder: Path, *switches: str, liveness: bool = False, optimise: str = "-O2") -> Search:
     """Generate the verifier, compile it, run it: an exact search, no bitstate, no hash compaction, no reduction."""
     subprocess.run(["spin", *switches, "-a", str(MODEL)], cwd=folder, check=True, capture_output=True)
     kind = ["-DCOLLAPSE"] if liveness else ["-DSAFETY"]
-    options = ["-O2", "-w", "-DNOREDUCE", "-DMEMLIM=1900", *kind]
+    options = [optimise, "-w", "-DNOREDUCE", "-DMEMLIM=1900", *kind]
     subprocess.run(["gcc", *options, "-o", "pan", "pan.c"], cwd=folder, check=True, capture_output=True)
     flags = ["-a", "-f"] if liveness else []
     said = subprocess.run(
-        ["./pan", "-w25", "-m1000000", *flags], cwd=folder, check=True, capture_output=True, text=True
+        ["./pan", "-w26", "-m1000000", *flags], cwd=folder, check=True, capture_output=True, text=True
     )
     return understood(said.stdout)
 
@@ -126,7 +126,7 @@ def test_without_the_rule_it_may_never_settle(tmp_path: Path, mutant: str) -> No
 def test_without_the_rule_the_invariant_breaks(tmp_path: Path, mutant: str, number: str) -> None:
     """Spin finds the violation of the very invariant that the rule is for, which alone is armed."""
     scenario, _ = MUTANTS[mutant]
-    found = search(tmp_path, *scenario, MODERATE, f"-D{mutant}", f"-DONLY={number}")
+    found = search(tmp_path, *scenario, SHORT, f"-D{mutant}", f"-DONLY={number}", optimise="-O0")
     assert (found.errors, found.violated) == (1, INVARIANTS[number])
 
 
