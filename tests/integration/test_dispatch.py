@@ -443,7 +443,7 @@ def gate() -> Iterator[threading.Event]:
 @pytest.fixture
 async def hasty(make_world: MakeWorld) -> World:
     """One handler slot, and a deadline that a test can wait for."""
-    return await make_world(handler_slots=1, handler_deadline_seconds=0.15)
+    return await make_world(handler_slots=1, handler_deadline_seconds=0.4)
 
 
 async def too_late(world: World, function: Function) -> Claim:
@@ -455,7 +455,7 @@ async def too_late(world: World, function: Function) -> Claim:
     row = await world.row(claim.event_id)
     assert (row["status"], row["failures"]) == ("failed", 1)
     assert row["last_error"] in (
-        "TimeoutError: the handler ran longer than its deadline of 0.15 s",
+        "TimeoutError: the handler ran longer than its deadline of 0.4 s",
         "TimeoutError: the handler's deadline has passed; its transaction is gone",  # a thread may see it first
     )
     assert await world.value(claim.event_id) is None

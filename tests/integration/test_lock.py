@@ -414,7 +414,7 @@ async def test_a_frozen_server_is_away() -> None:
     """It takes the connection and the command, and never answers: a timeout, and therefore away."""
     server = Server()
     server.reply = None
-    async with listening(server, timeout_seconds=0.05) as client:
+    async with listening(server, timeout_seconds=0.3) as client:
         await is_away(make(client))
 
 
@@ -480,7 +480,7 @@ async def test_an_outage_costs_one_timeout_per_window(clock: Clock) -> None:
     """After one failure nobody asks until the window is over: 100 deliveries wait for nothing."""
     server = Server()
     server.reply = None
-    async with listening(server, timeout_seconds=0.05) as client:
+    async with listening(server, timeout_seconds=0.3) as client:
         lock = make(client)
         assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
         assert server.heard == ["SET"]
@@ -497,7 +497,7 @@ async def test_after_the_window_one_asks_for_all(clock: Clock) -> None:
     """Of 20 deliveries at the end of a window one finds out, the others do not wait; it failed: another window."""
     server = Server()
     server.reply = None
-    async with listening(server, timeout_seconds=0.05) as client:
+    async with listening(server, timeout_seconds=0.3) as client:
         lock = make(client)
         for window in range(1, 4):
             replies = await asyncio.gather(*(lock.acquire(f"evt_{number}", TOKEN, EPOCH) for number in range(20)))

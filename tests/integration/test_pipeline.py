@@ -298,7 +298,7 @@ async def test_only_the_wanted_mode_is_handled(make_world: MakeWorld, takes: str
 
 async def test_past_its_budget_a_recorded_event_is_deferred(make_world: MakeWorld, gate: Gate) -> None:
     """The row's COMMIT is known, so it is promised; the work goes on and completes."""
-    world = await make_world({TYPE: gate.handle}, answer_budget_seconds=0.2)
+    world = await make_world({TYPE: gate.handle}, answer_budget_seconds=1)
     given = delivery()
     result = await world.pipeline.deliver(given)
     assert result == Outcome(Kind.DEFERRED, "deferred", "Recorded; still at work on it")
@@ -314,11 +314,12 @@ async def test_past_its_budget_nothing_unrecorded_is_promised(
     make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While the insert's COMMIT is not known, the answer is a 503, though it may well be committed."""
-    go_on = asyncio.Event()
+    committed, go_on = asyncio.Event(), asyncio.Event()
     claim = Ledger.claim
 
     async def slow(ledger: Ledger, given: Delivery, *, ignored: bool = False) -> Claim | Found:
         won = await claim(ledger, given, ignored=ignored)
+        committed.set()
         await go_on.wait()
         return won
 
@@ -326,6 +327,7 @@ async def test_past_its_budget_nothing_unrecorded_is_promised(
     world = await make_world({TYPE: handles}, answer_budget_seconds=0.1)
     given = delivery()
     assert await world.pipeline.deliver(given) == Outcome(Kind.UNAVAILABLE, "unavailable", "Not recorded in time")
+    await committed.wait()
     go_on.set()
     await until(lambda: has_status(world, given.event.id, Status.COMPLETED))
 
@@ -423,7 +425,7 @@ async def test_while_postgres_is_away_nothing_is_promised(
 ) -> None:
     """503 in time and no lock is left behind: the next delivery, once it is back, is handled at once."""
     observer = await make_world()
-    async with between(stores, observer.url, redis_prefix, postgres_timeout_seconds=0.3) as (world, postgres, _):
+    async with between(stores, observer.url, redis_prefix, postgres_timeout_seconds=0.5) as (world, postgres, _):
         assert (await world.pipeline.deliver(delivery())).kind is Kind.PROCESSED  # the pools have connections
         postgres.switch(mode)
         given = delivery()

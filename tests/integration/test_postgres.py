@@ -31,7 +31,7 @@ from tests.proxy import Mode, before_postgres
 from tests.stores import Stores
 
 TIMEOUT_SECONDS = 10.0
-SHORT_SECONDS = 0.3
+SHORT_SECONDS = 0.5
 # For whatever is said to take no longer than its timeout: what a busy machine adds.
 SLACK_SECONDS = 1.2
 
@@ -244,7 +244,7 @@ async def test_a_frozen_server_is_given_up_in_time(database_url: str) -> None:
         assert await ask(engine, "SELECT 1") == 1
         for mode in (Mode.FROZEN, Mode.MUTE):
             proxy.switch(mode)
-            for _ in range(3):  # the first with an open connection, the others without
+            for _ in range(2):  # the first with an open connection, the second without
                 began = time.monotonic()
                 with pytest.raises(LedgerUnavailable, match="TimeoutError"):
                     async with borrow(engine, SHORT_SECONDS) as connection:
