@@ -1,4 +1,4 @@
-"""The handlers of the processes under test: every one leaves a row in `effects`, then does as its event says.
+"""The handlers of the processes under test: every one leaves a row in `effects`, calls outside, does as its event says.
 
 The event chooses: `data.object.metadata.behaviour` names a function of `ASYNC` or `SYNC`, the other metadata
 are its parameters: `until` is the last attempt on which it misbehaves, `mended` a file whose existence ends
@@ -20,6 +20,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from service import Context, Event, Permanent, Retry, on
+from tests.chaos.witness import outside
 
 ACTION = "effect_recorded"
 _POLL_SECONDS = 0.01
@@ -64,6 +65,7 @@ def _effect(event: Event, context: Context) -> dict[str, Any]:
 async def act(event: Event, context: Context) -> Any:
     """The async handler, for an exact type, a wildcard and a thin type."""
     await context.connection.execute(_EFFECT, _effect(event, context))
+    outside(event.id, context.attempt, context.idempotency_key)
     wish = _Wish(event)
     return await ASYNC[wish.behaviour](wish, context)
 
@@ -72,6 +74,7 @@ async def act(event: Event, context: Context) -> Any:
 def act_in_thread(event: Event, context: Context) -> Any:
     """The sync handler."""
     context.execute(_EFFECT, _effect(event, context))
+    outside(event.id, context.attempt, context.idempotency_key)
     wish = _Wish(event)
     return SYNC[wish.behaviour](wish, context)
 

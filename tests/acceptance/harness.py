@@ -245,6 +245,11 @@ class Service:
         self._origin = ""
 
     @property
+    def name(self) -> str:
+        """The same through every restart."""
+        return self._output.stem
+
+    @property
     def url(self) -> str:
         """Where events go."""
         return f"{self._origin}{WEBHOOK_PATH}"
