@@ -69,12 +69,12 @@ class History:
         self.witness = self.ground.folder / f"witness-{secrets.token_hex(4)}.jsonl"
         self.look = self.ground.row
 
-    def service(self, overrides: Overrides | None = None, *, workers: int = 1) -> Service:
-        """A service on the ground, not started yet, that is witnessed."""
+    def service(self, overrides: Overrides | None = None, *options: str, workers: int = 1) -> Service:
+        """A service on the ground, not started yet, that is witnessed; as `Ground.service` has it."""
         witnessed: Overrides = {"handlers": WITNESSED_HANDLERS, witness.VARIABLE: str(self.witness)}
         chosen = witnessed | (overrides or {})
         self.abandoned_most = min(self.abandoned_most, int(chosen.get("abandoned_most", ABANDONED_MOST)))
-        return self.ground.service(chosen, workers=workers)
+        return self.ground.service(chosen, *options, workers=workers)
 
     async def deliver(self, service: Service, event: Sample) -> Answer | None:
         """POST it, ask the ledger at once, note both; None when the connection ended without an answer."""
