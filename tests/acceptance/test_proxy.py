@@ -119,6 +119,22 @@ async def test_mute_lets_the_server_hear(echo: Echo) -> None:
     assert await said(reader, 5) == b"hello"
 
 
+async def test_a_hole_lets_nobody_in_and_nothing_through(echo: Echo) -> None:
+    """An old connection stands silent, a new one is not even refused; both work once the proxy is open again."""
+    old, to_old = await echo.connect()
+    echo.proxy.switch(Mode.HOLE)
+    to_old.write(b"during")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.3):
+            await echo.connect()
+    assert echo.heard == b""
+    echo.proxy.switch(Mode.OPEN)
+    assert await said(old, 6) == b"during"
+    new, to_new = await echo.connect()
+    to_new.write(b"after")
+    assert await said(new, 5) == b"after"
+
+
 async def test_a_chunk_is_seen_before_it_is_forwarded(echo: Echo) -> None:
     """A test can act on the very words that must not arrive: the server has not heard them when the line is cut."""
 
