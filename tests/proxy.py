@@ -48,6 +48,16 @@ class Upstream:
         return await asyncio.open_connection(self.host, self.port)
 
 
+class Tap:
+    """Is shown what passes on one connection, before it is forwarded; where it raises ConnectionError, that is cut."""
+
+    def sent(self, chunk: bytes) -> None:
+        """The client said this."""
+
+    def replied(self, chunk: bytes) -> None:
+        """The server answered this."""
+
+
 class Proxy:
     """One listener on 127.0.0.1. Use it as an async context manager; `port` is its own until it is left."""
 
@@ -57,6 +67,8 @@ class Proxy:
         # Called with each chunk that a client sent, before it is forwarded: a test that must act at one
         # certain statement (a COMMIT, say) switches the mode from here.
         self.on_sent: Callable[[bytes], None] | None = None
+        # Makes the tap of each new connection: for what concerns that one alone.
+        self.tap: Callable[[], Tap] = Tap
         # Bound for as long as the proxy lives, and never listening: while the proxy refuses, nobody else can
         # be given the port, and the kernel answers every connection attempt with a reset.
         self._holder = _bound(0)
@@ -146,23 +158,26 @@ class Proxy:
                 await self._passable(Mode.OPEN, Mode.MUTE)
                 server_reader, server_writer = await self.upstream.connect()
                 stack.callback(server_writer.transport.abort)
+                tap = self.tap()
                 directions = {
-                    asyncio.create_task(self._send(client_reader, server_writer)),
-                    asyncio.create_task(self._reply(server_reader, client_writer)),
+                    asyncio.create_task(self._send(client_reader, server_writer, tap)),
+                    asyncio.create_task(self._reply(server_reader, client_writer, tap)),
                 }
                 stack.push_async_callback(_cancelled, directions)
                 await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
 
-    async def _send(self, client: asyncio.StreamReader, server: asyncio.StreamWriter) -> None:
+    async def _send(self, client: asyncio.StreamReader, server: asyncio.StreamWriter, tap: Tap) -> None:
         while chunk := await client.read(_CHUNK_BYTES):
             if self.on_sent is not None:
                 self.on_sent(chunk)
+            tap.sent(chunk)
             await self._passable(Mode.OPEN, Mode.MUTE)
             server.write(chunk)
             await server.drain()
 
-    async def _reply(self, server: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+    async def _reply(self, server: asyncio.StreamReader, client: asyncio.StreamWriter, tap: Tap) -> None:
         while chunk := await server.read(_CHUNK_BYTES):
+            tap.replied(chunk)
             await self._passable(Mode.OPEN)
             client.write(chunk)
             await client.drain()
