@@ -2,7 +2,7 @@
 
 The event chooses: `data.object.metadata.behaviour` names a function of `ASYNC` or `SYNC`, the other metadata
 are its parameters: `until` is the last attempt on which it misbehaves, `mended` a file whose existence ends
-that instead, `gate` a file that it waits for.
+that instead, `gate` a file that it waits for, `seconds` how long a slow one takes.
 """
 
 import asyncio
@@ -55,6 +55,10 @@ class _Wish:
     @property
     def after(self) -> float | None:
         return float(self.of["after"]) if "after" in self.of else None
+
+    @property
+    def seconds(self) -> float:
+        return float(self.of["seconds"])
 
 
 def _effect(event: Event, context: Context) -> dict[str, Any]:
@@ -109,6 +113,11 @@ async def _hold(wish: _Wish, _context: Context) -> str:
 async def _hang(wish: _Wish, context: Context) -> str:
     if wish.misbehaves(context):
         await asyncio.Event().wait()
+    return ACTION
+
+
+async def _slow(wish: _Wish, _context: Context) -> str:
+    await asyncio.sleep(wish.seconds)
     return ACTION
 
 
@@ -225,6 +234,11 @@ def _hold_in_thread(wish: _Wish, _context: Context) -> str:
     return ACTION
 
 
+def _slow_in_thread(wish: _Wish, _context: Context) -> str:
+    time.sleep(wish.seconds)
+    return ACTION
+
+
 def _late_in_thread(wish: _Wish, context: Context) -> str:
     """Writes again once the gate opens, which is after its deadline, and leaves word of how that went."""
     if wish.misbehaves(context):
@@ -248,6 +262,7 @@ ASYNC: Mapping[str, Callable[[_Wish, Context], Awaitable[object]]] = {
     "permanent": _permanent,
     "hold": _hold,
     "hang": _hang,
+    "slow": _slow,
     "slow_sql": _slow_sql,
     "stubborn": _stubborn,
     "die": _die,
@@ -268,5 +283,6 @@ SYNC: Mapping[str, Callable[[_Wish, Context], str]] = {
     "plain": _plain_in_thread,
     "fail": _fail_in_thread,
     "hold": _hold_in_thread,
+    "slow": _slow_in_thread,
     "late": _late_in_thread,
 }
