@@ -554,3 +554,10 @@ class Ground:
         with redis.Redis.from_url(self.redis_url) as client:
             keys = list(client.scan_iter(f"{self.redis_prefix}*", count=1000))
             return sum(client.delete(key) for key in keys)
+
+
+async def recovery_has_passed(ground: Ground, service: Service) -> None:
+    """Prove it by an event that came later than now, failed, and was completed by recovery."""
+    later = sample("fail", until=1)
+    assert (await ground.deliver(service, later)).said == FAILED
+    await ground.settled(later)
