@@ -14,6 +14,7 @@ from tests.acceptance.harness import START_SECONDS, _alive_in_group, eventually
 from tests.chaos.server import Server
 
 _PORTS: Final = range(20_000, 32_000)  # below those that the kernel gives to outgoing connections
+_OURSELVES: Final = "test on >test ~* &* +@all"
 
 
 class RedisServer(Server):
@@ -22,6 +23,7 @@ class RedisServer(Server):
     def __init__(self, program: Path, folder: Path, user: User | None, settings: dict[str, str]) -> None:
         super().__init__(program, folder, user)
         self.port = _free_port()
+        self.calls = 0  # on a connection each, since it was started
         self.settings = {
             "bind": "127.0.0.1",
             "port": str(self.port),
@@ -39,8 +41,10 @@ class RedisServer(Server):
 
     async def start(self) -> Self:
         """Start, and wait until it answers."""
-        self._spawn(part for name, value in self.settings.items() for part in (f"--{name}", value))
+        options = [part for name, value in self.settings.items() for part in (f"--{name}", value)]
+        self._spawn([*options, "--user", *_OURSELVES.split()])
         await self._ready(lambda: _answers(self.port))
+        self.calls = 0
         return self
 
     async def restart(self, how: signal.Signals = signal.SIGTERM) -> None:
@@ -49,8 +53,9 @@ class RedisServer(Server):
         await self.start()
 
     async def call(self, *command: str | int) -> Any:
-        """One command, e.g. `call("CONFIG", "SET", "maxmemory", "2mb")`."""
-        async with redis.asyncio.Redis(port=self.port, socket_timeout=30) as client:
+        """One command, e.g. `call("CONFIG", "SET", "maxmemory", "2mb")`, whatever others are allowed."""
+        self.calls += 1
+        async with redis.asyncio.Redis(port=self.port, username="test", password="test", socket_timeout=30) as client:
             return await client.execute_command(*command)  # type: ignore[no-untyped-call]
 
     async def replicate(self, primary: "RedisServer") -> None:

@@ -98,9 +98,12 @@ class Server:
         await eventually(seen, bool, START_SECONDS)
 
     async def _gone(self, seconds: float = START_SECONDS) -> None:
+        assert self._process is not None
+        process = self._process
+
         async def left() -> list[int]:
-            assert self._process is not None
-            self._process.poll()
+            process.poll()
             return self.members()
 
         await eventually(left, lambda left: not left, seconds)
+        await asyncio.to_thread(process.wait)  # it has ended, and is taken note of
