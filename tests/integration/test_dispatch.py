@@ -998,6 +998,26 @@ async def test_without_a_connection_nothing_is_charged(world: World, unused_tcp_
     await still_works(world)
 
 
+@pytest.mark.parametrize("error", [TimeoutError(), ConnectionResetError(), asyncpg.AdminShutdownError()])
+async def test_a_row_that_cannot_be_locked_charges_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A pooled connection that turns out to be frozen or dead: the handler has not begun, and so has not failed."""
+
+    async def hold(*_: Any) -> None:
+        raise error
+
+    claim = await world.marked()
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "hold", hold)
+        with pytest.raises(LedgerUnavailable):
+            await world.dispatch(must_not_run, claim)
+    row = await world.row(claim.event_id)
+    assert (row["status"], row["failures"], row["abandoned"]) == ("pending", 0, 0)
+    assert await world.value(claim.event_id) is None
+    await still_works(world)
+
+
 async def test_what_outlives_its_handler_cannot_write(world: World) -> None:
     """A task that a handler left behind finds its connection closed: the next event's transaction is not its own."""
     let_go, left_behind = asyncio.Event(), []
