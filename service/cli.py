@@ -10,7 +10,7 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
@@ -22,6 +22,7 @@ import typer
 import uvicorn
 from rich.console import Console
 from rich.text import Text
+from starlette.applications import Starlette
 from uvicorn.supervisors import Multiprocess
 
 from service import loading, sending
@@ -327,10 +328,11 @@ def _stop_on_signals() -> None:
         signal.signal(number, leave)
 
 
-def _run(settings: Settings, listener: socket.socket, workers: int) -> None:
+def server_config(application: Callable[[], Starlette], settings: Settings, workers: int) -> uvicorn.Config:
+    """uvicorn as `serve` runs it, whatever `application` makes."""
     reading_and_answering = settings.body_timeout_seconds + settings.answer_budget_seconds + 1
-    config = uvicorn.Config(
-        partial(create_app, settings),
+    return uvicorn.Config(
+        application,
         factory=True,
         workers=workers,
         loop="uvloop",
@@ -345,6 +347,10 @@ def _run(settings: Settings, listener: socket.socket, workers: int) -> None:
         timeout_worker_healthcheck=_WORKER_SILENT_SECONDS,
         timeout_graceful_shutdown=max(1, int(min(reading_and_answering, settings.shutdown_seconds / 2))),
     )
+
+
+def _run(settings: Settings, listener: socket.socket, workers: int) -> None:
+    config = server_config(partial(create_app, settings), settings, workers)
     if workers > 1:
         Multiprocess(config, sockets=[listener]).run()
     else:
