@@ -1,7 +1,10 @@
 """A history on a Postgres and a Redis of its own, for what breaks these two."""
 
+import os
 from dataclasses import dataclass
 
+from tests.acceptance.command import SECRET, Command
+from tests.acceptance.harness import REPOSITORY
 from tests.chaos.history import History
 from tests.chaos.servers import PostgresServer, RedisServer
 
@@ -13,6 +16,14 @@ class Own:
     history: History
     postgres: PostgresServer
     redis: RedisServer
+
+    @property
+    def command(self) -> Command:
+        """Runs `firstclaim` on these servers."""
+        folder = self.history.ground.folder / "command"
+        folder.mkdir(exist_ok=True)
+        addresses = {"DATABASE_URL": self.postgres.url, "REDIS_URL": self.redis.url, "STRIPE_WEBHOOK_SECRETS": SECRET}
+        return Command(folder, {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), **addresses})
 
     async def mend(self) -> None:
         """Both up, and nothing of them frozen."""
