@@ -97,22 +97,25 @@ class PostgresServer(Server):
 
     async def restore(self, backup: Path, until: str | None = None) -> None:
         """Start again from a base backup: as it is, or recovered to a restore point, on a new timeline."""
-        if self.running:
-            await self.stop()
-        before = self.folder / f"before-{secrets.token_hex(4)}"
-        self.data.rename(before)
-        await self._run("cp", "-a", str(backup), str(self.data))
-        if until is not None:
-            self._write("recovery.signal", "")
-            self._write(
-                "postgresql.auto.conf",
-                f"restore_command = 'cp {before}/pg_wal/%f %p'\n"
-                f"recovery_target_name = '{until}'\nrecovery_target_action = 'promote'\n",
-            )
+        before = await self._replace(backup)
+        if until is None:
+            await self.start()
+            return
+        self._write("recovery.signal", "")
+        self._write(
+            "postgresql.auto.conf",
+            f"restore_command = 'cp {before}/pg_wal/%f %p'\n"
+            f"recovery_target_name = '{until}'\nrecovery_target_action = 'promote'\n",
+        )
         await self.start()
-        if until is not None:
-            recovering = "SELECT pg_is_in_recovery() AS recovering"
-            await eventually(lambda: self.execute(recovering), lambda rows: not rows[0]["recovering"], START_SECONDS)
+        recovering = "SELECT pg_is_in_recovery() AS recovering"
+        await eventually(lambda: self.execute(recovering), lambda rows: not rows[0]["recovering"], START_SECONDS)
+
+    async def stand_by(self, backup: Path) -> None:
+        """Start again from a base backup as a standby, which is read only until it is promoted."""
+        await self._replace(backup)
+        self._write("standby.signal", "")
+        await self.start()
 
     async def restore_point(self, name: str) -> None:
         """Name this moment, for a recovery to it."""
@@ -135,6 +138,15 @@ class PostgresServer(Server):
         await schema.migrate(self.url, _MIGRATE_SECONDS)
         await self.execute(EFFECTS)
         await self.stop()
+
+    async def _replace(self, backup: Path) -> Path:
+        """Stop, and put the backup in the place of the data; returns where that is now."""
+        if self.running:
+            await self.stop()
+        before = self.folder / f"before-{secrets.token_hex(4)}"
+        self.data.rename(before)
+        await self._run("cp", "-a", str(backup), str(self.data))
+        return before
 
     def _write(self, name: str, text: str) -> None:
         path = self.data / name
