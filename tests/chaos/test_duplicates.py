@@ -2,21 +2,17 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from typing import Self
-from urllib.parse import urlsplit
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import asyncpg
 import redis
 
-from tests.acceptance.harness import IGNORED, PROCESSED, Ground, eventually, parallel, post, sample
+from tests.acceptance.harness import IGNORED, PROCESSED, Ground, parallel, post, sample
 from tests.chaos.history import History
 from tests.chaos.rows import answered, dispatched, fire
 from tests.chaos.servers import Servers
+from tests.chaos.sessions import Sessions
 from tests.chaos.verdict import verdict
-from tests.stores import with_database
 
 DUPLICATES = 200
 PROCESSES = 4
@@ -100,49 +96,6 @@ async def test_row_04_a_duplicate_after_redis_was_emptied(servers: Servers, hist
     assert (await history.ground.settled(event)).counts == (1, 0, 0)
     assert dispatched(history, event) == [1]
     await verdict(history)
-
-
-# -- what was asked of the stores ---------------------------------------------------------------------
-
-_ALIVE = "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND backend_type = 'client backend'"
-_END = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1 AND backend_type = 'client backend'"
-_BEGUN = "SELECT sessions FROM pg_stat_database WHERE datname = $1"
-
-
-@dataclass(frozen=True, slots=True)
-class Sessions:
-    """The sessions in a ground's database. Who runs a statement must have one: none now, and none since, is none run.
-
-    (The server's counts of transactions lag by seconds, and its own upkeep is among them.)
-    """
-
-    _database: str
-    _elsewhere: asyncpg.Connection
-
-    @classmethod
-    @asynccontextmanager
-    async def of(cls, ground: Ground) -> AsyncIterator[Self]:
-        """Watched from another database of the server."""
-        connection = await asyncpg.connect(with_database(ground.database_url, "postgres"))
-        try:
-            yield cls(urlsplit(ground.database_url).path.strip("/"), connection)
-        finally:
-            await connection.close()
-
-    async def end(self) -> None:
-        """End all of them, and wait until they have left."""
-        await self._elsewhere.execute(_END, self._database)
-        await eventually(self.alive, lambda alive: alive == 0)
-
-    async def alive(self) -> int:
-        """How many there are."""
-        alive: int = await self._elsewhere.fetchval(_ALIVE, self._database)
-        return alive
-
-    async def begun(self) -> int:
-        """How many there ever were; a live one is sure to be among them only once it has ended."""
-        begun: int = await self._elsewhere.fetchval(_BEGUN, self._database)
-        return begun
 
 
 @contextmanager

@@ -88,6 +88,7 @@ async def test_row_25_fails_and_then_works(history: History, standing: Clock) ->
     await verdict(history)
 
 
+@pytest.mark.chaos
 async def test_row_25_a_dependency_down_for_two_hours(history: History, standing: Clock, tmp_path: Path) -> None:
     """Two hours of failures kill no event, however many they are; an hour after the repair all are completed."""
     service = await history.service(AS_SHIPPED).start()

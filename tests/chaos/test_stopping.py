@@ -19,7 +19,7 @@ from tests.acceptance.harness import (
 from tests.chaos.history import History
 from tests.chaos.verdict import verdict
 
-SHUTDOWN_SECONDS = 6
+SHUTDOWN_SECONDS = 4
 HASTY: Overrides = {"answer_budget_seconds": 1.5, "shutdown_seconds": SHUTDOWN_SECONDS, "lock_ttl_seconds": 1}
 
 
@@ -43,7 +43,7 @@ async def test_row_28_sigterm_with_work_in_flight(workers: int, history: History
     refused = asyncio.create_task(history.deliver(service, late))
     gate.touch()
     assert await service.ended() == 0, service.output
-    assert time.monotonic() - asked_at < SHUTDOWN_SECONDS + 1
+    assert time.monotonic() - asked_at < SHUTDOWN_SECONDS + 2
     await eventually(service.members, lambda members: not members)
 
     ended, deferred = await asyncio.gather(*answers)

@@ -1,0 +1,60 @@
+"""The sessions in a test's database, watched from another one of the same server.
+
+Who runs a statement must have a session: where there is none, and none has begun, none was run. (The server's own
+counts of transactions lag by seconds, and its upkeep is among them.)
+"""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Self
+from urllib.parse import urlsplit
+
+import asyncpg
+
+from tests.acceptance.harness import Ground, eventually
+from tests.stores import with_database
+
+_ALIVE = "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND backend_type = 'client backend'"
+_END = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1 AND backend_type = 'client backend'"
+_BEGUN = "SELECT sessions FROM pg_stat_database WHERE datname = $1"
+_DEADLOCKS = "SELECT deadlocks FROM pg_stat_database WHERE datname = $1"
+
+
+@dataclass(frozen=True, slots=True)
+class Sessions:
+    """Of a ground's database. What the server counts of a session is there to see once that has ended."""
+
+    _database: str
+    _elsewhere: asyncpg.Connection
+
+    @classmethod
+    @asynccontextmanager
+    async def of(cls, ground: Ground) -> AsyncIterator[Self]:
+        """For as long as the block runs."""
+        connection = await asyncpg.connect(with_database(ground.database_url, "postgres"))
+        try:
+            yield cls(urlsplit(ground.database_url).path.strip("/"), connection)
+        finally:
+            await connection.close()
+
+    async def end(self) -> None:
+        """End all of them, and wait until they have left."""
+        await self._elsewhere.execute(_END, self._database)
+        await eventually(self.alive, lambda alive: alive == 0)
+
+    async def alive(self) -> int:
+        """How many there are now."""
+        return await self._count(_ALIVE)
+
+    async def begun(self) -> int:
+        """How many there were, ever."""
+        return await self._count(_BEGUN)
+
+    async def deadlocks(self) -> int:
+        """How many deadlocks the server has broken among them, ever."""
+        return await self._count(_DEADLOCKS)
+
+    async def _count(self, query: str) -> int:
+        count: int = await self._elsewhere.fetchval(query, self._database)
+        return count

@@ -1,0 +1,203 @@
+"""Rows 33 to 35: several at one row at once, in every order. One dispatch, no waiting, no deadlock, no row left over.
+
+What is said here holds however a service groups its statements: the tests fire many deliveries at the same moment,
+so that one that batches them has a batch.
+"""
+
+import asyncio
+import signal
+from collections import Counter
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+from service.inbox.model import Status
+from tests.acceptance.harness import (
+    IGNORED,
+    PROCESSED,
+    Answer,
+    Overrides,
+    Sample,
+    Service,
+    eventually,
+    parallel,
+    sample,
+)
+from tests.chaos.history import History
+from tests.chaos.rows import answered, armed, dispatched, fire, resume, stopped
+from tests.chaos.sessions import Sessions
+from tests.chaos.verdict import verdict
+from tests.clock import Clock
+
+IDS, ROUNDS = 40, 5
+ONE_OF_TWO = [IGNORED, PROCESSED]
+
+
+async def two(history: History) -> tuple[Service, Service]:
+    """Two services on the same ground."""
+    one, other = history.service(), history.service()
+    await asyncio.gather(one.start(), other.start())
+    return one, other
+
+
+def said(answer: Answer | None) -> tuple[int, bool, str] | None:
+    return answer and answer.said
+
+
+def said_of(events: Iterable[Sample], shots: Iterable[tuple[Service, Sample]], answers: list[Answer]) -> list[object]:
+    """For each of `events` in turn, what its deliveries were answered, sorted."""
+    found: dict[str, list[tuple[int, bool, str]]] = {}
+    for (_, event), answer in zip(shots, answers, strict=True):
+        found.setdefault(event.id, []).append(answer.said)
+    return [sorted(found[event.id]) for event in events]
+
+
+async def test_row_33_no_insert_waits_for_a_handler(history: History, tmp_path: Path) -> None:
+    """New events and copies of one whose handler holds its row, together, with Redis empty: none waits for it."""
+    services = await two(history)
+    gate = tmp_path / "gate"
+    held = sample("hold", gate=str(gate))
+    holding = asyncio.create_task(history.deliver(services[0], held))
+
+    async def holders() -> list[int]:
+        return dispatched(history, held)
+
+    await eventually(holders)
+    history.ground.empty_redis()
+    fresh = [sample() for _ in range(30)]
+    shots = [(service, event) for each in fresh for event in (each, held) for service in services]
+    answers = await fire(history, shots)
+    assert not gate.exists(), "the handler holds its row all the while"
+    assert said_of(fresh, shots, answers) == [ONE_OF_TWO] * len(fresh)
+    assert said_of([held], shots, answers) == [[IGNORED] * len(fresh) * 2]
+
+    gate.touch()
+    assert said(await holding) == PROCESSED
+    for row in await history.ground.all_settled([held, *fresh]):
+        assert row.counts == (1, 0, 0)
+    await verdict(history)
+
+
+@pytest.mark.chaos
+async def test_row_34_opposite_orders(history: History) -> None:
+    """The same 40 ids reach two services at once, ascending and descending, five times: no deadlock, one each."""
+    one, other = await two(history)
+    for _ in range(ROUNDS):
+        events = sorted((sample() for _ in range(IDS)), key=lambda event: event.id)
+        shots = list(chain(*(((one, up), (other, down)) for up, down in zip(events, reversed(events), strict=True))))
+        answers = await fire(history, shots)
+        assert said_of(events, shots, answers) == [ONE_OF_TWO] * len(events)
+    rows = (await verdict(history)).rows.values()
+    assert Counter((row.status, row.counts) for row in rows) == {(Status.COMPLETED, (1, 0, 0)): ROUNDS * IDS}
+    await asyncio.gather(one.kill(), other.kill())
+    async with Sessions.of(history.ground) as sessions:
+        await sessions.end()
+        assert await sessions.deadlocks() == 0
+
+
+# -- row 35: the holder of the lock, who recorded meanwhile, and recovery -----------------------------
+#
+# `holder` gets the lock and stops there; a copy reaches `other`, which may only record. Then three can finish it:
+# the holder, recovery, and nobody in particular if the holder has died.
+
+LOCK_SECONDS = 20.0  # until the test lets them run out
+Delivery = asyncio.Task[Answer | None]
+
+
+def a_service(history: History, *arguments: Path, stopping_at: str = "", arrivals: int = 1) -> Service:
+    """A service whose locks last; it stops itself at each of the points, once, leaving word in the folder."""
+    settings: Overrides = {"lock_ttl_seconds": LOCK_SECONDS}
+    if stopping_at:
+        times = stopping_at.count(",") + 1
+        settings |= armed(stopping_at, *arguments, send=signal.SIGSTOP, arrivals=arrivals, times=times)
+    return history.service(settings)
+
+
+async def recorded_behind(holder: Service, other: Service, history: History, events: list[Sample]) -> list[Delivery]:
+    """Have `holder` stop with the locks of `events`, and `other` record them; returns the holder's deliveries."""
+    await asyncio.gather(holder.start(), other.start())
+    deliveries = [asyncio.create_task(history.deliver(holder, event)) for event in events]
+    await stopped(holder)
+    for event in events:
+        answer = await answered(history, other, event)
+        assert (answer.said, answer.reason) == (IGNORED, parallel(event.id))
+        row = await history.ground.row(event)
+        assert row is not None
+        assert (row.status, row.counts) == (Status.PENDING, (0, 0, 0))
+        assert row.due_in_seconds > 0, "not due for recovery while the lock may last"
+    return deliveries
+
+
+async def locks_run_out(history: History, clock: Clock) -> None:
+    """As they do by themselves after their time: gone from Redis, and what was recorded behind them is due."""
+    history.ground.empty_redis()
+    await clock.advance(LOCK_SECONDS)
+
+
+async def completed_once(history: History, events: list[Sample]) -> None:
+    for event, row in zip(events, await history.ground.all_settled(events), strict=True):
+        assert row.counts == (1, 0, 0)
+        assert dispatched(history, event) == [1]
+    await verdict(history)
+
+
+async def test_row_35_the_holder_dies(history: History, clock: Clock, tmp_path: Path) -> None:
+    """The lock's holder dies, and who met its lock had recorded the event: recovery has it when the lock runs out."""
+    event, holder, other = sample(), a_service(history, tmp_path / "a", stopping_at="lock"), a_service(history)
+    (delivery,) = await recorded_behind(holder, other, history, [event])
+    await holder.kill()
+    assert await delivery is None
+    await locks_run_out(history, clock)
+    await completed_once(history, [event])
+
+
+async def test_row_35_the_holder_comes_first(history: History, tmp_path: Path) -> None:
+    """The lock's holder meets the row that another has recorded: it takes it over at once, and processes it."""
+    event, holder, other = sample(), a_service(history, tmp_path / "a", stopping_at="lock"), a_service(history)
+    (delivery,) = await recorded_behind(holder, other, history, [event])
+    resume(holder)
+    assert said(await delivery) == PROCESSED
+    await completed_once(history, [event])
+
+
+@pytest.mark.parametrize("points", ["lock", "lock,found"])
+async def test_row_35_recovery_comes_first(points: str, history: History, clock: Clock, tmp_path: Path) -> None:
+    """Recovery has the row when the lock ran out; its late holder ignores it, though it had just found it pending."""
+    event, holder, other = sample(), a_service(history, tmp_path / "a", stopping_at=points), a_service(history)
+    (delivery,) = await recorded_behind(holder, other, history, [event])
+    if points == "lock,found":
+        resume(holder)
+        await stopped(holder)
+    await locks_run_out(history, clock)
+    await history.ground.settled(event)
+    resume(holder)
+    assert said(await delivery) == IGNORED
+    await completed_once(history, [event])
+
+
+async def test_row_35_recovery_is_between_lock_and_row(history: History, clock: Clock, tmp_path: Path) -> None:
+    """The lock ran out and recovery has it, but not yet the row: the late holder processes it, recovery leaves it."""
+    event = sample()
+    holder, other = (a_service(history, tmp_path / each, stopping_at="lock") for each in ("a", "b"))
+    (delivery,) = await recorded_behind(holder, other, history, [event])
+    await locks_run_out(history, clock)
+    await stopped(other)
+    resume(holder)
+    assert said(await delivery) == PROCESSED
+    resume(other)
+    assert said(await history.deliver(other, event)) == IGNORED
+    await completed_once(history, [event])
+
+
+async def test_row_35_all_at_the_same_moment(history: History, clock: Clock, tmp_path: Path) -> None:
+    """Twenty late holders are let go just as recovery comes for their rows: one of the two has each, and once."""
+    events = [sample() for _ in range(20)]
+    holder = a_service(history, tmp_path / "a", stopping_at="lock", arrivals=len(events))
+    deliveries = await recorded_behind(holder, a_service(history), history, events)
+    await locks_run_out(history, clock)
+    resume(holder)
+    answers = await asyncio.gather(*deliveries)
+    assert set(map(said, answers)) <= {PROCESSED, IGNORED}
+    await completed_once(history, events)
