@@ -287,13 +287,17 @@ async def test_only_a_claim_can_be_abandoned(world: World, status: Status) -> No
     assert await world.ledger.return_abandoned(10) == []
 
 
-async def test_as_many_as_asked_the_oldest_first(world: World) -> None:
-    """Of ten abandoned rows three, those that are late the longest."""
+@pytest.mark.parametrize("plans", [(), ("hashjoin", "mergejoin", "hashagg", "sort", "material")])
+async def test_as_many_as_asked_the_oldest_first(world: World, plans: tuple[str, ...]) -> None:
+    """Of ten abandoned rows three, those that are late the longest, also where the planner has only loops left."""
+    async with world.parts.ingest.connect() as connection:
+        for plan in plans:
+            await connection.execute(text(f"SET enable_{plan} = off"))
     claims = [await world.claim() for _ in range(10)]
-    for late, claim in enumerate(claims):
-        await world.change(claim.event_id, due_at=-1.0 - late)
+    for number, claim in enumerate(claims):
+        await world.change(claim.event_id, due_at=-100.0 + number)
     returned = await world.ledger.return_abandoned(3)
-    assert {event_id for event_id, _, _ in returned} == {claim.event_id for claim in claims[-3:]}
+    assert {event_id for event_id, _, _ in returned} == {claim.event_id for claim in claims[:3]}
 
 
 # -- what is due --------------------------------------------------------------------------------------

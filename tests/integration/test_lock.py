@@ -488,6 +488,7 @@ async def test_an_outage_costs_one_timeout_per_window(clock: Clock) -> None:
         assert lock.away
         for number in range(100):
             assert await lock.acquire(f"evt_{number}", TOKEN, EPOCH) is LockReply.AWAY
+            assert server.heard == ["SET"]
         await lock.mark_recorded(ID, TOKEN, EPOCH)
         await lock.forget(ID, TOKEN, EPOCH)
     assert server.heard == ["SET"]

@@ -18,6 +18,7 @@ from service.inbox import schema
 from service.inbox.model import Status
 from service.inbox.model import metadata as ledger
 from service.inbox.schema import SchemaState, compare, head, migrate, outdated, read_version
+from tests.integration.world import until
 
 TIMEOUT_SECONDS = 10.0
 
@@ -70,6 +71,25 @@ async def test_eight_at_once_make_one_schema(empty_url: str) -> None:
     assert sorted(results, key=str) == [*[(head(), head())] * 7, (None, head())]
     assert await fetch(empty_url, "SELECT version_num FROM alembic_version") == [(head(),)]
     assert await fetch(empty_url, "SELECT count(*), count(DISTINCT id) FROM ledger_epoch") == [(1, 1)]
+
+
+async def test_one_migrates_at_a_time(empty_url: str) -> None:
+    """While another holds the migrations' lock, nothing is made; once it is given back, the schema is."""
+    other = await asyncpg.connect(empty_url)
+    try:
+        await other.execute("BEGIN")
+        await other.execute(schema._LOCK.text)
+        migrating = asyncio.create_task(migrate(empty_url, TIMEOUT_SECONDS))
+
+        async def waits() -> bool:
+            return migrating.done() or await other.fetchval("SELECT count(*) > 0 FROM pg_locks WHERE NOT granted")
+
+        await until(waits)
+        assert not migrating.done()
+        assert await other.fetchval("SELECT to_regclass('stripe_events') IS NULL")
+    finally:
+        await other.close()
+    assert await migrating == (None, head())
 
 
 async def test_migrating_again_changes_nothing(empty_url: str) -> None:
