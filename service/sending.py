@@ -39,7 +39,6 @@ from rich.text import Text
 # `in_1Sca5RKdVq2Wn7RtLxQt0Jx7`, `cs_test_a1...`, `pi_..._secret_...`: lower-case words, then at least 14
 # letters and digits of which one is a digit, so that no enum value (`subscription_cycle`) is taken for an id.
 _ID = re.compile(r"(?<![A-Za-z0-9])((?:[a-z]+_)+)(?=[A-Za-z]*\d)([A-Za-z0-9]{14,})(?![A-Za-z0-9])")
-_ID_CHARACTERS = string.ascii_letters + string.digits
 
 # An integer this near to the template's own `created` is an instant, and moves with it.
 _NEAR_SECONDS = 400 * 86_400
@@ -97,8 +96,9 @@ def marked_event(event_type: str, id_head: str, mark: bytes) -> bytes:
 
     Put as many letters or digits in the mark's place: another event about other objects, without building one.
     """
-    body = build_event(event_type, id_head + _ID_CHARACTERS[: len(mark)])
-    return re.sub(_ID.pattern.encode(), lambda found: found[0][: -len(mark)] + mark, body)
+    stand_in = id_head + string.ascii_letters[: len(mark)]
+    body = re.sub(_ID.pattern.encode(), lambda found: found[0][: -len(mark)] + mark, build_event(event_type, stand_in))
+    return body.replace(stand_in.encode(), id_head.encode() + mark)  # if it is too short to look like an id
 
 
 def read_event(path: Path, event_id: str | None = None) -> bytes:
@@ -150,7 +150,8 @@ def _renewed(value: Any, created: int, now: int, ids: dict[str, str]) -> Any:
 
 
 def _drawn_like(old: str) -> str:
-    return old[:2] + "".join(secrets.choice(_ID_CHARACTERS) for _ in old[2:])
+    """A letter for a letter, a digit for a digit: without any digit it would not be found to be an id again."""
+    return old[:2] + "".join(secrets.choice(string.digits if c.isdigit() else string.ascii_letters) for c in old[2:])
 
 
 # -- sending ------------------------------------------------------------------------------------------

@@ -5,92 +5,17 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import orjson
 from rich.console import Console
 
 from service.loading import generate
 from service.loading_plan import AnswerKind, Noted, Plan, Result, entries
-from service.web.signature import verify
 from tests.fixtures import SECRET
+from tests.receiver import PROCESSED, Receiver, Reply, receiving, reply
 
 TOGETHER_SECONDS = 20.0
-
-# Status and body; None closes the connection instead.
-Reply = tuple[int, bytes] | None
-
-
-def reply(status: int, action: str, *, processed: bool = False) -> Reply:
-    return status, orjson.dumps({"event_id": None, "processed": processed, "action": action, "reason": None})
-
-
-PROCESSED = reply(200, "load_effect_recorded", processed=True)
-
-
-@dataclass(slots=True)
-class Receiver:
-    """Counts what reaches it; `respond` decides, in the request's own thread, what it is told."""
-
-    respond: Callable[[str], Reply]
-    url: str = ""
-    told: list[tuple[str, Reply]] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def answer(self, body: bytes, signatures: list[str]) -> Reply:
-        verify(body, signatures, [SECRET], tolerance_seconds=300, now=time.time())
-        event_id = orjson.loads(body)["id"]
-        chosen = self.respond(event_id)
-        with self.lock:
-            self.told.append((event_id, chosen))
-        return chosen
-
-
-@contextmanager
-def receiving(respond: Callable[[str], Reply]) -> Iterator[Receiver]:
-    receiver = Receiver(respond)
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            chosen = receiver.answer(body, self.headers.get_all("Stripe-Signature", []))
-            if chosen is None:
-                self.close_connection = True
-                return
-            status, content = chosen
-            self.send_response(status)
-            if 300 <= status < 400:
-                self.send_header("Location", receiver.url)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True  # of connections that are kept
-        request_queue_size = 128
-
-        def handle_error(self, *_: object) -> None:
-            """A connection that the generator closed at its end."""
-
-    with Server(("127.0.0.1", 0), Handler) as server:
-        receiver.url = f"http://127.0.0.1:{server.server_port}/webhooks/stripe"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
-        try:
-            yield receiver
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 def load(receiver: Receiver, **changes: Any) -> Result:

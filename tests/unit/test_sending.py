@@ -23,6 +23,7 @@ from service.sending import (
     _client,
     build_event,
     exit_code,
+    marked_event,
     progress,
     read_event,
     report,
@@ -141,6 +142,19 @@ def test_stripe_verifies_and_parses_the_thin_event() -> None:
 def test_no_template_holds_a_field_that_stripe_has_not(event_type: str) -> None:
     """Every field, however deep, is one that stripe-python declares for that object."""
     assert unknown_fields(orjson.loads(build_event(event_type)), None, "") == []
+
+
+@pytest.mark.parametrize("event_type", shipped_types())
+@pytest.mark.parametrize(
+    ("head", "mark"), [("evt_1", b"\xff" * 4), ("evt_1", b"\xff" * 12), ("evt_a1b2c3", b"\xff" * 8)]
+)
+def test_what_takes_the_place_of_a_mark_makes_another_event(event_type: str, head: str, mark: bytes) -> None:
+    """The event's id is head and mark, however short; two fillings share no id at all, and both are events."""
+    marked = marked_event(event_type, head, mark)
+    bodies = [marked.replace(mark, digit * len(mark)) for digit in (b"0", b"1")]
+    events = [parse_event(body) for body in bodies]
+    assert [event.id for event in events] == [head + digit * len(mark) for digit in "01"]
+    assert ids(bodies[0]) & ids(bodies[1]) == set()
 
 
 def test_an_update_names_what_changed() -> None:
