@@ -95,8 +95,9 @@ class Claims:
             # Recorded by a delivery that had no lock, or failed before: ours now, whatever its due_at. If the
             # row is skipped, recovery has it in its hands at this very moment.
             won = next(iter(await self.ledger.take_over([event_id])), won)
-            if isinstance(won, Claim) and ignored is not None:
-                await self.ledger.ignore_if_held(won)
+            if isinstance(won, Claim) and ignored is not None and await self.ledger.ignore_if_held(won) is None:
+                # We froze for longer than the lease: another has the row, and `ignored` may not be what it becomes.
+                won = Found(Status.PROCESSING, won.attempt, won.epoch)
         await self.lock.mark_recorded(event_id, token, won.epoch)
         if isinstance(won, Found):
             return _answer(event_id, won)

@@ -188,7 +188,9 @@ class Dispatcher:
             await self._claims.forget(claim)
             return outcome.failed(claim.attempt)
         found = await self._ledger.find(claim.event_id)
-        if found is not None and (found.status, found.attempt) == (Status.COMPLETED, claim.attempt):
+        if found is None:  # the ledger was set back under us: nothing may be promised for what it does not have
+            raise LedgerUnavailable("the row is gone")
+        if (found.status, found.attempt) == (Status.COMPLETED, claim.attempt):
             return outcome.processed(error.action, claim.attempt)
         return outcome.duplicate(claim.event_id)
 
