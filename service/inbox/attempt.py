@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy.exc import DBAPIError
+import asyncpg
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service.errors import HandlerRuleBroken, LedgerUnavailable
 from service.inbox.event import Event
 from service.inbox.ledger import Claim, Held, Ledger
-from service.inbox.postgres import UNAVAILABLE, describe, discard, driver, handler_runs
+from service.inbox.postgres import UNAVAILABLE, begin, commit, describe, discard, driver, handler_runs, roll_back
 from service.registry import Context, Handler
 
 _ENDED = (
@@ -28,7 +28,6 @@ _ENDED = (
     "what it committed is kept, so it is not retried by itself"
 )
 _SWALLOWED = "rule broken: the handler swallowed an SQL error, which had aborted its transaction"
-_ABORTED = "25P02"  # in_failed_sql_transaction
 _ACTION_MOST_CHARACTERS = 200
 
 
@@ -76,6 +75,7 @@ class Attempt:
             raise LedgerUnavailable(describe(error)) from error
         try:
             async with asyncio.timeout(self.postgres_timeout_seconds):
+                await begin(connection)
                 self.held = await self.ledger.hold(connection, self.claim)
             if self.held is None:
                 return TakenOver()
@@ -119,10 +119,8 @@ class Attempt:
         try:
             async with asyncio.timeout(self.postgres_timeout_seconds):
                 marked = await self.ledger.complete_if_held(connection, self.claim, held, action)
-        except DBAPIError as error:
-            if getattr(error.orig, "sqlstate", None) == _ABORTED:
-                raise HandlerRuleBroken(_SWALLOWED) from error
-            raise
+        except asyncpg.InFailedSQLTransactionError as error:
+            raise HandlerRuleBroken(_SWALLOWED) from error
         if not marked:  # no longer the transaction that was begun
             raise TransactionEnded
 
@@ -137,7 +135,7 @@ class Attempt:
     async def _commit(self, connection: AsyncConnection, action: str) -> str | Exception:
         try:
             async with asyncio.timeout(self.postgres_timeout_seconds):
-                await connection.commit()
+                await commit(connection)
         except (*UNAVAILABLE, asyncio.CancelledError) as error:
             await discard(connection)
             return CommitUnknown(action, describe(error))
@@ -154,6 +152,7 @@ class Attempt:
         handler_runs(connection, False)
         try:
             async with asyncio.timeout(self.postgres_timeout_seconds):
+                await roll_back(connection)
                 await connection.close()
         except (*UNAVAILABLE, asyncio.CancelledError):
             await discard(connection)

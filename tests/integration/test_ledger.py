@@ -2,17 +2,19 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import TextClause, text
+from sqlalchemy import text
 
 from service.errors import LedgerUnavailable, Rejected
 from service.inbox import statements
 from service.inbox.event import Delivery, parse_event
 from service.inbox.ledger import Claim, Found, Held, Ledger
 from service.inbox.model import TAKEABLE, Status
+from service.inbox.postgres import driver
 from tests.hostile import bodies
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, delivery, until
@@ -335,13 +337,14 @@ async def test_looking_for_due_events_reads_the_index(world: World) -> None:
         """
     )
     await world.database.execute("ANALYZE stripe_events")
-    looks: list[tuple[TextClause, dict[str, object]]] = [
+    looks: list[tuple[statements.Statement, dict[str, object]]] = [
         (statements.DUE, {"limit": 5, "abandoned": False}),
         (statements.RETURN_ABANDONED, {"limit": 5, "most": 8, "first": 5.0, "longest": 3600.0}),
     ]
     async with world.parts.ingest.connect() as connection:
         for statement, parameters in looks:
-            plan = "\n".join(await connection.scalars(text(f"EXPLAIN {statement.text}"), parameters))
+            explain = replace(statement, sql=f"EXPLAIN {statement.sql}")
+            plan = "\n".join(row[0] for row in await explain.fetch(driver(connection), **parameters))
             assert "stripe_events_due" in plan
             assert "Index Cond: (due_at <=" in plan
 

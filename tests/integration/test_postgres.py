@@ -38,7 +38,7 @@ SLACK_SECONDS = 1.2
 
 @asynccontextmanager
 async def pool(
-    url: str, *, size: int = 1, timeout_seconds: float = TIMEOUT_SECONDS, autocommit: bool = True
+    url: str, *, size: int = 1, timeout_seconds: float = TIMEOUT_SECONDS
 ) -> AsyncIterator[tuple[AsyncEngine, Epoch]]:
     """An engine as the service has it, and the epoch that its connections confirm."""
     epoch = Epoch(fresh_seconds=60)
@@ -48,7 +48,6 @@ async def pool(
         timeout_seconds=timeout_seconds,
         queue_seconds=timeout_seconds,
         epoch=epoch,
-        autocommit=autocommit,
     )
     try:
         yield engine, epoch
