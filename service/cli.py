@@ -1,11 +1,12 @@
 """The `firstclaim` command: parses, calls, prints; decides nothing.
 
-Exit codes: 0 done · 1 the command ran and its answer is no (`send` saw an event processed twice) · 2 the
+Exit codes: 0 done · 1 the command ran and its answer is no (`send` or `load` saw an event processed twice) · 2 the
 command line, a setting or a handler module is wrong · 3 a store is away, unsuited, or not migrated.
 """
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 import uvicorn
@@ -23,13 +24,15 @@ from rich.console import Console
 from rich.text import Text
 from uvicorn.supervisors import Multiprocess
 
-from service import sending
+from service import loading, sending
+from service.addresses import postgres_dsn
 from service.app import create_app
 from service.checks import Check, Verdict, all_checks, refuse
-from service.embedded import kept_secret, servers
+from service.embedded import kept_secret, running_database, servers
 from service.errors import ConfigurationError, LedgerUnavailable, OperatorError
 from service.inbox import schema
 from service.inbox.postgres import rotate_epoch
+from service.loading_plan import IN_FLIGHT_MOST, Plan
 from service.logs import configure
 from service.settings import Settings, load_settings
 from service.web.door import Door
@@ -45,6 +48,7 @@ epoch = typer.Typer(no_args_is_help=True, help="The ledger's epoch, which every 
 app.add_typer(epoch, name="epoch")
 
 out = Console(highlight=False)
+_URL = f"http://127.0.0.1:8000{WEBHOOK_PATH}"
 _KEEP_ALIVE_SECONDS = 75  # longer than a load balancer's idle timeout (60 s is common), or it meets closed sockets
 
 
@@ -121,7 +125,7 @@ def rotate() -> None:
 def send(
     event_type: Annotated[str, typer.Argument(metavar="TYPE", help="Event type, e.g. invoice.payment_failed.")] = "",
     copies: Annotated[int, typer.Option(min=1, max=10_000, help="Copies, all in flight at once.")] = 1,
-    url: Annotated[str, typer.Option(help="Where to.")] = f"http://127.0.0.1:8000{WEBHOOK_PATH}",
+    url: Annotated[str, typer.Option(help="Where to.")] = _URL,
     event_id: Annotated[str, typer.Option("--id", help="Event id; default: a fresh one.")] = "",
     file: Annotated[Path | None, typer.Option(help="Send this event instead of a template.")] = None,
 ) -> None:
@@ -129,20 +133,88 @@ def send(
     if bool(event_type) == (file is not None):
         raise typer.BadParameter("name an event TYPE, or give one with --file")
     with _reported():
-        body = _event(event_type, event_id, file)
+        with _arguments():
+            sending.check_url(url)
+            body = _event(event_type, event_id, file)
         with sending.progress(copies, out) as on_answer:
             answers = asyncio.run(sending.send(url, body, _secret(), copies, on_answer))
         sending.report(answers, out)
         raise typer.Exit(sending.exit_code(answers))
 
 
-def _event(event_type: str, event_id: str, file: Path | None) -> bytes:
+def _percent(text: str) -> Any:
+    return typer.Option(min=0, max=100, metavar="PERCENT", help=text)
+
+
+@app.command()
+def load(
+    url: Annotated[str, typer.Option(help="Where to.")] = _URL,
+    users: Annotated[int, typer.Option(min=1, max=IN_FLIGHT_MOST, help="Each has one event under way at a time.")] = 20,
+    rate: Annotated[float, typer.Option(min=0, help="Deliveries per second, of all users; 0: all they can.")] = 0,
+    duration: Annotated[float, typer.Option(min=0.1, help="Seconds.")] = 10,
+    duplicates: Annotated[
+        float, _percent("Of the events, how many are sent a second time, 1 to 1000 events later.")
+    ] = 20,
+    concurrent_duplicates: Annotated[
+        float, _percent("Of the events, how many are sent as several copies, all in flight at the same instant.")
+    ] = 50,
+    copies: Annotated[int, typer.Option(min=2, max=100, help="How many copies that is.")] = 5,
+    types: Annotated[
+        list[str] | None,
+        typer.Option("--type", help="An event type; again for more.", show_default="all with templates"),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Decides the sequence of events.", show_default="random")] = None,
+    secret: Annotated[str, typer.Option(help="Signing secret.", show_default="the one that serve uses here")] = "",
+    database_url: Annotated[
+        str, typer.Option(help="Postgres for the verdict.", show_default="the one that serve uses here")
+    ] = "",
+    settle: Annotated[float, typer.Option(min=0, help="Seconds that unfinished events are given at the end.")] = 60,
+    html: Annotated[Path | None, typer.Option(help="Write locust's report, with charts, to this file.")] = None,
+) -> None:
+    """Load a service with signed events of mixed types, and judge what became of each.
+
+    For the verdict it has to run with FIRSTCLAIM_HANDLERS=service.handlers.load_probe. An event may be drawn both for
+    a second time and for several copies; second times that would come after the end are left out. At a fixed rate,
+    latency counts from the instant at which a delivery was due.
+
+    Exit code 1 if an event was lost or doubled, is not settled in time, or if none was accepted.
+    """
+    with _reported():
+        settings = _settings(receiving=False)
+        plan = Plan(
+            url=url,
+            secret=secret or _secret(),
+            types=tuple(types or sending.shipped_types()),
+            users=users,
+            deliveries_per_second=rate,
+            duration_seconds=duration,
+            duplicates_percent=duplicates,
+            concurrent_percent=concurrent_duplicates,
+            copies=copies,
+            seed=random.getrandbits(32) if seed is None else seed,
+            html=None if html is None else str(html.resolve()),
+        )
+        if database_url:
+            with _arguments():
+                dsn: str | None = postgres_dsn(database_url)
+        else:
+            dsn = _dsn(settings) if settings.database_url else running_database(settings)
+        raise typer.Exit(loading.run(plan, dsn, settle, out))
+
+
+@contextmanager
+def _arguments() -> Iterator[None]:
+    """A `ValueError` in the block is about the command line."""
     try:
-        if file is not None:
-            return sending.read_event(file, event_id or None)
-        return sending.build_event(event_type, event_id or None)
+        yield
     except ValueError as error:
         raise ConfigurationError([str(error)]) from error
+
+
+def _event(event_type: str, event_id: str, file: Path | None) -> bytes:
+    if file is not None:
+        return sending.read_event(file, event_id or None)
+    return sending.build_event(event_type, event_id or None)
 
 
 def _secret() -> str:

@@ -85,6 +85,20 @@ def kept_secret(settings: Settings) -> str | None:
         raise OperatorError(f"Cannot read the signing secret {error.filename}: {error.strerror}.") from error
 
 
+def running_database(settings: Settings) -> str | None:
+    """The address of the Postgres that a service runs on this data folder right now, or None. Starts nothing."""
+    try:
+        with _open_lock(settings.data_dir, create=False) as lock:
+            if not (addresses := _read_lock(lock)[1]):
+                return None
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # possible: they are those of a service that was killed
+    except BlockingIOError:
+        return addresses.get("database_url")
+    except OSError:
+        return None
+    return None
+
+
 def _find_programs(settings: Settings) -> dict[str, Path]:
     """Per missing address, its server. Looked up without an import, which would run the wheel's code."""
     programs, faults = {}, []
@@ -120,10 +134,11 @@ def _data_folder(path: Path) -> Path:
     return data
 
 
-def _open_lock(data: Path) -> IO[str]:
+def _open_lock(data: Path, *, create: bool = True) -> IO[str]:
     # Close-on-exec, as Python opens every file: a server that inherited the lock would hold it after us.
     # Never deleted: two services could then each lock a file of this name.
-    return os.fdopen(os.open(data / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600), "r+")
+    flags = os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
+    return os.fdopen(os.open(data / "lock", flags, 0o600), "r+")
 
 
 def _write_lock(lock: IO[str], addresses: dict[str, str]) -> None:

@@ -92,6 +92,15 @@ def build_event(event_type: str, event_id: str | None = None) -> bytes:
     return _dump(event, event_id)
 
 
+def marked_event(event_type: str, id_head: str, mark: bytes) -> bytes:
+    """A new event of a shipped type, whose id is `id_head` and `mark`, and whose every other id ends in `mark`.
+
+    Put as many letters or digits in the mark's place: another event about other objects, without building one.
+    """
+    body = build_event(event_type, id_head + _ID_CHARACTERS[: len(mark)])
+    return re.sub(_ID.pattern.encode(), lambda found: found[0][: -len(mark)] + mark, body)
+
+
 def read_event(path: Path, event_id: str | None = None) -> bytes:
     """The event in a file, byte for byte unless `event_id` replaces its id; raises `ValueError`."""
     try:
@@ -160,7 +169,7 @@ async def send(
 
     Raises `ValueError` for what is not a URL; nothing that happens on the way raises.
     """
-    _check(url)
+    check_url(url)
     turns = iter(range(copies))
     answers: list[Answer] = []
     tls = httpx.create_ssl_context()
@@ -180,7 +189,8 @@ async def send(
     return answers
 
 
-def _check(url: str) -> None:
+def check_url(url: str) -> None:
+    """Raise `ValueError` for what no event can be sent to."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as error:
@@ -204,11 +214,11 @@ async def _post(client: httpx.AsyncClient, url: str, body: bytes, secret: str) -
         text = f"{type(error).__name__}: {error}".removesuffix(": ")
         return Answer(None, None, None, time.perf_counter() - started, text)
     seconds = time.perf_counter() - started
-    return Answer(response.status_code, *_outcome(response.content), seconds, None)
+    return Answer(response.status_code, *outcome_of(response.content), seconds, None)
 
 
-def _outcome(content: bytes) -> tuple[str | None, bool | None]:
-    """The body's `action` and `processed`; whatever else answered (a proxy, say) had neither."""
+def outcome_of(content: bytes) -> tuple[str | None, bool | None]:
+    """An answer's `action` and `processed`; whatever else answered (a proxy, say) had neither."""
     try:
         answer = orjson.loads(content)
     except orjson.JSONDecodeError:

@@ -1,27 +1,30 @@
-"""Kills the service's process at a chosen instruction: a test-only module, named in FIRSTCLAIM_HANDLERS.
+"""Kills or stops the service's process at a chosen instruction: a test-only module, named in FIRSTCLAIM_HANDLERS.
 
-The service holds no switch for any of this. Imported as if it held handlers, this module wraps the method
-that ends at the chosen point, and only when the environment names one:
+The service holds no switch for any of this. Imported as if it held handlers, this module wraps the methods
+that end at the chosen points, and only when the environment names some:
 
-    TEST_FAILPOINT           a name of `POINTS`
+    TEST_FAILPOINT           names of `POINTS`, comma separated
     TEST_FAILPOINT_FOLDER    an existing folder, where each kill leaves a file, so that a restart remembers
-    TEST_FAILPOINT_TIMES     how many kills in all (default 1); after them the point is passed unharmed
-    TEST_FAILPOINT_ARRIVALS  how many must be at the point at once (default 1): the earlier ones wait there,
+    TEST_FAILPOINT_TIMES     how many kills in all (default 1); after them the points are passed unharmed
+    TEST_FAILPOINT_ARRIVALS  how many must be at a point at once (default 1): the earlier ones wait there,
                              the last one kills the process with all of them
+    TEST_FAILPOINT_SIGNAL    what to send (default SIGKILL); after a SIGSTOP and its SIGCONT all of them go on
 """
 
 import asyncio
+import contextlib
 import functools
 import os
 import signal
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from service.inbox.attempt import Attempt
-from service.inbox.ledger import Claim, Ledger
+from service.inbox.ledger import Claim, Found, Ledger
 from service.inbox.lock import Lock, LockReply
+from service.inbox.model import TAKEABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,8 @@ POINTS: Mapping[str, Point] = {
     "lock": Point(Lock, "acquire", lambda event_id, reply: reply is LockReply.HELD and event_id.startswith("evt_")),
     # The row is committed as `processing`, nothing else is.
     "insert": Point(Ledger, "claim", lambda _, won: isinstance(won, Claim)),
+    # The lock is held and the row was there already, recorded or failed: not yet taken over.
+    "found": Point(Ledger, "claim", lambda _, won: isinstance(won, Found) and won.status in TAKEABLE),
     # A recorded row was taken over, by a delivery or by recovery.
     "take_over": Point(Ledger, "take_over", lambda _, claims: bool(claims)),
     # The lock was replaced by the marker.
@@ -56,33 +61,46 @@ class _Trap:
     folder: Path
     times: int
     arrivals: int
+    signal: signal.Signals
     _waiting: int = field(default=0, init=False)
+    _resumed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     async def arrive(self) -> None:
         if len(list(self.folder.iterdir())) >= self.times:
             return
         self._waiting += 1
         if self._waiting < self.arrivals:
-            await asyncio.Event().wait()  # for the process to end
+            await self._resumed.wait()  # or for the process to end
+            return
         # Exclusively: of two processes here at once, one dies now and the other counts again.
         number = len(list(self.folder.iterdir()))
         try:
             (self.folder / f"kill-{number}").touch(exist_ok=False)
         except FileExistsError:
             return
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), self.signal)
+        self._waiting = 0
+        self._resumed.set()
 
 
 def arm(environ: Mapping[str, str]) -> Callable[[], None]:
-    """Wrap the point that `environ` names, if any; returns what undoes it. Raises KeyError for an unknown name."""
+    """Wrap the points that `environ` names; returns what undoes it. Raises KeyError for an unknown name."""
     if "TEST_FAILPOINT" not in environ:
         return lambda: None
-    point = POINTS[environ["TEST_FAILPOINT"]]
+    points = [POINTS[name] for name in environ["TEST_FAILPOINT"].split(",")]
     trap = _Trap(
         Path(environ["TEST_FAILPOINT_FOLDER"]),
         int(environ.get("TEST_FAILPOINT_TIMES", "1")),
         int(environ.get("TEST_FAILPOINT_ARRIVALS", "1")),
+        signal.Signals[environ.get("TEST_FAILPOINT_SIGNAL", "SIGKILL")],
     )
+    undo = contextlib.ExitStack()
+    for point in points:
+        undo.callback(_wrap(point, trap))
+    return undo.close
+
+
+def _wrap(point: Point, trap: _Trap) -> Callable[[], None]:
     whole: Callable[..., Awaitable[Any]] = getattr(point.owner, point.method)
 
     @functools.wraps(whole)
@@ -92,13 +110,20 @@ def arm(environ: Mapping[str, str]) -> Callable[[], None]:
             await trap.arrive()
         return result
 
+    wrapped.failpoint = point  # type: ignore[attr-defined]
     setattr(point.owner, point.method, wrapped)
     return lambda: setattr(point.owner, point.method, whole)
 
 
 def wrapped_points() -> list[str]:
     """The names of the points that are wrapped in this process."""
-    return [name for name, point in POINTS.items() if hasattr(getattr(point.owner, point.method), "__wrapped__")]
+    return [name for name, point in POINTS.items() if point in _wrapped_at(getattr(point.owner, point.method))]
+
+
+def _wrapped_at(method: Any) -> Iterator[Point | None]:
+    while hasattr(method, "__wrapped__"):
+        yield getattr(method, "failpoint", None)
+        method = method.__wrapped__
 
 
 arm(os.environ)

@@ -17,6 +17,8 @@ from typing import Self
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 _CHUNK_BYTES = 65_536
+_BACKLOG = 1024
+_FILLERS = 4  # a queue of length 0 holds one, and the kernel completes one more
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -28,6 +30,7 @@ class Mode(Enum):
     REFUSE = auto()  # nobody listens, and every connection was cut
     FROZEN = auto()  # accepts, and forwards nothing in either direction
     MUTE = auto()  # the server hears everything, and none of its replies arrive
+    HOLE = auto()  # packets vanish: nothing is forwarded, and no new connection is ever established (Linux)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +48,33 @@ class Upstream:
         return await asyncio.open_connection(self.host, self.port)
 
 
+class Tap:
+    """Is shown what passes on one connection, before it is forwarded; where it raises ConnectionError, that is cut."""
+
+    def sent(self, chunk: bytes) -> None:
+        """The client said this."""
+
+    def replied(self, chunk: bytes) -> None:
+        """The server answered this."""
+
+
 class Proxy:
     """One listener on 127.0.0.1. Use it as an async context manager; `port` is its own until it is left."""
 
     def __init__(self, upstream: Upstream) -> None:
-        self._upstream = upstream
+        self.upstream = upstream  # another one is for the connections to come
         self.mode = Mode.OPEN
         # Called with each chunk that a client sent, before it is forwarded: a test that must act at one
         # certain statement (a COMMIT, say) switches the mode from here.
         self.on_sent: Callable[[bytes], None] | None = None
+        # Makes the tap of each new connection: for what concerns that one alone.
+        self.tap: Callable[[], Tap] = Tap
         # Bound for as long as the proxy lives, and never listening: while the proxy refuses, nobody else can
         # be given the port, and the kernel answers every connection attempt with a reset.
         self._holder = _bound(0)
         self.port: int = self._holder.getsockname()[1]
         self._listener: socket.socket | None = None
+        self._fillers: list[socket.socket] = []
         self._serving: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
 
@@ -79,10 +95,13 @@ class Proxy:
     def switch(self, mode: Mode) -> None:
         """Behave like this from now on."""
         self.mode = mode
+        self._unfill()
         if mode is Mode.REFUSE:
             self._refuse()
         elif self._listener is None:
             self._listen()
+        if mode is Mode.HOLE:
+            self._fill()
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
 
@@ -93,10 +112,29 @@ class Proxy:
 
     def _listen(self) -> None:
         self._listener = _bound(self.port)
-        self._listener.listen(1024)
+        self._listener.listen(_BACKLOG)
         asyncio.get_running_loop().add_reader(self._listener, self._accept, self._listener)
 
+    def _fill(self) -> None:
+        """Let nobody in: to a listener whose queue is full the kernel does not answer at all."""
+        assert self._listener is not None
+        asyncio.get_running_loop().remove_reader(self._listener)
+        self._listener.listen(0)
+        for _ in range(_FILLERS):
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex(("127.0.0.1", self.port))
+            self._fillers.append(filler)
+
+    def _unfill(self) -> None:
+        if self._fillers and self._listener is not None:
+            self._listener.listen(_BACKLOG)
+            asyncio.get_running_loop().add_reader(self._listener, self._accept, self._listener)
+        while self._fillers:
+            self._fillers.pop().close()
+
     def _refuse(self) -> None:
+        self._unfill()
         if self._listener is not None:
             asyncio.get_running_loop().remove_reader(self._listener)
             self._listener.close()
@@ -118,25 +156,28 @@ class Proxy:
             stack.callback(client_writer.transport.abort)
             with contextlib.suppress(OSError):
                 await self._passable(Mode.OPEN, Mode.MUTE)
-                server_reader, server_writer = await self._upstream.connect()
+                server_reader, server_writer = await self.upstream.connect()
                 stack.callback(server_writer.transport.abort)
+                tap = self.tap()
                 directions = {
-                    asyncio.create_task(self._send(client_reader, server_writer)),
-                    asyncio.create_task(self._reply(server_reader, client_writer)),
+                    asyncio.create_task(self._send(client_reader, server_writer, tap)),
+                    asyncio.create_task(self._reply(server_reader, client_writer, tap)),
                 }
                 stack.push_async_callback(_cancelled, directions)
                 await asyncio.wait(directions, return_when=asyncio.FIRST_COMPLETED)
 
-    async def _send(self, client: asyncio.StreamReader, server: asyncio.StreamWriter) -> None:
+    async def _send(self, client: asyncio.StreamReader, server: asyncio.StreamWriter, tap: Tap) -> None:
         while chunk := await client.read(_CHUNK_BYTES):
             if self.on_sent is not None:
                 self.on_sent(chunk)
+            tap.sent(chunk)
             await self._passable(Mode.OPEN, Mode.MUTE)
             server.write(chunk)
             await server.drain()
 
-    async def _reply(self, server: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+    async def _reply(self, server: asyncio.StreamReader, client: asyncio.StreamWriter, tap: Tap) -> None:
         while chunk := await server.read(_CHUNK_BYTES):
+            tap.replied(chunk)
             await self._passable(Mode.OPEN)
             client.write(chunk)
             await client.drain()

@@ -1,8 +1,8 @@
-"""The handlers of the processes under test: every one leaves a row in `effects`, then does as its event says.
+"""The handlers of the processes under test: every one leaves a row in `effects`, calls outside, does as its event says.
 
 The event chooses: `data.object.metadata.behaviour` names a function of `ASYNC` or `SYNC`, the other metadata
 are its parameters: `until` is the last attempt on which it misbehaves, `mended` a file whose existence ends
-that instead, `gate` a file that it waits for.
+that instead, `gate` a file that it waits for, `seconds` how long a slow one takes.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from service import Context, Event, Permanent, Retry, on
+from tests.chaos.witness import outside
 
 ACTION = "effect_recorded"
 _POLL_SECONDS = 0.01
@@ -55,6 +56,10 @@ class _Wish:
     def after(self) -> float | None:
         return float(self.of["after"]) if "after" in self.of else None
 
+    @property
+    def seconds(self) -> float:
+        return float(self.of["seconds"])
+
 
 def _effect(event: Event, context: Context) -> dict[str, Any]:
     return {"event_id": event.id, "attempt": context.attempt, "pid": os.getpid()}
@@ -64,6 +69,7 @@ def _effect(event: Event, context: Context) -> dict[str, Any]:
 async def act(event: Event, context: Context) -> Any:
     """The async handler, for an exact type, a wildcard and a thin type."""
     await context.connection.execute(_EFFECT, _effect(event, context))
+    outside(event.id, context.attempt, context.idempotency_key)
     wish = _Wish(event)
     return await ASYNC[wish.behaviour](wish, context)
 
@@ -72,6 +78,7 @@ async def act(event: Event, context: Context) -> Any:
 def act_in_thread(event: Event, context: Context) -> Any:
     """The sync handler."""
     context.execute(_EFFECT, _effect(event, context))
+    outside(event.id, context.attempt, context.idempotency_key)
     wish = _Wish(event)
     return SYNC[wish.behaviour](wish, context)
 
@@ -106,6 +113,11 @@ async def _hold(wish: _Wish, _context: Context) -> str:
 async def _hang(wish: _Wish, context: Context) -> str:
     if wish.misbehaves(context):
         await asyncio.Event().wait()
+    return ACTION
+
+
+async def _slow(wish: _Wish, _context: Context) -> str:
+    await asyncio.sleep(wish.seconds)
     return ACTION
 
 
@@ -222,6 +234,11 @@ def _hold_in_thread(wish: _Wish, _context: Context) -> str:
     return ACTION
 
 
+def _slow_in_thread(wish: _Wish, _context: Context) -> str:
+    time.sleep(wish.seconds)
+    return ACTION
+
+
 def _late_in_thread(wish: _Wish, context: Context) -> str:
     """Writes again once the gate opens, which is after its deadline, and leaves word of how that went."""
     if wish.misbehaves(context):
@@ -245,6 +262,7 @@ ASYNC: Mapping[str, Callable[[_Wish, Context], Awaitable[object]]] = {
     "permanent": _permanent,
     "hold": _hold,
     "hang": _hang,
+    "slow": _slow,
     "slow_sql": _slow_sql,
     "stubborn": _stubborn,
     "die": _die,
@@ -265,5 +283,6 @@ SYNC: Mapping[str, Callable[[_Wish, Context], str]] = {
     "plain": _plain_in_thread,
     "fail": _fail_in_thread,
     "hold": _hold_in_thread,
+    "slow": _slow_in_thread,
     "late": _late_in_thread,
 }

@@ -236,13 +236,19 @@ def _client() -> httpx.AsyncClient:
 class Service:
     """One `firstclaim serve`, its supervisor and workers in a process group of their own."""
 
-    def __init__(self, folder: Path, environment: dict[str, str], workers: int) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], workers: int, *options: str) -> None:
         self._output = folder / f"serve-{secrets.token_hex(4)}.log"
         self._environment = environment
         self._workers = workers
+        self._options = options
         self._process: subprocess.Popen[bytes] | None = None
         self._began_at = 0
         self._origin = ""
+
+    @property
+    def name(self) -> str:
+        """The same through every restart."""
+        return self._output.stem
 
     @property
     def url(self) -> str:
@@ -348,7 +354,7 @@ class Service:
         self._origin = ""
         with self._output.open("ab") as output:
             self._began_at = output.tell()
-            arguments = ["-m", "service", "serve", "--port", "0", "--workers", str(self._workers)]
+            arguments = ["-m", "service", "serve", "--port", "0", "--workers", str(self._workers), *self._options]
             self._process = subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=REPOSITORY,
@@ -402,13 +408,18 @@ class Row:
     last_error: str | None
     due_in_seconds: float = field(compare=False)
 
+    @classmethod
+    def of(cls, record: asyncpg.Record) -> "Row":
+        """As `ROW` found it."""
+        return cls(**{**record, "status": Status(record["status"])})
+
     @property
     def counts(self) -> tuple[int, int, int]:
         """Attempt, failures, abandoned."""
         return self.attempt, self.failures, self.abandoned
 
 
-_ROW = """
+ROW: Final = """
 SELECT status, attempt, failures, abandoned, action, last_error,
        extract(epoch FROM due_at - clock_timestamp())::float8 AS due_in_seconds
   FROM stripe_events WHERE event_id = $1
@@ -451,17 +462,17 @@ class Ground:
             self.empty_redis()
             await drop(self.database_url)
 
-    def service(self, overrides: Overrides | None = None, *, workers: int = 1) -> Service:
+    def service(self, overrides: Overrides | None = None, *options: str, workers: int = 1) -> Service:
         """A service on this ground, not started yet; `overrides` are settings by their field's name.
 
-        A name in capitals is a variable of its own (`TEST_FAILPOINT`).
+        A name in capitals is a variable of its own (`TEST_FAILPOINT`); `options` are the command's (`--migrate`).
         """
         environment = {"PATH": os.environ["PATH"], "DATABASE_URL": self.database_url, "REDIS_URL": self.redis_url}
         environment["STRIPE_WEBHOOK_SECRETS"] = SECRET
         chosen = {"handlers": HANDLERS, "redis_prefix": self.redis_prefix, **QUICK, **(overrides or {})}
         for name, value in chosen.items():
             environment[name if name.isupper() else f"FIRSTCLAIM_{name.upper()}"] = str(value)
-        service = Service(self.folder, environment, workers)
+        service = Service(self.folder, environment, workers, *options)
         self._services.append(service)
         return service
 
@@ -489,8 +500,8 @@ class Ground:
 
     async def row(self, event: Sample) -> Row | None:
         """The event's row as it is now."""
-        found = await self._fetch(_ROW, event.id)
-        return Row(**{**found[0], "status": Status(found[0]["status"])}) if found else None
+        found = await self._fetch(ROW, event.id)
+        return Row.of(found[0]) if found else None
 
     async def effects(self, event: Sample) -> int:
         """How many effects of the event are committed."""
@@ -543,3 +554,10 @@ class Ground:
         with redis.Redis.from_url(self.redis_url) as client:
             keys = list(client.scan_iter(f"{self.redis_prefix}*", count=1000))
             return sum(client.delete(key) for key in keys)
+
+
+async def recovery_has_passed(ground: Ground, service: Service) -> None:
+    """Prove it by an event that came later than now, failed, and was completed by recovery."""
+    later = sample("fail", until=1)
+    assert (await ground.deliver(service, later)).said == FAILED
+    await ground.settled(later)

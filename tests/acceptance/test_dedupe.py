@@ -9,7 +9,6 @@ import pytest_asyncio
 from service.inbox.model import Status
 from tests.acceptance.harness import IGNORED, PROCESSED, Answer, Ground, Sample, Service, parallel, sample, volley
 
-DUPLICATES = 200
 PAIRS = 50
 
 
@@ -25,19 +24,6 @@ def assert_one_processed(event: Sample, answers: list[Answer]) -> None:
     assert Counter(answer.said for answer in answers) == {PROCESSED: 1, IGNORED: len(answers) - 1}
     reasons = {answer.reason for answer in answers if not answer.processed}
     assert reasons <= {parallel(event.id), f"Event {event.id} already completed"}
-
-
-async def test_200_simultaneous_duplicates_are_processed_once(
-    shared_ground: Ground, both: tuple[Service, Service]
-) -> None:
-    """Of 200 copies that reach four processes at once, one is processed, 199 are ignored, one effect is there."""
-    event = sample()
-    answers = await volley([(both[number % 2].url, event.body) for number in range(DUPLICATES)])
-    assert_one_processed(event, answers)
-    row = await shared_ground.settled(event)
-    assert row.counts == (1, 0, 0)
-    for answer in answers:
-        await shared_ground.check_honest(event, answer)
 
 
 async def test_two_copies_at_once_are_processed_once_for_each_of_many_events(

@@ -26,6 +26,16 @@ def test_a_named_point_is_wrapped_alone(name: str, tmp_path: Path) -> None:
     assert failpoints.wrapped_points() == []
 
 
+def test_several_points_at_once(tmp_path: Path) -> None:
+    """Points named together are wrapped together, two of one method as well, and undone together."""
+    disarm = failpoints.arm({"TEST_FAILPOINT": "insert,found,mark", "TEST_FAILPOINT_FOLDER": str(tmp_path)})
+    try:
+        assert failpoints.wrapped_points() == ["insert", "found", "mark"]
+    finally:
+        disarm()
+    assert failpoints.wrapped_points() == []
+
+
 def test_an_unknown_point_is_refused(tmp_path: Path) -> None:
     """A typo cannot pass for a test that survived a kill."""
     with pytest.raises(KeyError):

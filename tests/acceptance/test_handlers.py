@@ -17,6 +17,7 @@ from tests.acceptance.harness import (
     Service,
     eventually,
     parallel,
+    recovery_has_passed,
     sample,
 )
 
@@ -25,13 +26,6 @@ from tests.acceptance.harness import (
 async def service(shared_ground: Ground) -> Service:
     """One service for the whole module: no test here harms it."""
     return await shared_ground.service().start()
-
-
-async def recovery_has_passed(ground: Ground, service: Service) -> None:
-    """Prove it by an event that came later, failed, and was completed by recovery."""
-    witness = sample("fail", until=1)
-    assert (await ground.deliver(service, witness)).said == FAILED
-    await ground.settled(witness)
 
 
 @pytest.mark.parametrize(
@@ -156,18 +150,6 @@ async def test_what_a_handler_committed_by_itself_is_not_doubled(
     assert (row.status, row.counts) == (Status.DEAD, (1, 1, 0))
     assert (await shared_ground.deliver(service, event)).said == IGNORED
     assert await shared_ground.effects(event) == 1
-
-
-async def test_a_duplicate_after_redis_was_emptied_meets_the_ledger(shared_ground: Ground, service: Service) -> None:
-    """With Redis emptied the ledger decides: 200, already completed, still one effect; the marker is written anew."""
-    event = sample()
-    assert (await shared_ground.deliver(service, event)).said == PROCESSED
-    assert (await shared_ground.deliver(service, event)).reason == parallel(event.id)
-    assert shared_ground.empty_redis() >= 1
-    answer = await shared_ground.deliver(service, event)
-    assert (answer.said, answer.reason) == (IGNORED, f"Event {event.id} already completed")
-    assert (await shared_ground.settled(event)).counts == (1, 0, 0)
-    assert (await shared_ground.deliver(service, event)).reason == parallel(event.id)
 
 
 # -- over the deadline --------------------------------------------------------------------------------

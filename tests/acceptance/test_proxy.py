@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from tests.acceptance.harness import eventually
-from tests.proxy import Mode, Proxy, Upstream, before_postgres, before_redis
+from tests.proxy import Mode, Proxy, Tap, Upstream, before_postgres, before_redis
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -117,6 +117,49 @@ async def test_mute_lets_the_server_hear(echo: Echo) -> None:
     await eventually(echo.has_heard, lambda heard: heard == b"hello")
     echo.proxy.switch(Mode.OPEN)
     assert await said(reader, 5) == b"hello"
+
+
+async def test_a_hole_lets_nobody_in_and_nothing_through(echo: Echo) -> None:
+    """An old connection stands silent, a new one is not even refused; both work once the proxy is open again."""
+    old, to_old = await echo.connect()
+    echo.proxy.switch(Mode.HOLE)
+    to_old.write(b"during")
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.3):
+            await echo.connect()
+    assert echo.heard == b""
+    echo.proxy.switch(Mode.OPEN)
+    assert await said(old, 6) == b"during"
+    new, to_new = await echo.connect()
+    to_new.write(b"after")
+    assert await said(new, 5) == b"after"
+
+
+class Cutting(Tap):
+    """Cuts where it is shown the word: `ask` before the server hears it, `answer` when that has heard."""
+
+    def sent(self, chunk: bytes) -> None:
+        if b"ask" in chunk:
+            raise ConnectionResetError
+
+    def replied(self, chunk: bytes) -> None:
+        if b"answer" in chunk:
+            raise ConnectionResetError
+
+
+@pytest.mark.parametrize(("word", "heard"), [(b"ask", b""), (b"answer", b"answer")])
+async def test_a_tap_cuts_its_own_connection(echo: Echo, word: bytes, heard: bytes) -> None:
+    """Before the server hears, or after it has answered; the other connections know nothing of it."""
+    other, to_other = await echo.connect()
+    to_other.write(b"before")
+    await said(other, 6)
+    echo.proxy.tap = Cutting
+    reader, writer = await echo.connect()
+    writer.write(word)
+    assert await at_end(reader)
+    assert echo.heard == b"before" + heard
+    to_other.write(b"answer")
+    assert await said(other, 6) == b"answer"
 
 
 async def test_a_chunk_is_seen_before_it_is_forwarded(echo: Echo) -> None:

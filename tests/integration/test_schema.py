@@ -13,6 +13,7 @@ from sqlalchemy.pool import NullPool
 
 from service.errors import LedgerUnavailable
 from service.handlers.invoices import metadata as invoices
+from service.handlers.load_probe import metadata as load_probe
 from service.inbox import schema
 from service.inbox.model import Status
 from service.inbox.model import metadata as ledger
@@ -155,7 +156,7 @@ async def test_alembic_finds_nothing_to_migrate(database_url: str) -> None:
                 "include_name": lambda name, kind, _: (kind, name) != ("table", "effects"),
             },
         )
-        found: list[Any] = compare_metadata(context, [ledger, invoices])  # type: ignore[arg-type]
+        found: list[Any] = compare_metadata(context, [ledger, invoices, load_probe])  # type: ignore[arg-type]
         return found
 
     engine = engine_of(database_url)
@@ -169,7 +170,7 @@ async def test_the_catalog_is_that_of_the_models(database_url: str, empty_url: s
     """What Alembic does not compare too: CHECK constraints, collations, conditions of indexes, every name."""
     engine = engine_of(empty_url)
     async with engine.begin() as connection:
-        for metadata in (ledger, invoices):
+        for metadata in (ledger, invoices, load_probe):
             await connection.run_sync(metadata.create_all)
     await engine.dispose()
     await fetch(database_url, "DROP TABLE effects")

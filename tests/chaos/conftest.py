@@ -1,0 +1,45 @@
+"""Fixtures of the chaos suite."""
+
+import asyncio
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import clock as clocks
+from tests.acceptance.harness import Ground
+from tests.chaos.history import History
+from tests.chaos.servers import Servers, make_template, own_servers
+from tests.stores import Stores
+
+
+@pytest.fixture
+async def history(stores: Stores, tmp_path: Path) -> AsyncIterator[History]:
+    """Of a test's own ground on the servers that all share: for what breaks processes, and no server."""
+    ground = await Ground.prepare(stores, tmp_path)
+    try:
+        yield History(ground)
+    finally:
+        await ground.leave()
+
+
+@pytest.fixture
+async def clock(history: History) -> AsyncIterator[clocks.Clock]:
+    """The clock of the history's database: it runs, and can be put forward."""
+    async with clocks.installed(history.ground.database_url) as clock:
+        yield clock
+
+
+@pytest.fixture(scope="session")
+def template() -> Iterator[Path]:
+    """A cluster with the migrated ledger, to copy: making one takes far longer."""
+    with tempfile.TemporaryDirectory(prefix="firstclaim-chaos-") as folder:
+        yield asyncio.run(make_template(Path(folder)))
+
+
+@pytest.fixture
+async def servers(template: Path) -> AsyncIterator[Servers]:
+    """Servers of this test's own, to be broken; none of them is left after it."""
+    async with own_servers(template) as servers:
+        yield servers

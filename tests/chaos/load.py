@@ -1,0 +1,151 @@
+"""Deliveries as fast as the services take them: fresh events and their duplicates, every answer noted.
+
+Guarantees: each copy of an event goes to a service picked at random, close to the others; a connection that a
+fault has cut is opened anew, and the delivery that it carried is on record as unanswered; what runs in the
+background has ended when its block is left.
+"""
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import asyncpg
+import httpx
+import orjson
+
+from tests.acceptance.harness import ROW, Answer, Row, Sample, Service, sample
+from tests.chaos.history import History
+from tests.fixtures import signed
+
+_SPREAD = 24  # shots among which the next one is picked: how far apart an event's copies may be
+_ANSWER_SECONDS = 60.0  # a hanging answer is for the test to judge
+_PAUSE_SECONDS = 0.02  # after a connection was refused
+
+Said = tuple[int, bool, str]
+
+
+class Wire:
+    """A connection to a service that is kept for its next delivery, and opened anew when it was lost."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def post(self, body: bytes) -> Answer | None:
+        """One signed delivery; None when the connection ended without an answer."""
+        began = time.monotonic()
+        parts = urlsplit(self._service.url)
+        headers = {**signed(body), "Host": parts.netloc, "Content-Length": str(len(body))}
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        try:
+            async with asyncio.timeout(_ANSWER_SECONDS):
+                if self._streams is None:
+                    self._streams = await asyncio.open_connection(parts.hostname, parts.port)
+                reader, writer = self._streams
+                writer.write(f"POST {parts.path} HTTP/1.1\r\n{head}\r\n".encode() + body)
+                return await _answer(reader, began)
+        except (OSError, asyncio.IncompleteReadError):
+            self.close()
+            await asyncio.sleep(_PAUSE_SECONDS)
+            return None
+
+    def close(self) -> None:
+        """Leave."""
+        if self._streams is not None:
+            self._streams[1].transport.abort()
+            self._streams = None
+
+
+async def _answer(reader: asyncio.StreamReader, began: float) -> Answer:
+    status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().strip().split("\r\n")
+    headers = httpx.Headers([(name, value) for name, _, value in (line.partition(": ") for line in lines)])
+    content = await reader.readexactly(int(headers["content-length"]))
+    return Answer(int(status.split(" ")[1]), orjson.loads(content), headers, time.monotonic() - began)
+
+
+@dataclass(slots=True)
+class Load:
+    """Deliveries to `services`, by `senders` at once, each event in `copies`; what came of them is counted."""
+
+    history: History
+    services: Sequence[Service]
+    senders: int = 12
+    copies: int = 3
+    events: list[Sample] = field(default_factory=list, init=False)
+    said: Counter[Said | None] = field(default_factory=Counter, init=False)
+    seconds: list[float] = field(default_factory=list, init=False)  # how long each answer took
+
+    async def deliver(self, deliveries: int) -> None:
+        """Make so many of them."""
+        shots = self._shots()
+        await self._send(next(shots) for _ in range(deliveries))
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Deliver for as long as the block runs; what is on its way then still gets its answer."""
+        stopping = asyncio.Event()
+
+        def shots() -> Iterator[Sample]:
+            for shot in self._shots():
+                if stopping.is_set():
+                    return
+                yield shot
+
+        sending = asyncio.create_task(self._send(shots()))
+        try:
+            yield
+        finally:
+            stopping.set()
+            await sending
+
+    async def _send(self, shots: Iterator[Sample]) -> None:
+        async with looking(self.history):
+            await asyncio.gather(*(self._sender(shots) for _ in range(self.senders)))
+
+    async def _sender(self, shots: Iterator[Sample]) -> None:
+        wires = [Wire(service) for service in self.services]
+        try:
+            for event in shots:
+                number = random.randrange(len(wires))
+                sent_at = time.monotonic_ns()
+                answer = await wires[number].post(event.body)
+                await self.history.note(self.services[number], event, answer, sent_at)
+                self.said[answer.said if answer else None] += 1
+                if answer:
+                    self.seconds.append(answer.seconds)
+        finally:
+            for wire in wires:
+                wire.close()
+
+    def _shots(self) -> Iterator[Sample]:
+        pool: list[Sample] = []
+        while True:
+            while len(pool) < _SPREAD:
+                self.events.append(sample())
+                pool += [self.events[-1]] * self.copies
+            yield pool.pop(random.randrange(len(pool)))
+
+
+@asynccontextmanager
+async def looking(history: History) -> AsyncIterator[None]:
+    """Ask the ledger on connections that are kept: one anew for each answer costs more than the delivery."""
+    pool = await asyncpg.create_pool(history.ground.database_url, min_size=0, max_size=8, timeout=10)
+
+    async def look(event: Sample) -> Row | None:
+        found = await pool.fetchrow(ROW, event.id)
+        return None if found is None else Row.of(found)
+
+    before, history.look = history.look, look
+    try:
+        yield
+    finally:
+        history.look = before
+        with suppress(TimeoutError):
+            async with asyncio.timeout(5):
+                await pool.close()
+        pool.terminate()

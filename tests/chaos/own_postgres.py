@@ -1,0 +1,154 @@
+"""A PostgreSQL of a test's own, with backups and recovery to a point in time.
+
+It listens on a Unix socket in a private folder, so that its address is its own through every restart.
+"""
+
+import asyncio
+import os
+import secrets
+import signal
+import subprocess
+from pathlib import Path
+from typing import Final, Self
+
+import asyncpg
+
+from service.embedded_servers import User, _born, _command_lines, _make_cluster, _says_ready
+from service.inbox import schema
+from tests.acceptance.harness import START_SECONDS, eventually
+from tests.chaos.server import Server
+from tests.stores import EFFECTS, with_database
+
+_SOCKET_PORT: Final = 5432  # it only names the socket
+_MIGRATE_SECONDS: Final = 30.0
+
+
+class PostgresServer(Server):
+    """A cluster of its own with a migrated ledger and the `effects` table; `settings` are its options."""
+
+    _last_signal = signal.SIGQUIT  # on which it frees its shared memory; after a kill -9 that would stay
+
+    def __init__(self, program: Path, folder: Path, user: User | None, settings: dict[str, str]) -> None:
+        super().__init__(program, folder, user)
+        self.data = folder / "data"
+        self._mark = f"firstclaim-{secrets.token_hex(8)}"
+        self.settings = {
+            "cluster_name": self._mark,  # in the title of each of its processes
+            "listen_addresses": "",
+            "port": str(_SOCKET_PORT),
+            "unix_socket_directories": str(folder),
+            "max_connections": "200",
+            "shared_buffers": "32MB",
+            "wal_keep_size": "1GB",  # what a restore replays from
+            **settings,
+        }
+
+    @property
+    def url(self) -> str:
+        """The migrated database."""
+        return f"postgresql://postgres@/ledger?host={self.folder}&port={_SOCKET_PORT}"
+
+    async def start(self) -> Self:
+        """Start, and wait until it takes connections."""
+        state = self.data / "postmaster.pid"
+        # Nothing of it runs any more, whoever has that pid today.
+        for stale in (state, *self.folder.glob(".s.PGSQL.*")):
+            stale.unlink(missing_ok=True)
+        options = (part for name, value in self.settings.items() for part in ("-c", f"{name}={value}"))
+        self._spawn([*options, "-D", str(self.data)])
+        await self._ready(lambda: _says_ready(state))
+        return self
+
+    async def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """SIGINT: fast. SIGQUIT: immediate, without a checkpoint; the next start recovers. SIGTERM: smart."""
+        await super().stop(how)
+
+    async def restart(self, how: signal.Signals = signal.SIGINT) -> None:
+        """Stop and start."""
+        await self.stop(how)
+        await self.start()
+
+    async def configure(self, **settings: str) -> None:
+        """Set for every connection from now on; what needs a restart takes it at the next one."""
+        for name, value in settings.items():
+            await self.execute(f"ALTER SYSTEM SET {name} = '{value}'")
+        await self.execute("SELECT pg_reload_conf()")
+
+    async def execute(self, statement: str, *arguments: object) -> list[asyncpg.Record]:
+        """Run a statement in the migrated database."""
+        connection = await asyncpg.connect(self.url, timeout=30)
+        try:
+            # A role's settings in the test's way (read-only, serializable) are not in this one's.
+            await connection.execute("SET default_transaction_read_only = off")
+            return await connection.fetch(statement, *arguments)
+        finally:
+            await connection.close()
+
+    async def backends(self, application: str = "firstclaim") -> list[int]:
+        """The pids of the server's processes that serve this application."""
+        asked = "SELECT pid FROM pg_stat_activity WHERE application_name = $1 ORDER BY backend_start"
+        return [row["pid"] for row in await self.execute(asked, application)]
+
+    async def backup(self) -> Path:
+        """A base backup as of now, consistent in itself."""
+        target = self.folder / f"backup-{secrets.token_hex(4)}"
+        await self._run("pg_basebackup", "-D", str(target), "-h", str(self.folder), "-U", "postgres", "-c", "fast")
+        return target
+
+    async def restore(self, backup: Path, until: str | None = None) -> None:
+        """Start again from a base backup: as it is, or recovered to a restore point, on a new timeline."""
+        if self.running:
+            await self.stop()
+        before = self.folder / f"before-{secrets.token_hex(4)}"
+        self.data.rename(before)
+        await self._run("cp", "-a", str(backup), str(self.data))
+        if until is not None:
+            self._write("recovery.signal", "")
+            self._write(
+                "postgresql.auto.conf",
+                f"restore_command = 'cp {before}/pg_wal/%f %p'\n"
+                f"recovery_target_name = '{until}'\nrecovery_target_action = 'promote'\n",
+            )
+        await self.start()
+        if until is not None:
+            recovering = "SELECT pg_is_in_recovery() AS recovering"
+            await eventually(lambda: self.execute(recovering), lambda rows: not rows[0]["recovering"], START_SECONDS)
+
+    async def restore_point(self, name: str) -> None:
+        """Name this moment, for a recovery to it."""
+        await self.execute("SELECT pg_create_restore_point($1)", name)
+
+    def members(self) -> list[int]:
+        title = f"postgres: {self._mark}: "
+        workers = [pid for pid, line in _command_lines() if title in line]
+        return [self.pid, *workers] if self.running else workers
+
+    async def make(self) -> None:
+        """A cluster with the migrated database, stopped."""
+        await asyncio.to_thread(_make_cluster, self._program, self.data, self._user)
+        await self.start()
+        connection = await asyncpg.connect(with_database(self.url, "postgres"), timeout=30)
+        try:
+            await connection.execute("CREATE DATABASE ledger")
+        finally:
+            await connection.close()
+        await schema.migrate(self.url, _MIGRATE_SECONDS)
+        await self.execute(EFFECTS)
+        await self.stop()
+
+    def _write(self, name: str, text: str) -> None:
+        path = self.data / name
+        path.write_text(text)
+        path.chmod(0o600)
+        if self._user is not None:
+            os.chown(path, *self._user)
+
+    async def _run(self, program: str, *arguments: str) -> None:
+        beside = self._program.with_name(program)
+        command = [str(beside) if beside.exists() else program, *arguments]
+
+        def run() -> subprocess.CompletedProcess[bytes]:
+            return subprocess.run(command, capture_output=True, check=False, **_born(signal.SIGKILL, self._user))
+
+        done = await asyncio.to_thread(run)
+        assert done.returncode == 0, done.stderr.decode(errors="replace")

@@ -1,0 +1,99 @@
+"""A Redis (the wheel's Valkey) of a test's own, with replicas. It listens on loopback: a replica needs a port."""
+
+import secrets
+import signal
+import socket
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Final, Self
+
+import redis.asyncio
+
+from service.embedded_servers import User
+from tests.acceptance.harness import START_SECONDS, _alive_in_group, eventually
+from tests.chaos.server import Server
+
+_PORTS: Final = range(20_000, 32_000)  # below those that the kernel gives to outgoing connections
+_OURSELVES: Final = "test on >test ~* &* +@all"
+
+
+class RedisServer(Server):
+    """A Valkey that keeps nothing on disk; `settings` are its options."""
+
+    def __init__(self, program: Path, folder: Path, user: User | None, settings: dict[str, str]) -> None:
+        super().__init__(program, folder, user)
+        self.port = _free_port()
+        self.calls = 0  # on a connection each, since it was started
+        self.settings = {
+            "bind": "127.0.0.1",
+            "port": str(self.port),
+            "save": "",
+            "appendonly": "no",
+            "dir": str(folder),
+            "repl-diskless-sync-delay": "0",
+            **settings,
+        }
+
+    @property
+    def url(self) -> str:
+        """Its first database."""
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    async def start(self) -> Self:
+        """Start, and wait until it answers."""
+        options = [part for name, value in self.settings.items() for part in (f"--{name}", value)]
+        self._spawn([*options, "--user", *_OURSELVES.split()])
+        await self._ready(lambda: _answers(self.port))
+        self.calls = 0
+        return self
+
+    async def restart(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """Stop and start: empty again."""
+        await self.stop(how)
+        await self.start()
+
+    async def call(self, *command: str | int) -> Any:
+        """One command, e.g. `call("CONFIG", "SET", "maxmemory", "2mb")`, whatever others are allowed."""
+        self.calls += 1
+        async with redis.asyncio.Redis(port=self.port, username="test", password="test", socket_timeout=30) as client:
+            return await client.execute_command(*command)  # type: ignore[no-untyped-call]
+
+    async def replicate(self, primary: "RedisServer") -> None:
+        """Become its replica, and wait until its data has been copied."""
+        await self.call("REPLICAOF", "127.0.0.1", primary.port)
+        await eventually(self._replication, lambda seen: seen.get("master_link_status") == "up", START_SECONDS)
+
+    async def promote(self) -> None:
+        """Be a primary from now on, with whatever had been copied."""
+        await self.call("REPLICAOF", "NO", "ONE")
+
+    async def commands(self) -> int:
+        """How many commands it has processed, this one included."""
+        return int((await self.call("INFO", "stats"))["total_commands_processed"])
+
+    async def _replication(self) -> dict[str, Any]:
+        found: dict[str, Any] = await self.call("INFO", "replication")
+        return found
+
+    def members(self) -> list[int]:
+        # Its own child, that copies for a replica, is in its group.
+        return [] if self._process is None else _alive_in_group(self.pid)
+
+
+def _answers(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as client:
+        client.sendall(b"PING\r\n")
+        return client.recv(64) != b""
+    return False
+
+
+def _free_port() -> int:
+    """Nobody listens there now; another test's server may, so which one is tried first is random."""
+    start = secrets.randbelow(len(_PORTS))
+    for offset in range(len(_PORTS)):
+        port = _PORTS[(start + offset) % len(_PORTS)]
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")

@@ -1,0 +1,91 @@
+"""What several rows of the matrix do: deliver, fire at once, arm a process, see who was dispatched, replay."""
+
+import os
+import re
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import asyncpg
+
+from tests.acceptance.harness import REPOSITORY, Answer, Ground, Overrides, Sample, Service, eventually, volley
+from tests.chaos import witness
+from tests.chaos.history import History
+
+
+async def answered(history: History, service: Service, event: Sample) -> Answer:
+    """Deliver it; there must be an answer."""
+    answer = await history.deliver(service, event)
+    assert answer is not None, f"{event} was not answered"
+    return answer
+
+
+async def fire(history: History, shots: Sequence[tuple[Service, Sample]]) -> list[Answer]:
+    """Deliver all of them at the same moment, and note what came back."""
+    answers = await volley([(service.url, event.body) for service, event in shots])
+    await history.note_volley(shots, answers)
+    return answers
+
+
+def dispatched(history: History, event: Sample) -> list[int]:
+    """The attempts on which the event's handler was called, in that order."""
+    lines = witness.read(history.witness)
+    return [line.attempt for line in lines if (line.what, line.event_id) == (witness.START, event.id)]
+
+
+# -- processes that stop themselves -------------------------------------------------------------------
+
+
+def armed(
+    points: str, folder: Path, *, send: signal.Signals = signal.SIGKILL, arrivals: int = 1, times: int = 1
+) -> Overrides:
+    """Settings of a process that signals itself at one of `points` (see `tests.failpoints`); makes `folder`."""
+    folder.mkdir()
+    return {
+        "TEST_FAILPOINT": points,
+        "TEST_FAILPOINT_FOLDER": str(folder),
+        "TEST_FAILPOINT_SIGNAL": send.name,
+        "TEST_FAILPOINT_ARRIVALS": arrivals,
+        "TEST_FAILPOINT_TIMES": times,
+    }
+
+
+async def stopped(service: Service) -> None:
+    """Wait until a service without workers has stopped itself."""
+
+    async def seen() -> bool:
+        return _has_stopped(service.pid)
+
+    await eventually(seen)
+
+
+def _has_stopped(pid: int) -> bool:
+    child, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+    return child == pid and os.WIFSTOPPED(status)
+
+
+def resume(service: Service) -> None:
+    """Let it go on where it stopped."""
+    os.kill(service.pid, signal.SIGCONT)
+
+
+async def killed(service: Service) -> None:
+    """Wait until a service without workers has killed itself."""
+    assert await service.ended() == -signal.SIGKILL
+
+
+# -- what an operator does ----------------------------------------------------------------------------
+
+_REPLAY: Final = re.compile(r"```sql\n\s*(UPDATE stripe_events.*?);\n\s*```", re.DOTALL)
+
+
+async def replay(ground: Ground, event: Sample) -> None:
+    """What the README tells an operator to run, word for word."""
+    found = _REPLAY.search((REPOSITORY / "README.md").read_text())
+    assert found is not None
+    connection = await asyncpg.connect(ground.database_url)
+    try:
+        assert await connection.execute(found[1].replace("evt_...", event.id)) == "UPDATE 1"
+    finally:
+        await connection.close()

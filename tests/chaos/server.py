@@ -1,0 +1,109 @@
+"""A server process of a test's own: to end, kill or freeze as it likes, and start again on the same address.
+
+Guarantees: waits end when all of its processes have; the kernel ends it when this process is killed; `end`
+leaves nothing of it, whatever was done to it (a frozen process is thawed first).
+"""
+
+import asyncio
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from service.embedded_servers import User, _born
+from tests.acceptance.harness import START_SECONDS, eventually
+
+
+class Server:
+    """One server process with its children, which can be ended and started again on the same address."""
+
+    _last_signal = signal.SIGKILL
+
+    def __init__(self, program: Path, folder: Path, user: User | None) -> None:
+        self._program, self._user = program, user
+        self.folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of the process that was started last."""
+        assert self._process is not None
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether the process that was started last is still there."""
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def output(self) -> str:
+        """What it has written to its log."""
+        return (self.folder / "log").read_text(errors="replace")
+
+    async def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
+        """Send the signal, and wait until all of it has ended."""
+        os.kill(self.pid, how)
+        await self._gone()
+
+    async def kill(self) -> None:
+        """kill -9 to all of it at once."""
+        self.send(signal.SIGKILL)
+        await self._gone()
+
+    def pause(self, pid: int | None = None) -> None:
+        """Freeze all of it, or one of its processes."""
+        self.send(signal.SIGSTOP, pid)
+
+    def resume(self, pid: int | None = None) -> None:
+        """Let what was frozen run on."""
+        self.send(signal.SIGCONT, pid)
+
+    async def end(self) -> None:
+        """Leave nothing of it behind, in whatever state it is."""
+        if self._process is not None:
+            self.resume()
+            if self.running:
+                os.kill(self.pid, self._last_signal)
+                with suppress(AssertionError):
+                    await self._gone(10)
+            await self.kill()
+
+    def members(self) -> list[int]:
+        """The pids of all its processes."""
+        raise NotImplementedError
+
+    def send(self, number: signal.Signals, pid: int | None = None) -> None:
+        """Send a signal to all of it, or to one of its processes."""
+        for each in self.members() if pid is None else [pid]:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(each, number)
+
+    def _spawn(self, arguments: Iterable[str]) -> None:
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [str(self._program), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                **_born(signal.SIGKILL, self._user),
+            )
+
+    async def _ready(self, look: Callable[[], bool]) -> None:
+        async def seen() -> bool:
+            assert self.running, f"{self._program.name} ended:\n{self.output[-3000:]}"
+            return await asyncio.to_thread(look)
+
+        await eventually(seen, bool, START_SECONDS)
+
+    async def _gone(self, seconds: float = START_SECONDS) -> None:
+        assert self._process is not None
+        process = self._process
+
+        async def left() -> list[int]:
+            process.poll()
+            return self.members()
+
+        await eventually(left, lambda left: not left, seconds)
+        await asyncio.to_thread(process.wait)  # it has ended, and is taken note of

@@ -1,0 +1,87 @@
+"""Servers of a test's own: a PostgreSQL and a Redis to stop, kill, freeze, fail over and restore as it likes.
+
+Guarantees: a server keeps its address through every stop, kill and restore; nothing of any of them is left
+behind when `own_servers` is left. The programs are those of the embedded servers' wheels, run by the same
+unprivileged user as there.
+"""
+
+import asyncio
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from service import embedded
+from service.settings import Settings
+from tests.chaos.own_postgres import PostgresServer
+from tests.chaos.own_redis import RedisServer
+from tests.chaos.server import Server
+
+__all__ = ["PostgresServer", "RedisServer", "Server", "Servers", "make_template", "own_servers"]
+
+
+class Servers:
+    """Makes servers in a folder of its own; see `own_servers`."""
+
+    def __init__(self, folder: Path, template: Path | None) -> None:
+        programs = embedded._find_programs(Settings(database_url=None, redis_url=None))
+        self._postgres, self._redis = programs["database_url"], programs["redis_url"]
+        self._user = embedded._server_user(folder / "no-cluster-yet")
+        if self._user is not None:
+            embedded._let_in(self._user, [folder / "any"], programs)
+        self.folder = folder
+        self._template = template
+        self._made: list[Server] = []
+
+    async def postgres(self, **settings: str) -> PostgresServer:
+        """A running Postgres with an empty, migrated ledger."""
+        server = PostgresServer(self._postgres, self._place("postgres"), self._user, settings)
+        self._made.append(server)
+        if self._template is None:
+            await server.make()
+        else:
+            await server._run("cp", "-a", str(self._template), str(server.data))
+        return await server.start()
+
+    async def redis(self, **settings: str) -> RedisServer:
+        """A running, empty Redis; an option's dashes are written as underscores."""
+        options = {name.replace("_", "-"): value for name, value in settings.items()}
+        server = RedisServer(self._redis, self._place("redis"), self._user, options)
+        self._made.append(server)
+        return await server.start()
+
+    async def end(self) -> None:
+        """End all of them."""
+        await asyncio.gather(*(server.end() for server in self._made))
+
+    def _place(self, kind: str) -> Path:
+        folder = self.folder / f"{kind}-{len(self._made)}"
+        folder.mkdir(mode=0o700)
+        if self._user is not None:
+            os.chown(folder, *self._user)
+        return folder
+
+
+@asynccontextmanager
+async def own_servers(template: Path | None = None) -> AsyncIterator[Servers]:
+    """Servers for as long as the block runs. `template`: of `make_template`, which spares making each anew."""
+    # Not pytest's folder: as root, that is closed to the user who runs the servers. Short, for the sockets.
+    folder = Path(tempfile.mkdtemp(prefix="firstclaim-chaos-"))
+    folder.chmod(0o711 if os.geteuid() == 0 else 0o700)
+    servers = Servers(folder, template)
+    try:
+        yield servers
+    finally:
+        await servers.end()
+        shutil.rmtree(folder)
+
+
+async def make_template(folder: Path) -> Path:
+    """Make a cluster with the migrated ledger in `folder`; returns its data folder, stopped."""
+    async with own_servers() as servers:
+        server = await servers.postgres()
+        await server.stop()
+        folder.chmod(0o711 if os.geteuid() == 0 else 0o700)
+        return server.data.rename(folder / "template")

@@ -1,0 +1,131 @@
+"""Rows 5 to 9: kill -9 at the worst moments. Whatever was promised is kept, and nothing is done twice.
+
+Two services share the ground, and the one that a delivery reaches dies of it at a chosen point. The ledger's leases
+run on a clock that the test puts forward: until then nothing is recovered, so each moment can be looked at.
+"""
+
+import asyncio
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from service.inbox.model import Status
+from tests.acceptance.harness import (
+    IGNORED,
+    PROCESSED,
+    SHORT_LEASE,
+    Overrides,
+    Sample,
+    Service,
+    eventually,
+    parallel,
+    recovery_has_passed,
+    sample,
+)
+from tests.chaos.history import History
+from tests.chaos.rows import answered, armed, dispatched, killed
+from tests.chaos.verdict import verdict
+from tests.clock import Clock
+
+LEASE_SECONDS = 10.0
+PATIENT: Overrides = {"lease_seconds": LEASE_SECONDS}
+KILLS = 3
+
+
+async def died_at(point: str, history: History, folder: Path, *events: Sample) -> Service:
+    """Have a service die of `events` at `point`, all unanswered; returns another one, which is well."""
+    doomed = history.service(PATIENT | armed(point, folder / "kills", arrivals=len(events)))
+    survivor = history.service(PATIENT)
+    await asyncio.gather(doomed.start(), survivor.start())
+    answers = await asyncio.gather(*(history.deliver(doomed, event) for event in events))
+    assert answers == [None] * len(events), "each connection was to be reset"
+    await killed(doomed)
+    return survivor
+
+
+async def test_row_05_killed_after_the_lock(history: History, tmp_path: Path) -> None:
+    """Dead between lock and row: nothing was promised; no retry is ignored before there is a row, each completes."""
+    retried, silent = sample(), sample()
+    survivor = await died_at("lock", history, tmp_path, retried, silent)
+    assert (await history.ground.key(silent) or b"").startswith(b"claimed:"), "it was to die with the lock held"
+    assert await history.ground.rows() == 0
+
+    # While the dead one's lock lasts a retry is recorded, and then ignored; afterwards it is processed.
+    assert (await answered(history, survivor, retried)).said in (IGNORED, PROCESSED)
+    assert (await history.ground.settled(retried)).counts == (1, 0, 0)
+    await eventually(lambda: history.ground.key(silent), lambda value: value is None)
+    assert await history.ground.row(silent) is None
+    assert (await answered(history, survivor, silent)).said == PROCESSED
+    assert (await history.ground.settled(silent)).counts == (1, 0, 0)
+    await verdict(history)
+
+
+@pytest.mark.parametrize("point", ["insert", "marker"])
+async def test_row_06_killed_after_the_insert(point: str, history: History, clock: Clock, tmp_path: Path) -> None:
+    """Dead once the row was committed, before or after its marker: the retry is ignored, recovery completes it."""
+    await dead_before_the_commit(point, history, clock, tmp_path)
+
+
+@pytest.mark.parametrize("point", ["handler", "mark"])
+async def test_row_07_killed_in_the_handler(point: str, history: History, clock: Clock, tmp_path: Path) -> None:
+    """Dead after the handler's SQL, before or after the mark, not committed: no effect stays, recovery completes it."""
+    await dead_before_the_commit(point, history, clock, tmp_path)
+
+
+async def dead_before_the_commit(point: str, history: History, clock: Clock, folder: Path) -> None:
+    event = sample()
+    survivor = await died_at(point, history, folder, event)
+    held = await history.ground.settled(event, Status.PROCESSING)  # and no effect is there
+    assert held.counts == (1, 0, 0)
+    assert (await answered(history, survivor, event)).said == IGNORED
+    assert await history.ground.row(event) == held, "nobody takes it over while its lease lasts"
+
+    await clock.advance(LEASE_SECONDS)
+    # A vanished holder is no failure of its handler: it is counted apart.
+    assert (await history.ground.settled(event)).counts == (2, 0, 1)
+    assert dispatched(history, event)[-1] == 2
+    await verdict(history)
+
+
+async def test_row_08_killed_after_the_completion(history: History, clock: Clock, tmp_path: Path) -> None:
+    """Dead between the commit and the answer: the one effect stands, the retry is ignored, recovery has no business."""
+    event = sample()
+    survivor = await died_at("commit", history, tmp_path, event)
+    completed = await history.ground.settled(event)
+    retry = await answered(history, survivor, event)
+    assert (retry.said, retry.reason) == (IGNORED, parallel(event.id))
+
+    await clock.advance(LEASE_SECONDS)
+    await recovery_has_passed(history.ground, survivor)
+    assert await history.ground.settled(event) == completed
+    assert dispatched(history, event) == [1]
+    await verdict(history)
+
+
+# What is delivered until three processes have died. One event meets a point that its attempts come to one by one;
+# the commit is each event's last.
+VICTIMS = {"lock": 1, "insert,take_over": 1, "handler": 1, "mark": 1, "commit": KILLS}
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("points", VICTIMS)
+async def test_row_09_killed_three_times_running(points: str, history: History, tmp_path: Path) -> None:
+    """Dead at the same point three times in a row, whoever comes to it: it settles after the last, with one effect."""
+    folder = tmp_path / "kills"
+    # The supervisor starts a worker anew whenever one has died.
+    service = await history.service(SHORT_LEASE | armed(points, folder, times=KILLS), workers=2).start()
+    events = [sample() for _ in range(VICTIMS[points])]
+    for event in events:
+        assert await history.deliver(service, event) is None
+        await eventually(partial(history.deliver, service, event))  # as Stripe does, until it is answered
+
+    async def kills() -> int:
+        return len(list(folder.iterdir()))
+
+    await eventually(kills, lambda kills: kills == KILLS)
+    for event, row in zip(events, await history.ground.all_settled(events), strict=True):
+        assert row.failures == 0
+        assert row.attempt == row.abandoned + 1 == (1 if points in ("lock", "commit") else KILLS + 1)
+        assert (await answered(history, service, event)).said == IGNORED
+    await verdict(history)

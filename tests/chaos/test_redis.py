@@ -1,0 +1,181 @@
+"""Rows 12 and 13: Redis is away, or refuses. Acceptance does not wait for it, dispatch does, and nobody sees a 500."""
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import pytest
+
+from tests.acceptance.harness import DEFERRED, IGNORED, PROCESSED, Overrides, eventually, sample
+from tests.chaos.history import History
+from tests.chaos.load import Load
+from tests.chaos.rows import answered
+from tests.chaos.servers import RedisServer, Servers
+from tests.chaos.verdict import verdict
+from tests.proxy import Mode, Proxy, before_redis
+
+SENDERS = 4
+BREAKER_SECONDS = 0.5
+WINDOWS = 4
+# The time-outs as shipped; the breaker asks twice as often, for more windows in the time of the test.
+PATIENCE: Overrides = {"redis_timeout_seconds": 0.2, "redis_breaker_seconds": BREAKER_SECONDS}
+
+
+# -- row 12: away -------------------------------------------------------------------------------------
+
+
+async def stop(server: RedisServer, _: Proxy) -> None:
+    """Nobody listens any more."""
+    await server.stop()
+
+
+async def start(server: RedisServer, _: Proxy) -> None:
+    """It is back, and empty."""
+    await server.start()
+
+
+async def freeze(server: RedisServer, _: Proxy) -> None:
+    """It takes connections and commands, and answers none."""
+    server.pause()
+
+
+async def thaw(server: RedisServer, _: Proxy) -> None:
+    """It answers all of them, long after anybody waits."""
+    server.resume()
+
+
+async def lose_packets(_: RedisServer, proxy: Proxy) -> None:
+    """Connections stand silent, and no new one is established or refused."""
+    proxy.switch(Mode.HOLE)
+
+
+async def pass_packets(_: RedisServer, proxy: Proxy) -> None:
+    """The network is back."""
+    proxy.switch(Mode.OPEN)
+
+
+Act = Callable[[RedisServer, Proxy], Awaitable[None]]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "mend_it"),
+    [(stop, start), (freeze, thaw), (lose_packets, pass_packets)],
+    ids=["stopped", "frozen", "black-holed"],
+)
+async def test_row_12_redis_away(break_it: Act, mend_it: Act, servers: Servers, history: History) -> None:
+    """Every delivery is recorded and deferred within a second, a known event is ignored; once it is back all settle."""
+    server = await servers.redis()
+    history.ground.redis_url = server.url
+    async with before_redis(server.url) as (proxy, through):
+        service = await history.service(PATIENCE | {"REDIS_URL": through}).start()
+        known = sample()
+        assert (await answered(history, service, known)).said == PROCESSED
+
+        await break_it(server, proxy)
+        fresh = await answered(history, service, sample())
+        assert (fresh.said, fresh.reason) == (DEFERRED, "Recorded; dispatched when the lock is back")
+        load = Load(history, [service], senders=SENDERS, copies=2)
+        async with load.running():
+            await asyncio.sleep(WINDOWS * BREAKER_SECONDS)  # the length of the outage: some windows of the breaker
+        assert set(load.said) == {DEFERRED}
+        assert max(load.seconds) < 1
+        duplicate = await answered(history, service, known)
+        assert (duplicate.said, duplicate.reason) == (IGNORED, f"Event {known.id} already completed")
+        status, parts = await service.parts()
+        assert (status, parts["redis"], parts["postgres"]) == (200, "degraded", "ok")
+        print(f"{len(load.seconds)} deferred, the slowest in {max(load.seconds):.3f} s")
+
+        await mend_it(server, proxy)
+        await verdict(history)
+        assert (await answered(history, service, sample())).said == PROCESSED
+
+
+async def test_row_12_one_timeout_per_breaker_window(servers: Servers, history: History) -> None:
+    """A frozen Redis is sent one command per window of the breaker, after those that were on their way together."""
+    server = await servers.redis()
+    history.ground.redis_url = server.url
+    service = await history.service(PATIENCE).start()
+    load = Load(history, [service], senders=SENDERS, copies=2)
+    await load.deliver(SENDERS)  # so that connections stand
+    before = await asked(server)
+    began = time.monotonic()
+    server.pause()
+    async with load.running():
+        await asyncio.sleep(WINDOWS * BREAKER_SECONDS)
+    server.resume()
+    windows = math.ceil((time.monotonic() - began) / BREAKER_SECONDS)
+    # A window's command asks for a lock on a connection that stands, or opens one: that is as far as it gets.
+    times = await asked(server) - before
+    assert WINDOWS // 2 <= times <= SENDERS + windows + 1
+    assert load.said[DEFERRED] > 5 * times
+    print(f"{load.said[DEFERRED]} deferred, Redis asked {times} times in {windows} windows")
+    await verdict(history)
+
+
+async def asked(server: RedisServer) -> int:
+    """How many connections and locks it was asked for, but not by the tests."""
+    locks = (await server.call("INFO", "commandstats")).get("cmdstat_set", {"calls": 0})["calls"]
+    connections = (await server.call("INFO", "stats"))["total_connections_received"]
+    return int(locks + connections - server.calls)
+
+
+# -- row 13: refusing ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Commands that make Redis refuse, those that mend it, and what may be answered meanwhile."""
+
+    begin: tuple[str, ...]
+    end: tuple[str, ...]
+    answers: frozenset[tuple[int, bool, str]] = frozenset({DEFERRED})
+
+
+REFUSALS: Final[Mapping[str, Refusal]] = {
+    "OOM": Refusal(("CONFIG SET maxmemory 1",), ("CONFIG SET maxmemory 0",)),
+    "READONLY": Refusal(("REPLICAOF 127.0.0.1 1",), ("REPLICAOF NO ONE",)),
+    # Whoever was let in before stays in: so all of them are sent out.
+    "NOAUTH": Refusal(
+        ("CONFIG SET requirepass secret", "CLIENT KILL TYPE normal"),
+        ("ACL SETUSER default nopass",),
+    ),
+    "NOPERM for the lock": Refusal(("ACL SETUSER default -set",), ("ACL SETUSER default +set",)),
+    # A lock can be had, and no marker written: events are processed, until the breaker has noticed.
+    "NOPERM for the marker": Refusal(
+        ("ACL SETUSER default -eval",), ("ACL SETUSER default +eval",), frozenset({PROCESSED, IGNORED, DEFERRED})
+    ),
+}
+
+
+async def test_row_13_redis_refuses(servers: Servers, history: History) -> None:
+    """OOM, READONLY, NOAUTH, NOPERM: deferred and never a 500; once it takes commands again all settle."""
+    server = await servers.redis()
+    history.ground.redis_url = server.url
+    service = await history.service().start()
+    for name, refusal in REFUSALS.items():
+        await eventually(service.parts, lambda parts: parts[1]["redis"] == "ok")
+        for command in refusal.begin:
+            await server.call(*command.split())
+        load = Load(history, [service], senders=SENDERS)
+        await load.deliver(10 * SENDERS)
+        assert set(load.said) <= refusal.answers, name
+        assert load.said[DEFERRED], f"{name}: it did not refuse"
+        for command in refusal.end:
+            await server.call(*command.split())
+        await verdict(history)
+    assert (await answered(history, service, sample())).said == PROCESSED
+
+
+async def test_row_13_a_key_of_another_type(history: History) -> None:
+    """WRONGTYPE concerns that one key: it is deleted, the event processed, and the next one does not notice."""
+    service = await history.service().start()
+    for _ in range(3):
+        event = sample()
+        await history.ground.put(event, "")
+        assert (await answered(history, service, event)).said == PROCESSED
+        assert (await history.ground.key(event) or b"").startswith(b"recorded:")
+        assert (await answered(history, service, sample())).said == PROCESSED
+    await verdict(history)

@@ -1,0 +1,130 @@
+"""The end of every chaos test: collect what a run left behind, check it, and tell the story of what went wrong.
+
+history = History(ground)
+service = await history.service(SHORT_LEASE).start()
+...                                            # deliver through the history, break things, mend them
+await verdict(history)
+"""
+
+import contextlib
+from collections.abc import Collection, Iterator
+from typing import Final
+
+import asyncpg
+import redis
+
+from service.inbox.model import Status
+from service.inbox.postgres import read_epoch
+from tests.acceptance.harness import SETTLE_SECONDS, Row, eventually
+from tests.chaos import witness
+from tests.chaos.checker import Effect, Evidence, Violation, check
+from tests.chaos.history import History
+
+_TOLD_MOST: Final = 10  # stories; a broken rule tends to break many events the same way
+
+_UNSETTLED: Final = "SELECT count(*) FROM stripe_events WHERE status IN ('pending', 'processing', 'failed')"
+_ROWS: Final = """
+SELECT event_id, status, attempt, failures, abandoned, action, last_error,
+       extract(epoch FROM due_at - clock_timestamp())::float8 AS due_in_seconds,
+       coalesce(settled_at >= give_up_at, false) AS given_up
+  FROM stripe_events
+"""
+
+
+async def verdict(
+    history: History, *, waived: Collection[str] = (), seconds: float = SETTLE_SECONDS, settling: bool = True
+) -> Evidence:
+    """Wait until every row has settled (or `seconds` are over: then I4 says so), and assert every invariant.
+
+    `settling` False is for a run that ends while its faults last: I4 is not asked for.
+    """
+    if settling:
+        await settle(history, seconds)
+    evidence = await collect(history, waived=waived)
+    found = [each for each in check(evidence) if settling or each.invariant != "I4"]
+    assert not found, report(history, evidence, found)
+    return evidence
+
+
+async def settle(history: History, seconds: float) -> None:
+    """Wait until every row has settled, `seconds` at most: those that have not are I4's business."""
+    connection = await asyncpg.connect(history.ground.database_url, timeout=SETTLE_SECONDS)
+    try:
+        with contextlib.suppress(AssertionError):
+            await eventually(lambda: connection.fetchval(_UNSETTLED), lambda left: left == 0, seconds)
+    finally:
+        await connection.close()
+
+
+async def collect(history: History, *, waived: Collection[str] = ()) -> Evidence:
+    """Read both stores and the witness's file; both stores must be there.
+
+    The markers first: a row never goes away, so one that is missing afterwards was missing then.
+    """
+    ground = history.ground
+    markers = _markers(ground.redis_url, ground.redis_prefix)
+    connection = await asyncpg.connect(ground.database_url, timeout=SETTLE_SECONDS)
+    try:
+        async with connection.transaction(isolation="repeatable_read"):  # one moment for mark and effects
+            rows = [dict(row) for row in await connection.fetch(_ROWS)]
+            effects = await connection.fetch("SELECT event_id, attempt FROM effects")
+        epoch = await read_epoch(connection)
+    finally:
+        await connection.close()
+    since = history.lost
+    given_up = {row["event_id"] for row in rows if row.pop("given_up")}
+    return Evidence(
+        deliveries=[each for each in history.deliveries if each.answered_at > since.get(each.event_id, 0)],
+        rows={row.pop("event_id"): Row(**{**row, "status": Status(row["status"])}) for row in rows},
+        effects=[Effect(*effect) for effect in effects],
+        lines=[line for line in witness.read(history.witness) if line.at > since.get(line.event_id, 0)],
+        markers=markers,
+        epoch=epoch,
+        given_up=given_up,
+        waived={*waived, *ground.waived},
+        abandoned_most=history.abandoned_most,
+    )
+
+
+def report(history: History, evidence: Evidence, found: list[Violation]) -> str:
+    """The violations, and of each event that they name what happened to it, in order."""
+    named = list(dict.fromkeys(each.event_id for each in found))
+    stories = ["\n".join([event_id, *story(history, evidence, event_id)]) for event_id in named[:_TOLD_MOST]]
+    return "\n\n".join([f"{len(found)} violations:\n" + "\n".join(map(str, found)), *stories])
+
+
+def story(history: History, evidence: Evidence, event_id: str) -> list[str]:
+    """What happened to an event, in the order of the monotonic clock; milliseconds since the run's first moment."""
+    began = min((each.sent_at for each in history.deliveries), default=0)
+    told = sorted(_happenings(history, event_id))
+    return [
+        *(f"  {(at - began) / 1e6:10.1f} ms  {what}" for at, what in told),
+        f"  at the end: {evidence.rows.get(event_id, 'no row')}",
+        f"  effects of attempts {[each.attempt for each in evidence.effects if each.event_id == event_id]}",
+        f"  in Redis: {evidence.markers.get(event_id)} (epoch {evidence.epoch})",
+    ]
+
+
+def _happenings(history: History, event_id: str) -> Iterator[tuple[int, str]]:
+    for each in history.deliveries:
+        if each.event_id == event_id:
+            yield each.sent_at, f"sent to {each.service}"
+            seen = f"{each.seen.status} {each.seen.counts}" if isinstance(each.seen, Row) else each.seen.value
+            yield each.answered_at, f"{each.service} answered {each.said or 'nothing'}; the ledger then: {seen}"
+    for line in witness.read(history.witness):
+        if line.event_id == event_id:
+            took = f" (took {(line.at - line.began) / 1e6:.1f} ms)" if line.at > line.began else ""
+            yield line.at, f"process {line.pid}: {line.what} of attempt {line.attempt}{took}"
+    if event_id in history.lost:
+        yield history.lost[event_id], "the ledger was restored to a moment without it"
+
+
+def _markers(url: str, prefix: str) -> dict[str, str]:
+    with redis.Redis.from_url(url, socket_timeout=SETTLE_SECONDS) as client:
+        keys = list(client.scan_iter(f"{prefix}*", count=1000))
+        values = client.mget(keys) if keys else []
+    return {
+        key.decode().removeprefix(prefix): value.decode(errors="replace")
+        for key, value in zip(keys, values, strict=True)
+        if value is not None
+    }

@@ -1,0 +1,141 @@
+"""Writes down what a service's process does, as it does it: a test-only module, named in FIRSTCLAIM_HANDLERS.
+
+The service holds no switch for any of this. Imported as if it held handlers, this module wraps four methods, and
+only when TEST_WITNESS names a file. Guarantees: a line is one write to a file opened for appending, so several
+processes share it and kill -9 tears none; it is on file before what it announces can have an effect (a handler
+runs after its `start`), and what it reports has happened (a `claim` is committed). Both clocks of a line are the
+machine's monotonic one, the same in every process: what is reported happened between `began` and `at`.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from service.inbox.attempt import Attempt
+from service.inbox.ledger import Claim, Ledger
+from service.inbox.lock import Lock, LockReply
+
+VARIABLE: Final = "TEST_WITNESS"
+
+# What a line can say, in the order of a dispatch.
+LOCK: Final = "lock"  # the Redis lock is HELD
+CLAIM: Final = "claim"  # the ledger gave us this attempt
+HOLD: Final = "hold"  # our transaction has the lock on the row: from here on we could commit
+START: Final = "start"  # the handler is about to be called
+OUTSIDE: Final = "outside"  # the handler's call to the outside: the line is the effect
+END: Final = "end"  # the handler returned or raised
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One thing that a process did; `began` and `at` in nanoseconds of the monotonic clock."""
+
+    what: str
+    event_id: str
+    pid: int
+    began: int
+    at: int
+    attempt: int = 0  # a lock knows of none
+    key: str = ""  # of an outside effect: its idempotency key
+
+    @classmethod
+    def of(cls, what: str, event_id: str, attempt: int = 0, began: int | None = None, key: str = "") -> "Line":
+        """Of this process, now."""
+        now = time.monotonic_ns()
+        return cls(what, event_id, os.getpid(), now if began is None else began, now, attempt, key)
+
+    def append(self, file: Path) -> None:
+        """Add it to the file."""
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(descriptor, orjson.dumps(asdict(self)) + b"\n")
+        finally:
+            os.close(descriptor)
+
+
+def read(file: Path) -> list[Line]:
+    """Every line so far, in the order of writing; none if nobody has written."""
+    if not file.exists():
+        return []
+    return [Line(**orjson.loads(line)) for line in file.read_bytes().splitlines()]
+
+
+def outside(event_id: str, attempt: int, key: str) -> None:
+    """A call to the outside, by a handler: at least once per completed event, also from attempts that fail."""
+    if file := os.environ.get(VARIABLE):
+        Line.of(OUTSIDE, event_id, attempt, key=key).append(Path(file))
+
+
+def arm(environ: Mapping[str, str]) -> None:
+    """Wrap the methods, if `environ` names a file."""
+    if VARIABLE not in environ:
+        return
+    file = Path(environ[VARIABLE])
+    _note_after(Lock, "acquire", file, _locked)
+    _note_after(Ledger, "claim", file, _claimed)
+    _note_after(Ledger, "take_over", file, _taken_over)
+    _note_after(Ledger, "hold", file, _held)
+    _note_around_the_handler(file)
+
+
+Note = Callable[[tuple[Any, ...], Any], Iterator[Line]]
+
+
+def _note_after(owner: type, method: str, file: Path, note: Note) -> None:
+    whole: Callable[..., Awaitable[Any]] = getattr(owner, method)
+
+    @functools.wraps(whole)
+    async def wrapped(self: Any, *arguments: Any, **named: Any) -> Any:
+        began = time.monotonic_ns()
+        result = await whole(self, *arguments, **named)
+        for line in note(arguments, result):
+            replace(line, began=began).append(file)
+        return result
+
+    setattr(owner, method, wrapped)
+
+
+def _locked(arguments: tuple[Any, ...], reply: object) -> Iterator[Line]:
+    event_id = arguments[0]
+    if reply is LockReply.HELD and event_id.startswith("evt_"):  # `serve` also locks a key of its own when it starts
+        yield Line.of(LOCK, event_id)
+
+
+def _claimed(_: tuple[Any, ...], won: object) -> Iterator[Line]:
+    if isinstance(won, Claim):
+        yield Line.of(CLAIM, won.event_id, won.attempt)
+
+
+def _taken_over(_: tuple[Any, ...], claims: list[Claim]) -> Iterator[Line]:
+    for claim in claims:
+        yield Line.of(CLAIM, claim.event_id, claim.attempt)
+
+
+def _held(arguments: tuple[Any, ...], held: object) -> Iterator[Line]:
+    claim: Claim = arguments[1]
+    if held is not None:
+        yield Line.of(HOLD, claim.event_id, claim.attempt)
+
+
+def _note_around_the_handler(file: Path) -> None:
+    whole = Attempt._call
+
+    @functools.wraps(whole)
+    async def wrapped(self: Attempt, connection: Any) -> Any:
+        began = time.monotonic_ns()
+        Line.of(START, self.event.id, self.claim.attempt).append(file)
+        try:
+            return await whole(self, connection)
+        finally:
+            Line.of(END, self.event.id, self.claim.attempt, began).append(file)
+
+    Attempt._call = wrapped  # type: ignore[method-assign]
+
+
+arm(os.environ)
