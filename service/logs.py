@@ -5,6 +5,7 @@ characters; an exception is logged as its class and the place it was raised, nev
 may hold anything that a payload held. `redact` is what the ledger's `last_error` goes through.
 """
 
+import json
 import logging
 import re
 import sys
@@ -89,7 +90,12 @@ def configure(log_format: str, level: str) -> None:
 
 
 def _json(record: EventDict, **_: object) -> str:
-    return orjson.dumps(record, default=repr, option=orjson.OPT_NON_STR_KEYS).decode()
+    """In ASCII: what is no plain text in a nested value is escaped too."""
+    try:
+        line = orjson.dumps(record, default=repr).decode()
+    except TypeError:  # a lone surrogate, an odd key
+        return json.dumps(record, default=repr)
+    return line if line.isascii() else json.dumps(record, default=repr)
 
 
 def _plain(_: WrappedLogger, __: str, record: EventDict) -> EventDict:

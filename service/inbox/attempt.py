@@ -20,7 +20,17 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from service.errors import HandlerRuleBroken, LedgerUnavailable
 from service.inbox.event import Event
 from service.inbox.ledger import Claim, Held, Ledger
-from service.inbox.postgres import UNAVAILABLE, begin, commit, describe, discard, driver, handler_runs, roll_back
+from service.inbox.postgres import (
+    UNAVAILABLE,
+    begin,
+    check_not_refused,
+    commit,
+    describe,
+    discard,
+    driver,
+    handler_runs,
+    roll_back,
+)
 from service.registry import Context, Handler
 
 _ENDED = (
@@ -81,6 +91,7 @@ class Attempt:
                 return TakenOver()
             action = _checked_action(await self._call(connection))
             handler_runs(connection, False)
+            check_not_refused(connection)
             await self._mark(connection, self.held, action)
         except (TimeoutError, asyncio.CancelledError) as error:
             await self._end(connection)

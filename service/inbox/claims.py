@@ -70,7 +70,7 @@ class Claims:
             first.exception()  # retrieved: often nobody else is waiting for it
             raise
         finally:
-            if self._in_hand[event_id] is first:
+            if self._in_hand.get(event_id) is first:  # else one whose lock ran out; its place is another's now
                 del self._in_hand[event_id]
         first.set_result(won)
         return won

@@ -43,6 +43,11 @@ ROW_FAULTS = (
 )
 
 _HANDLER_RUNS = "firstclaim_handler_runs"
+_REFUSED = "firstclaim_refused"
+_MUST_NOT_END = (
+    "a handler must not commit or roll back: its transaction carries the completion mark "
+    "(use context.connection.begin_nested() for a part that may fail)"
+)
 _GOODBYE_SECONDS = 0.2  # with it on top a statement's timeout of 1.5 s is still a 503 within 2 s
 
 _PIN = """
@@ -184,17 +189,28 @@ def _end_transaction(dbapi_connection: Any, _record: Any, _state: PoolResetState
 
 def _refuse_in_handler(connection: Any) -> None:
     if not connection.invalidated and connection.info.get(_HANDLER_RUNS):
-        raise HandlerRuleBroken(
-            "a handler must not commit or roll back: its transaction carries the completion mark "
-            "(use context.connection.begin_nested() for a part that may fail)"
-        )
+        connection.info[_REFUSED] = True
+        raise HandlerRuleBroken(_MUST_NOT_END)
 
 
 def handler_runs(connection: AsyncConnection, running: bool) -> None:
     """While `running`, commit() and rollback() on `connection` raise `HandlerRuleBroken`."""
+    if (info := _info(connection)) is not None:
+        info[_HANDLER_RUNS] = running
+        if running:
+            info.pop(_REFUSED, None)
+
+
+def check_not_refused(connection: AsyncConnection) -> None:
+    """Raise `HandlerRuleBroken` if the handler swallowed that: it takes for committed or undone what is not."""
+    if (info := _info(connection)) is not None and info.get(_REFUSED):
+        raise HandlerRuleBroken(_MUST_NOT_END)
+
+
+def _info(connection: AsyncConnection) -> dict[Any, Any] | None:
+    """What is noted beside a pooled connection; None when it is gone."""
     sync = connection.sync_connection
-    if sync is not None and not sync.closed and not sync.invalidated:
-        sync.info[_HANDLER_RUNS] = running
+    return None if sync is None or sync.closed or sync.invalidated else sync.info
 
 
 def driver(connection: AsyncConnection) -> PinnedConnection:
