@@ -49,6 +49,9 @@ app.add_typer(epoch, name="epoch")
 
 out = Console(highlight=False)
 _URL = f"http://127.0.0.1:8000{WEBHOOK_PATH}"
+# How long a worker may be silent before its supervisor kills it. uvicorn's 5 s also killed workers that were still
+# starting, on a busy machine again and again; but a SIGTERM waits behind this, so not much longer than a start takes.
+_WORKER_SILENT_SECONDS = 20
 _KEEP_ALIVE_SECONDS = 75  # longer than a load balancer's idle timeout (60 s is common), or it meets closed sockets
 
 
@@ -339,6 +342,7 @@ def _run(settings: Settings, listener: socket.socket, workers: int) -> None:
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_worker_healthcheck=_WORKER_SILENT_SECONDS,
         timeout_graceful_shutdown=max(1, int(min(reading_and_answering, settings.shutdown_seconds / 2))),
     )
     if workers > 1:

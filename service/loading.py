@@ -56,7 +56,10 @@ def run(plan: Plan, dsn: str | None, settle_seconds: float, console: Console) ->
 
 def _html_faults(html: str | None) -> Iterator[str]:
     """Said before the load, not after it."""
-    if html is not None and not os.access(html if Path(html).exists() else Path(html).parent, os.W_OK):
+    if html is None:
+        return
+    path = Path(html)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         yield f"--html {html}: cannot be written"
 
 

@@ -58,6 +58,7 @@ class Load:
         self.pace = Pace(plan.deliveries_per_second)
         self.journal = Journal()
         self.last_answer_at = 0.0  # seconds from the start
+        self.over = False
         self._began = time.perf_counter()
 
     @property
@@ -95,6 +96,10 @@ class Sender(FastHttpUser):
     @task
     def deliver(self) -> None:
         """Send every copy before any answer is read: a greenlet gives way only when it waits for one."""
+        if self.load.over:
+            # locust kills users that wait; one that wakes up in that very moment would be killed in mid-request,
+            # and its delivery be missing.
+            return
         body = self.load.bodies.of(self.turn)
         self.load.journal.sent(self.turn.number)
         # Copies at the same instant have the same timestamp, so the same signature.
@@ -166,7 +171,7 @@ def generate(plan: Plan, pipe: Connection) -> None:
     runner.greenlet.spawn(_report, load, runner.stats, pipe, stop)
     cpu_before = time.process_time()
     stop.wait(plan.duration_seconds)
-    seconds = load.seconds
+    seconds, load.over = load.seconds, True
     runner.stop()  # what is in flight gets its answer
     seconds = max(seconds, load.last_answer_at)
     result = _result(load, runner.stats, seconds, time.process_time() - cpu_before)

@@ -77,16 +77,14 @@ class Attempt:
     async def run(self) -> str | Exception:
         """The action once it is committed, or the exception that says why it is not.
 
-        Raises `LedgerUnavailable` when no connection can be had, and CancelledError when we are stopping.
+        Raises `LedgerUnavailable` when the row cannot be locked at all, and CancelledError when we are stopping.
         """
         try:
             connection = await self.engine.connect()
-        except UNAVAILABLE as error:
+            self.held = await self._hold(connection)
+        except UNAVAILABLE as error:  # the handler has not begun: this is no failure of it
             raise LedgerUnavailable(describe(error)) from error
         try:
-            async with asyncio.timeout(self.postgres_timeout_seconds):
-                await begin(connection)
-                self.held = await self.ledger.hold(connection, self.claim)
             if self.held is None:
                 return TakenOver()
             action = _checked_action(await self._call(connection))
@@ -104,6 +102,15 @@ class Attempt:
             return await self._commit(connection, action)
         finally:
             await self._give_back(connection)
+
+    async def _hold(self, connection: AsyncConnection) -> Held | None:
+        try:
+            async with asyncio.timeout(self.postgres_timeout_seconds):
+                await begin(connection)
+                return await self.ledger.hold(connection, self.claim)
+        except BaseException:
+            await discard(connection)
+            raise
 
     async def _call(self, connection: AsyncConnection) -> Any:
         """Run the handler and wait for it until its deadline, but not for one that ignores its cancellation."""

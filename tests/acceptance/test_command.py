@@ -4,65 +4,15 @@ import asyncio
 import os
 import secrets
 import socket
-import sys
-from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import asyncpg
 import pytest
 
+from tests.acceptance.command import PASSWORD, SECRET, Command, Run
 from tests.acceptance.harness import REPOSITORY
 from tests.stores import Stores, drop
-
-_RUN_SECONDS = 60
-PASSWORD = "pa55w0rd-in-a-url"
-SECRET = "whsec_must_not_be_printed"
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """How a command ended; `said` is everything it wrote."""
-
-    code: int
-    said: str
-
-    def says(self, *words: str) -> None:
-        """Every one of `words` was said, and none of what must never be."""
-        for word in words:
-            assert word in self.said, f"{word!r} is missing in:\n{self.said}"
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """Runs `firstclaim` in a folder of its own, with a valid environment that a test changes."""
-
-    folder: Path
-    environment: Mapping[str, str]
-
-    async def __call__(self, *arguments: str, **changes: str | None) -> Run:
-        environment = {**self.environment, **changes}
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "service", *arguments),
-            cwd=self.folder,
-            env={name: value for name, value in environment.items() if value is not None},
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
-        try:
-            async with asyncio.timeout(_RUN_SECONDS):
-                output, _ = await process.communicate()
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        assert process.returncode is not None
-        run = Run(process.returncode, output.decode())
-        assert "Traceback" not in run.said, run.said
-        assert PASSWORD not in run.said
-        assert SECRET not in run.said
-        return run
 
 
 @pytest.fixture
@@ -212,3 +162,10 @@ async def test_the_port_is_taken(command: Command) -> None:
         run = await command("serve", "--port", port)
     assert run.code == 2, run.said
     run.says(f"cannot listen on 127.0.0.1 port {port}")
+
+
+async def test_send_to_what_is_no_url(command: Command) -> None:
+    """An address that cannot be one: exit 2, and the argument is named."""
+    run = await command("send", "invoice.paid", "--url", "localhost:8000")
+    assert run.code == 2, run.said
+    run.says("--url")

@@ -9,7 +9,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -18,12 +18,13 @@ import asyncpg
 import httpx
 import orjson
 
-from tests.acceptance.harness import ROW, Answer, Row, Sample, Service, sample
+from tests.acceptance.harness import ROW, Answer, Row, Sample, Service, eventually, sample
 from tests.chaos.history import History
 from tests.fixtures import signed
 
 _SPREAD = 24  # shots among which the next one is picked: how far apart an event's copies may be
 _ANSWER_SECONDS = 60.0  # a hanging answer is for the test to judge
+_MORE_SECONDS = 120.0
 _PAUSE_SECONDS = 0.02  # after a connection was refused
 
 Said = tuple[int, bool, str]
@@ -85,6 +86,20 @@ class Load:
         shots = self._shots()
         await self._send(next(shots) for _ in range(deliveries))
 
+    async def more(self, deliveries: int) -> None:
+        """Wait for so many more answers of what runs."""
+
+        async def answered() -> int:
+            return self.said.total()
+
+        goal = self.said.total() + deliveries
+        await eventually(answered, lambda total: total >= goal, _MORE_SECONDS)
+
+    @property
+    def counts(self) -> str:
+        """How many of each answer."""
+        return ", ".join(f"{times} {said and said[2]}" for said, times in self.said.most_common())
+
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Deliver for as long as the block runs; what is on its way then still gets its answer."""
@@ -129,6 +144,26 @@ class Load:
                 self.events.append(sample())
                 pool += [self.events[-1]] * self.copies
             yield pool.pop(random.randrange(len(pool)))
+
+
+@asynccontextmanager
+async def repeated(act: Callable[[], Awaitable[object]], every_seconds: float) -> AsyncIterator[None]:
+    """Do it again and again while the block runs; what it raises, the block raises when it is left."""
+    stopping = asyncio.Event()
+
+    async def body() -> None:
+        while not stopping.is_set():
+            await act()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(every_seconds):
+                    await stopping.wait()
+
+    repeating = asyncio.create_task(body())
+    try:
+        yield
+    finally:
+        stopping.set()
+        await repeating
 
 
 @asynccontextmanager

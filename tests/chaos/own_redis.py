@@ -58,9 +58,9 @@ class RedisServer(Server):
         async with redis.asyncio.Redis(port=self.port, username="test", password="test", socket_timeout=30) as client:
             return await client.execute_command(*command)  # type: ignore[no-untyped-call]
 
-    async def replicate(self, primary: "RedisServer") -> None:
-        """Become its replica, and wait until its data has been copied."""
-        await self.call("REPLICAOF", "127.0.0.1", primary.port)
+    async def replicate(self, primary: "RedisServer", *, port: int | None = None) -> None:
+        """Become its replica (by a proxy's `port`, if given), and wait until its data has been copied."""
+        await self.call("REPLICAOF", "127.0.0.1", port or primary.port)
         await eventually(self._replication, lambda seen: seen.get("master_link_status") == "up", START_SECONDS)
 
     async def promote(self) -> None:

@@ -485,6 +485,16 @@ async def test_a_slow_handler_fails_at_its_deadline(hasty: World) -> None:
     await still_works(hasty)
 
 
+async def test_what_ends_after_the_deadline_has_failed(hasty: World) -> None:
+    """A handler that would end by itself, a little late, is not waited for either."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        await asyncio.sleep(3)
+
+    await too_late(hasty, function)
+
+
 async def test_a_slow_statement_is_ended_at_the_deadline(hasty: World) -> None:
     """The server does not go on with it for minutes, with the row locked."""
 
@@ -872,6 +882,54 @@ async def test_a_commit_that_never_arrived_is_a_failure(
     await still_works(world)
 
 
+async def test_a_commit_is_sent_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever comes back: a second COMMIT could only be of another transaction."""
+    sent = 0
+
+    async def lost(_: AsyncConnection) -> None:
+        nonlocal sent
+        sent += 1
+        raise ConnectionResetError
+
+    claim = await world.claim()
+    with monkeypatch.context() as patch:
+        patch.setattr(AsyncConnection, "commit", lost)
+        assert (await world.dispatch(handles, claim)).kind is Kind.FAILED
+    assert sent == 1
+
+
+async def test_a_commit_still_under_way_is_waited_for(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost to us while the server is still at it: what a read would show now is not how it ends."""
+    claim = await world.marked()
+    backend = await asyncpg.connect(world.url)
+
+    async def lost(connection: AsyncConnection) -> None:
+        await connection.rollback()  # our end of it; the server's end is `backend`, which has the mark and will commit
+        await backend.execute("BEGIN")
+        await backend.execute(
+            "UPDATE stripe_events SET status = 'completed', settled_at = clock_timestamp() WHERE event_id = $1",
+            claim.event_id,
+        )
+        raise ConnectionResetError
+
+    async def waits() -> bool:
+        waiting = "SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database() AND wait_event = $1"
+        return dispatching.done() or await world.database.fetchval(waiting, "transactionid")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AsyncConnection, "commit", lost)
+        dispatching = asyncio.create_task(world.dispatch(handles, claim))
+        try:
+            await until(waits)
+            assert not dispatching.done()
+            await backend.execute("COMMIT")
+            assert (await dispatching).kind is Kind.PROCESSED
+        finally:
+            await backend.close()
+    row = await world.row(claim.event_id)
+    assert (row["status"], row["failures"], row["last_error"]) == ("completed", 0, None)
+
+
 async def test_a_commit_that_was_taken_over_is_a_duplicate(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lost, and by the time we ask another holds the row: nothing of it is ours to say."""
     claim = await world.claim()
@@ -936,6 +994,26 @@ async def test_without_a_connection_nothing_is_charged(world: World, unused_tcp_
     row = await world.row(claim.event_id)
     assert (row["status"], row["failures"], row["abandoned"]) == ("pending", 0, 0)
     assert -15 < row["due_in"] <= 5  # not at once, or recovery would do nothing else
+    assert await world.value(claim.event_id) is None
+    await still_works(world)
+
+
+@pytest.mark.parametrize("error", [TimeoutError(), ConnectionResetError(), asyncpg.AdminShutdownError()])
+async def test_a_row_that_cannot_be_locked_charges_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """A pooled connection that turns out to be frozen or dead: the handler has not begun, and so has not failed."""
+
+    async def hold(*_: Any) -> None:
+        raise error
+
+    claim = await world.marked()
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "hold", hold)
+        with pytest.raises(LedgerUnavailable):
+            await world.dispatch(must_not_run, claim)
+    row = await world.row(claim.event_id)
+    assert (row["status"], row["failures"], row["abandoned"]) == ("pending", 0, 0)
     assert await world.value(claim.event_id) is None
     await still_works(world)
 

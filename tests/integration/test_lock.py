@@ -415,7 +415,7 @@ async def test_a_frozen_server_is_away() -> None:
     """It takes the connection and the command, and never answers: a timeout, and therefore away."""
     server = Server()
     server.reply = None
-    async with listening(server, timeout_seconds=0.3) as client:
+    async with listening(server, timeout_seconds=0.3) as client, asyncio.timeout(10):
         await is_away(make(client))
 
 

@@ -329,7 +329,8 @@ async def test_past_its_budget_nothing_unrecorded_is_promised(
     monkeypatch.setattr(Ledger, "claim", slow)
     world = await make_world({TYPE: handles}, answer_budget_seconds=0.1)
     given = delivery()
-    assert await world.pipeline.deliver(given) == Outcome(Kind.UNAVAILABLE, "unavailable", "Not recorded in time")
+    async with asyncio.timeout(10):
+        assert await world.pipeline.deliver(given) == Outcome(Kind.UNAVAILABLE, "unavailable", "Not recorded in time")
     await committed.wait()
     go_on.set()
     await until(lambda: has_status(world, given.event.id, Status.COMPLETED))
@@ -345,12 +346,30 @@ async def test_a_client_that_hangs_up_cancels_nothing(make_world: MakeWorld, gat
     with pytest.raises(asyncio.CancelledError):
         await request
     gate.finish.set()
-    await until(lambda: has_status(world, given.event.id, Status.COMPLETED))
+    await until(lambda: ended(world, given.event.id))
     await settled(world, given.event.id)
+
+
+async def test_slow_handlers_do_not_starve_recording(make_world: MakeWorld, gate: Gate) -> None:
+    """Every handler slot is taken, for long: claiming and recording have connections of their own."""
+    world = await make_world({TYPE: gate.handle}, handler_slots=2, ingest_connections=2)
+    slow = [asyncio.create_task(world.pipeline.deliver(delivery())) for _ in range(2)]
+    running = "SELECT count(*) = 2 FROM pg_stat_activity WHERE datname = current_database() AND backend_xid IS NOT NULL"
+    await until(lambda: world.database.fetchval(running))
+    try:
+        async with asyncio.timeout(10):
+            assert await world.ledger.record(delivery(), due_in_seconds=0) is None
+    finally:
+        gate.finish.set()
+        await asyncio.wait(slow)
 
 
 async def has_status(world: World, event_id: str, status: Status) -> bool:
     return await world.status(event_id) is status
+
+
+async def ended(world: World, event_id: str) -> bool:
+    return await world.status(event_id) is not Status.PROCESSING
 
 
 # -- a store is away ----------------------------------------------------------------------------------
@@ -539,6 +558,24 @@ async def test_no_marker_counts_without_a_confirmed_epoch(world: World) -> None:
     assert await world.pipeline.deliver(given) == duplicate(given.event.id, "already completed")
 
 
+async def test_the_marker_is_of_the_ledger_that_committed_the_row(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another epoch is confirmed while the row is inserted: it may not be in that ledger, so no marker says it is."""
+    claim = Ledger.claim
+
+    async def then_restored(ledger: Ledger, given: Delivery, *, ignored: bool = False) -> Claim | Found:
+        won = await claim(ledger, given, ignored=ignored)
+        world.claims.epoch.confirm("0123456789abcdef")
+        return won
+
+    given = delivery()
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "claim", then_restored)
+        await world.pipeline.deliver(given)
+    assert await world.value(given.event.id) == f"recorded:{await world.ledger.read_epoch()}".encode()
+
+
 # -- recovery -----------------------------------------------------------------------------------------
 
 
@@ -563,6 +600,20 @@ async def test_recovery_leaves_anothers_live_lock_alone(world: World) -> None:
     await recovered(world)
     assert await world.status(given.event.id) is Status.PENDING
     assert await world.value(given.event.id) == b"claimed:another"
+
+
+async def test_recovery_that_finds_redis_away_claims_nothing(
+    stores: Stores, make_world: MakeWorld, redis_prefix: str
+) -> None:
+    """Nobody knew yet, so it is recovery that finds out: what is due stays as it is, for when the lock is back."""
+    observer = await make_world()
+    given = await observer.state_of(delivery(), Status.PENDING)
+    async with between(stores, observer.url, redis_prefix) as (world, _, redis):
+        redis.switch(Mode.REFUSE)
+        await recovered(world)
+        assert world.lock.away
+    row = await observer.row(given.event.id)
+    assert (row["status"], row["attempt"]) == ("pending", 0)
 
 
 async def test_a_row_that_recovery_does_not_get_is_unlocked_again(world: World) -> None:
@@ -684,8 +735,12 @@ async def test_a_bad_round_does_not_end_recovery(world: World, monkeypatch: pyte
     monkeypatch.setattr(Pipeline, "recover", failing)
     recovery = Recovery(world.pipeline, world.ledger, world.claims.epoch, interval_seconds=0.01, batch=10)
     running = asyncio.create_task(recovery.run())
+
+    async def completed_or_over(event_id: str) -> bool:
+        return running.done() or await has_status(world, event_id, Status.COMPLETED)
+
     try:
-        await until(lambda: has_status(world, given.event.id, Status.COMPLETED))
+        await until(lambda: completed_or_over(given.event.id))
         assert not running.done()
         assert recovery.well
     finally:
@@ -694,9 +749,21 @@ async def test_a_bad_round_does_not_end_recovery(world: World, monkeypatch: pyte
     await settled(world, given.event.id)
 
 
+async def test_recovery_looks_for_vanished_holders(world: World) -> None:
+    """Nobody else does: a claim past its lease, with no handler's lock on its row, is due again after a round."""
+    claim = await world.claim()
+    await world.change(claim.event_id, due_at=-1.0)
+    recovery = Recovery(world.pipeline, world.ledger, world.claims.epoch, interval_seconds=0.01, batch=10)
+    await recovery._round()
+    row = await world.row(claim.event_id)
+    assert (row["status"], row["abandoned"]) == ("pending", 1)
+
+
 async def test_recovery_confirms_the_epoch(world: World) -> None:
     """Each round reads it anew: without that no marker would count for long, and a rotation would go unnoticed."""
     recovery = Recovery(world.pipeline, world.ledger, world.claims.epoch, interval_seconds=0.01, batch=10)
+    await world.ledger.read_epoch()
+    world.claims.epoch._confirmed = float("-inf")  # not for a long time, and no connection is opened anew
     await recovery._round()
     before = world.claims.epoch.current
     assert before == await world.ledger.read_epoch()

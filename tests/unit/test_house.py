@@ -130,6 +130,18 @@ def test_only_the_roots_know_the_web_server() -> None:
         } == roots
 
 
+def test_no_service_has_the_load_generator_in_it() -> None:
+    """locust and gevent are imported by one module, and that by nobody but a function which runs in a new process."""
+    knows = {name for name in MODULES for module, _ in imports(name) if module.split(".")[0] in ("locust", "gevent")}
+    assert knows == {"service.loading_users"}
+    assert {name for name in MODULES if "service.loading_users" in imported_modules(name)} == {"service.loading"}
+    assert not [
+        node
+        for node in MODULES["service.loading"].body
+        if isinstance(node, ast.ImportFrom) and "loading_users" in ast.dump(node)
+    ]
+
+
 @pytest.mark.parametrize(
     "name", ["service.inbox.event", "service.inbox.outcome", "service.inbox.model", "service.errors"]
 )

@@ -265,7 +265,8 @@ async def test_a_slow_body_is_a_408() -> None:
         yield BODY[:10]
         await asyncio.Event().wait()
 
-    response = await refused(stalls(), signed(BODY), body_timeout_seconds=0.01)
+    async with asyncio.timeout(5):
+        response = await refused(stalls(), signed(BODY), body_timeout_seconds=0.01)
     assert (response.status_code, response.headers["connection"]) == (408, "close")
     assert response.content == REJECTED % b"Body took too long to arrive"
 

@@ -1,0 +1,139 @@
+"""Rows 17 and 18: the connection is cut at a COMMIT, and nobody can tell from it whether the server did it.
+
+A proxy stands before Postgres and acts at the very message: the INSERT, which commits by itself, is the first to
+name the event, and the completion's COMMIT is the only one there is.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import pytest
+
+from service.inbox.model import Status
+from tests.acceptance.harness import (
+    IGNORED,
+    PROCESSED,
+    SHORT_LEASE,
+    UNAVAILABLE,
+    Answer,
+    Row,
+    Sample,
+    Service,
+    eventually,
+    sample,
+)
+from tests.chaos.history import History
+from tests.chaos.rows import answered, dispatched
+from tests.chaos.verdict import verdict
+from tests.proxy import Mode, Proxy, before_postgres
+
+
+@dataclass(slots=True)
+class Cut:
+    """A service whose connections to Postgres can be cut at a message."""
+
+    history: History
+    service: Service
+    proxy: Proxy
+
+    def at(self, words: Callable[[bytes], bool], mode: Mode) -> asyncio.Event:
+        """Have the proxy change its mode when such a message comes by, before it is forwarded; tells when it did."""
+        met = asyncio.Event()
+
+        def look(sent: bytes) -> None:
+            if words(sent) and not met.is_set():
+                met.set()
+                self.proxy.switch(mode)
+
+        self.proxy.on_sent = look
+        return met
+
+    def mend(self) -> None:
+        """Cut what stands, and let everybody in again."""
+        self.proxy.switch(Mode.REFUSE)
+        self.proxy.switch(Mode.OPEN)
+
+    async def seen(self, event: Sample, status: Status) -> Row:
+        """Wait until the ledger, asked past the proxy, says so."""
+        row = await eventually(lambda: self.history.ground.row(event), lambda row: row and row.status is status)
+        assert row is not None
+        return row
+
+
+@pytest.fixture
+async def cut(history: History) -> AsyncIterator[Cut]:
+    """One service; what nobody holds is taken over within a second."""
+    async with before_postgres(history.ground.database_url) as (proxy, through):
+        service = await history.service(SHORT_LEASE | {"DATABASE_URL": through}).start()
+        yield Cut(history, service, proxy)
+        await service.kill()
+
+
+async def test_row_17_insert_cut_before_the_server_saw_it(cut: Cut) -> None:
+    """The INSERT never arrives: 503 and no row; the retry is processed, on the first attempt."""
+    event = sample()
+    met = cut.at(lambda sent: event.id.encode() in sent, Mode.REFUSE)
+    assert (await answered(cut.history, cut.service, event)).said == UNAVAILABLE
+    assert met.is_set()
+    assert await cut.history.ground.row(event) is None
+    cut.mend()
+    assert (await retried(cut, event)).said == PROCESSED
+    assert (await cut.history.ground.settled(event)).counts == (1, 0, 0)
+    await verdict(cut.history)
+
+
+async def test_row_17_insert_cut_after_the_server_saw_it(cut: Cut) -> None:
+    """The INSERT is committed and nobody hears of it: 503; the row is owned, a retry says so, recovery completes it."""
+    event = sample()
+    met = cut.at(lambda sent: event.id.encode() in sent, Mode.MUTE)
+    delivery = asyncio.create_task(answered(cut.history, cut.service, event))
+    await met.wait()
+    await cut.seen(event, Status.PROCESSING)
+    cut.mend()
+    assert (await delivery).said == UNAVAILABLE
+    assert (await retried(cut, event)).said in (PROCESSED, IGNORED)
+    row = await cut.history.ground.settled(event)
+    assert row.failures == 0
+    assert dispatched(cut.history, event) == [row.attempt]
+    await verdict(cut.history)
+
+
+async def test_row_18_completion_cut_after_the_server_saw_it(cut: Cut) -> None:
+    """The COMMIT is done and its reply is lost with the connection: the guarded update finds it so, and says P."""
+    event = sample()
+    met = cut.at(lambda sent: b"COMMIT" in sent, Mode.MUTE)
+    delivery = asyncio.create_task(answered(cut.history, cut.service, event))
+    await met.wait()
+    await cut.seen(event, Status.COMPLETED)
+    cut.mend()
+    assert (await delivery).said == PROCESSED
+    await completed_once(cut, event)
+
+
+async def test_row_18_completion_cut_and_the_ledger_gone(cut: Cut) -> None:
+    """The COMMIT is done, and then the database cannot say so: 503; back again, it is completed without a failure."""
+    event = sample()
+    met = cut.at(lambda sent: b"COMMIT" in sent, Mode.MUTE)
+    delivery = asyncio.create_task(answered(cut.history, cut.service, event))
+    await met.wait()
+    await cut.seen(event, Status.COMPLETED)
+    cut.proxy.switch(Mode.REFUSE)
+    assert (await delivery).said == UNAVAILABLE
+    cut.mend()
+    assert (await retried(cut, event)).said == IGNORED
+    await completed_once(cut, event)
+
+
+async def completed_once(cut: Cut, event: Sample) -> None:
+    """One attempt, one effect, and no failure: failing it was a no-op."""
+    assert (await cut.history.ground.settled(event)).counts == (1, 0, 0)
+    assert dispatched(cut.history, event) == [1]
+    await verdict(cut.history)
+
+
+async def retried(cut: Cut, event: Sample) -> Answer:
+    """The first answer that is not 503: connections are made anew."""
+    return await eventually(
+        lambda: answered(cut.history, cut.service, event), lambda answer: answer.said != UNAVAILABLE
+    )
