@@ -31,7 +31,7 @@ _RECORDED = b"recorded:"
 Command = Callable[[Pipeline], object]
 _AWAY_ERRORS = (RedisError, OSError, TimeoutError)
 _PIPELINE_MOST = 200  # commands: a reply to the first of more would wait too long for the last
-_PIPELINES = 2  # under way at once; few, so that they fill
+_PIPELINES = 1  # under way at once: so they fill, and a reply is never far away
 
 # Lua on every server: `SET ... IFEQ` exists on Valkey 8.1 and Redis 8.4 only.
 _SWAP = """
