@@ -22,6 +22,7 @@ from service.inbox.postgres import UNAVAILABLE, describe, read_epoch
 from service.inbox.schema import SchemaState, compare, outdated, read_version
 from service.registry import Registry
 from service.settings import Settings
+from service.web.lobby import affordable_connections
 
 _CONNECT_ATTEMPTS = 20  # at half a second: a database that is starting beside us gets its time
 _CONNECT_PAUSE_SECONDS = 0.5
@@ -64,6 +65,7 @@ async def all_checks(settings: Settings, *, patient: bool = False) -> list[Check
     """Every check; `patient` waits some seconds for a Postgres that is still starting."""
     found = [_ok("configuration", "every setting is valid")]
     found += check_handlers(settings)
+    found += check_files(settings)
     found += [check async for check in check_postgres(settings, patient=patient)]
     found += [check async for check in check_redis(settings)]
     return found
@@ -83,6 +85,15 @@ def check_handlers(settings: Settings) -> list[Check]:
     if strange:
         return [_warn("handlers", f"not a type that stripe-python knows: {', '.join(strange)}")]
     return [_ok("handlers", ", ".join(sorted(h.pattern for h in handlers)))]
+
+
+def check_files(settings: Settings) -> list[Check]:
+    """That this process may have as many sockets open as it is set to."""
+    affordable, wanted = affordable_connections(settings), settings.connections_most
+    if affordable < wanted:
+        detail = f"the limit on open files leaves room for {affordable} sockets per process, not {wanted}: raise it"
+        return [_warn("files", f"{detail} (ulimit -n)")]
+    return [_ok("files", f"room for {wanted} sockets per process")]
 
 
 def known_event_types() -> frozenset[str]:

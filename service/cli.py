@@ -10,18 +10,19 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 import uvicorn
 from rich.console import Console
 from rich.text import Text
+from starlette.applications import Starlette
 from uvicorn.supervisors import Multiprocess
 
 from service import loading, sending
@@ -36,6 +37,7 @@ from service.loading_plan import IN_FLIGHT_MOST, Plan
 from service.logs import configure
 from service.settings import Settings, load_settings
 from service.web.door import Door
+from service.web.lobby import Lobby, affordable_connections
 from service.web.webhook import WEBHOOK_PATH
 
 app = typer.Typer(
@@ -52,6 +54,7 @@ _URL = f"http://127.0.0.1:8000{WEBHOOK_PATH}"
 # How long a worker may be silent before its supervisor kills it. uvicorn's 5 s also killed workers that were still
 # starting, on a busy machine again and again; but a SIGTERM waits behind this, so not much longer than a start takes.
 _WORKER_SILENT_SECONDS = 20
+_BODIES_ARRIVING_MOST = 64  # of the largest size, at once in memory; of an ordinary one some ten thousand
 _KEEP_ALIVE_SECONDS = 75  # longer than a load balancer's idle timeout (60 s is common), or it meets closed sockets
 
 
@@ -327,14 +330,16 @@ def _stop_on_signals() -> None:
         signal.signal(number, leave)
 
 
-def _run(settings: Settings, listener: socket.socket, workers: int) -> None:
+def server_config(application: Callable[[], Starlette], settings: Settings, workers: int) -> uvicorn.Config:
+    """uvicorn as `serve` runs it, whatever `application` makes."""
+    lobby = Lobby(affordable_connections(settings), _BODIES_ARRIVING_MOST * settings.body_most_bytes)
     reading_and_answering = settings.body_timeout_seconds + settings.answer_budget_seconds + 1
-    config = uvicorn.Config(
-        partial(create_app, settings),
+    return uvicorn.Config(
+        application,
         factory=True,
         workers=workers,
         loop="uvloop",
-        http=Door,
+        http=cast(type[asyncio.Protocol], partial(Door, lobby)),  # all that is asked of it is to make one
         ws="none",
         lifespan="on",
         log_config=None,
@@ -345,6 +350,10 @@ def _run(settings: Settings, listener: socket.socket, workers: int) -> None:
         timeout_worker_healthcheck=_WORKER_SILENT_SECONDS,
         timeout_graceful_shutdown=max(1, int(min(reading_and_answering, settings.shutdown_seconds / 2))),
     )
+
+
+def _run(settings: Settings, listener: socket.socket, workers: int) -> None:
+    config = server_config(partial(create_app, settings), settings, workers)
     if workers > 1:
         Multiprocess(config, sockets=[listener]).run()
     else:

@@ -151,6 +151,12 @@ class Settings(BaseSettings):
     abandoned_most: int = Field(
         8, ge=1, description="An event whose holder vanished this often kills its process: it becomes `dead`."
     )
+    connections_most: int = Field(
+        2000,
+        ge=10,
+        le=100_000,
+        description="Sockets per process. At more, who has been sending a request for longest has to make room.",
+    )
     body_most_bytes: int = Field(
         1024 * 1024, ge=1024, description="Larger is answered with 413; Stripe publishes no maximum."
     )

@@ -100,8 +100,10 @@ async def _retry(wish: _Wish, context: Context) -> str:
     return ACTION
 
 
-async def _permanent(_wish: _Wish, _context: Context) -> str:
-    raise Permanent("never")
+async def _permanent(wish: _Wish, context: Context) -> str:
+    if wish.misbehaves(context):
+        raise Permanent("never")
+    return ACTION
 
 
 async def _hold(wish: _Wish, _context: Context) -> str:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -523,6 +524,11 @@ class Ground:
         """How many events the ledger holds."""
         counted: int = (await self._fetch("SELECT count(*) FROM stripe_events"))[0][0]
         return counted
+
+    async def statuses(self) -> Counter[Status]:
+        """How many events there are of each status."""
+        found = await self._fetch("SELECT status, count(*) FROM stripe_events GROUP BY status")
+        return Counter({Status(status): count for status, count in found})
 
     async def _fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
         connection = await asyncpg.connect(self.database_url, timeout=SETTLE_SECONDS)

@@ -8,7 +8,6 @@ import pytest_asyncio
 
 from service.inbox.model import Status
 from tests.acceptance.harness import (
-    DEAD,
     FAILED,
     IGNORED,
     PROCESSED,
@@ -89,23 +88,9 @@ async def test_a_short_retry_is_recoverys(shared_ground: Ground, service: Servic
     assert (await shared_ground.settled(event)).counts == (2, 1, 0)
 
 
-async def test_permanent_is_dead_at_once(shared_ground: Ground, service: Service) -> None:
-    """Permanent: 200, so that Stripe stops; dead, so that an operator looks; and never tried again by itself."""
-    event = sample("permanent")
-    answer = await shared_ground.deliver(service, event)
-    assert (answer.said, answer.reason) == (DEAD, f"Event {event.id} is dead: replay it")
-    row = await shared_ground.settled(event, Status.DEAD)
-    assert row.counts == (1, 1, 0)
-    assert row.last_error == "Permanent: never"
-    await recovery_has_passed(shared_ground, service)
-    assert (await shared_ground.deliver(service, event)).said == IGNORED
-    assert await shared_ground.settled(event, Status.DEAD) == await shared_ground.row(event)
-
-
 @pytest.mark.parametrize(
     ("behaviour", "rule"),
     [
-        ("swallow", "the handler swallowed an SQL error"),
         ("commit", "a handler must not commit or roll back"),
         ("commit_and_go_on", ""),
         ("rollback", "a handler must not commit or roll back"),
@@ -132,24 +117,6 @@ async def test_a_broken_rule_fails_visibly(
     row = await shared_ground.settled(event)
     assert row.attempt == row.failures + 1
     assert row.abandoned == 0
-
-
-@pytest.mark.parametrize("behaviour", ["raw_commit", "raw_rollback_and_write"])
-async def test_what_a_handler_committed_by_itself_is_not_doubled(
-    behaviour: str, shared_ground: Ground, service: Service
-) -> None:
-    """A raw COMMIT, or a raw ROLLBACK and then SQL outside of any transaction: dead, named, never tried again."""
-    event = sample(behaviour)
-    shared_ground.waived.add(event.id)
-    assert (await shared_ground.deliver(service, event)).said == FAILED
-    row = await shared_ground.row(event)
-    assert row is not None
-    assert "a handler must not commit" in (row.last_error or "")
-    await recovery_has_passed(shared_ground, service)
-    assert (await shared_ground.row(event)) == row
-    assert (row.status, row.counts) == (Status.DEAD, (1, 1, 0))
-    assert (await shared_ground.deliver(service, event)).said == IGNORED
-    assert await shared_ground.effects(event) == 1
 
 
 # -- over the deadline --------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import asyncio
 import signal
 import socket
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -14,55 +13,14 @@ from service.inbox.model import Status
 from tests.acceptance.harness import (
     DEFERRED,
     PROCESSED,
-    UNAVAILABLE,
     Ground,
     Overrides,
     Service,
-    StalledDelivery,
     eventually,
     sample,
 )
 
-SHUTDOWN_SECONDS = 4
-HASTY: Overrides = {"answer_budget_seconds": 1.5, "shutdown_seconds": SHUTDOWN_SECONDS, "lock_ttl_seconds": 1}
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-async def test_sigterm_with_work_in_flight(workers: int, ground: Ground, tmp_path: Path) -> None:
-    """SIGTERM: what can end ends, what cannot is released uncharged, nobody is lied to, and it exits with 0 in time."""
-    service = await ground.service(HASTY, workers=workers).start()
-    gate = tmp_path / "gate"
-    ending, stuck, unsent = sample("hold", gate=str(gate)), sample("hang", until=1), sample()
-    answers = [asyncio.create_task(ground.deliver(service, event)) for event in (ending, stuck)]
-    stalled = await StalledDelivery.begin(service.url, unsent.body)
-    for event in (ending, stuck):
-        await ground.settled(event, Status.PROCESSING)
-
-    asked_at = time.monotonic()
-    service.terminate()
-    await eventually(_says(service, "Shutting down"))
-    gate.touch()
-    assert await service.ended() == 0, service.output
-    assert time.monotonic() - asked_at < SHUTDOWN_SECONDS + 1
-    await eventually(service.members, lambda members: not members)
-
-    ended, deferred = await asyncio.gather(*answers)
-    assert ended.said in (PROCESSED, DEFERRED)
-    assert deferred.said in (DEFERRED, UNAVAILABLE)
-    assert (await stalled.answer()).said == UNAVAILABLE
-    assert await ground.row(unsent) is None
-    assert (await ground.settled(ending)).counts == (1, 0, 0)
-    row = await ground.row(stuck)
-    assert row is not None
-    assert (row.failures, row.abandoned) == (0, 0)
-    if workers == 1:  # of two, the one that stops last may have taken over what the first released
-        assert (row.status, row.attempt) == (Status.PENDING, 1)
-        assert row.due_in_seconds <= 0
-
-    successor = await ground.service().start()
-    row = await ground.settled(stuck)
-    assert (row.failures, row.abandoned) == (0, 0)
-    assert await successor.stop() == 0
+HASTY: Overrides = {"answer_budget_seconds": 1.5, "shutdown_seconds": 4, "lock_ttl_seconds": 1}
 
 
 async def test_the_drain_delay_keeps_serving(ground: Ground) -> None:

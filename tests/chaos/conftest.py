@@ -10,6 +10,7 @@ import pytest
 from tests import clock as clocks
 from tests.acceptance.harness import Ground
 from tests.chaos.history import History
+from tests.chaos.own import Own
 from tests.chaos.servers import Servers, make_template, own_servers
 from tests.stores import Stores
 
@@ -43,3 +44,15 @@ async def servers(template: Path) -> AsyncIterator[Servers]:
     """Servers of this test's own, to be broken; none of them is left after it."""
     async with own_servers(template) as servers:
         yield servers
+
+
+@pytest.fixture
+async def own(servers: Servers, tmp_path: Path) -> AsyncIterator[Own]:
+    """A history whose Postgres and Redis are its own."""
+    postgres, redis = await servers.postgres(), await servers.redis()
+    own = Own(History(Ground(postgres.url, redis.url, "chaos:", tmp_path)), postgres, redis)
+    try:
+        yield own
+    finally:
+        await own.mend()
+        await own.history.ground.leave()

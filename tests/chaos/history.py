@@ -14,15 +14,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Final
 
-import asyncpg
 import httpx
 
+from service.inbox.postgres import UNAVAILABLE
 from tests.acceptance.harness import HANDLERS, Answer, Ground, Overrides, Row, Sample, Service, post
 from tests.chaos import witness
 
 WITNESSED_HANDLERS: Final = f"tests.chaos.witness,{HANDLERS}"
 ABANDONED_MOST: Final = 8  # as shipped
-_AWAY = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
 
 
 class Unseen(Enum):
@@ -117,7 +116,7 @@ class History:
         tolerant = self._postgres_away > 0
         try:
             return await self.look(event) or Unseen.NO_ROW
-        except _AWAY:
+        except UNAVAILABLE:
             if tolerant or self._postgres_away:
                 return Unseen.NOT_ASKED
             raise

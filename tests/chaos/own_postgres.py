@@ -84,10 +84,10 @@ class PostgresServer(Server):
         finally:
             await connection.close()
 
-    async def backends(self, application: str = "firstclaim") -> list[int]:
-        """The pids of the server's processes that serve this application."""
-        asked = "SELECT pid FROM pg_stat_activity WHERE application_name = $1 ORDER BY backend_start"
-        return [row["pid"] for row in await self.execute(asked, application)]
+    async def backends(self, *, state: str = "%") -> list[int]:
+        """The pids of the server's processes that serve services, those in a certain state if asked for."""
+        asked = "SELECT pid FROM pg_stat_activity WHERE application_name = 'firstclaim' AND state LIKE $1"
+        return [row["pid"] for row in await self.execute(asked, state)]
 
     async def backup(self) -> Path:
         """A base backup as of now, consistent in itself."""

@@ -9,7 +9,17 @@ from typing import Final
 
 import asyncpg
 
-from tests.acceptance.harness import REPOSITORY, Answer, Ground, Overrides, Sample, Service, eventually, volley
+from tests.acceptance.harness import (
+    REPOSITORY,
+    UNAVAILABLE,
+    Answer,
+    Ground,
+    Overrides,
+    Sample,
+    Service,
+    eventually,
+    volley,
+)
 from tests.chaos import witness
 from tests.chaos.history import History
 
@@ -19,6 +29,11 @@ async def answered(history: History, service: Service, event: Sample) -> Answer:
     answer = await history.deliver(service, event)
     assert answer is not None, f"{event} was not answered"
     return answer
+
+
+async def retried(history: History, service: Service, event: Sample) -> Answer:
+    """The first answer that is not 503: connections are made anew."""
+    return await eventually(lambda: answered(history, service, event), lambda answer: answer.said != UNAVAILABLE)
 
 
 async def fire(history: History, shots: Sequence[tuple[Service, Sample]]) -> list[Answer]:

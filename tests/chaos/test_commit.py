@@ -16,7 +16,6 @@ from tests.acceptance.harness import (
     PROCESSED,
     SHORT_LEASE,
     UNAVAILABLE,
-    Answer,
     Row,
     Sample,
     Service,
@@ -24,7 +23,7 @@ from tests.acceptance.harness import (
     sample,
 )
 from tests.chaos.history import History
-from tests.chaos.rows import answered, dispatched
+from tests.chaos.rows import answered, dispatched, retried
 from tests.chaos.verdict import verdict
 from tests.proxy import Mode, Proxy, before_postgres
 
@@ -78,7 +77,7 @@ async def test_row_17_insert_cut_before_the_server_saw_it(cut: Cut) -> None:
     assert met.is_set()
     assert await cut.history.ground.row(event) is None
     cut.mend()
-    assert (await retried(cut, event)).said == PROCESSED
+    assert (await retried(cut.history, cut.service, event)).said == PROCESSED
     assert (await cut.history.ground.settled(event)).counts == (1, 0, 0)
     await verdict(cut.history)
 
@@ -92,7 +91,7 @@ async def test_row_17_insert_cut_after_the_server_saw_it(cut: Cut) -> None:
     await cut.seen(event, Status.PROCESSING)
     cut.mend()
     assert (await delivery).said == UNAVAILABLE
-    assert (await retried(cut, event)).said in (PROCESSED, IGNORED)
+    assert (await retried(cut.history, cut.service, event)).said in (PROCESSED, IGNORED)
     row = await cut.history.ground.settled(event)
     assert row.failures == 0
     assert dispatched(cut.history, event) == [row.attempt]
@@ -121,7 +120,7 @@ async def test_row_18_completion_cut_and_the_ledger_gone(cut: Cut) -> None:
     cut.proxy.switch(Mode.REFUSE)
     assert (await delivery).said == UNAVAILABLE
     cut.mend()
-    assert (await retried(cut, event)).said == IGNORED
+    assert (await retried(cut.history, cut.service, event)).said == IGNORED
     await completed_once(cut, event)
 
 
@@ -130,10 +129,3 @@ async def completed_once(cut: Cut, event: Sample) -> None:
     assert (await cut.history.ground.settled(event)).counts == (1, 0, 0)
     assert dispatched(cut.history, event) == [1]
     await verdict(cut.history)
-
-
-async def retried(cut: Cut, event: Sample) -> Answer:
-    """The first answer that is not 503: connections are made anew."""
-    return await eventually(
-        lambda: answered(cut.history, cut.service, event), lambda answer: answer.said != UNAVAILABLE
-    )

@@ -23,7 +23,7 @@ from pydantic import SecretStr
 
 from service import embedded_servers
 from service.addresses import postgres_dsn, redis_url
-from service.embedded import kept_secret, servers
+from service.embedded import kept_secret, running_database, servers
 from service.errors import ConfigurationError, OperatorError
 from service.settings import Settings
 
@@ -231,6 +231,18 @@ def test_sharing_with_nobody_starts_the_servers(used: Settings) -> None:
         assert both_answer(filled)
         mark = sql(filled, "SHOW cluster_name")
     assert processes(mark) == []
+
+
+def test_a_running_service_s_database_is_found_and_nothing_is_started(used: Settings, fresh: Settings) -> None:
+    """Its address while it runs, also beside a shared use; none before, after, or once it was killed."""
+    assert running_database(fresh) is None
+    assert not fresh.data_dir.exists()
+    with servers(used) as ready:
+        assert ready.database_url is not None
+        assert running_database(used) == ready.database_url.get_secret_value()
+    assert running_database(used) is None
+    (used.data_dir / "lock").write_text('{"pid": 1, "addresses": {"database_url": "postgresql://gone"}}')
+    assert running_database(used) is None
 
 
 def test_sharing_names_the_store_that_the_service_does_not_run(used: Settings) -> None:

@@ -22,7 +22,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("service.loading",),
     ("service.app", "service.checks", "service.embedded", "service.web.door"),
     ("service.web.probes", "service.web.webhook", "service.embedded_servers"),
-    ("service.inbox.recovery", "service.web.signature", "service.web.health"),
+    ("service.inbox.recovery", "service.web.signature", "service.web.health", "service.web.lobby"),
     ("service.loading_users", "service.loading_verdict"),
     ("service.loading_plan",),
     ("service.inbox.pipeline",),

@@ -1,0 +1,307 @@
+"""Every fault of a nemesis run: how it is done, and undone. A function's name is the fault's kind.
+
+Guarantees: whatever happens in between, a fault leaves what it broke whole again, or, if it broke for good (a
+killed process, an emptied Redis), in the state from which a supervisor or an operator would start it again.
+"""
+
+import asyncio
+import os
+import signal
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from typing import Final
+
+from service.errors import LedgerUnavailable
+from service.inbox.postgres import rotate_epoch
+from tests.acceptance.harness import eventually
+from tests.chaos.bench import Bench
+from tests.chaos.plan import Fault
+from tests.chaos.servers import RedisServer
+from tests.proxy import Mode, Proxy, Upstream
+
+_END_SECONDS: Final = 40.0
+_STORM_SECONDS: Final = 0.05
+
+
+Do = Callable[[Bench, Fault], Awaitable[None]]
+
+# -- services -----------------------------------------------------------------------------------------
+
+
+async def kill_service(bench: Bench, fault: Fault) -> None:
+    """kill -9 to all of it, and a new start a moment later."""
+    service = bench.service(fault.lane)
+    await service.kill()
+    bench.gone(service)
+    await asyncio.sleep(fault.lasts_seconds)
+    await bench.start(service)
+
+
+async def freeze_worker(bench: Bench, fault: Fault) -> None:
+    """A process stands still for longer than any lease, some of them for longer than Postgres waits for it."""
+    members = await bench.service(fault.lane).members()
+    pid = members[fault.pick % len(members)]
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(2 + 6 * fault.portion)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+async def restart_service(bench: Bench, fault: Fault) -> None:
+    """SIGTERM with work in flight, as a rolling restart sends it."""
+    service = bench.service(fault.lane)
+    service.terminate()
+    await service.ended(_END_SECONDS)
+    await bench.start(service)
+
+
+async def kill_supervisor(bench: Bench, fault: Fault) -> None:
+    """Its workers notice, finish and leave by themselves."""
+    service = bench.service(fault.lane)
+    service.kill_supervisor()
+    bench.gone(service)
+    await eventually(service.members, lambda members: not members, _END_SECONDS)
+    await bench.start(service)
+
+
+async def kill_worker(bench: Bench, fault: Fault) -> None:
+    """Its supervisor starts another."""
+    service = bench.service(fault.lane)
+    workers = [pid for pid in await service.members() if pid != service.pid]
+    if workers:
+        with suppress(ProcessLookupError):
+            os.kill(workers[fault.pick % len(workers)], signal.SIGKILL)
+
+
+# -- Redis --------------------------------------------------------------------------------------------
+
+
+async def flush_redis(bench: Bench, _: Fault) -> None:
+    """Every lock and every marker is gone at once."""
+    await bench.redis.call("FLUSHALL")
+
+
+async def flush_redis_on_and_on(bench: Bench, fault: Fault) -> None:
+    """No lock lives for long."""
+    for _ in range(round(fault.lasts_seconds / _STORM_SECONDS)):
+        await bench.redis.call("FLUSHALL")
+        await asyncio.sleep(_STORM_SECONDS)
+
+
+async def stop_redis(bench: Bench, fault: Fault) -> None:
+    """Away for a while, and empty when it is back."""
+    await bench.redis.stop()
+    await asyncio.sleep(fault.lasts_seconds)
+    await bench.redis.start()
+
+
+async def restart_redis(bench: Bench, _: Fault) -> None:
+    """kill -9 and back at once, empty."""
+    await bench.redis.kill()
+    await bench.redis.start()
+
+
+async def freeze_redis(bench: Bench, fault: Fault) -> None:
+    """It takes commands and answers none; afterwards it carries them all out, locks among them."""
+    bench.redis.pause()
+    try:
+        await asyncio.sleep(fault.lasts_seconds)
+    finally:
+        bench.redis.resume()
+
+
+async def evict_from_redis(bench: Bench, fault: Fault) -> None:
+    """Memory is short: each new key costs another its life."""
+    await _with_memory(bench.redis, "allkeys-lru", fault)
+
+
+async def fill_redis(bench: Bench, fault: Fault) -> None:
+    """Memory is short, and nothing may be evicted: OOM for every lock."""
+    await _with_memory(bench.redis, "noeviction", fault)
+
+
+async def _with_memory(redis: RedisServer, policy: str, fault: Fault) -> None:
+    used = (await redis.call("INFO", "memory"))["used_memory"]
+    await redis.call("CONFIG", "SET", "maxmemory-policy", policy, "maxmemory", used)
+    await asyncio.sleep(fault.lasts_seconds)
+    await redis.call("CONFIG", "SET", "maxmemory", 0)
+
+
+async def redis_read_only(bench: Bench, fault: Fault) -> None:
+    """READONLY for every write: it takes itself for the replica of a server that is away."""
+    await bench.redis.call("REPLICAOF", "127.0.0.1", 1)
+    await asyncio.sleep(fault.lasts_seconds)
+    await bench.redis.promote()
+
+
+async def fail_redis_over(bench: Bench, fault: Fault) -> None:
+    """The primary dies with its last writes, and its replica takes its place."""
+    await bench.spare.replicate(bench.redis)
+    await asyncio.sleep(fault.lasts_seconds)
+    await bench.redis.kill()
+    await bench.spare.promote()
+    bench.redis, bench.spare = bench.spare, bench.redis
+    bench.history.ground.redis_url = bench.redis.url
+    for line in bench.redis_lines:
+        line.upstream = Upstream("127.0.0.1", bench.redis.port)
+        line.cut()
+    await bench.spare.start()
+
+
+# -- Postgres -----------------------------------------------------------------------------------------
+
+
+async def crash_postgres(bench: Bench, _: Fault) -> None:
+    """Ends at once without a checkpoint, and recovers."""
+    await bench.postgres.restart(signal.SIGQUIT)
+
+
+async def stop_postgres(bench: Bench, fault: Fault) -> None:
+    """Away for a while."""
+    await bench.postgres.stop()
+    await asyncio.sleep(fault.lasts_seconds)
+    await bench.postgres.start()
+
+
+async def freeze_postgres(bench: Bench, fault: Fault) -> None:
+    """All of it stands still."""
+    bench.postgres.pause()
+    try:
+        await asyncio.sleep(fault.lasts_seconds)
+    finally:
+        bench.postgres.resume()
+
+
+async def freeze_backends(bench: Bench, fault: Fault) -> None:
+    """Some connections stand still, with whatever they were doing; the others live."""
+    backends = await bench.postgres.backends()
+    chosen = backends[:: 1 + fault.pick % 3]
+    try:
+        for pid in chosen:
+            bench.postgres.pause(pid)
+        await asyncio.sleep(fault.lasts_seconds)
+    finally:
+        for pid in chosen:
+            bench.postgres.resume(pid)
+
+
+async def end_backends(bench: Bench, fault: Fault) -> None:
+    """An operator terminates connections."""
+    for pid in (await bench.postgres.backends())[:: 1 + fault.pick % 2]:
+        await bench.postgres.execute("SELECT pg_terminate_backend($1)", pid)
+
+
+async def rotate(bench: Bench, _: Fault) -> None:
+    """`firstclaim epoch rotate`: every marker is worthless from now on."""
+    with suppress(LedgerUnavailable):  # Postgres is away: an operator would come back later
+        await rotate_epoch(bench.postgres.url, 2)
+
+
+# -- the lines ----------------------------------------------------------------------------------------
+
+
+def _switched(lines: str, mode: Mode) -> Do:
+    async def switch(bench: Bench, fault: Fault) -> None:
+        line = _line(bench, lines, fault)
+        line.switch(mode)
+        try:
+            await asyncio.sleep(fault.lasts_seconds)
+        finally:
+            line.cut()  # as a network that lost packets does in the end: not all of it comes through late
+            line.switch(Mode.OPEN)
+
+    return switch
+
+
+def _cut(lines: str) -> Do:
+    async def cut(bench: Bench, fault: Fault) -> None:
+        _line(bench, lines, fault).cut()
+
+    return cut
+
+
+def _cut_at(word: bytes, mode: Mode) -> Do:
+    """Cut a Postgres line at a message: FROZEN, before the server saw it; MUTE, after."""
+
+    async def cut_at(bench: Bench, fault: Fault) -> None:
+        line = _line(bench, "postgres", fault)
+        seen = asyncio.Event()
+
+        def look(sent: bytes) -> None:
+            if word in sent and not seen.is_set():
+                line.switch(mode)
+                seen.set()
+
+        line.on_sent = look
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(3):
+                    await seen.wait()
+                    await asyncio.sleep(0.1)  # for the server, which hears it now or never
+        finally:
+            line.on_sent = None
+            line.cut()
+            line.switch(Mode.OPEN)
+
+    return cut_at
+
+
+def _line(bench: Bench, lines: str, fault: Fault) -> Proxy:
+    chosen = bench.redis_lines if lines == "redis" else bench.postgres_lines
+    return chosen[fault.pick % len(chosen)]
+
+
+# -- all of them --------------------------------------------------------------------------------------
+
+_SERVICE: Final[Mapping[str, Do]] = {
+    "kill": kill_service,
+    "freeze a process": freeze_worker,
+    "SIGTERM and start": restart_service,
+}
+_WITH_WORKERS: Final[Mapping[str, Do]] = {"kill the supervisor": kill_supervisor, "kill a worker": kill_worker}
+
+# What is broken in one lane is broken in one way at a time. The third service has two workers.
+LANES: Final[Mapping[str, Mapping[str, Do]]] = {
+    "service 1": _SERVICE,
+    "service 2": _SERVICE,
+    "service 3": {**_SERVICE, **_WITH_WORKERS},
+    "redis": {
+        "FLUSHALL": flush_redis,
+        "FLUSHALL on and on": flush_redis_on_and_on,
+        "stop": stop_redis,
+        "kill and start": restart_redis,
+        "freeze": freeze_redis,
+        "evict": evict_from_redis,
+        "OOM": fill_redis,
+        "READONLY": redis_read_only,
+        "fail over": fail_redis_over,
+    },
+    "postgres": {
+        "restart immediate": crash_postgres,
+        "stop": stop_postgres,
+        "freeze": freeze_postgres,
+        "freeze backends": freeze_backends,
+        "end backends": end_backends,
+    },
+    "redis lines": {
+        "cut": _cut("redis"),
+        "refuse": _switched("redis", Mode.REFUSE),
+        "freeze": _switched("redis", Mode.FROZEN),
+        "mute": _switched("redis", Mode.MUTE),
+        "hole": _switched("redis", Mode.HOLE),
+    },
+    "postgres lines": {
+        "cut": _cut("postgres"),
+        "refuse": _switched("postgres", Mode.REFUSE),
+        "freeze": _switched("postgres", Mode.FROZEN),
+        "mute": _switched("postgres", Mode.MUTE),
+        "hole": _switched("postgres", Mode.HOLE),
+        "cut before COMMIT": _cut_at(b"COMMIT", Mode.FROZEN),
+        "cut after COMMIT": _cut_at(b"COMMIT", Mode.MUTE),
+        "cut before a statement": _cut_at(b"evt_", Mode.FROZEN),
+        "cut after a statement": _cut_at(b"evt_", Mode.MUTE),
+    },
+    "epoch": {"rotate": rotate},
+}

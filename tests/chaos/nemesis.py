@@ -1,0 +1,245 @@
+"""The nemesis run: three services under steady load, every fault at once, then healing, then the checker.
+
+Guarantees: every kind of fault happens at least once, however short the run; nothing is checked before all is
+whole again and every row has had its time to settle; a run that could not look at the ledger, or had too little to
+look at, is refused. Nothing lost means: every event that was sent is completed with one effect, or `ignored` or
+`dead` as designed.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import httpx
+
+from service.inbox.model import Status
+from tests.acceptance.harness import Ground, Overrides, Row, Service, eventually
+from tests.chaos.bench import Bench
+from tests.chaos.checker import Evidence, Violation, check
+from tests.chaos.faults import LANES
+from tests.chaos.history import History
+from tests.chaos.load import looking
+from tests.chaos.plan import faults, orders
+from tests.chaos.sender import Said, Sender
+from tests.chaos.servers import own_servers
+from tests.chaos.verdict import collect, report, settle
+from tests.chaos.witness import END, OUTSIDE, START, Line
+from tests.proxy import before_postgres, before_redis
+
+# Everything due comes soon, and the shipped order holds: lease < handler deadline < idle in transaction.
+SETTINGS: Final[Overrides] = {
+    "lock_ttl_seconds": 2,
+    "lease_seconds": 1,
+    "handler_deadline_seconds": 2.5,
+    "idle_in_transaction_seconds": 3.5,
+    "answer_budget_seconds": 3,
+    "postgres_timeout_seconds": 1.5,
+    "redis_timeout_seconds": 0.3,
+    "redis_breaker_seconds": 0.3,
+    "recovery_interval_seconds": 0.2,
+    "handler_slots": 5,
+    "ingest_connections": 3,
+    "shutdown_seconds": 6,
+}
+_WORKERS: Final = (1, 1, 2)
+_SETTLE_SECONDS: Final = 180.0
+_KEEP_SECONDS: Final = 0.5
+
+Say = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Result:
+    """What a run came to."""
+
+    seed: int
+    history: History
+    sender: Sender
+    evidence: Evidence
+    faults: Counter[str]
+    violations: list[Violation]
+
+    @property
+    def looked(self) -> int:
+        """How many promises were compared with the ledger the moment they were made."""
+        return sum(isinstance(each.seen, Row) for each in self.history.deliveries if each.promised)
+
+    @property
+    def promised(self) -> int:
+        """How many deliveries were answered with a 2xx."""
+        return sum(each.promised for each in self.history.deliveries)
+
+    def tables(self) -> Iterator[tuple[str, dict[str, int]]]:
+        """What was counted, each table with its title."""
+        rows = self.evidence.rows
+        became = Counter(
+            f"{rows[order.event.id].status if order.event.id in rows else 'lost'}: {order.behaviour}, {order.type}"
+            for order in self.sender.sent
+        )
+        yield "events by what became of them", _sorted(became)
+        yield "answers", _sorted(Counter({_words(said): times for said, times in self.sender.said.items()}))
+        yield "faults", _sorted(self.faults)
+        yield "counts", self._counts()
+
+    def _counts(self) -> dict[str, int]:
+        rows, lines = self.evidence.rows.values(), self.evidence.lines
+        return {
+            "events sent": len(self.sender.sent),
+            "deliveries": len(self.history.deliveries),
+            "promises (2xx)": self.promised,
+            "promises compared with the ledger at once": self.looked,
+            "attempts started": sum(line.what == START for line in lines),
+            "attempts still running when a later one of the same event had started": _overtaken(lines),
+            "events that took several attempts": sum(row.attempt > 1 for row in rows),
+            "holders that vanished": sum(row.abandoned for row in rows),
+            "calls to the outside": sum(line.what == OUTSIDE for line in lines),
+            "events completed": sum(row.status is Status.COMPLETED for row in rows),
+            "effects committed": len(self.evidence.effects),
+            "events dead": sum(row.status is Status.DEAD for row in rows),
+            "faults": self.faults.total(),
+            "violations": len(self.violations),
+        }
+
+    def story(self) -> str:
+        """The violations, and what happened to the events that they name."""
+        return f"seed {self.seed}: " + report(self.history, self.evidence, self.violations)
+
+
+async def run(seed: int, minutes: float, folder: Path, say: Say = print) -> Result:
+    """One whole run; its services' logs and the witness's file go to `folder`."""
+    async with AsyncExitStack() as stack:
+        bench = await _build(folder, stack)
+        history = bench.history
+        sender = Sender(history, bench.serving, orders(seed))
+        nemesis = _Nemesis(seed, bench, sender, say, ends_at=time.monotonic() + 60 * minutes)
+        async with looking(history):
+            await nemesis.run()
+        evidence = await collect(history)
+        return Result(seed, history, sender, evidence, nemesis.done, [*check(evidence), *_lost(sender, evidence)])
+
+
+async def _build(folder: Path, stack: AsyncExitStack) -> Bench:
+    """Servers, lines, and services that are ready; `stack` ends them."""
+    servers = await stack.enter_async_context(own_servers())
+    postgres, redis, spare = await servers.postgres(), await servers.redis(), await servers.redis()
+    history = History(Ground(postgres.url, redis.url, "nemesis:", folder))
+    bench = Bench(history, postgres, redis, spare)
+    for workers in _WORKERS:
+        postgres_line, postgres_url = await stack.enter_async_context(before_postgres(postgres.url))
+        redis_line, redis_url = await stack.enter_async_context(before_redis(redis.url))
+        addresses: Overrides = {"DATABASE_URL": postgres_url, "REDIS_URL": redis_url}
+        service = history.service(SETTINGS | addresses, workers=workers)
+        stack.push_async_callback(service.kill)
+        bench.postgres_lines.append(postgres_line)
+        bench.redis_lines.append(redis_line)
+        bench.services.append(service)
+    await asyncio.gather(*(bench.start(service) for service in bench.services))
+    return bench
+
+
+@dataclass(slots=True)
+class _Nemesis:
+    seed: int
+    bench: Bench
+    sender: Sender
+    say: Say
+    ends_at: float
+    done: Counter[str] = field(default_factory=Counter)
+    _hands: dict[str, asyncio.Lock] = field(default_factory=lambda: {lane: asyncio.Lock() for lane in LANES})
+    _now: set[str] = field(default_factory=set)
+    _began_at: float = field(default_factory=time.monotonic)
+
+    async def run(self) -> None:
+        """Faults and load side by side; then everything healed, every event accepted and every row settled."""
+        calm = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            about = [tasks.create_task(self._tell()), *(tasks.create_task(self._keep(lane)) for lane in LANES)]
+            with self.bench.history.postgres_away():
+                sending = tasks.create_task(self.sender.run(calm))
+                async with asyncio.TaskGroup() as lanes:
+                    for lane in LANES:
+                        lanes.create_task(self._lane(lane))
+                calm.set()
+                await self._healed()
+                await sending
+            await settle(self.bench.history, _SETTLE_SECONDS)
+            for task in about:
+                task.cancel()
+
+    async def _lane(self, lane: str) -> None:
+        for dealt, fault in enumerate(faults(self.seed, lane, list(LANES[lane]))):
+            await asyncio.sleep(fault.quiet_seconds)
+            if time.monotonic() > self.ends_at and dealt >= len(LANES[lane]):
+                return
+            name = f"{lane}: {fault.kind}"
+            async with self._hands[lane]:
+                self._now.add(name)
+                await LANES[lane][fault.kind](self.bench, fault)
+                self._now.discard(name)
+            self.done[name] += 1
+
+    async def _keep(self, lane: str) -> None:
+        """Start a service again that ended of an event: those that kill their process come to the very end."""
+        while lane.startswith("service"):
+            async with self._hands[lane]:
+                service = self.bench.service(lane)
+                if not await service.members():
+                    self.done["died of an event"] += 1
+                    await self.bench.start(service)
+            await asyncio.sleep(_KEEP_SECONDS)
+
+    async def _healed(self) -> None:
+        for service in self.bench.services:
+
+            async def parts(service: Service = service) -> set[str]:
+                with suppress(httpx.TransportError):
+                    return set((await service.parts())[1].values())
+                return set()
+
+            await eventually(parts, lambda parts: parts == {"ok"}, _SETTLE_SECONDS)
+
+    async def _tell(self) -> None:
+        while True:
+            sender = self.sender
+            accepted = sum(times for said, times in sender.said.items() if said is not None and said[0] < 300)
+            self.say(
+                f"{time.monotonic() - self._began_at:4.0f} s  {len(sender.sent)} events ({sender.on_their_way} on "
+                f"their way)  {sender.said.total()} deliveries, {accepted} accepted  {self.done.total()} faults; "
+                f"now {', '.join(sorted(self._now)) or 'none'}"
+            )
+            await asyncio.sleep(2)
+
+
+def _lost(sender: Sender, evidence: Evidence) -> Iterator[Violation]:
+    """Events that did not become what they should; dead in its own time (I4 looks) may be any of them."""
+    for order in sender.sent:
+        row = evidence.rows.get(order.event.id)
+        if row is None:
+            yield Violation("LOST", order.event.id, f"there is no row of {order}")
+        elif row.status is not order.becomes and not (row.status is Status.DEAD and row.abandoned):
+            yield Violation("LOST", order.event.id, f"{row.status} became of {order}")
+    for order, answer in sender.unexplained:
+        yield Violation("ANSWER", order.event.id, f"no fault explains {answer}")
+
+
+def _overtaken(lines: Sequence[Line]) -> int:
+    """A process was frozen or cut off, lost its row, and its handler went on: it must not commit."""
+    started = {(line.event_id, line.attempt): line.at for line in lines if line.what == START}
+    ended = ((line.event_id, line.attempt, line.at) for line in lines if line.what == END)
+    return sum(started.get((event_id, attempt + 1), at) < at for event_id, attempt, at in ended)
+
+
+def _words(said: Said | None) -> str:
+    if said is None:
+        return "none: the connection ended"
+    status, processed, action = said
+    return f"{status} {'processed' if processed else 'not processed'}: {action}"
+
+
+def _sorted(counted: Counter[str]) -> dict[str, int]:
+    return dict(sorted(counted.items()))

@@ -1,0 +1,33 @@
+"""A history on a Postgres and a Redis of its own, for what breaks these two."""
+
+import os
+from dataclasses import dataclass
+
+from tests.acceptance.command import SECRET, Command
+from tests.acceptance.harness import REPOSITORY
+from tests.chaos.history import History
+from tests.chaos.servers import PostgresServer, RedisServer
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """Both servers run when the test begins, and are mended after it, however it has left them."""
+
+    history: History
+    postgres: PostgresServer
+    redis: RedisServer
+
+    @property
+    def command(self) -> Command:
+        """Runs `firstclaim` on these servers."""
+        folder = self.history.ground.folder / "command"
+        folder.mkdir(exist_ok=True)
+        addresses = {"DATABASE_URL": self.postgres.url, "REDIS_URL": self.redis.url, "STRIPE_WEBHOOK_SECRETS": SECRET}
+        return Command(folder, {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), **addresses})
+
+    async def mend(self) -> None:
+        """Both up, and nothing of them frozen."""
+        for server in (self.postgres, self.redis):
+            server.resume()
+            if not server.running:
+                await server.start()

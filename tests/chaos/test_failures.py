@@ -1,0 +1,197 @@
+"""Rows 25 and 26: handlers that fail, and how long they may. Hours and days pass on the database's own clock."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from service.inbox.model import Status
+from tests import clock as clocks
+from tests.acceptance.harness import (
+    DEAD,
+    FAILED,
+    IGNORED,
+    PROCESSED,
+    SHORT_LEASE,
+    Overrides,
+    Row,
+    Sample,
+    Service,
+    eventually,
+    recovery_has_passed,
+    sample,
+)
+from tests.chaos.history import ABANDONED_MOST, History
+from tests.chaos.rows import answered, replay
+from tests.chaos.verdict import verdict
+from tests.clock import Clock
+
+MINUTE = 60.0
+HOUR = 60 * MINUTE
+DAY = 24 * HOUR
+FIRST_SECONDS = 5.0
+LONGEST_SECONDS = HOUR
+RESTARTS_SECONDS = 150.0
+AS_SHIPPED: Overrides = {"backoff_first_seconds": FIRST_SECONDS, "backoff_most_seconds": LONGEST_SECONDS}
+
+
+@pytest.fixture
+async def standing(history: History) -> AsyncIterator[Clock]:
+    """The history's database has a clock that stands: nothing is due but by the test's doing."""
+    async with clocks.installed(history.ground.database_url, standing=True) as clock:
+        yield clock
+
+
+async def deliver_all(history: History, service: Service, events: Sequence[Sample]) -> Counter[object]:
+    """What was said to a delivery of each of them."""
+    answers = await asyncio.gather(*(history.deliver(service, event) for event in events))
+    return Counter(answer and answer.said for answer in answers)
+
+
+_TO_DO = """
+SELECT count(*) FROM stripe_events
+ WHERE status IN ('pending', 'processing') OR (status = 'failed' AND due_at <= clock_timestamp())
+"""
+
+
+async def tried(history: History, events: Sequence[Sample]) -> list[Row]:
+    """Wait until recovery has tried whatever is due; returns the rows."""
+
+    async def to_do() -> int:
+        count: int = (await history.ground._fetch(_TO_DO))[0][0]
+        return count
+
+    await eventually(to_do, lambda count: count == 0)
+    return [row for event in events if (row := await history.ground.row(event)) is not None]
+
+
+async def test_row_25_fails_and_then_works(history: History, standing: Clock) -> None:
+    """Three failures, each with a jittered and doubled wait after it; then completed, and later deliveries ignored."""
+    service = await history.service(AS_SHIPPED).start()
+    failures = 3
+    events = [sample("fail", until=failures) for _ in range(10)]
+    assert await deliver_all(history, service, events) == {FAILED: len(events)}
+    for count in range(1, failures + 1):
+        rows = await tried(history, events)
+        assert {(row.status, row.counts) for row in rows} == {(Status.FAILED, (count, count, 0))}
+        whole = FIRST_SECONDS * 2 ** (count - 1)
+        waits = [row.due_in_seconds for row in rows]
+        assert all(whole / 2 <= wait <= whole for wait in waits), waits
+        assert len(set(waits)) > len(waits) / 2, "they are not to come back together"
+        await standing.advance(whole)
+    for row in await history.ground.all_settled(events):
+        assert row.counts == (failures + 1, failures, 0)
+    assert await deliver_all(history, service, events) == {IGNORED: len(events)}
+    await verdict(history)
+
+
+async def test_row_25_a_dependency_down_for_two_hours(history: History, standing: Clock, tmp_path: Path) -> None:
+    """Two hours of failures kill no event, however many they are; an hour after the repair all are completed."""
+    service = await history.service(AS_SHIPPED).start()
+    mended = tmp_path / "mended"
+    events = [sample("fail", mended=str(mended)) for _ in range(10)]
+    assert await deliver_all(history, service, events) == {FAILED: len(events)}
+    steps = 24
+    for _ in range(steps):
+        await standing.advance(2 * HOUR / steps)
+        rows = await tried(history, events)
+    assert {row.status for row in rows} == {Status.FAILED}
+    assert min(row.failures for row in rows) > 8, "more than the times that an event may be abandoned"
+
+    mended.touch()
+    await standing.advance(LONGEST_SECONDS)
+    for row, before in zip(await history.ground.all_settled(events), rows, strict=True):
+        assert row.counts == (before.failures + 1, before.failures, 0)
+    assert await deliver_all(history, service, events) == {IGNORED: len(events)}
+    await verdict(history)
+
+
+async def test_row_26_fails_for_three_days(history: History, standing: Clock, tmp_path: Path) -> None:
+    """Failing until Stripe too gives up, three days after receipt, and not earlier: dead; a replay works, then."""
+    service = await history.service(AS_SHIPPED).start()
+    mended = tmp_path / "mended"
+    event = sample("fail", mended=str(mended))
+    assert (await answered(history, service, event)).said == FAILED
+    steps = 12
+    for _ in range(steps - 1):
+        await standing.advance(3 * DAY / steps)
+        await tried(history, [event])
+        assert (await answered(history, service, event)).said == FAILED  # Stripe's own retry, at its own pace
+    await standing.advance(3 * DAY / steps - 1)
+    (last,) = await tried(history, [event])
+    assert (last.status, last.abandoned) == (Status.FAILED, 0)
+
+    await standing.advance(LONGEST_SECONDS)
+    dead = await history.ground.settled(event, Status.DEAD)
+    assert dead.counts == (last.attempt + 1, last.failures + 1, 0)
+    assert (await answered(history, service, event)).said == IGNORED
+
+    # Recovery comes by, for an event that failed later, and leaves it alone.
+    later = sample("fail", until=1)
+    assert (await answered(history, service, later)).said == FAILED
+    await standing.advance(FIRST_SECONDS)
+    await history.ground.settled(later)
+    assert await history.ground.settled(event, Status.DEAD) == dead
+
+    mended.touch()
+    await replay(history.ground, event)
+    assert (await history.ground.settled(event)).counts == (dead.attempt + 1, 0, 0)
+    await verdict(history)
+
+
+async def test_row_26_permanent(history: History, tmp_path: Path) -> None:
+    """Permanent: 200, so that Stripe stops; dead at once, and left alone; a replay works, and the attempt rises."""
+    service = await history.service().start()
+    mended = tmp_path / "mended"
+    event = sample("permanent", mended=str(mended))
+    answer = await answered(history, service, event)
+    assert (answer.said, answer.reason) == (DEAD, f"Event {event.id} is dead: replay it")
+    dead = await history.ground.settled(event, Status.DEAD)
+    assert (dead.counts, dead.last_error) == ((1, 1, 0), "Permanent: never")
+    assert (await answered(history, service, event)).said == IGNORED
+    await recovery_has_passed(history.ground, service)
+    assert await history.ground.settled(event, Status.DEAD) == dead
+
+    mended.touch()
+    await replay(history.ground, event)
+    assert (await history.ground.settled(event)).counts == (2, 0, 0)
+    await verdict(history)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(300)
+async def test_row_26_an_event_that_aborts_its_process(history: History, tmp_path: Path) -> None:
+    """One of 51 aborts every process it meets: dead after eight; the 50 that it took down complete, once each."""
+    service = await history.service(SHORT_LEASE | {"handler_slots": 30}, workers=2).start()
+    mended = tmp_path / "mended"
+    poison = sample("abort", mended=str(mended))
+    good = [sample("slow", seconds=0.2) for _ in range(50)]
+    events = [*good[:10], poison, *good[10:]]
+    await asyncio.gather(*(history.deliver(service, event) for event in events))
+    for event in events:  # as Stripe does, until it is answered; by then the poison may have met recovery
+        await eventually(partial(history.deliver, service, event))
+
+    # Each time a worker has to be started anew.
+    await eventually(
+        lambda: history.ground.row(poison), lambda row: row and row.status is Status.DEAD, RESTARTS_SECONDS
+    )
+    dead = await history.ground.settled(poison, Status.DEAD)
+    assert dead.counts == (ABANDONED_MOST, 0, ABANDONED_MOST)
+    assert "abandoned" in (dead.last_error or "")
+    rows = await history.ground.all_settled(good)
+    assert {row.failures for row in rows} == {0}
+    # Found abandoned, they are dispatched one at a time: the poison's later deaths drag no crowd along again.
+    assert max(row.abandoned for row in rows) <= 2, Counter(row.counts for row in rows)
+
+    assert (await answered(history, service, sample())).said == PROCESSED, "the supervisor restarted its workers"
+    history.ground.empty_redis()  # or the marker answers, and the ledger is not asked
+    again = await answered(history, service, poison)
+    assert (again.said, again.reason) == (IGNORED, f"Event {poison.id} is dead: replay it")
+
+    mended.touch()
+    await replay(history.ground, poison)
+    assert (await history.ground.settled(poison)).counts == (ABANDONED_MOST + 1, 0, 0)
+    await verdict(history)

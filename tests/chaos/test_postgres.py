@@ -1,0 +1,156 @@
+"""Rows 19 to 21: Postgres is down, restarts, or freezes. Nothing is promised that it does not hold; service goes on."""
+
+import asyncio
+import signal
+from pathlib import Path
+
+import pytest
+
+from service.inbox.model import Status
+from tests.acceptance.harness import (
+    DEFERRED,
+    FAILED,
+    IGNORED,
+    PROCESSED,
+    SHORT_LEASE,
+    UNAVAILABLE,
+    Overrides,
+    eventually,
+    post,
+    sample,
+)
+from tests.chaos.load import Load
+from tests.chaos.own import Own
+from tests.chaos.rows import answered, retried
+from tests.chaos.verdict import verdict
+
+POOLED = 15  # connections of a process, as shipped
+ROUNDS = 10
+DELIVERIES = 60  # in a round
+# As shipped: rows 19 and 21 are about just these times.
+DEADLINES: Overrides = {"postgres_timeout_seconds": 1.5, "answer_budget_seconds": 5, "lease_seconds": 4}
+DEADLINE_SECONDS = 5 + 1.5  # the answer's budget, and what a busy machine adds
+
+
+async def test_row_19_postgres_down(own: Own) -> None:
+    """503 with Retry-After within 2 s, and no row; once it is back the retry is processed, on the first attempt."""
+    history = own.history
+    service = await history.service(DEADLINES).start()
+    assert (await answered(history, service, sample())).said == PROCESSED
+    events = [sample() for _ in range(5)]
+    with history.postgres_away():
+        await own.postgres.stop()
+        for event in events:
+            answer = await answered(history, service, event)
+            assert answer.said == UNAVAILABLE
+            assert int(answer.headers["retry-after"]) > 0
+            assert answer.seconds < 2
+        health = await service.get("/readyz")
+        assert health.status_code == 503
+        assert health.elapsed.total_seconds() < 2
+        assert (await service.get("/livez")).status_code == 200
+        await own.postgres.start()
+    for event in events:
+        assert await history.ground.row(event) is None
+    for event in events:
+        assert (await retried(history, service, event)).said == PROCESSED
+    for row in await history.ground.all_settled(events):
+        assert row.counts == (1, 0, 0)
+    await verdict(history)
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+async def test_row_20_restarted_under_load(own: Own) -> None:
+    """Ten immediate restarts under load: whatever was answered with a 2xx is there, and recovery is still at work."""
+    history = own.history
+    services = [history.service(SHORT_LEASE) for _ in range(2)]
+    await asyncio.gather(*(service.start() for service in services))
+    load = Load(history, services, senders=8, copies=2)
+    with history.postgres_away():
+        async with load.running():
+            for _ in range(ROUNDS):
+                await load.more(DELIVERIES)
+                await own.postgres.restart(signal.SIGQUIT)
+            await load.more(DELIVERIES)
+    print(load.counts)
+    assert load.said[PROCESSED]
+    assert load.said[UNAVAILABLE]
+    assert set(load.said) <= {PROCESSED, IGNORED, UNAVAILABLE}
+    evidence = await verdict(history)
+    promised = {each.event_id for each in history.deliveries if each.promised}
+    print(f"{len(promised)} events promised, {len(evidence.rows)} rows")
+    assert promised <= evidence.rows.keys()
+    for service in services:
+        await eventually(service.parts, lambda parts: parts == (200, {**parts[1], "recovery": "ok"}))
+    late = sample("fail", until=1)  # and what its handler fails, recovery completes
+    assert (await answered(history, services[0], late)).said == FAILED
+    assert (await history.ground.settled(late)).counts == (2, 1, 0)
+
+
+@pytest.mark.chaos
+async def test_row_21_frozen_backends(own: Own) -> None:
+    """Every connection of the pools is frozen: 503 by the deadline; while they still are, new ones serve."""
+    history = own.history
+    service = await history.service(DEADLINES).start()
+    await asyncio.gather(*(answered(history, service, sample()) for _ in range(10)))
+    frozen = await own.postgres.backends()
+    for pid in frozen:
+        own.postgres.pause(pid)
+    answers = [await answered(history, service, sample())]
+    while answers[-1].said != PROCESSED and len(answers) < len(frozen):  # each gives up one at least
+        answers.append(await answered(history, service, sample()))
+    assert answers[0].said == UNAVAILABLE
+    assert answers[-1].said == PROCESSED
+    assert {answer.said for answer in answers} == {UNAVAILABLE, PROCESSED}
+    assert max(answer.seconds for answer in answers) < DEADLINE_SECONDS
+    for pid in frozen:
+        own.postgres.resume(pid)
+    # Those that were given up find their sockets closed: no more are left than the pools hold.
+    await eventually(own.postgres.backends, lambda backends: len(backends) <= POOLED)
+    await verdict(history)
+
+
+@pytest.mark.chaos
+async def test_row_21_a_frozen_backend_under_a_handler(own: Own, tmp_path: Path) -> None:
+    """One is frozen in a handler's transaction: 503 by the deadline, others are served; thawed, it commits nothing."""
+    history = own.history
+    service = await history.service(DEADLINES).start()
+    gate = tmp_path / "gate"
+    event = sample("hold", gate=str(gate))
+    delivery = asyncio.create_task(answered(history, service, event))
+    [pid] = await eventually(lambda: own.postgres.backends(state="idle in transaction"))
+    own.postgres.pause(pid)
+    gate.touch()
+    answer = await delivery
+    assert answer.said in (UNAVAILABLE, DEFERRED)  # the latter when the machine is slow: the row is there
+    assert answer.seconds < DEADLINE_SECONDS
+    assert (await answered(history, service, sample())).said == PROCESSED
+    row = await history.ground.row(event)
+    assert row is not None
+    assert row.status is Status.PROCESSING
+    own.postgres.resume(pid)
+    assert (await history.ground.settled(event)).failures == 0
+    await verdict(history)
+
+
+async def test_row_21_a_frozen_server(own: Own) -> None:
+    """All of Postgres is frozen: 503 by the deadline, again and again; thawed, a retry is answered and all settle."""
+    history = own.history
+    service = await history.service(DEADLINES).start()
+    assert (await answered(history, service, sample())).said == PROCESSED
+    events = [sample() for _ in range(3)]
+    with history.postgres_away():
+        own.postgres.pause()
+        answers = await asyncio.gather(*(post(service.url, event.body) for event in events))
+        own.postgres.resume()
+        for event, answer in zip(events, answers, strict=True):
+            assert answer.said == UNAVAILABLE
+            assert answer.seconds < DEADLINE_SECONDS
+            await history.note(service, event, answer)
+        # Thawed, it may yet run what it was sent while frozen: then the row is there, and recovery's.
+        for event in events:
+            assert (await retried(history, service, event)).said in (PROCESSED, IGNORED)
+    for row in await history.ground.all_settled(events):
+        assert row.failures == 0
+    await verdict(history)

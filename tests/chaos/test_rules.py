@@ -1,0 +1,49 @@
+"""Rows 27 and 32: handlers that break the rules of the transaction they are given, and are found out."""
+
+from pathlib import Path
+
+import pytest
+
+from service.inbox.model import Status
+from tests.acceptance.harness import FAILED, IGNORED, PROCESSED, recovery_has_passed, sample
+from tests.chaos.history import History
+from tests.chaos.rows import answered, dispatched
+from tests.chaos.verdict import verdict
+
+
+@pytest.mark.parametrize("behaviour", ["raw_commit", "raw_rollback_and_write"])
+async def test_row_27_a_handler_that_ends_its_transaction(behaviour: str, history: History) -> None:
+    """A raw COMMIT, or a raw ROLLBACK and then SQL: 500, dead, the rule named, and never retried by itself."""
+    service = await history.service().start()
+    event = sample(behaviour)
+    assert (await answered(history, service, event)).said == FAILED
+    row = await history.ground.row(event)
+    assert row is not None
+    assert (row.status, row.counts) == (Status.DEAD, (1, 1, 0))
+    assert "rule broken: a handler must not commit" in (row.last_error or "")
+
+    await recovery_has_passed(history.ground, service)
+    assert (await answered(history, service, event)).said == IGNORED
+    assert await history.ground.row(event) == row
+    assert await history.ground.effects(event) == 1, "what it committed is kept, and not doubled"
+    assert dispatched(history, event) == [1]
+    history.ground.waived.add(event.id)
+    await verdict(history)
+
+
+async def test_row_32_a_handler_that_swallows_an_sql_error(history: History, tmp_path: Path) -> None:
+    """It returns as if all were well, on an aborted transaction: 500 and never processed, the rule named, no effect."""
+    # The next try is Stripe's here, so that each failure can be looked at.
+    service = await history.service({"backoff_first_seconds": 60, "backoff_most_seconds": 60}).start()
+    mended = tmp_path / "mended"
+    event = sample("swallow", mended=str(mended))
+    for failures in (1, 2):
+        assert (await answered(history, service, event)).said == FAILED
+        row = await history.ground.settled(event, Status.FAILED)
+        assert row.counts == (failures, failures, 0)
+        assert "rule broken: the handler swallowed an SQL error" in (row.last_error or "")
+
+    mended.touch()
+    assert (await answered(history, service, event)).said == PROCESSED
+    assert (await history.ground.settled(event)).counts == (3, 2, 0)
+    await verdict(history)

@@ -1,0 +1,110 @@
+"""Rows 10 and 11: a holder that is frozen commits nothing, one that is slow keeps its event."""
+
+import asyncio
+import signal
+import time
+from pathlib import Path
+
+from service.inbox.model import Status
+from tests.acceptance.harness import (
+    DEFERRED,
+    PROCESSED,
+    UNAVAILABLE,
+    Overrides,
+    eventually,
+    sample,
+)
+from tests.chaos.history import History
+from tests.chaos.rows import answered, armed, dispatched, resume, stopped
+from tests.chaos.verdict import verdict
+
+# The server frees the row of a frozen process when its transaction has idled for so long.
+LEASE_SECONDS = 1.0
+BRIEF: Overrides = {
+    "lease_seconds": LEASE_SECONDS,
+    "handler_deadline_seconds": 1.5,
+    "idle_in_transaction_seconds": 2,
+    "answer_budget_seconds": 0.5,
+}
+
+
+async def test_row_10_frozen_for_three_leases(history: History, tmp_path: Path) -> None:
+    """Frozen before its row's lock, in its handler, at its mark: another completes it, the thawed one does nothing."""
+    frozen = {
+        point: history.service(BRIEF | armed(point, tmp_path / point, send=signal.SIGSTOP))
+        for point in ("insert", "handler", "mark")
+    }
+    other = history.service(BRIEF)
+    await asyncio.gather(*(service.start() for service in (*frozen.values(), other)))
+    events = {point: sample() for point in frozen}
+    answers = [asyncio.create_task(history.deliver(frozen[point], event)) for point, event in events.items()]
+    for service in frozen.values():
+        await stopped(service)
+    stopped_at = time.monotonic()
+
+    rows = {point: await history.ground.settled(event) for point, event in events.items()}
+    assert {row.counts for row in rows.values()} == {(2, 0, 1)}
+
+    async def leases() -> float:
+        return (time.monotonic() - stopped_at) / LEASE_SECONDS
+
+    await eventually(leases, lambda passed: passed > 3)
+    for service in frozen.values():
+        resume(service)
+    said = [answer and answer.said for answer in await asyncio.gather(*answers)]
+    assert said == [UNAVAILABLE, DEFERRED, DEFERRED], "it is deferred by whoever knows that its row is committed"
+    for point, service in frozen.items():
+        assert (await answered(history, service, sample())).said == PROCESSED, "it is well again"
+        assert await history.ground.settled(events[point]) == rows[point]
+    await verdict(history)
+
+
+async def test_row_11_a_sync_handler_longer_than_its_lease(history: History, tmp_path: Path) -> None:
+    """A thread that blocks for three leases, under its deadline: deferred, never taken over, nobody else delayed."""
+    settings: Overrides = {"lease_seconds": LEASE_SECONDS, "answer_budget_seconds": 0.5}
+    service, other = history.service(settings), history.service(settings)
+    await asyncio.gather(service.start(), other.start())
+    gate = tmp_path / "gate"
+    blocking = sample("hold", "invoice.paid", gate=str(gate))
+    assert (await answered(history, service, blocking)).said == DEFERRED
+
+    row = await eventually(
+        lambda: history.ground.row(blocking), lambda row: row and row.due_in_seconds < -2 * LEASE_SECONDS
+    )
+    assert row is not None
+    assert (row.status, row.counts) == (Status.PROCESSING, (1, 0, 0))
+    for event in [sample(type=each) for each in ("invoice.paid", "invoice.payment_failed") for _ in range(5)]:
+        assert (await answered(history, service, event)).said == PROCESSED
+    assert await history.ground.row(blocking) == row
+    gate.touch()
+    assert (await history.ground.settled(blocking)).counts == (1, 0, 0)
+    assert dispatched(history, blocking) == [1]
+    await verdict(history)
+
+
+async def test_row_11_a_sync_handler_over_its_deadline(history: History, tmp_path: Path) -> None:
+    """A thread still blocking at its deadline has failed: no effect, nor a late one; nobody else is delayed."""
+    # Recovery does not look while this runs: between the end of the transaction and the verdict it might, and
+    # would then count the attempt as abandoned.
+    service = await history.service(BRIEF | {"recovery_interval_seconds": 30}).start()
+    gate = tmp_path / "gate"
+    blocking = sample("late", "invoice.paid", until=1, gate=str(gate))
+    assert (await answered(history, service, blocking)).said == DEFERRED
+    assert (await answered(history, service, sample())).said == PROCESSED
+
+    row = await history.ground.settled(blocking, Status.FAILED)
+    assert row.counts == (1, 1, 0)
+    assert "ran longer than its deadline of 1.5 s" in (row.last_error or "")
+    assert (await answered(history, service, sample())).said == PROCESSED
+
+    gate.touch()  # now it writes, on a transaction that is gone
+    word = gate.parent / blocking.id
+
+    async def left() -> bool:
+        return word.exists()
+
+    await eventually(left)
+    assert await history.ground.settled(blocking, Status.FAILED) == row
+    assert (await answered(history, service, blocking)).said == PROCESSED
+    assert (await history.ground.settled(blocking)).counts == (2, 1, 0)
+    await verdict(history)
