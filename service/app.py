@@ -6,6 +6,7 @@ closed in reverse when that ends, within what the stop leaves of its time.
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
@@ -72,7 +73,7 @@ def assemble(settings: Settings, registry: Registry) -> Parts:
     engine = partial(
         create_engine, dsn, timeout_seconds=patience, queue_seconds=settings.answer_budget_seconds, epoch=epoch
     )
-    ingest = engine(size=settings.ingest_connections, autocommit=True)
+    ingest = engine(size=settings.ingest_connections)
     handlers = engine(size=settings.handler_slots)
     lock = Lock(
         connect(settings.redis_url.get_secret_value(), timeout_seconds=settings.redis_timeout_seconds),
@@ -125,6 +126,8 @@ def create_app(settings: Settings) -> Starlette:
         stop.install()
         with leaving_with_supervisor():
             async with parts.running(stop):
+                gc.collect()
+                gc.freeze()
                 yield
 
     webhook = Webhook(

@@ -5,12 +5,14 @@ characters; an exception is logged as its class and the place it was raised, nev
 may hold anything that a payload held. `redact` is what the ledger's `last_error` goes through.
 """
 
+import json
 import logging
 import re
 import sys
 import traceback
 from types import TracebackType
 
+import orjson
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
@@ -51,33 +53,29 @@ def configure(log_format: str, level: str) -> None:
     `log_format` is `json`, `console` or `auto` (console on a terminal).
     """
     console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
-    shared: list[structlog.typing.Processor] = [
+    processors: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
-        structlog.stdlib.ExtraAdder(),
-        _plain,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _place_of_exception,
+        _printable,
     ]
-    structlog.configure(
-        processors=[
-            structlog.stdlib.filter_by_level,
-            *shared,
-            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
-        ],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=True,
-    )
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
         if console
-        else structlog.processors.JSONRenderer(ensure_ascii=True)
+        else structlog.processors.JSONRenderer(serializer=_json)
+    )
+    # Our own records are a line per delivery: straight to the stream, past the standard library's machinery.
+    structlog.configure(
+        processors=[*processors, renderer],
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=shared,
+            foreign_pre_chain=[structlog.stdlib.ExtraAdder(), _plain, *processors],
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _printable, renderer],
         )
     )
@@ -89,6 +87,15 @@ def configure(log_format: str, level: str) -> None:
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
+
+
+def _json(record: EventDict, **_: object) -> str:
+    """In ASCII: what is no plain text in a nested value is escaped too."""
+    try:
+        line = orjson.dumps(record, default=repr).decode()
+    except TypeError:  # a lone surrogate, an odd key
+        return json.dumps(record, default=repr)
+    return line if line.isascii() else json.dumps(record, default=repr)
 
 
 def _plain(_: WrappedLogger, __: str, record: EventDict) -> EventDict:

@@ -14,13 +14,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy.exc import DBAPIError
+import asyncpg
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
 from service.errors import HandlerRuleBroken, LedgerUnavailable
 from service.inbox.event import Event
 from service.inbox.ledger import Claim, Held, Ledger
-from service.inbox.postgres import UNAVAILABLE, describe, discard, driver, handler_runs
+from service.inbox.postgres import (
+    UNAVAILABLE,
+    begin,
+    check_not_refused,
+    commit,
+    describe,
+    discard,
+    driver,
+    handler_runs,
+    roll_back,
+)
 from service.registry import Context, Handler
 
 _ENDED = (
@@ -28,7 +38,6 @@ _ENDED = (
     "what it committed is kept, so it is not retried by itself"
 )
 _SWALLOWED = "rule broken: the handler swallowed an SQL error, which had aborted its transaction"
-_ABORTED = "25P02"  # in_failed_sql_transaction
 _ACTION_MOST_CHARACTERS = 200
 
 
@@ -80,6 +89,7 @@ class Attempt:
                 return TakenOver()
             action = _checked_action(await self._call(connection))
             handler_runs(connection, False)
+            check_not_refused(connection)
             await self._mark(connection, self.held, action)
         except (TimeoutError, asyncio.CancelledError) as error:
             await self._end(connection)
@@ -96,6 +106,7 @@ class Attempt:
     async def _hold(self, connection: AsyncConnection) -> Held | None:
         try:
             async with asyncio.timeout(self.postgres_timeout_seconds):
+                await begin(connection)
                 return await self.ledger.hold(connection, self.claim)
         except BaseException:
             await discard(connection)
@@ -126,10 +137,8 @@ class Attempt:
         try:
             async with asyncio.timeout(self.postgres_timeout_seconds):
                 marked = await self.ledger.complete_if_held(connection, self.claim, held, action)
-        except DBAPIError as error:
-            if getattr(error.orig, "sqlstate", None) == _ABORTED:
-                raise HandlerRuleBroken(_SWALLOWED) from error
-            raise
+        except asyncpg.InFailedSQLTransactionError as error:
+            raise HandlerRuleBroken(_SWALLOWED) from error
         if not marked:  # no longer the transaction that was begun
             raise TransactionEnded
 
@@ -144,7 +153,7 @@ class Attempt:
     async def _commit(self, connection: AsyncConnection, action: str) -> str | Exception:
         try:
             async with asyncio.timeout(self.postgres_timeout_seconds):
-                await connection.commit()
+                await commit(connection)
         except (*UNAVAILABLE, asyncio.CancelledError) as error:
             await discard(connection)
             return CommitUnknown(action, describe(error))
@@ -161,6 +170,7 @@ class Attempt:
         handler_runs(connection, False)
         try:
             async with asyncio.timeout(self.postgres_timeout_seconds):
+                await roll_back(connection)
                 await connection.close()
         except (*UNAVAILABLE, asyncio.CancelledError):
             await discard(connection)

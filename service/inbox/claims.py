@@ -2,18 +2,21 @@
 
 Guarantees: a `Claim` is returned only when both were won; every other answer is an `Outcome` that promises a
 committed row, or nothing. Whoever did not get the lock only ever records. The marker is written after the
-row's COMMIT is known, never before: a marker is a promise that the row exists.
+row's COMMIT is known, never before: a marker is a promise that the row exists. Of the copies of one event that
+this process has in its hands at once, the first goes through the claims and the others share what came of it.
 """
 
+import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from service.errors import LedgerUnavailable
 from service.inbox import outcome
 from service.inbox.event import Delivery
 from service.inbox.ledger import Claim, Found, Ledger
 from service.inbox.lock import Lock, LockReply
 from service.inbox.model import TAKEABLE, Status
-from service.inbox.outcome import Outcome
+from service.inbox.outcome import Kind, Outcome
 from service.inbox.postgres import Epoch
 
 _STATES = {
@@ -24,6 +27,14 @@ _STATES = {
 
 
 @dataclass(frozen=True, slots=True)
+class Asked:
+    """What asking for the lock came to, and the token that it was asked with."""
+
+    token: str
+    reply: LockReply
+
+
+@dataclass(frozen=True, slots=True)
 class Claims:
     """The lock and the ledger as one."""
 
@@ -31,15 +42,41 @@ class Claims:
     ledger: Ledger
     epoch: Epoch
     lock_ttl_seconds: float
+    _in_hand: dict[str, asyncio.Future[Claim | Outcome]] = field(default_factory=dict, init=False)
 
-    async def win(self, delivery: Delivery, *, ignored: str | None) -> Claim | Outcome:
+    async def ask(self, event_id: str) -> Asked:
+        """Ask for the lock: the one command that a duplicate of a recorded event costs."""
+        token = self.lock.new_token()
+        return Asked(token, await self.lock.acquire(event_id, token, self.epoch.current))
+
+    def in_hand(self, event_id: str) -> asyncio.Future[Claim | Outcome] | None:
+        """What another copy of the event, which is at its claims right now, will have come to; never cancel it."""
+        return self._in_hand.get(event_id)
+
+    async def win(self, delivery: Delivery, asked: Asked | None = None, *, ignored: str | None) -> Claim | Outcome:
         """Claim a delivered event. `ignored`: why nothing here wants it; it is then settled, not dispatched.
 
         Raises `LedgerUnavailable`: nothing is promised, and our lock is gone again.
         """
         event_id = delivery.event.id
-        token = self.lock.new_token()
-        reply = await self.lock.acquire(event_id, token, self.epoch.current)
+        asked = asked or await self.ask(event_id)
+        if asked.reply is not LockReply.HELD and (first := self.in_hand(event_id)) is not None:
+            return shared(event_id, await asyncio.shield(first))
+        first = self._in_hand[event_id] = asyncio.get_running_loop().create_future()
+        try:
+            won = await self._win(delivery, asked, ignored)
+        except BaseException as error:
+            first.set_exception(LedgerUnavailable(str(error) or type(error).__name__))
+            first.exception()  # retrieved: often nobody else is waiting for it
+            raise
+        finally:
+            if self._in_hand.get(event_id) is first:  # else one whose lock ran out; its place is another's now
+                del self._in_hand[event_id]
+        first.set_result(won)
+        return won
+
+    async def _win(self, delivery: Delivery, asked: Asked, ignored: str | None) -> Claim | Outcome:
+        event_id, token, reply = delivery.event.id, asked.token, asked.reply
         if reply is LockReply.RECORDED:
             return outcome.duplicate(event_id)
         if reply is LockReply.BUSY:
@@ -62,14 +99,11 @@ class Claims:
 
     async def recover(self, event_ids: Sequence[str]) -> list[Claim]:
         """Claim events that the ledger says are due. While Redis is away, dispatch waits: nothing is claimed."""
-        tokens: dict[str, str] = {}
-        for event_id in event_ids:
-            token = self.lock.new_token()
-            reply = await self.lock.acquire(event_id, token, None, over_marker=True)
-            if reply is LockReply.AWAY:
-                break
-            if reply is LockReply.HELD:
-                tokens[event_id] = token
+        asked = {event_id: self.lock.new_token() for event_id in event_ids}
+        replies = await asyncio.gather(
+            *(self.lock.acquire(event_id, token, None, over_marker=True) for event_id, token in asked.items())
+        )
+        tokens = {each: asked[each] for each, reply in zip(asked, replies, strict=True) if reply is LockReply.HELD}
         if not tokens:
             return []
         claimed: list[Claim] = []
@@ -77,11 +111,14 @@ class Claims:
             claimed = await self.ledger.take_over(list(tokens))
         finally:
             held = {claim.event_id: claim for claim in claimed}
-            for event_id, token in tokens.items():
-                if event_id in held:
-                    await self.lock.mark_recorded(event_id, token, held[event_id].epoch)
-                else:
-                    await self.lock.forget(event_id, token, None)
+            await asyncio.gather(
+                *(
+                    self.lock.mark_recorded(event_id, token, held[event_id].epoch)
+                    if event_id in held
+                    else self.lock.forget(event_id, token, None)
+                    for event_id, token in tokens.items()
+                )
+            )
         return claimed
 
     async def forget(self, claim: Claim) -> None:
@@ -108,6 +145,13 @@ class Claims:
         if found is None or found.status in TAKEABLE:
             return otherwise
         return _answer(delivery.event.id, found)
+
+
+def shared(event_id: str, won: Claim | Outcome) -> Outcome:
+    """What a copy is told by what the first one, whose row is known to be committed, came to."""
+    if isinstance(won, Claim) or won.kind is Kind.UNHANDLED:
+        return outcome.duplicate(event_id)
+    return won
 
 
 def _answer(event_id: str, found: Found) -> Outcome:

@@ -8,15 +8,25 @@ database's; intervals are handed in, in seconds.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from sqlalchemy import Row, TextClause
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+from service.errors import LedgerUnavailable
 from service.inbox import statements
+from service.inbox.batch import Batcher
 from service.inbox.event import Delivery
 from service.inbox.model import Status
-from service.inbox.postgres import borrow, driver, read_epoch
+from service.inbox.postgres import ROW_FAULTS, PinnedConnection, borrow, describe, driver, read_epoch
 from service.inbox.retry import Backoff
+from service.inbox.statements import Statement
+
+# Deliveries in one insert: more save nothing more, and all of them wait for the slowest.
+_BATCH_MOST = 100
+# Inserts under way at once: two, so that one which waits for a row holds up no other, and few, so that they fill.
+_BATCHES = 2
+# An insert waits this share of its timeout for a row that another transaction has changed: its mates wait too.
+_PATIENCE_SHARE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +37,8 @@ class Claim:
     attempt: int
     failures: int
     abandoned: int
-    epoch: str | None
     body: bytes | None = field(repr=False)
+    epoch: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +56,20 @@ class Held:
 
     xid: str
     pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """A delivery on its way into the ledger, and how it wants to be entered."""
+
+    delivery: Delivery
+    status: Status
+    attempt: int
+    due_in_seconds: float
+
+    @property
+    def event_id(self) -> str:
+        return self.delivery.event.id
 
 
 class Ledger:
@@ -69,6 +93,8 @@ class Ledger:
         self._timeout_ms = str(round(idle_in_transaction_seconds * 1000))
         self._abandoned_most = abandoned_most
         self._backoff = backoff
+        self._patience_ms = str(round(timeout_seconds * 1000 / _PATIENCE_SHARE))
+        self._arrivals: Batcher[_Arrival, Claim | Found] = Batcher(self._arrive, most=_BATCH_MOST, parallel=_BATCHES)
 
     # -- the two ways in ------------------------------------------------------------------------------
 
@@ -78,71 +104,95 @@ class Ledger:
         `ignored`: nothing here wants the event; the row is settled as it is inserted.
         """
         if ignored:
-            return await self._insert(delivery, Status.IGNORED, attempt=1, due_in=0)
-        return await self._insert(delivery, Status.PROCESSING, attempt=1, due_in=self._lease_seconds)
+            return await self._arrivals.call(_Arrival(delivery, Status.IGNORED, 1, 0))
+        return await self._arrivals.call(_Arrival(delivery, Status.PROCESSING, 1, self._lease_seconds))
 
     async def record(self, delivery: Delivery, *, due_in_seconds: float) -> Found | None:
         """By whoever may not dispatch: recorded for recovery; None: it is, `Found`: it was there already."""
-        found = await self._insert(delivery, Status.PENDING, attempt=0, due_in=due_in_seconds)
+        found = await self._arrivals.call(_Arrival(delivery, Status.PENDING, 0, due_in_seconds))
         return found if isinstance(found, Found) else None
 
-    async def _insert(self, delivery: Delivery, status: Status, *, attempt: int, due_in: float) -> Claim | Found:
-        event = delivery.event
+    async def _arrive(self, arrivals: Sequence[_Arrival]) -> Sequence[Claim | Found | Exception]:
+        """Insert all of them in one statement; what is wrong with one row fails that row alone."""
         async with borrow(self._engine, self._timeout_seconds) as connection:
-            epoch = driver(connection).epoch
-            inserted = await connection.execute(
-                statements.INSERT,
-                {
-                    "event_id": event.id,
-                    "type": event.type,
-                    "account": event.account,
-                    "livemode": event.livemode,
-                    "api_version": event.api_version,
-                    "object_id": event.object_id,
-                    "created_at": event.created,
-                    "status": status,
-                    "attempt": attempt,
-                    "action": "ignored" if status is Status.IGNORED else None,
-                    "settled": status is Status.IGNORED,
-                    "due_in": due_in,
-                    "give_up_in": self._give_up_seconds,
-                    "body": delivery.body,
-                },
-            )
-            if inserted.first():
-                return Claim(event.id, attempt, 0, 0, epoch, delivery.body)
-            row = (await connection.execute(statements.FIND, {"event_id": event.id})).first()
-        if row is None:  # pruned between the two statements: it was old and settled
-            return Found(Status.COMPLETED, 0, None)
-        return Found(Status(row.status), row.attempt, epoch)
+            try:
+                return await self._insert(driver(connection), arrivals)
+            except ROW_FAULTS as error:
+                if len(arrivals) == 1:
+                    return [LedgerUnavailable(describe(error))]
+        return [answer for arrival in arrivals for answer in await self._alone(arrival)]
+
+    async def _alone(self, arrival: _Arrival) -> Sequence[Claim | Found | Exception]:
+        try:
+            return await self._arrive([arrival])
+        except LedgerUnavailable as error:
+            return [error]
+
+    async def _insert(
+        self, connection: PinnedConnection, arrivals: Sequence[_Arrival]
+    ) -> Sequence[Claim | Found | Exception]:
+        first: dict[str, _Arrival] = {}  # of each event; whoever may dispatch before whoever only records
+        for arrival in sorted(arrivals, key=lambda arrival: arrival.status is Status.PENDING):
+            first.setdefault(arrival.event_id, arrival)
+        events = [(arrival.delivery.event, arrival) for arrival in first.values()]
+        rows = await statements.INSERT.fetch(
+            connection,
+            patience_ms=self._patience_ms,
+            event_ids=[event.id for event, _ in events],
+            types=[event.type for event, _ in events],
+            accounts=[event.account for event, _ in events],
+            livemodes=[event.livemode for event, _ in events],
+            api_versions=[event.api_version for event, _ in events],
+            object_ids=[event.object_id for event, _ in events],
+            created_ats=[event.created for event, _ in events],
+            statuses=[arrival.status for _, arrival in events],
+            attempts=[arrival.attempt for _, arrival in events],
+            due_ins=[arrival.due_in_seconds for _, arrival in events],
+            bodies=[arrival.delivery.body for _, arrival in events],
+            give_up_in=self._give_up_seconds,
+        )
+        new = {row["event_id"] for row in rows}
+        epoch = connection.epoch
+        late = [a.event_id for a in arrivals if a.event_id not in new or first[a.event_id] is not a]
+        known = (
+            {row["event_id"]: row for row in await statements.FIND.fetch(connection, event_ids=late)} if late else {}
+        )
+
+        def answer(arrival: _Arrival) -> Claim | Found:
+            event_id = arrival.event_id
+            if event_id in new and first[event_id] is arrival:
+                return Claim(event_id, arrival.attempt, 0, 0, arrival.delivery.body, epoch)
+            if (row := known.get(event_id)) is None:  # pruned between the two statements: it was old and settled
+                return Found(Status.COMPLETED, 0, None)
+            return Found(Status(row["status"]), row["attempt"], epoch)
+
+        return [answer(arrival) for arrival in arrivals]
 
     # -- taking over ----------------------------------------------------------------------------------
 
     async def take_over(self, event_ids: Sequence[str]) -> list[Claim]:
         """Claim those of `event_ids` that are `pending` or `failed` and that nobody has a lock on."""
         async with borrow(self._engine, self._timeout_seconds) as connection:
-            rows = await connection.execute(
-                statements.TAKE_OVER, {"event_ids": list(event_ids), "lease": self._lease_seconds}
-            )
-            epoch = driver(connection).epoch
-            return [Claim(r.event_id, r.attempt, r.failures, r.abandoned, epoch, r.body) for r in rows]
+            raw = driver(connection)
+            rows = await statements.TAKE_OVER.fetch(raw, event_ids=list(event_ids), lease=self._lease_seconds)
+            return [
+                Claim(r["event_id"], r["attempt"], r["failures"], r["abandoned"], r["body"], raw.epoch) for r in rows
+            ]
 
     async def return_abandoned(self, limit: int) -> list[tuple[str, Status, int]]:
         """Give up on vanished holders; returns (event id, `pending` or `dead`, times abandoned) of each."""
-        parameters = {
-            "limit": limit,
-            "most": self._abandoned_most,
-            "first": self._backoff.first_seconds,
-            "longest": self._backoff.most_seconds,
-        }
-        async with borrow(self._engine, self._timeout_seconds) as connection:
-            rows = await connection.execute(statements.RETURN_ABANDONED, parameters)
-            return [(row.event_id, Status(row.status), row.abandoned) for row in rows]
+        rows = await self._run(
+            statements.RETURN_ABANDONED,
+            limit=limit,
+            most=self._abandoned_most,
+            first=self._backoff.first_seconds,
+            longest=self._backoff.most_seconds,
+        )
+        return [(row["event_id"], Status(row["status"]), row["abandoned"]) for row in rows]
 
     async def due(self, limit: int, *, abandoned: bool) -> list[str]:
         """Ids of `limit` events that are due, oldest first: those never abandoned, or those that were."""
-        async with borrow(self._engine, self._timeout_seconds) as connection:
-            return list(await connection.scalars(statements.DUE, {"limit": limit, "abandoned": abandoned}))
+        return [row["event_id"] for row in await self._run(statements.DUE, limit=limit, abandoned=abandoned)]
 
     async def read_epoch(self) -> str | None:
         """The epoch as the server has it now."""
@@ -151,26 +201,24 @@ class Ledger:
 
     async def replay(self, event_ids: Sequence[str]) -> list[str]:
         """Make events due now with their counts reset, attempt untouched; returns those that it changed."""
-        parameters = {"event_ids": list(event_ids), "give_up_in": self._give_up_seconds}
-        async with borrow(self._engine, self._timeout_seconds) as connection:
-            return list(await connection.scalars(statements.REPLAY, parameters))
+        rows = await self._run(statements.REPLAY, event_ids=list(event_ids), give_up_in=self._give_up_seconds)
+        return [row["event_id"] for row in rows]
 
     # -- inside a handler's transaction ---------------------------------------------------------------
 
     async def hold(self, connection: AsyncConnection, claim: Claim) -> Held | None:
         """Lock the claimed row, which begins the transaction; None: the claim was taken over."""
-        row = (
-            await connection.execute(
-                statements.HOLD,
-                {"event_id": claim.event_id, "attempt": claim.attempt, "timeout_ms": self._timeout_ms},
-            )
-        ).first()
-        return None if row is None else Held(row.xid, row.pid)
+        rows = await statements.HOLD.fetch(
+            driver(connection), event_id=claim.event_id, attempt=claim.attempt, timeout_ms=self._timeout_ms
+        )
+        return Held(rows[0]["xid"], rows[0]["pid"]) if rows else None
 
     async def complete_if_held(self, connection: AsyncConnection, claim: Claim, held: Held, action: str) -> bool:
         """The completion mark: last statement before COMMIT, and only in the transaction that was held."""
-        parameters = {"event_id": claim.event_id, "attempt": claim.attempt, "xid": held.xid, "action": action}
-        return (await connection.execute(statements.COMPLETE, parameters)).first() is not None
+        rows = await statements.COMPLETE.fetch(
+            driver(connection), event_id=claim.event_id, attempt=claim.attempt, xid=held.xid, action=action
+        )
+        return bool(rows)
 
     # -- after it -------------------------------------------------------------------------------------
 
@@ -193,24 +241,26 @@ class Ledger:
         """Nothing here wants it: `ignored`; None: no longer ours."""
         return await self._settle(statements.IGNORE, claim)
 
-    async def find(self, event_id: str) -> Row[tuple[str, int, int, str | None]] | None:
-        """(status, attempt, failures, last_error) of an event, or None."""
+    async def find(self, event_id: str) -> Found | None:
+        """The event's row as it is now, or None."""
         async with borrow(self._engine, self._timeout_seconds) as connection:
-            return (await connection.execute(statements.FIND, {"event_id": event_id})).first()
+            raw = driver(connection)
+            rows = await statements.FIND.fetch(raw, event_ids=[event_id])
+            return Found(Status(rows[0]["status"]), rows[0]["attempt"], raw.epoch) if rows else None
 
     async def end(self, held: Held) -> None:
         """Terminate the backend of a transaction that was given up on, if it is still in it."""
-        async with borrow(self._engine, self._timeout_seconds) as connection:
-            await connection.execute(statements.END, {"pid": held.pid, "xid": held.xid})
+        await self._run(statements.END, pid=held.pid, xid=held.xid)
 
     async def committed(self, held: Held) -> bool:
         """Whether a transaction that is over was committed."""
-        async with borrow(self._engine, self._timeout_seconds) as connection:
-            return bool(await connection.scalar(statements.XACT_STATUS, {"xid": held.xid}) == "committed")
+        rows = await self._run(statements.XACT_STATUS, xid=held.xid)
+        return bool(rows[0][0] == "committed")
 
-    async def _settle(self, statement: TextClause, claim: Claim, **values: object) -> Status | None:
+    async def _settle(self, statement: Statement, claim: Claim, **values: object) -> Status | None:
+        rows = await self._run(statement, event_id=claim.event_id, attempt=claim.attempt, **values)
+        return Status(rows[0]["status"]) if rows else None
+
+    async def _run(self, statement: Statement, **values: object) -> list[Any]:
         async with borrow(self._engine, self._timeout_seconds) as connection:
-            status = await connection.scalar(
-                statement, {"event_id": claim.event_id, "attempt": claim.attempt, **values}
-            )
-        return None if status is None else Status(status)
+            return await statement.fetch(driver(connection), **values)

@@ -9,23 +9,29 @@ and no event is lost or doubled, because the ledger alone carries safety. So eve
 
 import secrets
 import time
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import Any
 
 import structlog
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.client import Pipeline
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from service.errors import LockUnavailable
+from service.inbox.batch import Batcher
 
 log = structlog.get_logger(__name__)
 
 _CLAIMED = b"claimed:"
 _RECORDED = b"recorded:"
+Command = Callable[[Pipeline], object]
 _AWAY_ERRORS = (RedisError, OSError, TimeoutError)
+_PIPELINE_MOST = 200  # commands: a reply to the first of more would wait too long for the last
+_PIPELINES = 1  # under way at once: so they fill, and a reply is never far away
 
 # Lua on every server: `SET ... IFEQ` exists on Valkey 8.1 and Redis 8.4 only.
 _SWAP = """
@@ -85,6 +91,7 @@ class Lock:
         self._breaker_seconds = breaker_seconds
         self._tripped = False
         self._away_until = 0.0
+        self._commands = Batcher(self._send, most=_PIPELINE_MOST, parallel=_PIPELINES)
 
     @staticmethod
     def new_token() -> str:
@@ -101,16 +108,17 @@ class Lock:
 
         `over_marker` is recovery's: the ledger has said that work is due, so a marker is no evidence against it.
         """
+        key, ours = self._key(event_id), _CLAIMED + token.encode()
         try:
-            seen = await self._set_if_absent(event_id, _CLAIMED + token.encode())
-            if seen is None or seen == _CLAIMED + token.encode():
+            seen = await self._set_if_absent(key, ours)
+            if seen is None or seen == ours:
                 return LockReply.HELD
             if epoch is not None and seen == _RECORDED + epoch.encode() and not over_marker:
                 return LockReply.RECORDED
-            if seen.startswith(_CLAIMED) and not await self._left_over(event_id):
+            if seen.startswith(_CLAIMED) and not await self._left_over(key):
                 return LockReply.BUSY
             swapped = await self._call(
-                self._redis.eval(_SWAP, 1, self._key(event_id), seen, _CLAIMED + token.encode(), str(self._lock_ttl_ms))
+                lambda pipeline: pipeline.eval(_SWAP, 1, key, seen, ours, str(self._lock_ttl_ms))
             )
         except LockUnavailable:
             return LockReply.AWAY
@@ -121,25 +129,17 @@ class Lock:
         """Replace our own lock by the marker. Call it only once the row's COMMIT is known; failing changes nothing."""
         if epoch is None:
             return
+        key, ours, marker = self._key(event_id), _CLAIMED + token.encode(), _RECORDED + epoch.encode()
         try:
-            await self._call(
-                self._redis.eval(
-                    _SWAP,
-                    1,
-                    self._key(event_id),
-                    _CLAIMED + token.encode(),
-                    _RECORDED + epoch.encode(),
-                    str(self._marker_ttl_ms),
-                )
-            )
+            await self._call(lambda pipeline: pipeline.eval(_SWAP, 1, key, ours, marker, str(self._marker_ttl_ms)))
         except LockUnavailable:
             log.debug("marker_not_written", event_id=event_id)
 
     async def forget(self, event_id: str, token: str, epoch: str | None) -> None:
         """Delete our own lock or marker, so that the next delivery reaches the ledger."""
-        marker = _RECORDED + (epoch or "").encode()
+        key, ours, marker = self._key(event_id), _CLAIMED + token.encode(), _RECORDED + (epoch or "").encode()
         try:
-            await self._call(self._redis.eval(_DROP, 1, self._key(event_id), _CLAIMED + token.encode(), marker))
+            await self._call(lambda pipeline: pipeline.eval(_DROP, 1, key, ours, marker))
         except LockUnavailable:
             log.debug("lock_not_deleted", event_id=event_id)
 
@@ -157,33 +157,32 @@ class Lock:
     def _key(self, event_id: str) -> str:
         return self._prefix + event_id
 
-    async def _set_if_absent(self, event_id: str, value: bytes) -> bytes | None:
+    async def _set_if_absent(self, key: str, value: bytes) -> bytes | None:
         """`SET NX GET`: None when it was set, else what is there."""
         for last in (False, True):
             try:
                 return await self._call(  # type: ignore[no-any-return]
-                    self._redis.set(self._key(event_id), value, nx=True, get=True, px=self._lock_ttl_ms)
+                    lambda pipeline: pipeline.set(key, value, nx=True, get=True, px=self._lock_ttl_ms)
                 )
             except _WrongTypeError:
                 # Concerns this one key, not the server: nothing of ours is ever a list or a hash.
-                await self._call(self._redis.delete(self._key(event_id)))
+                await self._call(lambda pipeline: pipeline.delete(key))
                 if last:
                     break
         raise LockUnavailable("the key keeps having the wrong type")
 
-    async def _left_over(self, event_id: str) -> bool:
+    async def _left_over(self, key: str) -> bool:
         """A lock that would outlive every lock we write was not written by us as it stands."""
-        remaining = int(await self._call(self._redis.pttl(self._key(event_id))))
+        remaining = int(await self._call(lambda pipeline: pipeline.pttl(key)))
         return remaining == -1 or remaining > self._lock_ttl_ms
 
-    async def _call(self, command: Any) -> Any:
+    async def _call(self, command: Command) -> Any:
         if self.away:
-            command.close()
             raise LockUnavailable("breaker open")
         if self._tripped:  # the window is over: this one call finds out, the others keep seeing it open
             self._away_until = time.monotonic() + self._breaker_seconds
         try:
-            reply = await command
+            reply = await self._commands.call(command)
         except ResponseError as error:
             if str(error).startswith("WRONGTYPE"):
                 raise _WrongTypeError from error
@@ -194,6 +193,13 @@ class Lock:
             log.warning("redis_back")
             self._tripped, self._away_until = False, 0.0
         return reply
+
+    async def _send(self, commands: Sequence[Command]) -> Sequence[Any]:
+        """One round trip for all of them. A lost connection is the answer to each: none of them is sent again."""
+        pipeline = self._redis.pipeline(transaction=False)
+        for command in commands:
+            command(pipeline)
+        return await pipeline.execute(raise_on_error=False)
 
     def _trip(self, error: BaseException) -> LockUnavailable:
         # OOM, READONLY and NOPERM are not connection errors, and all the same no lock can be had.

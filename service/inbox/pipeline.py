@@ -14,10 +14,11 @@ import structlog
 
 from service.errors import FirstclaimError, LedgerUnavailable
 from service.inbox import outcome
-from service.inbox.claims import Claims
+from service.inbox.claims import Asked, Claims, shared
 from service.inbox.dispatch import Dispatcher
 from service.inbox.event import Delivery, Event, parse_event
 from service.inbox.ledger import Claim
+from service.inbox.lock import LockReply
 from service.inbox.outcome import Outcome
 from service.logs import describe_error
 from service.registry import Registry
@@ -54,14 +55,29 @@ class Pipeline:
         """What came of `delivery`, within the answer's budget; never raises."""
         if self._stopping:
             return outcome.unavailable("Shutting down")
+        event_id = delivery.event.id
+        if (first := self._claims.in_hand(event_id)) is not None:
+            return await self._share(event_id, first)
+        asked = await self._claims.ask(event_id)
+        if asked.reply is LockReply.RECORDED:
+            return outcome.duplicate(event_id)
         progress = _Progress()
-        task = self._spawn(self._process(delivery, progress))
+        task = self._spawn(self._process(delivery, asked, progress))
         done, _ = await asyncio.wait({task}, timeout=self._budget_seconds)
         if done and not task.cancelled():
             return task.result()
         if progress.recorded:
             return outcome.deferred("Recorded; still at work on it")
         return outcome.unavailable("Not recorded in time")
+
+    async def _share(self, event_id: str, first: asyncio.Future[Claim | Outcome]) -> Outcome:
+        """What came of the copy that is at its claims right now, if its row is committed within the budget."""
+        done, _ = await asyncio.wait({first}, timeout=self._budget_seconds)
+        if not done:
+            return outcome.unavailable("Not recorded in time")
+        if first.exception() is not None:
+            return outcome.unavailable("The ledger cannot be reached")
+        return shared(event_id, first.result())
 
     async def return_abandoned(self, most: int) -> None:
         """Make events due again whose holder vanished. Raises `LedgerUnavailable`."""
@@ -110,11 +126,11 @@ class Pipeline:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _process(self, delivery: Delivery, progress: _Progress) -> Outcome:
+    async def _process(self, delivery: Delivery, asked: Asked, progress: _Progress) -> Outcome:
         """A delivery's way through; whatever breaks on it, the answer promises nothing that is not so."""
         event = delivery.event
         try:
-            won = await self._claims.win(delivery, ignored=self._why_ignored(event))
+            won = await self._claims.win(delivery, asked, ignored=self._why_ignored(event))
             progress.recorded = True
             return await self._dispatch(won, event) if isinstance(won, Claim) else won
         except LedgerUnavailable as error:

@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import asyncpg
+from asyncpg.transaction import Transaction
 from sqlalchemy import event, exc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 from sqlalchemy.pool import PoolResetState
@@ -31,7 +32,22 @@ UNAVAILABLE = (
     TimeoutError,
 )
 
+# Of these, what one row of a statement can be the cause of: its values, its index entry, another's lock on it.
+ROW_FAULTS = (
+    asyncpg.DataError,
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.ProgramLimitExceededError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.TransactionRollbackError,
+    UnicodeError,
+)
+
 _HANDLER_RUNS = "firstclaim_handler_runs"
+_REFUSED = "firstclaim_refused"
+_MUST_NOT_END = (
+    "a handler must not commit or roll back: its transaction carries the completion mark "
+    "(use context.connection.begin_nested() for a part that may fail)"
+)
 _GOODBYE_SECONDS = 0.2  # with it on top a statement's timeout of 1.5 s is still a 503 within 2 s
 
 _PIN = """
@@ -50,6 +66,9 @@ class PinnedConnection(asyncpg.Connection):
     """An asyncpg connection that remembers the ledger epoch read when it was opened; None: no ledger yet."""
 
     epoch: str | None = None
+
+    # Of a handler, from `begin` until whoever began it has ended it.
+    handling: Transaction | None = None
 
     async def close(self, *, timeout: float | None = None) -> None:
         """Say goodbye, but not for long: of a frozen server SQLAlchemy would wait 2 s for it, or for ever."""
@@ -125,10 +144,11 @@ async def open_connection(dsn: str, timeout_seconds: float, epoch: Epoch | None 
     return connection
 
 
-def create_engine(
-    dsn: str, *, size: int, timeout_seconds: float, queue_seconds: float, epoch: Epoch, autocommit: bool = False
-) -> AsyncEngine:
+def create_engine(dsn: str, *, size: int, timeout_seconds: float, queue_seconds: float, epoch: Epoch) -> AsyncEngine:
     """A pool of exactly `size` connections; opens nothing yet. No overflow: that would reconnect per request.
+
+    SQLAlchemy begins no transaction on them (`AUTOCOMMIT`): the ledger's statements are one each, and around a
+    handler `begin` does it, on the driver, where it costs half.
 
     `timeout_seconds` is for connecting; `queue_seconds` is how long a caller waits for a connection that is in
     use: a burst of ours that queues here is no sign of Postgres being away.
@@ -140,7 +160,7 @@ def create_engine(
         max_overflow=0,
         pool_timeout=queue_seconds,
         hide_parameters=True,
-        **({"isolation_level": "AUTOCOMMIT"} if autocommit else {}),
+        isolation_level="AUTOCOMMIT",
     )
     event.listen(engine.sync_engine, "checkout", partial(_refuse_outdated, epoch))
     event.listen(engine.sync_engine, "commit", _refuse_in_handler)
@@ -160,28 +180,37 @@ def _refuse_outdated(epoch: Epoch, dbapi_connection: Any, _record: Any, _proxy: 
         raise exc.DisconnectionError
 
 
-def _end_transaction(dbapi_connection: Any, _record: Any, state: PoolResetState) -> None:
-    """Back into the pool without a transaction: after a refused commit() SQLAlchemy takes it for ended already.
-
-    It was still open, and the next event's handler would have committed what the refused one had written.
-    """
-    if state.asyncio_safe:
-        dbapi_connection.rollback()  # costs nothing when there is none
+def _end_transaction(dbapi_connection: Any, _record: Any, _state: PoolResetState) -> None:
+    """Never back into the pool with a transaction: the next event's handler would commit what this one wrote."""
+    connection = dbapi_connection.driver_connection
+    if connection.handling is not None:
+        connection.terminate()  # the pool then connects anew
 
 
 def _refuse_in_handler(connection: Any) -> None:
     if not connection.invalidated and connection.info.get(_HANDLER_RUNS):
-        raise HandlerRuleBroken(
-            "a handler must not commit or roll back: its transaction carries the completion mark "
-            "(use context.connection.begin_nested() for a part that may fail)"
-        )
+        connection.info[_REFUSED] = True
+        raise HandlerRuleBroken(_MUST_NOT_END)
 
 
 def handler_runs(connection: AsyncConnection, running: bool) -> None:
     """While `running`, commit() and rollback() on `connection` raise `HandlerRuleBroken`."""
+    if (info := _info(connection)) is not None:
+        info[_HANDLER_RUNS] = running
+        if running:
+            info.pop(_REFUSED, None)
+
+
+def check_not_refused(connection: AsyncConnection) -> None:
+    """Raise `HandlerRuleBroken` if the handler swallowed that: it takes for committed or undone what is not."""
+    if (info := _info(connection)) is not None and info.get(_REFUSED):
+        raise HandlerRuleBroken(_MUST_NOT_END)
+
+
+def _info(connection: AsyncConnection) -> dict[Any, Any] | None:
+    """What is noted beside a pooled connection; None when it is gone."""
     sync = connection.sync_connection
-    if sync is not None and not sync.closed and not sync.invalidated:
-        sync.info[_HANDLER_RUNS] = running
+    return None if sync is None or sync.closed or sync.invalidated else sync.info
 
 
 def driver(connection: AsyncConnection) -> PinnedConnection:
@@ -191,6 +220,31 @@ def driver(connection: AsyncConnection) -> PinnedConnection:
     if not isinstance(found, PinnedConnection):
         raise LedgerUnavailable("the connection is gone")
     return found
+
+
+async def begin(connection: AsyncConnection) -> None:
+    """Begin the transaction that a handler works in."""
+    underneath = driver(connection)
+    underneath.handling = underneath.transaction()
+    await underneath.handling.start()
+
+
+async def commit(connection: AsyncConnection) -> None:
+    """Commit what `begin` began."""
+    underneath = driver(connection)
+    if underneath.handling is None:
+        raise LedgerUnavailable("the transaction is gone")
+    await underneath.handling.commit()
+    underneath.handling = None
+
+
+async def roll_back(connection: AsyncConnection) -> None:
+    """Roll back what `begin` began, if it is still open; nothing when it was committed."""
+    with suppress(LedgerUnavailable):  # a lost connection has nothing to roll back
+        underneath = driver(connection)
+        if underneath.handling is not None and underneath.is_in_transaction():
+            await underneath.handling.rollback()
+            underneath.handling = None
 
 
 async def discard(connection: AsyncConnection) -> None:

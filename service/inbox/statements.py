@@ -4,31 +4,70 @@ Guarantees: every change of state names status and attempt in its WHERE. `ON CON
 it queues behind a running handler's row lock, `DO NOTHING` does not. The clock is always `clock_timestamp()`.
 """
 
-from sqlalchemy import text
+from dataclasses import dataclass
+from typing import Any
 
-# Insert the event and its body, or do nothing if the id is known: a row comes back only to the first.
-INSERT = text("""
-WITH event AS (
+import asyncpg
+from sqlalchemy import text
+from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """SQL as the driver takes it, and the names of its parameters in their order."""
+
+    sql: str
+    names: tuple[str, ...]
+
+    async def fetch(self, connection: asyncpg.Connection, **values: object) -> list[Any]:
+        """Its rows; raises what asyncpg raises."""
+        return await connection.fetch(self.sql, *[values[name] for name in self.names])
+
+
+def _statement(sql: str) -> Statement:
+    """Compile `sql` with its `:named` parameters, once: built per call, it cost more than the database's work."""
+    compiled = text(sql).compile(dialect=PGDialect_asyncpg())  # type: ignore[no-untyped-call]
+    return Statement(str(compiled), tuple(compiled.positiontup or ()))
+
+
+# Insert the events of many deliveries and their bodies, or do nothing where the id is known: an id comes back only
+# to the first. Sorted, for two processes that insert the same ids in opposite order deadlock. A row that another
+# transaction has changed and not committed is waited for, but not for long: its batch mates wait too.
+INSERT = _statement("""
+WITH patience AS MATERIALIZED (
+    SELECT set_config('lock_timeout', :patience_ms, true)
+), delivered AS MATERIALIZED (
+    SELECT d.*
+      FROM patience CROSS JOIN unnest(
+          CAST(:event_ids AS text[]), CAST(:types AS text[]), CAST(:accounts AS text[]), CAST(:livemodes AS bool[]),
+          CAST(:api_versions AS text[]), CAST(:object_ids AS text[]), CAST(:created_ats AS timestamptz[]),
+          CAST(:statuses AS text[]), CAST(:attempts AS int[]), CAST(:due_ins AS float8[]), CAST(:bodies AS bytea[])
+      ) AS d (event_id, type, account, livemode, api_version, object_id, created_at, status, attempt, due_in, body)
+     ORDER BY d.event_id COLLATE "C"
+), event AS (
     INSERT INTO stripe_events (event_id, type, account, livemode, api_version, object_id, created_at, status,
                                attempt, action, received_at, due_at, give_up_at, settled_at)
-    SELECT :event_id, :type, :account, :livemode, :api_version, :object_id, :created_at, :status,
-           :attempt, :action, now, now + make_interval(secs => :due_in), now + make_interval(secs => :give_up_in),
-           CASE WHEN :settled THEN now END
-      FROM clock_timestamp() AS now
+    SELECT event_id, type, account, livemode, api_version, object_id, created_at, status,
+           attempt, CASE status WHEN 'ignored' THEN status END,
+           now, now + make_interval(secs => due_in), now + make_interval(secs => :give_up_in),
+           CASE status WHEN 'ignored' THEN now END
+      FROM delivered, clock_timestamp() AS now
     ON CONFLICT (event_id) DO NOTHING
     RETURNING event_id
 ), payload AS (
-    INSERT INTO stripe_event_payloads (event_id, body) SELECT event_id, :body FROM event
+    INSERT INTO stripe_event_payloads (event_id, body) SELECT event_id, body FROM event JOIN delivered USING (event_id)
     ON CONFLICT (event_id) DO NOTHING
 )
-SELECT true FROM event
+SELECT event_id FROM event
 """)
 
-FIND = text("SELECT status, attempt, failures, last_error FROM stripe_events WHERE event_id = :event_id")
+FIND = _statement("""
+SELECT event_id, status, attempt FROM stripe_events WHERE event_id = ANY(:event_ids)
+""")
 
 # Take over what nobody works on. MATERIALIZED: a plain IN (SELECT ... LIMIT) claimed 200 rows for 5 under
 # another plan. SKIP LOCKED: a row under a running handler's lock is held, however late it is.
-TAKE_OVER = text("""
+TAKE_OVER = _statement("""
 WITH due AS MATERIALIZED (
     SELECT event_id FROM stripe_events
      WHERE event_id = ANY(:event_ids) AND status IN ('pending', 'failed')
@@ -44,7 +83,7 @@ RETURNING e.event_id, e.attempt, e.failures, e.abandoned, p.body
 
 # Give up on holders that vanished: their claim is past its lease and no handler's lock is on the row. It is
 # due again after a backoff, or dead when it keeps killing its process.
-RETURN_ABANDONED = text("""
+RETURN_ABANDONED = _statement("""
 WITH due AS MATERIALIZED (
     SELECT event_id FROM stripe_events
      WHERE status = 'processing' AND due_at <= (SELECT clock_timestamp())
@@ -65,7 +104,7 @@ RETURNING e.event_id, e.status, e.abandoned
 
 # What is due, oldest first; events that were abandoned before are looked for apart. The clock in a subquery: a
 # bare volatile function would be no index condition, and each look would read every row that is not due yet.
-DUE = text("""
+DUE = _statement("""
 SELECT event_id FROM stripe_events
  WHERE status IN ('pending', 'failed') AND due_at <= (SELECT clock_timestamp()) AND (abandoned > 0) = :abandoned
  ORDER BY due_at LIMIT :limit
@@ -73,7 +112,7 @@ SELECT event_id FROM stripe_events
 
 # The first statement of a handler's transaction: lock the row if the claim still holds. The lock is the
 # lease from here on; the timeouts free it when this process freezes.
-HOLD = text("""
+HOLD = _statement("""
 SELECT pg_current_xact_id()::text AS xid,
        pg_backend_pid() AS pid,
        set_config('synchronous_commit', 'on', true),
@@ -85,7 +124,7 @@ SELECT pg_current_xact_id()::text AS xid,
 """)
 
 # The last statement before COMMIT. Another transaction id: the handler ended the transaction by itself.
-COMPLETE = text("""
+COMPLETE = _statement("""
 UPDATE stripe_events
    SET status = 'completed', action = :action, last_error = NULL, settled_at = clock_timestamp()
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
@@ -93,7 +132,7 @@ UPDATE stripe_events
 RETURNING true
 """)
 
-FAIL = text("""
+FAIL = _statement("""
 UPDATE stripe_events
    SET failures = failures + 1, last_error = :error,
        status = CASE WHEN clock_timestamp() >= give_up_at THEN 'dead' ELSE 'failed' END,
@@ -103,27 +142,27 @@ UPDATE stripe_events
 RETURNING status
 """)
 
-KILL = text("""
+KILL = _statement("""
 UPDATE stripe_events
    SET status = 'dead', failures = failures + 1, last_error = :error, settled_at = clock_timestamp()
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
 RETURNING status
 """)
 
-RELEASE = text("""
+RELEASE = _statement("""
 UPDATE stripe_events SET status = 'pending', due_at = clock_timestamp() + make_interval(secs => :due_in)
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
 RETURNING status
 """)
 
-IGNORE = text("""
+IGNORE = _statement("""
 UPDATE stripe_events SET status = 'ignored', action = 'ignored', settled_at = clock_timestamp()
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
 RETURNING status
 """)
 
 # An operator's replay of what is settled or waiting; never of what is being handled right now.
-REPLAY = text("""
+REPLAY = _statement("""
 UPDATE stripe_events
    SET status = 'pending', failures = 0, abandoned = 0, settled_at = NULL, due_at = clock_timestamp(),
        give_up_at = clock_timestamp() + make_interval(secs => :give_up_in)
@@ -133,9 +172,9 @@ RETURNING event_id
 
 # A handler was given up on: end its transaction now, not when its statement happens to end. Pids are reused,
 # so only if the backend is still in that very transaction.
-END = text("""
+END = _statement("""
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
  WHERE pid = :pid AND backend_xid = CAST(CAST(CAST(:xid AS text) AS xid8) AS xid)
 """)
 
-XACT_STATUS = text("SELECT pg_xact_status(CAST(CAST(:xid AS text) AS xid8))")
+XACT_STATUS = _statement("SELECT pg_xact_status(CAST(CAST(:xid AS text) AS xid8))")

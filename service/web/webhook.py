@@ -93,9 +93,8 @@ class Webhook:
         under a sender is reset, and the sender then often never sees the answer.
         """
         most, length = self.body_most_bytes, 0
-        too_large = Rejected("body_too_large", f"Body is larger than {most} bytes", 413)
         if not _is_at_most(request.headers.get("content-length", "0").strip(" \t"), most * _DROPPED_BODIES):
-            raise too_large
+            raise self._too_large()
         body = bytearray()
         try:
             async with asyncio.timeout(self.body_timeout_seconds):
@@ -109,8 +108,11 @@ class Webhook:
             if length <= most:
                 raise Rejected("body_too_slow", "Body took too long to arrive", 408) from None
         if length > most:
-            raise too_large
+            raise self._too_large()
         return bytes(body)
+
+    def _too_large(self) -> Rejected:
+        return Rejected("body_too_large", f"Body is larger than {self.body_most_bytes} bytes", 413)
 
 
 def _is_at_most(declared: str, most: int) -> bool:

@@ -10,7 +10,7 @@ from service.inbox import schema, statements
 from service.inbox.model import Status
 from service.inbox.postgres import open_connection
 from tests.clock import Clock, installed
-from tests.integration.world import World, build, delivery, effect
+from tests.integration.world import World, build, delivery, effect, explained
 from tests.stores import Stores
 
 HOUR_SECONDS = 3600.0
@@ -100,8 +100,7 @@ async def test_what_is_due_is_still_found_by_the_index(world: World) -> None:
     """The look for due events plans as it does with the server's own clock: once per look, not once per row."""
     async with world.parts.ingest.connect() as connection:
         await connection.execute(text("SET enable_seqscan = off"))
-        parameters = {"limit": 5, "abandoned": False}
-        plan = "\n".join(await connection.scalars(text(f"EXPLAIN VERBOSE {statements.DUE.text}"), parameters))
+        plan = await explained(connection, statements.DUE, "EXPLAIN VERBOSE", limit=5, abandoned=False)
     assert "InitPlan" in plan
     assert " clock_timestamp()" in plan, "the server's own would be shown as pg_catalog's"
     assert "Index Cond: (stripe_events.due_at <=" in plan

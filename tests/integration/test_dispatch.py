@@ -15,10 +15,11 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import Context, Event, Permanent, Retry
 from service.errors import HandlerRuleBroken, LedgerUnavailable
+from service.inbox import attempt
 from service.inbox.ledger import Claim, Ledger
 from service.inbox.model import Status
 from service.inbox.outcome import Kind, Outcome
-from service.inbox.postgres import Epoch, create_engine
+from service.inbox.postgres import Epoch, commit, create_engine, roll_back
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import Function, World, effect, effect_from_thread, until
 
@@ -843,17 +844,16 @@ async def has_status(world: World, claim: Claim, status: Status) -> bool:
 
 def commits_and(monkeypatch: pytest.MonkeyPatch, *, really: bool, error: BaseException) -> None:
     """COMMIT is sent, or not, and what comes back is not its success."""
-    commit = AsyncConnection.commit
 
     async def ambiguous(connection: AsyncConnection) -> None:
         if really:
             await commit(connection)
         raise error
 
-    monkeypatch.setattr(AsyncConnection, "commit", ambiguous)
+    monkeypatch.setattr(attempt, "commit", ambiguous)
 
 
-LOST = [ConnectionResetError("reset"), TimeoutError(), DBAPIError("COMMIT", None, Exception("gone"))]
+LOST = [ConnectionResetError("reset"), TimeoutError(), asyncpg.ConnectionDoesNotExistError("gone")]
 
 
 @pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
@@ -935,12 +935,12 @@ async def test_a_commit_that_was_taken_over_is_a_duplicate(world: World, monkeyp
     claim = await world.claim()
 
     async def lost(connection: AsyncConnection) -> None:
-        await connection.rollback()
+        await roll_back(connection)
         await world.change(claim.event_id, attempt=2)
         raise ConnectionResetError
 
     with monkeypatch.context() as patch:
-        patch.setattr(AsyncConnection, "commit", lost)
+        patch.setattr(attempt, "commit", lost)
         assert (await world.dispatch(handles, claim)).kind is Kind.DUPLICATE
     row = await world.row(claim.event_id)
     assert (row["status"], row["attempt"], row["failures"]) == ("processing", 2, 0)

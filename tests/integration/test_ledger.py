@@ -6,16 +6,17 @@ from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import TextClause, text
+from sqlalchemy import text
 
 from service.errors import LedgerUnavailable, Rejected
 from service.inbox import statements
 from service.inbox.event import Delivery, parse_event
 from service.inbox.ledger import Claim, Found, Held, Ledger
 from service.inbox.model import TAKEABLE, Status
+from service.inbox.postgres import begin, commit, roll_back
 from tests.hostile import bodies
 from tests.integration.conftest import MakeWorld
-from tests.integration.world import World, delivery, until
+from tests.integration.world import World, delivery, explained, until
 
 SETTLED = (Status.COMPLETED, Status.IGNORED, Status.DEAD)
 LEASE_SECONDS = 60.0
@@ -339,13 +340,13 @@ async def test_looking_for_due_events_reads_the_index(world: World) -> None:
         """
     )
     await world.database.execute("ANALYZE stripe_events")
-    looks: list[tuple[TextClause, dict[str, object]]] = [
+    looks: list[tuple[statements.Statement, dict[str, Any]]] = [
         (statements.DUE, {"limit": 5, "abandoned": False}),
         (statements.RETURN_ABANDONED, {"limit": 5, "most": 8, "first": 5.0, "longest": 3600.0}),
     ]
     async with world.parts.ingest.connect() as connection:
         for statement, parameters in looks:
-            plan = "\n".join(await connection.scalars(text(f"EXPLAIN {statement.text}"), parameters))
+            plan = await explained(connection, statement, **parameters)
             assert "stripe_events_due" in plan
             assert "Index Cond: (due_at <=" in plan
 
@@ -441,13 +442,14 @@ async def test_a_failure_waits_for_a_transaction_that_may_commit(world: World) -
     """An ambiguous COMMIT: the guarded update waits for the old backend, then sees what became of it."""
     claim = await world.claim()
     async with world.parts.handlers.connect() as connection:
+        await begin(connection)
         held = await world.ledger.hold(connection, claim)
         assert held is not None
         assert await world.ledger.complete_if_held(connection, claim, held, "done")
         failing = asyncio.create_task(world.ledger.fail_if_held(claim, "COMMIT lost", due_in_seconds=5))
         await until_somebody_waits(world)
         assert not failing.done()
-        await connection.commit()
+        await commit(connection)
         assert await failing is None
     row = await world.row(claim.event_id)
     assert (row["status"], row["action"], row["failures"]) == ("completed", "done", 0)
@@ -460,6 +462,7 @@ async def test_the_row_is_held_and_completed_in_one_transaction(world: World) ->
     """Locked from the first statement on, with its timeouts; completed by the last; seen by nobody before COMMIT."""
     claim = await world.claim()
     async with world.parts.handlers.connect() as connection:
+        await begin(connection)
         held = await world.ledger.hold(connection, claim)
         assert held is not None
         settings = {
@@ -476,9 +479,8 @@ async def test_the_row_is_held_and_completed_in_one_transaction(world: World) ->
             await world.database.fetch("SELECT FROM stripe_events FOR UPDATE NOWAIT")
         assert await world.ledger.complete_if_held(connection, claim, held, "done")
         assert await world.status(claim.event_id) is Status.PROCESSING
-        await connection.commit()
+        await commit(connection)
         assert await connection.scalar(text("SHOW statement_timeout")) == "0"
-        await connection.rollback()
     row = await world.row(claim.event_id)
     assert (row["status"], row["action"], row["last_error"]) == ("completed", "done", None)
     assert row["settled_at"] is not None
@@ -520,13 +522,14 @@ async def test_no_other_transaction_can_complete(world: World) -> None:
 async def test_what_became_of_a_transaction(world: World) -> None:
     """Committed or not, the server knows afterwards; one that is still open has not committed."""
     async with world.parts.handlers.connect() as connection:
-        for commit in (True, False):
+        for end in (commit, roll_back):
             claim = await world.claim()
+            await begin(connection)
             held = await world.ledger.hold(connection, claim)
             assert held is not None
             assert not await world.ledger.committed(held)
-            await (connection.commit() if commit else connection.rollback())
-            assert await world.ledger.committed(held) is commit
+            await end(connection)
+            assert await world.ledger.committed(held) is (end is commit)
 
 
 async def test_ending_a_transaction_ends_that_one_only(world: World) -> None:

@@ -12,6 +12,7 @@ import fakeredis
 import hiredis
 import pytest
 from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 
 from service.errors import LockUnavailable
 from service.inbox import lock as lock_module
@@ -79,14 +80,26 @@ async def has_ttl(redis: Redis, key: str, milliseconds: int) -> bool:
 def commands(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The name of every command that the client is told to send, from here on."""
     sent: list[str] = []
-    execute: Callable[..., Awaitable[Any]] = redis.execute_command
+    execute = Pipeline.execute_command
 
-    def counted(*arguments: Any, **options: Any) -> Awaitable[Any]:
+    def counted(pipeline: Pipeline, *arguments: Any, **options: Any) -> Any:
         sent.append(str(arguments[0]))
-        return execute(*arguments, **options)
+        return execute(pipeline, *arguments, **options)
 
-    monkeypatch.setattr(redis, "execute_command", counted)
+    monkeypatch.setattr(Pipeline, "execute_command", counted)
     return sent
+
+
+def before(monkeypatch: pytest.MonkeyPatch, command: str, act: Callable[[], Awaitable[object]]) -> None:
+    """Have `act` happen in Redis before each round trip that holds `command`."""
+    execute = Pipeline.execute
+
+    async def late(pipeline: Pipeline, *arguments: Any, **options: Any) -> Any:
+        if command in [args[0] for args, _ in pipeline.command_stack]:
+            await act()
+        return await execute(pipeline, *arguments, **options)
+
+    monkeypatch.setattr(Pipeline, "execute", late)
 
 
 both = pytest.mark.parametrize("server", ["fake", "real"])
@@ -219,13 +232,7 @@ async def test_a_value_that_changes_hands_is_not_taken(
 ) -> None:
     """Between our look at a left-over value and our taking it another took it: compare-and-set leaves that alone."""
     await redis.set(key, OTHER_EPOCH, px=MARKER_TTL_MS)
-    evaluate = redis.eval
-
-    async def beaten(*arguments: Any) -> Any:
-        await redis.set(key, THEIRS, px=LOCK_TTL_MS)
-        return await evaluate(*arguments)
-
-    monkeypatch.setattr(redis, "eval", beaten)
+    before(monkeypatch, "EVAL", lambda: redis.set(key, THEIRS, px=LOCK_TTL_MS))
     assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.BUSY
     assert await redis.get(key) == THEIRS
 
@@ -236,13 +243,7 @@ async def test_a_lock_that_runs_out_under_our_eyes_is_busy_once(
 ) -> None:
     """Gone between the two looks, it was live a moment ago: this delivery records, the next one finds it free."""
     await redis.set(key, THEIRS, px=LOCK_TTL_MS)
-    pttl = redis.pttl
-
-    async def gone(name: str) -> Any:
-        await redis.delete(key)
-        return await pttl(name)
-
-    monkeypatch.setattr(redis, "pttl", gone)
+    before(monkeypatch, "PTTL", lambda: redis.delete(key))
     assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.BUSY
     assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.HELD
 
@@ -538,17 +539,17 @@ async def test_a_ping_asks_whatever_the_breaker_says(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("server", ["fake"])
-async def test_one_odd_key_does_not_trip_the_breaker(redis: Redis, lock: Lock, clock: Clock) -> None:
+async def test_one_odd_key_does_not_trip_the_breaker(
+    redis: Redis, lock: Lock, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A key that is given the wrong type again and again is given up on, and no other event waits for it."""
     poison = redis_key(lock)
-    delete = redis.delete
 
-    async def poisoned_again(*names: Any) -> Any:
-        await delete(*names)
+    async def poison_again() -> None:
+        await redis.delete(poison)
         await redis.rpush(poison, "x")
 
-    redis.delete = poisoned_again  # type: ignore[method-assign]
-    await redis.rpush(poison, "x")
+    before(monkeypatch, "SET", poison_again)
     assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
     assert not lock.away
     assert await lock.acquire("evt_2", TOKEN, EPOCH) is LockReply.HELD

@@ -6,18 +6,20 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import pytest
+from redis.asyncio.client import Pipeline as RedisPipeline
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import Context, Event
 from service.errors import LedgerUnavailable
+from service.inbox import attempt
 from service.inbox.event import Delivery
 from service.inbox.ledger import Claim, Found, Ledger
 from service.inbox.lock import LockReply
 from service.inbox.model import Status
 from service.inbox.outcome import Kind, Outcome
 from service.inbox.pipeline import Pipeline
-from service.inbox.postgres import rotate_epoch
+from service.inbox.postgres import PinnedConnection, commit, rotate_epoch
 from service.inbox.recovery import Recovery
 from tests.fixtures import event_body
 from tests.integration.conftest import MakeWorld
@@ -108,33 +110,34 @@ async def test_a_fresh_delivery_costs_what_it_must(world: World) -> None:
     await world.pipeline.deliver(delivery())  # opens the connections
     with counting(world) as counted:
         await world.pipeline.deliver(delivery())
-    assert counted == ["SET", "WITH", "EVAL", "SELECT", "INSERT", "UPDATE"]
+    assert counted == ["SET", "WITH", "EVAL", "BEGIN", "SELECT", "INSERT", "UPDATE", "COMMIT"]
 
 
 @contextmanager
 def counting(world: World) -> Iterator[list[str]]:
     """The first word of every command to Redis and every statement to Postgres, in order."""
     seen: list[str] = []
-    redis = world.lock._redis
-    execute = redis.execute_command
 
-    def on_redis(*arguments: Any, **options: Any) -> Any:
-        seen.append(str(arguments[0]))
-        return execute(*arguments, **options)  # type: ignore[no-untyped-call]
+    def noting(owner: Any, method: str, patch: pytest.MonkeyPatch) -> None:
+        whole = getattr(owner, method)
 
-    def on_postgres(*arguments: Any) -> None:
+        def noted(self: Any, *arguments: Any, **options: Any) -> Any:
+            seen.append(str(arguments[0]).split()[0].strip(";"))
+            return whole(self, *arguments, **options)
+
+        patch.setattr(owner, method, noted)
+
+    def by_handler(*arguments: Any) -> None:
         seen.append(arguments[2].split()[0])
 
-    engines = [world.parts.ingest.sync_engine, world.parts.handlers.sync_engine]
-    redis.execute_command = on_redis  # type: ignore[method-assign]
-    for engine in engines:
-        sqlalchemy_event.listen(engine, "before_cursor_execute", on_postgres)
-    try:
+    handlers = world.parts.handlers.sync_engine
+    sqlalchemy_event.listen(handlers, "before_cursor_execute", by_handler)
+    with pytest.MonkeyPatch.context() as patch:
+        noting(RedisPipeline, "execute_command", patch)
+        noting(PinnedConnection, "fetch", patch)
+        noting(PinnedConnection, "execute", patch)
         yield seen
-    finally:
-        redis.execute_command = execute  # type: ignore[method-assign]
-        for engine in engines:
-            sqlalchemy_event.remove(engine, "before_cursor_execute", on_postgres)
+    sqlalchemy_event.remove(handlers, "before_cursor_execute", by_handler)
 
 
 async def test_two_hundred_copies_at_once_are_one(make_world: MakeWorld) -> None:
@@ -845,7 +848,6 @@ async def test_draining_releases_what_does_not_end(make_world: MakeWorld, gate: 
 async def test_a_stop_during_the_commit_settles_it(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cancelled while COMMIT is under way: either it is completed, or it is released, never both and never lost."""
     committing = asyncio.Event()
-    commit = AsyncConnection.commit
 
     async def slow(connection: AsyncConnection) -> None:
         await commit(connection)
@@ -855,7 +857,7 @@ async def test_a_stop_during_the_commit_settles_it(make_world: MakeWorld, monkey
     world = await make_world({TYPE: handles})
     given = delivery()
     with monkeypatch.context() as patch:
-        patch.setattr(AsyncConnection, "commit", slow)
+        patch.setattr(attempt, "commit", slow)
         delivering = asyncio.create_task(world.pipeline.deliver(given))
         await committing.wait()
         await world.pipeline.drain(0)

@@ -13,11 +13,13 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as QueueTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from service.errors import LedgerUnavailable
+from service.errors import HandlerRuleBroken, LedgerUnavailable
 from service.inbox import postgres
 from service.inbox.postgres import (
     Epoch,
+    begin,
     borrow,
+    commit,
     create_engine,
     describe,
     discard,
@@ -38,7 +40,7 @@ SLACK_SECONDS = 1.2
 
 @asynccontextmanager
 async def pool(
-    url: str, *, size: int = 1, timeout_seconds: float = TIMEOUT_SECONDS, autocommit: bool = True
+    url: str, *, size: int = 1, timeout_seconds: float = TIMEOUT_SECONDS
 ) -> AsyncIterator[tuple[AsyncEngine, Epoch]]:
     """An engine as the service has it, and the epoch that its connections confirm."""
     epoch = Epoch(fresh_seconds=60)
@@ -48,7 +50,6 @@ async def pool(
         timeout_seconds=timeout_seconds,
         queue_seconds=timeout_seconds,
         epoch=epoch,
-        autocommit=autocommit,
     )
     try:
         yield engine, epoch
@@ -78,26 +79,20 @@ async def ask(engine: AsyncEngine, statement: str) -> object:
 # -- pins ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("autocommit", [True, False])
 @pytest.mark.parametrize("value", ["off", "local", "remote_write"])
-async def test_synchronous_commit_is_pinned(
-    database_url: str, admin: asyncpg.Connection, value: str, autocommit: bool
-) -> None:
-    """Whatever the database says: a COMMIT that was answered is on disk. In both pools, also once reused."""
+async def test_synchronous_commit_is_pinned(database_url: str, admin: asyncpg.Connection, value: str) -> None:
+    """Whatever the database says: a COMMIT that was answered is on disk. Also once reused."""
     await configure(admin, f"synchronous_commit = {value}")
-    async with pool(database_url, autocommit=autocommit) as (engine, _):
+    async with pool(database_url) as (engine, _):
         for _ in range(2):
             assert await ask(engine, "SHOW synchronous_commit") == "on"
 
 
-@pytest.mark.parametrize("autocommit", [True, False])
 @pytest.mark.parametrize("value", ["serializable", "repeatable read"])
-async def test_read_committed_is_pinned(
-    database_url: str, admin: asyncpg.Connection, value: str, autocommit: bool
-) -> None:
+async def test_read_committed_is_pinned(database_url: str, admin: asyncpg.Connection, value: str) -> None:
     """Whatever the database says: the claim statements see what others have committed."""
     await configure(admin, f"default_transaction_isolation = '{value}'")
-    async with pool(database_url, autocommit=autocommit) as (engine, _):
+    async with pool(database_url) as (engine, _):
         for _ in range(2):
             assert await ask(engine, "SHOW transaction_isolation") == "read committed"
 
@@ -304,9 +299,10 @@ async def test_discarding_does_not_wait_for_a_frozen_server(database_url: str) -
     """In the middle of a transaction: gone at once, and twice is no error."""
     async with (
         before_postgres(database_url) as (proxy, url),
-        pool(url, autocommit=False) as (engine, _),
+        pool(url) as (engine, _),
         engine.connect() as connection,
     ):
+        await begin(connection)
         await connection.execute(text("SELECT 1"))
         proxy.switch(Mode.FROZEN)
         began = time.monotonic()
@@ -360,19 +356,23 @@ async def test_a_pool_in_use_is_waited_for(database_url: str) -> None:
 
 async def test_a_connection_comes_back_without_a_transaction(database_url: str, admin: asyncpg.Connection) -> None:
     """Whatever its last user left open is rolled back: nothing of it is committed by the next one."""
-    async with pool(database_url, autocommit=False) as (engine, _):
-        insert = text("INSERT INTO effects (event_id, attempt, pid, xid) VALUES ('evt_1', 1, 1, '1')")
-        async with engine.connect() as connection:
-            await connection.execute(insert)
-        async with engine.connect() as connection:
-            postgres.handler_runs(connection, True)
-            await connection.execute(insert)
-            with pytest.raises(Exception, match="must not commit"):
-                await connection.commit()
-            postgres.handler_runs(connection, False)
-        async with engine.connect() as connection:
-            await connection.execute(text("SELECT 1"))
-            await connection.commit()
+    insert = text("INSERT INTO effects (event_id, attempt, pid, xid) VALUES ('evt_1', 1, 1, '1')")
+    async with pool(database_url) as (engine, _):
+        for statement in (None, "COMMIT", "ROLLBACK"):  # a handler's own leaves the driver believing in the old one
+            async with engine.connect() as connection:
+                await begin(connection)
+                if statement is not None:
+                    await connection.exec_driver_sql(statement)
+                    await connection.exec_driver_sql("BEGIN")
+                postgres.handler_runs(connection, True)
+                await connection.execute(insert)
+                with pytest.raises(HandlerRuleBroken, match="must not commit"):
+                    await connection.commit()
+                postgres.handler_runs(connection, False)
+            async with engine.connect() as connection:
+                await begin(connection)
+                await connection.execute(text("SELECT 1"))
+                await commit(connection)
     assert await admin.fetchval("SELECT count(*) FROM effects") == 0
 
 

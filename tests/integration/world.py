@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar, cast
 
 import asyncpg
@@ -26,6 +26,8 @@ from service.inbox.lock import Lock
 from service.inbox.model import Status
 from service.inbox.outcome import Outcome
 from service.inbox.pipeline import Pipeline
+from service.inbox.postgres import driver
+from service.inbox.statements import Statement
 from service.registry import Handler, Registry
 from service.settings import Settings
 from tests.fixtures import SECRET, event_body
@@ -190,6 +192,12 @@ class World:
         await self.parts.handlers.dispose()
         await self.parts.ingest.dispose()
         await self.database.close()
+
+
+async def explained(connection: AsyncConnection, statement: Statement, how: str = "EXPLAIN", **parameters: Any) -> str:
+    """How the server would run a statement of the ledger's."""
+    explain = replace(statement, sql=f"{how} {statement.sql}")
+    return "\n".join(row[0] for row in await explain.fetch(driver(connection), **parameters))
 
 
 async def build(

@@ -40,6 +40,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("service",),
     ("service.registry",),
     (
+        "service.inbox.batch",
         "service.inbox.event",
         "service.inbox.model",
         "service.inbox.outcome",

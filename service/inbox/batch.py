@@ -1,0 +1,58 @@
+"""Coalescing: concurrent calls share one round trip.
+
+Guarantees: nothing waits for a timer: when idle, a call is sent in the same turn of the event loop, and while
+as many batches as may be are under way, calls gather for the next one. Each caller gets the answer to its own
+item, or an error of its own; one that is cancelled disturbs neither its batch nor its mates, because a batch
+runs in a task of its own.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Batcher(Generic[T, R]):
+    """Calls of `run`, at most `parallel` at once, with up to `most` items each.
+
+    `run` answers in the order of its items; an exception in place of an answer is raised to that one caller,
+    and one that `run` raises itself to all of the batch.
+    """
+
+    def __init__(
+        self, run: Callable[[Sequence[T]], Awaitable[Sequence[R | Exception]]], *, most: int, parallel: int
+    ) -> None:
+        self._run = run
+        self._most = most
+        self._parallel = parallel
+        self._waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
+        self._working: set[asyncio.Task[None]] = set()
+
+    def call(self, item: T) -> asyncio.Future[R]:
+        """The answer to `item`, to be awaited."""
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[R] = loop.create_future()
+        self._waiting.append((item, answer))
+        if len(self._working) < self._parallel:
+            task = loop.create_task(self._work())
+            self._working.add(task)
+            task.add_done_callback(self._working.discard)
+        return answer
+
+    async def _work(self) -> None:
+        while self._waiting:
+            batch = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
+            try:
+                answers = await self._run([item for item, _ in batch])
+            except Exception as error:  # noqa: BLE001  (every caller has to hear of it)
+                answers = [error] * len(batch)
+            for (_, future), answer in zip(batch, answers, strict=True):
+                if future.cancelled():
+                    continue
+                if isinstance(answer, Exception):
+                    future.set_exception(answer)
+                else:
+                    future.set_result(answer)
