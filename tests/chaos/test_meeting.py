@@ -43,7 +43,7 @@ async def two(history: History) -> tuple[Service, Service]:
 
 
 def said(answer: Answer | None) -> tuple[int, bool, str] | None:
-    return answer and answer.said
+    return None if answer is None else answer.said
 
 
 def said_of(events: Iterable[Sample], shots: Iterable[tuple[Service, Sample]], answers: list[Answer]) -> list[object]:
