@@ -39,14 +39,13 @@ async def kill_service(bench: Bench, fault: Fault) -> None:
 
 async def freeze_worker(bench: Bench, fault: Fault) -> None:
     """A process stands still for longer than any lease, some of them for longer than Postgres waits for it."""
-    members = await bench.service(fault.lane).members()
-    pid = members[fault.pick % len(members)]
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGSTOP)
-        try:
-            await asyncio.sleep(2 + 6 * fault.portion)
-        finally:
-            os.kill(pid, signal.SIGCONT)
+    for pid in _one_of(await bench.service(fault.lane).members(), fault):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            try:
+                await asyncio.sleep(2 + 6 * fault.portion)
+            finally:
+                os.kill(pid, signal.SIGCONT)
 
 
 async def restart_service(bench: Bench, fault: Fault) -> None:
@@ -69,10 +68,14 @@ async def kill_supervisor(bench: Bench, fault: Fault) -> None:
 async def kill_worker(bench: Bench, fault: Fault) -> None:
     """Its supervisor starts another."""
     service = bench.service(fault.lane)
-    workers = [pid for pid in await service.members() if pid != service.pid]
-    if workers:
+    for pid in _one_of([pid for pid in await service.members() if pid != service.pid], fault):
         with suppress(ProcessLookupError):
-            os.kill(workers[fault.pick % len(workers)], signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
+
+
+def _one_of(pids: list[int], fault: Fault) -> list[int]:
+    """None, if they have just ended of an event."""
+    return [pids[fault.pick % len(pids)]] if pids else []
 
 
 # -- Redis --------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ await verdict(history)
 """
 
 import contextlib
+from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Final
 
@@ -20,6 +21,7 @@ from tests.chaos import witness
 from tests.chaos.checker import Effect, Evidence, Violation, check
 from tests.chaos.history import History
 
+_LISTED_MOST: Final = 50
 _TOLD_MOST: Final = 10  # stories; a broken rule tends to break many events the same way
 
 _UNSETTLED: Final = "SELECT count(*) FROM stripe_events WHERE status IN ('pending', 'processing', 'failed')"
@@ -88,9 +90,12 @@ async def collect(history: History, *, waived: Collection[str] = ()) -> Evidence
 
 def report(history: History, evidence: Evidence, found: list[Violation]) -> str:
     """The violations, and of each event that they name what happened to it, in order."""
+    counted = Counter(each.invariant for each in found)
     named = list(dict.fromkeys(each.event_id for each in found))
     stories = ["\n".join([event_id, *story(history, evidence, event_id)]) for event_id in named[:_TOLD_MOST]]
-    return "\n\n".join([f"{len(found)} violations:\n" + "\n".join(map(str, found)), *stories])
+    summary = ", ".join(f"{times} of {invariant}" for invariant, times in counted.items())
+    violations = "\n".join(map(str, found[:_LISTED_MOST]))
+    return "\n\n".join([f"{len(found)} violations ({summary}); the first of them:\n{violations}", *stories])
 
 
 def story(history: History, evidence: Evidence, event_id: str) -> list[str]:
