@@ -82,7 +82,7 @@ def generate(plan: Plan, console: Console) -> Result:
 
 
 def _generator(plan: Plan, pipe: Connection) -> None:
-    """In the new process. locust's fast HTTP client is on gevent's own sockets: nothing has to be patched for it."""
+    """In the new process. locust's fast HTTP client is on gevent's sockets and TLS: nothing is patched for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's Ctrl-C it hears from us
     os.environ["LOCUST_SKIP_MONKEY_PATCH"] = "1"
     from service.loading_users import generate  # nothing of it may be in the process of a service

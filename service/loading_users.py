@@ -9,6 +9,7 @@ Runs in a process of its own (`service.loading` starts it): locust is built on g
 beside an asyncio loop, and the load must not share an interpreter with whoever draws the picture of it.
 """
 
+import logging
 import signal
 import time
 from functools import cache
@@ -19,7 +20,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import gevent
 from gevent.event import Event
-from gevent.ssl import create_default_context
+from gevent.ssl import PROTOCOL_TLS_CLIENT, SSLContext
 from locust import FastHttpUser, stats, task
 from locust.contrib.fasthttp import LocustUserAgent
 from locust.env import Environment
@@ -68,9 +69,15 @@ class Load:
 
 
 @cache
-def _tls(cafile: str | None = None) -> Any:
-    """One for all users: loading the certificates takes longer than a delivery."""
-    return create_default_context(cafile=cafile)
+def _tls(cafile: str) -> Any:
+    """One for all users: loading the certificates takes longer than a delivery.
+
+    gevent's own class: one of the standard library's, which `create_default_context` makes where nothing is
+    patched, would hold up every user while one shakes hands.
+    """
+    context = SSLContext(PROTOCOL_TLS_CLIENT)  # checks the name and the chain
+    context.load_verify_locations(cafile)
+    return context
 
 
 class Sender(FastHttpUser):
@@ -152,7 +159,8 @@ class Sender(FastHttpUser):
 def _why(error: BaseException) -> str:
     """In a few words, the same for the same cause: they are counted."""
     error = getattr(error, "original", error)  # of a request that locust's client would have tried again
-    return f"{type(error).__name__}: {error}".removesuffix(": ")
+    text = f"{type(error).__name__}: {error}".removesuffix(": ")
+    return text if text.isprintable() else ascii(text)  # a stranger's server may have had a part in it
 
 
 # -- the run ------------------------------------------------------------------------------------------
@@ -182,6 +190,7 @@ def generate(plan: Plan, pipe: Connection) -> None:
 
 
 def _set_up_locust(plan: Plan) -> None:
+    logging.disable(logging.WARNING)  # its one warning, of a busy processor, is in our report
     settings: Any = stats
     settings.bucket_response_time = _three_digits
     settings.HISTORY_STATS_INTERVAL_SEC = max(1.0, plan.duration_seconds / _CHART_POINTS_MOST)

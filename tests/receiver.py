@@ -4,12 +4,15 @@ Guarantees: what is in `told` arrived, with a valid signature, and was answered 
 the connection without one.
 """
 
+import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import orjson
 
@@ -46,7 +49,7 @@ class Receiver:
 
 
 @contextmanager
-def receiving(respond: Callable[[str], Reply]) -> Iterator[Receiver]:
+def receiving(respond: Callable[[str], Reply], tls: ssl.SSLContext | None = None) -> Iterator[Receiver]:
     receiver = Receiver(respond)
 
     class Handler(BaseHTTPRequestHandler):
@@ -73,11 +76,17 @@ def receiving(respond: Callable[[str], Reply]) -> Iterator[Receiver]:
         daemon_threads = True  # of connections that are kept
         request_queue_size = 128
 
+        def get_request(self) -> tuple[socket.socket, Any]:
+            connection, address = super().get_request()
+            if tls is not None:  # the hands are shaken in the connection's own thread, at its first read
+                connection = tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            return connection, address
+
         def handle_error(self, *_: object) -> None:
             """A connection that the generator closed at its end."""
 
     with Server(("127.0.0.1", 0), Handler) as server:
-        receiver.url = f"http://127.0.0.1:{server.server_port}/webhooks/stripe"
+        receiver.url = f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}/webhooks/stripe"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:

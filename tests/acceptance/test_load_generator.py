@@ -1,13 +1,18 @@
 """The load generator against a receiver that keeps count: what it says it sent and was told is what happened."""
 
 import io
+import shutil
+import ssl
+import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from service.loading import generate
@@ -77,26 +82,55 @@ def test_every_delivery_is_counted_once_under_what_it_was_told(tmp_path: Path) -
     assert not {"locust", "gevent"} & set(sys.modules), "the load belongs into a process of its own"
 
 
-def test_copies_are_in_flight_at_the_same_instant() -> None:
-    """A receiver that answers no copy before the last of them is there gets all of them: none waits for an answer."""
+def only_together(copies: int) -> Callable[[str], Reply]:
+    """Answers no copy of an event before the last of them is there; 503 if that takes too long."""
     together = threading.Condition()
     arrived: Counter[str] = Counter()
-    alone: set[str] = set()
 
     def respond(event_id: str) -> Reply:
         with together:
             arrived[event_id] += 1
             together.notify_all()
-            if not together.wait_for(lambda: arrived[event_id] == 10, TOGETHER_SECONDS):
-                alone.add(event_id)
-        return PROCESSED
+            whole = together.wait_for(lambda: arrived[event_id] == copies, TOGETHER_SECONDS)
+        return PROCESSED if whole else reply(503, "unavailable")
 
-    with receiving(respond) as receiver:
+    return respond
+
+
+def test_copies_are_in_flight_at_the_same_instant() -> None:
+    """A receiver that answers no copy before the last of them is there gets all of them: none waits for an answer."""
+    with receiving(only_together(10)) as receiver:
         seen = load(receiver, users=2, concurrent_percent=100, copies=10)
-    assert not alone
-    assert len(arrived) >= 2
-    assert set(arrived.values()) == {10}
-    assert seen.total.count == arrived.total()
+    assert set(seen.by_kind) == {AnswerKind.PROCESSED}
+    assert set(Counter(event_id for event_id, _ in receiver.told).values()) == {10}
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate for 127.0.0.1 and its key, in one file; nobody trusts it yet."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl to make a certificate")
+    path = tmp_path / "certificate.pem"
+    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
+    made = ["req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-keyout", f"{path}.key", "-out", f"{path}"]
+    subprocess.run(["openssl", *made, *subject], check=True, capture_output=True, timeout=60)
+    path.write_text(path.read_text() + Path(f"{path}.key").read_text())
+    return path
+
+
+def test_over_tls_users_do_not_wait_for_each_other(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies are in flight at the same instant over TLS too; a certificate that nobody trusts gets no delivery."""
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate)
+    with receiving(only_together(5), tls) as receiver:
+        refused = load(receiver, users=2)
+        assert set(refused.by_kind) == {AnswerKind.NO_ANSWER}
+        assert all("CERTIFICATE_VERIFY_FAILED" in cause for cause in refused.errors)
+        assert not receiver.told
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        trusted = load(receiver, users=4, concurrent_percent=100, copies=5)
+    assert set(trusted.by_kind) == {AnswerKind.PROCESSED}
+    assert trusted.total.count == len(receiver.told)
 
 
 def test_the_latency_is_that_of_each_request() -> None:
