@@ -37,12 +37,18 @@ class Batcher(Generic[T, R]):
         answer: asyncio.Future[R] = loop.create_future()
         self._waiting.append((item, answer))
         if len(self._working) < self._parallel:
-            task = loop.create_task(self._work())
-            self._working.add(task)
-            task.add_done_callback(self._working.discard)
+            self._working.add(loop.create_task(self._work()))
         return answer
 
     async def _work(self) -> None:
+        try:
+            await self._work_off()
+        finally:
+            # Here, and not when the task is seen to be done: who was answered last may call again before that,
+            # and would wait for a worker that has nothing more in mind.
+            self._working.discard(asyncio.current_task())
+
+    async def _work_off(self) -> None:
         while self._waiting:
             batch = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
             try:
