@@ -29,17 +29,19 @@ class Batcher(Generic[T, R]):
         self._most = most
         self._parallel = parallel
         self._waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
-        self._working: set[asyncio.Task[None]] = set()
+        self._working = 0
+        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them only weakly
 
     def call(self, item: T) -> asyncio.Future[R]:
         """The answer to `item`, to be awaited."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[R] = loop.create_future()
         self._waiting.append((item, answer))
-        if len(self._working) < self._parallel:
+        if self._working < self._parallel:
+            self._working += 1
             task = loop.create_task(self._work())
-            self._working.add(task)
-            task.add_done_callback(self._working.discard)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         return answer
 
     async def _work(self) -> None:
@@ -56,3 +58,5 @@ class Batcher(Generic[T, R]):
                     future.set_exception(answer)
                 else:
                     future.set_result(answer)
+        # Counted off in the same breath as nothing was found waiting: a call in between would wait for ever.
+        self._working -= 1
