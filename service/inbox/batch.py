@@ -29,26 +29,22 @@ class Batcher(Generic[T, R]):
         self._most = most
         self._parallel = parallel
         self._waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
-        self._working: set[asyncio.Task[None]] = set()
+        self._working = 0
+        self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them only weakly
 
     def call(self, item: T) -> asyncio.Future[R]:
         """The answer to `item`, to be awaited."""
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[R] = loop.create_future()
         self._waiting.append((item, answer))
-        if len(self._working) < self._parallel:
-            self._working.add(loop.create_task(self._work()))
+        if self._working < self._parallel:
+            self._working += 1
+            task = loop.create_task(self._work())
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         return answer
 
     async def _work(self) -> None:
-        try:
-            await self._work_off()
-        finally:
-            # Here, and not when the task is seen to be done: who was answered last may call again before that,
-            # and would wait for a worker that has nothing more in mind.
-            self._working.discard(asyncio.current_task())
-
-    async def _work_off(self) -> None:
         while self._waiting:
             batch = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
             try:
@@ -62,3 +58,5 @@ class Batcher(Generic[T, R]):
                     future.set_exception(answer)
                 else:
                     future.set_result(answer)
+        # Counted off in the same breath as nothing was found waiting: a call in between would wait for ever.
+        self._working -= 1

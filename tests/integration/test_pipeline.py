@@ -373,7 +373,7 @@ async def test_slow_handlers_do_not_starve_recording(make_world: MakeWorld, gate
     held = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'"
 
     async def all_held() -> bool:
-        return await world.database.fetchval(held) == len(slow)
+        return bool(await world.database.fetchval(held) == len(slow))
 
     await until(all_held)
     try:

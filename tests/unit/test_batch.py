@@ -1,4 +1,4 @@
-"""Coalesced calls: each gets its own answer, whenever it comes."""
+"""Coalescing without a timer: what is in one batch, who hears what, and that nobody waits for ever."""
 
 import asyncio
 from collections.abc import Sequence
@@ -8,59 +8,90 @@ import pytest
 from service.inbox.batch import Batcher
 
 
-async def double(items: Sequence[int]) -> Sequence[int]:
-    """Answers after a turn of the loop."""
+class Line:
+    """A far side that answers each item with its double, when it is let, and notes what came in one batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.open = asyncio.Event()
+        self.open.set()
+
+    async def run(self, items: Sequence[int]) -> list[int | Exception]:
+        self.batches.append(list(items))
+        await self.open.wait()
+        if 13 in items:
+            raise ConnectionError("all of it")
+        return [ValueError(item) if item < 0 else 2 * item for item in items]
+
+
+@pytest.fixture
+def line() -> Line:
+    return Line()
+
+
+def made(line: Line, most: int = 100, parallel: int = 1) -> Batcher[int, int]:
+    return Batcher(line.run, most=most, parallel=parallel)
+
+
+async def test_calls_of_one_moment_share_a_batch(line: Line) -> None:
+    """Ten callers, one round trip, each with its own answer."""
+    batcher = made(line)
+    assert await asyncio.gather(*(batcher.call(number) for number in range(10))) == [2 * each for each in range(10)]
+    assert line.batches == [list(range(10))]
+
+
+async def test_what_comes_meanwhile_is_the_next_batch(line: Line) -> None:
+    """While one is under way calls gather, at most so many; with two at once the second starts by itself."""
+    batcher = made(line, most=3, parallel=2)
+    line.open.clear()
+    calls = [batcher.call(0)]
     await asyncio.sleep(0)
-    return [2 * item for item in items]
-
-
-@pytest.mark.timeout(10)
-@pytest.mark.parametrize("parallel", [1, 3])
-async def test_a_call_right_after_an_answer_is_answered(parallel: int) -> None:
-    """Who calls again in the very turn in which it was answered does not wait for a worker that is done."""
-    batcher = Batcher(double, most=10, parallel=parallel)
-    for number in range(5):
-        assert await batcher.call(number) == 2 * number
-    assert await asyncio.gather(*(batcher.call(number) for number in range(5))) == [0, 2, 4, 6, 8]
-    assert await batcher.call(7) == 14
-
-
-async def test_calls_gather_while_a_batch_is_under_way() -> None:
-    """The first goes alone and at once, those that come meanwhile go together, no more than may be in a batch."""
-    seen: list[list[int]] = []
-
-    async def note(items: Sequence[int]) -> Sequence[int]:
-        seen.append(list(items))
-        return await double(items)
-
-    batcher = Batcher(note, most=3, parallel=1)
-    first = batcher.call(0)
+    calls.append(batcher.call(1))
     await asyncio.sleep(0)
-    rest = [batcher.call(number) for number in range(1, 6)]
-    assert await asyncio.gather(first, *rest) == [0, 2, 4, 6, 8, 10]
-    assert seen == [[0], [1, 2, 3], [4, 5]]
+    calls += [batcher.call(number) for number in range(2, 7)]
+    await asyncio.sleep(0)
+    assert line.batches == [[0], [1]]
+    line.open.set()
+    assert await asyncio.gather(*calls) == [0, 2, 4, 6, 8, 10, 12]
+    assert line.batches == [[0], [1], [2, 3, 4], [5, 6]]
 
 
-async def test_an_error_is_the_callers_own_or_the_batchs() -> None:
-    """An exception in place of an answer reaches that caller alone; one that was raised reaches all of its batch."""
-
-    async def answer(items: Sequence[int]) -> Sequence[int | Exception]:
-        if 9 in items:
-            raise ConnectionError
-        return [ValueError(str(item)) if item == 1 else item for item in items]
-
-    batcher = Batcher(answer, most=10, parallel=1)
-    found = await asyncio.gather(*(batcher.call(number) for number in range(3)), return_exceptions=True)
-    assert [found[0], type(found[1]), found[2]] == [0, ValueError, 2]
-    both = await asyncio.gather(batcher.call(8), batcher.call(9), return_exceptions=True)
-    assert [type(each) for each in both] == [ConnectionError, ConnectionError]
-    assert await batcher.call(3) == 3
+async def test_one_call_after_another(line: Line) -> None:
+    """Each of a hundred calls that are made the moment the last was answered is answered too."""
+    batcher = made(line)
+    async with asyncio.timeout(10):
+        for number in range(100, 200):
+            assert await batcher.call(number) == 2 * number
+    assert len(line.batches) == 100
 
 
-async def test_a_cancelled_caller_disturbs_nobody() -> None:
-    """Its mates are answered, and so is whoever comes after."""
-    batcher = Batcher(double, most=10, parallel=1)
-    gone, mate = batcher.call(1), batcher.call(2)
+async def test_an_error_of_one_is_not_the_others(line: Line) -> None:
+    """An exception among the answers goes to its own caller."""
+    batcher = made(line)
+    good, bad, fine = (batcher.call(number) for number in (1, -1, 2))
+    assert await good == 2
+    with pytest.raises(ValueError, match="-1"):
+        await bad
+    assert await fine == 4
+
+
+async def test_an_error_of_the_batch_is_everybodys(line: Line) -> None:
+    """And the next batch goes its way."""
+    batcher = made(line)
+    for call in [batcher.call(number) for number in (1, 13)]:
+        with pytest.raises(ConnectionError):
+            await call
+    assert await batcher.call(1) == 2
+
+
+async def test_a_cancelled_caller_disturbs_nobody(line: Line) -> None:
+    """Neither its batch, which goes on, nor its mates."""
+    batcher = made(line)
+    line.open.clear()
+    gone, stays = batcher.call(1), batcher.call(2)
+    await asyncio.sleep(0)
     gone.cancel()
-    assert await mate == 4
-    assert await batcher.call(3) == 6
+    line.open.set()
+    assert await stays == 4
+    assert line.batches == [[1, 2]]
+    assert gone.cancelled()
