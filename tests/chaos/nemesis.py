@@ -138,7 +138,8 @@ async def _build(folder: Path, stack: AsyncExitStack) -> Bench:
         bench.postgres_lines.append(postgres_line)
         bench.redis_lines.append(redis_line)
         bench.services.append(service)
-    await asyncio.gather(*(bench.start(service) for service in bench.services))
+    await asyncio.gather(*(service.start() for service in bench.services))
+    bench.serving += bench.services
     return bench
 
 
