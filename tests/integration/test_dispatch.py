@@ -893,7 +893,7 @@ async def test_a_commit_is_sent_once(world: World, monkeypatch: pytest.MonkeyPat
 
     claim = await world.claim()
     with monkeypatch.context() as patch:
-        patch.setattr(AsyncConnection, "commit", lost)
+        patch.setattr(attempt, "commit", lost)
         assert (await world.dispatch(handles, claim)).kind is Kind.FAILED
     assert sent == 1
 
@@ -904,7 +904,7 @@ async def test_a_commit_still_under_way_is_waited_for(world: World, monkeypatch:
     backend = await asyncpg.connect(world.url)
 
     async def lost(connection: AsyncConnection) -> None:
-        await connection.rollback()  # our end of it; the server's end is `backend`, which has the mark and will commit
+        await roll_back(connection)  # our end of it; the server's end is `backend`, which has the mark and will commit
         await backend.execute("BEGIN")
         await backend.execute(
             "UPDATE stripe_events SET status = 'completed', settled_at = clock_timestamp() WHERE event_id = $1",
@@ -917,7 +917,7 @@ async def test_a_commit_still_under_way_is_waited_for(world: World, monkeypatch:
         return dispatching.done() or await world.database.fetchval(waiting, "transactionid")
 
     with monkeypatch.context() as patch:
-        patch.setattr(AsyncConnection, "commit", lost)
+        patch.setattr(attempt, "commit", lost)
         dispatching = asyncio.create_task(world.dispatch(handles, claim))
         try:
             await until(waits)

@@ -265,6 +265,18 @@ async def test_a_slow_statement_is_given_up_in_time(database_url: str, admin: as
     await until(lambda: admin.fetchval(running))
 
 
+async def test_a_connection_that_timed_out_does_not_go_back(database_url: str) -> None:
+    """Terminated, also where SQLAlchemy knows of no statement: the next one would wait for the same frozen backend."""
+    async with pool(database_url) as (engine, _):
+        async with borrow(engine, TIMEOUT_SECONDS) as connection:
+            underneath = driver(connection)
+        with pytest.raises(LedgerUnavailable):
+            async with borrow(engine, SHORT_SECONDS) as connection:
+                await driver(connection).execute("SELECT pg_sleep(600)")
+        assert underneath.is_closed()
+        assert await ask(engine, "SELECT 1") == 1
+
+
 async def test_a_cancelled_borrower_leaves_no_hole(database_url: str) -> None:
     """Its connection is closed, whatever it was doing, and the next one gets a new one at once."""
     async with pool(database_url) as (engine, _):

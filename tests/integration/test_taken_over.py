@@ -10,9 +10,11 @@ import pytest
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import LedgerUnavailable
+from service.inbox import attempt
 from service.inbox.ledger import Claim, Ledger
 from service.inbox.model import Status
 from service.inbox.outcome import Kind
+from service.inbox.postgres import roll_back
 from tests.integration.world import World, delivery, effect
 
 
@@ -37,12 +39,12 @@ async def test_no_2xx_for_a_row_that_the_ledger_says_is_gone(world: World, monke
     claim = await world.claim()
 
     async def restored(connection: AsyncConnection) -> None:
-        await connection.rollback()
+        await roll_back(connection)
         await world.database.execute("DELETE FROM stripe_events WHERE event_id = $1", claim.event_id)
         raise ConnectionResetError
 
     with monkeypatch.context() as patch:
-        patch.setattr(AsyncConnection, "commit", restored)
+        patch.setattr(attempt, "commit", restored)
         with pytest.raises(LedgerUnavailable):
             await world.dispatch(effect, claim)
     assert await world.effects(claim.event_id) == 0
