@@ -77,6 +77,7 @@ class Load:
     services: Sequence[Service]
     senders: int = 12
     copies: int = 3
+    pause_seconds: float = 0.0  # of each sender, after each answer
     events: list[Sample] = field(default_factory=list, init=False)
     said: Counter[Said | None] = field(default_factory=Counter, init=False)
     seconds: list[float] = field(default_factory=list, init=False)  # how long each answer took
@@ -94,6 +95,10 @@ class Load:
 
         goal = self.said.total() + deliveries
         await eventually(answered, lambda total: total >= goal, _MORE_SECONDS)
+
+    def percentile(self, share: float) -> float:
+        """Of the seconds that answers took."""
+        return sorted(self.seconds)[int(share * (len(self.seconds) - 1))]
 
     @property
     def counts(self) -> str:
@@ -133,6 +138,7 @@ class Load:
                 self.said[answer.said if answer else None] += 1
                 if answer:
                     self.seconds.append(answer.seconds)
+                await asyncio.sleep(self.pause_seconds)
         finally:
             for wire in wires:
                 wire.close()

@@ -1,0 +1,42 @@
+"""Row 29: eight processes of `serve --migrate` on an empty database, all at once: one schema, nobody fails."""
+
+import asyncio
+
+import asyncpg
+import pytest
+
+from service.inbox.schema import head
+from tests.acceptance.harness import IGNORED, PROCESSED, sample
+from tests.chaos.own import Own
+from tests.chaos.rows import answered
+from tests.chaos.verdict import verdict
+from tests.stores import EFFECTS, with_database
+
+pytestmark = pytest.mark.chaos
+
+PROCESSES = 8
+
+
+async def test_row_29_eight_first_starts_at_once(own: Own) -> None:
+    """One of them makes the schema, all of them serve, no traceback; of one event in eight copies one is processed."""
+    await own.postgres.execute("CREATE DATABASE empty")
+    ground = own.history.ground
+    ground.database_url = with_database(own.postgres.url, "empty")
+    services = [own.history.service(None, "--migrate") for _ in range(PROCESSES)]
+    await asyncio.gather(*(service.start() for service in services))
+    for service in services:
+        assert "Traceback" not in service.output
+        assert (await service.parts())[1]["schema"] == "ok"
+
+    assert sum("up to date" in service.output for service in services) == PROCESSES - 1, "one of them was to migrate"
+    connection = await asyncpg.connect(ground.database_url)
+    try:
+        assert [row[0] for row in await connection.fetch("SELECT version_num FROM alembic_version")] == [head()]
+        assert await connection.fetchval("SELECT count(*) FROM ledger_epoch") == 1
+        await connection.execute(EFFECTS)
+    finally:
+        await connection.close()
+    event = sample()
+    answers = await asyncio.gather(*(answered(own.history, service, event) for service in services))
+    assert sorted(answer.said for answer in answers) == sorted([PROCESSED] + [IGNORED] * (PROCESSES - 1))
+    await verdict(own.history)
