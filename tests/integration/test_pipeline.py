@@ -1,7 +1,7 @@
 """The one path, on real stores: deliveries, duplicates, outages, recovery and the graceful stop."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -843,6 +843,31 @@ async def test_draining_releases_what_does_not_end(make_world: MakeWorld, gate: 
         await recovered(other)
     for each in given:
         await settled(other, each.event.id, attempt=2)
+
+
+async def test_a_stop_while_recovery_claims_leaves_nothing_claimed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between the claim of what is due and its dispatch: the claim is dispatched or released, not abandoned."""
+    taken, answered = asyncio.Event(), asyncio.Event()
+    take_over = Ledger.take_over
+
+    async def slow(ledger: Ledger, event_ids: Sequence[str]) -> list[Claim]:
+        claims = await take_over(ledger, event_ids)
+        taken.set()
+        await answered.wait()
+        return claims
+
+    monkeypatch.setattr(Ledger, "take_over", slow)
+    due = await world.state_of(delivery(), Status.PENDING)
+    recovering = asyncio.create_task(world.parts.recovery.run())
+    await taken.wait()
+    recovering.cancel()
+    await asyncio.wait({recovering})
+    draining = asyncio.create_task(world.pipeline.drain(30))
+    answered.set()
+    await draining
+    await settled(world, due.event.id)
 
 
 async def test_a_stop_during_the_commit_settles_it(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
