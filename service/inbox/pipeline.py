@@ -87,9 +87,10 @@ class Pipeline:
         for event_id, status, times in await self._claims.ledger.return_abandoned(most):
             log.warning("abandoned", event_id=event_id, status=status, times=times)
 
-    async def recover(self) -> bool:
+    async def recover(self, *, thorough: bool = True) -> bool:
         """Claim due events, no more than free handler slots, and set them to work.
 
+        `thorough`: also one that was abandoned before, whatever else is due; that look reads the whole backlog.
         Returns whether there may be more of them. Raises `LedgerUnavailable`.
         """
         if self._claims.lock.away or self._stopping:
@@ -99,8 +100,9 @@ class Pipeline:
             return True
         due = await ledger.due(slots, abandoned=False)
         full = len(due) == slots
-        if not full and self._dispatcher.suspect_free:
-            due += await ledger.due(1, abandoned=True)
+        if thorough and self._dispatcher.suspect_free:
+            suspects = await ledger.due(1, abandoned=True)
+            due = suspects + due[: slots - len(suspects)]
         # In a task of its own: stopped in between, what was just claimed would count as abandoned, a lease later.
         claimed = await asyncio.shield(self._spawn(self._take_up(due)))
         # None of a full house of them: others hold their locks, and asking again at once would only spin.

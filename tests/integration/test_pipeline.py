@@ -698,6 +698,19 @@ async def test_recovery_takes_those_abandoned_before_one_by_one(make_world: Make
         await settled(world, each.event.id)
 
 
+async def test_an_abandoned_event_does_not_wait_for_the_backlog(make_world: MakeWorld, gate: Gate) -> None:
+    """Under a backlog that fills every slot, one that was abandoned is taken up too, for its one place."""
+    world = await make_world({TYPE: gate.handle}, handler_slots=2)
+    for _ in range(6):
+        await world.state_of(delivery(), Status.PENDING)
+    suspect = await world.state_of(delivery(), Status.PENDING)
+    await world.change(suspect.event.id, abandoned=1)
+    assert await world.pipeline.recover() is True
+    assert await world.status(suspect.event.id) is Status.PROCESSING
+    assert await world.database.fetchval("SELECT count(*) FROM stripe_events WHERE status = 'processing'") == 2
+    gate.finish.set()
+
+
 async def test_an_abandoned_event_comes_back(world: World) -> None:
     """Its holder vanished: returned, and after its backoff handled by the next attempt."""
     claim = await world.claim()
@@ -748,10 +761,10 @@ async def test_a_bad_round_does_not_end_recovery(world: World, monkeypatch: pyte
     errors: list[Exception] = [LedgerUnavailable("away"), RuntimeError("bug"), LedgerUnavailable("away")]
     recover = Pipeline.recover
 
-    async def failing(pipeline: Pipeline) -> bool:
+    async def failing(pipeline: Pipeline, *, thorough: bool) -> bool:
         if errors:
             raise errors.pop()
-        return await recover(pipeline)
+        return await recover(pipeline, thorough=thorough)
 
     monkeypatch.setattr(Pipeline, "recover", failing)
     recovery = Recovery(world.pipeline, world.ledger, world.claims.epoch, interval_seconds=0.01, batch=10)
