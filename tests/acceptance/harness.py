@@ -15,8 +15,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -457,7 +457,7 @@ class Ground:
         for service in self._services:
             print(service.tail)  # pytest shows it where a test failed
         try:
-            broken = await self._fetch(_BROKEN)
+            broken = await self.fetch(_BROKEN)
             assert [dict(row) for row in broken if row["event_id"] not in self.waived] == []
         finally:
             self.empty_redis()
@@ -501,12 +501,12 @@ class Ground:
 
     async def row(self, event: Sample) -> Row | None:
         """The event's row as it is now."""
-        found = await self._fetch(ROW, event.id)
+        found = await self.fetch(ROW, event.id)
         return Row.of(found[0]) if found else None
 
     async def effects(self, event: Sample) -> int:
         """How many effects of the event are committed."""
-        counted: int = (await self._fetch("SELECT count(*) FROM effects WHERE event_id = $1", event.id))[0][0]
+        counted: int = (await self.fetch("SELECT count(*) FROM effects WHERE event_id = $1", event.id))[0][0]
         return counted
 
     async def settled(self, event: Sample, status: Status = Status.COMPLETED) -> Row:
@@ -522,18 +522,29 @@ class Ground:
 
     async def rows(self) -> int:
         """How many events the ledger holds."""
-        counted: int = (await self._fetch("SELECT count(*) FROM stripe_events"))[0][0]
+        counted: int = (await self.fetch("SELECT count(*) FROM stripe_events"))[0][0]
         return counted
 
     async def statuses(self) -> Counter[Status]:
         """How many events there are of each status."""
-        found = await self._fetch("SELECT status, count(*) FROM stripe_events GROUP BY status")
+        found = await self.fetch("SELECT status, count(*) FROM stripe_events GROUP BY status")
         return Counter({Status(status): count for status, count in found})
 
-    async def _fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
+    async def fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
+        """The rows of a query in this database."""
+        async with self._connection() as connection:
+            return await connection.fetch(query, *arguments)
+
+    async def execute(self, script: str) -> None:
+        """Run some statements in this database."""
+        async with self._connection() as connection:
+            await connection.execute(script)
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[asyncpg.Connection]:
         connection = await asyncpg.connect(self.database_url, timeout=SETTLE_SECONDS)
         try:
-            return await connection.fetch(query, *arguments)
+            yield connection
         finally:
             await connection.close()
 

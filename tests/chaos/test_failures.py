@@ -61,7 +61,7 @@ async def tried(history: History, events: Sequence[Sample]) -> list[Row]:
     """Wait until recovery has tried whatever is due; returns the rows."""
 
     async def to_do() -> int:
-        count: int = (await history.ground._fetch(_TO_DO))[0][0]
+        count: int = (await history.ground.fetch(_TO_DO))[0][0]
         return count
 
     await eventually(to_do, lambda count: count == 0)
