@@ -453,15 +453,19 @@ class Ground:
 
     async def leave(self) -> None:
         """Kill what runs, check that effects and completions agree to the last row, take everything away."""
-        await asyncio.gather(*(service.kill() for service in self._services))
-        for service in self._services:
-            print(service.tail)  # pytest shows it where a test failed
+        await self.end_services()
         try:
             broken = await self.fetch(_BROKEN)
             assert [dict(row) for row in broken if row["event_id"] not in self.waived] == []
         finally:
             self.empty_redis()
             await drop(self.database_url)
+
+    async def end_services(self) -> None:
+        """Kill what runs, and print what it wrote last: pytest shows it where a test failed."""
+        await asyncio.gather(*(service.kill() for service in self._services))
+        for service in self._services:
+            print(service.tail)
 
     def service(self, overrides: Overrides | None = None, *options: str, workers: int = 1) -> Service:
         """A service on this ground, not started yet; `overrides` are settings by their field's name.

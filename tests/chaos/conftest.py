@@ -54,5 +54,4 @@ async def own(servers: Servers, tmp_path: Path) -> AsyncIterator[Own]:
     try:
         yield own
     finally:
-        await own.mend()
-        await own.history.ground.leave()
+        await own.history.ground.end_services()

@@ -11,7 +11,7 @@ from tests.chaos.servers import PostgresServer, RedisServer
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """Both servers run when the test begins, and are mended after it, however it has left them."""
+    """Both servers run when the test begins, and end with it, however it has left them."""
 
     history: History
     postgres: PostgresServer
@@ -24,10 +24,3 @@ class Own:
         folder.mkdir(exist_ok=True)
         addresses = {"DATABASE_URL": self.postgres.url, "REDIS_URL": self.redis.url, "STRIPE_WEBHOOK_SECRETS": SECRET}
         return Command(folder, {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), **addresses})
-
-    async def mend(self) -> None:
-        """Both up, and nothing of them frozen."""
-        for server in (self.postgres, self.redis):
-            server.resume()
-            if not server.running:
-                await server.start()

@@ -67,10 +67,6 @@ class RedisServer(Server):
         """Be a primary from now on, with whatever had been copied."""
         await self.call("REPLICAOF", "NO", "ONE")
 
-    async def commands(self) -> int:
-        """How many commands it has processed, this one included."""
-        return int((await self.call("INFO", "stats"))["total_commands_processed"])
-
     async def _replication(self) -> dict[str, Any]:
         found: dict[str, Any] = await self.call("INFO", "replication")
         return found

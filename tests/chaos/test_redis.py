@@ -97,7 +97,7 @@ async def test_row_12_one_timeout_per_breaker_window(servers: Servers, history: 
     """A frozen Redis is sent one command per window of the breaker, after those that were on their way together."""
     server = await servers.redis()
     history.ground.redis_url = server.url
-    service = await history.service(PATIENCE).start()
+    service = await history.service(PATIENCE | {"redis_timeout_seconds": BREAKER_SECONDS / 5}).start()
     load = Load(history, [service], senders=SENDERS, copies=2)
     await load.deliver(SENDERS)  # so that connections stand
     before = await asked(server)
