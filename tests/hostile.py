@@ -6,9 +6,11 @@ they can be stored side by side.
 
 import codecs
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import orjson
+from hypothesis import strategies as st
 
 from tests.fixtures import event_body
 
@@ -121,3 +123,27 @@ ACCEPTED = {
 def bodies() -> dict[str, bytes]:
     """Every body by its name."""
     return {name: make() for name, make in _MAKERS.items()}
+
+
+# -- for Hypothesis ------------------------------------------------------------------------------------
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+# Near enough to an event to get past the first checks, and arbitrary from there.
+NEARLY = st.fixed_dictionaries(
+    {"object": st.sampled_from(["event", "v2.core.event"])},
+    optional={
+        "id": st.just("evt_1") | JSON,
+        "type": st.just("invoice.paid") | JSON,
+        "livemode": st.booleans() | JSON,
+        "created": st.integers() | st.datetimes().map(datetime.isoformat) | JSON,
+        "data": st.fixed_dictionaries({"object": st.dictionaries(st.just("id"), JSON) | JSON}) | JSON,
+        "account": JSON,
+        "context": JSON,
+        "api_version": JSON,
+        "related_object": st.dictionaries(st.just("id"), JSON) | JSON,
+    },
+)

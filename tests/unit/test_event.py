@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from service.errors import Rejected
 from service.inbox.event import Delivery, Event, parse_event
 from tests.fixtures import MISSING, event_body
-from tests.hostile import ACCEPTED, bodies
+from tests.hostile import ACCEPTED, JSON, NEARLY, bodies
 
 THIN = "v1.billing.meter.error_report_triggered"
 HOSTILE = bodies()
@@ -209,28 +209,6 @@ def test_the_last_of_a_key_counts() -> None:
     """Of an id given twice, one is taken, the same that every common JSON parser takes."""
     body = HOSTILE["the id twice"]
     assert parse_event(body).id == orjson.loads(body)["id"] != "evt_first"
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
-# Near enough to an event to get past the first checks, and arbitrary from there.
-NEARLY = st.fixed_dictionaries(
-    {"object": st.sampled_from(["event", "v2.core.event"])},
-    optional={
-        "id": st.just("evt_1") | JSON,
-        "type": st.just("invoice.paid") | JSON,
-        "livemode": st.booleans() | JSON,
-        "created": st.integers() | st.datetimes().map(datetime.isoformat) | JSON,
-        "data": st.fixed_dictionaries({"object": st.dictionaries(st.just("id"), JSON) | JSON}) | JSON,
-        "account": JSON,
-        "context": JSON,
-        "api_version": JSON,
-        "related_object": st.dictionaries(st.just("id"), JSON) | JSON,
-    },
-)
 
 
 def assert_event_or_rejected(body: bytes) -> None:

@@ -1,0 +1,243 @@
+"""The content checks held to stripe-python: what we take it builds the same event from, but for what is listed here."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple
+
+import orjson
+import pytest
+import stripe
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from service.inbox.event import THIN, Event
+from service.sending import build_event, shipped_types
+from tests.fixtures import MISSING, SECRET, event_body, signed
+from tests.hostile import JSON, NEARLY, bodies
+from tests.unit.test_event import parse
+
+Document = dict[str, Any]
+
+HOSTILE: Final = bodies()
+THIN_TYPE: Final = "v1.billing.meter.error_report_triggered"
+CLIENT: Final = stripe.StripeClient("sk_test_never_used")
+FIRST_SECOND: Final = datetime(2, 1, 1, tzinfo=UTC).timestamp()
+LAST_SECOND: Final = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
+
+
+def theirs(body: bytes) -> Document | None:
+    """The fields of what a receiver on stripe-python gets, by the method for that shape; None if that raises."""
+    arguments = body, signed(body)["Stripe-Signature"], SECRET
+    try:
+        if is_thin(body):
+            return vars(CLIENT.parse_event_notification(*arguments))
+        return CLIENT.construct_event(*arguments).to_dict()
+    except Exception:  # noqa: BLE001  (whatever it raises, there is no event)
+        return None
+
+
+def document(body: bytes) -> Document:
+    """The body as Python's own json reads it, like stripe-python; an empty one if it is no object."""
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_thin(body: bytes) -> bool:
+    return bool(document(body).get("object") == THIN)
+
+
+# -- the differences ----------------------------------------------------------------------------------
+
+
+class Difference(NamedTuple):
+    """What one side takes and the other does not: whether a document is of this kind, and a body that is."""
+
+    applies: Callable[[Document], bool]
+    body: bytes
+
+
+def matches(pattern: str, value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+def is_instant(value: object) -> bool:
+    """Unix seconds or ISO 8601, of a year that Postgres and Python both have."""
+    if isinstance(value, str):
+        try:
+            found = datetime.fromisoformat(value)
+        except ValueError:
+            return False
+        value = found.replace(tzinfo=found.tzinfo or UTC).timestamp()
+    elif type(value) is not int:
+        return False
+    return FIRST_SECOND <= value < LAST_SECOND
+
+
+def has_related_object(found: Document) -> bool:
+    about = found.get("related_object")
+    return isinstance(about, dict) and about.keys() >= {"id", "type", "url"}
+
+
+def depth(value: object) -> int:
+    """How many containers stand in each other; level by level, for Python cannot call itself as often."""
+    levels, level = 0, [value]
+    while level := [each for outer in level for each in inner(outer)]:
+        levels += 1
+    return levels
+
+
+def inner(value: object) -> Collection[object]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def has_data(found: Document) -> bool:
+    data = found.get("data")
+    if found.get("object") == THIN:
+        return data is None or isinstance(data, dict)
+    return isinstance(data, dict) and isinstance(data.get("object"), dict)
+
+
+# stripe-python builds an event from these, and we refuse them: they could not be stored, logged or dispatched.
+REFUSED: Final[Mapping[str, Difference]] = {
+    "no event": Difference(
+        lambda found: found.get("object") not in ("event", THIN), event_body(object="charge", data={"object": {}})
+    ),
+    "an id of other characters": Difference(
+        lambda found: not matches(r"[A-Za-z0-9_.:-]{1,255}", found.get("id")), event_body(id="evt 1")
+    ),
+    "a type of other characters": Difference(
+        lambda found: not matches(r"[A-Za-z0-9_.\[\]-]{1,255}", found.get("type")),
+        event_body().replace(b"invoice.payment_failed", b"invoice.*"),
+    ),
+    "no object that it is about": Difference(lambda found: not has_data(found), event_body(data=MISSING)),
+    "livemode neither true nor false": Difference(
+        lambda found: type(found.get("livemode")) is not bool, event_body(livemode=1)
+    ),
+    "no instant": Difference(lambda found: not is_instant(found.get("created")), event_body(created="soon")),
+}
+# These are refused before they are a document.
+NOT_JSON: Final[Mapping[str, bytes]] = {
+    name: HOSTILE[name]
+    for name in (
+        "NaN",
+        "Infinity",
+        "1e999999",
+        "integer of 400 digits",
+        "lone high surrogate",
+        "lone low surrogate",
+        "BOM",
+    )
+}
+# We take these, for side information is no reason to lose an event, and stripe-python stumbles over it.
+TAKEN: Final[Mapping[str, Difference]] = {
+    "nesting deeper than its objects can be built": Difference(
+        lambda found: depth(found) > 300, HOSTILE["nested 500 deep"]
+    ),
+    "a related object that lacks something": Difference(
+        lambda found: found.get("object") == THIN and not has_related_object(found),
+        event_body(THIN_TYPE, related_object=None),
+    ),
+    "a context that is no text": Difference(
+        lambda found: not isinstance(found.get("context") or "", str), event_body(THIN_TYPE, context=7)
+    ),
+    "a reason that lacks something": Difference(
+        lambda found: bool(found.get("reason")), event_body(THIN_TYPE, reason={"request": None})
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_each_refusal_is_ours_alone(name: str) -> None:
+    """stripe-python takes it, we do not, and it is for no other difference: none on the list is there in vain."""
+    body = REFUSED[name].body
+    assert theirs(body) is not None
+    assert not isinstance(parse(body), Event)
+    assert refused_for(document(body)) == [name]
+
+
+@pytest.mark.parametrize("name", NOT_JSON)
+def test_what_only_python_takes_for_json_is_refused(name: str) -> None:
+    """Beyond RFC 8259, or beyond what a double and UTF-8 can hold: no other reader would agree with Python's."""
+    assert theirs(NOT_JSON[name]) is not None
+    assert not isinstance(parse(NOT_JSON[name]), Event)
+    assert refused_for(document(NOT_JSON[name])) == []
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_each_that_only_we_take(name: str) -> None:
+    """We take it and stripe-python raises, for nothing but what is said."""
+    body = TAKEN[name].body
+    assert theirs(body) is None
+    assert isinstance(parse(body), Event)
+    assert [each for each, difference in TAKEN.items() if difference.applies(document(body))] == [name]
+
+
+def refused_for(found: Document) -> list[str]:
+    return [name for name, difference in REFUSED.items() if difference.applies(found)]
+
+
+# -- the same event -----------------------------------------------------------------------------------
+
+
+def assert_agreed(body: bytes) -> None:
+    """Both take it and it is the same event, or neither does, or it is on a list."""
+    ours, their, found = parse(body), theirs(body), document(body)
+    if not isinstance(ours, Event):
+        assert their is None or refused_for(found) or body in NOT_JSON.values()
+        return
+    assert not refused_for(found)
+    if their is None:
+        assert any(difference.applies(found) for difference in TAKEN.values())
+        return
+    assert (ours.id, ours.type, ours.livemode) == (their["id"], their["type"], their["livemode"])
+    if not ours.thin:
+        assert ours.object_id in (None, their["data"]["object"].get("id"))
+        assert ours.account in (None, their.get("account"))
+        assert ours.api_version in (None, their.get("api_version"))
+        assert not isinstance(their["created"], int) or ours.created.timestamp() == their["created"]
+
+
+@pytest.mark.parametrize("event_type", shipped_types())
+def test_ordinary_events_are_the_same(event_type: str) -> None:
+    """Every template that is shipped, a thin one too, is the same event to both, down to what it is about."""
+    body = build_event(event_type)
+    ours, their = parse(body), theirs(body)
+    assert isinstance(ours, Event)
+    assert_agreed(body)
+    assert their is not None
+    assert ours.object_id == (their["related_object"].id if ours.thin else their["data"]["object"].get("id"))
+    if not ours.thin:
+        assert their.keys() == ours.payload.keys()
+        assert their["data"]["object"].keys() == ours.data["object"].keys()
+
+
+@pytest.mark.parametrize("name", [name for name in HOSTILE if "100,000" not in name])
+def test_hostile_content_is_the_same(name: str) -> None:
+    """Of the hostile bodies too."""
+    assert_agreed(HOSTILE[name])
+
+
+WELL: Final = st.builds(
+    lambda base, changes: base | changes,
+    st.sampled_from([orjson.loads(build_event(each)) for each in ("invoice.payment_failed", THIN_TYPE)]),
+    NEARLY | st.just({}) | st.dictionaries(st.sampled_from(["account", "context", "api_version", "extra"]), JSON),
+)
+
+
+@settings(deadline=None, database=None, max_examples=200)
+@given(WELL | NEARLY | JSON)
+def test_any_json_is_the_same_to_both(found: object) -> None:
+    """Whatever is changed about an event, and however little of one it is."""
+    assume(all(math.isfinite(number) for number in numbers(found)))
+    assert_agreed(json.dumps(found).encode())
+
+
+def numbers(found: object) -> list[float]:
+    """Every number in it."""
+    return [found] if isinstance(found, float) else [number for each in inner(found) for number in numbers(each)]
