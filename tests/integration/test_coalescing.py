@@ -18,9 +18,9 @@ from tests.integration.world import World, delivery, effect, until
 
 @pytest.fixture
 async def other(world: World) -> AsyncIterator[asyncpg.Connection]:
-    """Another process's connection, in a transaction."""
+    """Another process's connection, in a transaction; it waits for nobody."""
     connection = await asyncpg.connect(world.url)
-    await connection.execute("BEGIN; SET LOCAL lock_timeout = '2s'")
+    await connection.execute("BEGIN; SET LOCAL lock_timeout = '1ms'")
     yield connection
     await connection.close()
 

@@ -310,14 +310,17 @@ async def test_a_holder_that_was_given_up_on_and_is_alive_has_the_last_word(
 
 
 async def test_a_holder_that_was_taken_over_has_nothing_to_say(world: World) -> None:
-    """Once another has begun, the attempt is another, and the abandonment stays counted."""
+    """Once another has begun, the attempt is another, also when that one waits again; the abandonment stays counted."""
     claim = await world.claim()
     await world.change(claim.event_id, due_at=-0.1)
     await world.ledger.return_abandoned(10)
     (taken,) = await world.ledger.take_over([claim.event_id])
-    assert await world.ledger.fail_if_held(claim, "late", due_in_seconds=5) is None
     assert (taken.attempt, taken.abandoned) == (2, 1)
-    assert await world.status(claim.event_id) is Status.PROCESSING
+    for status in (Status.PROCESSING, Status.PENDING):
+        await world.settle(claim.event_id, status)
+        before = await world.row(claim.event_id)
+        assert await world.ledger.fail_if_held(claim, "late", due_in_seconds=5) is None
+        assert unchanged(before, await world.row(claim.event_id))
 
 
 @pytest.mark.parametrize("status", [each for each in Status if each is not Status.PROCESSING])
@@ -536,6 +539,7 @@ async def test_nothing_is_held_that_is_not_ours(world: World, status: Status | N
     else:
         await world.settle(claim.event_id, status)
     async with world.parts.handlers.connect() as connection:
+        await begin(connection)
         assert await world.ledger.hold(connection, claim) is None
         assert not await world.ledger.complete_if_held(connection, claim, Held(await xid_of(connection), 0), "done")
 
