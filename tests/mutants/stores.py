@@ -36,6 +36,14 @@ MUTANTS = (
         "integration/test_postgres.py::test_a_read_only_server_is_refused",
     ),
     Mutant(
+        "fsync-off-goes-unnamed",
+        "`fsync = off` is named.",
+        "checks.py",
+        'if await _setting(connection, name) == "off":',
+        'if await _setting(connection, name) == "never":',
+        "chaos/test_settings.py::test_row_23_fsync_off",
+    ),
+    Mutant(
         "frozen-connection-goes-back",
         "A connection that timed out is terminated before it goes back to its pool.",
         "inbox/postgres.py",

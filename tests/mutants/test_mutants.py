@@ -30,14 +30,15 @@ HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 PARTS = ("service", "tests", "pyproject.toml")
 # Plugins that were imported before pytest began cannot have their assertions rewritten: they need no such thing.
-QUIET = ("-p", "no:cacheprovider", "-q", "--color=no", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+QUIET = ("-p", "no:cacheprovider", "-q", "-m", "", "--color=no", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 LANES = 2  # runs at once: most of a run is one process's work
 TEST_SECONDS = 60  # for a test that takes one or two; a mutant that only hangs is not caught
 
 # Of a mutant that is broken in itself: Python or SQL that cannot be run proves nothing about a rule.
 NONSENSE = re.compile(
-    r"^E +(?:\w+\.)*(?:Attribute|Import|Indentation|ModuleNotFound|Name|Syntax|Type|UnboundLocal)Error\b"
+    r"^E +(?:\w+\.)*TypeError\b|\b(?:Attribute|Import|Indentation|ModuleNotFound|Name|Syntax|UnboundLocal)Error\b"
     r"|\(42(?:601|703|803|804|883|P\d\d)\)|PostgresSyntaxError|Undefined(?:Column|Function|Table)Error"
+    r"|DatatypeMismatchError|IndeterminateDatatypeError|AmbiguousParameterError|invalid input for query argument"
     r"|^E +Failed: Timeout ",
     flags=re.MULTILINE,
 )
@@ -212,6 +213,8 @@ RED = "FAILED tests/a.py::test_b - AssertionError: assert 1 == 2"
         (2, "ERROR tests/a.py - SyntaxError: invalid syntax", False),  # of the collection
         (4, "ERROR: not found: tests/a.py::test_b", False),
         (1, f"E   NameError: name 'x' is not defined\n{RED}", False),
+        (1, f"delivery_broke error=\"NameError: name 'x' is not defined\"\n{RED}", False),
+        (1, f"E   TypeError: f() takes 1 positional argument but 2 were given\n{RED}", False),
         (1, f'E   asyncpg.exceptions.PostgresSyntaxError: syntax error at or near "x"\n{RED}', False),
         (1, f"ledger_unavailable error='ProgrammingError (42703)'\n{RED}", False),
         (1, f"E   Failed: Timeout (>60.0s) from pytest-timeout.\n{RED}", False),
