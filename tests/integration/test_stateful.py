@@ -55,7 +55,7 @@ def play(ground: Ground, examples: int, chosen: settings) -> None:
     run_state_machine_as_test(Played, settings=settings(chosen, max_examples=many))
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_whatever_happens_in_any_order(ground: Ground) -> None:
     """A few hundred steps of deliveries, crashes, lost replies and recoveries: no invariant breaks, all settles."""
     play(ground, SHORT_EXAMPLES, settings(CHOSEN, derandomize=True))

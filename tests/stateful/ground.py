@@ -10,6 +10,7 @@ import contextlib
 import secrets
 from collections import Counter
 from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
 from redis.asyncio import Redis
@@ -43,6 +44,15 @@ _FORGET = "DELETE FROM {} WHERE event_id = ANY($1)"
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a delivery came to. `replayed`: an operator did that to the event while it was under way."""
+
+    event_id: str
+    outcome: Outcome
+    replayed: bool
+
+
 class Ground:
     """Use `prepared`. The witness of what handlers do, and the only one to touch the stores beside the service."""
 
@@ -60,7 +70,7 @@ class Ground:
         self._epoch: str | None = None
         self.processes: list[Process] = []
         self.stories: dict[str, Story] = {}
-        self.answers: list[tuple[str, Outcome]] = []
+        self.answers: list[Answer] = []
         self.complaints: list[str] = []
         self.plan = Plan.WORK
         self.seen = Seen({}, {}, None)
@@ -127,9 +137,11 @@ class Ground:
 
     async def deliver(self, process: Process, event_id: str) -> None:
         """One delivery; its answer counts unless the process was dead by then."""
-        outcome = await process.world.pipeline.deliver(self.stories[event_id].delivery)
+        story = self.stories[event_id]
+        replays = story.replays
+        outcome = await process.world.pipeline.deliver(story.delivery)
         if process.state is not State.DEAD:
-            self.answers.append((event_id, outcome))
+            self.answers.append(Answer(event_id, outcome, story.replays != replays))
 
     async def recover(self, process: Process) -> None:
         """One round of recovery, as its loop does it."""
@@ -184,7 +196,10 @@ class Ground:
 
     async def replay(self, event_ids: list[str]) -> list[str]:
         """As an operator does it; returns those that it changed."""
-        return await self.operator.ledger.replay(event_ids)
+        replayed = await self.operator.ledger.replay(event_ids)
+        for event_id in replayed:
+            self.stories[event_id].replays += 1
+        return replayed
 
     def awake(self, number: int) -> Process:
         """This process, or the next one that is awake."""
@@ -198,17 +213,18 @@ class Ground:
 
     # -- looking --------------------------------------------------------------------------------------
 
-    async def settle(self) -> list[tuple[str, Outcome]]:
+    async def settle(self) -> list[Answer]:
         """Wait until nothing moves, then check everything; returns the answers that were given meanwhile."""
         await until(self._quiet)
         await until(self._lost_sessions_are_over)
         self.seen = await self._look()
         answers, self.answers = self.answers, []
         complaints, self.complaints = self.complaints, []
-        for event_id, outcome in answers:
-            self.happened[f"answer {outcome.kind}"] += 1
-            if said := oracle.dishonest(self.stories[event_id], outcome, self.seen.rows.get(event_id)):
-                complaints.append(f"{said}: {event_id} {outcome} {self.seen.rows.get(event_id)}")
+        for answer in answers:
+            self.happened[f"answer {answer.outcome.kind}"] += 1
+            story, row = self.stories[answer.event_id], self.seen.rows.get(answer.event_id)
+            if said := oracle.dishonest(story, answer.outcome, row, replayed=answer.replayed):
+                complaints.append(f"{said}: {answer} {row}")
         complaints += oracle.broken(self.stories, self.seen, self.limits)
         assert not complaints, "\n".join(complaints)
         return answers

@@ -49,6 +49,7 @@ class Story:
     promised: Kind | None = None  # the first 2xx that was answered for it
     completed: bool = False
     attempt: int = 0  # the highest that was seen
+    replays: int = 0
     started: set[int] = field(default_factory=set)  # attempts whose handler was called
     rogue: set[int] = field(default_factory=set)  # attempts whose handler committed by itself: I2 is waived for them
     permanent: set[int] = field(default_factory=set)  # attempts whose handler raised Permanent
@@ -156,8 +157,11 @@ def _of_key(row: Row | None, key: Key | None, seen: Seen, limits: Limits) -> Ite
         yield "a key that outlives its kind"
 
 
-def dishonest(story: Story, outcome: Outcome, row: Row | None) -> str | None:
-    """I1 and I6: what is wrong with an answer, given the row right after it. The story learns what was promised."""
+def dishonest(story: Story, outcome: Outcome, row: Row | None, *, replayed: bool = False) -> str | None:
+    """I1 and I6: what is wrong with an answer, given the row right after it. The story learns what was promised.
+
+    `replayed`: an operator did that between the delivery and its answer, which can speak of the time before only.
+    """
     if outcome.kind in PROMISES and story.promised is None:
         story.promised = outcome.kind
     if outcome.kind is Kind.UNAVAILABLE:
@@ -169,7 +173,12 @@ def dishonest(story: Story, outcome: Outcome, row: Row | None) -> str | None:
         Kind.UNHANDLED: row.status is Status.IGNORED,
         Kind.DEAD: row.status is Status.DEAD,
     }
-    return None if says.get(outcome.kind, True) else f"I6: answered {outcome.kind}, and the row says otherwise"
+    superseded = replayed and outcome.kind is not Kind.PROCESSED
+    return (
+        None
+        if superseded or says.get(outcome.kind, True)
+        else f"I6: answered {outcome.kind}, and the row says otherwise"
+    )
 
 
 # -- what a delivery must come to ---------------------------------------------------------------------

@@ -6,13 +6,12 @@ from typing import Any, TypeVar
 from hypothesis.stateful import RuleBasedStateMachine
 
 from service.inbox.model import TAKEABLE, Status
-from service.inbox.outcome import Kind, Outcome
-from tests.stateful.ground import Ground
+from service.inbox.outcome import Kind
+from tests.stateful.ground import Answer, Ground
 from tests.stateful.oracle import Plan, Row, foreseen
 from tests.stateful.process import Process, Run
 from tests.stateful.wire import Effect, Fault
 
-Answers = list[tuple[str, Outcome]]
 T = TypeVar("T")
 
 
@@ -50,7 +49,7 @@ class Steps(RuleBasedStateMachine):
         assert held is not None
         self.act(lambda: held.set_result(ending))
 
-    def settle(self, plan: Plan = Plan.WORK) -> Answers:
+    def settle(self, plan: Plan = Plan.WORK) -> list[Answer]:
         """The end of every step; `plan` is for the handlers that it starts."""
         self.ground.plan = plan
         try:
@@ -72,7 +71,7 @@ class Steps(RuleBasedStateMachine):
         kind, status = foreseen(ground.stories[event_id], before, key, epoch=epoch, plan=plan, room=room)
         self.arm(number, fault)
         self.begin_deliveries([(process, event_id)])
-        said = [outcome.kind for each, outcome in self.settle(plan) if each == event_id]
+        said = [answer.outcome.kind for answer in self.settle(plan) if answer.event_id == event_id]
         if fault is None and not process.away:
             self.check(said == ([] if kind is None else [kind]), f"{event_id}: {said}, not {kind}; {before} {key}")
             self._compare(event_id, before, kind, status)
@@ -95,7 +94,7 @@ class Steps(RuleBasedStateMachine):
         room = all(process.world.dispatcher.free_slots >= len(shots) for process, _ in shots)
         self.arm(number, fault)
         self.begin_deliveries(shots)
-        kinds = [outcome.kind for each, outcome in self.settle(plan) if each == new]
+        kinds = [answer.outcome.kind for answer in self.settle(plan) if answer.event_id == new]
         if calm and room and plan is Plan.WORK:
             self.check(kinds.count(Kind.PROCESSED) == 1, f"{new}, delivered {len(kinds)} times at once: {kinds}")
             self.check(kinds.count(Kind.DUPLICATE) == len(kinds) - 1, f"{new}, delivered at once: {kinds}")
@@ -106,8 +105,8 @@ class Steps(RuleBasedStateMachine):
         """Until it is done."""
         try:
             return self.ground.run(work)
-        except BaseException:
-            self.sound = False
+        except BaseException as error:
+            self._fails(error)
             raise
 
     def act(self, act: Callable[[], object]) -> None:
@@ -121,5 +120,12 @@ class Steps(RuleBasedStateMachine):
     def check(self, holds: bool, words: str) -> None:
         """Fail with these words if it does not hold."""
         if not holds:
-            self.sound = False
-            raise AssertionError(words)
+            error = AssertionError(words)
+            self._fails(error)
+            raise error
+
+    def _fails(self, error: BaseException) -> None:
+        """Said at once: where a race decides, Hypothesis may not find it again, and says only that."""
+        if self.sound:
+            print(f"{type(error).__name__}: {error}")
+        self.sound = False

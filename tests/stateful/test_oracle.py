@@ -114,6 +114,13 @@ def test_a_dishonest_answer_is_named(answer: Outcome, row: Row | None, words: st
     assert (said or "").split(":")[0] == (words or "")
 
 
+def test_an_answer_that_a_replay_overtook_is_honest() -> None:
+    """It spoke of the row as it was; but what is completed is never replayed."""
+    pending = replace(FAILED, status=Status.PENDING)
+    assert dishonest(story(), outcome.dead(EVENT, 2), pending, replayed=True) is None
+    assert dishonest(story(), outcome.processed("done", 2), pending, replayed=True) is not None
+
+
 @pytest.mark.parametrize(
     ("answer", "promises"),
     [
