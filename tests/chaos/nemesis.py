@@ -34,7 +34,7 @@ from tests.proxy import before_postgres, before_redis
 # Everything due comes soon, and the shipped order holds: lease < handler deadline < idle in transaction.
 SETTINGS: Final[Overrides] = {
     "lock_ttl_seconds": 2,
-    "lease_seconds": 1,
+    "lease_seconds": 1.5,
     "handler_deadline_seconds": 3,
     "idle_in_transaction_seconds": 4,
     "answer_budget_seconds": 3,
