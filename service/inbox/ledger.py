@@ -258,7 +258,12 @@ class Ledger:
         return bool(rows[0][0] == "committed")
 
     async def _settle(self, statement: Statement, claim: Claim, **values: object) -> Status | None:
-        rows = await self._run(statement, event_id=claim.event_id, attempt=claim.attempt, **values)
+        ours = {"event_id": claim.event_id, "attempt": claim.attempt}
+        rows = await self._run(statement, **ours, **values)
+        if not rows and await self._run(
+            statements.TAKE_BACK, **ours, abandoned=claim.abandoned, lease=self._lease_seconds
+        ):
+            rows = await self._run(statement, **ours, **values)
         return Status(rows[0]["status"]) if rows else None
 
     async def _run(self, statement: Statement, **values: object) -> list[Any]:

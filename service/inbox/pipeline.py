@@ -6,9 +6,10 @@ nothing, and a graceful stop waits for it, then releases what is left.
 """
 
 import asyncio
-from collections.abc import Coroutine
+import time
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import structlog
 
@@ -24,6 +25,8 @@ from service.logs import describe_error
 from service.registry import Registry
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -84,9 +87,10 @@ class Pipeline:
         for event_id, status, times in await self._claims.ledger.return_abandoned(most):
             log.warning("abandoned", event_id=event_id, status=status, times=times)
 
-    async def recover(self) -> bool:
+    async def recover(self, *, thorough: bool = True) -> bool:
         """Claim due events, no more than free handler slots, and set them to work.
 
+        `thorough`: also one that was abandoned before, whatever else is due; that look reads the whole backlog.
         Returns whether there may be more of them. Raises `LedgerUnavailable`.
         """
         if self._claims.lock.away or self._stopping:
@@ -96,13 +100,13 @@ class Pipeline:
             return True
         due = await ledger.due(slots, abandoned=False)
         full = len(due) == slots
-        if not full and self._dispatcher.suspect_free:
-            due += await ledger.due(1, abandoned=True)
-        claims = await self._claims.recover(due)
-        for claim in claims:
-            self._spawn(self._recovered(claim))
+        if thorough and self._dispatcher.suspect_free:
+            suspects = await ledger.due(1, abandoned=True)
+            due = suspects + due[: slots - len(suspects)]
+        # In a task of its own: stopped in between, what was just claimed would count as abandoned, a lease later.
+        claimed = await asyncio.shield(self._spawn(self._take_up(due)))
         # None of a full house of them: others hold their locks, and asking again at once would only spin.
-        return full and bool(claims)
+        return full and claimed > 0
 
     async def room(self) -> None:
         """Wait until there is room for a fair number of due events."""
@@ -111,8 +115,11 @@ class Pipeline:
     async def drain(self, seconds: float) -> None:
         """Take nothing new, give running work `seconds` to end, then release the rest uncharged."""
         self._stopping = True
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=max(0, seconds))
+        deadline = time.monotonic() + seconds
+        while self._tasks:  # again and again: recovery may be claiming in one of them, and have more to do then
+            await asyncio.wait(self._tasks, timeout=max(0, deadline - time.monotonic()))
+            if time.monotonic() >= deadline:
+                break
         left = list(self._tasks)
         for task in left:
             task.cancel()
@@ -120,7 +127,7 @@ class Pipeline:
             log.info("releasing", events=len(left))
             await asyncio.wait(left, timeout=5)
 
-    def _spawn(self, work: Coroutine[Any, Any, Outcome]) -> asyncio.Task[Outcome]:
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -139,6 +146,13 @@ class Pipeline:
         except Exception as error:  # a fault of ours: Stripe and recovery will both try again
             log.exception("delivery_broke", event_id=event.id, error=describe_error(error))
             return outcome.unavailable("Internal error")
+
+    async def _take_up(self, event_ids: Sequence[str]) -> int:
+        """Claim these and set them to work; returns how many were to be had."""
+        claims = await self._claims.recover(event_ids)
+        for claim in claims:
+            self._spawn(self._recovered(claim))
+        return len(claims)
 
     async def _recovered(self, claim: Claim) -> Outcome:
         """A claim that recovery won, dispatched like a delivery's."""

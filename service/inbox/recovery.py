@@ -67,11 +67,11 @@ class Recovery:
     async def _round(self) -> bool:
         """One look; whether there may be more to do at once."""
         try:
-            if time.monotonic() >= self._upkeep_at:
+            if upkeep := time.monotonic() >= self._upkeep_at:
                 self._epoch.confirm(await self._ledger.read_epoch())
                 await self._pipeline.return_abandoned(self._batch)
                 self._upkeep_at = time.monotonic() + self._interval_seconds / 2
-            more = await self._pipeline.recover()
+            more = await self._pipeline.recover(thorough=upkeep)
         except LedgerUnavailable as error:
             self._note_failure(str(error))
             return False

@@ -161,6 +161,16 @@ UPDATE stripe_events SET status = 'ignored', action = 'ignored', settled_at = cl
 RETURNING status
 """)
 
+# We were given up on, and are alive: a handler's row lock goes with its transaction, a moment before our word of how
+# it ended, and past the lease its row looks abandoned then. Nobody has begun since, or the attempt were another.
+TAKE_BACK = _statement("""
+UPDATE stripe_events
+   SET status = 'processing', abandoned = :abandoned, settled_at = NULL,
+       due_at = clock_timestamp() + make_interval(secs => :lease)
+ WHERE event_id = :event_id AND status IN ('pending', 'dead') AND attempt = :attempt AND abandoned > :abandoned
+RETURNING true
+""")
+
 # An operator's replay of what is settled or waiting; never of what is being handled right now.
 REPLAY = _statement("""
 UPDATE stripe_events

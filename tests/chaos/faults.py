@@ -43,7 +43,7 @@ async def freeze_worker(bench: Bench, fault: Fault) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
             try:
-                await asyncio.sleep(2 + 6 * fault.portion)
+                await asyncio.sleep(3 + 6 * fault.portion)
             finally:
                 os.kill(pid, signal.SIGCONT)
 

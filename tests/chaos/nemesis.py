@@ -35,8 +35,8 @@ from tests.proxy import before_postgres, before_redis
 SETTINGS: Final[Overrides] = {
     "lock_ttl_seconds": 2,
     "lease_seconds": 1,
-    "handler_deadline_seconds": 2.5,
-    "idle_in_transaction_seconds": 3.5,
+    "handler_deadline_seconds": 3,
+    "idle_in_transaction_seconds": 4,
     "answer_budget_seconds": 3,
     "postgres_timeout_seconds": 1.5,
     "redis_timeout_seconds": 0.3,

@@ -13,7 +13,9 @@ from typing import Final
 from service.inbox.model import Status
 from tests.acceptance.harness import Sample, sample
 
-_QUIET_SECONDS: Final = (1.0, 4.0)  # a lane's rest between two faults: about as long as a fault lasts
+# A lane's rest between two faults: long enough that most of the time something works, or nothing could go wrong.
+_QUIET_SECONDS: Final = (2.0, 6.0)
+_SERVICE_QUIET_SECONDS: Final = (3.0, 10.0)  # it takes seconds to start
 _LASTS_SECONDS: Final = (0.3, 2.5)
 _EVENTS_PER_SECOND: Final = 8.0  # with copies and repeats about 20 deliveries: two busy cores keep up with it
 
@@ -33,12 +35,13 @@ class Fault:
 def faults(seed: int, lane: str, kinds: Sequence[str]) -> Iterator[Fault]:
     """The lane's faults without end, one round of all kinds after another."""
     chance = random.Random(f"{seed}/{lane}")
+    quiet_seconds = _SERVICE_QUIET_SECONDS if lane.startswith("service") else _QUIET_SECONDS
     while True:
         for kind in chance.sample(kinds, len(kinds)):
             yield Fault(
                 lane,
                 kind,
-                round(chance.uniform(*_QUIET_SECONDS), 2),
+                round(chance.uniform(*quiet_seconds), 2),
                 round(chance.uniform(*_LASTS_SECONDS), 2),
                 chance.randrange(1000),
                 chance.random(),
@@ -71,22 +74,23 @@ class _Sort:
 
 _SYNC: Final = "invoice.paid"
 _SORTS: Final = (
-    _Sort(36, "plain"),
-    _Sort(14, "plain", _SYNC),
-    _Sort(8, "plain", "customer.subscription.updated"),
-    _Sort(8, "plain", "charge.refunded", Status.IGNORED),  # nobody handles it
-    _Sort(7, "fail", wish=(("until", 1),)),
-    _Sort(4, "fail", wish=(("until", 3),)),
-    _Sort(4, "fail", _SYNC, wish=(("until", 2),)),
-    _Sort(3, "retry", wish=(("until", 2), ("after", 0.2))),
-    _Sort(5, "slow", wish=(("seconds", 0.7),)),
-    _Sort(3, "slow", _SYNC, wish=(("seconds", 1.5),)),  # longer than the lease
-    _Sort(2, "permanent", becomes=Status.DEAD),
-    _Sort(2, "swallow", wish=(("until", 1),)),
-    _Sort(1, "hang", wish=(("until", 1),)),
-    _Sort(1, "slow_sql", wish=(("until", 1),)),
+    _Sort(70, "plain"),
+    _Sort(30, "plain", _SYNC),
+    _Sort(15, "plain", "customer.subscription.updated"),
+    _Sort(15, "plain", "charge.refunded", Status.IGNORED),  # nobody handles it
+    _Sort(12, "fail", wish=(("until", 1),)),
+    _Sort(6, "fail", wish=(("until", 3),)),
+    _Sort(8, "fail", _SYNC, wish=(("until", 2),)),
+    _Sort(6, "retry", wish=(("until", 2), ("after", 0.2))),
+    # Longer than the lease: there is always some work to freeze, cut off and take over.
+    _Sort(20, "slow", wish=(("seconds", 1.2),)),
+    _Sort(14, "slow", _SYNC, wish=(("seconds", 1.6),)),
+    _Sort(4, "permanent", becomes=Status.DEAD),
+    _Sort(4, "swallow", wish=(("until", 1),)),
+    _Sort(2, "hang", wish=(("until", 1),)),
+    _Sort(2, "slow_sql", wish=(("until", 1),)),
     _Sort(1, "die", wish=(("until", 1),)),  # takes its process along
-    _Sort(1, "abort", wish=(("until", 2),)),
+    _Sort(1, "abort", wish=(("until", 1),)),
 )
 
 

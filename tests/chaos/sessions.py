@@ -1,16 +1,17 @@
-"""The sessions in a test's database, watched from another one of the same server.
+"""What was asked of the stores: the sessions in a test's database, watched from another one, and Redis' own count.
 
 Who runs a statement must have a session: where there is none, and none has begun, none was run. (The server's own
 counts of transactions lag by seconds, and its upkeep is among them.)
 """
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Self
 from urllib.parse import urlsplit
 
 import asyncpg
+import redis
 
 from tests.acceptance.harness import Ground, eventually
 from tests.stores import with_database
@@ -58,3 +59,16 @@ class Sessions:
     async def _count(self, query: str) -> int:
         count: int = await self._elsewhere.fetchval(query, self._database)
         return count
+
+
+@contextmanager
+def counted(ground: Ground) -> Iterator[dict[str, int]]:
+    """The commands that Redis ran meanwhile, filled in when the block ends."""
+    found: dict[str, int] = {}
+    with redis.Redis.from_url(ground.redis_url) as client:
+        before = client.info("commandstats")
+        yield found
+        after = client.info("commandstats")
+    for name, seen in after.items():
+        if name != "cmdstat_info" and (calls := seen["calls"] - before.get(name, {"calls": 0})["calls"]):
+            found[name] = calls

@@ -2,16 +2,12 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import redis
-
-from tests.acceptance.harness import IGNORED, PROCESSED, Ground, parallel, post, sample
+from tests.acceptance.harness import IGNORED, PROCESSED, parallel, post, sample
 from tests.chaos.history import History
 from tests.chaos.rows import answered, dispatched, fire
 from tests.chaos.servers import Servers
-from tests.chaos.sessions import Sessions
+from tests.chaos.sessions import Sessions, counted
 from tests.chaos.verdict import verdict
 
 DUPLICATES = 200
@@ -96,16 +92,3 @@ async def test_row_04_a_duplicate_after_redis_was_emptied(servers: Servers, hist
     assert (await history.ground.settled(event)).counts == (1, 0, 0)
     assert dispatched(history, event) == [1]
     await verdict(history)
-
-
-@contextmanager
-def counted(ground: Ground) -> Iterator[dict[str, int]]:
-    """The commands that Redis ran meanwhile, filled in when the block ends."""
-    found: dict[str, int] = {}
-    with redis.Redis.from_url(ground.redis_url) as client:
-        before = client.info("commandstats")
-        yield found
-        after = client.info("commandstats")
-    for name, seen in after.items():
-        if name != "cmdstat_info" and (calls := seen["calls"] - before.get(name, {"calls": 0})["calls"]):
-            found[name] = calls

@@ -311,6 +311,18 @@ async def test_ending_the_transaction_is_refused(world: World, method: str) -> N
     assert "begin_nested()" in str(caught[0])
 
 
+@pytest.mark.parametrize("method", ["commit", "rollback"])
+async def test_a_swallowed_refusal_is_a_failure(world: World, method: str) -> None:
+    """It takes for committed, or for undone, what is neither: so nothing of it is kept, and the rule is named."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        with contextlib.suppress(HandlerRuleBroken):
+            await getattr(context.connection, method)()
+
+    await fails(world, function, "HandlerRuleBroken: a handler must not commit or roll back")
+
+
 @pytest.mark.parametrize("method", ["commit", "rollback", "close", "invalidate"])
 async def test_a_swallowed_refusal_keeps_no_half(world: World, method: str) -> None:
     """A handler that goes on after the refusal, or closes its connection: all of it is committed, or nothing is."""

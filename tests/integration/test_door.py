@@ -20,6 +20,7 @@ from service.web import door
 from service.web.door import Door
 from service.web.health import livez
 from service.web.lobby import Lobby
+from tests.talk import Talk
 
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /headers HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
@@ -34,7 +35,7 @@ class Served:
     server: uvicorn.Server
     gate: asyncio.Event = field(default_factory=asyncio.Event)  # what `/held` waits for
     held: int = 0
-    clients: list[asyncio.StreamWriter] = field(default_factory=list)
+    talks: list[Talk] = field(default_factory=list)
 
     @property
     def port(self) -> int:
@@ -55,6 +56,12 @@ class Served:
     def answered(self) -> int:
         """How many requests have been."""
         return self.server.server_state.total_requests
+
+    async def talk(self, *chunks: bytes) -> Talk:
+        """A connection to it, on which the chunks were sent."""
+        talk = await Talk.begin(self.port, *chunks)
+        self.talks.append(talk)
+        return talk
 
     async def hold(self, _request: Request) -> Response:
         self.held += 1
@@ -89,61 +96,18 @@ async def _served(connections_most: int = ROOMY[0], bytes_most: int = ROOMY[1]) 
         yield served
     finally:
         served.gate.set()
-        for client in served.clients:
-            client.transport.abort()
+        for talk in served.talks:
+            talk.hang_up()
         await served.server.shutdown()
-
-
-class Talk:
-    """One raw connection, and what came over it."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader, self._writer = reader, writer
-
-    @classmethod
-    async def begin(cls, served: Served, *chunks: bytes) -> "Talk":
-        reader, writer = await asyncio.open_connection("127.0.0.1", served.port)
-        served.clients.append(writer)
-        talk = cls(reader, writer)
-        await talk.send(*chunks)
-        return talk
-
-    async def send(self, *chunks: bytes) -> None:
-        for chunk in chunks:
-            self._writer.write(chunk)
-            await self._writer.drain()
-
-    async def answer(self) -> tuple[bytes, bytes]:
-        """Head and body of the next answer, which has a length."""
-        async with asyncio.timeout(5):
-            head = await self._reader.readuntil(b"\r\n\r\n")
-            length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-            return head, await self._reader.readexactly(length)
-
-    async def rest(self) -> bytes:
-        """All that comes until the server has nothing more to say."""
-        async with asyncio.timeout(5):
-            return await self._reader.read()
-
-    async def refusal(self) -> tuple[int, str]:
-        """Status and reason; fails unless the answer has the one JSON shape and is the last."""
-        head, body = await self.answer()
-        assert b"connection: close" in head
-        assert await self.rest() == b""
-        fields = orjson.loads(body)
-        reason = fields.pop("reason")
-        action = "unavailable" if b" 503 " in head else "rejected"
-        assert fields == {"event_id": None, "processed": False, "action": action}
-        return int(head.split(b" ")[1]), reason
 
 
 async def _say(served: Served, *chunks: bytes) -> bytes:
     """Send the chunks and read until the server closes, five seconds at most."""
-    return await (await Talk.begin(served, *chunks)).rest()
+    return await (await served.talk(*chunks)).rest()
 
 
 async def _refusal(served: Served, *chunks: bytes) -> tuple[int, str]:
-    return await (await Talk.begin(served, *chunks)).refusal()
+    return await (await served.talk(*chunks)).refusal()
 
 
 async def _until(holds: Callable[[], bool]) -> None:
@@ -173,8 +137,8 @@ CROWDED = (503, "Too many connections")
 async def test_a_request_passes() -> None:
     """An ordinary request, and a second one on its connection, are answered as ever."""
     async with _served() as served:
-        talk = await Talk.begin(served, GET + b"\r\n")
-        assert (await talk.answer())[0].startswith(b"HTTP/1.1 200 OK")
+        talk = await served.talk(GET + b"\r\n")
+        assert (await talk.reply()).status == 200
         await talk.send(b"\r\n" + GET + b"Connection: close\r\n\r\n")  # an empty line before it is allowed
         assert (await talk.rest()).startswith(b"HTTP/1.1 200 OK")
 
@@ -223,8 +187,8 @@ async def test_a_later_head_has_its_deadline_too(sent: bytes, monkeypatch: pytes
     """Having sent one request buys no time for the next, nor does what is not even the beginning of one."""
     monkeypatch.setattr(door, "HEAD_SECONDS", 0.2)
     async with _served() as served:
-        talk = await Talk.begin(served, GET + b"\r\n")
-        await talk.answer()
+        talk = await served.talk(GET + b"\r\n")
+        await talk.reply()
         await talk.send(sent)
         assert await talk.refusal() == TOO_SLOW
 
@@ -259,7 +223,7 @@ async def test_nobody_goes_on_waiting_for_a_refused_body(monkeypatch: pytest.Mon
     """A body that breaks off in nonsense has ended for whoever reads it, though the connection is still there."""
     monkeypatch.setattr(door, "LEAVE_SECONDS", 60)
     async with _served() as served:
-        talk = await Talk.begin(served, CHUNKED)
+        talk = await served.talk(CHUNKED)
         await _until(lambda: served.tasks == 1)
         await talk.send(b"zz\r\n")
         assert await talk.refusal() == MALFORMED
@@ -299,19 +263,18 @@ async def test_an_upgrade_is_declined() -> None:
 async def test_nothing_behind_an_unanswered_request_is_read(behind: bytes) -> None:
     """A second request, half a one or garbage: the first is answered, as the last on its connection."""
     async with _served() as served:
-        talk = await Talk.begin(served, b"GET /held HTTP/1.1\r\nHost: x\r\n\r\n" + behind)
+        talk = await served.talk(b"GET /held HTTP/1.1\r\nHost: x\r\n\r\n" + behind)
         await _until(lambda: served.held == 1)
         await talk.send(GET + b"\r\n")
         served.gate.set()
-        head, body = await talk.answer()
-        assert (head.startswith(b"HTTP/1.1 200 OK"), body) == (True, b"held")
+        assert (await talk.reply()).body == b"held"
         assert await talk.rest() == b""
 
 
 async def test_requests_in_great_number_are_not_queued() -> None:
     """200,000 requests in one go cost the service no more than the first."""
     async with _served() as served:
-        talk = await Talk.begin(served, *[b"GET /held HTTP/1.1\r\n\r\n" * 10_000] * 20)
+        talk = await served.talk(*[b"GET /held HTTP/1.1\r\n\r\n" * 10_000] * 20)
         await _until(lambda: served.held == 1)
         [connection] = served.server.server_state.connections
         assert isinstance(connection, Door)
@@ -325,8 +288,8 @@ async def test_an_answer_before_the_bodys_end_is_the_last(monkeypatch: pytest.Mo
     """Who goes on sending to where nothing is read gets the 404, and a short time to notice."""
     monkeypatch.setattr(door, "LEAVE_SECONDS", 0.2)
     async with _served() as served:
-        talk = await Talk.begin(served, b"POST /nowhere HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
-        assert (await talk.answer())[0].startswith(b"HTTP/1.1 404")
+        talk = await served.talk(b"POST /nowhere HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert (await talk.reply()).status == 404
         await _until_cut(lambda: talk.send(b"1\r\na\r\n"))
         await _until(lambda: served.sockets == 0)
 
@@ -381,20 +344,20 @@ async def test_who_does_not_read_makes_room_too(monkeypatch: pytest.MonkeyPatch)
 async def test_the_one_who_waits_longest_makes_room() -> None:
     """When all places are taken by sockets whose requests do not come, the first of them is told so and goes."""
     async with _served(connections_most=3) as served:
-        slow = [await Talk.begin(served, sent) for sent in (b"", GET, CHUNKED + b"1\r\n")]
+        slow = [await served.talk(sent) for sent in (b"", GET, CHUNKED + b"1\r\n")]
         await _until(lambda: served.sockets == 3)
         assert (await _say(served, GET + b"Connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200 OK")
         assert await slow[0].refusal() == CROWDED
         assert (await _say(served, GET + b"Connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200 OK")
         await slow[1].send(b"\r\n")  # two places are free again: nobody else had to go
-        assert (await slow[1].answer())[0].startswith(b"HTTP/1.1 200 OK")
+        assert (await slow[1].reply()).status == 200
 
 
 async def test_an_idle_connection_makes_room_without_a_word() -> None:
     """A kept connection waits for nothing: it is closed as it would be when its time is over."""
     async with _served(connections_most=1) as served:
-        kept = await Talk.begin(served, GET + b"\r\n")
-        await kept.answer()
+        kept = await served.talk(GET + b"\r\n")
+        await kept.reply()
         assert (await _say(served, GET + b"Connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200 OK")
         assert await kept.rest() == b""
 
@@ -402,7 +365,7 @@ async def test_an_idle_connection_makes_room_without_a_word() -> None:
 async def test_a_full_house_at_work_says_so() -> None:
     """Nobody whose request is being worked on has to go: the newcomer is told at once to come again."""
     async with _served(connections_most=2) as served:
-        busy = [await Talk.begin(served, b"GET /held HTTP/1.1\r\n\r\n") for _ in range(2)]
+        busy = [await served.talk(b"GET /held HTTP/1.1\r\n\r\n") for _ in range(2)]
         await _until(lambda: served.held == 2)
         head = await _say(served)
         assert head.startswith(b"HTTP/1.1 503 ")
@@ -410,15 +373,15 @@ async def test_a_full_house_at_work_says_so() -> None:
         assert await _refusal(served, GET + b"\r\n") == CROWDED
         served.gate.set()
         for each in busy:
-            assert (await each.answer())[1] == b"held"
+            assert (await each.reply()).body == b"held"
 
 
 async def test_bodies_that_do_not_end_share_a_bounded_memory() -> None:
     """More of them than fit: whose body has been coming for longest goes, the others are read."""
     body = b"Content-Length: 60000\r\n\r\n" + b"x" * 59_999
     async with _served(bytes_most=150_000) as served:
-        first, second = [await Talk.begin(served, POST + body) for _ in range(2)]
-        third = await Talk.begin(served, POST + body)
+        first, second = [await served.talk(POST + body) for _ in range(2)]
+        third = await served.talk(POST + body)
         assert await first.refusal() == CROWDED
         for talk in (second, third):
             await talk.send(b"x")

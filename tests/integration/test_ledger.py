@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import asyncpg
@@ -278,6 +279,45 @@ async def test_a_slow_handler_is_not_abandoned(world: World) -> None:
     async with world.locked(claim.event_id), asyncio.timeout(5):
         assert await world.ledger.return_abandoned(10) == []
     await until(lambda: world.ledger.return_abandoned(10))  # once the server has noticed the closed connection
+
+
+@pytest.mark.parametrize(("before", "given_up"), [(0, Status.PENDING), (7, Status.DEAD)])
+@pytest.mark.parametrize(
+    ("settle", "status", "failures"),
+    [
+        (lambda ledger, claim: ledger.fail_if_held(claim, "late", due_in_seconds=5), Status.FAILED, 1),
+        (lambda ledger, claim: ledger.kill_if_held(claim, "late"), Status.DEAD, 1),
+        (lambda ledger, claim: ledger.release_if_held(claim), Status.PENDING, 0),
+    ],
+    ids=["fail", "kill", "release"],
+)
+async def test_a_holder_that_was_given_up_on_and_is_alive_has_the_last_word(
+    world: World,
+    settle: Callable[[Ledger, Claim], Awaitable[Status | None]],
+    status: Status,
+    failures: int,
+    before: int,
+    given_up: Status,
+) -> None:
+    """Past its lease its row looks abandoned for the moment between its transaction's end and its word of it."""
+    claim = replace(await world.claim(), abandoned=before)
+    await world.change(claim.event_id, due_at=-0.1, abandoned=before)
+    assert await world.ledger.return_abandoned(10) == [(claim.event_id, given_up, before + 1)]
+    assert await settle(world.ledger, claim) is status
+    row = await world.row(claim.event_id)
+    assert (row["status"], row["attempt"], row["failures"], row["abandoned"]) == (status, 1, failures, before)
+    assert (row["settled_at"] is not None) is (status is Status.DEAD)
+
+
+async def test_a_holder_that_was_taken_over_has_nothing_to_say(world: World) -> None:
+    """Once another has begun, the attempt is another, and the abandonment stays counted."""
+    claim = await world.claim()
+    await world.change(claim.event_id, due_at=-0.1)
+    await world.ledger.return_abandoned(10)
+    (taken,) = await world.ledger.take_over([claim.event_id])
+    assert await world.ledger.fail_if_held(claim, "late", due_in_seconds=5) is None
+    assert (taken.attempt, taken.abandoned) == (2, 1)
+    assert await world.status(claim.event_id) is Status.PROCESSING
 
 
 @pytest.mark.parametrize("status", [each for each in Status if each is not Status.PROCESSING])

@@ -17,6 +17,7 @@ from redis.asyncio.client import Pipeline
 from service.errors import LockUnavailable
 from service.inbox import lock as lock_module
 from service.inbox.lock import Lock, LockReply, connect
+from tests.integration.world import until
 from tests.stores import Stores
 
 ID, TOKEN, EPOCH = "evt_1", "0123456789abcdef", "00aa11bb22cc33dd"
@@ -336,6 +337,9 @@ def redis_key(lock: Lock) -> str:
 # -- Redis is away ------------------------------------------------------------------------------------
 
 
+THEIRS_REPLY = b"$%d\r\n%b\r\n" % (len(THEIRS), THEIRS)
+
+
 class Clock:
     """A monotonic clock that a test moves by hand."""
 
@@ -361,8 +365,10 @@ class Server:
         self.reply: bytes | None = b"+OK\r\n"
         self.heard: list[str] = []
         self.hang_up = False
+        self.connections: list[asyncio.StreamWriter] = []
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections.append(writer)
         commands = hiredis.Reader()
         while chunk := await reader.read(65_536):
             commands.feed(chunk)
@@ -472,6 +478,27 @@ async def test_a_lost_reply_is_not_asked_for_again(clock: Clock) -> None:
     async with listening(server) as client:
         assert await make(client).acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
     assert server.heard == ["SET"]
+
+
+async def test_a_command_under_way_is_never_cancelled(clock: Clock) -> None:
+    """Whoever asked has given up: the reply is read all the same, or it would be taken for the next command's."""
+    server = Server()
+    server.reply = None
+
+    async def has_heard() -> bool:
+        return bool(server.heard)
+
+    async with listening(server, timeout_seconds=10) as client:
+        lock = make(client)
+        asking = asyncio.create_task(lock.acquire(ID, TOKEN, EPOCH))
+        await until(has_heard)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        server.reply = b"$-1\r\n"
+        server.connections[0].write(THEIRS_REPLY)
+        assert await lock.acquire("evt_2", TOKEN, EPOCH) is LockReply.HELD
+    assert (server.heard, len(server.connections)) == (["SET", "SET"], 1)
 
 
 # -- the breaker --------------------------------------------------------------------------------------

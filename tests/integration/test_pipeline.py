@@ -1,7 +1,7 @@
 """The one path, on real stores: deliveries, duplicates, outages, recovery and the graceful stop."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -698,6 +698,19 @@ async def test_recovery_takes_those_abandoned_before_one_by_one(make_world: Make
         await settled(world, each.event.id)
 
 
+async def test_an_abandoned_event_does_not_wait_for_the_backlog(make_world: MakeWorld, gate: Gate) -> None:
+    """Under a backlog that fills every slot, one that was abandoned is taken up too, for its one place."""
+    world = await make_world({TYPE: gate.handle}, handler_slots=2)
+    for _ in range(6):
+        await world.state_of(delivery(), Status.PENDING)
+    suspect = await world.state_of(delivery(), Status.PENDING)
+    await world.change(suspect.event.id, abandoned=1)
+    assert await world.pipeline.recover() is True
+    assert await world.status(suspect.event.id) is Status.PROCESSING
+    assert await world.database.fetchval("SELECT count(*) FROM stripe_events WHERE status = 'processing'") == 2
+    gate.finish.set()
+
+
 async def test_an_abandoned_event_comes_back(world: World) -> None:
     """Its holder vanished: returned, and after its backoff handled by the next attempt."""
     claim = await world.claim()
@@ -748,10 +761,10 @@ async def test_a_bad_round_does_not_end_recovery(world: World, monkeypatch: pyte
     errors: list[Exception] = [LedgerUnavailable("away"), RuntimeError("bug"), LedgerUnavailable("away")]
     recover = Pipeline.recover
 
-    async def failing(pipeline: Pipeline) -> bool:
+    async def failing(pipeline: Pipeline, *, thorough: bool) -> bool:
         if errors:
             raise errors.pop()
-        return await recover(pipeline)
+        return await recover(pipeline, thorough=thorough)
 
     monkeypatch.setattr(Pipeline, "recover", failing)
     recovery = Recovery(world.pipeline, world.ledger, world.claims.epoch, interval_seconds=0.01, batch=10)
@@ -843,6 +856,31 @@ async def test_draining_releases_what_does_not_end(make_world: MakeWorld, gate: 
         await recovered(other)
     for each in given:
         await settled(other, each.event.id, attempt=2)
+
+
+async def test_a_stop_while_recovery_claims_leaves_nothing_claimed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped between the claim of what is due and its dispatch: the claim is dispatched or released, not abandoned."""
+    taken, answered = asyncio.Event(), asyncio.Event()
+    take_over = Ledger.take_over
+
+    async def slow(ledger: Ledger, event_ids: Sequence[str]) -> list[Claim]:
+        claims = await take_over(ledger, event_ids)
+        taken.set()
+        await answered.wait()
+        return claims
+
+    monkeypatch.setattr(Ledger, "take_over", slow)
+    due = await world.state_of(delivery(), Status.PENDING)
+    recovering = asyncio.create_task(world.parts.recovery.run())
+    await taken.wait()
+    recovering.cancel()
+    await asyncio.wait({recovering})
+    draining = asyncio.create_task(world.pipeline.drain(30))
+    answered.set()
+    await draining
+    await settled(world, due.event.id)
 
 
 async def test_a_stop_during_the_commit_settles_it(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:

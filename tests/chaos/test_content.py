@@ -1,0 +1,124 @@
+"""Row 30: whatever stands under a valid signature is an event stored byte for byte, or a 400 and no row."""
+
+from collections.abc import Mapping
+from urllib.parse import urlsplit
+
+import asyncpg
+import orjson
+
+from service.inbox.event import parse_event
+from service.inbox.model import Status
+from tests.acceptance.harness import (
+    DEAD,
+    IGNORED,
+    PROCESSED,
+    REJECTED,
+    Answer,
+    Ground,
+    Sample,
+    Service,
+    eventually,
+    parallel,
+    raw_request,
+)
+from tests.chaos.history import History
+from tests.chaos.verdict import verdict
+from tests.fixtures import signed
+from tests.hostile import ACCEPTED, bodies
+
+
+async def test_row_30_hostile_content(history: History) -> None:
+    """Every hostile body: processed once and stored as it was sent, or refused in a sentence of ours; never a 5xx."""
+    service = await history.service().start()
+    sent = bodies()
+    answers = {name: await delivered(history, service, name, body) for name, body in sent.items()}
+    assert {name: answer.said for name, answer in answers.items()} == {
+        name: PROCESSED if name in ACCEPTED else REJECTED for name in sent
+    }
+    assert await stored(history.ground) == {event.id: event.body for event in events(sent).values()}
+    assert await history.ground.rows() == len(ACCEPTED)
+    assert_quiet(service)
+    await verdict(history)
+
+
+async def test_row_30_hostile_content_is_a_duplicate_the_second_time(history: History) -> None:
+    """Its id is found again, in Redis and in the ledger: ignored, and its row is as it was."""
+    service = await history.service().start()
+    sent = {name: body for name, body in bodies().items() if name in ACCEPTED}
+    for name, body in sent.items():
+        assert (await delivered(history, service, name, body)).said == PROCESSED
+        assert (await delivered(history, service, name, body)).said == IGNORED
+    history.ground.empty_redis()
+    for name, body in sent.items():
+        assert (await delivered(history, service, name, body)).said == IGNORED
+    assert await stored(history.ground) == {event.id: event.body for event in events(sent).values()}
+    await verdict(history)
+
+
+async def test_row_30_recovery_reads_hostile_content_from_the_ledger(history: History) -> None:
+    """Recorded while another held the lock: recovery dispatches what was stored, and it is the same event."""
+    service = await history.service().start()
+    sent = {name: body for name, body in bodies().items() if name in ACCEPTED}
+    for name, event in events(sent).items():
+        await history.ground.put(event, "claimed:another", ttl_seconds=2)
+        answer = await delivered(history, service, name, event.body)
+        assert (answer.said, answer.reason) == (IGNORED, parallel(event.id))
+    for row in await history.ground.all_settled(events(sent).values()):
+        assert row.counts == (1, 0, 0)
+    assert_quiet(service)
+    await verdict(history)
+
+
+async def test_row_30_the_shipped_handler(history: History) -> None:
+    """The handler that ships takes it too: it remembers what it can, or gives up for good; it never fails."""
+    service = await history.ground.service({"handlers": "service.handlers"}).start()
+    sent = bodies()
+    for name, body in sent.items():
+        answer = await raw_request(service.url, request(service, body))
+        assert answer.said in (DEAD, (200, True, "payment_failure_recorded")) if name in ACCEPTED else REJECTED, name
+        assert (answer.said == DEAD) == (name == "NUL in the object's id")
+    statuses = await eventually(history.ground.statuses)
+    assert statuses == {Status.COMPLETED: len(ACCEPTED) - 1, Status.DEAD: 1}
+    assert_quiet(service, "handler_failed")
+    history.ground.waived |= {event.id for event in events(sent).values()}  # its effects are in a table of its own
+
+
+# -- sent, stored, said -------------------------------------------------------------------------------
+
+
+def request(service: Service, body: bytes) -> bytes:
+    """The whole request, byte by byte."""
+    headers = {**signed(body), "Host": "x", "Content-Length": str(len(body)), "Connection": "close"}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"POST {urlsplit(service.url).path} HTTP/1.1\r\n{lines}\r\n".encode() + body
+
+
+async def delivered(history: History, service: Service, name: str, body: bytes) -> Answer:
+    """Send it in one piece; an event's answer is put on record."""
+    answer = await raw_request(service.url, request(service, body))
+    if name in ACCEPTED:
+        await history.note(service, Sample(parse_event(body).id, body), answer)
+    else:
+        assert answer.content["event_id"] is None
+    return answer
+
+
+def events(sent: Mapping[str, bytes]) -> dict[str, Sample]:
+    """Those that are events all the same, with the ids that they are known by."""
+    return {name: Sample(parse_event(body).id, body) for name, body in sent.items() if name in ACCEPTED}
+
+
+async def stored(ground: Ground) -> dict[str, bytes]:
+    """Every body that the ledger holds, by its event's id."""
+    connection = await asyncpg.connect(ground.database_url)
+    try:
+        return dict(map(tuple, await connection.fetch("SELECT event_id, body FROM stripe_event_payloads")))
+    finally:
+        await connection.close()
+
+
+def assert_quiet(service: Service, *expected: str) -> None:
+    """Every line since the service was ready is one JSON object, and none but these tells of anything that broke."""
+    said = [orjson.loads(line) for line in service.output.partition("Application startup complete")[2].splitlines()[1:]]
+    assert said
+    assert [line["event"] for line in said if line["level"] != "info"] == list(expected)

@@ -1,0 +1,122 @@
+"""Claims, dispatch and recovery on real stores, under every fault in any order: Hypothesis looks for the worst.
+
+Two runs of one state machine (`tests.stateful.machine`): a short one, the same each time, and with the chaos suite a
+long one, another each time. A failure prints the shortest history that it was found with, and a blob to
+reproduce it. TEST_STATEFUL_EXAMPLES makes either run as long as you like.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+
+import pytest
+import structlog
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from service.inbox.model import Status
+from service.inbox.outcome import Kind
+from tests.stateful.ground import Ground, prepared
+from tests.stateful.machine import DELIVERY, ENDING, FAILING, RECOVERY, Machine
+from tests.stateful.oracle import Plan
+from tests.stateful.wire import POSTGRES, REDIS, Effect, Fault
+from tests.stores import Stores
+
+SHORT_EXAMPLES = 25
+LONG_EXAMPLES = 250
+
+CHOSEN = settings(
+    stateful_step_count=30,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture(scope="module")
+def ground(stores: Stores) -> Iterator[Ground]:
+    """One for the module: each run finds it empty."""
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    with prepared(stores) as ground:
+        yield ground
+    structlog.configure(**before)
+
+
+def play(ground: Ground, examples: int, chosen: settings) -> None:
+    """Run the machine over this ground."""
+
+    class Played(Machine):
+        def __init__(self) -> None:
+            super().__init__(ground)
+
+    many = int(os.environ.get("TEST_STATEFUL_EXAMPLES", examples))
+    run_state_machine_as_test(Played, settings=settings(chosen, max_examples=many))
+
+
+@pytest.mark.timeout(600)
+def test_whatever_happens_in_any_order(ground: Ground) -> None:
+    """A few hundred steps of deliveries, crashes, lost replies and recoveries: no invariant breaks, all settles."""
+    play(ground, SHORT_EXAMPLES, settings(CHOSEN, derandomize=True))
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3000)
+def test_whatever_happens_for_long(ground: Ground) -> None:
+    """Thousands of steps, others each time; and every fault that there is was really met."""
+    ground.happened.clear()
+    play(ground, LONG_EXAMPLES, CHOSEN)
+    faults = {f"{effect.name} {message}" for effect in Effect for message in (*REDIS, *POSTGRES)}
+    assert faults - set(ground.happened) == set()
+
+
+# -- the faults are where they say --------------------------------------------------------------------
+
+
+def test_every_message_has_its_turn() -> None:
+    """No fault is listed that no step may come to, and none is named that is not listed."""
+    named = {*DELIVERY, *RECOVERY, *FAILING, *(each for messages in ENDING.values() for each in messages)}
+    assert named == {*REDIS, *POSTGRES}
+
+
+# At which message, whether it was heard; the row and whether the lock is left by one that died there; the answer
+# of one that only lost the connection.
+PLACES = [
+    ("lock", False, None, False, Kind.DEFERRED),
+    ("lock", True, None, True, Kind.DEFERRED),
+    ("insert", False, None, True, Kind.UNAVAILABLE),
+    ("insert", True, Status.PROCESSING, True, Kind.UNAVAILABLE),
+    ("marker", False, Status.PROCESSING, True, Kind.PROCESSED),
+    ("marker", True, Status.PROCESSING, False, Kind.PROCESSED),
+    ("hold", True, Status.PROCESSING, False, Kind.UNAVAILABLE),
+    ("effect", True, Status.PROCESSING, False, Kind.FAILED),
+    ("mark", True, Status.PROCESSING, False, Kind.FAILED),
+    ("commit", False, Status.PROCESSING, False, Kind.FAILED),
+    ("commit", True, Status.COMPLETED, False, Kind.PROCESSED),
+]
+
+
+@pytest.mark.parametrize(("message", "heard", "status", "locked", "_"), PLACES)
+def test_a_death_happens_at_its_message(
+    ground: Ground, message: str, heard: bool, status: Status | None, locked: bool, _: Kind
+) -> None:
+    """The stores are left with what they had heard by then, and nobody was answered."""
+    machine = Machine(ground)
+    ground.happened.clear()
+    event_id = ground.new_story(wanted=True)
+    machine.deliver(0, event_id, Plan.WORK, Fault(message, heard, Effect.DIE))
+    row, key = ground.seen.rows.get(event_id), ground.seen.keys.get(event_id)
+    assert (row and row.status, key is not None and key.claimed) == (status, locked)
+    assert ground.happened == {f"DIE {message}": 1}
+
+
+@pytest.mark.parametrize(("message", "heard", "_", "__", "says"), PLACES)
+def test_a_cut_happens_at_its_message(
+    ground: Ground, message: str, heard: bool, _: Status | None, __: bool, says: Kind
+) -> None:
+    """The process lives, and answers by what it can know."""
+    machine = Machine(ground)
+    ground.happened.clear()
+    machine.deliver(0, ground.new_story(wanted=True), Plan.WORK, Fault(message, heard, Effect.CUT))
+    assert ground.happened == {f"CUT {message}": 1, f"answer {says}": 1}

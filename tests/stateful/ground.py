@@ -1,0 +1,258 @@
+"""Where the state machine plays: one database under a standing clock, one Redis prefix, two processes.
+
+Guarantees: between two steps nothing moves: each call has been answered, or waits at a handler that is held or in a
+process that is frozen, and the server has noticed every lost connection. So one look at both stores sees one
+moment, and a run that failed can be run again.
+"""
+
+import asyncio
+import contextlib
+import secrets
+from collections import Counter
+from collections.abc import Coroutine, Iterator
+from typing import Any, Final, TypeVar
+
+from redis.asyncio import Redis
+
+from service.errors import LedgerUnavailable
+from service.inbox.model import Status
+from service.inbox.outcome import Outcome
+from service.inbox.postgres import rotate_epoch
+from tests.clock import Clock, installed
+from tests.integration.world import World, build, delivery, until
+from tests.stateful import oracle
+from tests.stateful.oracle import Key, Limits, Plan, Row, Seen, Story
+from tests.stateful.process import TYPE, Process, Run, State
+from tests.stores import Stores, clone, drop
+
+PROCESSES: Final = 2
+_OWN_SESSIONS: Final = 3  # the clock's, and the operator's two
+
+_LOOK = """
+SELECT coalesce(e.event_id, f.event_id) AS event_id, e.status, e.attempt, e.failures, e.abandoned,
+       coalesce(e.settled_at >= e.give_up_at, false) AS given_up, coalesce(f.attempts, '{}') AS attempts
+  FROM stripe_events e
+  FULL JOIN (SELECT event_id, array_agg(attempt ORDER BY attempt) AS attempts FROM effects GROUP BY event_id) f
+ USING (event_id)
+"""
+_SESSIONS = """
+SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'client backend'
+"""
+_FORGET = "DELETE FROM {} WHERE event_id = ANY($1)"
+
+T = TypeVar("T")
+
+
+class Ground:
+    """Use `prepared`. The witness of what handlers do, and the only one to touch the stores beside the service."""
+
+    limits: Limits
+    clock: Clock
+    operator: World
+    redis: Redis
+
+    def __init__(self, runner: asyncio.Runner, stores: Stores) -> None:
+        self._runner = runner
+        self._stores = stores
+        self._prefix = f"test:{secrets.token_hex(6)}:"
+        self._stack = contextlib.AsyncExitStack()
+        self._url = ""
+        self._epoch: str | None = None
+        self.processes: list[Process] = []
+        self.stories: dict[str, Story] = {}
+        self.answers: list[tuple[str, Outcome]] = []
+        self.complaints: list[str] = []
+        self.plan = Plan.WORK
+        self.seen = Seen({}, {}, None)
+        self.happened: Counter[str] = Counter()  # over all runs: which faults and answers were met at all
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """On the one loop; nothing moves on it between two calls."""
+        return self._runner.run(work)
+
+    # -- setting up -----------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """A database of its own, and the processes on it."""
+        self._url = await clone(self._stores)
+        self._stack.push_async_callback(drop, self._url)
+        self.clock = await self._stack.enter_async_context(installed(self._url, standing=True))
+        self.operator = await build(self._url, self._stores.redis_url, self._prefix)
+        self._stack.push_async_callback(self.operator.close)
+        self._epoch = await self.operator.ledger.read_epoch()
+        self.redis = Redis.from_url(self._stores.redis_url)
+        self._stack.push_async_callback(self.redis.aclose)
+        self.processes = [await self._spawn() for _ in range(PROCESSES)]
+        settings = self.processes[0].world.settings
+        self.limits = Limits(settings.lock_ttl_seconds, settings.marker_ttl_seconds, settings.abandoned_most)
+
+    async def close(self) -> None:
+        """Everything that `open` opened."""
+        for process in self.processes:
+            await process.bury()
+        await self._stack.aclose()
+
+    async def begin(self) -> None:
+        """Empty stores and awake processes for another run; those that a run left as they were are kept."""
+        for number, process in enumerate(self.processes):
+            if process.state is not State.AWAKE or process.runs or process.busy:
+                process.die()
+                await self.replace(number)
+            for store in list(process.away):
+                process.reach(store, again=True)
+            process.switch.armed = None
+        await self.forget(list(self.stories))
+        await self.flush()
+        self.stories.clear()
+        self.answers.clear()
+        self.complaints.clear()
+        self.plan = Plan.WORK
+        self.seen = await self._look()
+
+    async def replace(self, number: int) -> None:
+        """A new process in place of one that is dead or was stopped."""
+        await self.processes[number].bury()
+        self.processes[number] = await self._spawn()
+
+    async def _spawn(self) -> Process:
+        return await Process.spawn(self, self._url, self._stores.redis_url, self._prefix)
+
+    # -- what the processes do ------------------------------------------------------------------------
+
+    def new_story(self, *, wanted: bool) -> str:
+        """A fresh event."""
+        event_id = f"evt_{len(self.stories)}"
+        self.stories[event_id] = Story(delivery(event_id, TYPE if wanted else "invoice.paid"), wanted)
+        return event_id
+
+    async def deliver(self, process: Process, event_id: str) -> None:
+        """One delivery; its answer counts unless the process was dead by then."""
+        outcome = await process.world.pipeline.deliver(self.stories[event_id].delivery)
+        if process.state is not State.DEAD:
+            self.answers.append((event_id, outcome))
+
+    async def recover(self, process: Process) -> None:
+        """One round of recovery, as its loop does it."""
+        with contextlib.suppress(LedgerUnavailable):
+            process.world.claims.epoch.confirm(await process.world.ledger.read_epoch())
+            await process.world.pipeline.return_abandoned(9)
+            await process.world.pipeline.recover()
+
+    def started(self, process: Process, run: Run, status: str, attempt: int) -> None:
+        """I3 and I5, where a handler is called."""
+        story = self.stories[run.event_id]
+        if (status, attempt) != (Status.PROCESSING, run.attempt):
+            self.complaints.append(f"I5: started {run}, and the row is {status} at attempt {attempt}")
+        if run.attempt in story.started:
+            self.complaints.append(f"I3: {run} was started before")
+        if "redis" in process.away:
+            self.complaints.append(f"I5: started {run} without the lock: Redis is away")
+        story.started.add(run.attempt)
+        others = [other for each in self.processes if each.state is not State.DEAD for other in each.runs]
+        if any(other.event_id == run.event_id and not other.severed for other in others if other is not run):
+            self.complaints.append(f"I3: {run} is the second of that event that can commit")
+
+    def breaks(self, run: Run, plan: Plan) -> None:
+        """An attempt for which the model has to make an exception."""
+        story = self.stories[run.event_id]
+        (story.rogue if plan is Plan.COMMIT else story.permanent).add(run.attempt)
+
+    # -- what befalls the stores ----------------------------------------------------------------------
+
+    async def flush(self) -> None:
+        """Redis forgets everything of ours."""
+        if self.stories:
+            await self.redis.delete(*(self._prefix + event_id for event_id in self.stories))
+
+    async def expire_locks(self) -> None:
+        """The locks that are left, their owners being dead or done, reach the end of their life."""
+        locks = [self._prefix + event_id for event_id, key in self.seen.keys.items() if key.claimed]
+        if locks:
+            await self.redis.delete(*locks)
+
+    async def forget(self, event_ids: list[str]) -> None:
+        """The ledger never heard of these events: what was promised for them is void."""
+        for event_id in event_ids:
+            story = self.stories[event_id]
+            self.stories[event_id] = Story(story.delivery, story.wanted)
+        for table in ("stripe_events", "stripe_event_payloads", "effects"):
+            await self.operator.database.execute(_FORGET.format(table), event_ids)
+
+    async def rotate(self) -> None:
+        """As the command does it."""
+        _, self._epoch = await rotate_epoch(self._url, 10)
+
+    async def replay(self, event_ids: list[str]) -> list[str]:
+        """As an operator does it; returns those that it changed."""
+        return await self.operator.ledger.replay(event_ids)
+
+    def awake(self, number: int) -> Process:
+        """This process, or the next one that is awake."""
+        order = self.processes[number:] + self.processes[:number]
+        return next(process for process in order if process.state is State.AWAKE)
+
+    @property
+    def frozen(self) -> list[Process]:
+        """Those that stand still."""
+        return [process for process in self.processes if process.state is State.FROZEN]
+
+    # -- looking --------------------------------------------------------------------------------------
+
+    async def settle(self) -> list[tuple[str, Outcome]]:
+        """Wait until nothing moves, then check everything; returns the answers that were given meanwhile."""
+        await until(self._quiet)
+        await until(self._lost_sessions_are_over)
+        self.seen = await self._look()
+        answers, self.answers = self.answers, []
+        complaints, self.complaints = self.complaints, []
+        for event_id, outcome in answers:
+            self.happened[f"answer {outcome.kind}"] += 1
+            if said := oracle.dishonest(self.stories[event_id], outcome, self.seen.rows.get(event_id)):
+                complaints.append(f"{said}: {event_id} {outcome} {self.seen.rows.get(event_id)}")
+        complaints += oracle.broken(self.stories, self.seen, self.limits)
+        assert not complaints, "\n".join(complaints)
+        return answers
+
+    async def _quiet(self) -> bool:
+        for number, process in enumerate(self.processes):
+            if process.state is State.DEAD:
+                await self.replace(number)
+        return all(process.quiet for process in self.processes)
+
+    async def _lost_sessions_are_over(self) -> bool:
+        """The server rolls back what was open in a session when it notices that its client is gone, not before."""
+        known = _OWN_SESSIONS + sum(process.postgres.connections for process in self.processes)
+        return bool(await self.operator.database.fetchval(_SESSIONS) <= known)
+
+    async def _look(self) -> Seen:
+        found = await self.operator.database.fetch(_LOOK)
+        rows = {
+            r["event_id"]: Row(
+                Status(r["status"]), r["attempt"], r["failures"], r["abandoned"], r["given_up"], tuple(r["attempts"])
+            )
+            for r in found
+            if r["status"] is not None
+        }
+        stray = tuple(r["event_id"] for r in found if r["status"] is None)
+        return Seen(rows, await self._keys(), self._epoch, stray)
+
+    async def _keys(self) -> dict[str, Key]:
+        async with self.redis.pipeline(transaction=False) as pipe:
+            for event_id in self.stories:
+                pipe.get(self._prefix + event_id)
+                pipe.pttl(self._prefix + event_id)
+            replies = await pipe.execute()
+        found = zip(self.stories, replies[::2], replies[1::2], strict=True)
+        return {event_id: Key(value, ttl_ms) for event_id, value, ttl_ms in found if value is not None}
+
+
+@contextlib.contextmanager
+def prepared(stores: Stores) -> Iterator[Ground]:
+    """A ground on its own loop, which is kept for as long as the block runs."""
+    with asyncio.Runner() as runner:
+        ground = Ground(runner, stores)
+        runner.run(ground.open())
+        try:
+            yield ground
+        finally:
+            runner.run(ground.close())

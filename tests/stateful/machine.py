@@ -1,0 +1,219 @@
+"""The state machine: everything that may happen to an event, in any order, a step at a time.
+
+Guarantees: after every step all invariants hold (`oracle.broken`), every answer was honest, and a delivery that
+nothing stood in the way of came to what the reference model foresees. At the end faults stop, time passes and
+recovery runs: every row settles, with one effect if completed and else none, and what was never promised is
+processed when it is sent again.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Final
+
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, initialize, precondition, rule
+
+from service.inbox.model import Status
+from tests.stateful.ground import PROCESSES
+from tests.stateful.oracle import SETTLED, Plan
+from tests.stateful.process import Process, Run
+from tests.stateful.steps import Steps
+from tests.stateful.wire import Effect, Fault
+
+# Which messages a step may come to, and how many handlers end by each plan.
+DELIVERY: Final = ("lock", "insert", "take over", "lock taken over", "marker", "hold", "effect")
+RECOVERY: Final = ("return abandoned", "lock", "lock taken over", "take over", "marker", "hold", "effect")
+ENDING: Final[Mapping[Plan, Sequence[str]]] = {Plan.WORK: ("mark", "commit"), Plan.HOLD: ()}
+FAILING: Final = ("fail", "forget")
+
+# An uncommitted mark is waited for by every insert of its event, up to the statement's time-out: true, and slow.
+_SLOW = {("mark", True), ("commit", False)}
+
+DAY_SECONDS: Final = 24 * 3600.0
+
+
+@st.composite
+def turns(
+    draw: st.DrawFn, messages: Sequence[str], plans: Sequence[Plan] = (*Plan, Plan.WORK, Plan.HOLD, Plan.HOLD)
+) -> tuple[Plan, Fault | None]:
+    """How handlers end that a step starts, and a fault at a message that it may come to."""
+    plan = draw(st.sampled_from(plans))
+    if draw(st.booleans()):
+        return plan, None
+    message = draw(st.sampled_from([*messages, *ENDING.get(plan, FAILING)]))
+    fault = Fault(message, draw(st.booleans()), draw(st.sampled_from(Effect)))
+    slow = fault.effect is Effect.FREEZE and (fault.message, fault.heard) in _SLOW
+    return plan, replace(fault, effect=Effect.DIE) if slow else fault
+
+
+Turn = tuple[Plan, Fault | None]
+
+events = Bundle[str]("events")
+numbers = st.integers(0, PROCESSES - 1)
+deliveries = turns(DELIVERY)
+recoveries = turns(RECOVERY)
+endings = turns((), [plan for plan in Plan if plan is not Plan.HOLD])
+
+
+class Machine(Steps):
+    """The rules, and the end."""
+
+    # -- deliveries -----------------------------------------------------------------------------------
+
+    @initialize(target=events, number=numbers, turn=deliveries)
+    def deliver_first(self, number: int, turn: Turn) -> str:
+        event_id = self.ground.new_story(wanted=True)
+        self.deliver(number, event_id, *turn)
+        return event_id
+
+    @rule(target=events, number=numbers, turn=deliveries, wanted=st.sampled_from([True, True, True, False]))
+    def deliver_new(self, number: int, turn: Turn, wanted: bool) -> str:
+        event_id = self.ground.new_story(wanted=wanted)
+        self.deliver(number, event_id, *turn)
+        return event_id
+
+    @rule(event_id=events, number=numbers, turn=deliveries)
+    def deliver_again(self, event_id: str, number: int, turn: Turn) -> None:
+        self.deliver(number, event_id, *turn)
+
+    @rule(
+        target=events,
+        copies=st.lists(numbers, min_size=1, max_size=4),
+        others=st.lists(st.tuples(numbers, events), max_size=3),
+        number=numbers,
+        turn=deliveries,
+    )
+    def deliver_many(self, copies: list[int], others: list[tuple[int, str]], number: int, turn: Turn) -> str:
+        new = self.ground.new_story(wanted=True)
+        shots = [*((at, new) for at in copies), *others]
+        self.deliver_at_once(new, [(self.ground.awake(at), each) for at, each in shots], number, *turn)
+        return new
+
+    # -- handlers that are held -----------------------------------------------------------------------
+
+    @property
+    def held(self) -> list[Run]:
+        return [run for process in self.ground.processes for run in process.runs if run.held is not None]
+
+    @precondition(lambda self: self.held)
+    @rule(which=st.integers(0, 9), number=numbers, turn=endings)
+    def a_handler_goes_on(self, which: int, number: int, turn: Turn) -> None:
+        ending, fault = turn
+        self.arm(number, fault)
+        self.let_go(self.held[which % len(self.held)], ending)
+        self.settle()
+
+    # -- recovery -------------------------------------------------------------------------------------
+
+    @rule(
+        after_seconds=st.sampled_from([0.0, 1.0, 10.0, 7200.0, 7200.0, 3 * DAY_SECONDS]),
+        chosen=st.sampled_from([(0,), (1,), (0, 1)]),
+        turn=recoveries,
+    )
+    def recover(self, after_seconds: float, chosen: tuple[int, ...], turn: Turn) -> None:
+        plan, fault = turn
+        self.run(self.ground.clock.advance(after_seconds))
+        self.arm(chosen[0], fault)
+        self.begin_recovery({self.ground.awake(number): None for number in chosen})
+        self.settle(plan)
+
+    # -- processes ------------------------------------------------------------------------------------
+
+    @rule(number=numbers, fate=st.sampled_from(["crashes", "is stopped", "loses its sessions"]))
+    def a_process(self, number: int, fate: str) -> None:
+        process = self.ground.processes[number]
+        if fate == "is stopped":
+            self._stop(self.ground.awake(number))
+        else:
+            self.act(process.die if fate == "crashes" else process.sever)
+            self.settle()
+
+    def _stop(self, process: Process) -> None:
+        """Gracefully, and without time to finish: what was begun is released, and nothing is charged."""
+        mine = {run.event_id for run in process.runs if not run.severed}
+        before = self.ground.seen.rows
+        self.run(self.ground.replace(self.ground.processes.index(process)))
+        self.settle()
+        for event_id in mine:
+            row, was = self.ground.seen.rows[event_id], before[event_id]
+            charged = (row.failures, row.abandoned, row.attempt) != (was.failures, was.abandoned, was.attempt)
+            self.check(row.status is Status.PENDING and not charged, f"{event_id} was not released: {was}, {row}")
+
+    @precondition(lambda self: self.ground.frozen)
+    @rule()
+    def thaw(self) -> None:
+        for process in self.ground.frozen:
+            self.act(process.thaw)
+        self.settle()
+
+    # -- stores and operators -------------------------------------------------------------------------
+
+    @rule(number=numbers, what=st.sampled_from(["Redis flushed", "locks expire", "redis", "redis", "postgres"]))
+    def a_store(self, number: int, what: str) -> None:
+        """`redis`, `postgres`: away for one process, or back."""
+        process = self.ground.awake(number)
+        if what == "Redis flushed":
+            self.run(self.ground.flush())
+        elif what == "locks expire":
+            self.run(self.ground.expire_locks())
+        else:
+            self.act(lambda: process.reach(what, again=what in process.away))
+        self.settle()
+
+    @rule(event_id=events)
+    def replay(self, event_id: str) -> None:
+        before = self.ground.seen.rows.get(event_id)
+        replayed = self.run(self.ground.replay([event_id]))
+        self.settle()
+        expected = before is not None and before.status not in (Status.PROCESSING, Status.COMPLETED)
+        self.check(replayed == [event_id] * expected, f"replayed {replayed}: {before}")
+
+    @rule(event_ids=st.sets(events, max_size=3))
+    def rotate(self, event_ids: set[str]) -> None:
+        """A new epoch. With events: the ledger is restored to before it heard of them; nobody tells Redis."""
+        if event_ids:
+            for number, process in enumerate(self.ground.processes):
+                self.act(process.die)
+                self.run(self.ground.replace(number))
+            self.run(self.ground.forget(sorted(event_ids)))
+        self.run(self.ground.rotate())
+        self.settle()
+
+    # -- the end --------------------------------------------------------------------------------------
+
+    def teardown(self) -> None:
+        if self.sound:
+            self._heal()
+            self._all_settle()
+            self._all_are_known()
+            self.ground.happened["a run to its end"] += 1
+
+    def _heal(self) -> None:
+        for process in self.ground.frozen:
+            self.act(process.thaw)
+        for process in self.ground.processes:
+            for store in list(process.away):
+                self.act(partial(process.reach, store, again=True))
+        for run in self.held:
+            self.let_go(run, Plan.WORK)
+        self.settle()
+
+    def _all_settle(self) -> None:
+        """I4. Abandoned events come one at a time, so as many rounds as there are events are fair, and a few."""
+        for _ in range(len(self.ground.stories) + 3):
+            if all(row.status in SETTLED for row in self.ground.seen.rows.values()):
+                return
+            self.run(self.ground.expire_locks())
+            self.run(self.ground.clock.advance(7200))
+            for process in self.ground.processes:
+                self.begin_recovery([process])
+                self.settle()
+        self.check(False, f"I4: not settled: {self.ground.seen.rows}")
+
+    def _all_are_known(self) -> None:
+        """Sent once more: what is there stays as it is, and what was never promised is processed."""
+        self.run(self.ground.expire_locks())
+        self.settle()
+        for event_id in self.ground.stories:
+            self.deliver(0, event_id, Plan.WORK, None)

@@ -1,0 +1,197 @@
+"""What must be so after every step: a reference model of each event, and the invariants over what is seen.
+
+Guarantees: pure. `broken` compares what was promised and what handlers did with one look at both stores, and
+names the invariant of the fault matrix that does not hold; `foreseen` says what a delivery must come to when
+nothing is in its way. Neither knows how the service does it.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from service.inbox.event import Delivery
+from service.inbox.model import TAKEABLE, Status
+from service.inbox.outcome import Kind, Outcome
+
+PROMISES = frozenset([Kind.PROCESSED, Kind.UNHANDLED, Kind.DUPLICATE, Kind.DEFERRED, Kind.DEAD])  # answered with 2xx
+SETTLED = frozenset([Status.COMPLETED, Status.IGNORED, Status.DEAD])
+
+
+class Plan(Enum):
+    """How a handler behaves; after its effect, each time."""
+
+    WORK = "work"
+    HOLD = "hold"  # until it is told how to end
+    FAIL = "fail"
+    RETRY = "retry"
+    PERMANENT = "permanent"
+    SWALLOW = "swallow"  # an SQL error of its own
+    COMMIT = "commit"  # by itself, against the rule
+
+
+# What a dispatched delivery comes to, and what its row says then.
+ENDINGS: Mapping[Plan, tuple[Kind, Status]] = {
+    Plan.WORK: (Kind.PROCESSED, Status.COMPLETED),
+    Plan.FAIL: (Kind.FAILED, Status.FAILED),
+    Plan.RETRY: (Kind.FAILED, Status.FAILED),
+    Plan.PERMANENT: (Kind.DEAD, Status.DEAD),
+    Plan.SWALLOW: (Kind.FAILED, Status.FAILED),
+    Plan.COMMIT: (Kind.FAILED, Status.DEAD),
+}
+
+
+@dataclass(slots=True)
+class Story:
+    """One event as the model has it."""
+
+    delivery: Delivery
+    wanted: bool  # there is a handler for its type
+    promised: Kind | None = None  # the first 2xx that was answered for it
+    completed: bool = False
+    attempt: int = 0  # the highest that was seen
+    started: set[int] = field(default_factory=set)  # attempts whose handler was called
+    rogue: set[int] = field(default_factory=set)  # attempts whose handler committed by itself: I2 is waived for them
+    permanent: set[int] = field(default_factory=set)  # attempts whose handler raised Permanent
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What the ledger says. `effects`: the attempts whose effects are committed."""
+
+    status: Status
+    attempt: int
+    failures: int
+    abandoned: int
+    given_up: bool  # settled after the event's time was over
+    effects: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What Redis holds for an event."""
+
+    value: bytes
+    ttl_ms: int
+
+    @property
+    def claimed(self) -> bool:
+        return self.value.startswith(b"claimed:")
+
+    def marks(self, epoch: str | None) -> bool:
+        """Whether it is the marker of this epoch."""
+        return epoch is not None and self.value == f"recorded:{epoch}".encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Both stores at one quiet moment. `stray`: effects of events that have no row."""
+
+    rows: Mapping[str, Row]
+    keys: Mapping[str, Key]
+    epoch: str | None
+    stray: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the service was configured with, as far as it can be seen."""
+
+    lock_ttl_seconds: float
+    marker_ttl_seconds: float
+    abandoned_most: int
+
+
+# -- what must be so ----------------------------------------------------------------------------------
+
+
+def broken(stories: Mapping[str, Story], seen: Seen, limits: Limits) -> list[str]:
+    """Every invariant that does not hold, in words; the stories learn what was seen."""
+    complaints = [f"I2: an effect of {event_id}, which has no row" for event_id in seen.stray]
+    for event_id, story in stories.items():
+        row, key = seen.rows.get(event_id), seen.keys.get(event_id)
+        found = [*(_of_row(story, row, limits) if row else _of_no_row(story)), *_of_key(row, key, seen, limits)]
+        complaints += [f"{each}: {event_id} {story.promised=} {row} {key}" for each in found]
+        if row is not None:
+            story.attempt = row.attempt
+            story.completed = row.status is Status.COMPLETED
+    return complaints
+
+
+def _of_no_row(story: Story) -> Iterator[str]:
+    if story.promised is not None:
+        yield "I1: promised, and there is no row"
+    if story.started:
+        yield "I5: a handler was started, and there is no row"
+
+
+def _of_row(story: Story, row: Row, limits: Limits) -> list[str]:
+    completed = row.status is Status.COMPLETED
+    orderly = [attempt for attempt in row.effects if attempt not in story.rogue]
+    wrong = {
+        "I2: not one effect, of the attempt that completed it, or none": orderly != [row.attempt] * completed,
+        "I2: an attempt's effect twice": len(set(row.effects)) != len(row.effects),
+        "I2: completed before, and no longer": story.completed and not completed,
+        f"I3: attempt fell from {story.attempt}": row.attempt < story.attempt,
+        "I3: an attempt was started that the ledger never gave": row.attempt < max(story.started, default=0),
+        "I4: ignored, and there is a handler for it": row.status is Status.IGNORED and story.wanted,
+        "I4: dead, and its budget is not spent": row.status is Status.DEAD and not _may_be_dead(story, row, limits),
+        "I5: completed, and its handler was not called": completed and row.attempt not in story.started,
+        "charged for more than was tried": row.failures + row.abandoned > row.attempt,
+    }
+    return [words for words, so in wrong.items() if so]
+
+
+def _may_be_dead(story: Story, row: Row, limits: Limits) -> bool:
+    given_up = row.given_up or row.abandoned >= limits.abandoned_most
+    return given_up or row.attempt in story.rogue or row.attempt in story.permanent
+
+
+def _of_key(row: Row | None, key: Key | None, seen: Seen, limits: Limits) -> Iterator[str]:
+    if key is None:
+        return
+    if key.marks(seen.epoch) and row is None:
+        yield "I7: a marker of the current epoch, and there is no row"
+    life = limits.lock_ttl_seconds if key.claimed else limits.marker_ttl_seconds
+    if not 0 <= key.ttl_ms <= life * 1000:
+        yield "a key that outlives its kind"
+
+
+def dishonest(story: Story, outcome: Outcome, row: Row | None) -> str | None:
+    """I1 and I6: what is wrong with an answer, given the row right after it. The story learns what was promised."""
+    if outcome.kind in PROMISES and story.promised is None:
+        story.promised = outcome.kind
+    if outcome.kind is Kind.UNAVAILABLE:
+        return None
+    if row is None:
+        return "I1: answered, and there is no row"
+    says = {
+        Kind.PROCESSED: row.status is Status.COMPLETED and row.attempt == outcome.attempt,
+        Kind.UNHANDLED: row.status is Status.IGNORED,
+        Kind.DEAD: row.status is Status.DEAD,
+    }
+    return None if says.get(outcome.kind, True) else f"I6: answered {outcome.kind}, and the row says otherwise"
+
+
+# -- what a delivery must come to ---------------------------------------------------------------------
+
+
+def foreseen(
+    story: Story, row: Row | None, key: Key | None, *, epoch: str | None, plan: Plan, room: bool
+) -> tuple[Kind | None, Status | None]:
+    """The answer and the row's status, when both stores are there and nobody else is at this event.
+
+    `epoch` is the one that the process knows, `room` whether a handler could start at once. No answer: the
+    handler is held. No status: the row stays as it is.
+    """
+    if key is not None and key.claimed and row is None:
+        return Kind.DUPLICATE, Status.PENDING
+    known = key is not None and (key.claimed or key.marks(epoch))
+    if known or (row is not None and row.status not in TAKEABLE):
+        return Kind.DUPLICATE, None
+    if not story.wanted:
+        return Kind.UNHANDLED, Status.IGNORED
+    if not room:
+        return Kind.DEFERRED, Status.PENDING
+    if plan is Plan.HOLD:
+        return None, Status.PROCESSING
+    return ENDINGS[plan]

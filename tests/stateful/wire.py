@@ -1,0 +1,134 @@
+"""Faults at a named message, on the wires between one process and its stores.
+
+Guarantees: a fault happens once, at the first message of its name, either before the server hears it or when the
+server has answered it; a cut concerns that one connection. The service is as it ships: what a message is, is
+read from the statement's own text, so that "the insert" is found however the client sends it.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
+
+from tests.proxy import Tap
+
+Messages = Mapping[str, re.Pattern[bytes]]
+
+REDIS: Final[Messages] = {
+    "lock": re.compile(rb"\r\nSET\r\n"),
+    "lock taken over": re.compile(rb"(claimed|recorded):\w+\r\n\$\d+\r\nclaimed:"),
+    "marker": re.compile(rb"claimed:\w+\r\n\$\d+\r\nrecorded:"),
+    "forget": re.compile(rb"'DEL'"),
+}
+POSTGRES: Final[Messages] = {
+    "insert": re.compile(rb"INSERT INTO stripe_events"),
+    "take over": re.compile(rb"attempt = attempt \+ 1"),
+    "hold": re.compile(rb"pg_current_xact_id\(\)::text AS xid"),
+    "effect": re.compile(rb"INSERT INTO effects"),
+    "mark": re.compile(rb"SET status = 'completed'"),
+    "commit": re.compile(rb"^COMMIT"),
+    "fail": re.compile(rb"failures = failures \+ 1"),
+    "return abandoned": re.compile(rb"abandoned = abandoned \+ 1"),
+}
+
+
+class Effect(Enum):
+    """What a fault does."""
+
+    CUT = auto()  # the one connection is lost
+    DIE = auto()  # the whole process vanishes
+    FREEZE = auto()  # the whole process stands still
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """At which message, whether the server still hears it (then its reply is lost), and what happens."""
+
+    message: str
+    heard: bool
+    effect: Effect
+
+
+class Switch:
+    """At most one fault armed, for one process; `happen` is told of it, and ends or freezes the process."""
+
+    def __init__(self, happen: Callable[[Fault], None]) -> None:
+        self.armed: Fault | None = None
+        self._happen = happen
+
+    def due(self, said: bytes, messages: Messages) -> Fault | None:
+        """The armed fault, if this is its message; it is armed no longer."""
+        fault = self.armed
+        if fault is None or fault.message not in messages or not messages[fault.message].search(said):
+            return None
+        self.armed = None
+        return fault
+
+    def meet(self, fault: Fault) -> None:
+        """Now. Raises ConnectionResetError where the connection does not survive it."""
+        self._happen(fault)
+        if fault.effect is not Effect.FREEZE:
+            raise ConnectionResetError(f"{fault}")
+
+
+class FaultyTap(Tap):
+    """One connection, on which the armed fault may happen; `read` finds in each chunk what the client asks for."""
+
+    def __init__(self, switch: Switch, messages: Messages, read: Callable[[bytes], list[bytes]]) -> None:
+        self._switch = switch
+        self._messages = messages
+        self._read = read
+        self._heard: Fault | None = None  # happens when the answer comes
+
+    def sent(self, chunk: bytes) -> None:
+        for said in self._read(chunk):
+            if fault := self._switch.due(said, self._messages):
+                if not fault.heard:
+                    self._switch.meet(fault)
+                else:
+                    self._heard = fault
+
+    def replied(self, chunk: bytes) -> None:
+        if self._heard is not None:
+            fault, self._heard = self._heard, None
+            self._switch.meet(fault)
+
+
+class Statements:
+    """Postgres statements by their text, where they are executed: what was prepared before is sent by its name only."""
+
+    def __init__(self) -> None:
+        self._begun = False  # the startup message, and what comes before it, has no letter for its kind
+        self._rest = b""
+        self._texts: dict[bytes, bytes] = {}
+
+    def read(self, chunk: bytes) -> list[bytes]:
+        """The statements that this chunk executes."""
+        self._rest += chunk
+        executed = []
+        while len(self._rest) >= (head := 5 if self._begun else 4):
+            end = head - 4 + int.from_bytes(self._rest[head - 4 : head])
+            if len(self._rest) < end:
+                break
+            kind, content, self._rest = self._rest[: head - 4], self._rest[head:end], self._rest[end:]
+            if not self._begun:
+                self._begun = content.startswith(b"\0\3\0\0")  # protocol 3.0; else it asked for TLS
+            elif kind == b"P":
+                name, text, _ = content.split(b"\0", 2)
+                self._texts[name] = text
+            elif kind == b"B":
+                executed.append(self._texts.get(content.split(b"\0", 2)[1], b""))
+            elif kind == b"Q":
+                executed.append(content)
+        return executed
+
+
+def redis_tap(switch: Switch) -> Tap:
+    """For a connection to Redis: its commands come whole, those of one pipeline together."""
+    return FaultyTap(switch, REDIS, lambda chunk: [chunk])
+
+
+def postgres_tap(switch: Switch) -> Tap:
+    """For a connection to Postgres."""
+    return FaultyTap(switch, POSTGRES, Statements().read)
