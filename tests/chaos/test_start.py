@@ -1,12 +1,14 @@
 """Row 29: eight processes of `serve --migrate` on an empty database, all at once: one schema, nobody fails."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import asyncpg
 import pytest
 
 from service.inbox.schema import head
-from tests.acceptance.harness import IGNORED, PROCESSED, sample
+from tests.acceptance.harness import IGNORED, PROCESSED, START_SECONDS, eventually, sample
 from tests.chaos.own import Own
 from tests.chaos.rows import answered
 from tests.chaos.verdict import verdict
@@ -15,6 +17,19 @@ from tests.stores import EFFECTS, with_database
 pytestmark = pytest.mark.chaos
 
 PROCESSES = 8
+WAITING = "SELECT DISTINCT pid FROM pg_locks WHERE NOT granted"
+
+
+@asynccontextmanager
+async def held_up(url: str) -> AsyncIterator[None]:
+    """Nobody creates a table while the block runs, so that all who want to go on together from where it ends."""
+    connection = await asyncpg.connect(url)
+    try:
+        async with connection.transaction():
+            await connection.execute("LOCK TABLE pg_type IN SHARE MODE")
+            yield
+    finally:
+        await connection.close()
 
 
 async def test_row_29_eight_first_starts_at_once(own: Own) -> None:
@@ -23,7 +38,10 @@ async def test_row_29_eight_first_starts_at_once(own: Own) -> None:
     ground = own.history.ground
     ground.database_url = with_database(own.postgres.url, "empty")
     services = [own.history.service(None, "--migrate") for _ in range(PROCESSES)]
-    await asyncio.gather(*(service.start() for service in services))
+    async with held_up(ground.database_url):
+        starting = [asyncio.create_task(service.start()) for service in services]
+        await eventually(lambda: own.postgres.execute(WAITING), lambda rows: len(rows) == PROCESSES, START_SECONDS)
+    await asyncio.gather(*starting)
     for service in services:
         assert "Traceback" not in service.output
         assert (await service.parts())[1]["schema"] == "ok"
