@@ -126,6 +126,7 @@ def create_app(settings: Settings) -> Starlette:
         stop.install()
         with leaving_with_supervisor():
             async with parts.running(stop):
+                # What is loaded by now stays: the collector need not look through it again and again.
                 gc.collect()
                 gc.freeze()
                 yield
