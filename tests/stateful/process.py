@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Coroutine
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from functools import partial
@@ -36,6 +37,10 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+# Handlers run in tasks that were made on behalf of a call, and a new task inherits this.
+_caller: ContextVar["asyncio.Task[None] | None"] = ContextVar("_caller", default=None)
+
+
 class State(Enum):
     """What a process is doing."""
 
@@ -46,10 +51,14 @@ class State(Enum):
 
 @dataclass(eq=False, slots=True)
 class Run:
-    """One call of a handler. `severed`: its transaction's connection is gone, so it can commit nothing."""
+    """One call of a handler. `caller`: the test's own call into the process that it came of, and that may wait for it.
+
+    `severed`: its transaction's connection is gone, so it can commit nothing.
+    """
 
     event_id: str
     attempt: int
+    caller: asyncio.Task[None] | None = field(repr=False)
     severed: bool = False
     held: asyncio.Future[Plan] | None = None
 
@@ -69,13 +78,13 @@ class Witness(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Process:
-    """Use `spawn`. `busy` are the test's own calls into it, with the event they are about."""
+    """Use `spawn`. `busy` are the test's own calls into it."""
 
     witness: Witness
     state: State = State.AWAKE
     away: set[str] = field(default_factory=set)  # which stores it cannot reach: "redis", "postgres"
     runs: list[Run] = field(default_factory=list)
-    busy: dict[asyncio.Task[None], str | None] = field(default_factory=dict)
+    busy: set[asyncio.Task[None]] = field(default_factory=set)
     switch: Switch = field(init=False)
     world: World = field(init=False)
     postgres: Proxy = field(init=False)
@@ -147,10 +156,15 @@ class Process:
 
     # -- what it does ---------------------------------------------------------------------------------
 
-    def begin(self, work: Coroutine[Any, Any, None], event_id: str | None = None) -> asyncio.Task[None]:
+    def begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Call into it; `quiet` says when that has come as far as it can."""
-        task = asyncio.create_task(work)
-        self.busy[task] = event_id
+
+        async def call() -> None:
+            _caller.set(asyncio.current_task())
+            await work
+
+        task = asyncio.create_task(call())
+        self.busy.add(task)
         return task
 
     @property
@@ -159,15 +173,15 @@ class Process:
         if self.state is State.FROZEN:
             return True
         for task in [task for task in self.busy if task.done()]:
-            del self.busy[task]
+            self.busy.discard(task)
             task.result()
-        held = Counter(run.event_id for run in self.runs if run.held is not None)
-        unanswered = Counter(event_id or "" for event_id in self.busy.values())
+        held = [run for run in self.runs if run.held is not None]
         # Its own tasks are what waits there; no other way shows that a claim is on its way to a handler.
-        return len(self.world.pipeline._tasks) == held.total() == len(self.runs) and unanswered <= held
+        at_rest = len(self.world.pipeline._tasks) == len(held) == len(self.runs)
+        return at_rest and self.busy <= {run.caller for run in held}
 
     async def _handle(self, event: Event, context: Context) -> str:
-        run = Run(event.id, context.attempt)
+        run = Run(event.id, context.attempt, _caller.get())
         self.runs.append(run)
         try:
             plan = self.witness.plan

@@ -35,9 +35,7 @@ class Steps(RuleBasedStateMachine):
 
     def begin_deliveries(self, shots: Iterable[tuple[Process, str]]) -> None:
         """All at the same moment."""
-        self.act(
-            lambda: [process.begin(self.ground.deliver(process, event_id), event_id) for process, event_id in shots]
-        )
+        self.act(lambda: [process.begin(self.ground.deliver(process, event_id)) for process, event_id in shots])
 
     def begin_recovery(self, processes: Iterable[Process]) -> None:
         """A round of each at the same moment."""
