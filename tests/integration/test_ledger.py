@@ -555,11 +555,11 @@ async def test_no_other_transaction_can_complete(world: World) -> None:
     """The same claim, on the same connection, after the handler ended the transaction that was begun: refused."""
     claim = await world.claim()
     async with world.parts.handlers.connect() as connection:
+        await begin(connection)
         held = await world.ledger.hold(connection, claim)
         assert held is not None
-        await connection.commit()
+        await commit(connection)
         assert not await world.ledger.complete_if_held(connection, claim, held, "done")
-        await connection.rollback()
     assert await world.status(claim.event_id) is Status.PROCESSING
 
 
