@@ -42,6 +42,19 @@ def describe_error(error: BaseException) -> str:
     return type(error).__name__ + _place(error.__traceback__)
 
 
+def tell_error(error: BaseException) -> str:
+    """The class of `error` and the first line of its message, redacted: for the operator and the ledger, not to log.
+
+    Only the first line, for a database's error goes on with the row and the parameters.
+    """
+    original = getattr(error, "orig", None) or error
+    try:
+        message = (str(original).splitlines() or [""])[0]
+    except Exception:  # noqa: BLE001  (what was being told about has to be settled all the same)
+        message = "its message cannot be told"
+    return redact(f"{type(error).__name__}: {message}")
+
+
 def _place(trace: TracebackType | None) -> str:
     frames = traceback.extract_tb(trace)
     return f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""

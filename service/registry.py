@@ -19,6 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import ConfigurationError, HandlerRuleBroken
 from service.inbox.event import Event
+from service.logs import tell_error
 
 _PATTERN = re.compile(r"\*|[A-Za-z0-9_\[\]\-]+(\.[A-Za-z0-9_\[\]\-]+)*(\.\*)?")
 _DECLARED = "__firstclaim_handlers__"
@@ -152,7 +153,7 @@ class Registry:
             try:
                 module = importlib.import_module(name)
             except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever a user's module raises at import)
-                faults.append(f"FIRSTCLAIM_HANDLERS: cannot import {name}: {type(error).__name__}: {error}")
+                faults.append(f"FIRSTCLAIM_HANDLERS: cannot import {name}: {tell_error(error)}")
                 continue
             handlers += getattr(module, _DECLARED, [])
             for function in vars(module).values():

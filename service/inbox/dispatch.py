@@ -22,7 +22,7 @@ from service.inbox.ledger import Claim, Ledger
 from service.inbox.model import Status
 from service.inbox.outcome import Outcome
 from service.inbox.retry import Backoff
-from service.logs import describe_error, redact
+from service.logs import describe_error, tell_error
 from service.registry import Handler
 
 log = structlog.get_logger(__name__)
@@ -170,7 +170,7 @@ class Dispatcher:
         return attempt.held is not None and await self._ledger.committed(attempt.held)
 
     async def _fail(self, claim: Claim, error: Exception) -> Outcome:
-        text = redact(f"{type(error).__name__}: {_message(error)}")
+        text = tell_error(error)
         if isinstance(error, Permanent):
             await self._ledger.kill_if_held(claim, text)
             return outcome.dead(claim.event_id, claim.attempt)
@@ -193,9 +193,3 @@ class Dispatcher:
         if (found.status, found.attempt) == (Status.COMPLETED, claim.attempt):
             return outcome.processed(error.action, claim.attempt)
         return outcome.duplicate(claim.event_id)
-
-
-def _message(error: Exception) -> str:
-    """What may be kept of an error: a database's says which row, so only its first line without parameters."""
-    original = getattr(error, "orig", None) or error
-    return (str(original).splitlines() or [""])[0]

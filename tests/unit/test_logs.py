@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import structlog
+from sqlalchemy.exc import DBAPIError
 
 from service.errors import Permanent
-from service.logs import configure, describe_error, redact
+from service.logs import configure, describe_error, redact, tell_error
 
 CANARY = "c4n4rypw"
 
@@ -86,6 +87,26 @@ def test_an_error_is_described_without_its_message() -> None:
         description = describe_error(error)
     assert description.startswith("Permanent at test_logs.py:")
     assert describe_error(ValueError(CANARY)) == "ValueError"
+
+
+def test_an_error_is_told_without_secrets() -> None:
+    """To the operator: class and first line, redacted; of a database's error the driver's own words."""
+    assert tell_error(ValueError("a@example.com\nDETAIL: all of the row")) == "ValueError: [redacted]"
+    assert tell_error(ValueError()) == "ValueError: "
+    original = RuntimeError("duplicate key\nDETAIL: Key (email)=(a@example.com)")
+    wrapped = DBAPIError("INSERT INTO people VALUES (%s)", ["a@example.com"], original)
+    assert tell_error(wrapped) == "DBAPIError: duplicate key"
+
+
+def test_an_error_that_cannot_be_told_is_named() -> None:
+    """An exception whose message raises is an exception like any other: what follows on it goes on."""
+
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError(CANARY)
+
+    assert tell_error(MuteError()) == "MuteError: its message cannot be told"
+    assert describe_error(MuteError()) == "MuteError"
 
 
 # -- the lines ----------------------------------------------------------------------------------------

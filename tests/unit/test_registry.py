@@ -197,6 +197,12 @@ def test_all_faults_of_all_modules_at_once(module: Write) -> None:
     assert found[4] == 'two handlers for "a.b": shop_a.f and shop_b.f'
 
 
+def test_what_a_module_says_is_shown_without_secrets(module: Write) -> None:
+    """Why an import failed is for the operator to read, and may be about the module's own database."""
+    [fault] = faults(module("shop_tells", "raise OSError('postgresql://shop:hunter2@db/shop is down')"))
+    assert fault.endswith("OSError: postgresql://[redacted]@db/shop is down")
+
+
 def test_a_module_that_exits_is_a_fault(module: Write) -> None:
     """A script named by mistake, which calls sys.exit() when imported, does not end the service without a word."""
     [fault] = faults(module("shop_script", "raise SystemExit(0)"))
