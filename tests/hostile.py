@@ -26,6 +26,12 @@ def _changed(**fields: Any) -> bytes:
     return orjson.dumps(orjson.loads(event_body()) | fields)
 
 
+def _without(name: str) -> bytes:
+    event = orjson.loads(event_body())
+    del event[name]
+    return orjson.dumps(event)
+
+
 def _nested(depth: int) -> bytes:
     return _with(b"[" * depth + b"]" * depth)
 
@@ -82,6 +88,18 @@ _MAKERS: dict[str, Callable[[], bytes]] = {
     "an instant before the first": lambda: event_body(created="0001-01-01T00:00:00+23:59"),
     "an instant in 1901": lambda: event_body(created=-2_177_452_800),
     "a huge instant": lambda: event_body().replace(b'"created":', b'"created":' + b"9" * 30 + b',"was":', 1),
+    "no id": lambda: _without("id"),
+    "no type": lambda: _without("type"),
+    "no created": lambda: _without("created"),
+    "no livemode": lambda: _without("livemode"),
+    "no data": lambda: _without("data"),
+    "an id of 300 characters": lambda: _changed(id="x" * 300),
+    "another object": lambda: _changed(object="charge"),
+    "livemode in words": lambda: _changed(livemode="yes"),
+    "created in words": lambda: _changed(created="yesterday"),
+    "an id for an object": lambda: _changed(data={"object": "in_1"}),
+    "a list": lambda: b"[]",
+    "words": lambda: b"not json",
     "a trailing comma": lambda: event_body()[:-1] + b",}",
     "two documents": lambda: event_body() + event_body(),
     "trailing NULs": lambda: event_body() + b"\0\0",

@@ -100,6 +100,7 @@ async def delivered(history: History, service: Service, name: str, body: bytes) 
         await history.note(service, Sample(parse_event(body).id, body), answer)
     else:
         assert answer.content["event_id"] is None
+        assert "evt" not in (answer.reason or "")  # nor anything else of it
     return answer
 
 
