@@ -1,63 +1,19 @@
 """Logs: one JSON object per line, or readable lines on a terminal; never a payload, never a secret.
 
 Guarantees: every record, uvicorn's and any library's too, goes through one renderer that escapes control
-characters; an exception is logged as its class and the place it was raised, never with its message, which
-may hold anything that a payload held. `redact` is what the ledger's `last_error` goes through.
+characters; an exception is logged as its class and the place it was raised, never with its message (see
+`service.telling`).
 """
 
 import json
 import logging
-import re
 import sys
-import traceback
-from types import TracebackType
 
 import orjson
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
-_ERROR_MOST_CHARACTERS = 500
-_READ_MOST_CHARACTERS = 2000  # of a longer text nothing beyond is looked at: a search of 60 kB took 20 s
-
-# What must not be kept of an error's message: credentials in URLs, Stripe's secrets, addresses, card numbers.
-_SECRET = re.compile(
-    r"(?P<url>(?<=://)[^/\s@]+(?=@))"
-    r"|\b(?:sk|rk|pk|whsec)_[A-Za-z0-9_]+"
-    r"|[^\s@<>'\"]+@[^\s@<>'\"]+\.[A-Za-z]{2,}"
-    r"|\b(?:\d[ -]?){12,18}\d\b"
-)
-
-
-def redact(text: str) -> str:
-    """`text` with secrets, e-mail addresses and card numbers masked, one printable line, at most 500 characters."""
-    read = text[:_READ_MOST_CHARACTERS]
-    if len(text) > len(read):  # the cut may go through a secret, whose first half the pattern would not know
-        read = read.rpartition(" ")[0] or read
-    line = "".join(character if character.isprintable() else " " for character in read)
-    return _SECRET.sub("[redacted]", line)[:_ERROR_MOST_CHARACTERS]
-
-
-def describe_error(error: BaseException) -> str:
-    """The class of `error` and where it was raised, without its message: safe to log."""
-    return type(error).__name__ + _place(error.__traceback__)
-
-
-def tell_error(error: BaseException) -> str:
-    """The class of `error` and the first line of its message, redacted: for the operator and the ledger, not to log.
-
-    Only the first line, for a database's error goes on with the row and the parameters.
-    """
-    original = getattr(error, "orig", None) or error
-    try:
-        message = (str(original).splitlines() or [""])[0]
-    except Exception:  # noqa: BLE001  (what was being told about has to be settled all the same)
-        message = "its message cannot be told"
-    return redact(f"{type(error).__name__}: {message}")
-
-
-def _place(trace: TracebackType | None) -> str:
-    frames = traceback.extract_tb(trace)
-    return f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""
+from service.telling import describe_error
 
 
 def configure(log_format: str, level: str) -> None:

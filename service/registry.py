@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import ConfigurationError, HandlerRuleBroken
 from service.inbox.event import Event
-from service.logs import tell_error
+from service.telling import tell_error
 
 _PATTERN = re.compile(r"\*|[A-Za-z0-9_\[\]\-]+(\.[A-Za-z0-9_\[\]\-]+)*(\.\*)?")
 _DECLARED = "__firstclaim_handlers__"

@@ -22,8 +22,8 @@ from service.inbox.ledger import Claim, Ledger
 from service.inbox.model import Status
 from service.inbox.outcome import Outcome
 from service.inbox.retry import Backoff
-from service.logs import describe_error, tell_error
 from service.registry import Handler
+from service.telling import describe_error, tell_error
 
 log = structlog.get_logger(__name__)
 

@@ -21,8 +21,8 @@ from service.inbox.event import Delivery, Event, parse_event
 from service.inbox.ledger import Claim
 from service.inbox.lock import LockReply
 from service.inbox.outcome import Outcome
-from service.logs import describe_error
 from service.registry import Registry
+from service.telling import describe_error
 
 log = structlog.get_logger(__name__)
 

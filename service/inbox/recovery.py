@@ -15,7 +15,7 @@ from service.errors import LedgerUnavailable
 from service.inbox.ledger import Ledger
 from service.inbox.pipeline import Pipeline
 from service.inbox.postgres import Epoch
-from service.logs import describe_error
+from service.telling import describe_error
 
 log = structlog.get_logger(__name__)
 

@@ -1,0 +1,98 @@
+"""What is said of an error: what is masked, what is cut off, and that telling it never fails."""
+
+import time
+
+import pytest
+from sqlalchemy.exc import DBAPIError
+
+from service.errors import Permanent
+from service.telling import describe_error, redact, tell_error
+
+CANARY = "c4n4rypw"
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("bad key sk_live_51Habc_DEF9", "bad key [redacted]"),
+        ("rk_test_1 and pk_live_2", "[redacted] and [redacted]"),
+        ("whsec_abc123: no match", "[redacted]: no match"),
+        ("to <jo.o'neill@mail.example.com>", "to <jo.o'[redacted]>"),
+        ("jo+tag@example.co.uk, jane@x.io", "[redacted], [redacted]"),
+        ("card 4242424242424242 declined", "card [redacted] declined"),
+        ("card 4242 4242 4242 4242 declined", "card [redacted] declined"),
+        ("card 4242-4242-4242-4242", "card [redacted]"),
+        ("amex 378282246310005", "amex [redacted]"),
+        ("postgresql://me:pw@db:5432/x", "postgresql://[redacted]@db:5432/x"),
+        ("redis://:pw@cache", "redis://[redacted]@cache"),
+        ("https://token@git.example.com/x", "[redacted]/x"),
+        ("in_1Sca5RKdVq2Wn7RtLxQt0Jx7 of evt_1, 12 EUR", "in_1Sca5RKdVq2Wn7RtLxQt0Jx7 of evt_1, 12 EUR"),
+        ("at 1793610041 (10 digits)", "at 1793610041 (10 digits)"),
+    ],
+)
+def test_secrets_and_people_are_masked(text: str, masked: str) -> None:
+    """Stripe's secrets, e-mail addresses, card numbers and credentials of URLs go, ids and instants stay."""
+    assert redact(text) == masked
+
+
+@pytest.mark.parametrize("character", ["\n", "\r", "\t", "\0", "\x1b", "\x7f", "\x9b", "\u2028", "\u202e", "\ud800"])
+def test_one_printable_line(character: str) -> None:
+    """No line break, terminal escape, override of direction or lone surrogate is kept."""
+    assert redact(f"a{character}b") == "a b"
+
+
+def test_it_is_short() -> None:
+    """500 characters at most, whatever was given; a short text is kept whole."""
+    assert redact("word " * 1000) == ("word " * 100)
+    assert len(redact("x" * 1000)) == 500
+    assert redact("x" * 500) == "x" * 500
+    assert redact("") == ""
+
+
+def test_nothing_hides_behind_the_cut() -> None:
+    """Neither cut leaves the half of a secret standing whose other half, by which it is known, was cut off first."""
+    secret = f" postgresql://me:{CANARY}@db.internal/shop"
+    for place in range(450, 501):
+        assert CANARY not in redact("x" * place + secret)
+    for place in range(1950, 2001):  # masked itself, it brings what stands at the first cut before the second
+        masked = redact("sk_" + "x" * (place - 3) + secret)
+        assert masked.startswith("[redacted]")
+        assert CANARY not in masked
+
+
+@pytest.mark.parametrize("text", ["x" * 10**6, "x@" * 10**6, "1 " * 10**6, "://" * 10**6, "sk_" * 10**6])
+def test_a_huge_message_costs_nothing(text: str) -> None:
+    """A handler that raises with a whole payload in its message does not hold up the event loop."""
+    began = time.process_time()
+    assert len(redact(text)) <= 500
+    assert time.process_time() - began < 0.25  # it is 2 ms; searching all of it was hours
+
+
+def test_an_error_is_described_without_its_message() -> None:
+    """Class and place, which say where to look, and nothing that a payload may have put into the message."""
+    try:
+        raise Permanent(CANARY)
+    except Permanent as error:
+        description = describe_error(error)
+    assert description.startswith("Permanent at test_logs.py:")
+    assert describe_error(ValueError(CANARY)) == "ValueError"
+
+
+def test_an_error_is_told_without_secrets() -> None:
+    """To the operator: class and first line, redacted; of a database's error the driver's own words."""
+    assert tell_error(ValueError("a@example.com\nDETAIL: all of the row")) == "ValueError: [redacted]"
+    assert tell_error(ValueError()) == "ValueError: "
+    original = RuntimeError("duplicate key\nDETAIL: Key (email)=(a@example.com)")
+    wrapped = DBAPIError("INSERT INTO people VALUES (%s)", ["a@example.com"], original)
+    assert tell_error(wrapped) == "DBAPIError: duplicate key"
+
+
+def test_an_error_that_cannot_be_told_is_named() -> None:
+    """An exception whose message raises is an exception like any other: what follows on it goes on."""
+
+    class MuteError(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError(CANARY)
+
+    assert tell_error(MuteError()) == "MuteError: its message cannot be told"
+    assert describe_error(MuteError()) == "MuteError"
