@@ -74,7 +74,7 @@ def test_an_error_is_described_without_its_message() -> None:
         raise Permanent(CANARY)
     except Permanent as error:
         description = describe_error(error)
-    assert description.startswith("Permanent at test_logs.py:")
+    assert description.startswith("Permanent at test_telling.py:")
     assert describe_error(ValueError(CANARY)) == "ValueError"
 
 
