@@ -26,7 +26,7 @@ from tests.stateful.wire import Effect, Fault
 
 # Which messages a step may come to, and how many handlers end by each plan.
 DELIVERY: Final = ("lock", "insert", "take over", "lock taken over", "marker", "hold", "effect")
-RECOVERY: Final = ("return abandoned", "lock", "lock taken over", "take over", "marker", "hold", "effect")
+RECOVERY: Final = ("return abandoned", "lock", "lock taken over", "take over", "take over", "marker", "hold", "effect")
 ENDING: Final[Mapping[Plan, Sequence[str]]] = {Plan.WORK: ("mark", "commit"), Plan.HOLD: ()}
 FAILING: Final = ("fail", "forget")
 
