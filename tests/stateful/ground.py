@@ -99,6 +99,7 @@ class Ground:
     async def close(self) -> None:
         """Everything that `open` opened."""
         for process in self.processes:
+            process.die()  # a frozen one that a failed run left would never let go
             await process.bury()
         await self._stack.aclose()
 
