@@ -38,13 +38,14 @@ DAY_SECONDS: Final = 24 * 3600.0
 
 @st.composite
 def turns(
-    draw: st.DrawFn, messages: Sequence[str], plans: Sequence[Plan] = (*Plan, Plan.WORK, Plan.HOLD, Plan.HOLD)
+    draw: st.DrawFn, messages: Sequence[str], plans: Sequence[Plan] = (*Plan, *[Plan.WORK] * 4, *[Plan.HOLD] * 2)
 ) -> tuple[Plan, Fault | None]:
     """How handlers end that a step starts, and a fault at a message that it may come to."""
     plan = draw(st.sampled_from(plans))
     if draw(st.booleans()):
         return plan, None
-    message = draw(st.sampled_from([*messages, *ENDING.get(plan, FAILING)]))
+    ending = ENDING.get(plan, FAILING)
+    message = draw(st.sampled_from([*messages, *ending, *ending]))
     fault = Fault(message, draw(st.booleans()), draw(st.sampled_from(Effect)))
     slow = fault.effect is Effect.FREEZE and (fault.message, fault.heard) in _SLOW
     return plan, replace(fault, effect=Effect.DIE) if slow else fault
@@ -56,7 +57,7 @@ events = Bundle[str]("events")
 numbers = st.integers(0, PROCESSES - 1)
 deliveries = turns(DELIVERY)
 recoveries = turns(RECOVERY)
-endings = turns((), [plan for plan in Plan if plan is not Plan.HOLD])
+endings = turns((), [*(plan for plan in Plan if plan is not Plan.HOLD), *[Plan.WORK] * 3])
 
 
 class Machine(Steps):
@@ -110,7 +111,7 @@ class Machine(Steps):
     # -- recovery -------------------------------------------------------------------------------------
 
     @rule(
-        after_seconds=st.sampled_from([0.0, 1.0, 10.0, 7200.0, 7200.0, 3 * DAY_SECONDS]),
+        after_seconds=st.sampled_from([0.0, 1.0, 1.0, 10.0, 7200.0, 7200.0, 3 * DAY_SECONDS]),
         chosen=st.sampled_from([(0,), (1,), (0, 1)]),
         turn=recoveries,
     )
