@@ -17,6 +17,7 @@ What is refused is answered in the one JSON shape, and its sender gets to see th
 """
 
 import asyncio
+import weakref
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
@@ -64,6 +65,7 @@ class Door(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A new socket: its first head is due, if there is room for it."""
         super().connection_made(transport)
+        self._exit = _Exit(self, transport)
         self._expect_head()
         if not self._lobby.arrive(self):
             self._send_away()
@@ -117,6 +119,7 @@ class Door(HttpToolsProtocol):
         if self.parser.should_upgrade() and any(name in _FRAMING for name, _ in self.headers):
             raise Rejected("upgrade", "Protocol upgrades are not supported")  # the parser skips the body of one
         super().on_headers_complete()
+        self.cycle.transport = self._exit
         self.headers = []  # the request has the list there was; trailers come in here, and go nowhere
 
     def on_body(self, body: bytes) -> None:
@@ -135,10 +138,17 @@ class Door(HttpToolsProtocol):
         self._seen_bytes = 0
         if self.transport.is_closing():
             self._within(LEAVE_SECONDS, self.transport.abort)
-        elif self._deaf or self.cycle.more_body:  # a body that is still on its way is of no use now (it was a 404)
+        elif self._deaf or self.cycle.more_body:  # a body that is still on its way is of no use now
             self._leave()
         else:
             self._lobby.expect(self)
+
+    def close_when_heard(self) -> None:
+        """The answer is the connection's last; who is still sending gets to read it."""
+        if self.cycle.more_body:
+            self._leave()
+        else:
+            self.transport.close()
 
     # -- who has to go --------------------------------------------------------------------------------
 
@@ -222,6 +232,21 @@ class Door(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+class _Exit(asyncio.Transport):
+    """The transport for whoever answers: uvicorn closes it with the last answer, also in the face of a body."""
+
+    def __init__(self, door: Door, transport: asyncio.Transport) -> None:
+        super().__init__()
+        self._door = weakref.ref(door)  # it holds us: a circle would keep its buffers until the collector comes
+        self.write = transport.write  # type: ignore[method-assign]
+        self.is_closing = transport.is_closing  # type: ignore[method-assign]
+
+    def close(self) -> None:
+        """A socket closed over unread bytes is reset, and the answer is often lost with it."""
+        if (door := self._door()) is not None:
+            door.close_when_heard()
 
 
 def _too_large() -> Rejected:

@@ -35,7 +35,6 @@ STATUS: dict[Kind, tuple[int, bool]] = {  # (HTTP status, processed)
     Kind.DEAD: (200, False),
     Kind.UNAVAILABLE: (503, False),
 }
-_DROPPED_BODIES = 8  # bodies' worth of a body that is too large, read and dropped for the sender's sake
 _RETRY_AFTER_SECONDS = "5"  # an outage shorter than this is not worth a retry; Stripe has its own pace anyway
 
 
@@ -87,28 +86,18 @@ class Webhook:
             return outcomes.unavailable("Shutting down")
 
     async def _read(self, request: Request) -> bytes:
-        """The raw body, within the cap and the time for it; raises `Rejected` (413, 408).
-
-        The rest of a body that is too large is read and dropped, up to a limit: a connection that is closed
-        under a sender is reset, and the sender then often never sees the answer.
-        """
-        most, length = self.body_most_bytes, 0
-        if not _is_at_most(request.headers.get("content-length", "0").strip(" \t"), most * _DROPPED_BODIES):
+        """The raw body, within the cap and the time for it; raises `Rejected` (413, 408)."""
+        if not _is_at_most(request.headers.get("content-length", "0").strip(" \t"), self.body_most_bytes):
             raise self._too_large()
         body = bytearray()
         try:
             async with asyncio.timeout(self.body_timeout_seconds):
                 async for chunk in request.stream():
-                    length += len(chunk)
-                    if length <= most:
-                        body += chunk
-                    elif length > most * _DROPPED_BODIES:
-                        break
+                    body += chunk
+                    if len(body) > self.body_most_bytes:
+                        raise self._too_large()
         except TimeoutError:
-            if length <= most:
-                raise Rejected("body_too_slow", "Body took too long to arrive", 408) from None
-        if length > most:
-            raise self._too_large()
+            raise Rejected("body_too_slow", "Body took too long to arrive", 408) from None
         return bytes(body)
 
     def _too_large(self) -> Rejected:

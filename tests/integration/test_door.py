@@ -284,6 +284,17 @@ async def test_requests_in_great_number_are_not_queued() -> None:
         assert served.held == 1
 
 
+async def test_who_still_sends_gets_to_read_the_answer() -> None:
+    """The connection is to be closed, and the body still coming: it is taken, though not read, and nothing is reset."""
+    sent = b"POST /nowhere HTTP/1.1\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    async with _served() as served:
+        talk = await served.talk(sent)
+        await _until(lambda: served.answered == 1)
+        await talk.send(*[b"10000\r\n" + b" " * 65_536 + b"\r\n"] * 64)
+        assert (await talk.reply()).status == 404
+        assert await talk.rest() == b""
+
+
 async def test_an_answer_before_the_bodys_end_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who goes on sending to where nothing is read gets the 404, and a short time to notice."""
     monkeypatch.setattr(door, "LEAVE_SECONDS", 0.2)

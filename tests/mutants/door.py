@@ -79,7 +79,7 @@ MUTANTS = (
         "body-without-a-cap",
         "A body over the cap is refused.",
         "web/webhook.py",
-        "if length > most:",
+        "if len(body) > self.body_most_bytes:",
         "if False:",
         "unit/test_webhook.py::test_an_endless_body_is_cut_off",
     ),
@@ -90,6 +90,14 @@ MUTANTS = (
         "asyncio.timeout(self.body_timeout_seconds)",
         "asyncio.timeout(None)",
         "unit/test_webhook.py::test_a_slow_body_is_a_408",
+    ),
+    Mutant(
+        "closed-over-a-body",
+        "Who still sends a body gets to read the answer.",
+        "web/door.py",
+        "            self._leave()\n        else:\n            self.transport.close()",
+        "            self.transport.close()\n        else:\n            self.transport.close()",
+        "integration/test_door.py::test_who_still_sends_gets_to_read_the_answer",
     ),
     Mutant(
         "failure-is-a-2xx",

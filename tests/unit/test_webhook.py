@@ -213,7 +213,7 @@ async def test_the_largest_body_is_taken() -> None:
         assert response.status_code == 200
 
 
-async def test_a_body_declared_far_too_large_is_not_read() -> None:
+async def test_a_body_declared_too_large_is_not_read() -> None:
     """By its Content-Length alone it is a 413, and the connection ends: nobody reads the rest."""
     read: list[bytes] = []
 
@@ -221,14 +221,14 @@ async def test_a_body_declared_far_too_large_is_not_read() -> None:
         read.append(b"")
         yield b" "
 
-    response = await refused(body(), {"Content-Length": str(8 * BODY_MOST + 1)})
+    response = await refused(body(), {"Content-Length": str(BODY_MOST + 1)})
     assert (response.status_code, response.headers["connection"]) == (413, "close")
     assert response.content == REJECTED % b"Body is larger than 4096 bytes"
     assert not read
 
 
 async def test_an_endless_body_is_cut_off() -> None:
-    """Without a declared length it is kept up to the cap, dropped for eight times that, and read no further."""
+    """Without a declared length it is read up to the cap, and no further."""
     sent = 0
 
     async def endless() -> AsyncIterator[bytes]:
@@ -239,23 +239,7 @@ async def test_an_endless_body_is_cut_off() -> None:
 
     response = await refused(endless(), {})
     assert (response.status_code, response.headers["connection"]) == (413, "close")
-    assert 8 * BODY_MOST < sent <= 8 * BODY_MOST + 2000
-
-
-@pytest.mark.parametrize("declared", [True, False])
-async def test_the_sender_of_a_body_too_large_sees_its_answer(declared: bool) -> None:
-    """A body a little too large is read to its end: closed under the sender, the 413 would often be lost in a reset."""
-    read = 0
-
-    async def body() -> AsyncIterator[bytes]:
-        nonlocal read
-        for _ in range(3):
-            read += BODY_MOST
-            yield b" " * BODY_MOST
-
-    response = await refused(body(), {"Content-Length": str(3 * BODY_MOST)} if declared else {})
-    assert response.status_code == 413
-    assert read == 3 * BODY_MOST
+    assert BODY_MOST < sent <= BODY_MOST + 2000
 
 
 async def test_a_slow_body_is_a_408() -> None:
