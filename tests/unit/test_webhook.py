@@ -227,17 +227,17 @@ async def test_a_body_declared_too_large_is_not_read() -> None:
     assert not read
 
 
-async def test_an_endless_body_is_cut_off() -> None:
+async def test_a_long_body_is_cut_off() -> None:
     """Without a declared length it is read up to the cap, and no further."""
     sent = 0
 
-    async def endless() -> AsyncIterator[bytes]:
+    async def long() -> AsyncIterator[bytes]:
         nonlocal sent
-        while True:
+        for _ in range(10 * BODY_MOST // 1000):
             sent += 1000
             yield b" " * 1000
 
-    response = await refused(endless(), {})
+    response = await refused(long(), {})
     assert (response.status_code, response.headers["connection"]) == (413, "close")
     assert BODY_MOST < sent <= BODY_MOST + 2000
 
