@@ -136,7 +136,6 @@ def create_app(settings: Settings) -> Starlette:
         [secret.get_secret_value() for secret in settings.stripe_webhook_secrets],
         settings.signature_tolerance_seconds,
         settings.body_most_bytes,
-        settings.body_timeout_seconds,
     )
     readiness = Readiness(readiness_parts(stop, parts.lock, parts.ingest, parts.recovery))
     app = Starlette(

@@ -339,7 +339,8 @@ def server_config(application: Callable[[], Starlette], settings: Settings, work
         factory=True,
         workers=workers,
         loop="uvloop",
-        http=cast(type[asyncio.Protocol], partial(Door, lobby)),  # all that is asked of it is to make one
+        # All that is asked of it is to make one.
+        http=cast(type[asyncio.Protocol], partial(Door, lobby, settings.body_timeout_seconds)),
         ws="none",
         lifespan="on",
         log_config=None,

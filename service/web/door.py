@@ -4,9 +4,10 @@ Guarantees, for every connection:
 
 - A request whose line and headers are larger than `HEAD_MOST_BYTES` or have not arrived within `HEAD_SECONDS` is
   refused, and so is a socket that sends nothing, or nothing of a next request; so are trailers and extensions of
-  chunks of that size. What comes in trailers is never taken for a header. (uvicorn has no limit for any of it: slow
-  heads and idle sockets were still open after 8 s, and a header of 1 MB was accepted.) The body's size and time are
-  the webhook's own.
+  chunks of that size. What comes in trailers is never taken for a header. A body that has not arrived within its
+  seconds is refused too. (uvicorn has no limit for any of it: slow heads and idle sockets were still open after 8 s,
+  and a header of 1 MB was accepted.) The body's size is the webhook's own. A request that comes in one piece, as
+  nearly all do, arms no timer.
 - One request at a time: what a client sends behind a request that is not answered yet is not looked at, and that
   answer is the last on the connection. (uvicorn queues a request for each 20 bytes it reads, without limit, and
   answers the garbage behind a delivery before the delivery.)
@@ -49,6 +50,7 @@ class Door(HttpToolsProtocol):
     def __init__(
         self,
         lobby: Lobby,
+        body_seconds: float,
         config: Config,
         server_state: ServerState,
         app_state: dict[str, Any],
@@ -56,6 +58,7 @@ class Door(HttpToolsProtocol):
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
         self._lobby = lobby
+        self._body_seconds = body_seconds
         self._timer: asyncio.TimerHandle | None = None
         self._seen_bytes = 0  # of the request, since it began or since something of its body came
         self._deaf = False  # nothing that comes is looked at any more
@@ -108,8 +111,6 @@ class Door(HttpToolsProtocol):
         if self._unanswered:
             raise Rejected("pipelined", "One request at a time")  # ends the parsing; see _stop_reading
         super().on_message_begin()
-        if self._timer is None:
-            self._expect_head()
 
     def on_headers_complete(self) -> None:
         """The head is here; it may still be too large, if it came in one piece."""
@@ -129,6 +130,7 @@ class Door(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """All of a request is here."""
+        self._disarm()
         super().on_message_complete()
         self._lobby.complete(self)
 
@@ -164,10 +166,15 @@ class Door(HttpToolsProtocol):
 
     def _check_progress(self) -> None:
         """Asked after parsing: the chunk may have ended the head and begun a large body."""
-        if self._seen_bytes > HEAD_MOST_BYTES and not self._unanswered_whole:
+        if self._unanswered_whole:
+            return
+        if self._seen_bytes > HEAD_MOST_BYTES:
             self._refuse(_too_large())
-        elif self._timer is None and not self._unanswered:
-            self._expect_head()  # something came that is not yet even the beginning of a request
+        elif self._timer is None:
+            if self._unanswered:
+                self._within(self._body_seconds, self._body_too_slow)
+            else:
+                self._expect_head()
 
     def _stop_reading(self, cause: object) -> None:
         if self._unanswered_whole:
@@ -176,8 +183,11 @@ class Door(HttpToolsProtocol):
             malformed = Rejected("malformed", "Malformed HTTP request")
             self._refuse(cause if isinstance(cause, Rejected) else malformed)
 
-    def _too_slow(self) -> None:
+    def _head_too_slow(self) -> None:
         self._refuse(Rejected("head_too_slow", "Headers took too long to arrive", HTTPStatus.REQUEST_TIMEOUT))
+
+    def _body_too_slow(self) -> None:
+        self._refuse(Rejected("body_too_slow", "Body took too long to arrive", HTTPStatus.REQUEST_TIMEOUT))
 
     def _refuse(self, error: Rejected) -> None:
         log.info("rejected", kind=error.kind, status=int(error.status))
@@ -221,7 +231,7 @@ class Door(HttpToolsProtocol):
         return len(self.url) + sum(lines)
 
     def _expect_head(self) -> None:
-        self._within(HEAD_SECONDS, self._too_slow)
+        self._within(HEAD_SECONDS, self._head_too_slow)
 
     def _within(self, seconds: float, otherwise: Callable[[], None]) -> None:
         """One thing is due at a time."""

@@ -1,8 +1,8 @@
 """POST /webhooks/stripe: bytes in, one honest answer out.
 
-Guarantees: the signature is checked over the raw bytes before they are parsed; the body is capped in size and
-in time; every answer has the one JSON shape; the table `STATUS` is the only place where an outcome becomes a
-status code. A 500 or 503 is always safe to retry.
+Guarantees: the signature is checked over the raw bytes before they are parsed; the body is capped in size (its
+time is the door's business); every answer has the one JSON shape; the table `STATUS` is the only place where an
+outcome becomes a status code. A 500 or 503 is always safe to retry.
 """
 
 import asyncio
@@ -40,13 +40,12 @@ _RETRY_AFTER_SECONDS = "5"  # an outage shorter than this is not worth a retry; 
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """The endpoint; sizes in bytes, times in seconds."""
+    """The endpoint."""
 
     pipeline: Pipeline
     secrets: Sequence[str]
     tolerance_seconds: int
     body_most_bytes: int
-    body_timeout_seconds: float
 
     async def receive(self, request: Request) -> Response:
         """Verify, parse, hand to the pipeline, answer."""
@@ -86,18 +85,14 @@ class Webhook:
             return outcomes.unavailable("Shutting down")
 
     async def _read(self, request: Request) -> bytes:
-        """The raw body, within the cap and the time for it; raises `Rejected` (413, 408)."""
+        """The raw body, within the cap; raises `Rejected` (413)."""
         if not _is_at_most(request.headers.get("content-length", "0").strip(" \t"), self.body_most_bytes):
             raise self._too_large()
         body = bytearray()
-        try:
-            async with asyncio.timeout(self.body_timeout_seconds):
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > self.body_most_bytes:
-                        raise self._too_large()
-        except TimeoutError:
-            raise Rejected("body_too_slow", "Body took too long to arrive", 408) from None
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > self.body_most_bytes:
+                raise self._too_large()
         return bytes(body)
 
     def _too_large(self) -> Rejected:
@@ -118,7 +113,7 @@ def answer(event_id: str | None, result: Outcome) -> Response:
 
 def rejection(error: Rejected) -> Response:
     """The response for what was refused; the connection is closed when its body was not read to the end."""
-    headers = {"Connection": "close"} if error.status in (408, 413) else {}
+    headers = {"Connection": "close"} if error.status == 413 else {}
     return _respond(error.status, None, False, "rejected", error.reason, headers)
 
 

@@ -82,12 +82,14 @@ async def _large(_request: Request) -> Response:
 
 
 @asynccontextmanager
-async def _served(connections_most: int = ROOMY[0], bytes_most: int = ROOMY[1]) -> AsyncIterator[Served]:
+async def _served(
+    connections_most: int = ROOMY[0], bytes_most: int = ROOMY[1], body_seconds: float = 60
+) -> AsyncIterator[Served]:
     app = Starlette(routes=[Route("/livez", livez), Route("/headers", _headers, methods=["POST"])])
-    protocol = cast(type[asyncio.Protocol], partial(Door, Lobby(connections_most, bytes_most)))
+    protocol = cast(type[asyncio.Protocol], partial(Door, Lobby(connections_most, bytes_most), body_seconds))
     config = uvicorn.Config(app, port=0, http=protocol, ws="none", lifespan="off", log_config=None)
     served = Served(uvicorn.Server(config))
-    app.add_route("/held", served.hold)
+    app.add_route("/held", served.hold, methods=["GET", "POST"])
     app.add_route("/large", _large)
     config.load()
     served.server.lifespan = config.lifespan_class(config)
@@ -127,6 +129,7 @@ async def _until_cut(send: Callable[[], Awaitable[None]]) -> None:
 
 TOO_LARGE = (431, "Headers are too large")
 TOO_SLOW = (408, "Headers took too long to arrive")
+BODY_TOO_SLOW = (408, "Body took too long to arrive")
 MALFORMED = (400, "Malformed HTTP request")
 CROWDED = (503, "Too many connections")
 
@@ -254,6 +257,38 @@ async def test_an_upgrade_is_declined() -> None:
         assert (await _say(served, GET + upgrade + b"\r\n")).startswith(b"HTTP/1.1 200 OK")
         sent = POST.replace(b"Connection: close\r\n", upgrade) + b"Content-Length: 5\r\n\r\n"
         assert await _refusal(served, sent, b"hello") == (400, "Protocol upgrades are not supported")
+
+
+# -- a body's time ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [b"", b"4\r\nhalf\r\n"], ids=["nothing", "half of it"])
+async def test_a_slow_body_is_refused(body: bytes) -> None:
+    """A body that does not come in its time is given up, also by whoever reads it."""
+    async with _served(body_seconds=0.05) as served:
+        assert await _refusal(served, CHUNKED + body) == BODY_TOO_SLOW
+        await _until(lambda: served.tasks == 0)
+
+
+async def test_a_drip_does_not_buy_time() -> None:
+    """The time is for the whole body, not from one byte to the next."""
+    async with _served(body_seconds=0.2) as served:
+        talk = await served.talk(CHUNKED)
+        await _until_cut(lambda: talk.send(b"1\r\nx\r\n"))
+        await _until(lambda: served.tasks == 0)
+
+
+async def test_a_body_in_time_is_not_held_against_what_follows() -> None:
+    """Whoever works on a request for longer than its body may take has nothing to fear, nor has the next request."""
+    async with _served(body_seconds=0.2) as served:
+        talk = await served.talk(b"POST /held HTTP/1.1\r\nContent-Length: 2\r\n\r\n", b"x")
+        await _until(lambda: served.held == 1)
+        await talk.send(b"x")
+        assert await _refusal(served, CHUNKED) == BODY_TOO_SLOW  # so long have we waited now
+        served.gate.set()
+        assert (await talk.reply()).body == b"held"
+        await talk.send(GET + b"\r\n")
+        assert (await talk.reply()).status == 200
 
 
 # -- one request at a time ----------------------------------------------------------------------------

@@ -86,10 +86,10 @@ MUTANTS = (
     Mutant(
         "body-without-a-deadline",
         "A body that arrives too slowly is given up.",
-        "web/webhook.py",
-        "asyncio.timeout(self.body_timeout_seconds)",
-        "asyncio.timeout(None)",
-        "unit/test_webhook.py::test_a_slow_body_is_a_408",
+        "web/door.py",
+        "self._within(self._body_seconds, self._body_too_slow)",
+        "pass",
+        "integration/test_door.py::test_a_slow_body_is_refused",
     ),
     Mutant(
         "closed-over-a-body",

@@ -34,8 +34,8 @@ class FakePipeline:
         return self.result
 
 
-def webhook(pipeline: object, body_timeout_seconds: float = 5) -> Webhook:
-    return Webhook(cast(Pipeline, pipeline), [SECRET], 300, BODY_MOST, body_timeout_seconds)
+def webhook(pipeline: object) -> Webhook:
+    return Webhook(cast(Pipeline, pipeline), [SECRET], 300, BODY_MOST)
 
 
 async def post(
@@ -43,13 +43,12 @@ async def post(
     content: bytes | AsyncIterator[bytes] = BODY,
     headers: dict[str, str] | list[tuple[str, str]] | None = None,
     *,
-    body_timeout_seconds: float = 5,
     method: str = "POST",
     path: str = WEBHOOK_PATH,
 ) -> httpx.Response:
     """One request through the routes as the application has them."""
     app = Starlette(
-        routes=[Route(WEBHOOK_PATH, webhook(pipeline, body_timeout_seconds).receive, methods=["POST"])],
+        routes=[Route(WEBHOOK_PATH, webhook(pipeline).receive, methods=["POST"])],
         exception_handlers={404: refuse_path, 405: refuse_path},
     )
     if headers is None:
@@ -240,31 +239,6 @@ async def test_a_long_body_is_cut_off() -> None:
     response = await refused(long(), {})
     assert (response.status_code, response.headers["connection"]) == (413, "close")
     assert BODY_MOST < sent <= BODY_MOST + 2000
-
-
-async def test_a_slow_body_is_a_408() -> None:
-    """A body that does not come in its time is given up, and the connection ends."""
-
-    async def stalls() -> AsyncIterator[bytes]:
-        yield BODY[:10]
-        await asyncio.Event().wait()
-
-    async with asyncio.timeout(5):
-        response = await refused(stalls(), signed(BODY), body_timeout_seconds=0.01)
-    assert (response.status_code, response.headers["connection"]) == (408, "close")
-    assert response.content == REJECTED % b"Body took too long to arrive"
-
-
-async def test_a_drip_does_not_buy_time() -> None:
-    """The time is for the whole body, not from one byte to the next."""
-
-    async def drips() -> AsyncIterator[bytes]:
-        while True:
-            yield b" "
-            await asyncio.sleep(0.002)
-
-    response = await refused(drips(), {}, body_timeout_seconds=0.02)
-    assert response.status_code == 408
 
 
 @pytest.mark.parametrize("declared", [b"-1", b"1e3", b"", b"+5", b"0x10", b"\xb2", b"\xb9\xb3", b"9" * 5000, b"1, 1"])
