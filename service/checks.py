@@ -255,11 +255,13 @@ async def _ask_redis(redis: Redis, settings: Settings) -> AsyncIterator[Check]:
         return
     lock = Lock(redis, prefix=settings.redis_prefix, lock_ttl_seconds=1, marker_ttl_seconds=2, breaker_seconds=1)
     token = lock.new_token()
-    if await lock.acquire(f"check-{token}", token, None) is not LockReply.HELD:
-        yield _fail("redis", f"{name} refuses SET NX GET: check the user's permissions and maxmemory", fatal=False)
-        return
+    reply = await lock.acquire(f"check-{token}", token, None)
     await lock.forget(f"check-{token}", token, None)
-    yield _ok("redis", name)
+    await lock.close()
+    if reply is LockReply.HELD:
+        yield _ok("redis", name)
+    else:
+        yield _fail("redis", f"{name} refuses SET NX GET: check the user's permissions and maxmemory", fatal=False)
 
 
 def refuse(checks: list[Check]) -> None:

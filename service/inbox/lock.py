@@ -7,15 +7,16 @@ and no event is lost or doubled, because the ledger alone carries safety. So eve
 `AWAY`, and the client never retries: a lost reply retried by the library would look like another's lock.
 """
 
+import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum, auto
 from typing import Any
 
+import hiredis
 import structlog
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.client import Pipeline
+from redis.asyncio import ConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
@@ -28,10 +29,8 @@ log = structlog.get_logger(__name__)
 
 _CLAIMED = b"claimed:"
 _RECORDED = b"recorded:"
-Command = Callable[[Pipeline], object]
 _AWAY_ERRORS = (RedisError, OSError, TimeoutError)
-_PIPELINE_MOST = 200  # commands: a reply to the first of more would wait too long for the last
-_PIPELINES = 1  # under way at once: so they fill, and a reply is never far away
+_BATCH_MOST = 200  # commands in one write: a reply to the first of more would wait too long for the last
 
 # Lua on every server: `SET ... IFEQ` exists on Valkey 8.1 and Redis 8.4 only.
 _SWAP = """
@@ -55,12 +54,10 @@ class LockReply(Enum):
     AWAY = auto()  # Redis cannot be asked, or did not answer
 
 
-def connect(url: str, *, timeout_seconds: float, connections: int = 64) -> Redis:
-    """A client as the lock needs it; opens nothing yet. `timeout_seconds` holds per connect and per command."""
-    pool: BlockingConnectionPool = BlockingConnectionPool.from_url(
+def connect(url: str, *, timeout_seconds: float) -> Redis:
+    """A client as the lock needs it; opens nothing yet. `timeout_seconds` holds per connect and per round trip."""
+    pool: ConnectionPool = ConnectionPool.from_url(
         url,
-        max_connections=connections,
-        timeout=5,  # for a free connection: that is our own queue, not Redis being away
         socket_timeout=timeout_seconds,
         socket_connect_timeout=timeout_seconds,
         retry=Retry(NoBackoff(), 0),
@@ -85,13 +82,18 @@ class Lock:
         breaker_seconds: float,
     ) -> None:
         self._redis = redis
+        # One connection for all that goes on at once, used as it is: a pool and a pipeline of the client's took more
+        # time than Redis, and a timeout for each reply as much again.
+        options = redis.connection_pool.connection_kwargs
+        self._timeout_seconds: float = options["socket_timeout"]
+        self._connection = redis.connection_pool.connection_class(**{**options, "socket_timeout": None})
         self._prefix = prefix
         self._lock_ttl_ms = round(lock_ttl_seconds * 1000)
         self._marker_ttl_ms = round(marker_ttl_seconds * 1000)
         self._breaker_seconds = breaker_seconds
         self._tripped = False
         self._away_until = 0.0
-        self._commands = Batcher(self._send, most=_PIPELINE_MOST, parallel=_PIPELINES)
+        self._commands = Batcher(self._send, most=_BATCH_MOST, parallel=1)
 
     @staticmethod
     def new_token() -> str:
@@ -117,9 +119,7 @@ class Lock:
                 return LockReply.RECORDED
             if seen.startswith(_CLAIMED) and not await self._left_over(key):
                 return LockReply.BUSY
-            swapped = await self._call(
-                lambda pipeline: pipeline.eval(_SWAP, 1, key, seen, ours, str(self._lock_ttl_ms))
-            )
+            swapped = await self._call("EVAL", _SWAP, 1, key, seen, ours, self._lock_ttl_ms)
         except LockUnavailable:
             return LockReply.AWAY
         # Not swapped: it changed hands between the two commands, so somebody is at work on it right now.
@@ -131,7 +131,7 @@ class Lock:
             return
         key, ours, marker = self._key(event_id), _CLAIMED + token.encode(), _RECORDED + epoch.encode()
         try:
-            await self._call(lambda pipeline: pipeline.eval(_SWAP, 1, key, ours, marker, str(self._marker_ttl_ms)))
+            await self._call("EVAL", _SWAP, 1, key, ours, marker, self._marker_ttl_ms)
         except LockUnavailable:
             log.debug("marker_not_written", event_id=event_id)
 
@@ -139,7 +139,7 @@ class Lock:
         """Delete our own lock or marker, so that the next delivery reaches the ledger."""
         key, ours, marker = self._key(event_id), _CLAIMED + token.encode(), _RECORDED + (epoch or "").encode()
         try:
-            await self._call(lambda pipeline: pipeline.eval(_DROP, 1, key, ours, marker))
+            await self._call("EVAL", _DROP, 1, key, ours, marker)
         except LockUnavailable:
             log.debug("lock_not_deleted", event_id=event_id)
 
@@ -152,6 +152,7 @@ class Lock:
 
     async def close(self) -> None:
         """Close the connections."""
+        await self._connection.disconnect(nowait=True)
         await self._redis.aclose()
 
     def _key(self, event_id: str) -> str:
@@ -161,28 +162,28 @@ class Lock:
         """`SET NX GET`: None when it was set, else what is there."""
         for last in (False, True):
             try:
-                return await self._call(  # type: ignore[no-any-return]
-                    lambda pipeline: pipeline.set(key, value, nx=True, get=True, px=self._lock_ttl_ms)
-                )
+                seen: bytes | None = await self._call("SET", key, value, "NX", "GET", "PX", self._lock_ttl_ms)
             except _WrongTypeError:
                 # Concerns this one key, not the server: nothing of ours is ever a list or a hash.
-                await self._call(lambda pipeline: pipeline.delete(key))
+                await self._call("DEL", key)
                 if last:
                     break
+            else:
+                return seen
         raise LockUnavailable("the key keeps having the wrong type")
 
     async def _left_over(self, key: str) -> bool:
         """A lock that would outlive every lock we write was not written by us as it stands."""
-        remaining = int(await self._call(lambda pipeline: pipeline.pttl(key)))
+        remaining = int(await self._call("PTTL", key))
         return remaining == -1 or remaining > self._lock_ttl_ms
 
-    async def _call(self, command: Command) -> Any:
+    async def _call(self, *command: str | bytes | int) -> Any:
         if self.away:
             raise LockUnavailable("breaker open")
         if self._tripped:  # the window is over: this one call finds out, the others keep seeing it open
             self._away_until = time.monotonic() + self._breaker_seconds
         try:
-            reply = await self._commands.call(command)
+            reply = await self._commands.call(hiredis.pack_command(command))  # type: ignore[arg-type]
         except ResponseError as error:
             if str(error).startswith("WRONGTYPE"):
                 raise _WrongTypeError from error
@@ -194,12 +195,25 @@ class Lock:
             self._tripped, self._away_until = False, 0.0
         return reply
 
-    async def _send(self, commands: Sequence[Command]) -> Sequence[Any]:
+    async def _send(self, commands: Sequence[bytes]) -> Sequence[Any]:
         """One round trip for all of them. A lost connection is the answer to each: none of them is sent again."""
-        pipeline = self._redis.pipeline(transaction=False)
-        for command in commands:
-            command(pipeline)
-        return await pipeline.execute(raise_on_error=False)
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                await self._connection.connect()  # type: ignore[no-untyped-call]
+                if await self._connection.can_read():  # closed while it was idle; or a reply to nobody
+                    await self._connection.disconnect(nowait=True)
+                    await self._connection.connect()  # type: ignore[no-untyped-call]
+                await self._connection.send_packed_command(commands, check_health=False)
+                return [await self._reply() for _ in commands]
+        except BaseException:
+            await self._connection.disconnect(nowait=True)  # what comes on it would be taken for another's reply
+            raise
+
+    async def _reply(self) -> Any:
+        try:
+            return await self._connection.read_response()
+        except ResponseError as error:
+            return error
 
     def _trip(self, error: BaseException) -> LockUnavailable:
         # OOM, READONLY and NOPERM are not connection errors, and all the same no lock can be had.

@@ -1,18 +1,16 @@
-"""The lock: one table of replies, on a fake and on a real server alike; then every way Redis can be away."""
+"""The lock: one table of replies, on a real server; then every way Redis can be away."""
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-import fakeredis
 import hiredis
 import pytest
 from redis.asyncio import Redis
-from redis.asyncio.client import Pipeline
 
 from service.errors import LockUnavailable
 from service.inbox import lock as lock_module
@@ -30,25 +28,22 @@ RECORDED = f"recorded:{EPOCH}".encode()
 OTHER_EPOCH = b"recorded:ffffffffffffffff"
 
 
-@pytest.fixture
-def address(server: str, request: pytest.FixtureRequest) -> str | None:
-    """The real server's address; it is only started for whom it concerns, and outside of any event loop."""
-    if server == "fake":
-        return None
-    stores: Stores = request.getfixturevalue("stores")
-    return stores.redis_url
+_made: list[Lock] = []
 
 
 @pytest.fixture
-async def redis(address: str | None) -> AsyncIterator[Redis]:
+async def redis(stores: Stores) -> AsyncIterator[Redis]:
     """The client that the lock uses."""
-    client: Redis = (
-        fakeredis.FakeAsyncRedis(server=fakeredis.FakeServer(), version=(7,))
-        if address is None
-        else connect(address, timeout_seconds=2)
-    )
-    async with client:
+    async with connect(stores.redis_url, timeout_seconds=2) as client:
         yield client
+
+
+@pytest.fixture(autouse=True)
+async def closed() -> AsyncIterator[None]:
+    """Every lock that a test made."""
+    yield
+    while _made:
+        await _made.pop().close()
 
 
 @pytest.fixture
@@ -61,14 +56,16 @@ def key(redis_prefix: str) -> str:
     return redis_prefix + ID
 
 
-def make(redis: Redis, prefix: str = "test:") -> Lock:
-    return Lock(
+def make(redis: Redis, prefix: str = "test:", *, breaker_seconds: float = BREAKER_SECONDS) -> Lock:
+    lock = Lock(
         redis,
         prefix=prefix,
         lock_ttl_seconds=LOCK_TTL_MS / 1000,
         marker_ttl_seconds=MARKER_TTL_MS / 1000,
-        breaker_seconds=BREAKER_SECONDS,
+        breaker_seconds=breaker_seconds,
     )
+    _made.append(lock)
+    return lock
 
 
 async def has_ttl(redis: Redis, key: str, milliseconds: int) -> bool:
@@ -78,38 +75,45 @@ async def has_ttl(redis: Redis, key: str, milliseconds: int) -> bool:
 
 
 @pytest.fixture
-def commands(redis: Redis, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The name of every command that the client is told to send, from here on."""
+def commands(lock: Lock) -> list[str]:
+    """The name of every command that the lock sends, from here on."""
     sent: list[str] = []
-    execute = Pipeline.execute_command
 
-    def counted(pipeline: Pipeline, *arguments: Any, **options: Any) -> Any:
-        sent.append(str(arguments[0]))
-        return execute(pipeline, *arguments, **options)
+    async def note(packed: Sequence[bytes]) -> None:
+        sent.extend(map(name_of, packed))
 
-    monkeypatch.setattr(Pipeline, "execute_command", counted)
+    before_each_round_trip(lock, note)
     return sent
 
 
-def before(monkeypatch: pytest.MonkeyPatch, command: str, act: Callable[[], Awaitable[object]]) -> None:
+def before(lock: Lock, command: str, act: Callable[[], Awaitable[object]]) -> None:
     """Have `act` happen in Redis before each round trip that holds `command`."""
-    execute = Pipeline.execute
 
-    async def late(pipeline: Pipeline, *arguments: Any, **options: Any) -> Any:
-        if command in [args[0] for args, _ in pipeline.command_stack]:
+    async def act_first(packed: Sequence[bytes]) -> None:
+        if command in map(name_of, packed):
             await act()
-        return await execute(pipeline, *arguments, **options)
 
-    monkeypatch.setattr(Pipeline, "execute", late)
-
-
-both = pytest.mark.parametrize("server", ["fake", "real"])
+    before_each_round_trip(lock, act_first)
 
 
-# -- the table, on both -------------------------------------------------------------------------------
+def before_each_round_trip(lock: Lock, act: Callable[[Sequence[bytes]], Awaitable[object]]) -> None:
+    send = lock._commands._run
+
+    async def late(packed: Sequence[bytes]) -> Sequence[Any]:
+        await act(packed)
+        return await send(packed)
+
+    lock._commands._run = late
 
 
-@both
+def name_of(packed: bytes) -> str:
+    """Of a command as it goes over the wire."""
+    return packed.split(b"\r\n")[2].decode()
+
+
+# -- the table ----------------------------------------------------------------------------------------
+
+
 async def test_a_free_key_is_locked(redis: Redis, lock: Lock, key: str) -> None:
     """The first to ask holds the lock, under the prefix, with our token and the lock's life; one key, no other."""
     assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.HELD
@@ -118,7 +122,6 @@ async def test_a_free_key_is_locked(redis: Redis, lock: Lock, key: str) -> None:
     assert await redis.keys(key.replace(ID, "*")) == [key.encode()]
 
 
-@both
 async def test_our_own_lock_is_held(redis: Redis, lock: Lock, key: str) -> None:
     """Asked again with the same token (its first reply was lost), the lock is still ours."""
     await redis.set(key, OURS, px=5000)
@@ -126,7 +129,6 @@ async def test_our_own_lock_is_held(redis: Redis, lock: Lock, key: str) -> None:
     assert await redis.get(key) == OURS
 
 
-@both
 async def test_a_marker_of_this_epoch_answers(redis: Redis, lock: Lock, key: str) -> None:
     """A durable row exists: nothing is locked, and the marker keeps its life."""
     await redis.set(key, RECORDED, px=MARKER_TTL_MS)
@@ -135,7 +137,6 @@ async def test_a_marker_of_this_epoch_answers(redis: Redis, lock: Lock, key: str
     assert await has_ttl(redis, key, MARKER_TTL_MS)
 
 
-@both
 @pytest.mark.parametrize("left_over", [OTHER_EPOCH, b"recorded:", b"recorded", b"", b"garbage", b"\xff\0", b"claimed"])
 @pytest.mark.parametrize("life", [None, 5000, MARKER_TTL_MS])
 async def test_what_is_left_over_is_taken(
@@ -148,7 +149,6 @@ async def test_what_is_left_over_is_taken(
     assert await has_ttl(redis, key, LOCK_TTL_MS)
 
 
-@both
 @pytest.mark.parametrize("over_marker", [False, True])
 @pytest.mark.parametrize("life", [1000, LOCK_TTL_MS])
 async def test_anothers_live_lock_is_left_alone(
@@ -161,7 +161,6 @@ async def test_anothers_live_lock_is_left_alone(
     assert await redis.pttl(key) <= life
 
 
-@both
 @pytest.mark.parametrize("life", [None, LOCK_TTL_MS + 5000, MARKER_TTL_MS])
 async def test_a_lock_that_would_outlive_every_lock_is_taken(
     redis: Redis, lock: Lock, key: str, life: int | None
@@ -173,7 +172,6 @@ async def test_a_lock_that_would_outlive_every_lock_is_taken(
     assert await has_ttl(redis, key, LOCK_TTL_MS)
 
 
-@both
 @pytest.mark.parametrize("marker", [RECORDED, OTHER_EPOCH, b"recorded:", b"recorded:None"])
 async def test_no_marker_counts_while_the_epoch_is_unknown(redis: Redis, lock: Lock, key: str, marker: bytes) -> None:
     """While Postgres cannot confirm its epoch (it may be being restored), no marker answers for it."""
@@ -182,7 +180,6 @@ async def test_no_marker_counts_while_the_epoch_is_unknown(redis: Redis, lock: L
     assert await redis.get(key) == OURS
 
 
-@both
 async def test_recovery_locks_over_a_marker(redis: Redis, lock: Lock, key: str) -> None:
     """The ledger said that work is due, so a marker, even of this epoch, is no evidence against it."""
     await redis.set(key, RECORDED, px=MARKER_TTL_MS)
@@ -191,7 +188,6 @@ async def test_recovery_locks_over_a_marker(redis: Redis, lock: Lock, key: str) 
     assert await has_ttl(redis, key, LOCK_TTL_MS)
 
 
-@both
 @pytest.mark.parametrize("kind", ["list", "hash", "set", "zset"])
 async def test_a_key_of_the_wrong_type_is_deleted(redis: Redis, lock: Lock, key: str, kind: str) -> None:
     """It concerns that one key: it is deleted and locked, and Redis does not count as away."""
@@ -207,7 +203,6 @@ async def test_a_key_of_the_wrong_type_is_deleted(redis: Redis, lock: Lock, key:
     assert not lock.away
 
 
-@both
 async def test_the_wrong_type_stops_no_marker_and_no_release(redis: Redis, lock: Lock, key: str) -> None:
     """Writing a marker over such a key, or releasing it, changes nothing and raises nothing."""
     await redis.rpush(key, "x")
@@ -217,7 +212,6 @@ async def test_the_wrong_type_stops_no_marker_and_no_release(redis: Redis, lock:
     assert not lock.away
 
 
-@both
 async def test_of_fifty_at_once_one_holds_it(redis: Redis, lock: Lock) -> None:
     """However many ask for one event at the same moment, exactly one gets the lock, also over a left-over value."""
     for epoch in (EPOCH, None):
@@ -227,32 +221,25 @@ async def test_of_fifty_at_once_one_holds_it(redis: Redis, lock: Lock) -> None:
         await redis.set(redis_key(lock), OTHER_EPOCH, px=MARKER_TTL_MS)
 
 
-@both
-async def test_a_value_that_changes_hands_is_not_taken(
-    redis: Redis, lock: Lock, key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_value_that_changes_hands_is_not_taken(redis: Redis, lock: Lock, key: str) -> None:
     """Between our look at a left-over value and our taking it another took it: compare-and-set leaves that alone."""
     await redis.set(key, OTHER_EPOCH, px=MARKER_TTL_MS)
-    before(monkeypatch, "EVAL", lambda: redis.set(key, THEIRS, px=LOCK_TTL_MS))
+    before(lock, "EVAL", lambda: redis.set(key, THEIRS, px=LOCK_TTL_MS))
     assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.BUSY
     assert await redis.get(key) == THEIRS
 
 
-@both
-async def test_a_lock_that_runs_out_under_our_eyes_is_busy_once(
-    redis: Redis, lock: Lock, key: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_lock_that_runs_out_under_our_eyes_is_busy_once(redis: Redis, lock: Lock, key: str) -> None:
     """Gone between the two looks, it was live a moment ago: this delivery records, the next one finds it free."""
     await redis.set(key, THEIRS, px=LOCK_TTL_MS)
-    before(monkeypatch, "PTTL", lambda: redis.delete(key))
+    before(lock, "PTTL", lambda: redis.delete(key))
     assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.BUSY
     assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.HELD
 
 
-# -- marker and release, on both ----------------------------------------------------------------------
+# -- marker and release -------------------------------------------------------------------------------
 
 
-@both
 async def test_our_lock_becomes_the_marker(redis: Redis, lock: Lock, key: str) -> None:
     """Once the row's COMMIT is known, with the epoch that it was committed under and the marker's life."""
     await lock.acquire(ID, TOKEN, EPOCH)
@@ -262,7 +249,6 @@ async def test_our_lock_becomes_the_marker(redis: Redis, lock: Lock, key: str) -
     assert await lock.acquire(ID, lock.new_token(), EPOCH) is LockReply.RECORDED
 
 
-@both
 @pytest.mark.parametrize("seen", [None, THEIRS, OTHER_EPOCH, RECORDED, b"garbage", b"claimed:"])
 async def test_only_our_own_lock_becomes_a_marker(redis: Redis, lock: Lock, key: str, seen: bytes | None) -> None:
     """A lock that ran out, or that is another's by now, is neither replaced nor created nor prolonged."""
@@ -273,7 +259,6 @@ async def test_only_our_own_lock_becomes_a_marker(redis: Redis, lock: Lock, key:
     assert await redis.pttl(key) <= 5000
 
 
-@both
 async def test_without_an_epoch_there_is_no_marker(redis: Redis, lock: Lock, key: str) -> None:
     """A row committed under an unknown epoch leaves the lock to run out."""
     await lock.acquire(ID, TOKEN, None)
@@ -281,7 +266,6 @@ async def test_without_an_epoch_there_is_no_marker(redis: Redis, lock: Lock, key
     assert await redis.get(key) == OURS
 
 
-@both
 @pytest.mark.parametrize("seen", [OURS, RECORDED])
 async def test_our_own_value_is_released(redis: Redis, lock: Lock, key: str, seen: bytes) -> None:
     """Our lock, or the marker of our row: gone, so that the next delivery reaches the ledger."""
@@ -290,7 +274,6 @@ async def test_our_own_value_is_released(redis: Redis, lock: Lock, key: str, see
     assert await redis.get(key) is None
 
 
-@both
 @pytest.mark.parametrize("epoch", [EPOCH, None])
 @pytest.mark.parametrize("seen", [THEIRS, OTHER_EPOCH, b"garbage"])
 async def test_anothers_value_is_never_released(
@@ -302,7 +285,6 @@ async def test_anothers_value_is_never_released(
     assert await redis.get(key) == seen
 
 
-@both
 async def test_a_marker_stays_when_only_the_lock_is_released(redis: Redis, lock: Lock, key: str) -> None:
     """Released without an epoch, a marker keeps promising the row that it was written for."""
     await redis.set(key, RECORDED, px=5000)
@@ -310,10 +292,9 @@ async def test_a_marker_stays_when_only_the_lock_is_released(redis: Redis, lock:
     assert await redis.get(key) == RECORDED
 
 
-# -- what it costs, on both ---------------------------------------------------------------------------
+# -- what it costs ------------------------------------------------------------------------------------
 
 
-@both
 async def test_a_duplicate_is_one_command(redis: Redis, lock: Lock, key: str, commands: list[str]) -> None:
     """A duplicate after completion asks Redis once."""
     await redis.set(key, RECORDED, px=MARKER_TTL_MS)
@@ -322,7 +303,6 @@ async def test_a_duplicate_is_one_command(redis: Redis, lock: Lock, key: str, co
     assert commands == ["SET"]
 
 
-@both
 async def test_a_first_delivery_is_two_commands(lock: Lock, commands: list[str]) -> None:
     """Lock and marker."""
     await lock.acquire(ID, TOKEN, EPOCH)
@@ -392,6 +372,8 @@ async def listening(server: Server, timeout_seconds: float = 2) -> AsyncIterator
     port = listener.sockets[0].getsockname()[1]
     async with listener, connect(f"redis://127.0.0.1:{port}", timeout_seconds=timeout_seconds) as client:
         yield client
+        while _made:
+            await _made.pop().close()
 
 
 async def is_away(lock: Lock) -> None:
@@ -501,6 +483,36 @@ async def test_a_command_under_way_is_never_cancelled(clock: Clock) -> None:
     assert (server.heard, len(server.connections)) == (["SET", "SET"], 1)
 
 
+async def test_a_late_reply_is_nobodys() -> None:
+    """What a frozen server says when it thaws, to a command that was given up on, is no answer to the next one."""
+    server = Server()
+    server.reply = None
+    async with listening(server, timeout_seconds=0.3) as client:
+        lock = make(client, breaker_seconds=0)
+        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
+        server.reply = b"$-1\r\n"
+        server.connections[0].write(THEIRS_REPLY)
+        assert await lock.acquire("evt_2", TOKEN, EPOCH) is LockReply.HELD
+    assert len(server.connections) == 2
+
+
+async def test_a_connection_closed_while_idle_is_opened_again() -> None:
+    """A server that closes idle connections, or was restarted, is not away: nobody waits for a breaker."""
+    server = Server()
+    server.reply = b"$-1\r\n"
+    async with listening(server) as client:
+        lock = make(client)
+        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.HELD
+        server.connections[0].close()
+
+        async def closed() -> bool:
+            return await lock._connection.can_read()
+
+        await until(closed)
+        assert await lock.acquire("evt_2", TOKEN, EPOCH) is LockReply.HELD
+    assert (server.heard, len(server.connections)) == (["SET", "SET"], 2)
+
+
 # -- the breaker --------------------------------------------------------------------------------------
 
 
@@ -565,10 +577,7 @@ async def test_a_ping_asks_whatever_the_breaker_says(clock: Clock) -> None:
     assert server.heard == ["SET", "PING"]
 
 
-@pytest.mark.parametrize("server", ["fake"])
-async def test_one_odd_key_does_not_trip_the_breaker(
-    redis: Redis, lock: Lock, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_one_odd_key_does_not_trip_the_breaker(redis: Redis, lock: Lock, clock: Clock) -> None:
     """A key that is given the wrong type again and again is given up on, and no other event waits for it."""
     poison = redis_key(lock)
 
@@ -576,7 +585,7 @@ async def test_one_odd_key_does_not_trip_the_breaker(
         await redis.delete(poison)
         await redis.rpush(poison, "x")
 
-    before(monkeypatch, "SET", poison_again)
+    before(lock, "SET", poison_again)
     assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
     assert not lock.away
     assert await lock.acquire("evt_2", TOKEN, EPOCH) is LockReply.HELD

@@ -16,7 +16,6 @@ FOREIGN = (
     "alembic.autogenerate",
     "alembic.command",
     "asyncpg",
-    "fakeredis",
     "httpx",
     "hypothesis.strategies",
     "orjson",
