@@ -140,7 +140,7 @@ def create_app(settings: Settings) -> Starlette:
     readiness = Readiness(readiness_parts(stop, parts.lock, parts.ingest, parts.recovery))
     app = Starlette(
         routes=[
-            Route(WEBHOOK_PATH, webhook.receive, methods=["POST"]),
+            Route(WEBHOOK_PATH, webhook, methods=["POST"]),
             Route("/livez", livez),
             Route("/readyz", readiness.report),
         ],

@@ -3,7 +3,7 @@
 Guarantees: a `Claim` is returned only when both were won; every other answer is an `Outcome` that promises a
 committed row, or nothing. Whoever did not get the lock only ever records. The marker is written after the
 row's COMMIT is known, never before: a marker is a promise that the row exists. Of the copies of one event that
-this process has in its hands at once, the first goes through the claims and the others share what came of it.
+this process has in its hands at once, the first asks and claims, and the others share what came of it.
 """
 
 import asyncio
@@ -28,10 +28,11 @@ _STATES = {
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What asking for the lock came to, and the token that it was asked with."""
+    """What asking for the lock came to, the token that it was asked with, and what other copies wait for."""
 
     token: str
     reply: LockReply
+    hand: asyncio.Future[Claim | Outcome]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +46,20 @@ class Claims:
     _in_hand: dict[str, asyncio.Future[Claim | Outcome]] = field(default_factory=dict, init=False)
 
     async def ask(self, event_id: str) -> Asked:
-        """Ask for the lock: the one command that a duplicate of a recorded event costs."""
+        """Ask for the lock: the one command that a duplicate of a recorded event costs.
+
+        Unless it is recorded, the event is in hand until `win` has ended.
+        """
         token = self.lock.new_token()
-        return Asked(token, await self.lock.acquire(event_id, token, self.epoch.current))
+        hand = self._in_hand[event_id] = asyncio.get_running_loop().create_future()
+        try:
+            reply = await self.lock.acquire(event_id, token, self.epoch.current)
+        except BaseException as error:
+            self._let_go(event_id, hand, error)
+            raise
+        if reply is LockReply.RECORDED:
+            self._let_go(event_id, hand, outcome.duplicate(event_id))
+        return Asked(token, reply, hand)
 
     def in_hand(self, event_id: str) -> asyncio.Future[Claim | Outcome] | None:
         """What another copy of the event, which is at its claims right now, will have come to; never cancel it."""
@@ -60,20 +72,27 @@ class Claims:
         """
         event_id = delivery.event.id
         asked = asked or await self.ask(event_id)
-        if asked.reply is not LockReply.HELD and (first := self.in_hand(event_id)) is not None:
-            return shared(event_id, await asyncio.shield(first))
-        first = self._in_hand[event_id] = asyncio.get_running_loop().create_future()
         try:
             won = await self._win(delivery, asked, ignored)
         except BaseException as error:
-            first.set_exception(LedgerUnavailable(str(error) or type(error).__name__))
-            first.exception()  # retrieved: often nobody else is waiting for it
+            self._let_go(event_id, asked.hand, error)
             raise
-        finally:
-            if self._in_hand.get(event_id) is first:  # else one whose lock ran out; its place is another's now
-                del self._in_hand[event_id]
-        first.set_result(won)
+        self._let_go(event_id, asked.hand, won)
         return won
+
+    def _let_go(
+        self, event_id: str, hand: asyncio.Future[Claim | Outcome], came_of_it: Claim | Outcome | BaseException
+    ) -> None:
+        """Tell the copies that wait, and have the next one ask for itself."""
+        if self._in_hand.get(event_id) is hand:
+            del self._in_hand[event_id]
+        if hand.done():
+            return
+        if isinstance(came_of_it, BaseException):
+            hand.set_exception(LedgerUnavailable(str(came_of_it) or type(came_of_it).__name__))
+            hand.exception()  # retrieved: often nobody else is waiting for it
+        else:
+            hand.set_result(came_of_it)
 
     async def _win(self, delivery: Delivery, asked: Asked, ignored: str | None) -> Claim | Outcome:
         event_id, token, reply = delivery.event.id, asked.token, asked.reply

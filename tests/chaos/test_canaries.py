@@ -151,13 +151,13 @@ async def test_what_is_said_of_stores_that_let_nobody_in(own: Own) -> None:
             (guarded.refuse, guarded.mend, ["check"]),
             (guarded.freeze, guarded.mend, ["check"]),
             (guarded.mute, guarded.mend, []),
-            (guarded.lock_out, guarded.let_in, ["check", "serve", "migrate"]),
+            (guarded.lock_out, guarded.let_in, ["check", "serve --port 0", "migrate"]),
         ):
             event = telling()
             await breaks()
             with own.history.postgres_away():
                 said = [await said_of(service, event)]
-                runs = await asyncio.gather(*(run(each) for each in commands))
+                runs = await asyncio.gather(*(run(*each.split()) for each in commands))
             await mends()
             assert {each.code for each in runs} <= {3}
             for each in (*said, *(each.said for each in runs)):

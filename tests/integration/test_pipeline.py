@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import pytest
-from redis.asyncio.client import Pipeline as RedisPipeline
 from sqlalchemy import event as sqlalchemy_event
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -15,7 +14,7 @@ from service.errors import LedgerUnavailable
 from service.inbox import attempt
 from service.inbox.event import Delivery
 from service.inbox.ledger import Claim, Found, Ledger
-from service.inbox.lock import LockReply
+from service.inbox.lock import Lock, LockReply
 from service.inbox.model import Status
 from service.inbox.outcome import Kind, Outcome
 from service.inbox.pipeline import Pipeline
@@ -133,7 +132,7 @@ def counting(world: World) -> Iterator[list[str]]:
     handlers = world.parts.handlers.sync_engine
     sqlalchemy_event.listen(handlers, "before_cursor_execute", by_handler)
     with pytest.MonkeyPatch.context() as patch:
-        noting(RedisPipeline, "execute_command", patch)
+        noting(Lock, "_call", patch)
         noting(PinnedConnection, "fetch", patch)
         noting(PinnedConnection, "execute", patch)
         yield seen
