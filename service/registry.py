@@ -10,7 +10,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -39,6 +39,7 @@ class Context:
     event: Event
     attempt: int
     connection: AsyncConnection
+    _fetch: Callable[..., Awaitable[list[Any]]]
     _loop: asyncio.AbstractEventLoop
     _deadline: float
 
@@ -50,6 +51,14 @@ class Context:
         suffix of your own per call.
         """
         return self.event.id
+
+    async def fetch(self, sql: str, *values: Any) -> list[Any]:
+        """Run one statement as it stands, with `$1`, `$2`, ... in it, in the same transaction; returns its rows.
+
+        The driver's own call, at a third of what `connection.execute` costs; rows have their values by name and by
+        index. Raises what asyncpg raises, and `HandlerRuleBroken` once the handler has ended.
+        """
+        return await self._fetch(sql, *values)
 
     def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
         """Run one statement from a sync handler's thread, in the same transaction; rows are buffered.

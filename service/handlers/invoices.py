@@ -15,7 +15,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import BigInteger, CheckConstraint, Column, DateTime, Integer, MetaData, Table, Text
-from sqlalchemy.dialects.postgresql import insert
 
 from service import Context, Event, Permanent, on
 
@@ -41,12 +40,16 @@ payment_failures = Table(
 
 # Keep the row of the highest attempt. Two events of one invoice may run at once: the second insert waits for
 # the first one's commit, and its WHERE then reads what was committed, so neither can undo the other.
-_new = insert(payment_failures)
-REMEMBER = _new.on_conflict_do_update(
-    index_elements=[payment_failures.c.invoice],
-    set_={column.name: column for column in _new.excluded if column.name != "invoice"},
-    where=_new.excluded.attempt_count > payment_failures.c.attempt_count,
-)
+REMEMBER = """
+INSERT INTO payment_failures AS known (invoice, customer, subscription, amount_due_minor, currency,
+                                       attempt_count, next_attempt_at, failed_at, event_id)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+ON CONFLICT (invoice) DO UPDATE
+   SET (customer, subscription, amount_due_minor, currency, attempt_count, next_attempt_at, failed_at, event_id)
+     = (excluded.customer, excluded.subscription, excluded.amount_due_minor, excluded.currency,
+        excluded.attempt_count, excluded.next_attempt_at, excluded.failed_at, excluded.event_id)
+ WHERE excluded.attempt_count > known.attempt_count
+"""
 
 _BIGINT_MOST = 2**63 - 1
 _INTEGER_MOST = 2**31 - 1
@@ -57,14 +60,14 @@ _TEXT_MOST_CHARACTERS = 255
 @on("invoice.payment_failed")
 async def record_payment_failure(event: Event, context: Context) -> str:
     """Remember the newest failed attempt to collect an invoice."""
-    await context.connection.execute(REMEMBER, payment_failure(event))
+    await context.fetch(REMEMBER, *payment_failure(event).values())
     return "payment_failure_recorded"
 
 
 def payment_failure(event: Event) -> dict[str, Any]:
-    """The row of `payment_failures` that `event` stands for; raises `Permanent` if it holds no invoice.
+    """The row of `payment_failures` that `event` stands for, in the order of its columns.
 
-    Fields: docs.stripe.com/api/invoices/object.
+    Raises `Permanent` if it holds no invoice. Fields: docs.stripe.com/api/invoices/object.
     """
     invoice = event.data.get("object")
     if not isinstance(invoice, dict) or invoice.get("object", "invoice") != "invoice":

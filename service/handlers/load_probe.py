@@ -8,7 +8,7 @@ Serve with `FIRSTCLAIM_HANDLERS=service.handlers.load_probe`, never beside handl
 takes every type that no other handler names.
 """
 
-from sqlalchemy import Column, DateTime, Integer, MetaData, Table, Text, text
+from sqlalchemy import Column, DateTime, Integer, MetaData, Table, Text
 
 from service import Context, Event, on
 
@@ -25,14 +25,14 @@ load_effects = Table(
     Column("recorded_at", DateTime(timezone=True), nullable=False),
 )
 
-RECORD = text("""
+RECORD = """
 INSERT INTO load_effects (event_id, attempt, xid, recorded_at)
-VALUES (:event_id, :attempt, pg_current_xact_id()::text, clock_timestamp())
-""")
+VALUES ($1, $2, pg_current_xact_id()::text, clock_timestamp())
+"""
 
 
 @on("*")
 async def record_effect(event: Event, context: Context) -> str:
     """Leave one row, in the transaction that carries the completion mark."""
-    await context.connection.execute(RECORD, {"event_id": event.id, "attempt": context.attempt})
+    await context.fetch(RECORD, event.id, context.attempt)
     return ACTION

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import asyncpg
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import HandlerRuleBroken, LedgerUnavailable
 from service.inbox.event import Event
 from service.inbox.ledger import Claim, Held, Ledger
 from service.inbox.postgres import (
     UNAVAILABLE,
+    Seats,
     begin,
     check_not_refused,
     commit,
@@ -64,7 +65,7 @@ class CommitUnknown(Exception):
 class Attempt:
     """One attempt. `held` is its transaction once the row is locked; `work` the handler once it is called."""
 
-    engine: AsyncEngine
+    seats: Seats
     ledger: Ledger
     claim: Claim
     event: Event
@@ -80,7 +81,7 @@ class Attempt:
         Raises `LedgerUnavailable` when the row cannot be locked at all, and CancelledError when we are stopping.
         """
         try:
-            connection = await self.engine.connect()
+            connection = await self.seats.take()
             self.held = await self._hold(connection)
         except UNAVAILABLE as error:  # the handler has not begun: this is no failure of it
             raise LedgerUnavailable(describe(error)) from error
@@ -115,7 +116,15 @@ class Attempt:
     async def _call(self, connection: AsyncConnection) -> Any:
         """Run the handler and wait for it until its deadline, but not for one that ignores its cancellation."""
         loop = asyncio.get_running_loop()
-        context = Context(self.event, self.claim.attempt, connection, loop, loop.time() + self.deadline_seconds)
+        underneath = driver(connection)
+        over = False
+
+        async def fetch(sql: str, *values: Any) -> list[Any]:
+            if over:  # the transaction is another handler's by now
+                raise HandlerRuleBroken("this handler has ended: nothing more can be written in its transaction")
+            return await underneath.fetch(sql, *values)
+
+        context = Context(self.event, self.claim.attempt, connection, fetch, loop, loop.time() + self.deadline_seconds)
         handler_runs(connection, True)
         start = _in_task if self.handler.is_async else _in_thread
         self.work = work = start(loop, self.handler.function, self.event, context)
@@ -124,6 +133,8 @@ class Attempt:
         except asyncio.CancelledError:
             _stop(work)
             raise
+        finally:
+            over = True
         if not done:
             _stop(work)
             raise TimeoutError(f"the handler ran longer than its deadline of {self.deadline_seconds:g} s")
@@ -135,8 +146,7 @@ class Attempt:
 
     async def _mark(self, connection: AsyncConnection, held: Held, action: str) -> None:
         try:
-            async with asyncio.timeout(self.postgres_timeout_seconds):
-                marked = await self.ledger.complete_if_held(connection, self.claim, held, action)
+            marked = await self.ledger.complete_if_held(connection, self.claim, held, action)
         except asyncpg.InFailedSQLTransactionError as error:
             raise HandlerRuleBroken(_SWALLOWED) from error
         if not marked:  # no longer the transaction that was begun
@@ -169,9 +179,8 @@ class Attempt:
     async def _give_back(self, connection: AsyncConnection) -> None:
         handler_runs(connection, False)
         try:
-            async with asyncio.timeout(self.postgres_timeout_seconds):
-                await roll_back(connection)
-                await connection.close()
+            await roll_back(connection, self.postgres_timeout_seconds)
+            await self.seats.give_back(connection)
         except (*UNAVAILABLE, asyncio.CancelledError):
             await discard(connection)
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from service.errors import LedgerUnavailable, Permanent, Retry
 from service.inbox import outcome
@@ -21,6 +20,7 @@ from service.inbox.event import Event
 from service.inbox.ledger import Claim, Ledger
 from service.inbox.model import Status
 from service.inbox.outcome import Outcome
+from service.inbox.postgres import Seats
 from service.inbox.retry import Backoff
 from service.registry import Handler
 from service.telling import describe_error, tell_error
@@ -39,12 +39,10 @@ class DispatchLimits:
 
 
 class Dispatcher:
-    """Runs handlers, `limits.slots` at once, one connection of `engine` each."""
+    """Runs handlers, `limits.slots` at once, each on a seat of its own."""
 
-    def __init__(
-        self, engine: AsyncEngine, ledger: Ledger, claims: Claims, backoff: Backoff, limits: DispatchLimits
-    ) -> None:
-        self._engine = engine
+    def __init__(self, seats: Seats, ledger: Ledger, claims: Claims, backoff: Backoff, limits: DispatchLimits) -> None:
+        self._seats = seats
         self._ledger = ledger
         self._claims = claims
         self._backoff = backoff
@@ -75,7 +73,7 @@ class Dispatcher:
     async def run(self, claim: Claim, event: Event, handler: Handler) -> Outcome:
         """Dispatch a claimed event; raises `LedgerUnavailable` when what became of it cannot be told."""
         attempt = Attempt(
-            self._engine,
+            self._seats,
             self._ledger,
             claim,
             event,
@@ -115,9 +113,10 @@ class Dispatcher:
         """Wait for a slot, half the lease at most; returns what frees it again, or None."""
         gates = [self._suspects, self._slots] if claim.abandoned else [self._slots]
         entered: list[asyncio.Semaphore] = []
+        full = any(gate.locked() for gate in gates)
         self._count(waiting=1)
         try:
-            async with asyncio.timeout(self._limits.lease_seconds / 2):
+            async with asyncio.timeout(self._limits.lease_seconds / 2) if full else contextlib.nullcontext():
                 for gate in gates:
                     await gate.acquire()
                     entered.append(gate)

@@ -216,7 +216,12 @@ class Ledger:
     async def complete_if_held(self, connection: AsyncConnection, claim: Claim, held: Held, action: str) -> bool:
         """The completion mark: last statement before COMMIT, and only in the transaction that was held."""
         rows = await statements.COMPLETE.fetch(
-            driver(connection), event_id=claim.event_id, attempt=claim.attempt, xid=held.xid, action=action
+            driver(connection),
+            timeout_seconds=self._timeout_seconds,
+            event_id=claim.event_id,
+            attempt=claim.attempt,
+            xid=held.xid,
+            action=action,
         )
         return bool(rows)
 
@@ -266,6 +271,6 @@ class Ledger:
             rows = await self._run(statement, **ours, **values)
         return Status(rows[0]["status"]) if rows else None
 
-    async def _run(self, statement: Statement, **values: object) -> list[Any]:
+    async def _run(self, statement: Statement, **values: Any) -> list[Any]:
         async with borrow(self._engine, self._timeout_seconds) as connection:
             return await statement.fetch(driver(connection), **values)

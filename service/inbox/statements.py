@@ -19,9 +19,11 @@ class Statement:
     sql: str
     names: tuple[str, ...]
 
-    async def fetch(self, connection: asyncpg.Connection, **values: object) -> list[Any]:
-        """Its rows; raises what asyncpg raises."""
-        return await connection.fetch(self.sql, *[values[name] for name in self.names])
+    async def fetch(
+        self, connection: asyncpg.Connection, *, timeout_seconds: float | None = None, **values: object
+    ) -> list[Any]:
+        """Its rows; raises what asyncpg raises, and TimeoutError."""
+        return await connection.fetch(self.sql, *[values[name] for name in self.names], timeout=timeout_seconds)
 
 
 def _statement(sql: str) -> Statement:

@@ -12,6 +12,8 @@ import stripe
 
 from service.errors import Rejected
 
+_Signature = stripe.WebhookSignature  # once: the package imports it anew for each look
+
 _ITEMS_MOST = 32  # more than all the secrets that are ever being rolled; it bounds the comparisons
 
 
@@ -45,7 +47,7 @@ def _timestamp(header: str) -> int:
 
 def _signed_by(secret: str, body: str, header: str) -> bool:
     try:
-        return bool(stripe.WebhookSignature.verify_header(body, header, secret, tolerance=None))
+        return bool(_Signature.verify_header(body, header, secret, tolerance=None))
     except stripe.SignatureVerificationError:  # holds the body and the header: it goes no further
         return False
 

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import asyncpg
@@ -19,7 +19,7 @@ from service.inbox import attempt
 from service.inbox.ledger import Claim, Ledger
 from service.inbox.model import Status
 from service.inbox.outcome import Kind, Outcome
-from service.inbox.postgres import Epoch, commit, create_engine, roll_back
+from service.inbox.postgres import Epoch, Seats, commit, create_engine, roll_back
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import Function, World, effect, effect_from_thread, until
 
@@ -996,12 +996,12 @@ async def test_without_a_connection_nothing_is_charged(world: World, unused_tcp_
         f"postgresql://127.0.0.1:{unused_tcp_port}/x", size=1, timeout_seconds=5, queue_seconds=5, epoch=epoch
     )
     claim = await world.marked()
-    engine, world.dispatcher._engine = world.dispatcher._engine, nowhere
+    seats, world.dispatcher._seats = world.dispatcher._seats, Seats(nowhere, epoch)
     try:
         with pytest.raises(LedgerUnavailable):
             await world.dispatch(must_not_run, claim)
     finally:
-        world.dispatcher._engine = engine
+        world.dispatcher._seats = seats
         await nowhere.dispose()
     row = await world.row(claim.event_id)
     assert (row["status"], row["failures"], row["abandoned"]) == ("pending", 0, 0)
@@ -1030,14 +1030,41 @@ async def test_a_row_that_cannot_be_locked_charges_nothing(
     await still_works(world)
 
 
-async def test_what_outlives_its_handler_cannot_write(world: World) -> None:
+async def fetched(event: Event, context: Context) -> None:
+    """One effect, past SQLAlchemy."""
+    values = "$1, $2, pg_backend_pid(), pg_current_xact_id()::text"
+    sql = f"INSERT INTO effects (event_id, attempt, pid, xid) VALUES ({values})"
+    await context.fetch(sql, event.id, context.attempt)
+
+
+async def test_what_is_fetched_is_in_the_transaction(world: World) -> None:
+    """The driver's own call writes beside SQLAlchemy's, sees what that wrote, and goes with it if the handler fails."""
+
+    async def writes(event: Event, context: Context) -> None:
+        await effect(event, context)
+        await fetched(event, context)
+        [row] = await context.fetch("SELECT count(*) AS effects FROM effects WHERE event_id = $1", event.id)
+        assert row["effects"] == 2
+
+    async def writes_and_fails(event: Event, context: Context) -> None:
+        await writes(event, context)
+        raise OSError
+
+    await ends(world, writes, Kind.PROCESSED, Status.COMPLETED, effects=2)
+    await fails(world, writes_and_fails, "OSError")
+
+
+@pytest.mark.parametrize("write", [effect, fetched])
+async def test_what_outlives_its_handler_cannot_write(
+    world: World, write: Callable[[Event, Context], Awaitable[None]]
+) -> None:
     """A task that a handler left behind finds its connection closed: the next event's transaction is not its own."""
     let_go, left_behind = asyncio.Event(), []
 
     async def function(event: Event, context: Context) -> None:
         async def later() -> None:
             await let_go.wait()
-            await effect(event, context)
+            await write(event, context)
 
         left_behind.append(asyncio.create_task(later()))
         await effect(event, context)
@@ -1045,6 +1072,51 @@ async def test_what_outlives_its_handler_cannot_write(world: World) -> None:
     claim, *_ = await ends(world, function, Kind.PROCESSED, Status.COMPLETED, effects=1)
     let_go.set()
     [error] = await asyncio.gather(*left_behind, return_exceptions=True)
-    assert isinstance(error, SQLAlchemyError)
+    assert isinstance(error, SQLAlchemyError | HandlerRuleBroken)
     await still_works(world)
     assert await world.effects(claim.event_id) == 1
+
+
+async def test_a_handler_sees_nothing_of_the_one_before(world: World) -> None:
+    """Its server process may be the same, the object around it never is: no option of another handler is on it."""
+    connections, pids = [], []
+
+    async def function(event: Event, context: Context) -> None:
+        assert "odd" not in await context.connection.run_sync(lambda sync: sync.get_execution_options())
+        await context.connection.execution_options(odd=1)
+        await effect(event, context)
+        pids.append((await context.fetch("SELECT pg_backend_pid() AS pid"))[0]["pid"])
+        connections.append(context.connection)
+
+    for _ in range(3):
+        await ends(world, function, Kind.PROCESSED, Status.COMPLETED, effects=1)
+    assert len(set(pids)) == 1
+    assert len(set(map(id, connections))) == 3
+    assert all(each.closed for each in connections)
+
+
+async def test_a_connection_of_another_isolation_is_not_kept(world: World) -> None:
+    """A handler that set an isolation level leaves nothing of it to the next one."""
+
+    async def level(context: Context) -> str:
+        return str((await context.fetch("SHOW transaction_isolation"))[0][0])
+
+    async def strict(_event: Event, context: Context) -> None:
+        await context.connection.execution_options(isolation_level="SERIALIZABLE")
+
+    async def plain(event: Event, context: Context) -> None:
+        await effect(event, context)
+        assert await level(context) == "read committed"
+
+    await world.dispatch(strict, await world.marked())
+    await ends(world, plain, Kind.PROCESSED, Status.COMPLETED, effects=1)
+
+
+async def test_a_handler_that_closes_its_connection_has_failed(world: World) -> None:
+    """Nothing that it wrote is kept, and the connection is given up."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        await context.connection.close()
+
+    await fails(world, function, "must not commit or roll back")

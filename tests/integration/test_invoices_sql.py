@@ -40,7 +40,10 @@ def attempt(number: int, **overrides: Any) -> Event:
 
 async def handle(connection: AsyncConnection, event: Event) -> None:
     loop = asyncio.get_running_loop()
-    context = Context(event, 1, connection, loop, loop.time() + 30)
+    await connection.execute(text("SELECT 1"))  # SQLAlchemy begins the transaction that the driver is then in
+    underneath = (await connection.get_raw_connection()).driver_connection
+    assert underneath is not None
+    context = Context(event, 1, connection, underneath.fetch, loop, loop.time() + 30)
     assert await record_payment_failure(event, context) == "payment_failure_recorded"
 
 

@@ -189,6 +189,7 @@ class World:
         """Everything that was opened."""
         await self.pipeline.drain(5)
         await self.lock.close()
+        await self.parts.seats.close()
         await self.parts.handlers.dispose()
         await self.parts.ingest.dispose()
         await self.database.close()

@@ -288,11 +288,15 @@ class Unreachable:
     async def execute(self, *_: object) -> None:
         raise AssertionError("executed")
 
+    async def fetch(self, *_: object) -> list[object]:
+        raise AssertionError("fetched")
+
 
 def context(*, seconds: float) -> Context:
     loop = asyncio.get_running_loop()
     event = parse_event(event_body(id="evt_1"))
-    return Context(event, 1, cast(AsyncConnection, Unreachable()), loop, loop.time() + seconds)
+    nobody = Unreachable()
+    return Context(event, 1, cast(AsyncConnection, nobody), nobody.fetch, loop, loop.time() + seconds)
 
 
 async def test_execute_on_the_loops_own_thread_is_refused() -> None:
