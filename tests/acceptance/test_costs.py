@@ -1,0 +1,152 @@
+"""What a delivery costs the stores, counted where it goes over the wire: counts do not depend on the machine."""
+
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass, field
+
+import pytest
+
+from tests.acceptance.harness import IGNORED, PROCESSED, Ground, Overrides, Service, post, sample, volley
+from tests.chaos.sessions import counted
+from tests.fixtures import signed
+from tests.proxy import Tap, before_postgres
+
+# Recovery looks once after the start, and then not again while a test runs.
+_CALM: Overrides = {"recovery_interval_seconds": 60}
+_OPENING = re.compile(r"set_config\('synchronous_commit', 'on', false\)|ledger_epoch|pg_control_system|pg_type")
+
+FRESH = ["insert event", "BEGIN", "hold", "handler", "complete", "COMMIT"]
+_NAMES = {
+    "insert event": "INSERT INTO stripe_events",
+    "hold": "FOR UPDATE SKIP LOCKED",
+    "handler": "INSERT INTO effects",
+    "complete": "SET status = 'completed'",
+    "find": "SELECT event_id, status, attempt FROM stripe_events",
+}
+
+
+@dataclass
+class Statements(Tap):
+    """Postgres' protocol as a client speaks it: what it has the server execute, without what opens a connection."""
+
+    executed: list[str]
+    _buffer: bytes = b""
+    _started: bool = False
+    _prepared: dict[bytes, str] = field(default_factory=dict)
+    _bound: str = ""
+
+    def sent(self, chunk: bytes) -> None:
+        self._buffer += chunk
+        for kind, content in self._messages():
+            if kind == b"P":
+                name, sql, *_ = content.split(b"\0")
+                self._prepared[name] = sql.decode()
+            elif kind == b"B":
+                self._bound = self._prepared[content.split(b"\0")[1]]
+            elif kind == b"E":
+                self._note(self._bound)
+            elif kind == b"Q":
+                self._note(content.rstrip(b"\0").decode())
+
+    def _messages(self) -> Iterator[tuple[bytes, bytes]]:
+        while len(self._buffer) >= 5:
+            named = int(self._started)  # the first ones, which open the connection, have no letter
+            end = named + int.from_bytes(self._buffer[named : named + 4])
+            if len(self._buffer) < end:
+                return
+            message, self._buffer = self._buffer[:end], self._buffer[end:]
+            if named:
+                yield message[:1], message[5:]
+            else:
+                self._started = message[4:8] == b"\0\3\0\0"  # it may ask for TLS first
+
+    def _note(self, sql: str) -> None:
+        if not _OPENING.search(sql):
+            self.executed.append(next((name for name, part in _NAMES.items() if part in sql), sql.strip(" ;\n")))
+
+
+@dataclass
+class Costs:
+    """A service, and what it asks of the stores while a block runs."""
+
+    ground: Ground
+    service: Service
+    statements: list[str]
+    commands: dict[str, int] = field(default_factory=dict)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        self.statements.clear()
+        with counted(self.ground) as self.commands:
+            yield
+
+
+@asynccontextmanager
+async def costs(ground: Ground, workers: int = 1) -> AsyncIterator[Costs]:
+    """Of a service that has its connections open and its statements prepared."""
+    executed: list[str] = []
+    async with before_postgres(ground.database_url) as (proxy, database_url):
+        proxy.tap = lambda: Statements(executed)
+        service = await ground.service({**_CALM, "DATABASE_URL": database_url}, workers=workers).start()
+        for answer in await volley([(service.url, sample().body) for _ in range(200)]):
+            assert answer.said == PROCESSED
+        yield Costs(ground, service, executed)
+        await service.stop()
+
+
+async def test_a_fresh_event(ground: Ground) -> None:
+    """One insert, and one transaction of BEGIN, lock, the handler's SQL, mark, COMMIT; lock and marker in Redis."""
+    async with costs(ground) as cost:
+        with cost.counting():
+            assert (await post(cost.service.url, sample().body)).said == PROCESSED
+        assert cost.statements == FRESH
+        assert cost.commands == {"cmdstat_set": 2, "cmdstat_eval": 1, "cmdstat_get": 1}  # the script's own among them
+
+
+async def test_fresh_events_share_their_insert(ground: Ground) -> None:
+    """200 at once: each has a transaction of its own, and all of them together a few inserts."""
+    async with costs(ground) as cost:
+        with cost.counting():
+            answers = await volley([(cost.service.url, sample().body) for _ in range(200)])
+        assert Counter(answer.said for answer in answers) == {PROCESSED: 200}
+        found = Counter(cost.statements)
+        inserts = found.pop("insert event")
+        assert found == dict.fromkeys(FRESH[1:], 200)
+        assert inserts <= 40, inserts
+
+
+async def test_a_duplicate_of_a_completed_event(ground: Ground) -> None:
+    """One command of Redis, no statement of Postgres."""
+    async with costs(ground) as cost:
+        event = sample()
+        assert (await post(cost.service.url, event.body)).said == PROCESSED
+        with cost.counting():
+            for _ in range(20):
+                assert (await post(cost.service.url, event.body)).said == IGNORED
+        assert (cost.statements, cost.commands) == ([], {"cmdstat_set": 20})
+
+
+async def test_an_invalid_signature(ground: Ground) -> None:
+    """Neither store hears of it."""
+    async with costs(ground) as cost:
+        event = sample()
+        with cost.counting():
+            for headers in ({}, signed(event.body, "whsec_other")):
+                assert (await post(cost.service.url, event.body, [*headers.items()])).status == 400
+        assert (cost.statements, cost.commands) == ([], {})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_thousand_copies_of_a_new_event(ground: Ground, workers: int) -> None:
+    """All of them at the same moment: one dispatch, statements in single digits and one batch for each worker."""
+    async with costs(ground, workers) as cost:
+        event = sample()
+        with cost.counting():
+            answers = await volley([(cost.service.url, event.body)] * 1000)
+        assert Counter(answer.said for answer in answers) == {PROCESSED: 1, IGNORED: 999}
+        assert (await ground.settled(event)).counts == (1, 0, 0)
+        found = Counter(cost.statements)
+        assert {name: found[name] for name in FRESH[1:]} == dict.fromkeys(FRESH[1:], 1)
+        assert len(cost.statements) <= 9 + workers, found
