@@ -15,7 +15,7 @@ from tests.proxy import Tap, before_postgres
 
 # Recovery looks once after the start, and then not again while a test runs.
 _CALM: Overrides = {"recovery_interval_seconds": 60}
-_OPENING = re.compile(r"set_config\('synchronous_commit', 'on', false\)|ledger_epoch|pg_control_system|pg_type")
+_OPENING = re.compile(r"set_config\('synchronous_commit', 'on', false\)|ledger_epoch|pg_control_system|pg_type|'jit'")
 
 FRESH = ["insert event", "BEGIN", "hold", "handler", "complete", "COMMIT"]
 _NAMES = {
