@@ -11,31 +11,31 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, NoReturn, cast
+from typing import Annotated, Any, cast
 
 import typer
 import uvicorn
-from rich.console import Console
 from rich.text import Text
 from starlette.applications import Starlette
 from uvicorn.supervisors import Multiprocess
 
-from service import loading, sending
+from service import cli_events, loading, sending
 from service.addresses import postgres_dsn
 from service.app import create_app
 from service.checks import Check, Verdict, all_checks, refuse
 from service.embedded import kept_secret, running_database, servers
-from service.errors import ConfigurationError, LedgerUnavailable, OperatorError
+from service.errors import ConfigurationError
 from service.inbox import schema
+from service.inbox.operations import Operations
 from service.inbox.postgres import rotate_epoch
 from service.loading_plan import IN_FLIGHT_MOST, Plan
-from service.logs import configure
-from service.settings import Settings, load_settings
+from service.settings import Settings
+from service.terminal import database, dsn_of, out, read_settings, reported
 from service.web.door import Door
 from service.web.lobby import Lobby, affordable_connections
 from service.web.webhook import WEBHOOK_PATH
@@ -48,8 +48,9 @@ app = typer.Typer(
 )
 epoch = typer.Typer(no_args_is_help=True, help="The ledger's epoch, which every marker in Redis carries.")
 app.add_typer(epoch, name="epoch")
+app.add_typer(cli_events.app, name="events")
+app.command()(cli_events.stats)
 
-out = Console(highlight=False)
 _URL = f"http://127.0.0.1:8000{WEBHOOK_PATH}"
 # How long a worker may be silent before its supervisor kills it. uvicorn's 5 s also killed workers that were still
 # starting, on a busy machine again and again; but a SIGTERM waits behind this, so not much longer than a start takes.
@@ -86,8 +87,8 @@ def serve(
     migrate: Annotated[bool, typer.Option("--migrate", help="Bring the schema up to date first.")] = False,
 ) -> None:
     """Serve POST /webhooks/stripe, /livez and /readyz until SIGTERM."""
-    with _reported():
-        settings = _settings()
+    with reported():
+        settings = read_settings()
         _stop_on_signals()
         listener = _listen(host, port)
         with servers(settings) as ready:
@@ -105,14 +106,14 @@ def serve(
 @app.command()
 def migrate() -> None:
     """Bring the database's schema up to date; safe to run from many places at once."""
-    with _reported(), _database() as settings:
+    with reported(), database() as settings:
         _migrate(settings)
 
 
 @app.command()
 def check() -> None:
     """Check configuration, handlers and both stores, a line each; changes nothing."""
-    with _reported(), servers(_settings(), share=True) as settings:
+    with reported(), servers(read_settings(), share=True) as settings:
         found = asyncio.run(all_checks(settings))
         _print_checks(found)
         if any(each.verdict is Verdict.FAIL for each in found):
@@ -122,9 +123,16 @@ def check() -> None:
 @epoch.command()
 def rotate() -> None:
     """Make every marker in Redis worthless: the step after restoring the ledger from a backup."""
-    with _reported(), _database() as settings:
-        before, after = asyncio.run(rotate_epoch(_dsn(settings), settings.postgres_timeout_seconds))
+    with reported(), database() as settings:
+        before, after = asyncio.run(_rotate(settings))
         out.print(f"epoch {before} -> {after}; running services notice within one recovery round", soft_wrap=True)
+
+
+async def _rotate(settings: Settings) -> tuple[str | None, str | None]:
+    before, after = await rotate_epoch(dsn_of(settings), settings.postgres_timeout_seconds)
+    async with Operations.on(dsn_of(settings), settings.postgres_timeout_seconds) as operations:
+        await operations.rotated(cli_events.operator(), before, after)
+    return before, after
 
 
 @app.command()
@@ -138,7 +146,7 @@ def send(
     """Sign and send an event as Stripe would; exit 1 if more than one copy was processed."""
     if bool(event_type) == (file is not None):
         raise typer.BadParameter("name an event TYPE, or give one with --file")
-    with _reported():
+    with reported():
         with _arguments():
             sending.check_url(url)
             body = _event(event_type, event_id, file)
@@ -185,8 +193,8 @@ def load(
 
     Exit code 1 if an event was lost or doubled, is not settled in time, or if none was accepted.
     """
-    with _reported():
-        settings = _settings(receiving=False)
+    with reported():
+        settings = read_settings(receiving=False)
         plan = Plan(
             url=url,
             secret=secret or _secret(),
@@ -204,7 +212,7 @@ def load(
             with _arguments():
                 dsn: str | None = postgres_dsn(database_url)
         else:
-            dsn = _dsn(settings) if settings.database_url else running_database(settings)
+            dsn = dsn_of(settings) if settings.database_url else running_database(settings)
         raise typer.Exit(loading.run(plan, dsn, settle, out))
 
 
@@ -224,7 +232,7 @@ def _event(event_type: str, event_id: str, file: Path | None) -> bytes:
 
 
 def _secret() -> str:
-    settings = _settings()
+    settings = read_settings()
     if settings.stripe_webhook_secrets:
         return settings.stripe_webhook_secrets[0].get_secret_value()
     if (kept := kept_secret(settings)) is not None:
@@ -237,45 +245,8 @@ def _secret() -> str:
 # -- shared -------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Say what is wrong in sentences on standard error and exit with its code; a traceback helps no operator."""
-    try:
-        yield
-    except OperatorError as error:
-        _fail(str(error), error.exit_code)
-    except LedgerUnavailable as error:
-        _fail(f"Postgres: {error}", OperatorError.exit_code)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    for line in message.splitlines():
-        typer.echo(f"firstclaim: {line}", err=True)
-    raise typer.Exit(code)
-
-
-def _settings(*, receiving: bool = True) -> Settings:
-    settings = load_settings(receiving=receiving)
-    configure(settings.log_format, settings.log_level)
-    return settings
-
-
-@contextmanager
-def _database() -> Iterator[Settings]:
-    """For commands that ask Postgres alone: settings with its address, no Redis and no secret needed."""
-    settings = _settings(receiving=False)
-    with nullcontext(settings) if settings.database_url else servers(settings, share=True) as ready:
-        yield ready
-
-
-def _dsn(settings: Settings) -> str:
-    if settings.database_url is None:
-        raise ConfigurationError(["DATABASE_URL is missing"])
-    return settings.database_url.get_secret_value()
-
-
 def _migrate(settings: Settings) -> None:
-    before, after = asyncio.run(schema.migrate(_dsn(settings), settings.postgres_timeout_seconds))
+    before, after = asyncio.run(schema.migrate(dsn_of(settings), settings.postgres_timeout_seconds))
     if before != after:
         out.print(f"schema {before or 'empty'} -> {after}")
     else:

@@ -9,10 +9,12 @@ while the event id, which dedupes, stays.
 from enum import StrEnum
 
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     CheckConstraint,
     Column,
     DateTime,
+    Identity,
     Index,
     Integer,
     LargeBinary,
@@ -44,6 +46,7 @@ class Status(StrEnum):
 
 
 TAKEABLE = (Status.PENDING, Status.FAILED)
+REPLAYABLE = (Status.PENDING, Status.FAILED, Status.DEAD, Status.IGNORED)  # by an operator, without repeating anything
 UNFINISHED = (Status.PENDING, Status.PROCESSING, Status.FAILED)
 
 
@@ -84,6 +87,7 @@ events = Table(
         "due_at",
         postgresql_where=text("status IN ('pending', 'processing', 'failed')"),
     ),
+    Index("stripe_events_dead", "received_at", postgresql_where=text("status = 'dead'")),
 )
 
 payloads = Table(
@@ -101,4 +105,16 @@ epoch = Table(
     Column("id", Uuid, nullable=False),
     _at("rotated_at"),
     CheckConstraint("singleton", name="singleton"),
+)
+
+# What was changed by hand. `changed` is null while it goes on, and stays so when it was interrupted.
+operator_actions = Table(
+    "operator_actions",
+    metadata,
+    Column("action_id", BigInteger, Identity(always=True), primary_key=True),
+    _at("at"),
+    Column("operator", Text, nullable=False),
+    Column("action", Text, nullable=False),
+    Column("selection", Text, nullable=False),
+    Column("changed", BigInteger),
 )

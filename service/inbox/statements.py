@@ -26,7 +26,7 @@ class Statement:
         return await connection.fetch(self.sql, *[values[name] for name in self.names], timeout=timeout_seconds)
 
 
-def _statement(sql: str) -> Statement:
+def statement(sql: str) -> Statement:
     """Compile `sql` with its `:named` parameters, once: built per call, it cost more than the database's work."""
     compiled = text(sql).compile(dialect=PGDialect_asyncpg())  # type: ignore[no-untyped-call]
     return Statement(str(compiled), tuple(compiled.positiontup or ()))
@@ -35,7 +35,7 @@ def _statement(sql: str) -> Statement:
 # Insert the events of many deliveries and their bodies, or do nothing where the id is known: an id comes back only
 # to the first. Sorted, for two processes that insert the same ids in opposite order deadlock. A row that another
 # transaction has changed and not committed is waited for, but not for long: its batch mates wait too.
-INSERT = _statement("""
+INSERT = statement("""
 WITH patience AS MATERIALIZED (
     SELECT set_config('lock_timeout', :patience_ms, true)
 ), delivered AS MATERIALIZED (
@@ -63,13 +63,13 @@ WITH patience AS MATERIALIZED (
 SELECT event_id FROM event
 """)
 
-FIND = _statement("""
+FIND = statement("""
 SELECT event_id, status, attempt FROM stripe_events WHERE event_id = ANY(:event_ids)
 """)
 
 # Take over what nobody works on. MATERIALIZED: a plain IN (SELECT ... LIMIT) claimed 200 rows for 5 under
 # another plan. SKIP LOCKED: a row under a running handler's lock is held, however late it is.
-TAKE_OVER = _statement("""
+TAKE_OVER = statement("""
 WITH due AS MATERIALIZED (
     SELECT event_id FROM stripe_events
      WHERE event_id = ANY(:event_ids) AND status IN ('pending', 'failed')
@@ -85,7 +85,7 @@ RETURNING e.event_id, e.attempt, e.failures, e.abandoned, p.body
 
 # Give up on holders that vanished: their claim is past its lease and no handler's lock is on the row. It is
 # due again after a backoff, or dead when it keeps killing its process.
-RETURN_ABANDONED = _statement("""
+RETURN_ABANDONED = statement("""
 WITH due AS MATERIALIZED (
     SELECT event_id FROM stripe_events
      WHERE status = 'processing' AND due_at <= (SELECT clock_timestamp())
@@ -106,7 +106,7 @@ RETURNING e.event_id, e.status, e.abandoned
 
 # What is due, oldest first; events that were abandoned before are looked for apart. The clock in a subquery: a
 # bare volatile function would be no index condition, and each look would read every row that is not due yet.
-DUE = _statement("""
+DUE = statement("""
 SELECT event_id FROM stripe_events
  WHERE status IN ('pending', 'failed') AND due_at <= (SELECT clock_timestamp()) AND (abandoned > 0) = :abandoned
  ORDER BY due_at LIMIT :limit
@@ -114,7 +114,7 @@ SELECT event_id FROM stripe_events
 
 # The first statement of a handler's transaction: lock the row if the claim still holds. The lock is the
 # lease from here on; the timeouts free it when this process freezes.
-HOLD = _statement("""
+HOLD = statement("""
 SELECT pg_current_xact_id()::text AS xid,
        pg_backend_pid() AS pid,
        set_config('synchronous_commit', 'on', true),
@@ -126,7 +126,7 @@ SELECT pg_current_xact_id()::text AS xid,
 """)
 
 # The last statement before COMMIT. Another transaction id: the handler ended the transaction by itself.
-COMPLETE = _statement("""
+COMPLETE = statement("""
 UPDATE stripe_events
    SET status = 'completed', action = :action, last_error = NULL, settled_at = clock_timestamp()
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
@@ -134,7 +134,7 @@ UPDATE stripe_events
 RETURNING true
 """)
 
-FAIL = _statement("""
+FAIL = statement("""
 UPDATE stripe_events
    SET failures = failures + 1, last_error = :error,
        status = CASE WHEN clock_timestamp() >= give_up_at THEN 'dead' ELSE 'failed' END,
@@ -144,20 +144,20 @@ UPDATE stripe_events
 RETURNING status
 """)
 
-KILL = _statement("""
+KILL = statement("""
 UPDATE stripe_events
    SET status = 'dead', failures = failures + 1, last_error = :error, settled_at = clock_timestamp()
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
 RETURNING status
 """)
 
-RELEASE = _statement("""
+RELEASE = statement("""
 UPDATE stripe_events SET status = 'pending', due_at = clock_timestamp() + make_interval(secs => :due_in)
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
 RETURNING status
 """)
 
-IGNORE = _statement("""
+IGNORE = statement("""
 UPDATE stripe_events SET status = 'ignored', action = 'ignored', settled_at = clock_timestamp()
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
 RETURNING status
@@ -165,7 +165,7 @@ RETURNING status
 
 # We were given up on, and are alive: a handler's row lock goes with its transaction, a moment before our word of how
 # it ended, and past the lease its row looks abandoned then. Nobody has begun since, or the attempt were another.
-TAKE_BACK = _statement("""
+TAKE_BACK = statement("""
 UPDATE stripe_events
    SET status = 'processing', abandoned = :abandoned, settled_at = NULL,
        due_at = clock_timestamp() + make_interval(secs => :lease)
@@ -173,20 +173,20 @@ UPDATE stripe_events
 RETURNING true
 """)
 
-# An operator's replay of what is settled or waiting; never of what is being handled right now.
-REPLAY = _statement("""
+# An operator's replay; `processing` is never among the statuses: that is being handled right now.
+REPLAY = statement("""
 UPDATE stripe_events
    SET status = 'pending', failures = 0, abandoned = 0, settled_at = NULL, due_at = clock_timestamp(),
        give_up_at = clock_timestamp() + make_interval(secs => :give_up_in)
- WHERE event_id = ANY(:event_ids) AND status IN ('pending', 'failed', 'dead', 'ignored')
+ WHERE event_id = ANY(:event_ids) AND status = ANY(:statuses)
 RETURNING event_id
 """)
 
 # A handler was given up on: end its transaction now, not when its statement happens to end. Pids are reused,
 # so only if the backend is still in that very transaction.
-END = _statement("""
+END = statement("""
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
  WHERE pid = :pid AND backend_xid = CAST(CAST(CAST(:xid AS text) AS xid8) AS xid)
 """)
 
-XACT_STATUS = _statement("SELECT pg_xact_status(CAST(CAST(:xid AS text) AS xid8))")
+XACT_STATUS = statement("SELECT pg_xact_status(CAST(CAST(:xid AS text) AS xid8))")

@@ -19,7 +19,8 @@ MODULE_MOST_LINES = 320  # that are not blank; two screens of code and what it a
 RANKS: tuple[tuple[str, ...], ...] = (
     ("service.__main__",),
     ("service.cli",),
-    ("service.loading",),
+    ("service.cli_events", "service.loading"),
+    ("service.terminal",),
     ("service.app", "service.checks", "service.embedded", "service.web.door"),
     ("service.web.probes", "service.web.webhook", "service.embedded_servers"),
     ("service.inbox.recovery", "service.web.signature", "service.web.health", "service.web.lobby"),
@@ -28,12 +29,13 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("service.inbox.pipeline",),
     ("service.inbox.dispatch",),
     ("service.inbox.claims", "service.inbox.attempt"),
-    ("service.inbox.ledger", "service.inbox.schema"),
+    ("service.inbox.ledger", "service.inbox.operations", "service.inbox.schema"),
     ("service.inbox.lock", "service.inbox.postgres"),
     (
         "service.migrations.env",
         "service.migrations.versions.0001_ledger",
         "service.migrations.versions.0002_load_effects",
+        "service.migrations.versions.0003_operator_actions",
     ),
     ("service.handlers",),
     ("service.handlers.invoices", "service.handlers.load_probe"),
@@ -52,6 +54,9 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("service.inbox", "service.web", "service.migrations", "service.migrations.versions"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+
+
+COMMANDS = {"service.cli", "service.cli_events", "service.terminal"}
 
 
 def name_of(path: Path) -> str:
@@ -124,7 +129,7 @@ def test_handlers_import_only_service(name: str) -> None:
 
 def test_only_the_roots_know_the_web_server() -> None:
     """Who serves, and how commands are parsed, is the business of as many modules as are named here."""
-    for package, roots in {"uvicorn": {"service.cli", "service.web.door"}, "typer": {"service.cli"}}.items():
+    for package, roots in {"uvicorn": {"service.cli", "service.web.door"}, "typer": COMMANDS}.items():
         assert {
             name for name in MODULES if any(module.split(".")[0] == package for module, _ in imports(name))
         } == roots

@@ -1,0 +1,22 @@
+"""Who changed what by hand, when, and which events were meant; and the dead ones, which an operator looks for."""
+
+from alembic import op
+
+revision = "0003"
+down_revision = "0002"
+
+
+def upgrade() -> None:
+    op.execute(
+        """
+        CREATE TABLE operator_actions (
+            action_id  bigint GENERATED ALWAYS AS IDENTITY CONSTRAINT operator_actions_pkey PRIMARY KEY,
+            at         timestamptz NOT NULL,
+            operator   text        NOT NULL,
+            action     text        NOT NULL,
+            selection  text        NOT NULL,
+            changed    bigint
+        )
+        """
+    )
+    op.execute("CREATE INDEX stripe_events_dead ON stripe_events (received_at) WHERE status = 'dead'")

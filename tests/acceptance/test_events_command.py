@@ -1,0 +1,171 @@
+"""`firstclaim events` and `stats` as an operator uses them: beside a running service, on its ledger."""
+
+import asyncio
+import os
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from service.inbox.model import Status
+from tests.acceptance.command import SECRET, Command, Run
+from tests.acceptance.harness import PROCESSED, REPOSITORY, Ground, Sample, Service, sample
+
+
+@pytest.fixture
+def command(ground: Ground, tmp_path: Path) -> Command:
+    """On the ground's database alone: no Redis, no handlers."""
+    folder = tmp_path / "operator"
+    folder.mkdir()
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "STRIPE_WEBHOOK_SECRETS": SECRET}
+    return Command(folder, {**environment, "DATABASE_URL": ground.database_url, "COLUMNS": "200"})
+
+
+async def dead_event(ground: Ground, service: Service, mended: Path) -> Sample:
+    """One whose handler gives up for good, until that file is there."""
+    event = sample("permanent", mended=str(mended))
+    assert (await ground.deliver(service, event)).content["action"] == "dead"
+    return event
+
+
+def objects(run: Run) -> list[dict[str, Any]]:
+    """What a run with `--json` printed, a line each."""
+    assert run.code == 0, run.said
+    return [orjson.loads(line) for line in run.said.splitlines()]
+
+
+async def test_a_dead_event_is_found_understood_and_replayed(ground: Ground, command: Command, tmp_path: Path) -> None:
+    """List, show, a dry run, the replay that is followed to its end, and what the ledger says of it afterwards."""
+    service = await ground.service().start()
+    mended = tmp_path / "mended"
+    event = await dead_event(ground, service, mended)
+    good = sample()
+    assert (await ground.deliver(service, good)).said == PROCESSED
+
+    run = await command("events", "list", "--status", "dead")
+    run.says(event.id, "dead", "never")
+    assert good.id not in run.said
+    assert [each["event_id"] for each in objects(await command("events", "list", "--json"))] == [good.id, event.id]
+
+    run = await command("events", "show", event.id)
+    run.says(event.id, "invoice.payment_failed", "Permanent: never", "attempt")
+    assert "metadata" not in run.said  # the payload only when asked for
+    [shown] = objects(await command("events", "show", event.id, "--payload", "--json"))
+    assert shown["payload"] == orjson.loads(event.body)
+    assert (shown["status"], shown["actions"]) == ("dead", [])
+
+    run = await command("events", "replay", "--status", "dead", "--dry-run")
+    assert run.code == 0, run.said
+    run.says("1 events: 1 dead")
+    await ground.settled(event, Status.DEAD)
+
+    mended.touch()
+    run = await command("events", "replay", event.id, "--count", "1", "--wait")
+    assert run.code == 0, run.said
+    run.says("1 made due", "1 completed")
+    row = await ground.settled(event)
+    assert (row.status, row.counts) == (Status.COMPLETED, (2, 0, 0))
+    [shown] = objects(await command("events", "show", event.id, "--json"))
+    [action] = shown["actions"]
+    assert (action["action"], action["selection"]) == ("replay", event.id)
+    assert "@" in action["operator"]
+
+    [stats] = objects(await command("stats", "--json"))
+    assert (stats["events"]["completed"], stats["events"]["dead"], stats["due"]) == (2, 0, 0)
+    (await command("stats")).says("completed          2")
+
+
+async def test_a_replay_that_fails_again_says_so(ground: Ground, command: Command, tmp_path: Path) -> None:
+    """Followed to its end, which is the same one as before: exit 1."""
+    service = await ground.service().start()
+    event = await dead_event(ground, service, tmp_path / "never")
+    run = await command("events", "replay", event.id, "--count", "1", "--wait")
+    assert run.code == 1, run.said
+    run.says("1 dead")
+
+
+async def test_what_may_not_be_replayed(ground: Ground, command: Command, tmp_path: Path) -> None:
+    """Unknown, completed, or being handled right now: refused with the reason, exit 1, and nothing is changed."""
+    service = await ground.service().start()
+    done, held = sample(), sample("hold", gate=str(tmp_path / "gate"))
+    assert (await ground.deliver(service, done)).said == PROCESSED
+    answer = asyncio.create_task(ground.deliver(service, held))
+    await ground.settled(held, Status.PROCESSING)
+    for arguments, words in (
+        (["evt_unknown", done.id], ["not in the ledger", "evt_unknown"]),
+        ([done.id], ["1 of them are completed", "--force", "second time"]),
+        ([held.id], ["being handled right now"]),
+        (["--status", "processing"], ["being handled right now"]),
+        (["--status", "dead"], ["0 events: none"]),
+    ):
+        run = await command("events", "replay", *arguments, "--count", "1")
+        assert run.code == 1, run.said
+        run.says(*words)
+    run = await command("events", "replay", "--type", "invoice.*", "--status", "completed", "--force", "--count", "7")
+    assert run.code == 1, run.said
+    run.says("AGAIN", "1 events are meant, not 7: nothing was changed")
+    assert (await ground.settled(done)).counts == (1, 0, 0)
+
+    ground.waived.add(done.id)
+    run = await command("events", "replay", done.id, "--force", "--count", "1", "--wait")
+    assert run.code == 0, run.said
+    row = await ground.row(done)
+    assert row is not None
+    assert (row.counts, await ground.effects(done)) == ((2, 0, 0), 2)
+    (tmp_path / "gate").touch()
+    await answer
+    await ground.settled(held)
+
+
+async def test_an_impossible_filter_is_a_usage_error(command: Command) -> None:
+    """What was wrong, and what would be right: exit 2."""
+    for arguments, words in (
+        (["list", "--older-than", "3 days"], ["--older-than", "90s, 15m, 2h, 3d"]),
+        (["list", "--status", "stuck"], ["--status", "pending"]),
+        (["list", "--limit", "0"], ["--limit"]),
+        (["replay"], ["name events by id"]),
+        (["prune", "--row-days", "34"], ["--row-days", "35"]),
+    ):
+        run = await command("events", *arguments)
+        assert run.code == 2, run.said
+        run.says(*words)
+    run = await command("events", "show", "evt_unknown")
+    assert run.code == 1, run.said
+    run.says("no event 'evt_unknown'")
+
+
+async def test_old_events_are_pruned(ground: Ground, command: Command) -> None:
+    """What a dry run announces is what goes then."""
+    service = await ground.service().start()
+    old, young = sample(), sample()
+    for event in (old, young):
+        assert (await ground.deliver(service, event)).said == PROCESSED
+        ground.waived.add(event.id)
+    await ground.fetch("UPDATE stripe_events SET settled_at = now() - interval '500 days' WHERE event_id = $1", old.id)
+    run = await command("events", "prune", "--dry-run")
+    run.says("would delete 1 events with their payloads, and 0 payloads more")
+    assert await ground.row(old) is not None
+    run = await command("events", "prune")
+    assert run.code == 0, run.said
+    run.says("deleted 1 events with their payloads, and 0 payloads more")
+    assert await ground.row(old) is None
+    assert await ground.row(young) is not None
+
+
+async def test_a_ledger_that_is_away_is_named(command: Command, unused_tcp_port: int) -> None:
+    """Exit 3, a sentence, no traceback."""
+    away = f"postgresql://nobody:pa55w0rd-in-a-url@127.0.0.1:{unused_tcp_port}/x"
+    for arguments in (["events", "list"], ["stats"], ["events", "replay", "evt_1"]):
+        run = await command(*arguments, DATABASE_URL=away)
+        assert run.code == 3, run.said
+        run.says("Postgres")
+
+
+async def test_a_rotation_is_noted(ground: Ground, command: Command) -> None:
+    """Who rotated the epoch, and from which to which."""
+    run = await command("epoch", "rotate")
+    assert run.code == 0, run.said
+    [row] = await ground.fetch("SELECT action, selection FROM operator_actions")
+    assert row["action"] == "rotate"
+    assert row["selection"] in run.said

@@ -1,0 +1,208 @@
+"""What an operator asks of the ledger and changes in it, on a real server."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from service.inbox.model import Status
+from service.inbox.operations import BATCH, Operations, Selection
+from tests.integration.world import World, delivery
+
+OPERATOR = "ada@desk"
+DAY = 86_400.0
+
+
+@pytest.fixture
+async def operations(world: World, module_database: str) -> AsyncIterator[Operations]:
+    """On a connection of their own, with nothing noted yet."""
+    await world.database.execute("DELETE FROM operator_actions")
+    async with Operations.on(module_database, 5) as operations:
+        yield operations
+
+
+async def event(world: World, status: Status, *, settled_days: float = 0) -> str:
+    """The id of an event in that status, settled so many days ago if it is."""
+    given = await world.state_of(delivery(), status)
+    if settled_days:
+        await world.change(given.event.id, settled_at=-settled_days * DAY)
+    return given.event.id
+
+
+async def replayed(operations: Operations, selection: Selection, *, repeat_completed: bool = False) -> list[str]:
+    batches = operations.replay(selection, OPERATOR, give_up_seconds=1000, repeat_completed=repeat_completed)
+    return [event_id async for batch in batches for event_id in batch]
+
+
+async def pruned(operations: Operations, payload_days: int, row_days: int, *, include_dead: bool = False) -> list[int]:
+    batches = operations.prune(OPERATOR, payload_days, row_days, include_dead=include_dead)
+    return [sum(column) for column in zip((0, 0), *[batch async for batch in batches], strict=True)]
+
+
+async def noted(world: World) -> list[tuple[str, str, str, int | None]]:
+    """The audit."""
+    rows = await world.database.fetch("SELECT operator, action, selection, changed FROM operator_actions ORDER BY at")
+    return [tuple(row) for row in rows]
+
+
+# -- asking -------------------------------------------------------------------------------------------
+
+
+async def test_all_that_is_given_has_to_hold(world: World, operations: Operations) -> None:
+    """By id, status, type, prefix, account and age, alone and together; the newest first."""
+    old, dead, other = [await event(world, each) for each in (Status.COMPLETED, Status.DEAD, Status.COMPLETED)]
+    await world.change(old, received_at=-3600.0, account="acct_1")
+    await world.change(dead, received_at=-60.0, type="invoice_paid")
+    await world.change(other, type="customer.subscription.deleted")
+    for selection, expected in (
+        (Selection(), [other, dead, old]),
+        (Selection([dead, "evt_unknown"]), [dead]),
+        (Selection(statuses=[Status.COMPLETED]), [other, old]),
+        (Selection(type="customer.subscription.*"), [other]),
+        (Selection(type="customer.*"), [other]),
+        (Selection(type="customer.subscription"), []),
+        (Selection(type="invoice%"), []),
+        (Selection(type="invoice.paid"), []),
+        (Selection(account="acct_1"), [old]),
+        (Selection(older_than_seconds=600), [old]),
+        (Selection(newer_than_seconds=600), [other, dead]),
+        (Selection(newer_than_seconds=600, statuses=[Status.DEAD]), [dead]),
+    ):
+        assert [each.event_id for each in await operations.list_events(selection, 10)] == expected, selection
+        assert sum((await operations.count(selection)).values()) == len(expected), selection
+    assert [each.event_id for each in await operations.list_events(Selection(), 1)] == [other]
+
+
+async def test_one_event_is_found_with_its_payload(world: World, operations: Operations) -> None:
+    """The row as it is and the very bytes; None for what the ledger does not have."""
+    given = await world.state_of(delivery(), Status.DEAD)
+    found = await operations.find(given.event.id)
+    assert found is not None
+    assert (found.status, found.type, found.attempt) == (Status.DEAD, given.event.type, 0)
+    assert await operations.payload(given.event.id) == given.body
+    assert await operations.find("evt_unknown") is None
+    assert await operations.payload("evt_unknown") is None
+
+
+async def test_the_stats_tell_what_is_due(world: World, operations: Operations) -> None:
+    """Nothing at first; then events by status, what is due and for how long, and whose holder is late."""
+    empty = await operations.stats()
+    assert (set(empty.events.values()), empty.due, empty.oldest_due_seconds) == ({0}, 0, None)
+    late, later, processing = [await event(world, s) for s in (Status.FAILED, Status.PENDING, Status.PROCESSING)]
+    await event(world, Status.COMPLETED)
+    await world.change(late, due_at=-100.0, abandoned=2)
+    await world.change(later, due_at=100.0)
+    await world.change(processing, due_at=-1.0)
+    found = await operations.stats()
+    assert found.events == {each: int(each not in (Status.IGNORED, Status.DEAD)) for each in Status}
+    assert (found.due, found.past_their_lease, found.abandoned_before) == (1, 1, 1)
+    assert found.oldest_due_seconds == pytest.approx(100, abs=20)
+
+
+# -- replay -------------------------------------------------------------------------------------------
+
+
+async def test_a_replay_by_selection(world: World, operations: Operations) -> None:
+    """Only what is selected, only what may be; and it is noted who did it, with which selection, to how many."""
+    dead = [await event(world, Status.DEAD) for _ in range(3)]
+    others = [await event(world, each) for each in (Status.FAILED, Status.COMPLETED, Status.PROCESSING)]
+    before = [await world.row(each) for each in others]
+    assert sorted(await replayed(operations, Selection(statuses=[Status.DEAD]))) == sorted(dead)
+    assert {await world.status(each) for each in dead} == {Status.PENDING}
+    for row in before:
+        assert (await world.row(row["event_id"]))["status"] == row["status"]
+    assert await noted(world) == [(OPERATOR, "replay", "status=dead", 3)]
+
+
+async def test_completed_events_are_repeated_only_when_told(world: World, operations: Operations) -> None:
+    """Without the word nothing happens to them; with it they are due; what is being handled never is."""
+    completed, processing = await event(world, Status.COMPLETED), await event(world, Status.PROCESSING)
+    assert await replayed(operations, Selection()) == []
+    assert await replayed(operations, Selection(), repeat_completed=True) == [completed]
+    assert await world.status(completed) is Status.PENDING
+    assert await world.status(processing) is Status.PROCESSING
+
+
+async def test_what_has_no_payload_is_not_replayed(world: World, operations: Operations) -> None:
+    """It could not be dispatched, and would be dead for another reason than it is."""
+    dead = await event(world, Status.DEAD)
+    await world.database.execute("DELETE FROM stripe_event_payloads")
+    assert await replayed(operations, Selection([dead])) == []
+    assert await world.status(dead) is Status.DEAD
+
+
+async def test_many_are_replayed_in_batches(world: World, operations: Operations) -> None:
+    """More than fit into one transaction: each once, none left."""
+    template = await event(world, Status.DEAD)
+    for table, columns in (
+        (
+            "stripe_events",
+            "type, livemode, created_at, status, attempt, received_at, due_at, give_up_at, settled_at",
+        ),
+        ("stripe_event_payloads", "body"),
+    ):
+        await world.database.execute(
+            f"""
+            INSERT INTO {table} (event_id, {columns})
+            SELECT 'evt_' || number, {columns} FROM {table}, generate_series(1, $2) AS number WHERE event_id = $1
+            """,
+            template,
+            BATCH * 2,
+        )
+    done = await replayed(operations, Selection(statuses=[Status.DEAD]))
+    assert (len(done), len(set(done))) == (BATCH * 2 + 1, BATCH * 2 + 1)
+    assert await operations.count(Selection()) == {Status.PENDING: BATCH * 2 + 1}
+
+
+async def test_what_was_done_to_an_event_by_its_id_is_told(world: World, operations: Operations) -> None:
+    """Its own, not that of an event whose id begins alike."""
+    dead = await event(world, Status.DEAD)
+    await replayed(operations, Selection([dead, "evt_other"]))
+    [action] = await operations.actions_on(dead)
+    assert (action["operator"], action["action"]) == (OPERATOR, "replay")
+    assert await operations.actions_on("evt_othe") == []
+
+
+# -- prune --------------------------------------------------------------------------------------------
+
+
+async def test_old_payloads_go_and_older_rows(world: World, operations: Operations) -> None:
+    """By the day of settling; what is younger stays whole, and the audit has the count."""
+    ages = {days: await event(world, Status.COMPLETED, settled_days=days) for days in (1, 40, 100)}
+    assert await operations.old(30, 90, include_dead=False) == (2, 1)
+    assert await pruned(operations, 30, 90) == [1, 1]
+    assert [each.event_id for each in await operations.list_events(Selection(), 9)] == [ages[40], ages[1]]
+    assert await operations.payload(ages[40]) is None
+    assert await operations.payload(ages[1]) is not None
+    assert await world.database.fetchval("SELECT count(*) FROM stripe_event_payloads") == 1
+    assert await noted(world) == [(OPERATOR, "prune", "payloads=30d rows=90d", 2)]
+    assert await pruned(operations, 30, 90) == [0, 0]
+
+
+async def test_what_is_unfinished_is_never_pruned(world: World, operations: Operations) -> None:
+    """However old; what is dead waits for an operator, and goes only when told."""
+    kept = {each: await event(world, each) for each in (Status.PENDING, Status.PROCESSING, Status.FAILED)}
+    for each in kept.values():
+        await world.change(each, received_at=-1000 * DAY, due_at=-900 * DAY, give_up_at=-900 * DAY)
+    dead = await event(world, Status.DEAD, settled_days=1000)
+    ignored = await event(world, Status.IGNORED, settled_days=1000)
+    assert await pruned(operations, 1, 35) == [0, 1]
+    assert await operations.find(ignored) is None
+    assert await operations.find(dead) is not None
+    assert await pruned(operations, 1, 35, include_dead=True) == [0, 1]
+    assert await operations.find(dead) is None
+    assert {await world.status(each) for each in kept.values()} == set(kept)
+
+
+async def test_rows_are_kept_while_stripe_may_resend(operations: Operations) -> None:
+    """35 days at least: a row that is gone tells no duplicate."""
+    with pytest.raises(ValueError, match="at least 35 days"):
+        await pruned(operations, 1, 34)
+
+
+async def test_what_another_has_locked_is_left(world: World, operations: Operations) -> None:
+    """A row that is being replayed at this very moment keeps its payload, and nobody waits for it."""
+    held, other = [await event(world, Status.COMPLETED, settled_days=100) for _ in range(2)]
+    async with world.locked(held):
+        assert await pruned(operations, 1, 35) == [0, 1]
+    assert await operations.find(other) is None
+    assert await operations.payload(held) is not None
