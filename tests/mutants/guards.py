@@ -192,17 +192,17 @@ MUTANTS = (
     Mutant(
         "replay-of-what-runs",
         "What is being handled is not replayed.",
-        "inbox/statements.py",
-        "IN ('pending', 'failed', 'dead', 'ignored')",
-        "IN ('pending', 'failed', 'dead', 'ignored', 'processing')",
+        "inbox/model.py",
+        "REPLAYABLE = (Status.PENDING,",
+        "REPLAYABLE = (Status.PROCESSING, Status.PENDING,",
         "integration/test_ledger.py::test_a_replay_never_doubles[processing]",
     ),
     Mutant(
         "replay-of-what-is-done",
         "What is completed is not replayed.",
-        "inbox/statements.py",
-        "IN ('pending', 'failed', 'dead', 'ignored')",
-        "IN ('pending', 'failed', 'dead', 'ignored', 'completed')",
+        "inbox/model.py",
+        "REPLAYABLE = (Status.PENDING,",
+        "REPLAYABLE = (Status.COMPLETED, Status.PENDING,",
         "integration/test_ledger.py::test_a_replay_never_doubles[completed]",
     ),
     # -- the backoff
