@@ -44,6 +44,13 @@ class Batcher(Generic[T, R]):
             task.add_done_callback(self._tasks.discard)
         return answer
 
+    def refuse_waiting(self, error: Exception) -> None:
+        """Raise `error` to all whose batch has not begun."""
+        while self._waiting:
+            _, future = self._waiting.popleft()
+            if not future.cancelled():
+                future.set_exception(error)
+
     async def _work(self) -> None:
         while self._waiting:
             batch = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]

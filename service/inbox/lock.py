@@ -83,10 +83,9 @@ class Lock:
     ) -> None:
         self._redis = redis
         # One connection for all that goes on at once, used as it is: a pool and a pipeline of the client's took more
-        # time than Redis, and a timeout for each reply as much again.
-        options = redis.connection_pool.connection_kwargs
-        self._timeout_seconds: float = options["socket_timeout"]
-        self._connection = redis.connection_pool.connection_class(**{**options, "socket_timeout": None})
+        # time than Redis.
+        self._connection = redis.connection_pool.make_connection()
+        self._timeout_seconds: float = self._connection.socket_timeout
         self._prefix = prefix
         self._lock_ttl_ms = round(lock_ttl_seconds * 1000)
         self._marker_ttl_ms = round(marker_ttl_seconds * 1000)
@@ -198,16 +197,25 @@ class Lock:
     async def _send(self, commands: Sequence[bytes]) -> Sequence[Any]:
         """One round trip for all of them. A lost connection is the answer to each: none of them is sent again."""
         try:
+            await self._connect()
             async with asyncio.timeout(self._timeout_seconds):
-                await self._connection.connect()  # type: ignore[no-untyped-call]
-                if await self._connection.can_read():  # closed while it was idle; or a reply to nobody
-                    await self._connection.disconnect(nowait=True)
-                    await self._connection.connect()  # type: ignore[no-untyped-call]
                 await self._connection.send_packed_command(commands, check_health=False)
                 return [await self._reply() for _ in commands]
-        except BaseException:
+        except BaseException as error:
             await self._connection.disconnect(nowait=True)  # what comes on it would be taken for another's reply
+            if isinstance(error, Exception):  # to those as well who asked meanwhile, or each batch waits out a timeout
+                self._commands.refuse_waiting(error)
             raise
+
+    async def _connect(self) -> None:
+        """Unless it is. Every step of it may take the timeout: on a slow line they are several round trips."""
+        connection = self._connection
+        if connection.is_connected and await connection.can_read():  # closed while idle; or a reply to nobody
+            await connection.disconnect(nowait=True)
+        if not connection.is_connected:
+            connection.socket_timeout = self._timeout_seconds
+            await connection.connect()  # type: ignore[no-untyped-call]
+            connection.socket_timeout = None  # from now on there is one for all replies of a batch: it cost as much again
 
     async def _reply(self) -> Any:
         try:

@@ -345,6 +345,7 @@ class Server:
         self.reply: bytes | None = b"+OK\r\n"
         self.heard: list[str] = []
         self.hang_up = False
+        self.pause_seconds = 0.0  # before each reply
         self.connections: list[asyncio.StreamWriter] = []
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -354,6 +355,7 @@ class Server:
             commands.feed(chunk)
             while (command := commands.gets()) is not False:
                 name = command[0].decode().upper()
+                await asyncio.sleep(self.pause_seconds)
                 if name == "CLIENT":  # its name, sent once per connection
                     writer.write(b"+OK\r\n")
                     continue
@@ -513,6 +515,14 @@ async def test_a_connection_closed_while_idle_is_opened_again() -> None:
     assert (server.heard, len(server.connections)) == (["SET", "SET"], 2)
 
 
+async def test_a_slow_line_is_not_away() -> None:
+    """To connect takes several round trips: each of them may take the timeout, as each batch may afterwards."""
+    server = Server()
+    server.reply, server.pause_seconds = b"$-1\r\n", 0.6
+    async with listening(server, timeout_seconds=1) as client:
+        assert await make(client).acquire(ID, TOKEN, EPOCH) is LockReply.HELD
+
+
 # -- the breaker --------------------------------------------------------------------------------------
 
 
@@ -532,6 +542,17 @@ async def test_an_outage_costs_one_timeout_per_window(clock: Clock) -> None:
         await lock.mark_recorded(ID, TOKEN, EPOCH)
         await lock.forget(ID, TOKEN, EPOCH)
     assert server.heard == ["SET"]
+
+
+async def test_a_thousand_at_once_wait_for_one_timeout(clock: Clock) -> None:
+    """They are several batches: those behind the one that was not answered are not sent to find out the same."""
+    server = Server()
+    server.reply = None
+    async with listening(server, timeout_seconds=0.3) as client:
+        lock = make(client)
+        replies = await asyncio.gather(*(lock.acquire(f"evt_{number}", TOKEN, EPOCH) for number in range(1000)))
+    assert set(replies) == {LockReply.AWAY}
+    assert (len(server.heard), len(server.connections)) == (200, 1)
 
 
 async def test_after_the_window_one_asks_for_all(clock: Clock) -> None:
