@@ -31,8 +31,6 @@ from service.checks import Check, Verdict, all_checks, refuse
 from service.embedded import kept_secret, running_database, servers
 from service.errors import ConfigurationError
 from service.inbox import schema
-from service.inbox.operations import Operations
-from service.inbox.postgres import rotate_epoch
 from service.loading_plan import IN_FLIGHT_MOST, Plan
 from service.settings import Settings
 from service.terminal import database, dsn_of, out, read_settings, reported
@@ -124,15 +122,10 @@ def check() -> None:
 def rotate() -> None:
     """Make every marker in Redis worthless: the step after restoring the ledger from a backup."""
     with reported(), database() as settings:
-        before, after = asyncio.run(_rotate(settings))
+        before, after = asyncio.run(
+            cli_events.on(settings, lambda operations: operations.rotate_epoch(cli_events.operator()))
+        )
         out.print(f"epoch {before} -> {after}; running services notice within one recovery round", soft_wrap=True)
-
-
-async def _rotate(settings: Settings) -> tuple[str | None, str | None]:
-    before, after = await rotate_epoch(dsn_of(settings), settings.postgres_timeout_seconds)
-    async with Operations.on(dsn_of(settings), settings.postgres_timeout_seconds) as operations:
-        await operations.rotated(cli_events.operator(), before, after)
-    return before, after
 
 
 @app.command()

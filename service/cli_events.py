@@ -2,13 +2,14 @@
 
 `--json` prints one JSON object per event (or one in all), its fields are those of the ledger's row; fields may be
 added, none is renamed. Exit codes: 0 done · 1 the answer is no (unknown id, refused, or with `--wait` not all of them
-completed) · 2 the command line is wrong · 3 Postgres is away.
+completed or ignored) · 2 the command line is wrong · 3 Postgres is away, or not migrated.
 """
 
 import asyncio
 import getpass
 import re
 import socket
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,11 +18,13 @@ from typing import Annotated, Any, TypeVar
 
 import orjson
 import typer
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from service.inbox.model import Status
-from service.inbox.operations import ROW_DAYS_LEAST, Listed, Operations, Selection
+from service.inbox.operations import ROW_DAYS_LEAST, Chosen, Listed, Operations, Selection
 from service.settings import Settings
 from service.terminal import database, dsn_of, fail, out, reported
 
@@ -39,6 +42,8 @@ _COLOURS = {
     Status.DEAD: "red",
 }
 _POLL_SECONDS = 0.5
+_WORD_MOST = 255
+_DAYS_MOST = 36_500
 
 
 def _duration(text: str) -> float:
@@ -53,10 +58,22 @@ def _age(text: str) -> Any:
     return typer.Option(parser=_duration, metavar="90s|15m|2h|3d", help=text)
 
 
-Ids = Annotated[list[str] | None, typer.Argument(metavar="ID...", help="Event ids.")]
+def _word(text: str) -> str:
+    """What can be stored; raises a usage error."""
+    if not (text.isprintable() and 0 < len(text) <= _WORD_MOST):
+        raise typer.BadParameter(f"expected up to {_WORD_MOST} printable characters, not {text!r:.80}")
+    return text
+
+
+Id = Annotated[str, typer.Argument(parser=_word, metavar="ID", help="Event id.")]
+Ids = Annotated[list[str] | None, typer.Argument(parser=_word, metavar="ID...", help="Event ids.")]
 Statuses = Annotated[list[Status] | None, typer.Option("--status", help="Only in this status; again for more.")]
-Type = Annotated[str | None, typer.Option("--type", help='Only of this type, or of "prefix.*".')]
-Account = Annotated[str | None, typer.Option("--account", help="Only of this connected account.")]
+Type = Annotated[
+    str | None, typer.Option("--type", parser=_word, metavar="TYPE", help='Only of this type, or of "prefix.*".')
+]
+Account = Annotated[
+    str | None, typer.Option("--account", parser=_word, metavar="ID", help="Only of this connected account.")
+]
 OlderThan = Annotated[float | None, _age("Only if it came in longer ago.")]
 NewerThan = Annotated[float | None, _age("Only if it came in since.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object per line.")]
@@ -73,7 +90,7 @@ def list_events(
     as_json: AsJson = False,
 ) -> None:
     """List events, the newest first."""
-    selection = Selection((), status or (), event_type, account, older_than, newer_than)
+    selection = Selection(None, status or None, event_type, account, older_than, newer_than)
     with reported():
         found = _asked(lambda operations: operations.list_events(selection, limit))
     if as_json:
@@ -81,25 +98,22 @@ def list_events(
             _print_json(asdict(each))
         return
     table = Table("event", "type", "status", "attempts", "received", "what came of it", box=None, pad_edge=False)
+    for column in table.columns[:2]:
+        column.no_wrap = True
     for each in found:
-        table.add_row(
-            each.event_id,
-            each.type,
-            f"[{_COLOURS[each.status]}]{each.status}[/]",
-            str(each.attempt),
-            _ago(each.received_at),
-            _plain(each.last_error or each.action or ""),
-        )
-    out.print(table if found else "no such event")
+        came = each.last_error or each.action or ""
+        cells = (each.event_id, each.type, each.status, str(each.attempt), _ago(each.received_at), came)
+        table.add_row(*(Text(_plain(cell), _COLOURS[each.status] if cell is each.status else "") for cell in cells))
+    _print(table if found else "no such event")
     if len(found) == limit:
-        out.print(f"the newest {limit}; --limit shows more")
+        _print(f"the newest {limit}; --limit shows more")
 
 
 @app.command()
 def show(
-    event_id: Annotated[str, typer.Argument(metavar="ID", help="Event id.")],
+    event_id: Id,
     payload: Annotated[
-        bool, typer.Option("--payload", help="Also the signed body: it may hold personal data.")
+        bool, typer.Option("--payload", help="Also the signed body, as it came: it may hold personal data.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -114,21 +128,17 @@ def show(
         event, actions, body = _asked(ask)
     if event is None:
         fail(f"the ledger has no event {event_id!r}", 1)
+    text = None if body is None else body.decode(errors="replace")
     if as_json:
-        extra = {"payload": None if body is None else orjson.loads(body)} if payload else {}
-        _print_json({**asdict(event), "actions": actions, **extra})
+        _print_json({**asdict(event), "actions": actions, **({"payload": text} if payload else {})})
         return
     for name, value in asdict(event).items():
-        shown = f"{value:%Y-%m-%d %H:%M:%S} UTC ({_ago(value)})" if isinstance(value, datetime) else value
-        if name == "status":
-            shown = f"[{_COLOURS[event.status]}]{event.status}[/]"
-        elif value is not None:
-            shown = _plain(str(shown))
-        out.print(f"[bold]{name:12}[/] {'-' if value is None else shown}", soft_wrap=True)
+        shown = _at(value) if isinstance(value, datetime) else "-" if value is None else str(value)
+        _print_line(name, shown, _COLOURS[event.status] if name == "status" else "")
     for each in actions:
-        out.print(f"[bold]{each['action']:12}[/] {each['at']:%Y-%m-%d %H:%M:%S} UTC by {_plain(each['operator'])}")
+        _print_line(each["action"], f"{_at(each['at'])} by {each['operator']}")
     if payload:
-        out.print("its payload has been pruned" if body is None else _plain(body.decode()), soft_wrap=True)
+        _print(_plain(text or "its payload has been pruned"))
 
 
 @app.command()
@@ -142,52 +152,53 @@ def replay(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many, and change nothing.")] = False,
     count: Annotated[int | None, typer.Option(help="How many you expect, instead of being asked.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Also completed ones: their effects happen again.")] = False,
-    wait: Annotated[bool, typer.Option("--wait", help="Follow them until all are settled, or failed again.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow them to their end, or until they failed again.")] = False,
 ) -> None:
     """Make events due again: failures reset, the attempt's number kept; running services take them up.
 
     Named by id, or by what --status and the others say. What is being handled right now is refused.
     """
-    selection = Selection(tuple(ids or ()), status or (), event_type, account, older_than, newer_than)
+    selection = Selection(ids or None, status or None, event_type, account, older_than, newer_than)
     if selection.is_empty:
         raise typer.BadParameter("name events by id, or say which with --status and the others")
     with reported(), database() as settings:
-        found = asyncio.run(_on(settings, lambda operations: operations.count(selection)))
-        if ids and (missing := len(set(ids)) - sum(found.values())):
-            known = asyncio.run(_on(settings, lambda operations: operations.list_events(selection, len(ids))))
-            unknown = sorted(set(ids) - {each.event_id for each in known})
-            fail(f"{missing} of these are not in the ledger, or not as selected: {', '.join(unknown)}", 1)
-        if found.get(Status.PROCESSING):
-            fail(f"{found[Status.PROCESSING]} of them are being handled right now: try again when they have ended", 1)
-        done = found.get(Status.COMPLETED, 0)
-        if done and not force:
-            fail(f"{done} of them are completed: --force would run their handlers a second time", 1)
-        expected = sum(found.values())
-        words = ", ".join(f"{events} {each}" for each, events in found.items()) or "none"
-        out.print(f"{expected} events: {words}" + (f"; the effects of {done} will happen AGAIN" if done else ""))
-        if dry_run or not expected:
-            raise typer.Exit(0 if expected else 1)
+        found = asyncio.run(on(settings, lambda operations: operations.choose(selection)))
+        chosen = _allowed(found, ids, force=force)
+        counts = Counter(each.status for each in chosen)
+        words = ", ".join(f"{events} {each}" for each, events in counts.items()) or "none"
+        again = counts[Status.COMPLETED]
+        _print(f"{len(chosen)} events: {words}" + (f"; the effects of {again} will happen AGAIN" if again else ""))
+        if pruned := len(found) - len(chosen):
+            _print(f"{pruned} more have no payload any more, and cannot be handled")
+        if dry_run or not chosen:
+            raise typer.Exit(0 if chosen else 1)
         if count is None:
-            count = typer.prompt(f"Type {expected} to replay them", type=int)
-        if count != expected:
-            fail(f"{expected} events are meant, not {count}: nothing was changed", 1)
+            count = typer.prompt(f"Type {len(chosen)} to replay them", type=int)
+        if count != len(chosen):
+            fail(f"{len(chosen)} events are meant, not {count}: nothing was changed", 1)
         replayed = asyncio.run(
-            _on(settings, lambda operations: _replay(operations, selection, settings, force, expected))
+            on(settings, lambda operations: _replay(operations, chosen, selection, settings.give_up_seconds, force))
         )
-        kept = expected - len(replayed)
-        out.print(
-            f"{len(replayed)} made due" + (f"; {kept} have no payload any more, or changed meanwhile" if kept else "")
+        kept = len(chosen) - len(replayed)
+        _print(
+            f"{len(replayed)} made due"
+            + (f"; {kept} have changed meanwhile, or are locked: not touched" if kept else "")
         )
-        if wait:
-            settled = asyncio.run(_on(settings, lambda operations: _follow(operations, replayed)))
-            out.print(", ".join(f"{events} {each}" for each, events in settled.items()))
-            raise typer.Exit(0 if set(settled) <= {Status.COMPLETED, Status.IGNORED} else 1)
+        if wait and replayed:
+            settled = asyncio.run(on(settings, lambda operations: _follow(operations, replayed)))
+            _print(", ".join(f"{events} {each}" for each, events in settled.items()))
+            raise typer.Exit(0 if not kept and set(settled) <= {Status.COMPLETED, Status.IGNORED} else 1)
+        raise typer.Exit(1 if kept else 0)
 
 
 @app.command()
 def prune(
-    payload_days: Annotated[int, typer.Option(min=1, help="Delete payloads of what was settled so long ago.")] = 90,
-    row_days: Annotated[int, typer.Option(min=ROW_DAYS_LEAST, help="And the whole event, so long ago.")] = 400,
+    payload_days: Annotated[
+        int, typer.Option(min=1, max=_DAYS_MOST, help="Delete payloads of what was settled so long ago.")
+    ] = 90,
+    row_days: Annotated[
+        int, typer.Option(min=ROW_DAYS_LEAST, max=_DAYS_MOST, help="And the whole event, so long ago.")
+    ] = 400,
     include_dead: Annotated[bool, typer.Option("--include-dead", help="Also what waits for an operator.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many, and change nothing.")] = False,
 ) -> None:
@@ -197,10 +208,10 @@ def prune(
     """
     with reported(), database() as settings:
         payloads, rows = asyncio.run(
-            _on(settings, lambda operations: operations.old(payload_days, row_days, include_dead=include_dead))
+            on(settings, lambda operations: operations.old(payload_days, row_days, include_dead=include_dead))
         )
         if dry_run:
-            out.print(f"would delete {rows} events with their payloads, and {max(0, payloads - rows)} payloads more")
+            _print(f"would delete {rows} events with their payloads, and {max(0, payloads - rows)} payloads more")
             return
 
         async def work(operations: Operations) -> tuple[int, int]:
@@ -213,8 +224,8 @@ def prune(
                     bar.advance(task, some_payloads + some_rows)
             return deleted_payloads, deleted_rows
 
-        deleted_payloads, deleted_rows = asyncio.run(_on(settings, work))
-        out.print(f"deleted {deleted_rows} events with their payloads, and {deleted_payloads} payloads more")
+        deleted_payloads, deleted_rows = asyncio.run(on(settings, work))
+        _print(f"deleted {deleted_rows} events with their payloads, and {deleted_payloads} payloads more")
 
 
 def stats(as_json: AsJson = False) -> None:
@@ -225,10 +236,11 @@ def stats(as_json: AsJson = False) -> None:
         _print_json(asdict(found))
         return
     for status, events in found.events.items():
-        out.print(f"[{_COLOURS[status]}]{status:18}[/] {events}")
-    oldest = "-" if found.oldest_due_seconds is None else f"{found.oldest_due_seconds:.0f} s"
-    out.print(f"{'due now':18} {found.due}\n{'oldest due':18} {oldest}")
-    out.print(f"{'past their lease':18} {found.past_their_lease}\n{'abandoned before':18} {found.abandoned_before}")
+        _print_line(status, str(events), _COLOURS[status])
+    _print_line("due now", str(found.due))
+    _print_line("oldest due", "-" if found.oldest_due_seconds is None else f"{found.oldest_due_seconds:.0f} s")
+    _print_line("past their lease", str(found.past_their_lease))
+    _print_line("abandoned before", str(found.abandoned_before))
 
 
 def operator() -> str:
@@ -245,21 +257,34 @@ def operator() -> str:
 
 def _asked(ask: Callable[[Operations], Awaitable[T]]) -> T:
     with database() as settings:
-        return asyncio.run(_on(settings, ask))
+        return asyncio.run(on(settings, ask))
 
 
-async def _on(settings: Settings, ask: Callable[[Operations], Awaitable[T]]) -> T:
+async def on(settings: Settings, ask: Callable[[Operations], Awaitable[T]]) -> T:
+    """What `ask` says on a connection of its own."""
     async with Operations.on(dsn_of(settings), settings.postgres_timeout_seconds) as operations:
         return await ask(operations)
 
 
+def _allowed(found: list[Chosen], ids: list[str] | None, *, force: bool) -> list[Chosen]:
+    """Those that may be replayed; exits where what was asked for may not be done."""
+    if unknown := sorted(set(ids or ()) - {each.event_id for each in found}):
+        fail(f"{len(unknown)} of these are not in the ledger, or not as selected: {', '.join(unknown)}", 1)
+    if held := sum(each.status is Status.PROCESSING for each in found):
+        fail(f"{held} of them are being handled right now: try again when they have ended", 1)
+    allowed = [each for each in found if each.has_payload]
+    if (done := sum(each.status is Status.COMPLETED for each in allowed)) and not force:
+        fail(f"{done} of them are completed: --force would run their handlers a second time", 1)
+    return allowed
+
+
 async def _replay(
-    operations: Operations, selection: Selection, settings: Settings, force: bool, expected: int
+    operations: Operations, chosen: list[Chosen], selection: Selection, give_up_seconds: float, force: bool
 ) -> list[str]:
     replayed: list[str] = []
-    with _bar("replaying", expected) as (bar, task):
+    with _bar("replaying", len(chosen)) as (bar, task):
         async for batch in operations.replay(
-            selection, operator(), give_up_seconds=settings.give_up_seconds, repeat_completed=force
+            chosen, selection, operator(), give_up_seconds=give_up_seconds, repeat_completed=force
         ):
             replayed += batch
             bar.advance(task, len(batch))
@@ -291,6 +316,21 @@ def _print_json(content: dict[str, Any]) -> None:
     out.file.write(orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS).decode() + "\n")
 
 
+def _print(content: RenderableType) -> None:
+    """No markup: what comes from outside may look like it."""
+    if isinstance(content, str):
+        content = Text(content)
+    out.print(content, soft_wrap=isinstance(content, Text))
+
+
+def _print_line(name: str, value: str, style: str = "") -> None:
+    _print(Text.assemble((f"{name:18}", "bold"), " ", (_plain(value), style)))
+
+
+def _at(at: datetime) -> str:
+    return f"{at:%Y-%m-%d %H:%M:%S} UTC ({_ago(at)})"
+
+
 def _ago(at: datetime) -> str:
     seconds = (datetime.now(UTC) - at).total_seconds()
     unit = next((unit for unit in "dhm" if abs(seconds) >= _UNITS[unit]), "s")
@@ -299,6 +339,5 @@ def _ago(at: datetime) -> str:
 
 
 def _plain(text: str) -> str:
-    """What comes from outside is no markup and moves no cursor."""
-    printable = "".join(each if each.isprintable() or each == "\n" else " " for each in text)
-    return printable.replace("[", "\\[")
+    """What comes from outside moves no cursor."""
+    return "".join(each if each.isprintable() or each == "\n" else " " for each in text)

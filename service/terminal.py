@@ -13,6 +13,8 @@ from service.logs import configure
 from service.settings import Settings, load_settings
 
 out = Console(highlight=False)
+if not out.is_terminal:
+    out.width = 10_000  # into a pipe or a file lines go whole
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from service.inbox.event import Event
 from service.inbox.ledger import Claim, Held, Ledger
 from service.inbox.postgres import (
     UNAVAILABLE,
-    Seats,
     begin,
     check_not_refused,
     commit,
@@ -32,6 +31,7 @@ from service.inbox.postgres import (
     handler_runs,
     roll_back,
 )
+from service.inbox.seats import Seats
 from service.registry import Context, Handler
 
 _ENDED = (
@@ -181,7 +181,7 @@ class Attempt:
         try:
             await roll_back(connection, self.postgres_timeout_seconds)
             await self.seats.give_back(connection)
-        except (*UNAVAILABLE, asyncio.CancelledError):
+        except (*UNAVAILABLE, LedgerUnavailable, asyncio.CancelledError):  # or the handler closed it
             await discard(connection)
 
 

@@ -20,8 +20,8 @@ from service.inbox.event import Event
 from service.inbox.ledger import Claim, Ledger
 from service.inbox.model import Status
 from service.inbox.outcome import Outcome
-from service.inbox.postgres import Seats
 from service.inbox.retry import Backoff
+from service.inbox.seats import Seats
 from service.registry import Handler
 from service.telling import describe_error, tell_error
 

@@ -16,7 +16,7 @@ from service.errors import LedgerUnavailable
 from service.inbox import statements
 from service.inbox.batch import Batcher
 from service.inbox.event import Delivery
-from service.inbox.model import REPLAYABLE, Status
+from service.inbox.model import Status
 from service.inbox.postgres import ROW_FAULTS, PinnedConnection, borrow, describe, driver, read_epoch
 from service.inbox.retry import Backoff
 from service.inbox.statements import Statement
@@ -198,13 +198,6 @@ class Ledger:
         """The epoch as the server has it now."""
         async with borrow(self._engine, self._timeout_seconds) as connection:
             return await read_epoch(driver(connection))
-
-    async def replay(self, event_ids: Sequence[str]) -> list[str]:
-        """Make events due now with their counts reset, attempt untouched; returns those that it changed."""
-        rows = await self._run(
-            statements.REPLAY, event_ids=list(event_ids), statuses=list(REPLAYABLE), give_up_in=self._give_up_seconds
-        )
-        return [row["event_id"] for row in rows]
 
     # -- inside a handler's transaction ---------------------------------------------------------------
 

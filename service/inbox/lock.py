@@ -84,7 +84,7 @@ class Lock:
         self._redis = redis
         # One connection for all that goes on at once, used as it is: a pool and a pipeline of the client's took more
         # time than Redis.
-        self._connection = redis.connection_pool.make_connection()
+        self._connection = redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
         self._timeout_seconds: float = self._connection.socket_timeout
         self._prefix = prefix
         self._lock_ttl_ms = round(lock_ttl_seconds * 1000)
@@ -214,8 +214,10 @@ class Lock:
             await connection.disconnect(nowait=True)
         if not connection.is_connected:
             connection.socket_timeout = self._timeout_seconds
-            await connection.connect()  # type: ignore[no-untyped-call]
-            connection.socket_timeout = None  # from now on there is one for all replies of a batch: it cost as much again
+            await connection.connect()
+            connection.socket_timeout = (
+                None  # from now on there is one for all replies of a batch: it cost as much again
+            )
 
     async def _reply(self) -> Any:
         try:

@@ -46,7 +46,6 @@ class Status(StrEnum):
 
 
 TAKEABLE = (Status.PENDING, Status.FAILED)
-REPLAYABLE = (Status.PENDING, Status.FAILED, Status.DEAD, Status.IGNORED)  # by an operator, without repeating anything
 UNFINISHED = (Status.PENDING, Status.PROCESSING, Status.FAILED)
 
 
@@ -87,7 +86,6 @@ events = Table(
         "due_at",
         postgresql_where=text("status IN ('pending', 'processing', 'failed')"),
     ),
-    Index("stripe_events_dead", "received_at", postgresql_where=text("status = 'dead'")),
 )
 
 payloads = Table(

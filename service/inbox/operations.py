@@ -7,6 +7,7 @@ interrupted shows by having no number. Changes come in small batches, a transact
 locked: no delivery waits for them.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,36 +15,56 @@ from datetime import datetime
 from typing import Any
 
 from service.errors import LedgerUnavailable
-from service.inbox.model import REPLAYABLE, Status
-from service.inbox.postgres import UNAVAILABLE, PinnedConnection, describe, open_connection
-from service.inbox.statements import REPLAY, statement
+from service.inbox import schema
+from service.inbox.model import Status
+from service.inbox.postgres import UNAVAILABLE, PinnedConnection, describe, open_connection, read_epoch
+from service.inbox.statements import Statement, statement
 
 BATCH = 500  # events in one transaction: some ten milliseconds, so that nobody waits long for a row
 ROW_DAYS_LEAST = 35  # Stripe resends by hand for 30 days: until then only the row tells a duplicate
+REPLAYABLE = (Status.PENDING, Status.FAILED, Status.DEAD, Status.IGNORED)  # without repeating any effect
+_STATEMENT_SECONDS = 60.0  # a count over millions of rows; a batch takes milliseconds
 
 _SELECTED = """
-      (:event_ids IS NULL OR event_id = ANY(CAST(:event_ids AS text[])))
-  AND (:statuses IS NULL OR status = ANY(CAST(:statuses AS text[])))
-  AND (CAST(:type AS text) IS NULL OR type LIKE CAST(:type AS text))
-  AND (CAST(:account AS text) IS NULL OR account = CAST(:account AS text))
+      (CAST(:event_ids AS text[]) IS NULL OR e.event_id = ANY(CAST(:event_ids AS text[])))
+  AND (CAST(:statuses AS text[]) IS NULL OR e.status = ANY(CAST(:statuses AS text[])))
+  AND (CAST(:type AS text) IS NULL OR e.type LIKE CAST(:type AS text))
+  AND (CAST(:account AS text) IS NULL OR e.account = CAST(:account AS text))
   AND (CAST(:older AS float8) IS NULL
-       OR received_at <= clock_timestamp() - make_interval(secs => CAST(:older AS float8)))
+       OR e.received_at <= clock_timestamp() - make_interval(secs => CAST(:older AS float8)))
   AND (CAST(:newer AS float8) IS NULL
-       OR received_at > clock_timestamp() - make_interval(secs => CAST(:newer AS float8)))
-""".replace(":event_ids IS", "CAST(:event_ids AS text[]) IS").replace(":statuses IS", "CAST(:statuses AS text[]) IS")
+       OR e.received_at > clock_timestamp() - make_interval(secs => CAST(:newer AS float8)))
+"""
 
 _COLUMNS = """event_id, type, account, livemode, object_id, api_version, status, attempt, failures, abandoned, action,
        last_error, created_at, received_at, due_at, give_up_at, settled_at"""
 
-_LIST = statement(f"SELECT {_COLUMNS} FROM stripe_events WHERE {_SELECTED} ORDER BY received_at DESC LIMIT :most")
-_COUNT = statement(f"SELECT status, count(*) AS events FROM stripe_events WHERE {_SELECTED} GROUP BY status")
-# Without its payload an event cannot be dispatched.
-_IDS = statement(f"""
-SELECT event_id FROM stripe_events e
- WHERE {_SELECTED} AND status = ANY(:changeable)
-   AND EXISTS (SELECT FROM stripe_event_payloads p WHERE p.event_id = e.event_id)
- ORDER BY due_at
+_LIST = statement(f"SELECT {_COLUMNS} FROM stripe_events e WHERE {_SELECTED} ORDER BY received_at DESC LIMIT :most")
+_COUNT = statement(f"SELECT status, count(*) AS events FROM stripe_events e WHERE {_SELECTED} GROUP BY status")
+_CHOOSE = statement(f"""
+SELECT event_id, status, attempt, p.event_id IS NOT NULL AS has_payload
+  FROM stripe_events e LEFT JOIN stripe_event_payloads p USING (event_id)
+ WHERE {_SELECTED} ORDER BY due_at
 """)
+# Only as it was chosen: what has changed since may have had its effects. With its payload, for without one an event
+# cannot be dispatched; that is locked too, or a prune that runs beside this one deletes it.
+_REPLAY = statement("""
+WITH chosen AS MATERIALIZED (
+    SELECT e.event_id
+      FROM stripe_events e
+      JOIN unnest(CAST(:event_ids AS text[]), CAST(:statuses AS text[]), CAST(:attempts AS int[]))
+           AS c (event_id, status, attempt) ON e.event_id = c.event_id
+      JOIN stripe_event_payloads p ON p.event_id = e.event_id
+     WHERE e.status = c.status AND e.attempt = c.attempt
+       FOR UPDATE OF e, p SKIP LOCKED
+)
+UPDATE stripe_events e
+   SET status = 'pending', failures = 0, abandoned = 0, settled_at = NULL, due_at = clock_timestamp(),
+       give_up_at = clock_timestamp() + make_interval(secs => :give_up_in)
+  FROM chosen WHERE e.event_id = chosen.event_id
+RETURNING e.event_id
+""")
+_ROTATE = statement("UPDATE ledger_epoch SET id = gen_random_uuid(), rotated_at = clock_timestamp()")
 _PAYLOAD = statement("SELECT body FROM stripe_event_payloads WHERE event_id = :event_id")
 _ACTIONS_ON = statement("""
 SELECT at, operator, action, selection FROM operator_actions
@@ -101,8 +122,8 @@ SELECT count(*) FILTER (WHERE status IN ('pending', 'failed') AND due_at <= now)
 class Selection:
     """Which events are meant: all that is given has to hold. `type` may be `prefix.*`; ages count from the arrival."""
 
-    event_ids: Sequence[str] = ()
-    statuses: Sequence[Status] = ()
+    event_ids: Sequence[str] | None = None
+    statuses: Sequence[Status] | None = None
     type: str | None = None
     account: str | None = None
     older_than_seconds: float | None = None
@@ -116,13 +137,14 @@ class Selection:
     def __str__(self) -> str:
         """In the words of the command line, for the audit."""
         given = {
-            "status": ",".join(self.statuses),
+            "status": None if self.statuses is None else ",".join(self.statuses),
             "type": self.type,
             "account": self.account,
-            "older-than": self.older_than_seconds and f"{self.older_than_seconds:g}s",
-            "newer-than": self.newer_than_seconds and f"{self.newer_than_seconds:g}s",
+            "older-than": None if self.older_than_seconds is None else f"{self.older_than_seconds:.0f}s",
+            "newer-than": None if self.newer_than_seconds is None else f"{self.newer_than_seconds:.0f}s",
         }
-        return " ".join((*self.event_ids, *(f"{name}={value}" for name, value in given.items() if value))) or "all"
+        words = [f"{name}={value}" for name, value in given.items() if value is not None]
+        return " ".join((*(self.event_ids or ()), *words)) or "all"
 
     def values(self) -> dict[str, Any]:
         """The parameters of a statement that selects by it."""
@@ -130,8 +152,8 @@ class Selection:
         if pattern is not None and pattern.endswith(".*"):
             pattern = pattern[:-1] + "%"
         return {
-            "event_ids": list(self.event_ids) or None,
-            "statuses": list(self.statuses) or None,
+            "event_ids": self.event_ids,
+            "statuses": self.statuses,
             "type": pattern,
             "account": self.account,
             "older": self.older_than_seconds,
@@ -160,6 +182,16 @@ class Listed:
     due_at: datetime
     give_up_at: datetime
     settled_at: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """An event as it was when it was chosen for a replay; what it is by then is not touched if it differs."""
+
+    event_id: str
+    status: Status
+    attempt: int
+    has_payload: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,10 +224,17 @@ class Operations:
     @classmethod
     @asynccontextmanager
     async def on(cls, dsn: str, timeout_seconds: float) -> AsyncIterator["Operations"]:
-        """Connected for as long as the block runs; whatever Postgres says in it is a `LedgerUnavailable`."""
+        """Connected for as long as the block runs; whatever Postgres says in it is a `LedgerUnavailable`.
+
+        Raises `SchemaOutdated` before anything is changed.
+        """
         try:
             connection = await open_connection(dsn, timeout_seconds)
             try:
+                async with asyncio.timeout(timeout_seconds):
+                    version = await schema.read_version(connection)
+                if schema.compare(version) is schema.SchemaState.OUTDATED:
+                    raise schema.outdated(version)
                 yield cls(connection)
             finally:
                 connection.terminate()
@@ -206,12 +245,12 @@ class Operations:
 
     async def list_events(self, selection: Selection, most: int) -> list[Listed]:
         """The newest `most` of them."""
-        rows = await _LIST.fetch(self._connection, **selection.values(), most=most)
+        rows = await self._fetch(_LIST, **selection.values(), most=most)
         return [Listed(**{**row, "status": Status(row["status"])}) for row in rows]
 
     async def count(self, selection: Selection) -> dict[Status, int]:
         """How many there are in each status that has any."""
-        rows = await _COUNT.fetch(self._connection, **selection.values())
+        rows = await self._fetch(_COUNT, **selection.values())
         return {Status(row["status"]): row["events"] for row in rows}
 
     async def find(self, event_id: str) -> Listed | None:
@@ -220,48 +259,61 @@ class Operations:
 
     async def payload(self, event_id: str) -> bytes | None:
         """The very bytes that were signed; None: pruned."""
-        rows = await _PAYLOAD.fetch(self._connection, event_id=event_id)
+        rows = await self._fetch(_PAYLOAD, event_id=event_id)
         return rows[0]["body"] if rows else None
 
     async def actions_on(self, event_id: str) -> list[dict[str, Any]]:
         """What was done to the event by its id, oldest first: `at`, `operator`, `action`."""
-        found = await _ACTIONS_ON.fetch(self._connection, event_id=event_id)
+        found = await self._fetch(_ACTIONS_ON, event_id=event_id)
         return [dict(row) for row in found if event_id in row["selection"].split(" ")]
 
     async def stats(self) -> Stats:
         """The ledger at a glance."""
         counts = await self.count(Selection())
-        [row] = await _STATS.fetch(self._connection)
+        [row] = await self._fetch(_STATS)
         return Stats({each: counts.get(each, 0) for each in Status}, **row)
 
     async def old(self, payload_days: int, row_days: int, *, include_dead: bool) -> tuple[int, int]:
         """How many payloads and rows `prune` would take."""
         statuses = _prunable(include_dead)
-        [row] = await _OLD.fetch(
-            self._connection, payload_days=payload_days, row_days=row_days, statuses=list(statuses)
-        )
+        [row] = await self._fetch(_OLD, payload_days=payload_days, row_days=row_days, statuses=list(statuses))
         return row["payloads"], row["rows"]
 
     # -- changing -------------------------------------------------------------------------------------
 
+    async def choose(self, selection: Selection) -> list[Chosen]:
+        """For a replay: all that are selected, in whatever status, the longest due first."""
+        rows = await self._fetch(_CHOOSE, **selection.values())
+        return [Chosen(**{**row, "status": Status(row["status"])}) for row in rows]
+
     async def replay(
-        self, selection: Selection, operator: str, *, give_up_seconds: float, repeat_completed: bool = False
+        self,
+        chosen: Sequence[Chosen],
+        selection: Selection,
+        operator: str,
+        *,
+        give_up_seconds: float,
+        repeat_completed: bool = False,
     ) -> AsyncIterator[list[str]]:
         """Make them due now, failures reset, attempt untouched; yields the ids of each batch that it changed.
 
-        Not what is being handled right now, and not what has no payload any more.
+        Not what is locked or has changed since it was chosen, not what is being handled right now, and not what has
+        no payload any more. `selection` is what they were chosen by, for the audit.
 
         `repeat_completed`: also what is completed; its effects will happen a second time.
         """
-        statuses = [*REPLAYABLE, *([Status.COMPLETED] if repeat_completed else [])]
+        statuses = {*REPLAYABLE, *([Status.COMPLETED] if repeat_completed else [])}
+        left = [each for each in chosen if each.status in statuses]
         change = Change(operator, "replay", str(selection))
         async with self._noted(change):
-            found = await _IDS.fetch(self._connection, **selection.values(), changeable=statuses)
-            event_ids = [row["event_id"] for row in found]
-            for start in range(0, len(event_ids), BATCH):
-                batch = event_ids[start : start + BATCH]
-                rows = await REPLAY.fetch(
-                    self._connection, event_ids=batch, statuses=statuses, give_up_in=give_up_seconds
+            while left:
+                batch, left = left[:BATCH], left[BATCH:]
+                rows = await self._fetch(
+                    _REPLAY,
+                    event_ids=[each.event_id for each in batch],
+                    statuses=[each.status for each in batch],
+                    attempts=[each.attempt for each in batch],
+                    give_up_in=give_up_seconds,
                 )
                 change.changed += len(rows)
                 yield [row["event_id"] for row in rows]
@@ -278,8 +330,8 @@ class Operations:
             for prune, kept_days, is_row in ((_PRUNE_ROWS, row_days, 1), (_PRUNE_PAYLOADS, payload_days, 0)):
                 after = ""
                 while True:
-                    rows = await prune.fetch(
-                        self._connection, after=after, statuses=_prunable(include_dead), days=kept_days, most=BATCH
+                    rows = await self._fetch(
+                        prune, after=after, statuses=_prunable(include_dead), days=kept_days, most=BATCH
                     )
                     if not rows:
                         break
@@ -287,18 +339,25 @@ class Operations:
                     change.changed += len(rows)
                     yield (0, len(rows)) if is_row else (len(rows), 0)
 
-    async def rotated(self, operator: str, before: str | None, after: str | None) -> None:
-        """Note that the epoch was rotated."""
-        async with self._noted(Change(operator, "rotate", f"{before} -> {after}")):
-            pass
+    async def rotate_epoch(self, operator: str) -> tuple[str | None, str | None]:
+        """Give the ledger a new epoch; returns the one before and the one after."""
+        before = self._connection.epoch
+        change = Change(operator, "rotate", f"epoch {before}")
+        async with self._noted(change):
+            await self._fetch(_ROTATE)
+            change.changed = 1
+        return before, await read_epoch(self._connection)
+
+    async def _fetch(self, query: Statement, **values: object) -> list[Any]:
+        return await query.fetch(self._connection, timeout_seconds=_STATEMENT_SECONDS, **values)
 
     @asynccontextmanager
     async def _noted(self, change: Change) -> AsyncIterator[None]:
-        [row] = await _BEGIN_ACTION.fetch(
-            self._connection, operator=change.operator, action=change.action, selection=change.selection
+        [row] = await self._fetch(
+            _BEGIN_ACTION, operator=change.operator, action=change.action, selection=change.selection
         )
         yield
-        await _END_ACTION.fetch(self._connection, action_id=row["action_id"], changed=change.changed)
+        await self._fetch(_END_ACTION, action_id=row["action_id"], changed=change.changed)
 
 
 def _prunable(include_dead: bool) -> list[Status]:

@@ -16,9 +16,9 @@ from typing import Any
 
 import asyncpg
 from asyncpg.transaction import Transaction
-from sqlalchemy import Connection, event, exc
+from sqlalchemy import event, exc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import PoolProxiedConnection, PoolResetState
+from sqlalchemy.pool import PoolResetState
 
 from service.errors import HandlerRuleBroken, LedgerUnavailable
 
@@ -175,56 +175,13 @@ def _refuse_outdated(epoch: Epoch, dbapi_connection: Any, _record: Any, _proxy: 
     A server that restarted has closed the socket. And what a connection has read as the ledger's epoch goes
     into the markers of what it commits: after a rotation, markers of the old one would never count again.
     """
-    if not _is_current(dbapi_connection.driver_connection, epoch):
+    if not is_current(dbapi_connection.driver_connection, epoch):
         raise exc.DisconnectionError
 
 
-def _is_current(connection: PinnedConnection, epoch: Epoch) -> bool:
+def is_current(connection: PinnedConnection, epoch: Epoch) -> bool:
+    """Whether it is open, and markers of what it commits will count."""
     return not connection.is_closed() and connection.epoch == epoch.latest
-
-
-class Seats:
-    """The connections of a pool that handlers work on, kept between events.
-
-    SQLAlchemy's way out of the pool and back took longer than the transaction's own two statements. So the pool's
-    connection stays here; the object around it is each handler's own, and what it sets on that ends with it.
-    """
-
-    def __init__(self, engine: AsyncEngine, epoch: Epoch) -> None:
-        self._engine = engine
-        self._epoch = epoch
-        self._free: list[PoolProxiedConnection] = []
-
-    async def take(self) -> AsyncConnection:
-        """A connection in no transaction, given up by `give_back` or `discard`; raises what `UNAVAILABLE` lists."""
-        while self._free:
-            connection = self._around(self._free.pop())
-            if _is_current(driver(connection), self._epoch):
-                return connection
-            await discard(connection)
-        return await self._engine.connect()
-
-    async def give_back(self, connection: AsyncConnection) -> None:
-        """For the next one to take; or closed, if this one left anything on it."""
-        sync = connection.sync_connection
-        if sync is None or sync.closed or sync.invalidated:
-            return
-        if driver(connection).handling is not None or "isolation_level" in sync.get_execution_options():
-            await connection.close()
-            return
-        pooled: Any = sync.connection
-        pooled._counter += 1  # noqa: SLF001  (SQLAlchemy counts its users: now the close below leaves it with us)
-        self._free.append(pooled)
-        sync.close()
-
-    async def close(self) -> None:
-        """Give all of them back to the pool."""
-        while self._free:
-            await self._around(self._free.pop()).close()
-
-    def _around(self, pooled: PoolProxiedConnection) -> AsyncConnection:
-        engine = self._engine
-        return AsyncConnection(engine, sync_connection=Connection(engine.sync_engine, connection=pooled))
 
 
 def _end_transaction(dbapi_connection: Any, _record: Any, _state: PoolResetState) -> None:
@@ -331,18 +288,3 @@ def describe(error: BaseException) -> str:
         original = error.orig.__cause__ or error.orig  # the driver's own is the cause of what SQLAlchemy makes of it
     state = getattr(original, "sqlstate", None)
     return type(original).__name__ + (f" ({state})" if state else "")
-
-
-async def rotate_epoch(dsn: str, timeout_seconds: float) -> tuple[str | None, str | None]:
-    """Give the ledger a new epoch; returns the one before and the one after. Raises `LedgerUnavailable`."""
-    try:
-        connection = await open_connection(dsn, timeout_seconds)
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                rotated = "UPDATE ledger_epoch SET id = gen_random_uuid(), rotated_at = clock_timestamp()"
-                await connection.execute(rotated)
-                return connection.epoch, await read_epoch(connection)
-        finally:
-            connection.terminate()
-    except UNAVAILABLE as error:
-        raise LedgerUnavailable(describe(error)) from error

@@ -173,15 +173,6 @@ UPDATE stripe_events
 RETURNING true
 """)
 
-# An operator's replay; `processing` is never among the statuses: that is being handled right now.
-REPLAY = statement("""
-UPDATE stripe_events
-   SET status = 'pending', failures = 0, abandoned = 0, settled_at = NULL, due_at = clock_timestamp(),
-       give_up_at = clock_timestamp() + make_interval(secs => :give_up_in)
- WHERE event_id = ANY(:event_ids) AND status = ANY(:statuses)
-RETURNING event_id
-""")
-
 # A handler was given up on: end its transaction now, not when its statement happens to end. Pids are reused,
 # so only if the backend is still in that very transaction.
 END = statement("""

@@ -15,7 +15,6 @@ import structlog
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from service.errors import Rejected
 from service.inbox import outcome as outcomes
@@ -47,11 +46,6 @@ class Webhook:
     secrets: Sequence[str]
     tolerance_seconds: int
     body_most_bytes: int
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, as ASGI hands it over: Starlette's wrapping of a function would be a tenth of a duplicate."""
-        response = await self.receive(Request(scope, receive))
-        await response(scope, receive, send)
 
     async def receive(self, request: Request) -> Response:
         """Verify, parse, hand to the pipeline, answer."""

@@ -545,6 +545,13 @@ class Ground:
             await connection.execute(script)
 
     @asynccontextmanager
+    async def locked(self, event: Sample) -> AsyncIterator[None]:
+        """Another transaction holds the row while the block runs."""
+        async with self._connection() as connection, connection.transaction():
+            await connection.execute("SELECT FROM stripe_events WHERE event_id = $1 FOR UPDATE", event.id)
+            yield
+
+    @asynccontextmanager
     async def _connection(self) -> AsyncIterator[asyncpg.Connection]:
         connection = await asyncpg.connect(self.database_url, timeout=SETTLE_SECONDS)
         try:

@@ -52,7 +52,7 @@ async def test_a_dead_event_is_found_understood_and_replayed(ground: Ground, com
     run.says(event.id, "invoice.payment_failed", "Permanent: never", "attempt")
     assert "metadata" not in run.said  # the payload only when asked for
     [shown] = objects(await command("events", "show", event.id, "--payload", "--json"))
-    assert shown["payload"] == orjson.loads(event.body)
+    assert shown["payload"].encode() == event.body  # the very bytes: numbers are not rounded on the way
     assert (shown["status"], shown["actions"]) == ("dead", [])
 
     run = await command("events", "replay", "--status", "dead", "--dry-run")
@@ -126,6 +126,10 @@ async def test_an_impossible_filter_is_a_usage_error(command: Command) -> None:
         (["list", "--limit", "0"], ["--limit"]),
         (["replay"], ["name events by id"]),
         (["prune", "--row-days", "34"], ["--row-days", "35"]),
+        (["prune", "--payload-days", "99999999999"], ["--payload-days", "36500"]),
+        (["show", "evt_\n"], ["printable characters"]),
+        (["replay", os.fsdecode(b"evt_\xff")], ["printable characters"]),
+        (["list", "--type", ""], ["--type", "printable characters"]),
     ):
         run = await command("events", *arguments)
         assert run.code == 2, run.said
@@ -133,6 +137,37 @@ async def test_an_impossible_filter_is_a_usage_error(command: Command) -> None:
     run = await command("events", "show", "evt_unknown")
     assert run.code == 1, run.said
     run.says("no event 'evt_unknown'")
+
+
+async def test_what_comes_from_outside_is_printed_as_it_is(ground: Ground, command: Command) -> None:
+    """Brackets are no markup, however they stand; nothing moves the cursor; into a pipe no id is cut."""
+    service = await ground.service().start()
+    event = sample()
+    assert (await ground.deliver(service, event)).said == PROCESSED
+    kind, error = "v2.core.account[configuration.merchant].updated", "PatternError: \\[/x] in [bold]"
+    await ground.fetch("UPDATE stripe_events SET type = $1, last_error = $2", kind, error + "\x1b[2J")
+    for arguments in (["list"], ["show", event.id]):
+        run = await command("events", *arguments, COLUMNS="40")
+        assert run.code == 0, run.said
+        run.says(event.id, kind, error + " [2J")
+
+
+async def test_what_cannot_be_handled_is_not_replayed(ground: Ground, command: Command) -> None:
+    """Without its payload, or locked by another: it says so and exits with 1, and follows nothing else."""
+    service = await ground.service().start()
+    event = sample()
+    assert (await ground.deliver(service, event)).said == PROCESSED
+    ground.waived.add(event.id)
+    await ground.fetch("UPDATE stripe_events SET status = 'ignored'")
+    async with ground.locked(event):
+        run = await command("events", "replay", event.id, "--count", "1", "--wait")
+        assert run.code == 1, run.said
+        run.says("0 made due", "1 have changed meanwhile, or are locked: not touched")
+    await ground.fetch("DELETE FROM stripe_event_payloads")
+    for arguments in ([event.id], ["--status", "ignored"]):
+        run = await command("events", "replay", *arguments, "--count", "1", "--wait")
+        assert run.code == 1, run.said
+        run.says("0 events: none", "1 more have no payload any more")
 
 
 async def test_old_events_are_pruned(ground: Ground, command: Command) -> None:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Final
 
 from service.errors import LedgerUnavailable
-from service.inbox.postgres import rotate_epoch
+from tests import operator
 from tests.acceptance.harness import eventually
 from tests.chaos.bench import Bench
 from tests.chaos.plan import Fault
@@ -199,7 +199,7 @@ async def end_backends(bench: Bench, fault: Fault) -> None:
 async def rotate(bench: Bench, _: Fault) -> None:
     """`firstclaim epoch rotate`: every marker is worthless from now on."""
     with suppress(LedgerUnavailable):  # Postgres is away: an operator would come back later
-        await rotate_epoch(bench.postgres.url, 2)
+        await operator.rotate(bench.postgres.url, 2)
 
 
 # -- the lines ----------------------------------------------------------------------------------------

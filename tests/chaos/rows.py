@@ -1,16 +1,12 @@
 """What several rows of the matrix do: deliver, fire at once, arm a process, see who was dispatched, replay."""
 
 import os
-import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
-import asyncpg
-
+from tests import operator
 from tests.acceptance.harness import (
-    REPOSITORY,
     UNAVAILABLE,
     Answer,
     Ground,
@@ -92,15 +88,7 @@ async def killed(service: Service) -> None:
 
 # -- what an operator does ----------------------------------------------------------------------------
 
-_REPLAY: Final = re.compile(r"```sql\n\s*(UPDATE stripe_events.*?);\n\s*```", re.DOTALL)
-
 
 async def replay(ground: Ground, event: Sample) -> None:
-    """What the README tells an operator to run, word for word."""
-    found = _REPLAY.search((REPOSITORY / "README.md").read_text())
-    assert found is not None
-    connection = await asyncpg.connect(ground.database_url)
-    try:
-        assert await connection.execute(found[1].replace("evt_...", event.id)) == "UPDATE 1"
-    finally:
-        await connection.close()
+    """It is due again, as after the command."""
+    assert await operator.replay(ground.database_url, [event.id]) == [event.id]

@@ -19,7 +19,8 @@ from service.inbox import attempt
 from service.inbox.ledger import Claim, Ledger
 from service.inbox.model import Status
 from service.inbox.outcome import Kind, Outcome
-from service.inbox.postgres import Epoch, Seats, commit, create_engine, roll_back
+from service.inbox.postgres import Epoch, commit, create_engine, roll_back
+from service.inbox.seats import Seats
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import Function, World, effect, effect_from_thread, until
 
@@ -1120,3 +1121,14 @@ async def test_a_handler_that_closes_its_connection_has_failed(world: World) -> 
         await context.connection.close()
 
     await fails(world, function, "must not commit or roll back")
+
+
+async def test_a_handler_that_closes_the_raw_connection_has_failed(world: World) -> None:
+    """As well, and it is known at once: the row does not wait for its lease."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        raw = await context.connection.get_raw_connection()
+        raw.close()
+
+    await fails(world, function, "")

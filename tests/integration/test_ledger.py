@@ -596,33 +596,6 @@ async def test_ending_a_transaction_ends_that_one_only(world: World) -> None:
     await world.database.fetch("SELECT FROM stripe_events FOR UPDATE")
 
 
-# -- replay -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("status", [Status.PENDING, Status.FAILED, Status.DEAD, Status.IGNORED])
-async def test_a_replay_begins_anew(world: World, status: Status) -> None:
-    """Due now, counts 0, three days again; the attempt is left as it is, for it fences."""
-    given = await world.state_of(delivery(), status)
-    await world.change(
-        given.event.id, attempt=9, failures=4, abandoned=8, due_at=3600.0, give_up_at=-3600.0, last_error="why"
-    )
-    assert await world.ledger.replay([given.event.id, "evt_unknown"]) == [given.event.id]
-    row = await world.row(given.event.id)
-    assert (row["status"], row["attempt"], row["failures"], row["abandoned"]) == ("pending", 9, 0, 0)
-    assert row["settled_at"] is None
-    assert near(row["due_in"], 0)
-    assert near(row["give_up_in"], GIVE_UP_SECONDS)
-
-
-@pytest.mark.parametrize("status", [Status.PROCESSING, Status.COMPLETED])
-async def test_a_replay_never_doubles(world: World, status: Status) -> None:
-    """What is being handled, or was, is not touched."""
-    given = await world.state_of(delivery(), status)
-    before = await world.row(given.event.id)
-    assert await world.ledger.replay([given.event.id]) == []
-    assert unchanged(before, await world.row(given.event.id))
-
-
 # -- what the tables refuse ---------------------------------------------------------------------------
 
 

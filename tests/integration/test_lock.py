@@ -508,7 +508,7 @@ async def test_a_connection_closed_while_idle_is_opened_again() -> None:
         server.connections[0].close()
 
         async def closed() -> bool:
-            return await lock._connection.can_read()
+            return bool(await lock._connection.can_read())
 
         await until(closed)
         assert await lock.acquire("evt_2", TOKEN, EPOCH) is LockReply.HELD

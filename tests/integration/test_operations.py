@@ -4,11 +4,14 @@ from collections.abc import AsyncIterator
 
 import pytest
 
+from service.errors import SchemaOutdated
+from service.inbox import operations as operations_module
 from service.inbox.model import Status
 from service.inbox.operations import BATCH, Operations, Selection
+from tests.integration.test_ledger import near, unchanged
 from tests.integration.world import World, delivery
+from tests.operator import GIVE_UP_SECONDS, OPERATOR, replay, rotate
 
-OPERATOR = "ada@desk"
 DAY = 86_400.0
 
 
@@ -29,7 +32,10 @@ async def event(world: World, status: Status, *, settled_days: float = 0) -> str
 
 
 async def replayed(operations: Operations, selection: Selection, *, repeat_completed: bool = False) -> list[str]:
-    batches = operations.replay(selection, OPERATOR, give_up_seconds=1000, repeat_completed=repeat_completed)
+    chosen = await operations.choose(selection)
+    batches = operations.replay(
+        chosen, selection, OPERATOR, give_up_seconds=GIVE_UP_SECONDS, repeat_completed=repeat_completed
+    )
     return [event_id async for batch in batches for event_id in batch]
 
 
@@ -101,6 +107,70 @@ async def test_the_stats_tell_what_is_due(world: World, operations: Operations) 
 # -- replay -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("status", [Status.PENDING, Status.FAILED, Status.DEAD, Status.IGNORED])
+async def test_a_replay_begins_anew(world: World, status: Status) -> None:
+    """Due now, counts 0, three days again; the attempt is left as it is, for it fences."""
+    given = await world.state_of(delivery(), status)
+    await world.change(
+        given.event.id, attempt=9, failures=4, abandoned=8, due_at=3600.0, give_up_at=-3600.0, last_error="why"
+    )
+    assert await replay(world.url, [given.event.id, "evt_unknown"]) == [given.event.id]
+    row = await world.row(given.event.id)
+    assert (row["status"], row["attempt"], row["failures"], row["abandoned"]) == ("pending", 9, 0, 0)
+    assert row["settled_at"] is None
+    assert near(row["due_in"], 0)
+    assert near(row["give_up_in"], GIVE_UP_SECONDS)
+
+
+@pytest.mark.parametrize("status", [Status.PROCESSING, Status.COMPLETED])
+async def test_a_replay_never_doubles(world: World, status: Status) -> None:
+    """What is being handled, or was, is not touched."""
+    given = await world.state_of(delivery(), status)
+    before = await world.row(given.event.id)
+    assert await replay(world.url, [given.event.id]) == []
+    assert unchanged(before, await world.row(given.event.id))
+
+
+@pytest.mark.parametrize("what", ["ended", "tried"])
+async def test_what_changed_since_it_was_chosen_is_left(world: World, operations: Operations, what: str) -> None:
+    """A count was confirmed for what was there then: what came to its end meanwhile, or came in, is not meant."""
+    given, other = await event(world, Status.FAILED), await event(world, Status.FAILED)
+    selection = Selection(type="invoice.*")
+    chosen = await operations.choose(selection)
+    if what == "ended":
+        await world.settle(given, Status.COMPLETED)
+    else:
+        await world.change(given, attempt=2)
+    before = [await world.row(each) for each in (given, await event(world, Status.FAILED))]
+    batches = operations.replay(chosen, selection, OPERATOR, give_up_seconds=9, repeat_completed=True)
+    assert [batch async for batch in batches] == [[other]]
+    for row in before:
+        assert unchanged(row, await world.row(row["event_id"]))
+
+
+async def test_a_replay_waits_for_nobody(world: World, operations: Operations) -> None:
+    """A row that another holds is left, the others are done at once."""
+    held, other = [await event(world, Status.DEAD) for _ in range(2)]
+    async with world.locked(held):
+        assert await replayed(operations, Selection(statuses=[Status.DEAD])) == [other]
+    assert await world.status(held) is Status.DEAD
+
+
+async def test_a_prune_beside_a_replay(world: World, operations: Operations, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What loses its payload before its batch comes is left as it is: it could not be handled."""
+    monkeypatch.setattr(operations_module, "BATCH", 1)
+    old = [await event(world, Status.IGNORED, settled_days=100) for _ in range(3)]
+    selection = Selection(old)
+    batches = operations.replay(await operations.choose(selection), selection, OPERATOR, give_up_seconds=9)
+    [first] = await anext(batches)
+    async with Operations.on(world.url, 10) as others:
+        assert await pruned(others, 90, 400) == [2, 0]
+    assert [batch async for batch in batches] == [[], []]
+    assert {each: await world.status(each) for each in old} == {
+        each: Status.PENDING if each == first else Status.IGNORED for each in old
+    }
+
+
 async def test_a_replay_by_selection(world: World, operations: Operations) -> None:
     """Only what is selected, only what may be; and it is noted who did it, with which selection, to how many."""
     dead = [await event(world, Status.DEAD) for _ in range(3)]
@@ -160,6 +230,30 @@ async def test_what_was_done_to_an_event_by_its_id_is_told(world: World, operati
     [action] = await operations.actions_on(dead)
     assert (action["operator"], action["action"]) == (OPERATOR, "replay")
     assert await operations.actions_on("evt_othe") == []
+
+
+async def test_nothing_named_is_nothing(world: World, operations: Operations) -> None:
+    """An empty list of ids is none of the events, not all of them."""
+    await event(world, Status.DEAD)
+    assert await operations.count(Selection([])) == {}
+    assert Selection().is_empty
+    assert not Selection([]).is_empty
+
+
+# -- rotate -------------------------------------------------------------------------------------------
+
+
+async def test_a_ledger_that_is_not_migrated_is_left_alone(world: World) -> None:
+    """Where the audit has no table yet nothing is changed; the error names the command to run."""
+    before = await world.database.fetchval("SELECT id FROM ledger_epoch")
+    version = await world.database.fetchval("SELECT version_num FROM alembic_version")
+    await world.database.execute("UPDATE alembic_version SET version_num = '0002'")
+    try:
+        with pytest.raises(SchemaOutdated, match="firstclaim migrate"):
+            await rotate(world.url)
+    finally:
+        await world.database.execute("UPDATE alembic_version SET version_num = $1", version)
+    assert await world.database.fetchval("SELECT id FROM ledger_epoch") == before
 
 
 # -- prune --------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from service.inbox.lock import Lock, LockReply
 from service.inbox.model import Status
 from service.inbox.outcome import Kind, Outcome
 from service.inbox.pipeline import Pipeline
-from service.inbox.postgres import PinnedConnection, commit, rotate_epoch
+from service.inbox.postgres import PinnedConnection, commit
 from service.inbox.recovery import Recovery
+from tests import operator
 from tests.fixtures import event_body
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, build, delivery, effect, until
@@ -552,7 +553,7 @@ async def test_after_a_restore_markers_of_the_old_ledger_do_not_count(world: Wor
     await world.pipeline.deliver(given)
     await world.database.execute("DELETE FROM stripe_events; DELETE FROM stripe_event_payloads; DELETE FROM effects")
     assert await world.pipeline.deliver(given) == duplicate(given.event.id)  # nobody has told us
-    await rotate_epoch(world.url, 10)
+    await operator.rotate(world.url)
     world.claims.epoch.confirm(await world.ledger.read_epoch())  # what a round of recovery does
     assert (await world.pipeline.deliver(given)).kind is Kind.PROCESSED
     await settled(world, given.event.id)
@@ -561,7 +562,7 @@ async def test_after_a_restore_markers_of_the_old_ledger_do_not_count(world: Wor
 async def test_after_a_rotation_markers_count_again(world: World) -> None:
     """The connections of both pools are renewed: what they commit is marked with the new epoch, and sheds load."""
     await world.pipeline.deliver(delivery())
-    await rotate_epoch(world.url, 10)
+    await operator.rotate(world.url)
     world.claims.epoch.confirm(await world.ledger.read_epoch())
     given = delivery()
     assert (await world.pipeline.deliver(given)).kind is Kind.PROCESSED
@@ -749,7 +750,7 @@ async def test_a_replay_is_done_by_recovery(make_world: MakeWorld) -> None:
     assert (await old.pipeline.deliver(given)).kind is Kind.UNHANDLED
     await recovered(new)
     assert await new.status(given.event.id) is Status.IGNORED
-    assert await new.ledger.replay([given.event.id]) == [given.event.id]
+    assert await operator.replay(new.url, [given.event.id]) == [given.event.id]
     await recovered(new)
     await settled(new, given.event.id, attempt=2)
 
@@ -800,7 +801,7 @@ async def test_recovery_confirms_the_epoch(world: World) -> None:
     await recovery._round()
     before = world.claims.epoch.current
     assert before == await world.ledger.read_epoch()
-    _, after = await rotate_epoch(world.url, 10)
+    _, after = await operator.rotate(world.url)
 
     async def noticed() -> bool:
         await recovery._round()

@@ -26,8 +26,8 @@ from service.inbox.postgres import (
     driver,
     open_connection,
     read_epoch,
-    rotate_epoch,
 )
+from tests import operator
 from tests.integration.world import until
 from tests.proxy import Mode, before_postgres
 from tests.stores import Stores
@@ -156,14 +156,14 @@ async def test_a_connection_knows_the_epoch_it_was_opened_under(database_url: st
 
 async def test_rotating_changes_the_epoch(database_url: str) -> None:
     """Each time, and the connections of a pool that has noticed are opened anew."""
-    before, after = await rotate_epoch(database_url, TIMEOUT_SECONDS)
+    before, after = await operator.rotate(database_url)
     assert None not in (before, after)
     assert before != after
-    assert (await rotate_epoch(database_url, TIMEOUT_SECONDS))[0] == after
+    assert (await operator.rotate(database_url))[0] == after
     async with pool(database_url) as (engine, epoch):
         first = await ask(engine, "SELECT pg_backend_pid()")
         assert await ask(engine, "SELECT pg_backend_pid()") == first
-        _, newest = await rotate_epoch(database_url, TIMEOUT_SECONDS)
+        _, newest = await operator.rotate(database_url)
         epoch.confirm(newest)
         async with borrow(engine, TIMEOUT_SECONDS) as connection:
             assert driver(connection).epoch == newest
@@ -418,5 +418,5 @@ async def test_a_wrong_password_is_not_repeated(stores: Stores) -> None:
                 await ask(engine, "SELECT 1")
             assert "c4n4rypw" not in str(refused.value)
         with pytest.raises(LedgerUnavailable) as refused:
-            await rotate_epoch(url, TIMEOUT_SECONDS)
+            await operator.rotate(url)
         assert "c4n4rypw" not in str(refused.value)

@@ -94,7 +94,7 @@ MUTANTS = (
     Mutant(
         "rotation-keeps-the-epoch",
         "`epoch rotate` gives the ledger another epoch.",
-        "inbox/postgres.py",
+        "inbox/operations.py",
         "SET id = gen_random_uuid(), rotated_at",
         "SET rotated_at",
         "integration/test_postgres.py::test_rotating_changes_the_epoch",

@@ -18,7 +18,7 @@ from redis.asyncio import Redis
 from service.errors import LedgerUnavailable
 from service.inbox.model import Status
 from service.inbox.outcome import Outcome
-from service.inbox.postgres import rotate_epoch
+from tests import operator
 from tests.clock import Clock, installed
 from tests.integration.world import World, build, delivery, until
 from tests.stateful import oracle
@@ -193,11 +193,11 @@ class Ground:
 
     async def rotate(self) -> None:
         """As the command does it."""
-        _, self._epoch = await rotate_epoch(self._url, 10)
+        _, self._epoch = await operator.rotate(self._url)
 
     async def replay(self, event_ids: list[str]) -> list[str]:
         """As an operator does it; returns those that it changed."""
-        replayed = await self.operator.ledger.replay(event_ids)
+        replayed = await operator.replay(self._url, event_ids)
         for event_id in replayed:
             self.stories[event_id].replays += 1
         return replayed

@@ -29,7 +29,8 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("service.inbox.pipeline",),
     ("service.inbox.dispatch",),
     ("service.inbox.claims", "service.inbox.attempt"),
-    ("service.inbox.ledger", "service.inbox.operations", "service.inbox.schema"),
+    ("service.inbox.operations",),
+    ("service.inbox.ledger", "service.inbox.schema", "service.inbox.seats"),
     ("service.inbox.lock", "service.inbox.postgres"),
     (
         "service.migrations.env",

@@ -48,7 +48,7 @@ async def post(
 ) -> httpx.Response:
     """One request through the routes as the application has them."""
     app = Starlette(
-        routes=[Route(WEBHOOK_PATH, webhook(pipeline), methods=["POST"])],
+        routes=[Route(WEBHOOK_PATH, webhook(pipeline).receive, methods=["POST"])],
         exception_handlers={404: refuse_path, 405: refuse_path},
     )
     if headers is None:

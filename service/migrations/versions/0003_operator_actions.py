@@ -1,4 +1,4 @@
-"""Who changed what by hand, when, and which events were meant; and the dead ones, which an operator looks for."""
+"""Who changed what by hand, when, and which events were meant."""
 
 from alembic import op
 
@@ -19,4 +19,3 @@ def upgrade() -> None:
         )
         """
     )
-    op.execute("CREATE INDEX stripe_events_dead ON stripe_events (received_at) WHERE status = 'dead'")
