@@ -221,7 +221,7 @@ class Lock:
 
     async def _reply(self) -> Any:
         try:
-            return await self._connection.read_response()
+            return await self._connection.read_response(disconnect_on_error=False)  # _send does it
         except ResponseError as error:
             return error
 
