@@ -493,7 +493,7 @@ async def test_a_late_reply_is_nobodys() -> None:
         lock = make(client, breaker_seconds=0)
         assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
         server.reply = b"$-1\r\n"
-        server.connections[0].write(THEIRS_REPLY)
+        server.connections[0].write(b"$%d\r\n%b\r\n" % (len(RECORDED), RECORDED))
         assert await lock.acquire("evt_2", TOKEN, EPOCH) is LockReply.HELD
     assert len(server.connections) == 2
 
