@@ -7,6 +7,8 @@ closed in reverse when that ends, within what the stop leaves of its time.
 import asyncio
 import contextlib
 import gc
+import os
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
@@ -94,6 +96,7 @@ def assemble(settings: Settings, registry: Registry) -> Parts:
         give_up_seconds=settings.give_up_seconds,
         idle_in_transaction_seconds=settings.idle_in_transaction_seconds,
         abandoned_most=settings.abandoned_most,
+        process=f"{socket.gethostname()}:{os.getpid()}",
     )
     claims = Claims(lock, ledger, epoch, settings.lock_ttl_seconds)
     limits = DispatchLimits(

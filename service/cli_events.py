@@ -23,8 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from service.inbox.inspection import Attempted, Listed, Selection
 from service.inbox.model import Status
-from service.inbox.operations import ROW_DAYS_LEAST, Chosen, Listed, Operations, Selection
+from service.inbox.operations import ROW_DAYS_LEAST, Chosen, Operations
 from service.settings import Settings
 from service.terminal import database, dsn_of, fail, out, reported
 
@@ -119,26 +120,46 @@ def show(
 ) -> None:
     """Show one event: what it is, what became of it, and what was done to it by hand."""
 
-    async def ask(operations: Operations) -> tuple[Listed | None, list[dict[str, Any]], bytes | None]:
+    async def ask(
+        operations: Operations,
+    ) -> tuple[Listed | None, list[Attempted], list[dict[str, Any]], bytes | None]:
         event = await operations.find(event_id)
         body = await operations.payload(event_id) if payload else None
-        return event, await operations.actions_on(event_id), body
+        return event, await operations.attempts(event_id), await operations.actions_on(event_id), body
 
     with reported():
-        event, actions, body = _asked(ask)
+        event, attempts, actions, body = _asked(ask)
     if event is None:
         fail(f"the ledger has no event {event_id!r}", 1)
     text = None if body is None else body.decode(errors="replace")
     if as_json:
-        _print_json({**asdict(event), "actions": actions, **({"payload": text} if payload else {})})
+        told = {"attempts": [asdict(each) for each in attempts], "actions": actions}
+        _print_json({**asdict(event), **told, **({"payload": text} if payload else {})})
         return
     for name, value in asdict(event).items():
         shown = _at(value) if isinstance(value, datetime) else "-" if value is None else str(value)
         _print_line(name, shown, _COLOURS[event.status] if name == "status" else "")
-    for each in actions:
-        _print_line(each["action"], f"{_at(each['at'])} by {each['operator']}")
+    _print("")
+    for at, what in _timeline(event, attempts, actions):
+        _print_line(f"{at:%m-%d %H:%M:%S.%f}"[:-3], what)
     if payload:
+        _print("")
         _print(_plain(text or "its payload has been pruned"))
+
+
+def _timeline(event: Listed, attempts: list[Attempted], actions: list[dict[str, Any]]) -> list[tuple[datetime, str]]:
+    """What happened to it and when, as far as the ledger keeps it: a success leaves its last claim and its end."""
+    told = [(event.received_at, "received")]
+    for each in attempts:
+        lasted = "" if each.began_at is None else f" after {(each.ended_at - each.began_at).total_seconds():.2f} s"
+        by = "" if each.process is None else f", by {each.process}"
+        told.append((each.ended_at, f"attempt {each.attempt} {each.outcome}{lasted}{by}: {each.error}"))
+    told += [(each["at"], f"{each['action']} by {each['operator']}") for each in actions]
+    if event.status in (Status.PROCESSING, Status.COMPLETED) and event.claimed_at is not None:
+        told.append((event.claimed_at, f"attempt {event.attempt} claimed by {event.claimed_by}"))
+    if event.settled_at is not None:
+        told.append((event.settled_at, event.status))
+    return sorted(told, key=lambda each: each[0])
 
 
 @app.command()

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from service.inbox.operations import Operations, Selection
+from service.inbox.inspection import Selection
+from service.inbox.operations import Operations
 
 OPERATOR = "ada@desk"
 CONNECT_SECONDS = 10

@@ -85,6 +85,7 @@ class Ledger:
         give_up_seconds: float,
         idle_in_transaction_seconds: float,
         abandoned_most: int,
+        process: str,
     ) -> None:
         self._engine = engine
         self._timeout_seconds = timeout_seconds
@@ -92,6 +93,7 @@ class Ledger:
         self._give_up_seconds = give_up_seconds
         self._timeout_ms = str(round(idle_in_transaction_seconds * 1000))
         self._abandoned_most = abandoned_most
+        self._process = process
         self._backoff = backoff
         self._patience_ms = str(round(timeout_seconds * 1000 / _PATIENCE_SHARE))
         self._arrivals: Batcher[_Arrival, Claim | Found] = Batcher(self._arrive, most=_BATCH_MOST, parallel=_BATCHES)
@@ -149,6 +151,7 @@ class Ledger:
             attempts=[arrival.attempt for _, arrival in events],
             due_ins=[arrival.due_in_seconds for _, arrival in events],
             bodies=[arrival.delivery.body for _, arrival in events],
+            process=self._process,
             give_up_in=self._give_up_seconds,
         )
         new = {row["event_id"] for row in rows}
@@ -174,7 +177,9 @@ class Ledger:
         """Claim those of `event_ids` that are `pending` or `failed` and that nobody has a lock on."""
         async with borrow(self._engine, self._timeout_seconds) as connection:
             raw = driver(connection)
-            rows = await statements.TAKE_OVER.fetch(raw, event_ids=list(event_ids), lease=self._lease_seconds)
+            rows = await statements.TAKE_OVER.fetch(
+                raw, event_ids=list(event_ids), lease=self._lease_seconds, process=self._process
+            )
             return [
                 Claim(r["event_id"], r["attempt"], r["failures"], r["abandoned"], r["body"], raw.epoch) for r in rows
             ]

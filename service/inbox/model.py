@@ -78,6 +78,8 @@ events = Table(
     _at("due_at"),
     _at("give_up_at"),
     _at("settled_at", nullable=True),
+    _at("claimed_at", nullable=True),  # the last claim
+    Column("claimed_by", Text),  # host:pid
     CheckConstraint("status IN ({})".format(", ".join(f"'{each}'" for each in Status)), name="status"),
     CheckConstraint("attempt >= 0 AND failures >= 0 AND abandoned >= 0", name="counts"),
     CheckConstraint("(status IN ('completed', 'ignored', 'dead')) = (settled_at IS NOT NULL)", name="settled"),
@@ -93,6 +95,20 @@ payloads = Table(
     metadata,
     _id("event_id", primary_key=True),
     Column("body", LargeBinary, nullable=False),
+)
+
+# Of each attempt that did not succeed: `outcome` is failed, dead or abandoned.
+attempts = Table(
+    "stripe_event_attempts",
+    metadata,
+    _id("event_id", primary_key=True),
+    Column("attempt", Integer, primary_key=True, autoincrement=False),
+    Column("outcome", Text, primary_key=True),
+    Column("process", Text),
+    _at("began_at", nullable=True),
+    _at("ended_at"),
+    Column("error", Text, nullable=False),
+    CheckConstraint("outcome IN ('failed', 'dead', 'abandoned')", name="outcome"),
 )
 
 # One row. Rotated by hand after a restore that keeps the system identifier and the timeline.

@@ -48,11 +48,12 @@ WITH patience AS MATERIALIZED (
      ORDER BY d.event_id COLLATE "C"
 ), event AS (
     INSERT INTO stripe_events (event_id, type, account, livemode, api_version, object_id, created_at, status,
-                               attempt, action, received_at, due_at, give_up_at, settled_at)
+                               attempt, action, received_at, due_at, give_up_at, settled_at, claimed_at, claimed_by)
     SELECT event_id, type, account, livemode, api_version, object_id, created_at, status,
            attempt, CASE status WHEN 'ignored' THEN status END,
            now, now + make_interval(secs => due_in), now + make_interval(secs => :give_up_in),
-           CASE status WHEN 'ignored' THEN now END
+           CASE status WHEN 'ignored' THEN now END,
+           CASE status WHEN 'processing' THEN now END, CASE status WHEN 'processing' THEN :process END
       FROM delivered, clock_timestamp() AS now
     ON CONFLICT (event_id) DO NOTHING
     RETURNING event_id
@@ -76,7 +77,7 @@ WITH due AS MATERIALIZED (
        FOR UPDATE SKIP LOCKED
 )
 UPDATE stripe_events e
-   SET status = 'processing', attempt = attempt + 1,
+   SET status = 'processing', attempt = attempt + 1, claimed_at = clock_timestamp(), claimed_by = :process,
        due_at = clock_timestamp() + make_interval(secs => :lease)
   FROM due LEFT JOIN stripe_event_payloads p USING (event_id)
  WHERE e.event_id = due.event_id
@@ -91,17 +92,23 @@ WITH due AS MATERIALIZED (
      WHERE status = 'processing' AND due_at <= (SELECT clock_timestamp())
      ORDER BY due_at LIMIT :limit
        FOR UPDATE SKIP LOCKED
+), returned AS (
+    UPDATE stripe_events e
+       SET abandoned = abandoned + 1,
+           status = CASE WHEN abandoned + 1 >= :most THEN 'dead' ELSE 'pending' END,
+           settled_at = CASE WHEN abandoned + 1 >= :most THEN clock_timestamp() END,
+           last_error = 'attempt ' || attempt || ' was abandoned: its process vanished or froze',
+           due_at = clock_timestamp() + make_interval(
+               secs => least(:first * power(2, least(abandoned, 60)), :longest) * (0.5 + random() / 2))
+      FROM due
+     WHERE e.event_id = due.event_id
+    RETURNING e.*
+), noted AS (
+    INSERT INTO stripe_event_attempts (event_id, attempt, outcome, process, began_at, ended_at, error)
+    SELECT event_id, attempt, 'abandoned', claimed_by, claimed_at, clock_timestamp(), last_error FROM returned
+    ON CONFLICT DO NOTHING
 )
-UPDATE stripe_events e
-   SET abandoned = abandoned + 1,
-       status = CASE WHEN abandoned + 1 >= :most THEN 'dead' ELSE 'pending' END,
-       settled_at = CASE WHEN abandoned + 1 >= :most THEN clock_timestamp() END,
-       last_error = 'attempt ' || attempt || ' was abandoned: its process vanished or froze',
-       due_at = clock_timestamp() + make_interval(
-           secs => least(:first * power(2, least(abandoned, 60)), :longest) * (0.5 + random() / 2))
-  FROM due
- WHERE e.event_id = due.event_id
-RETURNING e.event_id, e.status, e.abandoned
+SELECT event_id, status, abandoned FROM returned
 """)
 
 # What is due, oldest first; events that were abandoned before are looked for apart. The clock in a subquery: a
@@ -134,22 +141,38 @@ UPDATE stripe_events
 RETURNING true
 """)
 
-FAIL = statement("""
+
+def _noting(change: str) -> str:
+    """`change` is a failed attempt: note it in the same statement, so that there is never the one without the other."""
+    return f"""
+WITH changed AS ({change}RETURNING *
+), noted AS (
+    INSERT INTO stripe_event_attempts (event_id, attempt, outcome, process, began_at, ended_at, error)
+    SELECT event_id, attempt, status, claimed_by, claimed_at, clock_timestamp(), last_error FROM changed
+    ON CONFLICT DO NOTHING
+)
+SELECT status FROM changed
+"""
+
+
+FAIL = statement(
+    _noting("""
 UPDATE stripe_events
    SET failures = failures + 1, last_error = :error,
        status = CASE WHEN clock_timestamp() >= give_up_at THEN 'dead' ELSE 'failed' END,
        settled_at = CASE WHEN clock_timestamp() >= give_up_at THEN clock_timestamp() END,
        due_at = clock_timestamp() + make_interval(secs => :due_in)
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
-RETURNING status
 """)
+)
 
-KILL = statement("""
+KILL = statement(
+    _noting("""
 UPDATE stripe_events
    SET status = 'dead', failures = failures + 1, last_error = :error, settled_at = clock_timestamp()
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
-RETURNING status
 """)
+)
 
 RELEASE = statement("""
 UPDATE stripe_events SET status = 'pending', due_at = clock_timestamp() + make_interval(secs => :due_in)
@@ -166,11 +189,17 @@ RETURNING status
 # We were given up on, and are alive: a handler's row lock goes with its transaction, a moment before our word of how
 # it ended, and past the lease its row looks abandoned then. Nobody has begun since, or the attempt were another.
 TAKE_BACK = statement("""
-UPDATE stripe_events
-   SET status = 'processing', abandoned = :abandoned, settled_at = NULL,
-       due_at = clock_timestamp() + make_interval(secs => :lease)
- WHERE event_id = :event_id AND status IN ('pending', 'dead') AND attempt = :attempt AND abandoned > :abandoned
-RETURNING true
+WITH taken AS (
+    UPDATE stripe_events
+       SET status = 'processing', abandoned = :abandoned, settled_at = NULL,
+           due_at = clock_timestamp() + make_interval(secs => :lease)
+     WHERE event_id = :event_id AND status IN ('pending', 'dead') AND attempt = :attempt AND abandoned > :abandoned
+    RETURNING event_id, attempt
+), unnoted AS (
+    DELETE FROM stripe_event_attempts a USING taken
+     WHERE a.event_id = taken.event_id AND a.attempt = taken.attempt AND a.outcome = 'abandoned'
+)
+SELECT true FROM taken
 """)
 
 # A handler was given up on: end its transaction now, not when its statement happens to end. Pids are reused,
