@@ -49,11 +49,14 @@ async def test_a_dead_event_is_found_understood_and_replayed(ground: Ground, com
     assert [each["event_id"] for each in objects(await command("events", "list", "--json"))] == [good.id, event.id]
 
     run = await command("events", "show", event.id)
-    run.says(event.id, "invoice.payment_failed", "Permanent: never", "attempt")
+    run.says(event.id, "invoice.payment_failed", "received", "attempt 1 dead after", "Permanent: never")
     assert "metadata" not in run.said  # the payload only when asked for
     [shown] = objects(await command("events", "show", event.id, "--payload", "--json"))
     assert shown["payload"].encode() == event.body  # the very bytes: numbers are not rounded on the way
     assert (shown["status"], shown["actions"]) == ("dead", [])
+    [attempt] = shown["attempts"]
+    assert (attempt["attempt"], attempt["outcome"], attempt["error"]) == (1, "dead", "Permanent: never")
+    assert attempt["process"].endswith(f":{service.pid}")
 
     run = await command("events", "replay", "--status", "dead", "--dry-run")
     assert run.code == 0, run.said

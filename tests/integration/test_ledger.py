@@ -1,6 +1,8 @@
 """The ledger's statements on a real Postgres: who wins a row, and that whoever lost it changes nothing."""
 
 import asyncio
+import os
+import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
@@ -14,10 +16,11 @@ from service.inbox import statements
 from service.inbox.event import Delivery, parse_event
 from service.inbox.ledger import Claim, Found, Held, Ledger
 from service.inbox.model import TAKEABLE, Status
+from service.inbox.operations import Operations
 from service.inbox.postgres import begin, commit, roll_back
 from tests.hostile import bodies
 from tests.integration.conftest import MakeWorld
-from tests.integration.world import World, delivery, explained, until
+from tests.integration.world import World, delivery, effect, explained, until
 
 SETTLED = (Status.COMPLETED, Status.IGNORED, Status.DEAD)
 LEASE_SECONDS = 60.0
@@ -449,6 +452,58 @@ async def test_a_failure_after_three_days_is_the_last(world: World) -> None:
     row = await world.row(claim.event_id)
     assert (row["status"], row["failures"]) == ("dead", 1002)
     assert row["settled_at"] is not None
+
+
+async def test_each_attempt_that_did_not_succeed_is_noted(make_world: MakeWorld) -> None:
+    """By whom, from when to when, how it ended and why; a success adds none, nor does what was released."""
+    world = await make_world(abandoned_most=1)
+    claim = await world.claim()
+    await world.ledger.fail_if_held(claim, "ValueError: no", due_in_seconds=0)
+    [claim] = await world.ledger.take_over([claim.event_id])
+    await world.ledger.release_if_held(claim)
+    [claim] = await world.ledger.take_over([claim.event_id])
+    await world.change(claim.event_id, due_at=-0.1)
+    await world.ledger.return_abandoned(10)
+    await world.settle(claim.event_id, Status.PENDING)
+    [claim] = await world.ledger.take_over([claim.event_id])
+    await world.ledger.kill_if_held(claim, "Permanent: never")
+    async with Operations.on(world.url, 10) as operations:
+        found = await operations.attempts(claim.event_id)
+        done = await world.claim()
+        await world.dispatch(effect, done)
+        assert await operations.attempts(done.event_id) == []
+    assert [(each.attempt, each.outcome, each.error) for each in found] == [
+        (1, "failed", "ValueError: no"),
+        (3, "abandoned", "attempt 3 was abandoned: its process vanished or froze"),
+        (4, "dead", "Permanent: never"),
+    ]
+    assert {each.process for each in found} == {f"{socket.gethostname()}:{os.getpid()}"}
+    times = [time for each in found for time in (each.began_at, each.ended_at) if time is not None]
+    assert len(times) == 6
+    assert times == sorted(times)
+
+
+async def test_who_takes_its_row_back_was_not_abandoned(world: World) -> None:
+    """The note goes with the charge; how the attempt really ended is what stays."""
+    claim = await world.claim()
+    await world.change(claim.event_id, due_at=-0.1)
+    await world.ledger.return_abandoned(10)
+    await world.ledger.fail_if_held(claim, "ValueError: late", due_in_seconds=0)
+    async with Operations.on(world.url, 10) as operations:
+        [found] = await operations.attempts(claim.event_id)
+    assert (found.outcome, found.error) == ("failed", "ValueError: late")
+
+
+async def test_another_attempts_note_stays(world: World) -> None:
+    """Whoever was taken over for good changes nothing of what is noted."""
+    stale = await world.claim()
+    await world.change(stale.event_id, due_at=-0.1)
+    await world.ledger.return_abandoned(10)
+    [_] = await world.ledger.take_over([stale.event_id])
+    assert await world.ledger.fail_if_held(stale, "late", due_in_seconds=0) is None
+    async with Operations.on(world.url, 10) as operations:
+        [found] = await operations.attempts(stale.event_id)
+    assert (found.attempt, found.outcome) == (1, "abandoned")
 
 
 async def test_killed_is_dead(world: World) -> None:

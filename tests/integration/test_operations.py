@@ -263,12 +263,17 @@ async def test_a_ledger_that_is_not_migrated_is_left_alone(world: World) -> None
 async def test_old_payloads_go_and_older_rows(world: World, operations: Operations) -> None:
     """By the day of settling; what is younger stays whole, and the audit has the count."""
     ages = {days: await event(world, Status.COMPLETED, settled_days=days) for days in (1, 40, 100)}
+    for days in (40, 100):
+        await world.database.execute(
+            "INSERT INTO stripe_event_attempts VALUES ($1, 1, 'failed', NULL, NULL, now(), '')", ages[days]
+        )
     assert await operations.old(30, 90, include_dead=False) == (2, 1)
     assert await pruned(operations, 30, 90) == [1, 1]
     assert [each.event_id for each in await operations.list_events(Selection(), 9)] == [ages[40], ages[1]]
     assert await operations.payload(ages[40]) is None
     assert await operations.payload(ages[1]) is not None
     assert await world.database.fetchval("SELECT count(*) FROM stripe_event_payloads") == 1
+    assert await world.database.fetchval("SELECT array_agg(event_id) FROM stripe_event_attempts") == [ages[40]]
     assert await noted(world) == [(OPERATOR, "prune", "payloads=30d rows=90d", 2)]
     assert await pruned(operations, 30, 90) == [0, 0]
 

@@ -113,6 +113,35 @@ async def test_a_failed_migration_leaves_nothing(empty_url: str) -> None:
     assert await migrate(empty_url, TIMEOUT_SECONDS) == (None, head())
 
 
+async def test_columns_are_added_between_running_handlers(database_url: str) -> None:
+    """A migration beside live services: it finds its moment, and no delivery waits behind it meanwhile."""
+    await fetch(database_url, "ALTER TABLE stripe_events DROP COLUMN claimed_at, DROP COLUMN claimed_by")
+    await fetch(database_url, "DROP TABLE stripe_event_attempts")
+    await fetch(database_url, "UPDATE alembic_version SET version_num = '0003'")
+    handler, delivery = [await asyncpg.connect(database_url) for _ in range(2)]
+    try:
+        await handler.execute("BEGIN")
+        await handler.execute("SELECT FROM stripe_events FOR UPDATE")
+        migrating = asyncio.create_task(migrate(database_url, TIMEOUT_SECONDS))
+        for _ in range(3):
+
+            async def waits() -> bool:
+                found = await delivery.fetchval(
+                    "SELECT count(*) > 0 FROM pg_locks"
+                    " WHERE NOT granted AND mode = 'AccessExclusiveLock' AND relation = 'stripe_events'::regclass"
+                )
+                return migrating.done() or bool(found)
+
+            await until(waits)
+            assert not migrating.done()
+            await delivery.execute("SET lock_timeout = '1s'")
+            await delivery.execute("UPDATE stripe_events SET failures = 0 WHERE false")
+        await handler.execute("COMMIT")
+        assert await migrating == ("0003", head())
+    finally:
+        await asyncio.gather(handler.close(), delivery.close())
+
+
 async def test_a_newer_schema_is_left_alone(database_url: str) -> None:
     """Migrated by a newer build: this one works on it, and does not touch it."""
     await fetch(database_url, "UPDATE alembic_version SET version_num = '9999_from_the_future'")

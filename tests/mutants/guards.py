@@ -100,8 +100,8 @@ MUTANTS = (
         "killed-at-any-attempt",
         "So does a death.",
         "inbox/statements.py",
-        f'settled_at = clock_timestamp()\n {GUARD}\nRETURNING status\n""")\n\nRELEASE',
-        f'settled_at = clock_timestamp()\n {ANY_ATTEMPT}\nRETURNING status\n""")\n\nRELEASE',
+        f'settled_at = clock_timestamp()\n {GUARD}\n""")\n)\n\nRELEASE',
+        f'settled_at = clock_timestamp()\n {ANY_ATTEMPT}\n""")\n)\n\nRELEASE',
         "integration/test_ledger.py::test_whoever_was_taken_over_changes_nothing[kill]",
     ),
     Mutant(
@@ -172,6 +172,22 @@ MUTANTS = (
         "SET status = 'pending', failures = failures + 1,\n"
         "       due_at = clock_timestamp() + make_interval(secs => :due_in)",
         "integration/test_ledger.py::test_released_is_pending_and_nothing_is_charged",
+    ),
+    Mutant(
+        "a-failure-is-not-noted",
+        "Each attempt that did not succeed is noted, in the statement that charges it.",
+        "inbox/statements.py",
+        "clock_timestamp(), last_error FROM changed",
+        "clock_timestamp(), last_error FROM changed WHERE false",
+        "integration/test_ledger.py::test_each_attempt_that_did_not_succeed_is_noted",
+    ),
+    Mutant(
+        "taken-back-and-noted",
+        "Who takes its row back was not abandoned: the note goes with the charge.",
+        "inbox/statements.py",
+        "AND a.outcome = 'abandoned'",
+        "AND a.outcome = 'none'",
+        "integration/test_ledger.py::test_who_takes_its_row_back_was_not_abandoned",
     ),
     Mutant(
         "replay-resets-the-attempt",

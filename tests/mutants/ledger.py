@@ -219,11 +219,11 @@ MUTANTS = (
         "as-many-as-the-plan-likes",
         "As many rows as asked are claimed, under every plan: the ids come from a CTE of their own.",
         "inbox/statements.py",
-        "  FROM due\n WHERE e.event_id = due.event_id\nRETURNING e.event_id, e.status",
-        " WHERE e.event_id IN (SELECT event_id FROM stripe_events\n"
+        "      FROM due\n     WHERE e.event_id = due.event_id\n    RETURNING e.*",
+        "     WHERE e.event_id IN (SELECT event_id FROM stripe_events\n"
         "                       WHERE status = 'processing' AND due_at <= (SELECT clock_timestamp())\n"
         "                       ORDER BY due_at LIMIT :limit FOR UPDATE SKIP LOCKED)\n"
-        "RETURNING e.event_id, e.status",
+        "    RETURNING e.*",
         "integration/test_ledger.py::test_as_many_as_asked_the_oldest_first",
     ),
 )
