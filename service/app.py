@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from service import metrics
 from service.errors import ConfigurationError
 from service.inbox.claims import Claims
 from service.inbox.dispatch import Dispatcher, DispatchLimits
@@ -29,9 +30,10 @@ from service.inbox.retry import Backoff
 from service.inbox.seats import Seats
 from service.logs import configure
 from service.registry import Registry
-from service.settings import Settings
+from service.settings import OBSERVING_CONNECTIONS, Settings
 from service.stopping import Stop, leaving_with_supervisor
 from service.web.health import Readiness, livez
+from service.web.metrics import Metrics
 from service.web.probes import readiness_parts
 from service.web.webhook import WEBHOOK_PATH, Webhook, refuse_path
 
@@ -45,6 +47,7 @@ class Parts:
     ingest: AsyncEngine
     handlers: AsyncEngine
     seats: Seats
+    observing: AsyncEngine
     lock: Lock
     pipeline: Pipeline
     recovery: Recovery
@@ -63,6 +66,7 @@ class Parts:
             await self.seats.close()
             await self.handlers.dispose()
             await self.ingest.dispose()
+            await self.observing.dispose()
 
 
 def assemble(settings: Settings, registry: Registry) -> Parts:
@@ -119,13 +123,16 @@ def assemble(settings: Settings, registry: Registry) -> Parts:
         interval_seconds=settings.recovery_interval_seconds,
         batch=settings.handler_slots,
     )
-    return Parts(ingest, handlers, seats, lock, pipeline, recovery)
+    return Parts(ingest, handlers, seats, engine(size=OBSERVING_CONNECTIONS), lock, pipeline, recovery)
 
 
 def create_app(settings: Settings) -> Starlette:
     """The application for `settings`, which name both stores. Raises `ConfigurationError`."""
     configure(settings.log_format, settings.log_level)
-    parts = assemble(settings, Registry.load(settings.handlers))
+    registry = Registry.load(settings.handlers)
+    parts = assemble(settings, registry)
+    for handler in registry:
+        metrics.handler_seconds(handler.pattern)  # there from the start
     stop = Stop(settings.drain_seconds, settings.shutdown_seconds)
 
     @contextlib.asynccontextmanager
@@ -144,12 +151,14 @@ def create_app(settings: Settings) -> Starlette:
         settings.signature_tolerance_seconds,
         settings.body_most_bytes,
     )
-    readiness = Readiness(readiness_parts(stop, parts.lock, parts.ingest, parts.recovery))
+    probes = readiness_parts(stop, parts.lock, parts.ingest, parts.recovery)
+    readiness = Readiness(probes)
     app = Starlette(
         routes=[
             Route(WEBHOOK_PATH, webhook.receive, methods=["POST"]),
             Route("/livez", livez),
             Route("/readyz", readiness.report),
+            Route("/metrics", Metrics(probes, parts.observing).report),
         ],
         lifespan=lifespan,
         exception_handlers={404: refuse_path, 405: refuse_path},

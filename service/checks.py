@@ -182,7 +182,7 @@ async def _setting(connection: asyncpg.Connection, name: str) -> str:
 
 async def _check_connections(connection: asyncpg.Connection, settings: Settings) -> Check:
     most = int(await _setting(connection, "max_connections"))
-    ours = settings.handler_slots + settings.ingest_connections
+    ours = settings.postgres_connections
     detail = f"{ours} per worker process of the server's {most}"
     return _warn("connections", detail + ": raise max_connections") if ours > most // 2 else _ok("connections", detail)
 

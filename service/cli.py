@@ -10,6 +10,7 @@ import random
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -24,7 +25,7 @@ from rich.text import Text
 from starlette.applications import Starlette
 from uvicorn.supervisors import Multiprocess
 
-from service import cli_events, loading, sending
+from service import cli_events, loading, metrics, sending
 from service.addresses import postgres_dsn
 from service.app import create_app
 from service.checks import Check, Verdict, all_checks, refuse
@@ -317,9 +318,24 @@ def server_config(application: Callable[[], Starlette], settings: Settings, work
     )
 
 
+@contextmanager
+def _shared_metrics() -> Iterator[None]:
+    """Where the workers count, so that each of them can tell the sum."""
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="firstclaim-metrics-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ConfigurationError(
+            [f"several workers need a writable folder for temporary files, e.g. a tmpfs at /tmp: {error.strerror}"]
+        ) from error
+    with folder as path:
+        os.environ[metrics.FOLDER] = path
+        yield
+
+
 def _run(settings: Settings, listener: socket.socket, workers: int) -> None:
     config = server_config(partial(create_app, settings), settings, workers)
     if workers > 1:
-        Multiprocess(config, sockets=[listener]).run()
+        with _shared_metrics():
+            Multiprocess(config, sockets=[listener]).run()
     else:
         uvicorn.Server(config).run(sockets=[listener])

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from service.inbox.inspection import Attempted, Listed, Selection
+from service.inbox.inspection import Attempted, Backlog, Listed, Selection
 from service.inbox.model import Status
 from service.inbox.operations import ROW_DAYS_LEAST, Chosen, Operations
 from service.settings import Settings
@@ -251,17 +251,22 @@ def prune(
 
 def stats(as_json: AsJson = False) -> None:
     """The ledger at a glance: events by status, what is due, and for how long."""
+
+    async def ask(operations: Operations) -> tuple[dict[Status, int], Backlog]:
+        return await operations.count(Selection()), await operations.backlog()
+
     with reported():
-        found = _asked(lambda operations: operations.stats())
+        counts, backlog = _asked(ask)
+    events = {status: counts.get(status, 0) for status in Status}
     if as_json:
-        _print_json(asdict(found))
+        _print_json({"events": events, **asdict(backlog)})
         return
-    for status, events in found.events.items():
-        _print_line(status, str(events), _COLOURS[status])
-    _print_line("due now", str(found.due))
-    _print_line("oldest due", "-" if found.oldest_due_seconds is None else f"{found.oldest_due_seconds:.0f} s")
-    _print_line("past their lease", str(found.past_their_lease))
-    _print_line("abandoned before", str(found.abandoned_before))
+    for status, number in events.items():
+        _print_line(status, str(number), _COLOURS[status])
+    _print_line("due now", str(backlog.due))
+    _print_line("oldest due", "-" if backlog.oldest_due_seconds is None else f"{backlog.oldest_due_seconds:.0f} s")
+    _print_line("past their lease", str(backlog.past_their_lease))
+    _print_line("abandoned before", str(backlog.abandoned_before))
 
 
 def operator() -> str:

@@ -5,6 +5,7 @@ Expected outcomes (a duplicate, a failed handler, Redis away) are values, not ex
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 
 class FirstclaimError(Exception):
@@ -14,14 +15,33 @@ class FirstclaimError(Exception):
 # -- the caller must act ------------------------------------------------------------------------------
 
 
+RejectedKind = Literal[
+    "signature_missing",
+    "signature_repeated",
+    "signature_malformed",
+    "signature_stale",
+    "signature_mismatch",
+    "body_not_utf8",
+    "content",
+    "path",
+    "body_too_large",
+    "body_too_slow",
+    "head_too_large",
+    "head_too_slow",
+    "malformed",
+    "pipelined",
+    "upgrade",
+]
+
+
 class Rejected(FirstclaimError):
     """A delivery that is refused before anything was asked of Redis or Postgres.
 
     `status` is the HTTP status, `reason` the generic sentence the caller may read, `kind` a closed label
-    for logs. None of them holds any of the caller's bytes, so logging one can leak nothing.
+    for logs and metrics. None of them holds any of the caller's bytes, so logging one can leak nothing.
     """
 
-    def __init__(self, kind: str, reason: str, status: int = 400) -> None:
+    def __init__(self, kind: RejectedKind, reason: str, status: int = 400) -> None:
         super().__init__(reason)
         self.kind = kind
         self.reason = reason

@@ -19,6 +19,7 @@ from service.addresses import postgres_dsn, redis_url
 from service.errors import ConfigurationError
 
 PREFIX = "FIRSTCLAIM_"
+OBSERVING_CONNECTIONS = 2  # apart: whoever looks at the ledger never makes a delivery wait
 
 _SERVICE_LINK = re.compile(PREFIX + r"(?:SERVICE_(?:HOST|PORT)|PORT)(?:_.*)?")
 
@@ -187,6 +188,11 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="The least severe level that is written."
     )
+
+    @property
+    def postgres_connections(self) -> int:
+        """The most that one process opens."""
+        return self.handler_slots + self.ingest_connections + OBSERVING_CONNECTIONS
 
     @property
     def embedded_database(self) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import asyncpg
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from service import metrics
 from service.errors import HandlerRuleBroken, LedgerUnavailable
 from service.inbox.event import Event
 from service.inbox.ledger import Claim, Held, Ledger
@@ -127,6 +128,7 @@ class Attempt:
         context = Context(self.event, self.claim.attempt, connection, fetch, loop, loop.time() + self.deadline_seconds)
         handler_runs(connection, True)
         start = _in_task if self.handler.is_async else _in_thread
+        began = loop.time()
         self.work = work = start(loop, self.handler.function, self.event, context)
         try:
             done, _ = await asyncio.wait({work}, timeout=self.deadline_seconds)
@@ -135,6 +137,7 @@ class Attempt:
             raise
         finally:
             over = True
+            metrics.handler_seconds(self.handler.pattern).observe(loop.time() - began)
         if not done:
             _stop(work)
             raise TimeoutError(f"the handler ran longer than its deadline of {self.deadline_seconds:g} s")

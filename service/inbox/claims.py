@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from service import metrics
 from service.errors import LedgerUnavailable
 from service.inbox import outcome
 from service.inbox.event import Delivery
@@ -129,6 +130,7 @@ class Claims:
         try:
             claimed = await self.ledger.take_over(list(tokens))
         finally:
+            metrics.taken_over["recovery"].inc(len(claimed))
             held = {claim.event_id: claim for claim in claimed}
             await asyncio.gather(
                 *(
@@ -151,6 +153,7 @@ class Claims:
             # Recorded by a delivery that had no lock, or failed before: ours now, whatever its due_at. If the
             # row is skipped, recovery has it in its hands at this very moment.
             won = next(iter(await self.ledger.take_over([event_id])), won)
+            metrics.taken_over["delivery"].inc(isinstance(won, Claim))
             if isinstance(won, Claim) and ignored is not None and await self.ledger.ignore_if_held(won) is None:
                 # We froze for longer than the lease: another has the row, and `ignored` may not be what it becomes.
                 won = Found(Status.PROCESSING, won.attempt, won.epoch)

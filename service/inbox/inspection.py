@@ -40,7 +40,7 @@ _ACTIONS_ON = statement("""
 SELECT at, operator, action, selection FROM operator_actions
  WHERE position(:event_id IN selection) > 0 ORDER BY at
 """)
-_STATS = statement("""
+_BACKLOG = statement("""
 SELECT count(*) FILTER (WHERE status IN ('pending', 'failed') AND due_at <= now) AS due,
        CAST(max(extract(epoch FROM now - due_at)) FILTER (WHERE status IN ('pending', 'failed') AND due_at <= now)
             AS float8) AS oldest_due_seconds,
@@ -135,10 +135,9 @@ class Attempted:
 
 
 @dataclass(frozen=True, slots=True)
-class Stats:
-    """The ledger at a glance. Ages in seconds; `oldest_due_seconds` None: nothing is due."""
+class Backlog:
+    """What is unfinished. Ages in seconds; `oldest_due_seconds` None: nothing is due."""
 
-    events: dict[Status, int]
     due: int
     oldest_due_seconds: float | None
     past_their_lease: int
@@ -179,11 +178,10 @@ class Inspection:
         found = await self._fetch(_ACTIONS_ON, event_id=event_id)
         return [dict(row) for row in found if event_id in row["selection"].split(" ")]
 
-    async def stats(self) -> Stats:
-        """The ledger at a glance."""
-        counts = await self.count(Selection())
-        [row] = await self._fetch(_STATS)
-        return Stats({each: counts.get(each, 0) for each in Status}, **row)
+    async def backlog(self) -> Backlog:
+        """What is unfinished; by an index, however many events there are."""
+        [row] = await self._fetch(_BACKLOG)
+        return Backlog(**row)
 
     async def _fetch(self, query: Statement, **values: object) -> list[Any]:
         return await query.fetch(self._connection, timeout_seconds=_STATEMENT_SECONDS, **values)

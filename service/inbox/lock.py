@@ -22,6 +22,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
+from service import metrics
 from service.errors import LockUnavailable
 from service.inbox.batch import Batcher
 
@@ -228,6 +229,7 @@ class Lock:
     def _trip(self, error: BaseException) -> LockUnavailable:
         # OOM, READONLY and NOPERM are not connection errors, and all the same no lock can be had.
         if not self._tripped:
+            metrics.redis_outages.inc()
             log.warning("redis_away", error=type(error).__name__, asked_again_every_seconds=self._breaker_seconds)
         self._tripped, self._away_until = True, time.monotonic() + self._breaker_seconds
         return LockUnavailable(type(error).__name__)

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import structlog
 
+from service import metrics
 from service.errors import FirstclaimError, LedgerUnavailable
 from service.inbox import outcome
 from service.inbox.claims import Asked, Claims, shared
@@ -20,7 +21,7 @@ from service.inbox.dispatch import Dispatcher
 from service.inbox.event import Delivery, Event, parse_event
 from service.inbox.ledger import Claim
 from service.inbox.lock import LockReply
-from service.inbox.outcome import Outcome
+from service.inbox.outcome import Kind, Outcome
 from service.registry import Registry
 from service.telling import describe_error
 
@@ -60,15 +61,15 @@ class Pipeline:
             return outcome.unavailable("Shutting down")
         event_id = delivery.event.id
         if (first := self._claims.in_hand(event_id)) is not None:
-            return await self._share(event_id, first)
+            return _told(await self._share(event_id, first), "process")
         asked = await self._claims.ask(event_id)
         if asked.reply is LockReply.RECORDED:
-            return outcome.duplicate(event_id)
+            return _told(outcome.duplicate(event_id), "redis")
         progress = _Progress()
         task = self._spawn(self._process(delivery, asked, progress))
         done, _ = await asyncio.wait({task}, timeout=self._budget_seconds)
         if done and not task.cancelled():
-            return task.result()
+            return _told(task.result(), "ledger")
         if progress.recorded:
             return outcome.deferred("Recorded; still at work on it")
         return outcome.unavailable("Not recorded in time")
@@ -86,6 +87,7 @@ class Pipeline:
         """Make events due again whose holder vanished. Raises `LedgerUnavailable`."""
         for event_id, status, times in await self._claims.ledger.return_abandoned(most):
             log.warning("abandoned", event_id=event_id, status=status, times=times)
+            metrics.abandoned.inc()
 
     async def recover(self, *, thorough: bool = True) -> bool:
         """Claim due events, no more than free handler slots, and set them to work.
@@ -158,6 +160,7 @@ class Pipeline:
         """A claim that recovery won, dispatched like a delivery's."""
         try:
             result = await self._dispatch_recovered(claim)
+            metrics.recovered[result.kind].inc()
         except LedgerUnavailable as error:
             log.warning("ledger_unavailable", event_id=claim.event_id, error=str(error))
             return outcome.unavailable("The ledger cannot be reached")
@@ -195,3 +198,10 @@ class Pipeline:
         if self._registry.find(event.type) is None:
             return f"Event type {event.type} not handled"
         return None
+
+
+def _told(result: Outcome, stopped_by: metrics.StoppedBy) -> Outcome:
+    """`result`, counted if it is a duplicate."""
+    if result.kind is Kind.DUPLICATE:
+        metrics.duplicates[stopped_by].inc()
+    return result

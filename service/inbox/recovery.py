@@ -11,6 +11,7 @@ import time
 
 import structlog
 
+from service import metrics
 from service.errors import LedgerUnavailable
 from service.inbox.ledger import Ledger
 from service.inbox.pipeline import Pipeline
@@ -82,9 +83,11 @@ class Recovery:
             log.info("recovery_back")
         self._failing = False
         self._last_round = time.monotonic()
+        metrics.recovery_rounds["good"].inc()
         return more
 
     def _note_failure(self, error: str) -> None:
+        metrics.recovery_rounds["failed"].inc()
         if not self._failing:
             log.warning("recovery_round_failed", error=error)
         self._failing = True

@@ -30,6 +30,7 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
+from service import metrics
 from service.errors import Rejected
 from service.inbox import outcome as outcomes
 from service.web.lobby import Lobby
@@ -191,6 +192,7 @@ class Door(HttpToolsProtocol):
 
     def _refuse(self, error: Rejected) -> None:
         log.info("rejected", kind=error.kind, status=int(error.status))
+        metrics.rejected[error.kind].inc()
         self._say(rejection(error))
 
     def _say(self, response: Response) -> None:

@@ -90,7 +90,7 @@ def affordable_connections(settings: Settings) -> int:
     whose every file is a socket of somebody else's can record nothing.
     """
     wanted = settings.connections_most
-    needed = wanted + settings.handler_slots + settings.ingest_connections + _OTHER_FILES
+    needed = wanted + settings.postgres_connections + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return wanted

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import stripe
 
-from service.errors import Rejected
+from service.errors import Rejected, RejectedKind
 
 _Signature = stripe.WebhookSignature  # once: the package imports it anew for each look
 
@@ -52,5 +52,5 @@ def _signed_by(secret: str, body: str, header: str) -> bool:
         return False
 
 
-def _rejected(kind: str) -> Rejected:
+def _rejected(kind: RejectedKind) -> Rejected:
     return Rejected(kind, "Signature is missing, malformed, outside the tolerance, or does not match")

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from service import metrics
 from service.errors import Rejected
 from service.inbox import outcome as outcomes
 from service.inbox.event import Delivery, parse_event
@@ -62,12 +63,14 @@ class Webhook:
             event = parse_event(body)
         except Rejected as error:
             log.info("rejected", kind=error.kind, status=error.status)
+            metrics.rejected[error.kind].inc()
             return rejection(error)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
         except asyncio.CancelledError:  # the server gave up waiting for this body: it is shutting down
             return answer(None, outcomes.unavailable("Shutting down"))
         result = await self._deliver(Delivery(event, body))
+        metrics.deliveries[result.kind].inc()
         log.info(
             "delivery",
             event_id=event.id,
@@ -121,6 +124,7 @@ async def refuse_path(_request: Request, error: Exception) -> Response:
     """404 and 405 in the one shape, the header `Allow` kept."""
     status = error.status_code if isinstance(error, HTTPException) else 404
     reason = "Method not allowed" if status == 405 else f"No such path: webhooks go to POST {WEBHOOK_PATH}"
+    metrics.rejected["path"].inc()
     response = rejection(Rejected("path", reason, status))
     response.headers.update(getattr(error, "headers", None) or {})
     return response

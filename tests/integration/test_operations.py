@@ -90,17 +90,19 @@ async def test_one_event_is_found_with_its_payload(world: World, operations: Ope
     assert await operations.payload("evt_unknown") is None
 
 
-async def test_the_stats_tell_what_is_due(world: World, operations: Operations) -> None:
+async def test_the_backlog_tells_what_is_due(world: World, operations: Operations) -> None:
     """Nothing at first; then events by status, what is due and for how long, and whose holder is late."""
-    empty = await operations.stats()
-    assert (set(empty.events.values()), empty.due, empty.oldest_due_seconds) == ({0}, 0, None)
+    empty = await operations.backlog()
+    assert (empty.due, empty.oldest_due_seconds) == (0, None)
     late, later, processing = [await event(world, s) for s in (Status.FAILED, Status.PENDING, Status.PROCESSING)]
     await event(world, Status.COMPLETED)
     await world.change(late, due_at=-100.0, abandoned=2)
     await world.change(later, due_at=100.0)
     await world.change(processing, due_at=-1.0)
-    found = await operations.stats()
-    assert found.events == {each: int(each not in (Status.IGNORED, Status.DEAD)) for each in Status}
+    found = await operations.backlog()
+    assert await operations.count(Selection()) == {
+        each: 1 for each in Status if each not in (Status.IGNORED, Status.DEAD)
+    }
     assert (found.due, found.past_their_lease, found.abandoned_before) == (1, 1, 1)
     assert found.oldest_due_seconds == pytest.approx(100, abs=20)
 

@@ -192,6 +192,7 @@ class World:
         await self.parts.seats.close()
         await self.parts.handlers.dispose()
         await self.parts.ingest.dispose()
+        await self.parts.observing.dispose()
         await self.database.close()
 
 

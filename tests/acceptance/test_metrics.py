@@ -1,0 +1,148 @@
+"""`/metrics` of real processes: what happened is what is counted, and nobody outside can add a series."""
+
+import re
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.inbox.model import Status
+from service.web.webhook import WEBHOOK_PATH
+from tests.acceptance.harness import (
+    DEFERRED,
+    FAILED,
+    IGNORED,
+    PROCESSED,
+    UNHANDLED,
+    Ground,
+    Service,
+    eventually,
+    post,
+    sample,
+)
+from tests.proxy import Mode, before_postgres, before_redis
+
+Series = dict[tuple[str, ...], float]
+
+
+async def scraped(service: Service) -> Series:
+    """The value of each series by its name and its labels' values; the answer is well formed."""
+    answer = await service.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    families = list(text_string_to_metric_families(answer.text))
+    assert len({family.name for family in families}) == len(families)
+    assert all(family.documentation for family in families)
+    return {(each.name, *each.labels.values()): each.value for family in families for each in family.samples}
+
+
+def grown(before: Series, after: Series) -> Series:
+    """What has changed but for durations and the looks of recovery; no series has come or gone."""
+    assert before.keys() == after.keys()
+    restless = re.compile(r"_bucket$|_seconds_sum$|recovery_rounds|^firstclaim_(?:events|due|oldest|past)")
+    return {
+        key: value - before[key] for key, value in after.items() if value != before[key] and not restless.search(key[0])
+    }
+
+
+async def test_what_happens_is_counted(ground: Ground) -> None:
+    """Each outcome, each way to tell a duplicate, each refusal in its own series; nothing else moves."""
+    service = await ground.service().start()
+    before = await scraped(service)
+
+    async def since() -> Series:
+        nonlocal before
+        now = await scraped(service)
+        changes, before = grown(before, now), now
+        return changes
+
+    event = sample()
+    assert (await ground.deliver(service, event)).said == PROCESSED
+    handled = ("firstclaim_handler_seconds_count", "invoice.payment_failed")
+    assert await since() == {("firstclaim_deliveries_total", "processed"): 1, handled: 1}
+
+    assert (await ground.deliver(service, event)).said == IGNORED
+    assert await since() == {
+        ("firstclaim_deliveries_total", "duplicate"): 1,
+        ("firstclaim_duplicates_total", "redis"): 1,
+    }
+    ground.empty_redis()
+    assert (await ground.deliver(service, event)).said == IGNORED
+    assert await since() == {
+        ("firstclaim_deliveries_total", "duplicate"): 1,
+        ("firstclaim_duplicates_total", "ledger"): 1,
+    }
+
+    assert (await ground.deliver(service, sample(type="charge.refunded"))).said == UNHANDLED
+    assert await since() == {("firstclaim_deliveries_total", "unhandled"): 1}
+
+    failing = sample("fail", until=1)
+    assert (await ground.deliver(service, failing)).said == FAILED
+    await ground.settled(failing, Status.COMPLETED)
+
+    async def recovered() -> float:
+        return (await scraped(service))["firstclaim_recovered_total", "processed"]
+
+    await eventually(recovered, lambda value: value == 1)
+    assert await since() == {
+        ("firstclaim_deliveries_total", "failed"): 1,
+        ("firstclaim_claims_taken_over_total", "recovery"): 1,
+        ("firstclaim_recovered_total", "processed"): 1,
+        handled: 2,
+    }
+
+
+async def test_nobody_outside_adds_a_series(ground: Ground) -> None:
+    """Odd types, paths, methods, signatures and bodies are counted in what is there already."""
+    service = await ground.service().start()
+    before = await scraped(service)
+    for number in range(3):
+        await post(service.url, sample().body.replace(b"invoice.payment_failed", b"made.up.by.%d" % number))
+        await service.request("POST", f"/made/up/{number}", b"{}")
+        await service.request("DELETE", f"{WEBHOOK_PATH}?made={number}")
+        await post(service.url, b"{}", [("stripe-signature", f"t=1,v1=made{number}")])
+        await post(service.url, b"{%d}" % number)
+    assert grown(before, await scraped(service)) == {
+        ("firstclaim_deliveries_total", "unhandled"): 3,
+        ("firstclaim_rejected_requests_total", "path"): 6,
+        ("firstclaim_rejected_requests_total", "signature_stale"): 3,
+        ("firstclaim_rejected_requests_total", "content"): 3,
+    }
+
+
+async def test_all_workers_are_one_sum(ground: Ground) -> None:
+    """Whichever of them is asked; and a worker that was killed takes nothing of what it counted with it."""
+    service = await ground.service(workers=2).start()
+    for _ in range(20):
+        assert (await ground.deliver(service, sample())).said == PROCESSED
+    sums = {(await scraped(service))["firstclaim_deliveries_total", "processed"] for _ in range(10)}
+    assert sums == {20}
+
+
+async def test_stores_that_are_away_show(ground: Ground) -> None:
+    """Down in `firstclaim_up` and counted; of a ledger that cannot be asked nothing is told, rather than the past."""
+    async with (
+        before_postgres(ground.database_url) as (postgres, database_url),
+        before_redis(ground.redis_url) as (redis, redis_url),
+    ):
+        service = await ground.service({"DATABASE_URL": database_url, "REDIS_URL": redis_url}).start()
+        well = await scraped(service)
+        assert {key[1]: value for key, value in well.items() if key[0] == "firstclaim_up"} == dict.fromkeys(
+            ("process", "redis", "postgres", "schema", "recovery"), 1.0
+        )
+        assert {key[1] for key in well if key[0] == "firstclaim_events"} == set(Status)
+
+        redis.switch(Mode.REFUSE)
+        assert (await ground.deliver(service, sample())).said == DEFERRED
+        found = await scraped(service)
+        assert (found["firstclaim_up", "redis"], found["firstclaim_redis_outages_total",]) == (0, 1)
+        assert found["firstclaim_up", "postgres"] == 1
+        redis.switch(Mode.OPEN)
+
+        postgres.switch(Mode.REFUSE)
+
+        async def away() -> Series:
+            return await scraped(service)
+
+        gone = await eventually(away, lambda series: ("firstclaim_due_events",) not in series)
+        assert gone["firstclaim_up", "postgres"] == 0
+        postgres.switch(Mode.OPEN)
+        await eventually(away, lambda series: ("firstclaim_due_events",) in series)

@@ -1,0 +1,36 @@
+"""What `/metrics` asks of the ledger, on a real server."""
+
+import asyncio
+
+from service.inbox.inspection import Backlog, Inspection
+from service.inbox.model import Status
+from service.web.metrics import _Kept
+from tests.integration.conftest import MakeWorld
+from tests.integration.world import World, delivery
+
+
+async def test_many_scrapes_ask_once(world: World) -> None:
+    """However many come at once, and until the answer is too old; then the next one asks anew."""
+    asked: list[Backlog] = []
+
+    async def ask(inspection: Inspection) -> Backlog:
+        asked.append(await inspection.backlog())
+        return asked[-1]
+
+    kept = _Kept(world.parts.observing, ask, 60)
+    assert await asyncio.gather(*(kept.get() for _ in range(20))) == asked * 20
+    await world.state_of(delivery(), Status.PENDING)
+    kept._asked_at -= 61
+    again = await kept.get()
+    assert again is not None
+    assert (len(asked), again.due) == (2, asked[0].due + 1)
+
+
+async def test_a_slow_ledger_is_not_waited_for(make_world: MakeWorld) -> None:
+    """Both connections of its own are taken: nothing is told, and a delivery goes its way meanwhile."""
+    world = await make_world(answer_budget_seconds=0.3)
+    kept = _Kept(world.parts.observing, lambda inspection: inspection.backlog(), 60)
+    async with world.parts.observing.connect(), world.parts.observing.connect():
+        looking = asyncio.create_task(kept.get())
+        assert await world.ledger.record(delivery(), due_in_seconds=0) is None
+        assert await looking is None
