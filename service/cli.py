@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -127,6 +128,18 @@ def rotate() -> None:
             cli_events.on(settings, lambda operations: operations.rotate_epoch(cli_events.operator()))
         )
         out.print(f"epoch {before} -> {after}; running services notice within one recovery round", soft_wrap=True)
+
+
+@app.command()
+def dashboard(
+    print_it: Annotated[bool, typer.Option("--print", help="Print it, to be imported by Grafana.")] = False,
+    alerts: Annotated[bool, typer.Option("--alerts", help="The alert rules, for Prometheus, instead.")] = False,
+) -> None:
+    """The Grafana dashboard that ships with this service, or its Prometheus alert rules."""
+    if not print_it:
+        raise typer.BadParameter("say --print: nothing is installed anywhere")
+    name = "alerts.yaml" if alerts else "dashboard.json"
+    out.file.write(resources.files("service").joinpath("monitoring", name).read_text())
 
 
 @app.command()

@@ -1,0 +1,297 @@
+"""The alert rules and the dashboard against real scrapes: each alert fires in the state it is for, and in no other.
+
+A service is brought into a bad state and scraped before and after; promtool then runs the rules over an hour in which
+it stays so. Needs promtool (Debian's package prometheus).
+"""
+
+import asyncio
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import httpx
+import orjson
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.inbox.model import Status
+from tests.acceptance.harness import (
+    DEAD,
+    DEFERRED,
+    FAILED,
+    REPOSITORY,
+    SHORT_LEASE,
+    Ground,
+    Overrides,
+    Service,
+    eventually,
+    post,
+    sample,
+)
+from tests.fixtures import signed
+from tests.proxy import Mode, Proxy, before_postgres, before_redis
+
+MONITORING = resources.files("service").joinpath("monitoring")
+ALERTS = set(re.findall(r"- alert: (\w+)", MONITORING.joinpath("alerts.yaml").read_text()))
+WELL_MINUTES, BAD_MINUTES = 5, 40
+
+needs_promtool = pytest.mark.skipif(
+    shutil.which("promtool") is None and not os.environ.get("CI"), reason="promtool is not installed"
+)
+
+Scrape = dict[str, float]
+
+
+async def scraped(service: Service) -> Scrape:
+    """The value of each series as Prometheus writes it, of the instance `a`."""
+    text = (await service.get("/metrics")).text
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for each in family.samples:
+            labels = ",".join(f'{name}="{value}"' for name, value in {**each.labels, "instance": "a"}.items())
+            found[f"{each.name}{{{labels}}}"] = each.value
+    return found
+
+
+def promtool(*arguments: str) -> str:
+    """What it says; fails when it does."""
+    done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def check(folder: Path, before: Scrape, after: Scrape, expected: set[str]) -> None:
+    """Exactly these fire after the service was in the first state for a while, and in the second for longer.
+
+    What is not told afterwards has no value then. A counter that rose goes on rising as it did.
+    """
+    series = []
+    for name in before | after:
+        well, bad = before.get(name), after.get(name)
+        counter = re.match(r"\w+_(?:total|count|sum|bucket)\{", name) is not None
+        step = bad - well if counter and well is not None and bad is not None else 0
+        values = [
+            f"_x{WELL_MINUTES}" if well is None else f"{well:g}x{WELL_MINUTES}",
+            f"_x{BAD_MINUTES}" if bad is None else f"{bad:g}+{step:g}x{BAD_MINUTES}",
+        ]
+        series.append({"series": name, "values": " ".join(values)})
+    looks = [
+        {
+            "expr": f'count(ALERTS{{alertstate="firing",alertname="{alert}"}}) > bool 0 or vector(0)',
+            "eval_time": f"{BAD_MINUTES}m",
+            "exp_samples": [{"labels": "{}", "value": int(alert in expected)}],
+        }
+        for alert in sorted(ALERTS)
+    ]
+    (folder / "alerts.yaml").write_text(MONITORING.joinpath("alerts.yaml").read_text())
+    test = {"interval": "1m", "input_series": series, "promql_expr_test": looks}
+    content = {"rule_files": ["alerts.yaml"], "evaluation_interval": "1m", "tests": [test]}
+    (folder / "test.yaml").write_text(json.dumps(content))
+    promtool("test", "rules", str(folder / "test.yaml"))
+
+
+@dataclass(slots=True)
+class Scene:
+    """A service that reaches both stores through proxies."""
+
+    ground: Ground
+    postgres: Proxy
+    redis: Proxy
+    overrides: Overrides
+    service: Service = field(init=False)
+
+    async def another(self) -> Service:
+        """One more, started."""
+        return await self.ground.service(self.overrides).start()
+
+    async def seen(self, so: Callable[[Scrape], object]) -> Scrape:
+        """The first scrape that shows it."""
+        return await eventually(lambda: scraped(self.service), so)
+
+
+def up(scrape: Scrape, part: str) -> float:
+    """Whether that part is well."""
+    return scrape[f'firstclaim_up{{part="{part}",instance="a"}}']
+
+
+# -- the bad states -----------------------------------------------------------------------------------
+
+
+async def well(scene: Scene) -> Scrape:
+    await scene.ground.deliver(scene.service, sample())
+    return await scraped(scene.service)
+
+
+async def postgres_away(scene: Scene) -> Scrape:
+    scene.postgres.switch(Mode.REFUSE)
+    await scene.seen(lambda scrape: not up(scrape, "postgres"))
+    for _ in range(3):
+        await post(scene.service.url, sample().body)
+    return await scraped(scene.service)
+
+
+async def redis_away(scene: Scene) -> Scrape:
+    scene.redis.switch(Mode.REFUSE)
+    assert (await scene.ground.deliver(scene.service, sample())).said == DEFERRED
+    return await scene.seen(lambda scrape: not up(scrape, "redis"))
+
+
+async def overdue(scene: Scene) -> Scrape:
+    scene.redis.switch(Mode.REFUSE)  # so that nobody takes it up
+    event = sample()
+    assert (await scene.ground.deliver(scene.service, event)).said == DEFERRED
+    await scene.ground.fetch("UPDATE stripe_events SET due_at = due_at - interval '1 hour'")
+    return await scene.seen(lambda scrape: scrape['firstclaim_oldest_due_seconds{instance="a"}'] > 3000)
+
+
+async def recovery_stopped(scene: Scene) -> Scrape:
+    await scene.ground.fetch("ALTER TABLE stripe_events RENAME abandoned TO renamed")  # only recovery asks for it
+    return await scene.seen(lambda scrape: not up(scrape, "recovery"))
+
+
+async def schema_outdated(scene: Scene) -> Scrape:
+    await scene.ground.fetch("UPDATE alembic_version SET version_num = '0001'")
+    return await scene.seen(lambda scrape: not up(scrape, "schema"))
+
+
+async def secret_rolled(scene: Scene) -> Scrape:
+    for _ in range(5):
+        body = sample().body
+        await post(scene.service.url, body, list(signed(body, "whsec_another").items()))
+    return await scraped(scene.service)
+
+
+async def handlers_failing(scene: Scene) -> Scrape:
+    for _ in range(3):
+        assert (await scene.ground.deliver(scene.service, sample("fail", until=1))).said == FAILED
+    return await scraped(scene.service)
+
+
+async def dead(scene: Scene) -> Scrape:
+    assert (await scene.ground.deliver(scene.service, sample("permanent"))).said == DEAD
+    scene.service = await scene.another()  # its first scrape counts all rows
+    return await scene.seen(lambda scrape: scrape.get('firstclaim_events{status="dead",instance="a"}'))
+
+
+async def abandoned(scene: Scene) -> Scrape:
+    event = sample("hold", gate=str(scene.ground.folder / "gate"))
+    delivering = asyncio.create_task(post(scene.service.url, event.body))
+    await scene.ground.settled(event, Status.PROCESSING)
+    await scene.service.kill()
+    with suppress(httpx.HTTPError):
+        await delivering
+    scene.service = await scene.another()
+    return await scene.seen(lambda scrape: scrape['firstclaim_abandoned_total{instance="a"}'])
+
+
+async def gone(scene: Scene) -> Scrape:
+    await scene.service.stop()
+    return {}
+
+
+STATES: dict[Callable[[Scene], Awaitable[Scrape]], set[str]] = {
+    well: set(),
+    gone: {"Absent"},
+    postgres_away: {"PostgresAway", "Refusing"},
+    redis_away: {"RedisAway"},
+    overdue: {"RedisAway", "Overdue"},
+    recovery_stopped: {"RecoveryStopped"},
+    schema_outdated: {"SchemaOutdated"},
+    secret_rolled: {"SignatureMismatch"},
+    handlers_failing: {"HandlersFailing"},
+    dead: {"Dead"},
+    abandoned: {"Abandoned"},
+}
+
+
+def test_each_alert_has_a_state() -> None:
+    """None of them is shipped without having been seen to fire."""
+    assert {f"Firstclaim{name}" for names in STATES.values() for name in names} == ALERTS
+
+
+@pytest.mark.chaos
+@needs_promtool
+@pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
+async def test_an_alert_fires_in_its_state_and_no_other(
+    ground: Ground, tmp_path: Path, state: Callable[[Scene], Awaitable[Scrape]]
+) -> None:
+    """From real scrapes of a service that is well, and then is not."""
+    async with (
+        before_postgres(ground.database_url) as (postgres, database_url),
+        before_redis(ground.redis_url) as (redis, redis_url),
+    ):
+        scene = Scene(ground, postgres, redis, SHORT_LEASE | {"DATABASE_URL": database_url, "REDIS_URL": redis_url})
+        scene.service = await scene.another()
+        before = await scraped(scene.service)
+        after = await state(scene)
+        ground.waived.update(row["event_id"] for row in await ground.fetch("SELECT event_id FROM stripe_events"))
+        check(tmp_path, before, after, {f"Firstclaim{name}" for name in STATES[state]})
+
+
+@pytest.mark.chaos
+@needs_promtool
+def test_prometheus_takes_the_rules_and_the_dashboard(tmp_path: Path) -> None:
+    """What is printed is what Prometheus loads; each query of the dashboard is one that it can run."""
+    rules = tmp_path / "alerts.yaml"
+    rules.write_text(printed("--alerts"))
+    promtool("check", "rules", str(rules))
+    queries = [query.replace("$__rate_interval", "5m").replace("$job", "a") for query in queries_of(printed())]
+    recording = [{"record": f"query:{number}", "expr": query} for number, query in enumerate(queries)]
+    (tmp_path / "queries.yaml").write_text(json.dumps({"groups": [{"name": "dashboard", "rules": recording}]}))
+    promtool("check", "rules", str(tmp_path / "queries.yaml"))
+
+
+async def test_every_metric_that_is_asked_for_exists(ground: Ground) -> None:
+    """In the rules and on the dashboard: no series is named there that a service does not tell."""
+    service = await ground.service().start()
+    told = {name.partition("{")[0] for name in await scraped(service)}
+    for text in (printed(), printed("--alerts")):
+        asked = set(re.findall(r"\bfirstclaim_\w+", text))
+        assert asked
+        assert asked <= told
+
+
+def test_the_dashboard_can_be_imported() -> None:
+    """Every panel has its place, a title, and a number of its own."""
+    board = orjson.loads(printed())
+    taken: set[tuple[int, int]] = set()
+    for panel in board["panels"]:
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken, panel["title"]
+        taken |= cells
+        assert panel["title"]
+        assert max(x for x, _ in cells) < 24
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+
+
+def test_without_the_word_nothing_is_printed() -> None:
+    """A usage error that says which word."""
+    done = subprocess.run([*COMMAND, "dashboard"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--print" in done.stderr
+
+
+COMMAND = [sys.executable, "-m", "service"]
+
+
+def printed(*options: str) -> str:
+    """What the command prints."""
+    return subprocess.check_output([*COMMAND, "dashboard", "--print", *options], text=True, cwd=REPOSITORY)
+
+
+def queries_of(board: str) -> list[str]:
+    """Every query of the dashboard's panels."""
+    return [target["expr"] for panel in orjson.loads(board)["panels"] for target in panel["targets"]]
