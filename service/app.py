@@ -9,6 +9,7 @@ import contextlib
 import gc
 import os
 import socket
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from service import metrics
+from service import metrics, tracing
 from service.errors import ConfigurationError
 from service.inbox.claims import Claims
 from service.inbox.dispatch import Dispatcher, DispatchLimits
@@ -126,6 +127,18 @@ def assemble(settings: Settings, registry: Registry) -> Parts:
     return Parts(ingest, handlers, seats, engine(size=OBSERVING_CONNECTIONS), lock, pipeline, recovery)
 
 
+@contextlib.asynccontextmanager
+async def exporting_spans() -> AsyncIterator[None]:
+    """While the block runs; where they go gets a moment for the last ones, and no more: it may be away."""
+    end = tracing.start()
+    try:
+        yield
+    finally:
+        ending = threading.Thread(target=end, daemon=True)
+        ending.start()
+        await asyncio.to_thread(ending.join, _CLOSE_SECONDS / 2)
+
+
 def create_app(settings: Settings) -> Starlette:
     """The application for `settings`, which name both stores. Raises `ConfigurationError`."""
     configure(settings.log_format, settings.log_level)
@@ -139,7 +152,7 @@ def create_app(settings: Settings) -> Starlette:
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         stop.install()
         with leaving_with_supervisor():
-            async with parts.running(stop):
+            async with exporting_spans(), parts.running(stop):
                 # What is loaded by now stays: the collector need not look through it again and again.
                 gc.collect()
                 gc.freeze()

@@ -17,7 +17,7 @@ from typing import Any
 import asyncpg
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service import metrics
+from service import metrics, tracing
 from service.errors import HandlerRuleBroken, LedgerUnavailable
 from service.inbox.event import Event
 from service.inbox.ledger import Claim, Held, Ledger
@@ -129,9 +129,10 @@ class Attempt:
         handler_runs(connection, True)
         start = _in_task if self.handler.is_async else _in_thread
         began = loop.time()
-        self.work = work = start(loop, self.handler.function, self.event, context)
         try:
-            done, _ = await asyncio.wait({work}, timeout=self.deadline_seconds)
+            with tracing.span("handler", handler=self.handler.pattern):
+                self.work = work = start(loop, self.handler.function, self.event, context)
+                done, _ = await asyncio.wait({work}, timeout=self.deadline_seconds)
         except asyncio.CancelledError:
             _stop(work)
             raise

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from service import tracing
 from service.errors import LedgerUnavailable, Permanent, Retry
 from service.inbox import outcome
 from service.inbox.attempt import Attempt, CommitUnknown, TakenOver, TransactionEnded
@@ -87,7 +88,10 @@ class Dispatcher:
                 await self._release(claim)
                 return outcome.deferred("Recorded; dispatched when a handler slot is free", claim.attempt)
             try:
-                ended = await attempt.run()
+                with tracing.span("attempt", attempt=claim.attempt):
+                    ended = await attempt.run()
+                    if isinstance(ended, Exception):
+                        tracing.note(error=type(ended).__name__)
             finally:
                 # A handler that ignores its end keeps its slot until it really ends.
                 if attempt.work is None or attempt.work.done():

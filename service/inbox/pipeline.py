@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import structlog
 
-from service import metrics
+from service import metrics, tracing
 from service.errors import FirstclaimError, LedgerUnavailable
 from service.inbox import outcome
 from service.inbox.claims import Asked, Claims, shared
@@ -62,7 +62,8 @@ class Pipeline:
         event_id = delivery.event.id
         if (first := self._claims.in_hand(event_id)) is not None:
             return _told(await self._share(event_id, first), "process")
-        asked = await self._claims.ask(event_id)
+        with tracing.span("lock"):
+            asked = await self._claims.ask(event_id)
         if asked.reply is LockReply.RECORDED:
             return _told(outcome.duplicate(event_id), "redis")
         progress = _Progress()
@@ -139,7 +140,8 @@ class Pipeline:
         """A delivery's way through; whatever breaks on it, the answer promises nothing that is not so."""
         event = delivery.event
         try:
-            won = await self._claims.win(delivery, asked, ignored=self._why_ignored(event))
+            with tracing.span("claim"):
+                won = await self._claims.win(delivery, asked, ignored=self._why_ignored(event))
             progress.recorded = True
             return await self._dispatch(won, event) if isinstance(won, Claim) else won
         except LedgerUnavailable as error:
@@ -158,9 +160,14 @@ class Pipeline:
 
     async def _recovered(self, claim: Claim) -> Outcome:
         """A claim that recovery won, dispatched like a delivery's."""
+        with tracing.span("recovered", event_id=claim.event_id, attempt=claim.attempt):
+            return await self._settle_recovered(claim)
+
+    async def _settle_recovered(self, claim: Claim) -> Outcome:
         try:
             result = await self._dispatch_recovered(claim)
             metrics.recovered[result.kind].inc()
+            tracing.note(outcome=result.kind)
         except LedgerUnavailable as error:
             log.warning("ledger_unavailable", event_id=claim.event_id, error=str(error))
             return outcome.unavailable("The ledger cannot be reached")

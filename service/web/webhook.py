@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from service import metrics
+from service import metrics, tracing
 from service.errors import Rejected
 from service.inbox import outcome as outcomes
 from service.inbox.event import Delivery, parse_event
@@ -50,6 +50,10 @@ class Webhook:
 
     async def receive(self, request: Request) -> Response:
         """Verify, parse, hand to the pipeline, answer."""
+        with tracing.arrival(request.headers):
+            return await self._receive(request)
+
+    async def _receive(self, request: Request) -> Response:
         began = time.perf_counter()
         try:
             body = await self._read(request)
@@ -64,6 +68,7 @@ class Webhook:
         except Rejected as error:
             log.info("rejected", kind=error.kind, status=error.status)
             metrics.rejected[error.kind].inc()
+            tracing.note(error=error.kind)
             return rejection(error)
         except ClientDisconnect:
             return Response(status_code=400)  # nobody reads it
@@ -71,6 +76,7 @@ class Webhook:
             return answer(None, outcomes.unavailable("Shutting down"))
         result = await self._deliver(Delivery(event, body))
         metrics.deliveries[result.kind].inc()
+        tracing.note(event_id=event.id, type=event.type, outcome=result.kind, attempt=result.attempt)
         log.info(
             "delivery",
             event_id=event.id,

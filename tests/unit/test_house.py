@@ -52,7 +52,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
         "service.inbox.statements",
     ),
     ("service.settings", "service.logs", "service.sending", "service.stopping"),
-    ("service.errors", "service.addresses", "service.telling"),
+    ("service.errors", "service.addresses", "service.telling", "service.tracing"),
     ("service.inbox", "service.web", "service.migrations", "service.migrations.versions"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
