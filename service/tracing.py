@@ -68,13 +68,13 @@ def start() -> Callable[[], None]:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import SERVICE_NAME, Resource
     from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor as Batched
 
     if isinstance(trace.get_tracer_provider(), TracerProvider):
         return lambda: None
     named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: "firstclaim"}
     provider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    provider.add_span_processor(Batched(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
     return provider.shutdown
 
