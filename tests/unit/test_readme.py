@@ -1,6 +1,7 @@
 """The README says what the code does, where the code can tell."""
 
 import re
+from importlib import resources
 from pathlib import Path
 
 from service.settings import Settings, environment_name
@@ -44,3 +45,17 @@ def test_test_command_is_what_ci_runs() -> None:
     assert block
     assert block.group(1).count("\n") == 0
     assert block.group(1).endswith("-m pytest")
+
+
+def test_every_alert_has_its_paragraph() -> None:
+    """Whoever is woken finds what to do under the alert's name."""
+    alerts = re.findall(r"- alert: (\w+)", resources.files("service").joinpath("monitoring", "alerts.yaml").read_text())
+    runbook = README.read_text().partition("### Runbook")[2].partition("\n## ")[0]
+    assert alerts
+    assert [name for name in alerts if f"**{name}**" not in runbook] == []
+
+
+def test_settings_are_called_by_their_names() -> None:
+    """No variable stands anywhere in the README that the service does not read."""
+    known = {environment_name(name) for name in Settings.model_fields}
+    assert set(re.findall(r"\bFIRSTCLAIM_[A-Z_]+\b", README.read_text())) <= known
