@@ -148,11 +148,17 @@ MUTANTS = (
         "integration/test_lock.py::test_a_key_of_the_wrong_type_is_deleted",
     ),
     Mutant(
-        "client-retries",
-        "The client's own retries are off: a lost reply asked for again looks like another's lock.",
+        "a-lost-reply-is-asked-for-again",
+        "A lost command is not sent again: our own lock would look like another's.",
         "inbox/lock.py",
-        "Retry(NoBackoff(), 0)",
-        "Retry(NoBackoff(), 3)",
+        "                return [await self._reply() for _ in commands]\n",
+        "                try:\n"
+        "                    return [await self._reply() for _ in commands]\n"
+        "                except (RedisError, OSError):\n"
+        "                    await self._connection.disconnect(nowait=True)\n"
+        "                    await self._connect()\n"
+        "                    await self._connection.send_packed_command(commands, check_health=False)\n"
+        "                    return [await self._reply() for _ in commands]\n",
         "integration/test_lock.py::test_a_lost_reply_is_not_asked_for_again",
     ),
     Mutant(
