@@ -6,7 +6,7 @@ that raises `LedgerUnavailable` may have, and its caller must not promise anythi
 database's; intervals are handed in, in seconds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,7 +59,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class _Arrival:
+class Arrival:
     """A delivery on its way into the ledger, and how it wants to be entered."""
 
     delivery: Delivery
@@ -69,7 +69,44 @@ class _Arrival:
 
     @property
     def event_id(self) -> str:
+        """Of the event that it brings."""
         return self.delivery.event.id
+
+
+async def insert(
+    connection: PinnedConnection,
+    arrivals: Iterable[Arrival],
+    *,
+    patience_seconds: float,
+    give_up_seconds: float,
+    process: str | None = None,
+    timeout_seconds: float | None = None,
+) -> set[str]:
+    """Enter them with their bodies, in one statement; returns the ids that were new.
+
+    `patience_seconds`: how long it waits for a row of the same id that is not committed yet. `process`: who claims
+    what is claimed.
+    """
+    events = [(arrival.delivery.event, arrival) for arrival in arrivals]
+    rows = await statements.INSERT.fetch(
+        connection,
+        timeout_seconds=timeout_seconds,
+        patience_ms=str(round(patience_seconds * 1000)),
+        event_ids=[event.id for event, _ in events],
+        types=[event.type for event, _ in events],
+        accounts=[event.account for event, _ in events],
+        livemodes=[event.livemode for event, _ in events],
+        api_versions=[event.api_version for event, _ in events],
+        object_ids=[event.object_id for event, _ in events],
+        created_ats=[event.created for event, _ in events],
+        statuses=[arrival.status for _, arrival in events],
+        attempts=[arrival.attempt for _, arrival in events],
+        due_ins=[arrival.due_in_seconds for _, arrival in events],
+        bodies=[arrival.delivery.body for _, arrival in events],
+        process=process,
+        give_up_in=give_up_seconds,
+    )
+    return {row["event_id"] for row in rows}
 
 
 class Ledger:
@@ -95,8 +132,8 @@ class Ledger:
         self._abandoned_most = abandoned_most
         self._process = process
         self._backoff = backoff
-        self._patience_ms = str(round(timeout_seconds * 1000 / _PATIENCE_SHARE))
-        self._arrivals: Batcher[_Arrival, Claim | Found] = Batcher(self._arrive, most=_BATCH_MOST, parallel=_BATCHES)
+        self._patience_seconds = timeout_seconds / _PATIENCE_SHARE
+        self._arrivals: Batcher[Arrival, Claim | Found] = Batcher(self._arrive, most=_BATCH_MOST, parallel=_BATCHES)
 
     # -- the two ways in ------------------------------------------------------------------------------
 
@@ -106,15 +143,15 @@ class Ledger:
         `ignored`: nothing here wants the event; the row is settled as it is inserted.
         """
         if ignored:
-            return await self._arrivals.call(_Arrival(delivery, Status.IGNORED, 1, 0))
-        return await self._arrivals.call(_Arrival(delivery, Status.PROCESSING, 1, self._lease_seconds))
+            return await self._arrivals.call(Arrival(delivery, Status.IGNORED, 1, 0))
+        return await self._arrivals.call(Arrival(delivery, Status.PROCESSING, 1, self._lease_seconds))
 
     async def record(self, delivery: Delivery, *, due_in_seconds: float) -> Found | None:
         """By whoever may not dispatch: recorded for recovery; None: it is, `Found`: it was there already."""
-        found = await self._arrivals.call(_Arrival(delivery, Status.PENDING, 0, due_in_seconds))
+        found = await self._arrivals.call(Arrival(delivery, Status.PENDING, 0, due_in_seconds))
         return found if isinstance(found, Found) else None
 
-    async def _arrive(self, arrivals: Sequence[_Arrival]) -> Sequence[Claim | Found | Exception]:
+    async def _arrive(self, arrivals: Sequence[Arrival]) -> Sequence[Claim | Found | Exception]:
         """Insert all of them in one statement; what is wrong with one row fails that row alone."""
         async with borrow(self._engine, self._timeout_seconds) as connection:
             try:
@@ -124,44 +161,32 @@ class Ledger:
                     return [LedgerUnavailable(describe(error))]
         return [answer for arrival in arrivals for answer in await self._alone(arrival)]
 
-    async def _alone(self, arrival: _Arrival) -> Sequence[Claim | Found | Exception]:
+    async def _alone(self, arrival: Arrival) -> Sequence[Claim | Found | Exception]:
         try:
             return await self._arrive([arrival])
         except LedgerUnavailable as error:
             return [error]
 
     async def _insert(
-        self, connection: PinnedConnection, arrivals: Sequence[_Arrival]
+        self, connection: PinnedConnection, arrivals: Sequence[Arrival]
     ) -> Sequence[Claim | Found | Exception]:
-        first: dict[str, _Arrival] = {}  # of each event; whoever may dispatch before whoever only records
+        first: dict[str, Arrival] = {}  # of each event; whoever may dispatch before whoever only records
         for arrival in sorted(arrivals, key=lambda arrival: arrival.status is Status.PENDING):
             first.setdefault(arrival.event_id, arrival)
-        events = [(arrival.delivery.event, arrival) for arrival in first.values()]
-        rows = await statements.INSERT.fetch(
+        new = await insert(
             connection,
-            patience_ms=self._patience_ms,
-            event_ids=[event.id for event, _ in events],
-            types=[event.type for event, _ in events],
-            accounts=[event.account for event, _ in events],
-            livemodes=[event.livemode for event, _ in events],
-            api_versions=[event.api_version for event, _ in events],
-            object_ids=[event.object_id for event, _ in events],
-            created_ats=[event.created for event, _ in events],
-            statuses=[arrival.status for _, arrival in events],
-            attempts=[arrival.attempt for _, arrival in events],
-            due_ins=[arrival.due_in_seconds for _, arrival in events],
-            bodies=[arrival.delivery.body for _, arrival in events],
+            first.values(),
+            patience_seconds=self._patience_seconds,
+            give_up_seconds=self._give_up_seconds,
             process=self._process,
-            give_up_in=self._give_up_seconds,
         )
-        new = {row["event_id"] for row in rows}
         epoch = connection.epoch
         late = [a.event_id for a in arrivals if a.event_id not in new or first[a.event_id] is not a]
         known = (
             {row["event_id"]: row for row in await statements.FIND.fetch(connection, event_ids=late)} if late else {}
         )
 
-        def answer(arrival: _Arrival) -> Claim | Found:
+        def answer(arrival: Arrival) -> Claim | Found:
             event_id = arrival.event_id
             if event_id in new and first[event_id] is arrival:
                 return Claim(event_id, arrival.attempt, 0, 0, arrival.delivery.body, epoch)
