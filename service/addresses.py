@@ -1,9 +1,11 @@
-"""The stores' addresses as platforms hand them out, checked and made what the drivers take.
+"""Addresses as platforms hand them out, and the key of one: checked, and made what the drivers take.
 
-Guarantees: no message repeats any part of a URL but its scheme, so that no password can get into a log; what
-cannot work (Sentinel, Cluster, a transaction-mode pooler that says so) is refused by its name.
+Guarantees: no message repeats any part of a URL but its scheme, or of a key, so that no secret can get into a log;
+what cannot work (Sentinel, Cluster, a transaction-mode pooler that says so) is refused by its name.
 """
 
+import ipaddress
+import re
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 # Query parameters of a REDIS_URL that say where and how to connect. Any other would override what the
@@ -15,6 +17,8 @@ _LIBPQ_ONLY = {"channel_binding", "connect_timeout", "gssencmode", "keepalives",
 
 _POSTGRES_EXAMPLE = "postgresql://user:password@host:5432/database"
 _REDIS_EXAMPLE = "redis://:password@host:6379/0"
+_STRIPE_EXAMPLE = "https://api.stripe.com"
+_STRIPE_KEY = re.compile(r"[sr]k_[\x21-\x7e]{1,500}")
 
 
 def postgres_dsn(url: str) -> str:
@@ -50,6 +54,31 @@ def redis_url(url: str) -> str:
     if scheme == "unix" and not parts.path:
         raise ValueError("a unix:// URL needs a path, e.g. unix:///run/redis/redis.sock?db=0")
     return f"{scheme}://{parts.netloc}{parts.path}" + (f"?{parts.query}" if parts.query else "")
+
+
+def stripe_base(url: str) -> str:
+    """`url` as Stripe's library takes it, which sends the API key there: TLS, or this machine's loopback."""
+    parts = _split_url(url, _STRIPE_EXAMPLE)
+    _check_port(parts, _STRIPE_EXAMPLE)
+    if not parts.hostname or "@" in parts.netloc or parts.query:
+        raise ValueError(f"expected scheme, host and perhaps a port, e.g. {_STRIPE_EXAMPLE}")
+    if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(parts.hostname)):
+        raise ValueError("expected https://, or http:// to this machine's loopback: the API key goes there")
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+
+
+def stripe_key(key: str) -> str:
+    """`key` if Stripe's API may take it: not a publishable key or a signing secret, and no white space around it."""
+    if not _STRIPE_KEY.fullmatch(key):
+        raise ValueError("expected a secret key (sk_...) or a restricted one (rk_...), and nothing around it")
+    return key
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _split_url(url: str, example: str) -> SplitResult:

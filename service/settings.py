@@ -8,20 +8,25 @@ silently does nothing is how a team finds out in production.
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from service.addresses import postgres_dsn, redis_url
+from service import addresses
 from service.errors import ConfigurationError
 
 PREFIX = "FIRSTCLAIM_"
 OBSERVING_CONNECTIONS = 2  # apart: whoever looks at the ledger never makes a delivery wait
 
 _SERVICE_LINK = re.compile(PREFIX + r"(?:SERVICE_(?:HOST|PORT)|PORT)(?:_.*)?")
+
+
+def _made_by(make: Callable[[str], str]) -> AfterValidator:
+    """What `make` makes of a secret; the ValueError that it raises is the fault."""
+    return AfterValidator(lambda value: None if value is None else SecretStr(make(value.get_secret_value())))
 
 
 class Settings(BaseSettings):
@@ -37,12 +42,12 @@ class Settings(BaseSettings):
         validate_by_alias=True,
     )
 
-    database_url: SecretStr | None = Field(
+    database_url: Annotated[SecretStr | None, _made_by(addresses.postgres_dsn)] = Field(
         None,
         validation_alias="DATABASE_URL",
         description="PostgreSQL 14 or newer: `postgresql://` or `postgres://`. Unset: an embedded server.",
     )
-    redis_url: SecretStr | None = Field(
+    redis_url: Annotated[SecretStr | None, _made_by(addresses.redis_url)] = Field(
         None,
         validation_alias="REDIS_URL",
         description="Redis 7 or Valkey 8, or newer: `redis://`, `rediss://` or `unix://`. Unset: an embedded Valkey.",
@@ -51,6 +56,16 @@ class Settings(BaseSettings):
         (),
         validation_alias="STRIPE_WEBHOOK_SECRETS",
         description="Signing secrets (`whsec_...`), comma separated: per endpoint and mode, two while one is rolled.",
+    )
+    stripe_api_key: Annotated[SecretStr | None, _made_by(addresses.stripe_key)] = Field(
+        None,
+        validation_alias="STRIPE_API_KEY",
+        description="For `reconcile` only: a secret key, or a restricted one (`rk_...`) that may read Events.",
+    )
+    stripe_api_base: Annotated[str, AfterValidator(addresses.stripe_base)] = Field(
+        "https://api.stripe.com",
+        validation_alias="STRIPE_API_BASE",
+        description="Where `reconcile` finds Stripe's API, for tests: `https://`, or `http://` to the loopback.",
     )
     data_dir: Path = Field(
         Path(".firstclaim"),
@@ -235,16 +250,6 @@ class Settings(BaseSettings):
         if wrong := [name for name in names if not all(part.isidentifier() for part in name.split("."))]:
             raise ValueError(f"not a dotted module name: {', '.join(map(repr, wrong))}; expected e.g. shop.handlers")
         return names
-
-    @field_validator("database_url")
-    @classmethod
-    def _postgres_url(cls, url: SecretStr | None) -> SecretStr | None:
-        return None if url is None else SecretStr(postgres_dsn(url.get_secret_value()))
-
-    @field_validator("redis_url")
-    @classmethod
-    def _redis_url(cls, url: SecretStr | None) -> SecretStr | None:
-        return None if url is None else SecretStr(redis_url(url.get_secret_value()))
 
     @model_validator(mode="after")
     def _numbers_agree(self) -> Self:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from service.addresses import postgres_dsn, redis_url
+from service.addresses import postgres_dsn, redis_url, stripe_base
 from service.errors import ConfigurationError
 from service.settings import PREFIX, Settings, environment_name, load_settings
 
@@ -62,7 +62,7 @@ def test_every_field_has_a_name_and_a_reason() -> None:
     names = [environment_name(field) for field in Settings.model_fields]
     assert len(set(names)) == len(names)
     assert all(field.description for field in Settings.model_fields.values())
-    plain = {"DATABASE_URL", "REDIS_URL", "STRIPE_WEBHOOK_SECRETS"}
+    plain = {"DATABASE_URL", "REDIS_URL", "STRIPE_WEBHOOK_SECRETS", "STRIPE_API_KEY", "STRIPE_API_BASE"}
     assert all(name.startswith(PREFIX) for name in set(names) - plain)
 
 
@@ -164,8 +164,11 @@ def test_settings_never_show_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
         DATABASE_URL=f"postgresql://u:{CANARY}@h/db",
         REDIS_URL=f"redis://:{CANARY}@h",
         STRIPE_WEBHOOK_SECRETS=f"whsec_{CANARY}",
+        STRIPE_API_KEY=f"rk_live_{CANARY}",
     )
     assert settings.stripe_webhook_secrets[0].get_secret_value() == f"whsec_{CANARY}"
+    assert settings.stripe_api_key is not None
+    assert settings.stripe_api_key.get_secret_value() == f"rk_live_{CANARY}"
     assert CANARY not in repr(settings) + str(settings) + settings.model_dump_json()
 
 
@@ -181,6 +184,15 @@ def test_a_garbled_secret_is_refused(monkeypatch: pytest.MonkeyPatch, secret: st
     """A secret that Stripe never issued would only show itself as signatures that never match."""
     [fault] = faults(monkeypatch, STRIPE_WEBHOOK_SECRETS=secret)
     assert fault.startswith("STRIPE_WEBHOOK_SECRETS: a secret holds a space or a non-ASCII")
+
+
+@pytest.mark.parametrize(
+    "key", [f"pk_live_{CANARY}", f"whsec_{CANARY}", f"sk_{CANARY} ", f"sk_{CANARY}\n", "sk_\u20ac", " "]
+)
+def test_a_key_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """A publishable key, a signing secret, or a key with something around it would only be refused by Stripe."""
+    [fault] = faults(monkeypatch, STRIPE_API_KEY=key)
+    assert fault.startswith("STRIPE_API_KEY: expected a secret key (sk_...) or a restricted one (rk_...)")
 
 
 def test_a_database_of_your_own_needs_your_secret(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,6 +361,40 @@ def test_redis_addresses_that_are_refused(given: str, named: str) -> None:
     """What the lock does not support is refused by its name, so that nobody debugs a connection instead."""
     with pytest.raises(ValueError, match=named):
         redis_url(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("https://api.stripe.com", "https://api.stripe.com"),
+        (" https://stripe.internal:8443/mock/ ", "https://stripe.internal:8443/mock"),
+        ("http://127.0.0.1:12111", "http://127.0.0.1:12111"),
+        ("http://localhost:12111/", "http://localhost:12111"),
+        ("http://[::1]:12111", "http://[::1]:12111"),
+    ],
+)
+def test_stripe_addresses(given: str, taken: str) -> None:
+    """Stripe's own, a mock's on this machine, and what the library would join wrongly put right."""
+    assert stripe_base(given) == taken
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("http://api.stripe.com", "the API key goes there"),
+        ("http://127.0.0.1.example.com", "the API key goes there"),
+        ("ftp://127.0.0.1", "the API key goes there"),
+        ("https://", "expected scheme, host"),
+        ("https://api.stripe.com?x=1", "expected scheme, host"),
+        ("https://me:pw@api.stripe.com", "expected scheme, host"),
+        ("api.stripe.com", "not a URL"),
+        ("https://api.stripe.com:port", "not a URL"),
+    ],
+)
+def test_stripe_addresses_that_are_refused(given: str, named: str) -> None:
+    """No key goes over a network in the clear, or to what is no address."""
+    with pytest.raises(ValueError, match=named):
+        stripe_base(given)
 
 
 # -- as a value ---------------------------------------------------------------------------------------
