@@ -75,6 +75,16 @@ class SchemaOutdated(OperatorError):
     """The database is not at the schema this build needs; the message names the command to run."""
 
 
+class StripeRefused(OperatorError):
+    """Stripe's API answered, and the answer is no: to the key, or to what was asked."""
+
+    exit_code = 1
+
+
+class StripeUnavailable(OperatorError):
+    """Stripe's API is away, overloaded, or says what cannot be understood, also when asked again."""
+
+
 # -- a store is away: the next delivery or the next round tries again ---------------------------------
 
 

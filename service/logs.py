@@ -50,7 +50,7 @@ def configure(log_format: str, level: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    for chatty in ("uvicorn.access", "asyncio", "httpx", "httpcore", "alembic"):
+    for chatty in ("uvicorn.access", "asyncio", "httpx", "httpcore", "alembic", "stripe"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers = []

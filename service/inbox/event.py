@@ -16,7 +16,7 @@ import orjson
 from service.errors import Rejected
 
 # What Stripe's ids and types look like, held to a superset that is safe in a key, a column and a log line.
-_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,255}")
+EVENT_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,255}")
 _TYPE = re.compile(r"[A-Za-z0-9_.\[\]\-]{1,255}")
 
 # The driver stores the first and the last instant of a datetime as infinite.
@@ -80,7 +80,7 @@ def parse_event(body: bytes) -> Event:
         raise _rejected('"livemode" must be true or false')
     about = payload.get("related_object") if thin else data["object"]
     return Event(
-        id=_required(payload, "id", _ID),
+        id=_required(payload, "id", EVENT_ID),
         type=_required(payload, "type", _TYPE),
         account=_optional(payload.get("account") or (payload.get("context") if thin else None)),
         livemode=livemode,

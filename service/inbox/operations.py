@@ -8,19 +8,24 @@ locked: no delivery waits for them.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from service.errors import LedgerUnavailable
+from service.errors import LedgerUnavailable, OperatorError
 from service.inbox import schema
+from service.inbox.event import Delivery
 from service.inbox.inspection import SELECTED, Inspection, Selection
+from service.inbox.ledger import Arrival, insert
 from service.inbox.model import Status
 from service.inbox.postgres import UNAVAILABLE, describe, open_connection, read_epoch
-from service.inbox.statements import statement
+from service.inbox.statements import FIND, statement
 
 BATCH = 500  # events in one transaction: some ten milliseconds, so that nobody waits long for a row
 ROW_DAYS_LEAST = 35  # Stripe resends by hand for 30 days: until then only the row tells a duplicate
+_RECORD_SECONDS = 60.0  # for a batch, bodies and all, over a slow line
+_PATIENCE_SECONDS = 5.0  # a delivery of the same event at the same moment commits in milliseconds
+_MICROSECOND = 1e-6
 REPLAYABLE = (Status.PENDING, Status.FAILED, Status.DEAD, Status.IGNORED)  # without repeating any effect
 
 _CHOOSE = statement(f"""
@@ -137,6 +142,10 @@ class Operations(Inspection):
         [row] = await self._fetch(_OLD, payload_days=payload_days, row_days=row_days, statuses=list(statuses))
         return row["payloads"], row["rows"]
 
+    async def known(self, event_ids: Sequence[str]) -> set[str]:
+        """Those of them that the ledger has, in whatever status."""
+        return {row["event_id"] for row in await self._fetch(FIND, event_ids=list(event_ids))}
+
     # -- changing -------------------------------------------------------------------------------------
 
     async def choose(self, selection: Selection) -> list[Chosen]:
@@ -207,11 +216,44 @@ class Operations(Inspection):
         return before, await read_epoch(self._connection)
 
     @asynccontextmanager
+    async def recording(
+        self, operator: str, selection: str, *, give_up_seconds: float
+    ) -> AsyncIterator[Callable[[Sequence[Delivery]], Awaitable[int]]]:
+        """One reconciliation, noted as a whole: record with what this yields, `BATCH` events at most in a call.
+
+        They are entered as a delivery that may not dispatch enters them: `pending`, attempt 0, due now, a microsecond
+        apart, because what is due the longest is taken up first. Returns how many were new; no other row is touched.
+        """
+        change = Change(operator, "reconcile", selection)
+
+        async def record(deliveries: Sequence[Delivery]) -> int:
+            first = -len(deliveries) * _MICROSECOND
+            new = await insert(
+                self._connection,
+                [
+                    Arrival(each, Status.PENDING, 0, first + number * _MICROSECOND)
+                    for number, each in enumerate(deliveries)
+                ],
+                patience_seconds=_PATIENCE_SECONDS,
+                give_up_seconds=give_up_seconds,
+                timeout_seconds=_RECORD_SECONDS,
+            )
+            change.changed += len(new)
+            return len(new)
+
+        async with self._noted(change):
+            yield record
+
+    @asynccontextmanager
     async def _noted(self, change: Change) -> AsyncIterator[None]:
         [row] = await self._fetch(
             _BEGIN_ACTION, operator=change.operator, action=change.action, selection=change.selection
         )
-        yield
+        try:
+            yield
+        except OperatorError:  # somebody else's failure: what was changed here until then is known
+            await self._fetch(_END_ACTION, action_id=row["action_id"], changed=change.changed)
+            raise
         await self._fetch(_END_ACTION, action_id=row["action_id"], changed=change.changed)
 
 

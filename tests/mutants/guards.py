@@ -237,6 +237,31 @@ MUTANTS = (
         "e.status = c.status",
         "integration/test_operations.py::test_what_changed_since_it_was_chosen_is_left[tried]",
     ),
+    # -- reconciliation
+    Mutant(
+        "reconciled-newest-first",
+        "What Stripe has and the ledger has not is recorded oldest first.",
+        "inbox/reconcile.py",
+        "missing = window.missing[::-1]",
+        "missing = window.missing[:]",
+        "integration/test_reconcile.py::test_the_oldest_first_through_windows_pages_and_ties",
+    ),
+    Mutant(
+        "reconciled-at-one-instant",
+        "What is recorded together is due one after the other: recovery takes it up in that order.",
+        "inbox/operations.py",
+        "first + number * _MICROSECOND",
+        "first",
+        "integration/test_reconcile.py::test_the_oldest_first_through_windows_pages_and_ties",
+    ),
+    Mutant(
+        "reconciled-in-part",
+        "A list that breaks off is read again, never taken for all there is.",
+        "inbox/reconcile.py",
+        "if page is None and divisible:\n                return None",
+        "if page is None:\n                return window",
+        "integration/test_reconcile.py::test_a_cursor_that_has_gone_is_no_end",
+    ),
     # -- the backoff
     Mutant(
         "backoff-without-jitter",

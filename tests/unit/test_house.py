@@ -29,8 +29,15 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("service.inbox.pipeline",),
     ("service.inbox.dispatch",),
     ("service.inbox.claims", "service.inbox.attempt"),
+    ("service.inbox.reconcile",),
     ("service.inbox.operations",),
-    ("service.inbox.inspection", "service.inbox.ledger", "service.inbox.schema", "service.inbox.seats"),
+    (
+        "service.inbox.inspection",
+        "service.inbox.ledger",
+        "service.inbox.schema",
+        "service.inbox.seats",
+        "service.stripe_events",
+    ),
     ("service.inbox.lock", "service.inbox.postgres"),
     (
         "service.migrations.env",

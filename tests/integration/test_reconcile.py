@@ -1,0 +1,430 @@
+"""Reconciliation over real HTTP and a real ledger: what Stripe has and the ledger has not is recorded, once."""
+
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+import asyncpg
+import orjson
+import pytest
+
+from service.errors import OperatorError, StripeRefused, StripeUnavailable
+from service.inbox import reconcile as reconcile_module
+from service.inbox.event import Delivery, parse_event
+from service.inbox.model import Status
+from service.inbox.operations import Operations
+from service.inbox.reconcile import Asked, Reconciliation, Tally
+from service.stripe_events import StripeEvents
+from tests.fixtures import MISSING, event_body
+from tests.integration.test_ledger import near, unchanged
+from tests.integration.world import World
+from tests.operator import GIVE_UP_SECONDS, OPERATOR
+from tests.stripe_api import FROZEN, KEY, StripeApi, answer, error
+
+HOUR, DAY = 3600, 86_400
+THREE_DAYS = Asked(3 * DAY)
+
+
+@pytest.fixture
+async def api(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StripeApi]:
+    """Stripe, without any event yet; asked directly, whatever proxy this machine has."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    async with StripeApi().listening() as api:
+        yield api
+
+
+@dataclass(slots=True)
+class Desk:
+    """Where an operator sits: the ledger, Stripe, and a clock that does not make anybody wait."""
+
+    world: World
+    api: StripeApi
+    slept: list[float] = field(default_factory=list)
+
+    async def reconcile(
+        self, asked: Asked = THREE_DAYS, *, key: str = KEY, dry_run: bool = False, timeout_seconds: float = 20
+    ) -> tuple[Tally, OperatorError | None]:
+        """One run: what came of it, and what ended it early."""
+
+        async def sleep(seconds: float) -> None:
+            self.slept.append(seconds)
+
+        async with (
+            Operations.on(self.world.url, 5) as operations,
+            StripeEvents.on(self.api.base, key, sleep=sleep, timeout_seconds=timeout_seconds) as events,
+        ):
+            run = Reconciliation(operations, events, asked, body_most_bytes=100_000, give_up_seconds=GIVE_UP_SECONDS)
+            try:
+                async for _ in run.run(OPERATOR, dry_run=dry_run):
+                    pass
+            except OperatorError as failure:
+                return run.tally, failure
+            return run.tally, None
+
+    async def reconciled(self, asked: Asked = THREE_DAYS, *, dry_run: bool = False) -> tuple[int, int, int]:
+        """A run that comes to its end: found, already here, recorded."""
+        tally, failure = await self.reconcile(asked, dry_run=dry_run)
+        assert failure is None
+        assert (tally.covered, tally.refused) == (1, [])
+        return tally.found, tally.already_here, tally.recorded
+
+    def event(self, age_seconds: int, *, delivered: bool = False, **changes: object) -> str:
+        """Stripe has one more event, of that age; its id."""
+        event_id = f"evt_{secrets.token_hex(12)}"
+        created = int(time.time()) - age_seconds
+        body = event_body("invoice.paid", event_id, **{"created": created, **changes})
+        self.api.add(body, created, event_id, delivered=delivered)
+        return event_id
+
+    async def recorded(self) -> list[str]:
+        """Ids of what is pending, in the order in which recovery takes it up; each is due at an instant of its own."""
+        rows = await self.world.database.fetch(
+            "SELECT event_id, due_at FROM stripe_events WHERE status = 'pending' ORDER BY due_at"
+        )
+        assert len({row["due_at"] for row in rows}) == len(rows)
+        return [row["event_id"] for row in rows]
+
+    async def audit(self) -> list[tuple[str, str, str, int | None]]:
+        """What was noted."""
+        rows = await self.world.database.fetch(
+            "SELECT operator, action, selection, changed FROM operator_actions ORDER BY at"
+        )
+        return [tuple(row) for row in rows]
+
+
+@pytest.fixture
+async def desk(world: World, api: StripeApi) -> Desk:
+    """With an empty ledger and an empty audit."""
+    await world.database.execute("DELETE FROM operator_actions")
+    return Desk(world, api)
+
+
+# -- what is recorded ---------------------------------------------------------------------------------
+
+
+async def test_the_row_is_a_deliverys(desk: Desk) -> None:
+    """Column by column what a delivery that may not dispatch would have entered: pending, attempt 0, due now."""
+    event_id = desk.event(HOUR, account="acct_1", api_version="2024-06-20", livemode=True)
+    body = desk.api.events[0].body
+    await desk.world.ledger.record(Delivery(parse_event(body), body), due_in_seconds=0)
+    delivered = await desk.world.row(event_id)
+    await desk.world.database.execute("DELETE FROM stripe_events; DELETE FROM stripe_event_payloads")
+    assert await desk.reconciled() == (1, 0, 1)
+    row = await desk.world.row(event_id)
+    own = {"received_at", "due_at", "give_up_at", "due_in", "give_up_in"}
+    assert {name: value for name, value in row.items() if name not in own} == {
+        name: value for name, value in delivered.items() if name not in own
+    }
+    assert (row["status"], row["attempt"], row["account"], row["livemode"]) == ("pending", 0, "acct_1", True)
+    assert (row["object_id"] or "").startswith("in_")
+    assert near(row["due_in"], 0)
+    assert near(row["give_up_in"], GIVE_UP_SECONDS)
+
+
+async def test_numbers_stay_as_they_were_written(desk: Desk) -> None:
+    """No digit of a payload is rounded on its way, and it is stored as an event of its own, not as a part of a list."""
+    event_id, created = "evt_numbers", int(time.time()) - 60
+    numbers = b'{"amount":12345678901234567890123,"rate":1.10,"small":1E-9,"text":"\xc3\xa9\\n","none":null}'
+    body = b'{"id":"evt_numbers","object":"event","type":"invoice.paid","livemode":false,"created":%d,' % created
+    body += b'"data":{"object":%s}}' % numbers
+    desk.api.add(body.replace(b":", b" :\n  "), created, event_id)
+    assert await desk.reconciled() == (1, 0, 1)
+    kept = await desk.world.database.fetchval("SELECT body FROM stripe_event_payloads WHERE event_id = $1", event_id)
+    assert kept == body
+
+
+async def test_the_oldest_first_through_windows_pages_and_ties(desk: Desk) -> None:
+    """Days apart, a page apart or within one second across the border of a page: in the order in which they came."""
+    desk.api.page_most = 3
+    ages = [2 * DAY + HOUR, 2 * DAY, 2 * DAY, DAY, *[HOUR] * 7, 60, 60, 60, 60, 0]
+    events = [desk.event(age) for age in ages]
+    assert await desk.reconciled() == (len(ages), 0, len(ages))
+    assert await desk.recorded() == events
+    assert {each["limit"] for each in desk.api.asked} == {"100"}
+    assert desk.api.keys == {f"Bearer {KEY}"}
+
+
+async def test_no_more_is_held_than_may_be(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Far more missing than fits: shorter and shorter windows, and still all of it, once, the oldest first."""
+    desk.api.page_most = 2
+    most = 4 * len(event_body("invoice.paid"))
+    monkeypatch.setattr(reconcile_module, "_HELD_MOST_BYTES", most)
+    monkeypatch.setattr(reconcile_module, "BATCH", 3)
+    events = [desk.event(age) for age in sorted([*range(0, 40 * 60, 60), *[90] * 11], reverse=True)]
+    assert await desk.reconciled(Asked(HOUR)) == (51, 0, 51)
+    assert await desk.recorded() == events
+    assert await desk.reconciled(Asked(HOUR)) == (51, 51, 0)
+
+
+async def test_what_is_here_is_left_as_it_is(desk: Desk) -> None:
+    """Whatever its status, in the same pages as what is missing: counted, and not one column of it changed."""
+    known = {status: desk.event(HOUR) for status in Status}
+    before = {}
+    for status, event_id in known.items():
+        body = desk.api.events[-1].body.replace(desk.api.events[-1].event_id.encode(), event_id.encode())
+        await desk.world.state_of(Delivery(parse_event(body), body), status)
+        before[event_id] = await desk.world.row(event_id)
+    missing = desk.event(HOUR)
+    assert await desk.reconciled() == (len(known) + 1, len(known), 1)
+    for event_id, row in before.items():
+        assert unchanged(row, await desk.world.row(event_id))
+    assert await desk.world.status(missing) is Status.PENDING
+
+
+async def test_a_second_run_records_nothing(desk: Desk) -> None:
+    """All of it is already here then; both runs are in the audit with how many they recorded."""
+    for age in (2 * DAY, HOUR):
+        desk.event(age)
+    assert await desk.reconciled() == (2, 0, 2)
+    before = await desk.recorded()
+    assert await desk.reconciled(Asked(3 * DAY, undelivered=True)) == (2, 2, 0)
+    assert await desk.recorded() == before
+    assert await desk.audit() == [
+        (OPERATOR, "reconcile", "since=259200s", 2),
+        (OPERATOR, "reconcile", "since=259200s undelivered", 0),
+    ]
+
+
+async def test_only_the_time_that_was_asked_for(desk: Desk) -> None:
+    """What is older is not even asked for."""
+    desk.event(2 * HOUR)
+    young = desk.event(HOUR - 60)
+    assert await desk.reconciled(Asked(HOUR)) == (1, 0, 1)
+    assert await desk.recorded() == [young]
+
+
+async def test_only_what_was_not_delivered(desk: Desk) -> None:
+    """The rest is not found at all."""
+    desk.event(HOUR, delivered=True)
+    failed = desk.event(HOUR)
+    assert await desk.reconciled(Asked(DAY, undelivered=True)) == (1, 0, 1)
+    assert await desk.recorded() == [failed]
+    assert {each["delivery_success"] for each in desk.api.asked} == {"false"}
+
+
+async def test_a_dry_run_changes_nothing(desk: Desk) -> None:
+    """It says what is missing; no row, and no line in the audit."""
+    for _ in range(3):
+        desk.event(HOUR)
+    tally, failure = await desk.reconcile(dry_run=True)
+    assert (failure, tally.found, tally.already_here, tally.missing, tally.recorded) == (None, 3, 0, 3, 0)
+    assert await desk.recorded() == []
+    assert await desk.audit() == []
+
+
+async def test_a_delivery_may_be_faster(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that comes between the look and the insert: its row stays as it is, and counts as already here."""
+    event_id = desk.event(60)
+    body = desk.api.events[0].body
+    look = Operations.known
+
+    async def known(operations: Operations, ids: list[str]) -> set[str]:
+        found = await look(operations, ids)
+        await desk.world.ledger.claim(Delivery(parse_event(body), body))
+        return found
+
+    monkeypatch.setattr(Operations, "known", known)
+    assert await desk.reconciled() == (1, 1, 0)
+    assert await desk.world.status(event_id) is Status.PROCESSING
+
+
+async def test_what_is_created_meanwhile_is_found_now_or_next_time(desk: Desk) -> None:
+    """New events while the pages are read shift no other one out of sight."""
+    desk.api.page_most = 2
+    for _ in range(5):
+        desk.event(30)
+
+    def come(number: int) -> None:
+        if number < 4:
+            desk.event(0)
+
+    desk.api.on_page = come
+    found, _, recorded = await desk.reconciled()
+    assert (found, recorded) == (5, 5)
+    desk.api.on_page = None
+    assert await desk.reconciled() == (8, 5, 3)
+
+
+# -- what goes wrong ----------------------------------------------------------------------------------
+
+
+async def test_an_interrupted_run_is_resumed(desk: Desk) -> None:
+    """Stripe dies after the second page: what was recorded stays and is told and noted; the next run does the rest."""
+    desk.api.page_most = 2
+    events = [desk.event(age) for age in (2 * DAY, 2 * DAY, *[HOUR] * 4)]
+    desk.api.on_page = lambda number: desk.api.die() if number == 2 else None
+    tally, failure = await desk.reconcile()
+    assert isinstance(failure, StripeUnavailable)
+    assert failure.exit_code == 3
+    assert str(failure).startswith(f"Stripe cannot be reached at {desk.api.base} (ConnectError, asked 6 times)")
+    assert (tally.found, tally.recorded) == (2, 2)
+    assert tally.covered < 1
+    assert await desk.recorded() == events[:2]
+    assert await desk.audit() == [(OPERATOR, "reconcile", "since=259200s", 2)]
+    desk.api.on_page = None
+    async with desk.api.listening():
+        assert await desk.reconciled() == (6, 2, 4)
+    assert await desk.recorded() == events
+
+
+async def test_a_rate_limit_is_waited_out(desk: Desk) -> None:
+    """As long as Stripe asks for, else with growing pauses; other passing failures the same way; then it goes on."""
+    desk.event(HOUR)
+    desk.api.troubles += [
+        error(429, headers={"Retry-After": "7"}),
+        error(429),
+        error(500),
+        answer(503, body=b"<html>"),
+        None,
+    ]
+    assert await desk.reconciled() == (1, 0, 1)
+    assert desk.slept[0] == 7
+    for slept, most in zip(desk.slept[1:], (1, 2, 4, 8), strict=True):
+        assert most / 2 <= slept <= most
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said", "attempts"),
+    [
+        (error(429), "Stripe limits our rate of requests (429, asked 6 times): later run it again", 6),
+        (error(429, headers={"Retry-After": "600"}), "(429, asked 1 times): wait 600 s before you run it again", 1),
+        (error(500, headers={"Request-Id": "req_1"}), "a failure of its own (500, asked 6 times, request req_1)", 6),
+        (answer(503, body=b"<html>"), "a failure of its own (503, asked 6 times)", 6),
+        (answer(500, {"error": []}), "answers with no list of events", 6),
+        (answer(200, body=b'{"object": "list", "data": ['), "answers with no list of events (asked 6 times)", 6),
+        (answer(200, body=b"\xff\xfe"), "answers with no list of events", 6),
+        (answer(200, body=b'{"a":' * 9000 + b"1" + b"}" * 9000), "answers with no list of events", 6),
+        (answer(200, [1]), "answers with no list of events", 6),
+        (answer(200, {"data": {}, "has_more": False}), "answers with no list of events", 6),
+        (answer(200, {"data": [], "has_more": True}), "answers with no list of events", 6),
+        (answer(200, {"data": [{"x": 1}], "has_more": True}), "answers with no list of events", 6),
+        (answer(200, {}, headers={"Content-Length": "100"}), "cannot be reached at", 6),
+        (None, "(RemoteProtocolError, asked 6 times)", 6),
+        (FROZEN, "(TimeoutError, asked 6 times)", 6),
+    ],
+)
+async def test_stripe_is_away(desk: Desk, trouble: bytes | None, said: str, attempts: int) -> None:
+    """It is asked a few times and no more; then a sentence that says what to do, exit code 3, and nothing recorded."""
+    desk.event(HOUR)
+    desk.api.troubles += [trouble] * 20
+    timeout_seconds = 0.05 if trouble is FROZEN else 20
+    tally, failure = await desk.reconcile(timeout_seconds=timeout_seconds)
+    assert isinstance(failure, StripeUnavailable)
+    assert said in str(failure)
+    assert failure.exit_code == 3
+    assert (len(desk.api.asked), len(desk.slept)) == (attempts, attempts - 1)
+    assert (tally.found, await desk.recorded()) == (0, [])
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        (
+            error(401, headers={"Request-Id": "req_1"}),
+            "Stripe does not know the key in STRIPE_API_KEY (401, request req_1)",
+        ),
+        (error(403), "the key in STRIPE_API_KEY may not read events (403)"),
+        (error(400, "parameter_invalid"), "(400, parameter_invalid)"),
+        (error(400, f"it is {KEY}", message=KEY), "when asked like this (400)"),
+        (answer(302, {}, headers={"Location": "http://127.0.0.1:1/"}), "when asked like this (302)"),
+    ],
+)
+async def test_stripe_says_no(desk: Desk, trouble: bytes, said: str) -> None:
+    """At once, exit code 1, and no word of the answer but a code; a redirect is not followed with the key."""
+    desk.api.troubles.append(trouble)
+    _, failure = await desk.reconcile()
+    assert isinstance(failure, StripeRefused)
+    assert said in str(failure)
+    assert KEY not in str(failure)
+    assert (failure.exit_code, len(desk.api.asked), desk.slept) == (1, 1, [])
+
+
+async def test_a_bad_key_is_named_and_not_shown(desk: Desk) -> None:
+    """The setting's name, and nothing of its value."""
+    _, failure = await desk.reconcile(key="sk_test_wr0ng")
+    assert isinstance(failure, StripeRefused)
+    assert "STRIPE_API_KEY" in str(failure)
+    assert "wr0ng" not in str(failure)
+    assert desk.api.keys == {"Bearer sk_test_wr0ng"}
+
+
+async def test_an_event_that_is_none_is_named(desk: Desk) -> None:
+    """Also at the end of a page: it is not recorded, its id and the reason are told, and all others are recorded."""
+    desk.api.page_most = 4
+    created = int(time.time()) - HOUR
+    good = [desk.event(HOUR)]
+    malformed = {
+        "evt_livemode": event_body("invoice.paid", "evt_livemode", livemode="yes"),
+        "evt_data": event_body("invoice.paid", "evt_data", data=MISSING),
+        "evt_nan": event_body("invoice.paid", "evt_nan").replace(b'"livemode":false', b'"livemode":NaN'),
+        "evt_surrogate": event_body("invoice.paid", "evt_surrogate").replace(b'"usd"', b'"\\ud800"', 1),
+        "evt_large": event_body("invoice.paid", "evt_large", more="x" * 100_000),
+    }
+    for event_id, body in malformed.items():
+        desk.api.add(body, created, event_id)
+        good.append(desk.event(HOUR))
+    desk.api.add(orjson.dumps({"id": KEY}), created, KEY)
+    desk.api.add(b"[17]", created, "nothing")
+    good.append(desk.event(HOUR))
+    tally, failure = await desk.reconcile()
+    assert failure is None
+    assert await desk.recorded() == good
+    refused = dict(tally.refused)
+    assert set(refused) == {*malformed, "[redacted]", "(without an id)"}
+    assert refused["evt_livemode"] == '"livemode" must be true or false'
+    assert refused["evt_large"] == "larger than FIRSTCLAIM_BODY_MOST_BYTES"
+    assert (tally.found, tally.already_here, tally.recorded, tally.refused_events) == (14, 0, 7, 7)
+
+
+async def test_only_so_many_are_named(desk: Desk) -> None:
+    """All that are none are counted; the first hundred are named."""
+    for number in range(150):
+        desk.api.add(orjson.dumps({"id": f"evt_{number}"}), int(time.time()) - 60, f"evt_{number}")
+    tally, _ = await desk.reconcile()
+    assert (tally.found, tally.refused_events, len(tally.refused)) == (150, 150, 100)
+
+
+async def test_a_list_that_goes_in_circles_is_left(desk: Desk) -> None:
+    """An API that forgets the cursor would be asked for ever."""
+    page = {"data": [orjson.loads(event_body("invoice.paid", "evt_again"))], "has_more": True}
+    desk.api.troubles += [answer(200, page)] * 10
+    _, failure = await desk.reconcile()
+    assert isinstance(failure, StripeUnavailable)
+    assert "repeats itself" in str(failure)
+    assert len(desk.api.asked) == 2
+
+
+async def test_a_cursor_that_has_gone_is_no_end(desk: Desk) -> None:
+    """An event becomes 30 days old between two pages: the time is read again, and what is left of it recorded."""
+    desk.api.page_most = 2
+    events = [desk.event(30 * 60) for _ in range(4)]
+
+    def expire(number: int) -> None:
+        if number == 1:
+            del desk.api.events[2:]
+
+    desk.api.on_page = expire
+    assert await desk.reconciled(Asked(HOUR)) == (2, 0, 2)
+    assert await desk.recorded() == events[:2]
+
+
+async def test_a_ledger_that_goes_away_ends_it(desk: Desk) -> None:
+    """What was recorded stays; the audit, which cannot be written any more, shows that the run was interrupted."""
+    desk.api.page_most = 2
+    for age in (2 * DAY, HOUR):
+        desk.event(age)
+    async with Operations.on(desk.world.url, 5) as operations, StripeEvents.on(desk.api.base, KEY) as events:
+        run = Reconciliation(operations, events, THREE_DAYS, body_most_bytes=100_000, give_up_seconds=GIVE_UP_SECONDS)
+        steps = run.run(OPERATOR)
+        async for tally in steps:
+            if tally.recorded:
+                break
+        await desk.world.database.execute("SELECT pg_terminate_backend($1)", operations._connection.get_server_pid())
+        with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
+            async for _ in steps:
+                pass
+    assert run.tally.recorded == 1
+    assert len(await desk.recorded()) == 1
+    assert [changed for *_, changed in await desk.audit()] == [None]
