@@ -26,7 +26,7 @@ from rich.text import Text
 from starlette.applications import Starlette
 from uvicorn.supervisors import Multiprocess
 
-from service import cli_events, loading, metrics, sending
+from service import cli_events, cli_reconcile, loading, metrics, sending
 from service.addresses import postgres_dsn
 from service.app import create_app
 from service.checks import Check, Verdict, all_checks, refuse
@@ -50,6 +50,7 @@ epoch = typer.Typer(no_args_is_help=True, help="The ledger's epoch, which every 
 app.add_typer(epoch, name="epoch")
 app.add_typer(cli_events.app, name="events")
 app.command()(cli_events.stats)
+app.command()(cli_reconcile.reconcile)
 
 _URL = f"http://127.0.0.1:8000{WEBHOOK_PATH}"
 # How long a worker may be silent before its supervisor kills it. uvicorn's 5 s also killed workers that were still

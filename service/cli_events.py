@@ -47,7 +47,7 @@ _WORD_MOST = 255
 _DAYS_MOST = 36_500
 
 
-def _duration(text: str) -> float:
+def duration(text: str) -> float:
     """Seconds; raises a usage error."""
     found = re.fullmatch(r"(\d{1,6})([smhd])", text)
     if found is None:
@@ -56,7 +56,7 @@ def _duration(text: str) -> float:
 
 
 def _age(text: str) -> Any:
-    return typer.Option(parser=_duration, metavar="90s|15m|2h|3d", help=text)
+    return typer.Option(parser=duration, metavar="90s|15m|2h|3d", help=text)
 
 
 def _word(text: str) -> str:
@@ -96,7 +96,7 @@ def list_events(
         found = _asked(lambda operations: operations.list_events(selection, limit))
     if as_json:
         for each in found:
-            _print_json(asdict(each))
+            print_json(asdict(each))
         return
     table = Table("event", "type", "status", "attempts", "received", "what came of it", box=None, pad_edge=False)
     for column in table.columns[:2]:
@@ -134,7 +134,7 @@ def show(
     text = None if body is None else body.decode(errors="replace")
     if as_json:
         told = {"attempts": [asdict(each) for each in attempts], "actions": actions}
-        _print_json({**asdict(event), **told, **({"payload": text} if payload else {})})
+        print_json({**asdict(event), **told, **({"payload": text} if payload else {})})
         return
     for name, value in asdict(event).items():
         shown = _at(value) if isinstance(value, datetime) else "-" if value is None else str(value)
@@ -237,7 +237,7 @@ def prune(
 
         async def work(operations: Operations) -> tuple[int, int]:
             deleted_payloads = deleted_rows = 0
-            with _bar("pruning", max(payloads, rows)) as (bar, task):
+            with progress_bar("pruning", max(payloads, rows)) as (bar, task):
                 async for some_payloads, some_rows in operations.prune(
                     operator(), payload_days, row_days, include_dead=include_dead
                 ):
@@ -259,7 +259,7 @@ def stats(as_json: AsJson = False) -> None:
         counts, backlog = _asked(ask)
     events = {status: counts.get(status, 0) for status in Status}
     if as_json:
-        _print_json({"events": events, **asdict(backlog)})
+        print_json({"events": events, **asdict(backlog)})
         return
     for status, number in events.items():
         _print_line(status, str(number), _COLOURS[status])
@@ -308,7 +308,7 @@ async def _replay(
     operations: Operations, chosen: list[Chosen], selection: Selection, give_up_seconds: float, force: bool
 ) -> list[str]:
     replayed: list[str] = []
-    with _bar("replaying", len(chosen)) as (bar, task):
+    with progress_bar("replaying", len(chosen)) as (bar, task):
         async for batch in operations.replay(
             chosen, selection, operator(), give_up_seconds=give_up_seconds, repeat_completed=force
         ):
@@ -320,7 +320,7 @@ async def _replay(
 async def _follow(operations: Operations, event_ids: list[str]) -> dict[Status, int]:
     """Until none of them is on its way any more; one that failed again has its answer."""
     waiting = (Status.PENDING, Status.PROCESSING)
-    with _bar("settled", len(event_ids)) as (bar, task):
+    with progress_bar("settled", len(event_ids)) as (bar, task):
         while True:
             found = await operations.count(Selection(event_ids))
             left = sum(found.get(each, 0) for each in waiting)
@@ -331,14 +331,15 @@ async def _follow(operations: Operations, event_ids: list[str]) -> dict[Status, 
 
 
 @contextmanager
-def _bar(what: str, total: int) -> Iterator[tuple[Progress, TaskID]]:
+def progress_bar(what: str, total: int) -> Iterator[tuple[Progress, TaskID]]:
     """A progress bar; none where the output is no terminal."""
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
         yield bar, bar.add_task(what, total=total)
 
 
-def _print_json(content: dict[str, Any]) -> None:
+def print_json(content: dict[str, Any]) -> None:
+    """On a line of its own."""
     out.file.write(orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS).decode() + "\n")
 
 

@@ -19,6 +19,7 @@ MODULE_MOST_LINES = 320  # that are not blank; two screens of code and what it a
 RANKS: tuple[tuple[str, ...], ...] = (
     ("service.__main__",),
     ("service.cli",),
+    ("service.cli_reconcile",),
     ("service.cli_events", "service.loading"),
     ("service.terminal",),
     ("service.app", "service.checks", "service.embedded", "service.web.door"),
@@ -65,7 +66,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 
-COMMANDS = {"service.cli", "service.cli_events", "service.terminal"}
+COMMANDS = {"service.cli", "service.cli_events", "service.cli_reconcile", "service.terminal"}
 
 
 def name_of(path: Path) -> str:

@@ -1,0 +1,214 @@
+"""`firstclaim reconcile` as an operator runs it: beside a service that takes up what it records."""
+
+import os
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from service.inbox.model import Status
+from tests.acceptance.command import SECRET, Command, Run
+from tests.acceptance.harness import PROCESSED, REPOSITORY, Ground, Sample, eventually, sample
+from tests.canaries import API_KEY, STORY, assert_silent, metadata
+from tests.fixtures import event_body
+from tests.stripe_api import FROZEN, KEY, StripeApi, answer, error
+
+AT_ONCE = {"Retry-After": "0"}  # what asks the command to come again, asks it to do so now
+UNHANDLED = "payment_intent.succeeded"
+
+
+@pytest.fixture
+async def api() -> AsyncIterator[StripeApi]:
+    """Stripe, without any event yet."""
+    async with StripeApi(page_most=3).listening() as api:
+        yield api
+
+
+@pytest.fixture
+def command(ground: Ground, api: StripeApi, tmp_path: Path) -> Command:
+    """On the ground's database and Stripe's API alone: no Redis, no signing secret, no handlers."""
+    folder = tmp_path / "operator"
+    folder.mkdir()
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "DATABASE_URL": ground.database_url}
+    return Command(folder, {**environment, "STRIPE_API_KEY": KEY, "STRIPE_API_BASE": api.base})
+
+
+def add(api: StripeApi, event: Sample, age_seconds: int = 0, *, delivered: bool = False) -> None:
+    """Stripe has this event."""
+    api.add(event.body, int(time.time()) - age_seconds, event.id, delivered=delivered)
+
+
+def told(run: Run, code: int = 0) -> dict[str, Any]:
+    """What a run with `--json` printed."""
+    assert run.code == code, run.said
+    [line] = [line for line in run.said.splitlines() if line.startswith("{")]
+    content: dict[str, Any] = orjson.loads(line)
+    return content
+
+
+async def test_a_lost_ledger_is_repaired(ground: Ground, command: Command, api: StripeApi) -> None:
+    """Rows and effects that a restore took are there again, completed once; what was there is not done again.
+
+    Redis still has the markers of the lost rows, and events of other types than the endpoint's are in the list too.
+    """
+    service = await ground.service().start()
+    events = [sample() for _ in range(8)]
+    for age, event in zip(range(8 * 3600, 0, -3600), events, strict=True):
+        assert (await ground.deliver(service, event)).said == PROCESSED
+        add(api, event, age, delivered=True)
+    unhandled = sample(type=UNHANDLED)
+    add(api, unhandled)
+    lost = events[1:7]
+    for table in ("stripe_events", "stripe_event_payloads", "effects"):
+        await ground.fetch(f"DELETE FROM {table} WHERE event_id = ANY($1)", [each.id for each in lost])
+
+    run = await command("reconcile", "--since", "3d", "--dry-run")
+    assert run.code == 0, run.said
+    run.says("9 events found at Stripe: 2 already here, 7 would be recorded")
+    assert await ground.rows() == 2
+
+    run = await command("reconcile", "--since", "3d")
+    assert run.code == 0, run.said
+    run.says("9 events found at Stripe: 2 already here, 7 recorded")
+    for event in events:
+        row = await ground.settled(event)
+        assert row.counts == (1, 0, 0)
+    await ground.settled(unhandled, Status.IGNORED)
+
+    again = told(await command("reconcile", "--since", "3d", "--json"))
+    assert (again["found"], again["already_here"], again["recorded"], again["missing"]) == (9, 9, 0, 0)
+    assert (again["complete"], again["dry_run"], again["refusals"]) == (True, False, [])
+    assert await ground.statuses() == {Status.COMPLETED: 8, Status.IGNORED: 1}
+    rows = await ground.fetch("SELECT operator, action, selection, changed FROM operator_actions ORDER BY at")
+    assert [tuple(row)[1:] for row in rows] == [
+        ("reconcile", "since=259200s", 7),
+        ("reconcile", "since=259200s", 0),
+    ]
+    assert "@" in rows[0]["operator"]
+
+
+async def test_an_outage_is_made_up_for(ground: Ground, command: Command, api: StripeApi) -> None:
+    """`--undelivered` finds only what Stripe could not deliver, and a late delivery of it is a duplicate."""
+    service = await ground.service().start()
+    failed = sample()
+    add(api, sample(), delivered=True)
+    add(api, failed)
+    found = told(await command("reconcile", "--since", "2h", "--undelivered", "--json"))
+    assert (found["found"], found["already_here"], found["recorded"]) == (1, 0, 1)
+    await ground.settled(failed)
+    assert not (await ground.deliver(service, failed)).processed
+    assert await ground.effects(failed) == 1
+    assert await ground.rows() == 1
+
+
+async def test_an_interrupted_run_is_run_again(ground: Ground, command: Command, api: StripeApi) -> None:
+    """Stripe fails after the second page, then somebody presses Ctrl-C: what was recorded is told, and is done once."""
+    await ground.service().start()
+    events = [sample() for _ in range(12)]
+    for age, event in zip(range(36 * 3600, 0, -3 * 3600), events, strict=True):
+        add(api, event, age)
+
+    def fail(number: int) -> None:
+        if number == 2:
+            api.troubles += [error(500, headers=AT_ONCE)] * 6
+
+    api.on_page = fail
+    first = told(await command("reconcile", "--since", "2d", "--json"), 3)
+    assert 0 < first["recorded"] < 12
+    assert (first["recorded"], first["missing"], first["complete"]) == (first["found"], 0, False)
+
+    api.on_page = lambda number: api.troubles.append(FROZEN) if number == 6 else None
+    async with command.running("reconcile", "--since", "2d") as running:
+        await eventually(lambda: _asked_in_vain(api))
+        running.interrupt()
+        run = await running.ended()
+    assert run.code != 0
+    run.says("not finished: run it again, nothing is recorded twice")
+
+    api.on_page = None
+    last = told(await command("reconcile", "--since", "2d", "--json"))
+    assert (last["found"], last["complete"]) == (12, True)
+    assert last["already_here"] > first["recorded"]
+    for event in events:
+        assert (await ground.settled(event)).counts == (1, 0, 0)
+
+
+async def _asked_in_vain(api: StripeApi) -> bool:
+    return api.pages >= 6 and not api.troubles
+
+
+async def test_what_stripe_says(command: Command, api: StripeApi) -> None:
+    """A rate limit that ends is waited for; one that does not, and a bad key: a sentence and a code each."""
+    add(api, sample())
+    api.troubles += [error(429, headers=AT_ONCE)] * 5
+    assert told(await command("reconcile", "--since", "15m", "--json", "--dry-run"))["missing"] == 1
+    api.troubles += [error(429, headers=AT_ONCE)] * 6
+    run = await command("reconcile", "--since", "15m")
+    assert run.code == 3, run.said
+    run.says("429", "later")
+    run = await command("reconcile", "--since", "15m", STRIPE_API_KEY="sk_test_wr0ng")
+    assert run.code == 1, run.said
+    run.says("STRIPE_API_KEY")
+    assert "wr0ng" not in run.said
+
+
+async def test_an_event_that_is_none_is_named(ground: Ground, command: Command, api: StripeApi) -> None:
+    """It is not recorded, its id and the reason are told, the exit code is 1; the others are recorded."""
+    good, broken = sample(), Sample("evt_broken", event_body(id="evt_broken", type="invoice.paid", livemode="no"))
+    for event in (good, broken):
+        add(api, event)
+    run = await command("reconcile", "--since", "1h", "--json")
+    content = told(run, 1)
+    run.says('evt_broken is not recorded, it would be refused as a delivery too: "livemode" must be true or false')
+    assert (content["recorded"], content["refused"], content["complete"]) == (1, 1, True)
+    assert content["refusals"] == [{"event_id": "evt_broken", "reason": '"livemode" must be true or false'}]
+    assert await ground.row(good) is not None
+    assert await ground.row(broken) is None
+
+
+async def test_a_wrong_command_line_is_a_usage_error(command: Command, api: StripeApi) -> None:
+    """What was wrong, and what would be right: exit 2, and nobody was asked anything."""
+    for since, changes, words in (
+        ("31d", {}, ["--since", "at most 30d", "Stripe lists no older events"]),
+        ("1d", {"STRIPE_API_KEY": None}, ["STRIPE_API_KEY is missing", "may read Events"]),
+        ("1d", {"STRIPE_API_KEY": SECRET}, ["STRIPE_API_KEY: expected a secret key"]),
+        ("1d", {"STRIPE_LOG": "debug"}, ["STRIPE_LOG", "payloads"]),
+    ):
+        run = await command("reconcile", "--since", since, **changes, COLUMNS="200")
+        assert run.code == 2, run.said
+        run.says(*words)
+    assert api.asked == []
+
+
+async def test_a_ledger_that_is_away_is_named(command: Command, api: StripeApi, unused_tcp_port: int) -> None:
+    """Exit 3, and Stripe was not asked: nothing could be recorded."""
+    away = f"postgresql://nobody@127.0.0.1:{unused_tcp_port}/x"
+    run = await command("reconcile", "--since", "1d", DATABASE_URL=away)
+    assert run.code == 3, run.said
+    run.says("Postgres")
+    assert api.asked == []
+
+
+async def test_nothing_says_the_key_or_a_payload(command: Command, api: StripeApi) -> None:
+    """With every log there is turned on, whatever Stripe answers: refused, failing, broken, or good."""
+    loud = {"STRIPE_API_KEY": API_KEY, "FIRSTCLAIM_LOG_LEVEL": "debug"}
+    good = sample()
+    secret = event_body("invoice.paid", good.id, data={"object": {"metadata": metadata()}}, account=STORY)
+    broken = event_body("invoice.paid", "evt_broken").replace(b"evt_broken", STORY.encode()[:200])
+    page = answer(200, body=b'{"data":[%s,%s],"has_more":false}' % (secret, broken.replace(b"invoice.paid", b"  ")))
+    for trouble, code in (
+        (error(401, STORY, message=STORY), 1),
+        (error(400, STORY, STORY, STORY), 1),
+        (error(500, message=STORY, headers={**AT_ONCE, "Request-Id": STORY}), 3),
+        (answer(200, body=STORY.encode(), headers={"Stripe-Notice": STORY, **AT_ONCE}), 3),
+        (page, 1),
+    ):
+        api.troubles = [trouble] * 6
+        run = await command("reconcile", "--since", "1s", **loud)
+        assert run.code == code, run.said
+        assert_silent(run.said)
+    run.says("2 events found at Stripe: 0 already here, 1 recorded, 1 refused")
+    assert api.keys == {f"Bearer {API_KEY}"}
