@@ -80,7 +80,8 @@ class Epoch:
     """The ledger's epoch as this process last saw it; a marker counts only under a freshly confirmed one.
 
     A restore swaps the ledger under a Redis that still holds the old one's markers. While Postgres cannot
-    confirm the epoch (it is down: perhaps being restored), no marker may answer for it.
+    confirm the epoch (it is down: perhaps being restored), no marker may answer for it. It is in doubt as soon as a
+    connection is lost: the server that it went to may not be the one that answers next.
     """
 
     def __init__(self, fresh_seconds: float) -> None:
@@ -92,6 +93,10 @@ class Epoch:
         """Note what a connection has just read."""
         self._value = value
         self._confirmed = time.monotonic()
+
+    def doubt(self, _lost: object = None) -> None:
+        """No marker counts until the epoch is confirmed anew."""
+        self._confirmed = float("-inf")
 
     @property
     def latest(self) -> str | None:
@@ -141,6 +146,7 @@ async def open_connection(dsn: str, timeout_seconds: float, epoch: Epoch | None 
         raise
     if epoch is not None:
         epoch.confirm(connection.epoch)
+        connection.add_termination_listener(epoch.doubt)
     return connection
 
 

@@ -410,6 +410,25 @@ async def test_an_error_is_described_without_values(database_url: str) -> None:
     assert describe(late.value) == "TimeoutError"
 
 
+async def test_a_lost_connection_puts_the_epoch_in_doubt(database_url: str) -> None:
+    """A server that is restored or fails over drops its connections first: no marker counts until it was asked anew."""
+    async with pool(database_url) as (engine, epoch):
+        async with borrow(engine, TIMEOUT_SECONDS) as connection:
+            pid = await connection.scalar(text("SELECT pg_backend_pid()"))
+        confirmed = epoch.current
+        assert confirmed is not None
+        other = await asyncpg.connect(database_url)
+        await other.execute("SELECT pg_terminate_backend($1)", pid)
+        await other.close()
+
+        async def in_doubt() -> bool:
+            return epoch.current is None
+
+        await until(in_doubt)
+        assert await ask(engine, "SELECT 1") == 1
+        assert epoch.current == confirmed
+
+
 async def test_a_wrong_password_is_not_repeated(stores: Stores) -> None:
     """Nor is any other part of the address, whatever is wrong with it."""
     for url in ("postgresql://c4n4rypw:c4n4rypw@127.0.0.1:1/c4n4rypw", stores.database("c4n4rypw")):

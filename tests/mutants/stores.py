@@ -92,6 +92,14 @@ MUTANTS = (
         "integration/test_postgres.py::test_rotating_changes_the_epoch",
     ),
     Mutant(
+        "a-lost-connection-is-no-doubt",
+        "The epoch is in doubt as soon as a connection is lost.",
+        "inbox/postgres.py",
+        "        connection.add_termination_listener(epoch.doubt)\n",
+        "",
+        "integration/test_postgres.py::test_a_lost_connection_puts_the_epoch_in_doubt",
+    ),
+    Mutant(
         "rotation-keeps-the-epoch",
         "`epoch rotate` gives the ledger another epoch.",
         "inbox/operations.py",

@@ -143,7 +143,8 @@ def why_not_red(node_id: str, code: int, said: str) -> str | None:
     """Why a run does not count as the test's failure; None: it does."""
     if code == 0:
         return "the test is green: nothing notices that the rule is broken"
-    if code != 1 or not re.search(rf"^FAILED {re.escape(node_id)}(?:\[| |$)", said, flags=re.MULTILINE):
+    # Whatever it exits with: what a mutant leaves unclosed may break pytest's own end after the test has failed.
+    if not re.search(rf"^FAILED {re.escape(node_id)}(?:\[| |$)", said, flags=re.MULTILINE):
         return "the test itself did not fail: something before it did"
     if nonsense := NONSENSE.search(said):
         return f"the test failed, but not because the rule is broken: {nonsense[0]}"
@@ -219,6 +220,8 @@ RED = "FAILED tests/a.py::test_b - AssertionError: assert 1 == 2"
         (1, f"ledger_unavailable error='ProgrammingError (42703)'\n{RED}", False),
         (1, f"E   Failed: Timeout (>60.0s) from pytest-timeout.\n{RED}", False),
         (1, f"E   TimeoutError\n{RED}", True),  # of the test's own patience
+        (3, RED, True),  # pytest's end was broken, after the failure
+        (3, "1 passed", False),
     ],
 )
 def test_only_the_tests_own_failure_counts(code: int, said: str, caught: bool) -> None:
