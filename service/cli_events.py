@@ -137,11 +137,13 @@ def show(
         print_json({**asdict(event), **told, **({"payload": text} if payload else {})})
         return
     for name, value in asdict(event).items():
+        if name in ("due_at", "give_up_at") and event.settled_at is not None:
+            continue  # nothing is due any more
         shown = _at(value) if isinstance(value, datetime) else "-" if value is None else str(value)
         _print_line(name, shown, _COLOURS[event.status] if name == "status" else "")
     _print("")
     for at, what in _timeline(event, attempts, actions):
-        _print_line(f"{at:%m-%d %H:%M:%S.%f}"[:-3], what)
+        _print_line(f"{at:%Y-%m-%d %H:%M:%S.%f}"[:-3], what)
     if payload:
         _print("")
         _print(_plain(text or "its payload has been pruned"))

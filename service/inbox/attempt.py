@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import contextvars
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -128,7 +129,7 @@ class Attempt:
         context = Context(self.event, self.claim.attempt, connection, fetch, loop, loop.time() + self.deadline_seconds)
         handler_runs(connection, True)
         start = _in_task if self.handler.is_async else _in_thread
-        began = loop.time()
+        began = time.perf_counter()  # the loop's own clock counts milliseconds
         try:
             with tracing.span("handler", handler=self.handler.pattern):
                 self.work = work = start(loop, self.handler.function, self.event, context)
@@ -138,7 +139,7 @@ class Attempt:
             raise
         finally:
             over = True
-            metrics.handler_seconds(self.handler.pattern).observe(loop.time() - began)
+            metrics.handler_seconds(self.handler.pattern).observe(time.perf_counter() - began)
         if not done:
             _stop(work)
             raise TimeoutError(f"the handler ran longer than its deadline of {self.deadline_seconds:g} s")

@@ -59,6 +59,8 @@ async def test_what_happens_is_counted(ground: Ground) -> None:
     handled = ("firstclaim_handler_seconds_count", "invoice.payment_failed")
     assert await since() == {("firstclaim_deliveries_total", "processed"): 1, handled: 1}
 
+    assert 0 < before["firstclaim_handler_seconds_sum", "invoice.payment_failed"] < 10
+
     assert (await ground.deliver(service, event)).said == IGNORED
     assert await since() == {
         ("firstclaim_deliveries_total", "duplicate"): 1,
