@@ -1,12 +1,14 @@
 """What was asked of the stores: the sessions in a test's database, watched from another one, and Redis' own count.
 
-Who runs a statement must have a session: where there is none, and none has begun, none was run. (The server's own
-counts of transactions lag by seconds, and its upkeep is among them.)
+Who runs a statement must have a session: where there is none, and none has begun, none was run; nor where each that there
+is began its last statement when it had before. (The server's own counts of transactions lag by seconds, and its upkeep is
+among them.)
 """
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Self
 from urllib.parse import urlsplit
 
@@ -18,6 +20,9 @@ from tests.stores import with_database
 
 _ALIVE = "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND backend_type = 'client backend'"
 _END = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1 AND backend_type = 'client backend'"
+_STATEMENTS = """
+SELECT pid, query_start FROM pg_stat_activity WHERE datname = $1 AND backend_type = 'client backend'
+"""
 _BEGUN = "SELECT sessions FROM pg_stat_database WHERE datname = $1"
 _DEADLOCKS = "SELECT deadlocks FROM pg_stat_database WHERE datname = $1"
 
@@ -51,6 +56,10 @@ class Sessions:
     async def begun(self) -> int:
         """How many there were, ever."""
         return await self._count(_BEGUN)
+
+    async def last_statements(self) -> dict[int, datetime]:
+        """When each of them began its last statement, by its pid: the same again, and none was run meanwhile."""
+        return dict(await self._elsewhere.fetch(_STATEMENTS, self._database))
 
     async def deadlocks(self) -> int:
         """How many deadlocks the server has broken among them, ever."""
