@@ -1,8 +1,8 @@
 """What was asked of the stores: the sessions in a test's database, watched from another one, and Redis' own count.
 
-Who runs a statement must have a session: where there is none, and none has begun, none was run; nor where each that there
-is began its last statement when it had before. (The server's own counts of transactions lag by seconds, and its upkeep is
-among them.)
+Who runs a statement must have a session: where there is none, and none has begun, none was run; nor where each that
+there is began its last statement when it had before. (The server's own counts of transactions lag by seconds, and its
+upkeep is among them.)
 """
 
 from collections.abc import AsyncIterator, Iterator
@@ -59,7 +59,7 @@ class Sessions:
 
     async def last_statements(self) -> dict[int, datetime]:
         """When each of them began its last statement, by its pid: the same again, and none was run meanwhile."""
-        return dict(await self._elsewhere.fetch(_STATEMENTS, self._database))
+        return {pid: began for pid, began in await self._elsewhere.fetch(_STATEMENTS, self._database)}
 
     async def deadlocks(self) -> int:
         """How many deadlocks the server has broken among them, ever."""
