@@ -59,7 +59,8 @@ class Sessions:
 
     async def last_statements(self) -> dict[int, datetime]:
         """When each of them began its last statement, by its pid: the same again, and none was run meanwhile."""
-        return {pid: began for pid, began in await self._elsewhere.fetch(_STATEMENTS, self._database)}
+        found = await self._elsewhere.fetch(_STATEMENTS, self._database)
+        return {row["pid"]: row["query_start"] for row in found}
 
     async def deadlocks(self) -> int:
         """How many deadlocks the server has broken among them, ever."""
