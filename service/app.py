@@ -9,7 +9,7 @@ import contextlib
 import gc
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,16 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from service import metrics
+from service.admin.asking import QUEUE_SECONDS, Asking
+from service.admin.entry import Entry
+from service.admin.events import Events
+from service.admin.limits import LoginLimit
+from service.admin.overview import Overview
+from service.admin.replaying import Replaying
+from service.admin.session import Seal
+from service.admin.site import Site
 from service.errors import ConfigurationError
+from service.inbox.browsing import PINS
 from service.inbox.claims import Claims
 from service.inbox.dispatch import Dispatcher, DispatchLimits
 from service.inbox.ledger import Ledger
@@ -29,10 +38,11 @@ from service.inbox.recovery import Recovery
 from service.inbox.retry import Backoff
 from service.inbox.seats import Seats
 from service.logs import configure
+from service.passwords import Password
 from service.registry import Registry
-from service.settings import OBSERVING_CONNECTIONS, Settings
+from service.settings import ADMIN_CONNECTIONS, OBSERVING_CONNECTIONS, Settings
 from service.stopping import Stop, leaving_with_supervisor
-from service.web.health import Readiness, livez
+from service.web.health import Part, Readiness, livez
 from service.web.metrics import Metrics
 from service.web.probes import readiness_parts
 from service.web.webhook import WEBHOOK_PATH, Webhook, refuse_path
@@ -48,6 +58,7 @@ class Parts:
     handlers: AsyncEngine
     seats: Seats
     observing: AsyncEngine
+    admin: AsyncEngine
     lock: Lock
     pipeline: Pipeline
     recovery: Recovery
@@ -67,6 +78,7 @@ class Parts:
             await self.handlers.dispose()
             await self.ingest.dispose()
             await self.observing.dispose()
+            await self.admin.dispose()
 
 
 def assemble(settings: Settings, registry: Registry) -> Parts:
@@ -100,7 +112,7 @@ def assemble(settings: Settings, registry: Registry) -> Parts:
         give_up_seconds=settings.give_up_seconds,
         idle_in_transaction_seconds=settings.idle_in_transaction_seconds,
         abandoned_most=settings.abandoned_most,
-        process=f"{socket.gethostname()}:{os.getpid()}",
+        process=_process(),
     )
     claims = Claims(lock, ledger, epoch, settings.lock_ttl_seconds)
     limits = DispatchLimits(
@@ -123,7 +135,29 @@ def assemble(settings: Settings, registry: Registry) -> Parts:
         interval_seconds=settings.recovery_interval_seconds,
         batch=settings.handler_slots,
     )
-    return Parts(ingest, handlers, seats, engine(size=OBSERVING_CONNECTIONS), lock, pipeline, recovery)
+    observing = engine(size=OBSERVING_CONNECTIONS)
+    admin = engine(size=ADMIN_CONNECTIONS, queue_seconds=QUEUE_SECONDS, pins=PINS)
+    return Parts(ingest, handlers, seats, observing, admin, lock, pipeline, recovery)
+
+
+def admin_site(settings: Settings, parts: Parts, probes: Sequence[Part]) -> Site | None:
+    """The page at /admin; None: it is switched off."""
+    if settings.admin_password is None:
+        return None
+    password = Password.read(settings.admin_password.get_secret_value())
+    seal, asking = Seal(password.session_key), Asking(parts.admin)
+    return Site(
+        seal,
+        Entry(password, seal, LoginLimit()),
+        Overview(asking, probes, _process()),
+        Events(asking),
+        Replaying(asking, settings.give_up_seconds),
+        settings.admin_proxies,
+    )
+
+
+def _process() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 def create_app(settings: Settings) -> Starlette:
@@ -153,8 +187,10 @@ def create_app(settings: Settings) -> Starlette:
     )
     probes = readiness_parts(stop, parts.lock, parts.ingest, parts.recovery)
     readiness = Readiness(probes)
+    site = admin_site(settings, parts, probes)
     app = Starlette(
         routes=[
+            *(site.routes if site else ()),
             Route(WEBHOOK_PATH, webhook.receive, methods=["POST"]),
             Route("/livez", livez),
             Route("/readyz", readiness.report),
