@@ -117,7 +117,7 @@ class Seal:
     def _content(self, what: str, text: str | None) -> Any | None:
         try:
             return self._serializer(what).loads(text or "")
-        except BadData:
+        except (BadData, UnicodeError):
             return None
 
     def _serializer(self, what: str) -> URLSafeSerializer:

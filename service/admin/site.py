@@ -14,6 +14,7 @@ every change is a POST that brought the session's token, so GET changes nothing;
 from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Final
+from urllib.parse import quote
 
 import structlog
 from starlette.datastructures import MutableHeaders
@@ -183,7 +184,7 @@ def _change(path: str, answer: Answer) -> Route:
 
 def _to_login(visit: Visit) -> Response:
     query = visit.request.scope["query_string"].decode("latin-1")
-    where = visit.path + (f"?{query}" if query else "")
+    where = quote(visit.path, safe="/:") + (f"?{query}" if query else "")
     if visit.request.headers.get("sec-fetch-site") == "cross-site":
         # By a link from elsewhere, with which a browser sends no Strict cookie: asked for by a page of ours it does.
         return visit.page("again.html", where=where)
