@@ -4,24 +4,33 @@ Guarantees: no answer passes by here without the headers that all must have, and
 an event handler or another host's address of its own, however it came to be.
 """
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from typing import Any, Final
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 import httpx
+import structlog
 from pydantic import SecretStr
 from starlette.applications import Starlette
 
 from service.admin.site import HEADERS
 from service.app import admin_site
+from service.passwords import _to_base64
 from service.web.health import Part
 from tests.integration.world import World
+from tests.unit.test_logs import configured
 
 PASSWORD: Final = "correct horse battery staple"
-ON: Final[dict[str, Any]] = {"admin_password": SecretStr(PASSWORD)}
+# The same password at a tenth of its cost: a suite logs in a hundred times.
+_SALT = b"0123456789abcdef"
+_DIGEST = hashlib.scrypt(PASSWORD.encode(), salt=_SALT, n=2**14, r=8, p=1, dklen=32)
+HASHED: Final = ":".join(("scrypt", "16384", "8", "1", _to_base64(_SALT), _to_base64(_DIGEST)))
+ON: Final[dict[str, Any]] = {"admin_password": SecretStr(HASHED)}
 ORIGIN: Final = "https://admin.test"
 ADDRESS: Final = "203.0.113.9"
 
@@ -142,6 +151,14 @@ class Visitor:
         return response
 
 
+@contextmanager
+def logging_as_served() -> Iterator[None]:
+    """One JSON object a line on standard error, as a service writes them, from everything that logs in the block."""
+    with configured():
+        structlog.configure(**{**structlog.get_config(), "cache_logger_on_first_use": False})
+        yield
+
+
 def _given(headers: dict[str, str]) -> dict[str, str]:
     return {name.replace("_", "-"): value for name, value in headers.items()}
 
@@ -161,10 +178,6 @@ def looked_over(response: httpx.Response) -> tuple[httpx.Response, Page]:
         assert ("Secure" in flags) == cookie.startswith("__Host-") == is_secure, cookie
     is_page = response.headers.get("content-type", "").startswith("text/html")
     return response, Page(response.text if is_page else "")
-
-
-def query(address: str) -> dict[str, list[str]]:
-    return parse_qs(urlsplit(address).query)
 
 
 def site_of(world: World, probes: list[Part] | None = None) -> Starlette:

@@ -11,7 +11,7 @@ every change is a POST that brought the session's token, so GET changes nothing;
 `HEADERS`; no error shows what went wrong inside, or any of its words.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Final
 from urllib.parse import quote
@@ -129,8 +129,7 @@ def _explain(visit: Visit, error: Exception) -> Response:
         case Refused():
             refused = error
         case HTTPException():
-            phrase = HTTPStatus(error.status_code).phrase
-            refused = Refused(error.status_code, phrase, "There is nothing here.", error.headers)
+            refused = _nothing_here(error.status_code, error.headers)
         case ClientDisconnect():
             return Response(status_code=400)  # nobody reads it
         case TookTooLong():
@@ -146,6 +145,10 @@ def _explain(visit: Visit, error: Exception) -> Response:
     response = visit.page("error.html", refused.status, title=refused.title, text=refused.text, status=refused.status)
     response.headers.update(refused.headers)
     return response
+
+
+def _nothing_here(status: int, headers: Mapping[str, str] | None = None) -> Refused:
+    return Refused(status, HTTPStatus(status).phrase, "There is nothing here.", headers)
 
 
 # -- routes -------------------------------------------------------------------------------------------
@@ -194,5 +197,5 @@ def _to_login(visit: Visit) -> Response:
 async def _file(visit: Visit) -> Response:
     response = static(visit.request.path_params["name"])
     if response is None:
-        raise HTTPException(404)
+        raise _nothing_here(404)  # no HTTPException: that would be answered before it comes to us
     return response

@@ -31,29 +31,39 @@ OBJECTS_MOST: Final = 500_000  # events looked at for an object's id: some tenth
 PAYLOADS_MOST: Final = 20_000  # payloads looked into for a customer's id: about as long, for they are packed
 REPLAYABLE_HERE: Final = (Status.FAILED, Status.DEAD)
 
-# Where a list goes on, and what is asked for beside a `Selection`: the object, or a string in the payload. That is
-# looked for as bytes: of nine hostile but signed bodies `jsonb` refused seven. As a scalar subquery it is asked for
-# one event at a time; of an EXISTS the planner would make a hash of all payloads there are.
+_NEWEST_FIRST = "ORDER BY e.received_at DESC, e.event_id DESC"
 _FROM_HERE = f"""
-SELECT * FROM stripe_events e
+  FROM stripe_events e
  WHERE {SELECTED}
    AND (CAST(:at AS timestamptz) IS NULL OR (e.received_at, e.event_id) < (CAST(:at AS timestamptz), :id))
- ORDER BY e.received_at DESC, e.event_id DESC
+ {_NEWEST_FIRST}
 """
+# Beside a `Selection`, the object, or a string in the payload. That is looked for as bytes: of nine hostile but signed
+# bodies `jsonb` refused seven. As a scalar subquery it is asked for one event at a time; of an EXISTS the planner would
+# make a hash of all payloads there are.
 _FOUND = """
-      (CAST(:object_id AS text) IS NULL OR e.object_id = CAST(:object_id AS text)
-       OR CAST(:in_payload AS bytea) IS NOT NULL
-      AND position(CAST(:in_payload AS bytea) IN
-                   (SELECT p.body FROM stripe_event_payloads p WHERE p.event_id = e.event_id)) > 0)
+       e.object_id = CAST(:object_id AS text)
+    OR CAST(:in_payload AS bytea) IS NOT NULL
+   AND position(CAST(:in_payload AS bytea) IN
+                (SELECT p.body FROM stripe_event_payloads p WHERE p.event_id = e.event_id)) > 0
 """
-_PAGE = statement(f"""
-SELECT {COLUMNS} FROM ({_FROM_HERE} LIMIT CAST(:looked AS bigint)) e
- WHERE {_FOUND} ORDER BY e.received_at DESC, e.event_id DESC LIMIT :most
+
+
+def _selected(columns: str) -> Statement:
+    """The newest that a selection has."""
+    return statement(f"SELECT {columns} {_FROM_HERE} LIMIT :most")
+
+
+def _looked_for(columns: str) -> Statement:
+    """Of the newest that a selection has, those with the object or the string."""
+    return statement(f"""
+SELECT {columns} FROM (SELECT * {_FROM_HERE} LIMIT :looked) e WHERE {_FOUND} {_NEWEST_FIRST} LIMIT :most
 """)
-_LOOKED_UNTIL = statement(f"""
-SELECT received_at, event_id FROM ({_FROM_HERE}) e OFFSET CAST(:looked AS bigint) - 1 LIMIT 1
-""")
-_IDS = statement(f"SELECT event_id FROM ({_FROM_HERE} LIMIT CAST(:looked AS bigint)) e WHERE {_FOUND} LIMIT :most")
+
+
+_PAGE, _PAGE_LOOKED_FOR = _selected(COLUMNS), _looked_for(COLUMNS)
+_IDS, _IDS_LOOKED_FOR = _selected("event_id"), _looked_for("event_id")
+_LOOKED_UNTIL = statement(f"SELECT received_at, event_id {_FROM_HERE} OFFSET :looked - 1 LIMIT 1")
 _ARRIVALS = statement("""
 SELECT date_trunc('hour', received_at, 'UTC') AS began_at, status, count(*) AS events
   FROM stripe_events
@@ -128,7 +138,8 @@ class Browsing(Operations):
     async def page(self, search: Search, place: Place | None, most: int) -> Found:
         """The newest `most` that were found behind `place`; None: behind the beginning."""
         values = search.values(place)
-        rows = await self._fetch(_PAGE, **values, most=most + 1)
+        query = _PAGE if search.object_id is None else _PAGE_LOOKED_FOR
+        rows = await self._fetch(query, **values, most=most + 1)
         events = [listed(row) for row in rows[:most]]
         if len(rows) > most:
             return Found(events, Place(events[-1].received_at, events[-1].event_id), None)
@@ -141,7 +152,8 @@ class Browsing(Operations):
         asked = search.selection.statuses
         statuses = [each for each in REPLAYABLE_HERE if asked is None or each in asked]
         narrowed = replace(search, selection=replace(search.selection, statuses=statuses))
-        return [row["event_id"] for row in await self._fetch(_IDS, **narrowed.values(None), most=most)]
+        query = _IDS if search.object_id is None else _IDS_LOOKED_FOR
+        return [row["event_id"] for row in await self._fetch(query, **narrowed.values(None), most=most)]
 
     async def arrivals(self, hours: int) -> Arrivals:
         """Those of the last `hours`, the running one included, by the database's clock; whole hours of UTC."""
