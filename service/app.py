@@ -10,7 +10,7 @@ import gc
 import os
 import socket
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,16 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from service import metrics, tracing
+from service.admin.asking import QUEUE_SECONDS, Asking
+from service.admin.entry import Entry
+from service.admin.events import Events
+from service.admin.limits import LoginLimit
+from service.admin.overview import Overview
+from service.admin.replaying import Replaying
+from service.admin.session import Seal
+from service.admin.site import Site
 from service.errors import ConfigurationError
+from service.inbox.browsing import PINS
 from service.inbox.claims import Claims
 from service.inbox.dispatch import Dispatcher, DispatchLimits
 from service.inbox.ledger import Ledger
@@ -30,10 +39,11 @@ from service.inbox.recovery import Recovery
 from service.inbox.retry import Backoff
 from service.inbox.seats import Seats
 from service.logs import configure
+from service.passwords import Password
 from service.registry import Registry
-from service.settings import OBSERVING_CONNECTIONS, Settings
+from service.settings import ADMIN_CONNECTIONS, OBSERVING_CONNECTIONS, Settings
 from service.stopping import Stop, leaving_with_supervisor
-from service.web.health import Readiness, livez
+from service.web.health import Part, Readiness, livez
 from service.web.metrics import Metrics
 from service.web.probes import readiness_parts
 from service.web.webhook import WEBHOOK_PATH, Webhook, refuse_path
@@ -49,6 +59,7 @@ class Parts:
     handlers: AsyncEngine
     seats: Seats
     observing: AsyncEngine
+    admin: AsyncEngine
     lock: Lock
     pipeline: Pipeline
     recovery: Recovery
@@ -68,6 +79,7 @@ class Parts:
             await self.handlers.dispose()
             await self.ingest.dispose()
             await self.observing.dispose()
+            await self.admin.dispose()
 
 
 def assemble(settings: Settings, registry: Registry) -> Parts:
@@ -101,7 +113,7 @@ def assemble(settings: Settings, registry: Registry) -> Parts:
         give_up_seconds=settings.give_up_seconds,
         idle_in_transaction_seconds=settings.idle_in_transaction_seconds,
         abandoned_most=settings.abandoned_most,
-        process=f"{socket.gethostname()}:{os.getpid()}",
+        process=_process(),
     )
     claims = Claims(lock, ledger, epoch, settings.lock_ttl_seconds)
     limits = DispatchLimits(
@@ -124,7 +136,29 @@ def assemble(settings: Settings, registry: Registry) -> Parts:
         interval_seconds=settings.recovery_interval_seconds,
         batch=settings.handler_slots,
     )
-    return Parts(ingest, handlers, seats, engine(size=OBSERVING_CONNECTIONS), lock, pipeline, recovery)
+    observing = engine(size=OBSERVING_CONNECTIONS)
+    admin = engine(size=ADMIN_CONNECTIONS, queue_seconds=QUEUE_SECONDS, pins=PINS)
+    return Parts(ingest, handlers, seats, observing, admin, lock, pipeline, recovery)
+
+
+def admin_site(settings: Settings, parts: Parts, probes: Sequence[Part]) -> Site | None:
+    """The page at /admin; None: it is switched off."""
+    if settings.admin_password is None:
+        return None
+    password = Password.read(settings.admin_password.get_secret_value())
+    seal, asking = Seal(password.session_key), Asking(parts.admin)
+    return Site(
+        seal,
+        Entry(password, seal, LoginLimit()),
+        Overview(asking, probes, _process()),
+        Events(asking),
+        Replaying(asking, settings.give_up_seconds),
+        settings.admin_proxies,
+    )
+
+
+def _process() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
 
 
 @contextlib.asynccontextmanager
@@ -166,8 +200,10 @@ def create_app(settings: Settings) -> Starlette:
     )
     probes = readiness_parts(stop, parts.lock, parts.ingest, parts.recovery)
     readiness = Readiness(probes)
+    site = admin_site(settings, parts, probes)
     app = Starlette(
         routes=[
+            *(site.routes if site else ()),
             Route(WEBHOOK_PATH, webhook.receive, methods=["POST"]),
             Route("/livez", livez),
             Route("/readyz", readiness.report),

@@ -34,6 +34,7 @@ from service.embedded import kept_secret, running_database, servers
 from service.errors import ConfigurationError
 from service.inbox import schema
 from service.loading_plan import IN_FLIGHT_MOST, Plan
+from service.passwords import make_hash
 from service.settings import Settings
 from service.terminal import database, dsn_of, out, read_settings, reported
 from service.web.door import Door
@@ -119,6 +120,16 @@ def check() -> None:
         _print_checks(found)
         if any(each.verdict is Verdict.FAIL for each in found):
             raise typer.Exit(2 if any(each.fatal and each.name == "handlers" for each in found) else 3)
+
+
+@app.command("admin-password")
+def admin_password() -> None:
+    """Ask for a password, and print the hash that stands for it in FIRSTCLAIM_ADMIN_PASSWORD."""
+    password: str = typer.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
+    try:
+        typer.echo(make_hash(password))
+    except ValueError as error:
+        raise typer.BadParameter(f"the password {error}") from None
 
 
 @epoch.command()

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from service.inbox.inspection import Attempted, Backlog, Listed, Selection
+from service.inbox.inspection import Attempted, Backlog, Listed, Selection, timeline
 from service.inbox.model import Status
 from service.inbox.operations import ROW_DAYS_LEAST, Chosen, Operations
 from service.settings import Settings
@@ -142,26 +142,11 @@ def show(
         shown = _at(value) if isinstance(value, datetime) else "-" if value is None else str(value)
         _print_line(name, shown, _COLOURS[event.status] if name == "status" else "")
     _print("")
-    for at, what in _timeline(event, attempts, actions):
-        _print_line(f"{at:%Y-%m-%d %H:%M:%S.%f}"[:-3], what)
+    for moment in timeline(event, attempts, actions):
+        _print_line(f"{moment.at:%Y-%m-%d %H:%M:%S.%f}"[:-3], moment.text)
     if payload:
         _print("")
         _print(_plain(text or "its payload has been pruned"))
-
-
-def _timeline(event: Listed, attempts: list[Attempted], actions: list[dict[str, Any]]) -> list[tuple[datetime, str]]:
-    """What happened to it and when, as far as the ledger keeps it: a success leaves its last claim and its end."""
-    told = [(event.received_at, "received")]
-    for each in attempts:
-        lasted = "" if each.began_at is None else f" after {(each.ended_at - each.began_at).total_seconds():.2f} s"
-        by = "" if each.process is None else f", by {each.process}"
-        told.append((each.ended_at, f"attempt {each.attempt} {each.outcome}{lasted}{by}: {each.error}"))
-    told += [(each["at"], f"{each['action']} by {each['operator']}") for each in actions]
-    if event.status in (Status.PROCESSING, Status.COMPLETED) and event.claimed_at is not None:
-        told.append((event.claimed_at, f"attempt {event.attempt} claimed by {event.claimed_by}"))
-    if event.settled_at is not None:
-        told.append((event.settled_at, event.status))
-    return sorted(told, key=lambda each: each[0])
 
 
 @app.command()

@@ -92,6 +92,10 @@ class LedgerUnavailable(FirstclaimError):
     """Postgres could not do what was asked. Nothing is known to have been committed by the call."""
 
 
+class TookTooLong(LedgerUnavailable):
+    """Postgres ended a question that took longer than whoever asks may take; nothing is wrong with it."""
+
+
 class LockUnavailable(FirstclaimError):
     """Redis is away: refused, timed out, or answered with an error. The command may have been applied."""
 

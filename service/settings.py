@@ -17,9 +17,11 @@ from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 
 from service import addresses
 from service.errors import ConfigurationError
+from service.passwords import check
 
 PREFIX = "FIRSTCLAIM_"
 OBSERVING_CONNECTIONS = 2  # apart: whoever looks at the ledger never makes a delivery wait
+ADMIN_CONNECTIONS = 2  # one search does not keep another page waiting; apart as well
 
 _SERVICE_LINK = re.compile(PREFIX + r"(?:SERVICE_(?:HOST|PORT)|PORT)(?:_.*)?")
 
@@ -122,34 +124,19 @@ class Settings(BaseSettings):
         description="Connections for claiming and recording, apart, so that slow handlers never starve them.",
     )
     answer_budget_seconds: float = Field(
-        5,
-        gt=0,
-        le=30,
-        description="Stripe wants a quick answer: past it, 202 `deferred` and the work goes on.",
+        5, gt=0, le=30, description="Stripe wants a quick answer: past it, 202 `deferred` and the work goes on."
     )
     redis_timeout_seconds: float = Field(
-        0.2,
-        ge=0.05,
-        le=2,
-        description="Per Redis command. Slower than this is away: the ledger alone carries safety.",
+        0.2, ge=0.05, le=2, description="Per Redis command. Slower than this is away: the ledger alone carries safety."
     )
     redis_breaker_seconds: float = Field(
-        1,
-        ge=0.1,
-        le=30,
-        description="After Redis failed, ask it again only this often: one timeout per outage second.",
+        1, ge=0.1, le=30, description="After Redis failed, ask it again only this often: one timeout per outage second."
     )
     postgres_timeout_seconds: float = Field(
-        1.5,
-        ge=0.1,
-        le=30,
-        description="To connect, and per ledger statement: 503 within 2 s when it is down.",
+        1.5, ge=0.1, le=30, description="To connect, and per ledger statement: 503 within 2 s when it is down."
     )
     recovery_interval_seconds: float = Field(
-        1,
-        ge=0.05,
-        le=60,
-        description="Between two looks for due events, per process; at once when the last was full.",
+        1, ge=0.05, le=60, description="Between two looks for due events, per process; at once when the last was full."
     )
     backoff_first_seconds: float = Field(
         5,
@@ -197,6 +184,13 @@ class Settings(BaseSettings):
         le=3600,
         description="From SIGTERM to exit, the drain included; under Kubernetes' 30 s grace.",
     )
+    admin_password: SecretStr | None = Field(
+        None,
+        description="Switches on the page at `/admin`: a hash from `firstclaim admin-password`, or a plain value.",
+    )
+    admin_proxies: int = Field(
+        0, ge=0, le=9, description="Proxies of yours before it: of `X-Forwarded-For`, whose entry is the client's."
+    )
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="`auto`: console on a terminal, one JSON object per line elsewhere."
     )
@@ -207,7 +201,8 @@ class Settings(BaseSettings):
     @property
     def postgres_connections(self) -> int:
         """The most that one process opens."""
-        return self.handler_slots + self.ingest_connections + OBSERVING_CONNECTIONS
+        admin = 0 if self.admin_password is None else ADMIN_CONNECTIONS
+        return self.handler_slots + self.ingest_connections + OBSERVING_CONNECTIONS + admin
 
     @property
     def embedded_database(self) -> bool:
@@ -250,6 +245,13 @@ class Settings(BaseSettings):
         if wrong := [name for name in names if not all(part.isidentifier() for part in name.split("."))]:
             raise ValueError(f"not a dotted module name: {', '.join(map(repr, wrong))}; expected e.g. shop.handlers")
         return names
+
+    @field_validator("admin_password")
+    @classmethod
+    def _strong_password(cls, password: SecretStr | None) -> SecretStr | None:
+        if password is not None:
+            check(password.get_secret_value())
+        return password
 
     @model_validator(mode="after")
     def _numbers_agree(self) -> Self:

@@ -3,7 +3,7 @@
 Guarantees: nothing here changes anything, or waits for anybody; no statement runs for longer than a minute.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -14,22 +14,22 @@ from service.inbox.statements import Statement, statement
 
 _STATEMENT_SECONDS = 60.0  # a count over millions of rows
 
-# Of `Selection`, on `stripe_events e`.
+# Of `Selection`, on `stripe_events e`. The clock in a subquery: a bare volatile function is no index condition.
 SELECTED = """
       (CAST(:event_ids AS text[]) IS NULL OR e.event_id = ANY(CAST(:event_ids AS text[])))
   AND (CAST(:statuses AS text[]) IS NULL OR e.status = ANY(CAST(:statuses AS text[])))
   AND (CAST(:type AS text) IS NULL OR e.type LIKE CAST(:type AS text))
   AND (CAST(:account AS text) IS NULL OR e.account = CAST(:account AS text))
   AND (CAST(:older AS float8) IS NULL
-       OR e.received_at <= clock_timestamp() - make_interval(secs => CAST(:older AS float8)))
+       OR e.received_at <= (SELECT clock_timestamp()) - make_interval(secs => CAST(:older AS float8)))
   AND (CAST(:newer AS float8) IS NULL
-       OR e.received_at > clock_timestamp() - make_interval(secs => CAST(:newer AS float8)))
+       OR e.received_at > (SELECT clock_timestamp()) - make_interval(secs => CAST(:newer AS float8)))
 """
 
-_COLUMNS = """event_id, type, account, livemode, object_id, api_version, status, attempt, failures, abandoned, action,
+COLUMNS = """event_id, type, account, livemode, object_id, api_version, status, attempt, failures, abandoned, action,
        last_error, created_at, received_at, due_at, give_up_at, settled_at, claimed_at, claimed_by"""
 
-_LIST = statement(f"SELECT {_COLUMNS} FROM stripe_events e WHERE {SELECTED} ORDER BY received_at DESC LIMIT :most")
+_LIST = statement(f"SELECT {COLUMNS} FROM stripe_events e WHERE {SELECTED} ORDER BY received_at DESC LIMIT :most")
 _COUNT = statement(f"SELECT status, count(*) AS events FROM stripe_events e WHERE {SELECTED} GROUP BY status")
 _PAYLOAD = statement("SELECT body FROM stripe_event_payloads WHERE event_id = :event_id")
 _ATTEMPTS = statement("""
@@ -135,6 +135,15 @@ class Attempted:
 
 
 @dataclass(frozen=True, slots=True)
+class Moment:
+    """Something that happened to an event. `what`: `received`, a status, `claimed`, an attempt's outcome, an action."""
+
+    at: datetime
+    what: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Backlog:
     """What is unfinished. Ages in seconds; `oldest_due_seconds` None: nothing is due."""
 
@@ -153,7 +162,7 @@ class Inspection:
     async def list_events(self, selection: Selection, most: int) -> list[Listed]:
         """The newest `most` of them."""
         rows = await self._fetch(_LIST, **selection.values(), most=most)
-        return [Listed(**{**row, "status": Status(row["status"])}) for row in rows]
+        return [listed(row) for row in rows]
 
     async def count(self, selection: Selection) -> dict[Status, int]:
         """How many there are in each status that has any."""
@@ -178,6 +187,10 @@ class Inspection:
         found = await self._fetch(_ACTIONS_ON, event_id=event_id)
         return [dict(row) for row in found if event_id in row["selection"].split(" ")]
 
+    async def history(self, event: Listed) -> list[Moment]:
+        """What happened to it and when, oldest first; see `timeline`."""
+        return timeline(event, await self.attempts(event.event_id), await self.actions_on(event.event_id))
+
     async def backlog(self) -> Backlog:
         """What is unfinished; by an index, however many events there are."""
         [row] = await self._fetch(_BACKLOG)
@@ -185,3 +198,24 @@ class Inspection:
 
     async def _fetch(self, query: Statement, **values: object) -> list[Any]:
         return await query.fetch(self._connection, timeout_seconds=_STATEMENT_SECONDS, **values)
+
+
+def listed(row: Mapping[str, Any]) -> Listed:
+    """An event from a row of `COLUMNS`."""
+    return Listed(**{**row, "status": Status(row["status"])})
+
+
+def timeline(event: Listed, attempts: Sequence[Attempted], actions: Sequence[Mapping[str, Any]]) -> list[Moment]:
+    """What happened to it and when, as far as the ledger keeps it: a success leaves its last claim and its end."""
+    told = [Moment(event.received_at, "received", "received")]
+    for each in attempts:
+        lasted = "" if each.began_at is None else f" after {(each.ended_at - each.began_at).total_seconds():.2f} s"
+        by = "" if each.process is None else f", by {each.process}"
+        words = f"attempt {each.attempt} {each.outcome}{lasted}{by}: {each.error}"
+        told.append(Moment(each.ended_at, each.outcome, words))
+    told += [Moment(each["at"], each["action"], f"{each['action']} by {each['operator']}") for each in actions]
+    if event.status in (Status.PROCESSING, Status.COMPLETED) and event.claimed_at is not None:
+        told.append(Moment(event.claimed_at, "claimed", f"attempt {event.attempt} claimed by {event.claimed_by}"))
+    if event.settled_at is not None:
+        told.append(Moment(event.settled_at, event.status, event.status))
+    return sorted(told, key=lambda each: each.at)

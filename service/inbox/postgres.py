@@ -9,7 +9,7 @@ would otherwise wait, on release, for a frozen server to confirm the cancellatio
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
@@ -55,6 +55,7 @@ SELECT set_config('synchronous_commit', 'on', false) AS synchronous_commit,
        set_config('default_transaction_isolation', 'read committed', false) AS isolation,
        pg_is_in_recovery() OR current_setting('default_transaction_read_only')::bool AS read_only
 """
+_PIN_MORE = "SELECT set_config(name, value, false) FROM unnest($1::text[], $2::text[]) AS pin (name, value)"
 _EPOCH = "SELECT id::text FROM ledger_epoch"
 _TIMELINE = """
 SELECT (SELECT system_identifier::text FROM pg_control_system())
@@ -125,8 +126,13 @@ async def read_epoch(connection: Any) -> str | None:
     return hashlib.sha256(stored.encode()).hexdigest()[:16]
 
 
-async def open_connection(dsn: str, timeout_seconds: float, epoch: Epoch | None = None) -> PinnedConnection:
-    """Connect, pin, check; raises what `UNAVAILABLE` lists, or `LedgerUnavailable` when the pins do not hold."""
+async def open_connection(
+    dsn: str, timeout_seconds: float, epoch: Epoch | None = None, pins: Mapping[str, str] | None = None
+) -> PinnedConnection:
+    """Connect, pin, check; raises what `UNAVAILABLE` lists, or `LedgerUnavailable` when the pins do not hold.
+
+    `pins`: more of the server's settings, for this connection alone.
+    """
     connection: PinnedConnection = await asyncpg.connect(
         dsn,
         timeout=timeout_seconds,
@@ -135,11 +141,13 @@ async def open_connection(dsn: str, timeout_seconds: float, epoch: Epoch | None 
     )
     try:
         async with asyncio.timeout(timeout_seconds):
-            pins = await connection.fetchrow(_PIN)
-            if pins is None or pins["read_only"]:  # a standby, or the losing side of a failover
+            pinned = await connection.fetchrow(_PIN)
+            if pinned is None or pinned["read_only"]:  # a standby, or the losing side of a failover
                 raise LedgerUnavailable("the server is read-only")
-            if (pins["synchronous_commit"], pins["isolation"]) != ("on", "read committed"):
+            if (pinned["synchronous_commit"], pinned["isolation"]) != ("on", "read committed"):
                 raise LedgerUnavailable("synchronous_commit or the isolation level cannot be pinned")
+            if pins is not None:
+                await connection.fetch(_PIN_MORE, list(pins), list(pins.values()))
             connection.epoch = await read_epoch(connection)
     except BaseException:
         connection.terminate()
@@ -150,18 +158,26 @@ async def open_connection(dsn: str, timeout_seconds: float, epoch: Epoch | None 
     return connection
 
 
-def create_engine(dsn: str, *, size: int, timeout_seconds: float, queue_seconds: float, epoch: Epoch) -> AsyncEngine:
+def create_engine(
+    dsn: str,
+    *,
+    size: int,
+    timeout_seconds: float,
+    queue_seconds: float,
+    epoch: Epoch,
+    pins: Mapping[str, str] | None = None,
+) -> AsyncEngine:
     """A pool of exactly `size` connections; opens nothing yet. No overflow: that would reconnect per request.
 
     SQLAlchemy begins no transaction on them (`AUTOCOMMIT`): the ledger's statements are one each, and around a
     handler `begin` does it, on the driver, where it costs half.
 
     `timeout_seconds` is for connecting; `queue_seconds` is how long a caller waits for a connection that is in
-    use: a burst of ours that queues here is no sign of Postgres being away.
+    use: a burst of ours that queues here is no sign of Postgres being away. `pins`: see `open_connection`.
     """
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=lambda: open_connection(dsn, timeout_seconds, epoch),
+        async_creator=lambda: open_connection(dsn, timeout_seconds, epoch, pins),
         pool_size=size,
         max_overflow=0,
         pool_timeout=queue_seconds,

@@ -1,6 +1,8 @@
 """Migrations on a real Postgres: any number at once make one schema, and it is the one that the models describe."""
 
 import asyncio
+import re
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -140,6 +142,73 @@ async def test_columns_are_added_between_running_handlers(database_url: str) -> 
         assert await migrating == ("0003", head())
     finally:
         await asyncio.gather(handler.close(), delivery.close())
+
+
+LOOKING_THROUGH = ["stripe_events_received", "stripe_events_unsuccessful"]
+
+
+async def without_indexes(url: str) -> None:
+    """As 0004 left it."""
+    for name in LOOKING_THROUGH:
+        await fetch(url, f"DROP INDEX {name}")
+    await fetch(url, "UPDATE alembic_version SET version_num = '0004'")
+
+
+async def indexes(url: str) -> list[str]:
+    """Those of the two that are there."""
+    found = await fetch(url, "SELECT indexname FROM pg_indexes WHERE indexname = ANY($1) ORDER BY 1", LOOKING_THROUGH)
+    return [row[0] for row in found]
+
+
+async def test_indexes_are_made_between_running_handlers(database_url: str) -> None:
+    """A handler writes: the migration finds its moment behind it, and no delivery waits behind the migration."""
+    await without_indexes(database_url)
+    handler, delivery = [await asyncpg.connect(database_url) for _ in range(2)]
+    try:
+        await handler.execute("BEGIN")
+        await handler.execute("UPDATE stripe_events SET failures = 0 WHERE false")
+        migrating = asyncio.create_task(migrate(database_url, TIMEOUT_SECONDS))
+        for _ in range(3):
+
+            async def waits() -> bool:
+                found = await delivery.fetchval(
+                    "SELECT count(*) > 0 FROM pg_locks"
+                    " WHERE NOT granted AND mode = 'ShareLock' AND relation = 'stripe_events'::regclass"
+                )
+                return migrating.done() or bool(found)
+
+            await until(waits)
+            assert not migrating.done()
+            await delivery.execute("SET lock_timeout = '1s'")
+            await delivery.execute("UPDATE stripe_events SET failures = 0 WHERE false")
+        await handler.execute("COMMIT")
+        assert await migrating == ("0004", head())
+    finally:
+        await asyncio.gather(handler.close(), delivery.close())
+    assert await indexes(database_url) == LOOKING_THROUGH
+
+
+async def test_of_a_large_ledger_no_index_is_made(database_url: str) -> None:
+    """It would lock out every delivery for as long as it takes; the README's statements make it."""
+    await without_indexes(database_url)
+    await fetch(
+        database_url,
+        """
+        INSERT INTO stripe_events (event_id, type, livemode, created_at, status, attempt, received_at, due_at,
+                                   give_up_at, settled_at, last_error)
+        SELECT 'evt_' || n, 'invoice.paid', true, now(), 'completed', 1, now(), now(), now(), now(), repeat('x', 1900)
+          FROM generate_series(1, 36000) AS n
+        """,
+    )
+    assert await migrate(database_url, TIMEOUT_SECONDS) == ("0004", head())
+    assert await indexes(database_url) == []
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    made = re.findall(r"^(CREATE INDEX CONCURRENTLY .*?);$", readme, flags=re.MULTILINE | re.DOTALL)
+    assert len(made) == 2
+    for statement in made:
+        await fetch(database_url, statement)
+    assert await indexes(database_url) == LOOKING_THROUGH
+    assert all("CONCURRENTLY IF NOT EXISTS" in statement for statement in made)
 
 
 async def test_a_newer_schema_is_left_alone(database_url: str) -> None:

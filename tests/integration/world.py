@@ -193,6 +193,7 @@ class World:
         await self.parts.handlers.dispose()
         await self.parts.ingest.dispose()
         await self.parts.observing.dispose()
+        await self.parts.admin.dispose()
         await self.database.close()
 
 

@@ -23,6 +23,11 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("service.cli_events", "service.loading"),
     ("service.terminal",),
     ("service.app", "service.checks", "service.embedded", "service.web.door"),
+    ("service.admin.site",),
+    ("service.admin.entry", "service.admin.overview", "service.admin.replaying"),
+    ("service.admin.events",),
+    ("service.admin.visit",),
+    ("service.admin.chart", "service.admin.rendering", "service.admin.asking"),
     ("service.web.metrics", "service.web.probes", "service.web.webhook", "service.embedded_servers"),
     ("service.inbox.recovery", "service.web.health", "service.web.signature", "service.web.lobby"),
     ("service.loading_users", "service.loading_verdict"),
@@ -30,7 +35,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("service.inbox.pipeline",),
     ("service.inbox.dispatch",),
     ("service.inbox.claims", "service.inbox.attempt"),
-    ("service.inbox.reconcile",),
+    ("service.inbox.browsing", "service.inbox.reconcile"),
     ("service.inbox.operations",),
     (
         "service.inbox.inspection",
@@ -46,6 +51,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
         "service.migrations.versions.0002_load_effects",
         "service.migrations.versions.0003_operator_actions",
         "service.migrations.versions.0004_attempts",
+        "service.migrations.versions.0005_looking_through",
     ),
     ("service.handlers",),
     ("service.handlers.invoices", "service.handlers.load_probe"),
@@ -60,8 +66,9 @@ RANKS: tuple[tuple[str, ...], ...] = (
         "service.inbox.statements",
     ),
     ("service.settings", "service.logs", "service.sending", "service.stopping"),
-    ("service.errors", "service.addresses", "service.telling", "service.tracing"),
-    ("service.inbox", "service.web", "service.migrations", "service.migrations.versions"),
+    ("service.admin.limits", "service.admin.session"),
+    ("service.errors", "service.addresses", "service.passwords", "service.telling", "service.tracing"),
+    ("service.admin", "service.inbox", "service.web", "service.migrations", "service.migrations.versions"),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 

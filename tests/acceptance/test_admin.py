@@ -1,0 +1,174 @@
+"""The page at /admin of real processes: off by default, several workers as one, and no service disturbed."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import orjson
+import pytest
+from typer.testing import CliRunner
+
+from service import cli
+from service.inbox.model import Status
+from service.passwords import Password
+from service.web.webhook import WEBHOOK_PATH
+from tests.acceptance.command import Command
+from tests.acceptance.harness import PROCESSED, REPOSITORY, Ground, Overrides, Service, eventually, sample
+from tests.acceptance.test_events_command import dead_event
+from tests.canaries import EMAIL, TEXT, assert_silent, metadata
+from tests.pages import HASHED, PASSWORD, Visitor
+
+ON: Overrides = {"admin_password": HASHED, "log_level": "debug"}
+
+
+@asynccontextmanager
+async def at(service: Service) -> AsyncIterator[Visitor]:
+    """A browser on the machine of the service; each request on a connection of its own, so that any worker answers."""
+    limits = httpx.Limits(max_keepalive_connections=0)
+    async with httpx.AsyncClient(
+        base_url=f"http://127.0.0.1:{service.port}", trust_env=False, limits=limits, timeout=60
+    ) as client:
+        yield Visitor(client)
+
+
+async def test_it_is_off_by_default(ground: Ground) -> None:
+    """Without a password there is no such path: the answer is that of any other, in the one shape."""
+    service = await ground.service().start()
+    for method, path in (
+        ("GET", "/admin"),
+        ("GET", "/admin/login"),
+        ("POST", "/admin/login"),
+        ("GET", "/admin/static/x"),
+    ):
+        response = await service.request(method, path)
+        assert response.status_code == 404, path
+        assert response.json() == {
+            "event_id": None,
+            "processed": False,
+            "action": "rejected",
+            "reason": f"No such path: webhooks go to POST {WEBHOOK_PATH}",
+        }
+        assert "set-cookie" not in response.headers
+
+
+async def test_several_workers_are_one_page(ground: Ground, tmp_path: Path) -> None:
+    """A login at one holds at all and after a restart; a dead event is replayed, and any worker completes it."""
+    service = await ground.service(ON, workers=2).start()
+    mended = tmp_path / "mended"
+    event = await dead_event(ground, service, mended)
+    async with at(service) as admin:
+        assert (await admin.log_in()).status_code == 303
+        processes = set()
+        for _ in range(30):
+            response, page = await admin.get("/admin")
+            assert response.status_code == 200
+            [process] = re.findall(r"answered by (\S+)", page.text)
+            processes.add(process)
+        assert len(processes) == 2
+        mended.touch()
+        _, page = await admin.get(f"/admin/events/{event.id}")
+        _, page = await admin.submit(page.form("/admin/replay"))
+        response, _ = await admin.submit(page.form("/admin/replay/confirmed"))
+        assert "1 made due." in (await admin.follow(response))[1].text
+        await ground.settled(event)
+        _, page = await admin.get(f"/admin/events/{event.id}")
+        assert "completed" in page.text
+        assert "replay by admin page from 127.0.0.1" in page.text
+        cookies = dict(admin.client.cookies)
+    await service.stop()
+    await service.start()
+    async with at(service) as admin:
+        admin.client.cookies.update(cookies)
+        assert (await admin.get("/admin"))[0].status_code == 200
+    [(operator, changed)] = await ground.fetch("SELECT operator, changed FROM operator_actions")
+    assert (operator, changed) == ("admin page from 127.0.0.1", 1)
+
+
+async def test_nothing_of_a_payload_or_a_password_is_logged(ground: Ground) -> None:
+    """By whatever is done at the page, at the most talkative level; a payload stands on no page but its own."""
+    service = await ground.service(ON).start()
+    event = sample("permanent", **metadata())
+    await ground.deliver(service, event)
+    async with at(service) as admin:
+        await admin.log_in(f"{TEXT} is not it")
+        await admin.log_in()
+        for path in ("/admin", "/admin/events", f"/admin/events?q={event.id}", f"/admin/events/{event.id}"):
+            response, page = await admin.get(path)
+            assert_silent(response.text)
+        _, payload = await admin.submit(page.form("/admin/payload"))
+        assert EMAIL in payload.text
+        _, page = await admin.submit(page.form("/admin/replay"))
+        await admin.submit(page.form("/admin/replay/confirmed"))
+        await admin.get(f"/admin/events?q={TEXT}&type={EMAIL}")
+        await admin.submit(page.form("/admin/logout"))
+    said = service.output
+    for words in ("admin_login_failed", "admin_login", "admin_payload_shown", "admin_replay", "admin_logout"):
+        assert f'"event":"{words}"' in said
+    assert_silent(said)
+    assert PASSWORD not in said
+    assert HASHED not in said
+
+
+async def test_the_door_and_the_webhook_are_as_before(ground: Ground) -> None:
+    """A form over the cap is told so though it is not read to its end, and deliveries go on beside the page."""
+    service = await ground.service(ON).start()
+    async with at(service) as admin:
+        await admin.log_in()
+        _, page = await admin.get("/admin")
+        token = page.form("/admin/logout").token
+        response, page = await admin.post("/admin/replay", {"token": token, "x": "y" * 5_000_000})
+        assert response.status_code == 413
+        assert "Too much" in page.text
+        events = [sample() for _ in range(20)]
+        pages = asyncio.gather(*(admin.get("/admin") for _ in range(20)))
+        for event in events:
+            assert (await ground.deliver(service, event)).said == PROCESSED
+        assert {response.status_code for response, _ in await pages} <= {200}
+    response = await service.get("/readyz")
+    assert {orjson.loads(line)["status"] for line in response.content.splitlines()} == {"ok"}
+
+
+async def test_the_overview_counts_what_was_delivered(ground: Ground) -> None:
+    """Deliveries by outcome as `/metrics` has them, and the ledger's events by status."""
+    service = await ground.service(ON, workers=2).start()
+    event = sample()
+    for _ in range(3):
+        await ground.deliver(service, event)
+    await ground.deliver(service, sample("permanent"))
+    async with at(service) as admin:
+        await admin.log_in()
+
+        async def said() -> str:
+            return (await admin.get("/admin"))[1].text
+
+        text = await eventually(said, lambda text: "processed 1 unhandled 0 duplicate 2" in text)
+    assert "1 completed" in text
+    assert f"1 {Status.DEAD}" in text
+    assert "last good round" in text
+
+
+async def test_a_weak_password_is_refused_at_start(ground: Ground, tmp_path: Path) -> None:
+    """With a sentence, before anything listens, and without the value."""
+    folder = tmp_path / "operator"
+    folder.mkdir()
+    command = Command(folder, {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)})
+    run = await command("serve", "--port", "0", FIRSTCLAIM_ADMIN_PASSWORD="hunter2")
+    assert run.code == 2
+    run.says("FIRSTCLAIM_ADMIN_PASSWORD", "too short", "12 characters")
+    assert "hunter2" not in run.said
+
+
+def test_the_command_makes_a_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for twice and not shown; the last line is what to set, and the password opens it."""
+    runner = CliRunner()
+    done = runner.invoke(cli.app, ["admin-password"], input=f"{PASSWORD}\n{PASSWORD}\n")
+    assert done.exit_code == 0, done.output
+    assert Password.read(done.stdout.splitlines()[-1]).matches(PASSWORD)
+    assert PASSWORD not in done.output
+    short = runner.invoke(cli.app, ["admin-password"], input="hunter2\nhunter2\n")
+    assert short.exit_code == 2
+    assert "too short" in short.output
+    assert "hunter2" not in short.output

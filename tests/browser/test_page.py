@@ -1,0 +1,243 @@
+"""The page at /admin in a real browser: an operator finds a failed event, replays it and sees it completed.
+
+Guarantees: on a wide window and on a phone's, light and dark, nothing is said on the console, nothing is asked of
+another host, and no page is wider than its window. Set `ADMIN_SCREENSHOTS` to a folder to look at them yourself.
+"""
+
+import os
+import secrets
+import shutil
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.async_api import ConsoleMessage, Page, Request, ViewportSize, async_playwright, expect
+
+from tests.acceptance.harness import Ground, Sample, Service, sample
+from tests.pages import HASHED, PASSWORD
+from tests.stores import Stores
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
+
+CHROMIUM: Final = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+WIDE: Final[ViewportSize] = {"width": 1280, "height": 860}
+PHONE: Final[ViewportSize] = {"width": 390, "height": 844}
+XSS: Final = "<img src=x onerror=document.title='taken'>"
+PATIENCE_MS: Final = 30_000
+
+
+@pytest.fixture(autouse=True)
+def chromium() -> str:
+    """Without a browser nothing is proved: in CI that is a failure, on a desk a skip."""
+    if CHROMIUM is None:
+        give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        give_up("not installed: chromium; run: apt-get install chromium")
+    return str(CHROMIUM)
+
+
+@pytest.fixture
+async def ground(stores: Stores, tmp_path: Path) -> AsyncIterator[Ground]:
+    """For the services that a test looks at."""
+    ground = await Ground.prepare(stores, tmp_path)
+    try:
+        yield ground
+    finally:
+        await ground.leave()
+
+
+@dataclass
+class Window:
+    """A browser's window on a service, and what went wrong in it."""
+
+    page: Page
+    origin: str
+    name: str
+    problems: list[str] = field(default_factory=list)
+
+    def watch(self) -> None:
+        """Note what the console says, what breaks, and who else is asked."""
+        self.page.on("console", self._on_console)
+        self.page.on("pageerror", lambda error: self.problems.append(f"error: {error}"))
+        self.page.on("request", self._on_request)
+        self.page.on("dialog", lambda dialog: self.problems.append(f"dialog: {dialog.message}"))
+
+    async def go(self, path: str) -> None:
+        await self.page.goto(self.origin + path)
+
+    async def look(self, name: str) -> None:
+        """Every page fits into its window, and has one heading and one main part."""
+        width = await self.page.evaluate("document.documentElement.scrollWidth")
+        window = self.page.viewport_size
+        assert window is not None
+        assert width <= window["width"], f"{name} is {width} wide in a window of {window['width']}"
+        assert await self.page.locator("h1").count() == 1
+        assert await self.page.locator("main").count() == 1
+        if folder := os.environ.get("ADMIN_SCREENSHOTS"):
+            await self.page.screenshot(path=f"{folder}/{name}-{self.name}.png", full_page=True)
+
+    async def log_in(self) -> None:
+        await self.page.get_by_label("Password").fill(PASSWORD)
+        await self.page.get_by_role("button", name="Log in").click()
+        await expect(self.page.get_by_role("button", name="Log out")).to_be_visible(timeout=PATIENCE_MS)
+
+    def _on_console(self, message: ConsoleMessage) -> None:
+        # Of an answer that is a page for 401 or 404 the browser says so, as of any other.
+        if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
+            self.problems.append(f"{message.type}: {message.text}")
+
+    def _on_request(self, request: Request) -> None:
+        if urlsplit(request.url).netloc != urlsplit(self.origin).netloc:
+            self.problems.append(f"asked {request.url}")
+
+
+@pytest.fixture
+async def served(ground: Ground) -> Service:
+    """A service with the page switched on."""
+    return await ground.service({"admin_password": HASHED}).start()
+
+
+@pytest.fixture(
+    params=[(WIDE, "light"), (WIDE, "dark"), (PHONE, "light"), (PHONE, "dark")],
+    ids=lambda p: "-".join(("wide" if p[0] is WIDE else "phone", p[1])),
+)
+async def window(request: pytest.FixtureRequest, chromium: str, served: Service) -> AsyncIterator[Window]:
+    """One of four, with JavaScript for the browser's own sake; the page has none."""
+    size: ViewportSize
+    scheme: Literal["light", "dark"]
+    size, scheme = request.param
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        context = await browser.new_context(viewport=size, color_scheme=scheme, locale="en-GB")
+        window = Window(
+            await context.new_page(),
+            f"http://127.0.0.1:{served.port}",
+            f"{'wide' if size is WIDE else 'phone'}-{scheme}",
+        )
+        window.watch()
+        yield window
+        await browser.close()
+    assert window.problems == []
+
+
+async def failed_event(ground: Ground, service: Service, mended: Path) -> Sample:
+    """One whose handler fails until that file is there, and whose metadata tries to be code."""
+    event = sample("permanent", mended=str(mended), note=XSS)
+    assert (await ground.deliver(service, event)).content["action"] == "dead"
+    return event
+
+
+async def test_an_operator_finds_replays_and_sees_it_completed(
+    window: Window, ground: Ground, served: Service, tmp_path: Path
+) -> None:
+    """Log in, find it among the others, look at its payload, replay it by its page, and see the end of it."""
+    mended = tmp_path / "mended"
+    event = await failed_event(ground, served, mended)
+    others = [await failed_event(ground, served, mended) for _ in range(2)]
+    for _ in range(12):
+        await ground.deliver(served, sample())
+    page = window.page
+
+    await window.go(f"/admin/events?q={event.id}")
+    await window.look("login")
+    await page.get_by_label("Password").fill("wrong password")
+    await page.get_by_role("button", name="Log in").click()
+    await expect(page.get_by_role("alert")).to_have_text("That is not the password.", timeout=PATIENCE_MS)
+    await window.look("login-wrong")
+    await window.log_in()
+    await expect(page).to_have_url(f"{window.origin}/admin/events?q={event.id}")
+
+    await page.get_by_role("link", name="Overview").click()
+    await window.look("overview")
+    await page.get_by_text("As a table").click()
+    await expect(page.get_by_role("columnheader", name="Hour (UTC)")).to_be_visible()
+    await page.get_by_role("link", name="All of them").click()
+    await expect(page.get_by_role("rowheader")).to_have_count(3)
+    await page.get_by_label("Event, object or customer id").fill(event.id)
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("rowheader")).to_have_count(1)
+    await window.look("events")
+    await page.get_by_role("link", name=event.id).click()
+    await expect(page.get_by_text("Permanent: never").first).to_be_visible()
+    await window.look("event")
+
+    await page.get_by_role("button", name="Show payload").click()
+    await expect(page.get_by_label("Payload as JSON")).to_contain_text(XSS)
+    await window.look("payload")
+    assert await page.title() == f"Payload of {event.id} · firstclaim"
+    await page.get_by_role("link", name=event.id).click()
+
+    mended.touch()
+    await page.get_by_role("button", name="Replay…").click()
+    await expect(page.get_by_role("heading", name="Replay 1 event?")).to_be_visible()
+    await window.look("replay")
+    await page.get_by_role("button", name="Replay it").click()
+    await expect(page.get_by_role("status")).to_have_text("1 made due.")
+    await window.look("replayed")
+    await ground.settled(event)
+    await page.get_by_role("link", name="Refresh").click()
+    await expect(page.get_by_role("heading").locator(".pill")).to_have_text("completed")
+    await expect(page.get_by_text("replay by admin page from 127.0.0.1")).to_be_visible()
+    await window.look("completed")
+
+    await window.go("/admin/events?status=dead")
+    await page.get_by_role("link", name="Tick all here").click()
+    await window.look("ticked")
+    await page.get_by_role("button", name="Replay all 2 failed and dead that match…").click()
+    await page.get_by_label("Type 2 to go on").fill("2")
+    await window.look("replay-all")
+    await page.get_by_role("button", name="Replay them").click()
+    await expect(page.get_by_role("status")).to_have_text("2 made due.")
+    for other in others:
+        await ground.settled(other)
+
+    await window.go(f"/admin/events/evt_{secrets.token_hex(4)}")
+    await expect(page.get_by_role("heading", name="No such event")).to_be_visible()
+    await window.look("error")
+    await page.get_by_role("button", name="Log out").click()
+    await window.go("/admin")
+    await expect(page.get_by_label("Password")).to_be_visible()
+
+
+async def test_it_can_be_used_by_keys_alone(window: Window, ground: Ground, served: Service, tmp_path: Path) -> None:
+    """From the login to the list: the first key leads past the bar, focus is seen, the space bar ticks."""
+    event = await failed_event(ground, served, tmp_path / "mended")
+    page = window.page
+    await window.go("/admin/events")
+    await expect(page.get_by_label("Password")).to_be_focused()
+    await page.keyboard.type(PASSWORD)
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_label(event.id)).to_be_visible(timeout=PATIENCE_MS)
+    await page.keyboard.press("Tab")
+    await expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    for _ in range(40):
+        await page.keyboard.press("Tab")
+        outline = await page.evaluate(
+            "(e => getComputedStyle(e.closest('.chip') || e).outlineStyle)(document.activeElement)"
+        )
+        assert outline != "none", await page.evaluate("document.activeElement.outerHTML")
+        if await page.get_by_label(event.id).evaluate("e => e === document.activeElement"):
+            break
+    await page.keyboard.press("Space")
+    await expect(page.get_by_label(event.id)).to_be_checked()
+
+
+async def test_it_works_without_javascript_and_from_a_link_elsewhere(chromium: str, served: Service) -> None:
+    """A link on another site leads to the page that it names, though the browser sends no Strict cookie with it."""
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        context = await browser.new_context(java_script_enabled=False, viewport=WIDE)
+        page = await context.new_page()
+        window = Window(page, f"http://127.0.0.1:{served.port}", "wide-light")
+        await window.go("/admin")
+        await window.log_in()
+        for cookie in await context.cookies():
+            assert (cookie["httpOnly"], cookie["sameSite"]) == (True, "Strict")
+        await page.goto("about:blank")
+        await page.set_content(f'<a href="{window.origin}/admin/events?status=dead">an alert</a>')
+        await page.get_by_role("link", name="an alert").click()
+        await expect(page).to_have_url(f"{window.origin}/admin/events?status=dead")
+        await expect(page.get_by_role("heading", name="Events")).to_be_visible()
+        await browser.close()

@@ -1,0 +1,638 @@
+"""The page at /admin over a real ledger: who gets in, what may come from where, and that no payload is ever code."""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import SecretStr
+from starlette.applications import Starlette
+from starlette.routing import Route
+
+from service import app as app_module
+from service.admin import session as sessions
+from service.admin.site import Site
+from service.inbox import browsing
+from service.inbox.model import Status
+from service.passwords import make_hash
+from service.web.health import Finding, Health, Part
+from tests.integration.conftest import MakeWorld
+from tests.integration.world import World, build, delivery
+from tests.pages import ADDRESS, ON, PASSWORD, Visitor, logging_as_served, looked_over, site_of, visitor
+from tests.proxy import Mode, before_postgres
+from tests.stores import Stores
+
+XSS = "<img src=x onerror=alert(1)>'\"&<script>alert(2)</script>"
+
+
+@pytest.fixture
+async def world(make_world: MakeWorld) -> World:
+    """With the page switched on."""
+    world = await make_world(**ON)
+    await world.database.execute("DELETE FROM operator_actions; DELETE FROM stripe_event_attempts")
+    return world
+
+
+@pytest.fixture
+def site(world: World) -> Starlette:
+    return site_of(world)
+
+
+@pytest.fixture
+async def stranger(site: Starlette) -> AsyncIterator[Visitor]:
+    """Not logged in."""
+    visitor_ = visitor(site)
+    async with visitor_.client:
+        yield visitor_
+
+
+@pytest.fixture
+async def admin(stranger: Visitor) -> Visitor:
+    """Logged in."""
+    assert (await stranger.log_in()).status_code == 303
+    return stranger
+
+
+def paths(site: Starlette) -> list[tuple[str, set[str]]]:
+    """All that the page has, with an event's id where one belongs."""
+    inner = site.routes[0].app  # type: ignore[attr-defined]
+    assert isinstance(inner, Site)
+    found = [route for route in inner._router.routes if isinstance(route, Route)]
+    assert len(found) >= 10
+    return [
+        (route.path.replace("{event_id}", "evt_1").replace("{name}", "admin.css"), route.methods or set())
+        for route in found
+    ]
+
+
+async def everything(world: World) -> str:
+    """A digest of all that the ledger holds."""
+    tables = ("stripe_events", "stripe_event_payloads", "stripe_event_attempts", "operator_actions", "ledger_epoch")
+    rows = [await world.database.fetch(f"SELECT t::text FROM {table} t ORDER BY 1") for table in tables]
+    return hashlib.sha256(repr(rows).encode()).hexdigest()
+
+
+# -- in and out ---------------------------------------------------------------------------------------
+
+
+async def test_nothing_is_shown_to_strangers(site: Starlette, stranger: Visitor, world: World) -> None:
+    """Every page leads to the login and every change is refused, but for the login itself and the stylesheet."""
+    await world.state_of(delivery("evt_1"), Status.DEAD)
+    before = await everything(world)
+    for path, methods in paths(site):
+        if "GET" in methods:
+            response, page = await stranger.get(path)
+            is_open = path.startswith(("/admin/login", "/admin/static"))
+            assert response.status_code == (200 if is_open else 303), path
+            assert is_open or response.headers["location"].startswith("/admin/login?next=%2Fadmin"), path
+            assert "evt_1" not in page.html
+        if "POST" in methods and path != "/admin/login":
+            response, page = await stranger.post(path, {"event": "evt_1", "token": "x"})
+            assert response.status_code == 403, path
+            assert "not logged in" in page.text
+    assert await everything(world) == before
+
+
+async def test_the_login_leads_to_where_one_wanted_to_go(stranger: Visitor) -> None:
+    """And nowhere but to this page: an address of another site, however it is written, is none."""
+    response, _ = await stranger.get("/admin/events?status=dead&q=in_1")
+    response = await stranger.log_in(path=response.headers["location"])
+    assert response.headers["location"] == "/admin/events?status=dead&q=in_1"
+    for evil in (
+        "https://evil.test/",
+        "//evil.test",
+        "/\\evil.test",
+        "/admin\\@evil",
+        "/other",
+        "/administer",
+        "javascript:1",
+    ):
+        stranger.client.cookies.clear()
+        response = await stranger.log_in(path=f"/admin/login?next={evil}")
+        assert response.headers["location"] == "/admin", evil
+
+
+async def test_the_wrong_password_is_told_so(stranger: Visitor) -> None:
+    """And brings no session; what was typed is not on the page."""
+    response = await stranger.log_in("not the passw0rd")
+    assert response.status_code == 401
+    assert "not the passw0rd" not in response.text
+    assert "__Host-firstclaim-session" not in stranger.client.cookies
+    assert (await stranger.get("/admin"))[0].status_code == 303
+
+
+@pytest.mark.parametrize("value", [PASSWORD, make_hash(PASSWORD)], ids=["plain", "hash"])
+async def test_a_plain_value_and_a_hash_let_in(make_world: MakeWorld, value: str) -> None:
+    """The password does; of a hash, as `firstclaim admin-password` prints it, the hash itself does not."""
+    app = site_of(await make_world(admin_password=SecretStr(value)))
+    async with visitor(app).client as client:
+        assert value == PASSWORD or (await Visitor(client).log_in(value)).status_code == 401
+        assert (await Visitor(client).log_in()).status_code == 303
+
+
+async def test_every_login_is_another_session(stranger: Visitor) -> None:
+    """A value that was in the browser before is not the one that is logged in, so none can be planted."""
+    stranger.client.cookies.set("__Host-firstclaim-session", "planted", domain="admin.test", path="/")
+    seen = set()
+    for _ in range(3):
+        await stranger.log_in()
+        seen.add(stranger.client.cookies["__Host-firstclaim-session"])
+        _, page = await stranger.get("/admin")
+        await stranger.submit(page.form("/admin/logout"))
+    assert len(seen) == 3
+    assert "planted" not in seen
+
+
+async def test_logging_out_ends_it(admin: Visitor) -> None:
+    """By a form; the browser has nothing left."""
+    _, page = await admin.get("/admin")
+    response, _ = await admin.submit(page.form("/admin/logout"))
+    assert response.headers["location"] == "/admin/login"
+    assert not [name for name in admin.client.cookies if "session" in name]
+    assert (await admin.get("/admin"))[0].status_code == 303
+
+
+async def test_another_password_logs_everybody_out(world: World, admin: Visitor, make_world: MakeWorld) -> None:
+    """Its sessions are signed with another key; those of another worker with the same one are good."""
+    async with visitor(site_of(await make_world(**ON))).client as same_one:
+        same_one.cookies.update(admin.client.cookies)
+        assert (await Visitor(same_one).get("/admin"))[0].status_code == 200
+    async with visitor(site_of(await make_world(admin_password=SecretStr("another good password")))).client as other:
+        other.cookies.update(admin.client.cookies)
+        assert (await Visitor(other).get("/admin"))[0].status_code == 303
+
+
+@pytest.mark.parametrize("what", ["idle", "old", "meddled"])
+async def test_a_session_that_is_over(admin: Visitor, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Half an hour unused, eight hours old, or meddled with: it leads to the login, and changes nothing any more."""
+    _, page = await admin.get("/admin")
+    if what == "meddled":
+        name = "__Host-firstclaim-session"
+        value = admin.client.cookies[name]
+        admin.client.cookies.set(name, value[:9] + ("A" if value[9] != "A" else "B") + value[10:], "admin.test", "/")
+    else:
+        monkeypatch.setattr(sessions, "IDLE_SECONDS" if what == "idle" else "LASTS_SECONDS", -1)
+    assert (await admin.get("/admin"))[0].status_code == 303
+    assert (await admin.submit(page.form("/admin/logout")))[0].status_code == 403
+
+
+async def test_a_session_is_renewed_while_it_is_used(admin: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cookie that has all its flags; the session is the same one."""
+    monkeypatch.setattr(sessions, "_RENEWED_SECONDS", -1)
+    _, before = await admin.get("/admin")
+    response, after = await admin.get("/admin")
+    [cookie] = response.headers.get_list("set-cookie")
+    assert cookie.startswith("__Host-firstclaim-session=")
+    assert "Max-Age=28800" in cookie
+    assert before.form("/admin/logout").token == after.form("/admin/logout").token
+
+
+async def test_on_this_very_machine_it_works_without_tls(site: Starlette) -> None:
+    """By its loopback name the cookie needs no TLS, and has another name; by any other name it is for TLS alone."""
+    async with visitor(site, origin="http://127.0.0.1:8000").client as client:
+        assert (await Visitor(client).log_in()).status_code == 303
+        assert (await Visitor(client).get("/admin"))[0].status_code == 200
+    async with visitor(site, origin="http://admin.internal:8000").client as client:
+        response = await Visitor(client).log_in()  # as with a browser, the cookie stays away
+        assert response.status_code == 403
+        assert "__Host-" in (await Visitor(client).get("/admin/login"))[0].headers["set-cookie"]
+
+
+# -- guessing -----------------------------------------------------------------------------------------
+
+
+async def test_guessing_is_limited(site: Starlette, stranger: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After five wrong ones an address waits, the right one too; then no password is even looked at."""
+    looked = 0
+
+    async def count(function: Any, *arguments: Any) -> Any:
+        nonlocal looked
+        looked += 1
+        return function(*arguments)
+
+    monkeypatch.setattr(asyncio, "to_thread", count)
+    for _ in range(5):
+        assert (await stranger.log_in("wrong password")).status_code == 401
+    for _ in range(3):
+        response = await stranger.log_in()
+        assert response.status_code == 429
+        assert 1 <= int(response.headers["retry-after"]) <= 60
+    assert looked == 5
+    async with visitor(site, "198.51.100.7").client as client:
+        assert (await Visitor(client).log_in()).status_code == 303
+
+
+async def test_trying_at_once_does_not_help(stranger: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tries are counted before a password is looked at, and one is looked at at a time."""
+    running = most = 0
+
+    async def slowly(_function: Any, *_arguments: Any) -> bool:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0)
+        running -= 1
+        return False
+
+    monkeypatch.setattr(asyncio, "to_thread", slowly)
+    _, page = await stranger.get("/admin/login")
+    form = page.form("/admin/login")
+    answers = await asyncio.gather(*(stranger.submit(form, ("password", f"guess {n}")) for n in range(12)))
+    assert sorted(response.status_code for response, _ in answers) == [401] * 5 + [429] * 7
+    assert most == 1
+
+
+async def test_behind_a_proxy_its_client_is_limited(make_world: MakeWorld) -> None:
+    """By the entry that the proxy wrote, whatever the client wrote before it."""
+    app = site_of(await make_world(**ON, admin_proxies=1))
+    async with visitor(app, "10.0.0.1").client as client:
+        for n in range(5):
+            client.headers["X-Forwarded-For"] = f"6.6.6.{n}, 192.0.2.1"
+            assert (await Visitor(client).log_in("wrong password")).status_code == 401
+        assert (await Visitor(client).log_in()).status_code == 429
+        client.headers["X-Forwarded-For"] = "192.0.2.2"
+        assert (await Visitor(client).log_in()).status_code == 303
+
+
+# -- what comes from elsewhere ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("token", [None, "", "x" * 64, "another's"])
+async def test_every_change_needs_the_session_s_token(
+    site: Starlette, admin: Visitor, world: World, token: str | None
+) -> None:
+    """Without it, with a wrong one or with another session's, nothing happens."""
+    await world.state_of(delivery("evt_1"), Status.DEAD)
+    before = await everything(world)
+    fields = {"event": "evt_1", "password": PASSWORD, "question": "x"}
+    if token == "another's":
+        async with visitor(site).client as client:
+            await Visitor(client).log_in()
+            _, page = await Visitor(client).get("/admin")
+            fields["token"] = page.form("/admin/logout").token
+    elif token is not None:
+        fields["token"] = token
+    for path, methods in paths(site):
+        if "POST" in methods:
+            response, page = await admin.post(path, fields)
+            assert response.status_code == 403, path
+    assert await everything(world) == before
+    assert (await admin.get("/admin"))[0].status_code == 200  # also not logged out
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "https://evil.test"},
+        {"Origin": "null"},
+        {"Origin": "http://admin.test"},
+        {"Origin": "https://admin.test.evil.test"},
+        {"Origin": "https://[", "Sec-Fetch-Site": "same-origin"},
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Sec-Fetch-Site": "none"},
+    ],
+)
+async def test_what_the_browser_says_is_from_elsewhere_is_refused(admin: Visitor, headers: dict[str, str]) -> None:
+    """Even with the right token: another site, a neighbour's page, or the same name without TLS."""
+    _, page = await admin.get("/admin")
+    form = page.form("/admin/logout")
+    assert (await admin.post(form.action, form.fields, **headers))[0].status_code == 403
+    assert (await admin.get("/admin"))[0].status_code == 200
+
+
+async def test_the_login_itself_is_not_for_other_sites(site: Starlette, stranger: Visitor) -> None:
+    """Without the login page's cookie or with another token nobody is logged in, and no try is taken."""
+    _, page = await stranger.get("/admin/login")
+    form = page.form("/admin/login")
+    fields = {**dict(form.fields), "password": PASSWORD}
+    for _ in range(7):
+        assert (await stranger.post("/admin/login", {**fields, "token": "x" * 32}))[0].status_code == 403
+        async with visitor(site).client as client:
+            assert (await Visitor(client).post("/admin/login", fields))[0].status_code == 403
+    assert (await stranger.post("/admin/login", fields))[0].status_code == 303
+
+
+async def test_a_link_from_elsewhere_leads_here_all_the_same(admin: Visitor) -> None:
+    """A browser sends no Strict cookie with it: a page of ours asks again, by which it does."""
+    cookies = dict(admin.client.cookies)
+    admin.client.cookies.clear()
+    response, page = await admin.get("/admin/events?q=<x>", Sec_Fetch_Site="cross-site")
+    assert response.status_code == 200
+    [refresh] = [given["content"] for tag, given in page.tags if tag == "meta" and "http-equiv" in given]
+    assert refresh == "0; url=/admin/events?q=%3Cx%3E"
+    for name, value in cookies.items():
+        admin.client.cookies.set(name, value, "admin.test", "/")
+    assert (await admin.get("/admin/events?q=x", Sec_Fetch_Site="same-origin"))[0].status_code == 200
+
+
+async def test_get_changes_nothing(site: Starlette, admin: Visitor, world: World) -> None:
+    """Every route there is, with all the parameters that a form would have sent; what only changes refuses GET."""
+    await world.state_of(delivery("evt_1"), Status.DEAD)
+    before = await everything(world)
+    _, page = await admin.get("/admin")
+    token = page.form("/admin/logout").token
+    methods: dict[str, set[str]] = {}
+    for path, more in paths(site):
+        methods.setdefault(path, set()).update(more)
+    for path, allowed in methods.items():
+        response, _ = await admin.get(
+            f"{path}?event=evt_1&id=evt_1&all=yes&token={token}&payload=1&count=1&confirmed=1"
+        )
+        if "GET" not in allowed:
+            assert response.status_code == 405, path
+            assert response.headers["allow"] == "POST"
+        head = await admin.client.head(path)
+        assert head.status_code == response.status_code
+    assert await everything(world) == before
+    assert (await admin.get("/admin"))[0].status_code == 200
+
+
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
+async def test_other_methods_are_refused(site: Starlette, admin: Visitor, method: str) -> None:
+    """405 everywhere, with the headers that all answers have."""
+    for path, _ in paths(site):
+        response, _ = looked_over(await admin.client.request(method, path))
+        assert response.status_code == 405, path
+
+
+@pytest.mark.parametrize(
+    "path", ["/admin/nothing", "/admin/", "/admin/static/../site.py", "/admin/static/x", "/admin/%00"]
+)
+async def test_unknown_paths(admin: Visitor, path: str) -> None:
+    """A page that says so, with all headers; no folder and no module is ever handed out."""
+    response, page = await admin.get(path)
+    assert response.status_code == 404
+    assert "There is nothing here" in page.text
+
+
+async def test_giant_and_odd_forms(admin: Visitor) -> None:
+    """Too large, of too many fields, no form, no text: refused, and by no more than was read of it."""
+    _, page = await admin.get("/admin")
+    token = page.form("/admin/logout").token
+    for path, size in (("/admin/replay", 600_000), ("/admin/login", 9_000)):
+        response, _ = await admin.post(path, {"token": token, "x": "y" * size})
+        assert response.status_code == 413, path
+    assert (await admin.post("/admin/replay", [("event", "x")] * 2000))[0].status_code == 400
+    assert (await admin.post("/admin/replay", {"token": token}, Content_Type="application/json"))[0].status_code == 415
+    broken = {"Content-Type": "application/x-www-form-urlencoded"}
+    for content in (b"\xff=1", b"a=%ff", b"\x00"):
+        response, _ = looked_over(await admin.client.post("/admin/replay", content=content, headers=broken))
+        assert response.status_code in (400, 403)
+
+    async def endless() -> AsyncIterator[bytes]:
+        for _ in range(100):
+            yield b"x" * 100_000
+
+    response, _ = looked_over(await admin.client.post("/admin/payload", content=endless(), headers=broken))
+    assert response.status_code == 413
+
+
+@pytest.mark.parametrize("host", ["[", "a b", "x" * 5000, "%00", "é".encode(), ""])
+async def test_an_odd_host_breaks_nothing(site: Starlette, host: str | bytes) -> None:
+    """A header that can hold anything decides nothing but whether the cookie is for TLS alone."""
+    async with visitor(site).client as client:
+        response, _ = looked_over(
+            await client.get("/admin/login", headers=[(b"Host", host if isinstance(host, bytes) else host.encode())])
+        )
+        assert response.status_code == 200
+        assert "; Secure" in response.headers["set-cookie"]
+
+
+# -- what comes from a payload ------------------------------------------------------------------------
+
+
+async def test_nothing_from_outside_is_code(world: World, admin: Visitor) -> None:
+    """In every column that text can stand in, in the payload, in a search: on each page it is text (see `Page`)."""
+    given = delivery("evt_1", account=XSS, data={"object": {"id": XSS, "customer": XSS, "metadata": {XSS: XSS}}})
+    await world.state_of(given, Status.DEAD)
+    await world.change("evt_1", last_error=XSS, type=XSS, api_version=XSS, action=XSS, claimed_by=XSS, claimed_at=-1.0)
+    await world.database.execute(
+        "INSERT INTO stripe_event_attempts VALUES ('evt_1', 1, 'failed', $1, now(), now(), $1)", XSS
+    )
+    await world.database.execute(
+        "INSERT INTO operator_actions (at, operator, action, selection) VALUES (now(), $1, $1, 'evt_1')", XSS
+    )
+    pages = [(await admin.get(path))[1] for path in ("/admin", "/admin/events", "/admin/events/evt_1")]
+    shown = pages[-1]
+    pages.append((await admin.submit(shown.form("/admin/payload")))[1])
+    pages.append((await admin.submit(shown.form("/admin/replay")))[1])
+    for page in pages[:4]:
+        assert "<img src=x onerror=alert(1)>" in page.text  # as words
+    quoted = httpx.QueryParams(
+        {"q": XSS, "type": XSS, "account": XSS, "age": XSS, "status": XSS, "from": XSS, "tick": XSS}
+    )
+    response, page = await admin.get(f"/admin/events?{quoted}")
+    assert response.status_code == 200
+    assert ("value", XSS) in [pair for tag, given in page.tags if tag == "input" for pair in given.items()]
+    assert (await admin.get(f"/admin/events?{httpx.QueryParams({'q': XSS, 'account': XSS, 'from': XSS})}"))[1].text
+    for page in (*pages, (await admin.get(f"/admin/events/{XSS.replace('/', '')}"))[1]):
+        assert [given["src"] for tag, given in page.tags if tag == "img"] == ["/admin/static/icon.svg"]
+
+
+async def test_a_payload_is_shown_only_when_asked_for(
+    world: World, admin: Visitor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No list and no event's page holds any of it; the look is logged with the event's id, and none of its words."""
+    given = delivery("evt_1", data={"object": {"customer": "cus_c4n4ry", "amount": 1.10, "note": "<b>\u202e</b>"}})
+    await world.state_of(given, Status.COMPLETED)
+    for path in ("/admin", "/admin/events", "/admin/events/evt_1", "/admin/events?q=in_1"):
+        assert "cus_c4n4ry" not in (await admin.get(path))[1].html
+    _, page = await admin.get("/admin/events/evt_1")
+    with logging_as_served():
+        response, payload = await admin.submit(page.form("/admin/payload"))
+    assert response.status_code == 200
+    for words in ('"cus_c4n4ry"', "<b>\\u202e</b>", "personal data"):
+        assert words in payload.text
+    said = capsys.readouterr().err
+    assert '"event_id":"evt_1"' in said
+    assert "admin_payload_shown" in said
+    assert ADDRESS in said
+    assert "c4n4ry" not in said
+    await world.database.execute("DELETE FROM stripe_event_payloads")
+    assert "pruned" in (await admin.submit(page.form("/admin/payload")))[1].text
+    assert (await admin.submit(page.form("/admin/payload"), ("event", "evt_unknown")))[0].status_code == 404
+
+
+async def test_logins_are_logged_without_what_was_typed(
+    world: World, stranger: Visitor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who failed, who was limited and who came in, by the address."""
+    async with visitor(site_of(world)).client as client:
+        with logging_as_served():
+            for _ in range(5):
+                await stranger.log_in("c4n4ry-guess-1")
+            await stranger.log_in("c4n4ry-guess-2")
+            await Visitor(client).log_in()
+    said = capsys.readouterr().err
+    assert said.count('"admin_login_failed"') == 5
+    assert said.count('"admin_login_limited"') == 1
+    assert said.count('"admin_login"') == 1
+    assert ADDRESS in said
+    assert "c4n4ry" not in said
+    assert PASSWORD not in said
+
+
+# -- the pages ----------------------------------------------------------------------------------------
+
+
+async def test_the_overview(world: World) -> None:
+    """Counts, what is due and for how long, the chart with its table, the parts, and who answers."""
+    for status in Status:
+        await world.state_of(delivery(), status)
+    late = await world.state_of(delivery("evt_late"), Status.FAILED)
+    await world.change(late.event.id, due_at=-7200.0)
+
+    async def found() -> Finding:
+        return Finding(Health.DEGRADED, "refused <b>")
+
+    async with visitor(site_of(world, [Part("redis", found)])).client as client:
+        await Visitor(client).log_in()
+        _, page = await Visitor(client).get("/admin")
+    for words in (
+        "7 events by the hour",
+        "due for 2 h",
+        "redis is degraded: refused <b>",
+        "Deliveries since the start",
+    ):
+        assert words in page.html.replace("&lt;", "<").replace("&gt;", ">") or words in page.text, words
+    assert f"answered by {world.ledger._process}" in page.text
+    tiles = [given["href"] for tag, given in page.tags if tag == "a" and "tile" in (given.get("class") or "")]
+    assert tiles == [f"/admin/events?status={each}" for each in Status]
+    assert len([tag for tag, given in page.tags if tag == "rect" and "piece" in (given.get("class") or "")]) == 6
+
+
+async def test_the_list_is_filtered_and_goes_on(world: World, admin: Visitor) -> None:
+    """Statuses, type, account, age and ids together; page after page without a gap."""
+    for number in range(60):
+        given = await world.state_of(delivery(f"evt_{number:02}"), Status.COMPLETED)
+        await world.change(given.event.id, received_at=-float(number))
+    await world.change("evt_07", account="acct_1", type="charge.refunded", object_id="ch_1", received_at=-7200.0)
+    _, page = await admin.get("/admin/events")
+    first = [link for link in page.links if link.startswith("/admin/events/")]
+    assert len(first) == 50
+    [older] = {link for link in page.links if "from=" in link and "tick" not in link}
+    _, page = await admin.get(older)
+    assert sorted({*first, *(link for link in page.links if link.startswith("/admin/events/"))}) == [
+        f"/admin/events/evt_{number:02}" for number in range(60)
+    ]
+    for filters, number in (
+        ("q=evt_07", 1),
+        ("q=ch_1", 1),
+        ("type=charge.*", 1),
+        ("account=acct_1&status=completed&status=dead", 1),
+        ("account=acct_1&status=dead", 0),
+        ("age=1h", 50),
+        ("age=24h&type=charge.refunded", 1),
+        ("age=over-1d", 0),
+        ("q=%20evt_07%20", 1),
+    ):
+        _, page = await admin.get(f"/admin/events?{filters}")
+        assert len([link for link in page.links if link.startswith("/admin/events/")]) == number, filters
+        assert number or "No event matches" in page.text
+    assert (await admin.get("/admin/events?q=" + "x" * 300))[0].status_code == 400
+    assert (await admin.get("/admin/events?q=%00"))[0].status_code == 400
+
+
+async def test_one_event_has_a_timeline(world: World, admin: Visitor) -> None:
+    """What happened to it in its order: received, attempts that failed and by whom, replays, and what is due next."""
+    given = await world.state_of(delivery("evt_1"), Status.FAILED)
+    await world.change(given.event.id, received_at=-60.0, due_at=90.0)
+    await world.database.execute(
+        """
+        INSERT INTO stripe_event_attempts VALUES
+            ('evt_1', 1, 'failed', 'web-1:7', now() - interval '50 s', now() - interval '40 s', 'ValueError: no'),
+            ('evt_1', 2, 'abandoned', NULL, NULL, now() - interval '30 s', 'vanished')
+        """
+    )
+    _, page = await admin.get("/admin/events/evt_1")
+    told = ["received", "attempt 1 failed after 10.00 s, by web-1:7: ValueError: no", "attempt 2 abandoned: vanished"]
+    places = [page.text.index(words) for words in (*told, "due in")]
+    assert places == sorted(places)
+    response, page = await admin.get("/admin/events/evt_unknown")
+    assert response.status_code == 404
+    assert "ledger does not have it" in page.text
+
+
+# -- when the ledger is slow or away ------------------------------------------------------------------
+
+
+async def test_a_heavy_search_is_ended_and_nobody_waits_for_it(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its page says so politely; deliveries go on meanwhile; a third at once is told that both connections are busy."""
+    monkeypatch.setattr(app_module, "PINS", {**browsing.PINS, "statement_timeout": "1500ms"})
+    monkeypatch.setattr(app_module, "QUEUE_SECONDS", 0.2)
+    page_sql = browsing._PAGE.sql
+    slow = f"SELECT x.* FROM (SELECT pg_sleep(60)::text AS slept) s, LATERAL ({page_sql}) x WHERE s.slept IS NOT NULL"
+    world = await make_world({"*": _handled}, **ON)
+    async with visitor(site_of(world)).client as client:
+        admin = Visitor(client)
+        await admin.log_in()
+        await admin.get("/admin/events/evt_0")  # connects
+        monkeypatch.setattr(browsing, "_PAGE", replace(browsing._PAGE, sql=slow))
+        heavy = [asyncio.create_task(admin.get("/admin/events")) for _ in range(2)]
+        await asyncio.sleep(0.3)
+        third = asyncio.create_task(admin.get("/admin/events"))
+        for _ in range(20):
+            assert (await world.pipeline.deliver(delivery())).action == "handled"
+        assert not any(task.done() for task in heavy)
+        response, page = await third
+        assert response.status_code == 503
+        assert "connections to it are all busy" in page.text
+        assert response.headers["retry-after"]
+        for response, page in await asyncio.gather(*heavy):
+            assert response.status_code == 503
+            assert "That took too long" in page.text
+            assert "Narrow it" in page.text
+        response, page = await admin.get("/admin")  # what is quick is shown, what is not is said to be missing
+        assert response.status_code == 200
+        assert "Due now" in page.text
+
+
+async def _handled(_event: object, _context: object) -> str:
+    return "handled"
+
+
+async def test_without_postgres_it_says_so(module_database: str, stores: Stores, redis_prefix: str) -> None:
+    """The overview shows what it knows, others are 503 with a sentence; the login holds, and is good again after."""
+    async with before_postgres(module_database) as (proxy, url):
+        world = await build(url, stores.redis_url, redis_prefix, **ON)
+        async with visitor(site_of(world)).client as client:
+            admin = Visitor(client)
+            await admin.log_in()
+            assert (await admin.get("/admin/events"))[0].status_code == 200
+            proxy.switch(Mode.REFUSE)
+            response, page = await admin.get("/admin")
+            assert response.status_code == 200
+            assert "The ledger cannot be asked right now" in page.text
+            for path in ("/admin/events", "/admin/events/evt_1"):
+                response, page = await admin.get(path)
+                assert response.status_code == 503
+                assert "still logged in" in page.text
+                assert "Traceback" not in page.html
+                assert "Error" not in page.text
+            proxy.switch(Mode.OPEN)
+            assert (await admin.get("/admin/events"))[0].status_code == 200
+        await world.close()
+
+
+async def test_a_page_that_breaks_says_nothing_of_why(
+    world: World, admin: Visitor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither to the browser nor, but for the place, to the log; with all headers."""
+
+    async def broken(*_: object) -> None:
+        raise RuntimeError("c4n4ry of a payload")
+
+    monkeypatch.setattr(browsing.Browsing, "page", broken)
+    with logging_as_served():
+        response, page = await admin.get("/admin/events")
+    assert response.status_code == 500
+    assert "This page failed" in page.text
+    said = capsys.readouterr().err
+    assert "RuntimeError at test_admin.py" in said
+    assert "c4n4ry" not in said + response.text

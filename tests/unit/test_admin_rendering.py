@@ -1,0 +1,182 @@
+"""What the admin page makes of values: text that stays text, shapes of a chart, addresses that are believed."""
+
+import json
+import re
+from datetime import UTC, datetime, timedelta
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from service.admin.chart import HEIGHT, ORDER, draw
+from service.admin.events import Filters, _place
+from service.admin.rendering import STATIC_TYPES, Pages, age, ago, laid_out, printable, static, thousands
+from service.admin.visit import client_address, is_loopback
+from service.inbox.browsing import Arrivals
+from service.inbox.model import Status
+
+TEMPLATES = Path(str(files("service.admin"))) / "templates"
+NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
+
+
+# -- text ---------------------------------------------------------------------------------------------
+
+
+def test_every_template_escapes() -> None:
+    """None says that a value is safe, none switches the escaping off, and none holds a script or a style."""
+    found = sorted(TEMPLATES.glob("*.html"))
+    assert len(found) >= 9
+    for path in found:
+        text = path.read_text()
+        assert not re.search(r"\|\s*safe|autoescape|Markup|<script|<style|\sstyle=|\son\w+=|javascript:|https?:", text)
+        for tag in re.findall(r'<form[^>]*method="post"[^>]*>.*?</form>', text, flags=re.DOTALL):
+            assert 'm.hidden("token"' in tag, path
+
+
+def test_text_is_escaped_and_what_is_missing_is_an_error() -> None:
+    """The environment that renders them all."""
+    environment = Pages()._environment
+    assert environment.from_string("{{ x }}").render(x="<img onerror=1>'\"") == "&lt;img onerror=1&gt;&#39;&#34;"
+    with pytest.raises(Exception, match="undefined"):
+        environment.from_string("{{ missing }}").render()
+
+
+def test_what_does_not_show_is_shown() -> None:
+    """Controls and overrides of direction become escapes; lines and letters stay."""
+    assert printable("a\u202eb\x00c\x1b\nü€") == "a\\u202eb\\u0000c\\u001b\nü€"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"a":1,"b":[1,2,{"c":null}],"d":{},"e":[],"f":"x, {y}: [\\"z\\"]"}',
+        '[[],[[]],{"a":{"b":{}}}]',
+        '{ "n" : 1.10 , "big" : 123456789012345678901234567890 , "e":1E400 }',
+        '"alone"',
+        "17",
+    ],
+)
+def test_a_payload_is_laid_out_and_nothing_else(body: str) -> None:
+    """Taken together again it is the very text, without what stood between: no number is rounded."""
+    shown = laid_out(body)
+
+    def packed(text: str) -> str:
+        return re.sub(r'("(?:[^"\\]|\\.)*")|\s+', r"\1", text)
+
+    assert packed(shown) == packed(body)
+    if "1E400" not in body:
+        assert shown == json.dumps(json.loads(body, parse_float=_Kept), indent=2).replace("1.1,", "1.10,")
+
+
+class _Kept(float):
+    """Two digits, as in the sample."""
+
+
+@pytest.mark.parametrize("body", ["[" * 200_000, '{"a":' * 100_000, "]" * 100_000, '"' * 100_001, "{]" * 50_000])
+def test_a_hostile_payload_is_laid_out_in_time(body: str) -> None:
+    """Deep, torn or closed before it was opened: no recursion, and no line that is longer than its depth allows."""
+    assert len(laid_out(body)) < 100 * len(body)
+
+
+def test_durations_and_numbers() -> None:
+    """In the unit that a person would choose, before and after now."""
+    assert [age(seconds) for seconds in (0.2, 59, 90, 7200, 200_000)] == ["0 s", "59 s", "2 min", "2 h", "2 d"]
+    assert ago(datetime.now(UTC) - timedelta(minutes=5)) == "5 min ago"
+    assert ago(datetime.now(UTC) + timedelta(minutes=5, seconds=1)) == "in 5 min"
+    assert thousands(1234567).replace("\u2009", " ") == "1 234 567"
+
+
+def test_only_two_files_are_handed_out() -> None:
+    """By name from a list, so no path leads anywhere else; neither fetches anything from elsewhere."""
+    for name in STATIC_TYPES:
+        response = static(name)
+        assert response is not None
+        text = bytes(response.body).decode()
+        assert not re.search(r"@import|url\(|https?:(?!//www\.w3\.org/2000/svg)|<script", text)
+    for name in ("../site.py", "..", "", "admin.css/", "/etc/passwd", "ADMIN.CSS"):
+        assert static(name) is None
+
+
+# -- the chart ----------------------------------------------------------------------------------------
+
+
+def hours(*counts: dict[Status, int]) -> Arrivals:
+    return Arrivals([(NOW + timedelta(hours=number), each) for number, each in enumerate(counts)])
+
+
+def test_a_bar_is_made_of_its_statuses() -> None:
+    """From the ground up without a gap, as high as their number; the scale is a number that reads well."""
+    chart = draw(hours({}, {Status.COMPLETED: 60, Status.FAILED: 20, Status.DEAD: 20}))
+    assert (chart.top, chart.events) == (100, 100)
+    empty, full = chart.bars
+    assert (empty.pieces, empty.events) == ([], 0)
+    assert [piece.status for piece in full.pieces] == [each for each in ORDER if each in chart.shown]
+    assert [piece.height for piece in full.pieces] == [HEIGHT * share for share in (0.2, 0.2, 0.6)]
+    ground = HEIGHT
+    for piece in full.pieces:
+        assert piece.y + piece.height == pytest.approx(ground, abs=0.02)
+        ground = piece.y
+
+
+def test_the_one_dead_event_is_seen() -> None:
+    """Beside a hundred thousand that went well; and the bar is no higher than the chart for it."""
+    [bar] = draw(hours({Status.COMPLETED: 99_999, Status.DEAD: 1, Status.FAILED: 1})).bars
+    assert all(piece.height >= 3 for piece in bar.pieces)
+    assert sum(piece.height for piece in bar.pieces) <= HEIGHT + 0.01
+    assert bar.pieces[-1].y >= -0.01
+
+
+@pytest.mark.parametrize(("most", "top"), [(0, 1), (1, 1), (2, 2), (3, 5), (6, 10), (101, 200), (4999, 5000)])
+def test_the_scale_reads_well(most: int, top: int) -> None:
+    """1, 2 or 5 and noughts, and never nothing."""
+    assert draw(hours({Status.COMPLETED: most} if most else {})).top == top
+
+
+# -- what is believed ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("forwarded", "proxies", "address"),
+    [
+        ([], 0, "10.0.0.1"),
+        (["6.6.6.6"], 0, "10.0.0.1"),  # nobody said that there is a proxy
+        (["6.6.6.6, 192.0.2.1"], 1, "192.0.2.1"),
+        (["6.6.6.6", "192.0.2.1, 10.9.9.9"], 2, "192.0.2.1"),
+        (["192.0.2.1:4711"], 1, "192.0.2.1"),
+        (["[2001:db8::1]:4711"], 1, "2001:db8::1"),
+        (["2001:db8::1"], 1, "2001:db8::1"),
+        (["192.0.2.1"], 2, "10.0.0.1"),  # came past one of them
+        (["<script>"], 1, "10.0.0.1"),
+    ],
+)
+def test_the_client_s_address(forwarded: list[str], proxies: int, address: str) -> None:
+    """The entry that the outermost of our own proxies wrote: what a client put before it counts for nothing."""
+    assert client_address("10.0.0.1", forwarded, proxies) == address
+
+
+def test_where_the_browser_takes_itself_to_be() -> None:
+    """Its own machine by any of its names; and nothing that only begins or ends like one."""
+    for host in ("localhost", "localhost:8000", "127.0.0.1:8000", "127.3.2.1", "[::1]:8000", "[::1]", "x.localhost:1"):
+        assert is_loopback(host), host
+    for host in ("", "admin.test", "localhost.evil.test", "127.0.0.1.evil.test", "10.0.0.1:8000", "evillocalhost", "["):
+        assert not is_loopback(host), host
+
+
+def test_a_filter_that_is_none_is_not_chosen() -> None:
+    """Statuses and ages that do not exist; each kind of id is looked for where it is."""
+    filters = Filters.of({"status": ["dead", "nonsense", "failed"], "age": ["<b>"], "q": ["cus_1"]})
+    assert (filters.statuses, filters.age) == ((Status.FAILED, Status.DEAD), None)
+    assert filters.search.customer
+    assert filters.search.object_id == "cus_1"
+    assert Filters(q="evt_1").search.selection.event_ids == ["evt_1"]
+    assert not Filters(q="in_1").search.customer
+    assert Filters(q="a&b=c", statuses=(Status.DEAD,)).address() == "/admin/events?q=a%26b%3Dc&status=dead"
+
+
+def test_a_place_that_is_none_is_the_beginning() -> None:
+    """What was typed into the address by hand is no error."""
+    for text in (None, "", "x", "~", "2026-01-01~evt_1", "2026-01-01T00:00:00+00:00~", "9" * 300):
+        assert _place(text) is None
+    place = _place("2026-01-01T00:00:00.000001+00:00~evt_1")
+    assert place is not None
+    assert place.event_id == "evt_1"

@@ -1,0 +1,181 @@
+"""Sessions, tokens and login limits of the admin page: what is believed, for how long, and how often one may try."""
+
+import pytest
+
+from service.admin import session as sessions
+from service.admin.limits import ADDRESS_TRIES, ADDRESSES_MOST, ALL_TRIES, LoginLimit
+from service.admin.session import IDLE_SECONDS, LASTS_SECONDS, Cookie, Seal
+
+KEY = b"k" * 32
+
+
+class Clock:
+    """Stands until it is put forward."""
+
+    def __init__(self) -> None:
+        self.now = 1_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def seal(clock: Clock) -> Seal:
+    return Seal(KEY, clock)
+
+
+# -- sessions -----------------------------------------------------------------------------------------
+
+
+def test_a_session_comes_back(seal: Seal, clock: Clock) -> None:
+    """As it was written, also to another worker that knows nothing but the key."""
+    session = seal.begin()
+    assert seal.read(seal.write(session)) == session
+    assert Seal(KEY, clock).read(seal.write(session)) == session
+
+
+def test_no_two_logins_share_an_id(seal: Seal) -> None:
+    """A session that somebody planted is never the one that a login begins."""
+    assert len({seal.begin().id for _ in range(100)}) == 100
+
+
+def test_another_key_believes_nothing(seal: Seal, clock: Clock) -> None:
+    """A new password logs everybody out."""
+    assert Seal(b"o" * 32, clock).read(seal.write(seal.begin())) is None
+
+
+def test_a_cookie_that_was_meddled_with_is_nobody(seal: Seal) -> None:
+    """Whichever character is changed, cut or added."""
+    text = seal.write(seal.begin())
+    for place in range(len(text)):
+        changed = text[:place] + ("A" if text[place] != "A" else "B") + text[place + 1 :]
+        # The last character of a base64 text may hold bits that mean nothing: it is the same text then.
+        assert seal.read(changed) in ((None,) if place < len(text) - 1 else (None, seal.read(text)))
+    for other in ("", None, text[:-1], text + "A", text.upper(), "." * 50, "\ud800", "é"):
+        assert seal.read(other) is None, other
+
+
+def test_a_session_ends_when_nobody_uses_it(seal: Seal, clock: Clock) -> None:
+    """After half an hour; whoever goes on is renewed, and not with every answer."""
+    session = seal.begin()
+    assert seal.renewed(session) is None
+    clock.now += IDLE_SECONDS
+    assert seal.read(seal.write(session)) == session
+    renewed = seal.renewed(session)
+    assert renewed is not None
+    clock.now += 1
+    assert seal.read(seal.write(session)) is None
+    assert seal.read(seal.write(renewed)) == renewed
+
+
+def test_a_session_ends_in_any_case(seal: Seal, clock: Clock) -> None:
+    """After eight hours, however busy."""
+    session, began = seal.begin(), clock.now
+    while clock.now < began + LASTS_SECONDS:
+        found = seal.read(seal.write(session))
+        assert found is not None
+        session = seal.renewed(found) or found
+        clock.now += IDLE_SECONDS / 2
+    clock.now += 1
+    assert seal.read(seal.write(session)) is None
+
+
+def test_a_session_of_the_future_is_none(seal: Seal, clock: Clock) -> None:
+    """A little ahead is another machine's clock; more is nothing that was ever written."""
+    session = seal.begin()
+    clock.now -= 30
+    assert seal.read(seal.write(session)) == session
+    clock.now -= 3600
+    assert seal.read(seal.write(session)) is None
+
+
+def test_a_token_is_one_session_s(seal: Seal) -> None:
+    """Another login's token is none, and it is compared by the function that takes the same time."""
+    one, other = seal.begin(), seal.begin()
+    assert seal.token_holds(one, seal.token(one))
+    for wrong in (seal.token(other), "", seal.token(one)[:-1], one.id, "\ud800"):
+        assert not seal.token_holds(one, wrong)
+    assert "compare_digest" in sessions.same.__code__.co_names
+
+
+def test_what_was_packed_is_for_one_session_and_one_purpose(seal: Seal, clock: Clock) -> None:
+    """Brought back by another session, as something else, meddled with or too late, it is nothing."""
+    one, other = seal.begin(), seal.begin()
+    packed = seal.pack(one, "replay", [["evt_1", "failed", 3]])
+    assert seal.unpack(one, "replay", packed, 10) == [["evt_1", "failed", 3]]
+    assert seal.unpack(other, "replay", packed, 10) is None
+    assert seal.unpack(one, "notice", packed, 10) is None
+    assert seal.unpack(one, "replay", packed[1:], 10) is None
+    assert seal.unpack(one, "replay", seal.write(one), 10) is None
+    assert seal.read(packed) is None
+    clock.now += 11
+    assert seal.unpack(one, "replay", packed, 10) is None
+
+
+def test_cookies_have_their_flags() -> None:
+    """Never readable by a script, never sent from elsewhere; with TLS alone and bound to the host, or another name."""
+    secure, plain = Cookie("session", secure=True).set("v", 60), Cookie("session", secure=False).set("v", 60)
+    assert secure == "__Host-firstclaim-session=v; Path=/; Max-Age=60; HttpOnly; SameSite=Strict; Secure"
+    assert plain == "firstclaim-session=v; Path=/; Max-Age=60; HttpOnly; SameSite=Strict"
+    assert "Max-Age=0" in Cookie("session", secure=True).drop()
+
+
+# -- limits -------------------------------------------------------------------------------------------
+
+
+def test_an_address_may_try_some_times(clock: Clock) -> None:
+    """Then it is told how long to wait, and after that it may try once; trying meanwhile costs nothing more."""
+    limit = LoginLimit(clock)
+    assert [limit.take("192.0.2.1") for _ in range(ADDRESS_TRIES)] == [0] * ADDRESS_TRIES
+    assert [limit.take("192.0.2.1") for _ in range(3)] == [60] * 3
+    clock.now += 60
+    assert limit.take("192.0.2.1") == 0
+    assert limit.take("192.0.2.1") > 0
+    assert limit.take("192.0.2.2") == 0
+
+
+def test_all_together_may_try_some_times(clock: Clock) -> None:
+    """However many addresses a guesser has."""
+    limit = LoginLimit(clock)
+    assert [limit.take(f"192.0.2.{n}") for n in range(ALL_TRIES)] == [0] * ALL_TRIES
+    assert limit.take("198.51.100.1") == 3
+    clock.now += 3
+    assert limit.take("198.51.100.1") == 0
+
+
+def test_who_came_in_may_try_again(clock: Clock) -> None:
+    """A few mistypings before it do not count any more."""
+    limit = LoginLimit(clock)
+    for _ in range(ADDRESS_TRIES):
+        limit.take("192.0.2.1")
+    limit.forgive("192.0.2.1")
+    assert limit.take("192.0.2.1") == 0
+
+
+def test_a_network_of_ipv6_is_one_address(clock: Clock) -> None:
+    """Whoever has one has 2^64; IPv4 in IPv6's dress is the IPv4 that it is."""
+    limit = LoginLimit(clock)
+    for n in range(ADDRESS_TRIES):
+        assert limit.take(f"2001:db8::{n}") == 0
+    assert limit.take("2001:db8::ffff") > 0
+    assert limit.take("2001:db8:0:1::1") == 0
+    for _ in range(ADDRESS_TRIES):
+        limit.take("192.0.2.7")
+    assert limit.take("::ffff:192.0.2.7") > 0
+
+
+def test_a_flood_of_addresses_grows_nothing(clock: Clock) -> None:
+    """Of more addresses than are kept the longest silent is forgotten; what is no address is one together."""
+    limit = LoginLimit(clock)
+    for n in range(3 * ADDRESSES_MOST):
+        limit.take(f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}")
+    assert len(limit._addresses) == ADDRESSES_MOST
+    for n in range(10):
+        limit.take(f"nonsense {n}")
+    assert len(limit._addresses) == ADDRESSES_MOST
+    assert "unknown" in limit._addresses
