@@ -1,8 +1,9 @@
 """GET /metrics: what was counted here, and how the ledger and the parts stand, in Prometheus' text format.
 
-Guarantees: the parts are asked as `/readyz` asks them; the ledger is asked on a connection of its own, at most once in
-`_BACKLOG_SECONDS` (its counts over all rows once in `_COUNTS_SECONDS`) however often the scrape comes, and given up on
-after `_PATIENCE_SECONDS`. What could not be asked is left out, never told as it was: `firstclaim_up` says why.
+Guarantees: the parts are asked as `/readyz` asks them; the ledger is asked on connections of its own, however often the
+scrape comes: what is open once in `_OPEN_SECONDS`, what is settled (counted row by row) once in `_SETTLED_SECONDS`,
+either for a twentieth of the time at most, and given up on after `_PATIENCE_SECONDS`. What could not be asked is left
+out, never told as it was: `firstclaim_up` says why.
 """
 
 import asyncio
@@ -30,34 +31,43 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-_BACKLOG_SECONDS = 5.0
-_COUNTS_SECONDS = 60.0  # counted row by row: a second over millions
+_SETTLED = (Status.COMPLETED, Status.IGNORED)
+_OPEN = tuple(each for each in Status if each not in _SETTLED)
+
+_OPEN_SECONDS = 5.0
+_SETTLED_SECONDS = 60.0
+_PAUSES = 20  # an answer is kept for so many times what it took
 _PATIENCE_SECONDS = 5.0  # half of a scrape's usual timeout
 
 
 class _Kept(Generic[T]):
-    """The answer to a question about the ledger, asked anew once it is older than `seconds`."""
+    """The answer to a question about the ledger, asked anew after `seconds`, or later if it took long."""
 
     def __init__(self, engine: AsyncEngine, ask: Callable[[Inspection], Awaitable[T]], seconds: float) -> None:
         self._engine = engine
         self._ask = ask
         self._seconds = seconds
-        self._asked_at = float("-inf")
+        self._kept_until = float("-inf")
         self._asking = asyncio.Lock()
         self._answer: T | None = None
 
     async def get(self) -> T | None:
         """None: the ledger cannot be asked."""
         async with self._asking:
-            if time.monotonic() - self._asked_at > self._seconds:
+            if (began := time.monotonic()) > self._kept_until:
                 try:
                     async with borrow(self._engine, _PATIENCE_SECONDS) as connection:
                         self._answer = await self._ask(Inspection(driver(connection)))
                 except LedgerUnavailable as error:
                     log.debug("ledger_not_counted", error=str(error))
                     self._answer = None
-                self._asked_at = time.monotonic()
+                now = time.monotonic()
+                self._kept_until = now + max(self._seconds, _PAUSES * (now - began))
         return self._answer
+
+
+async def _ask_open(inspection: Inspection) -> tuple[Backlog, dict[Status, int]]:
+    return await inspection.backlog(), await inspection.count_open()
 
 
 class Metrics:
@@ -65,17 +75,26 @@ class Metrics:
 
     def __init__(self, parts: Sequence[Part], engine: AsyncEngine) -> None:
         self._parts = parts
-        self._backlog = _Kept(engine, lambda inspection: inspection.backlog(), _BACKLOG_SECONDS)
-        self._counts = _Kept(engine, lambda inspection: inspection.count(Selection()), _COUNTS_SECONDS)
+        self._open = _Kept(engine, _ask_open, _OPEN_SECONDS)
+        self._settled = _Kept(
+            engine, lambda inspection: inspection.count(Selection(statuses=_SETTLED)), _SETTLED_SECONDS
+        )
 
     async def report(self, _request: Request) -> Response:
         """All of it, as it is now."""
-        answers, backlog, counts = await asyncio.gather(
-            asyncio.gather(*(part.ask() for part in self._parts)), self._backlog.get(), self._counts.get()
+        answers, opened, settled = await asyncio.gather(
+            asyncio.gather(*(part.ask() for part in self._parts)), self._open.get(), self._settled.get()
         )
         up = {part.name: finding.health for part, (finding, _) in zip(self._parts, answers, strict=True)}
         now = CollectorRegistry()
-        now.register(_Now(up, backlog, counts))
+        backlog, counts = (None, None) if opened is None else opened
+        told = {
+            status: found.get(status, 0)
+            for statuses, found in ((_OPEN, counts), (_SETTLED, settled))
+            if found is not None
+            for status in statuses
+        }
+        now.register(_Now(up, backlog, told))
         text = generate_latest(metrics.gathered()) + generate_latest(now)
         return Response(text, headers={"Cache-Control": "no-store", "Content-Type": CONTENT_TYPE_LATEST})
 
@@ -83,7 +102,7 @@ class Metrics:
 class _Now(Collector):
     """What is not counted but looked up."""
 
-    def __init__(self, up: dict[str, Health], backlog: Backlog | None, counts: dict[Status, int] | None) -> None:
+    def __init__(self, up: dict[str, Health], backlog: Backlog | None, counts: dict[Status, int]) -> None:
         self._up = up
         self._backlog = backlog
         self._counts = counts
@@ -108,8 +127,8 @@ class _Now(Collector):
                 ),
             ):
                 yield GaugeMetricFamily(name, help_text, value=value)
-        if self._counts is not None:
+        if self._counts:
             events = GaugeMetricFamily("firstclaim_events", "Events in the ledger.", labels=["status"])
-            for status in Status:
-                events.add_metric([status], self._counts.get(status, 0))
+            for status, number in self._counts.items():
+                events.add_metric([status], number)
             yield events

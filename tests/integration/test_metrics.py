@@ -20,7 +20,7 @@ async def test_many_scrapes_ask_once(world: World) -> None:
     kept = _Kept(world.parts.observing, ask, 60)
     assert await asyncio.gather(*(kept.get() for _ in range(20))) == asked * 20
     await world.state_of(delivery(), Status.PENDING)
-    kept._asked_at -= 61
+    kept._kept_until -= 61
     again = await kept.get()
     assert again is not None
     assert (len(asked), again.due) == (2, asked[0].due + 1)

@@ -31,8 +31,8 @@ MUTANTS = (
         "read-only-accepted",
         "A read-only server is refused: a standby, or the losing side of a failover.",
         "inbox/postgres.py",
-        'if pins is None or pins["read_only"]:',
-        "if pins is None:",
+        'if pinned is None or pinned["read_only"]:',
+        "if pinned is None:",
         "integration/test_postgres.py::test_a_read_only_server_is_refused",
     ),
     Mutant(
