@@ -67,7 +67,7 @@ _LOOKED_UNTIL = statement(f"SELECT received_at, event_id {_FROM_HERE} OFFSET :lo
 _ARRIVALS = statement("""
 SELECT date_trunc('hour', received_at, 'UTC') AS began_at, status, count(*) AS events
   FROM stripe_events
- WHERE received_at >= (SELECT date_trunc('hour', clock_timestamp(), 'UTC') - make_interval(hours => :hours - 1))
+ WHERE received_at >= :since
  GROUP BY 1, 2
 """)
 _NOW = statement("SELECT clock_timestamp() AS now")
@@ -162,7 +162,8 @@ class Browsing(Operations):
         counted: dict[datetime, dict[Status, int]] = {
             running - timedelta(hours=back): {} for back in reversed(range(hours))
         }
-        for row in await self._fetch(_ARRIVALS, hours=hours):
+        # The instant as a value: of one that is yet to be computed the planner thinks that a third of all is later.
+        for row in await self._fetch(_ARRIVALS, since=min(counted)):
             counted.setdefault(row["began_at"], {})[Status(row["status"])] = row["events"]
         return Arrivals(sorted(counted.items()))
 
