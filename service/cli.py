@@ -288,6 +288,8 @@ def _greet(settings: Settings, ready: Settings, listener: socket.socket, workers
         "postgres": "DATABASE_URL" if settings.database_url else f"embedded, in {settings.data_dir}",
         "redis": "REDIS_URL" if settings.redis_url else "embedded Valkey",
     }
+    if settings.admin_password is not None:
+        lines["page"] = f"http://{host}:{port}/admin"
     if not settings.stripe_webhook_secrets:
         secret = ready.stripe_webhook_secrets[0].get_secret_value()
         lines["secret"] = f"{secret} (generated, kept in {settings.data_dir})"

@@ -226,6 +226,7 @@ def timeline(event: Listed, attempts: Sequence[Attempted], actions: Sequence[Map
     told += [Moment(each["at"], each["action"], f"{each['action']} by {each['operator']}") for each in actions]
     if event.status in (Status.PROCESSING, Status.COMPLETED) and event.claimed_at is not None:
         told.append(Moment(event.claimed_at, "claimed", f"attempt {event.attempt} claimed by {event.claimed_by}"))
-    if event.settled_at is not None:
+    # Of an attempt that was the last one its own line says so.
+    if event.settled_at is not None and not any((e.attempt, e.outcome) == (event.attempt, "dead") for e in attempts):
         told.append(Moment(event.settled_at, event.status, event.status))
     return sorted(told, key=lambda each: each.at)

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
@@ -597,15 +598,17 @@ async def _handled(_event: object, _context: object) -> str:
     return "handled"
 
 
-async def test_without_postgres_it_says_so(module_database: str, stores: Stores, redis_prefix: str) -> None:
+@pytest.mark.parametrize("mode", [Mode.REFUSE, Mode.FROZEN])
+async def test_without_postgres_it_says_so(module_database: str, stores: Stores, redis_prefix: str, mode: Mode) -> None:
     """The overview shows what it knows, others are 503 with a sentence; the login holds, and is good again after."""
     async with before_postgres(module_database) as (proxy, url):
-        world = await build(url, stores.redis_url, redis_prefix, **ON)
+        world = await build(url, stores.redis_url, redis_prefix, **ON, postgres_timeout_seconds=1.5)
         async with visitor(site_of(world)).client as client:
             admin = Visitor(client)
             await admin.log_in()
             assert (await admin.get("/admin/events"))[0].status_code == 200
-            proxy.switch(Mode.REFUSE)
+            proxy.switch(mode)
+            began = time.monotonic()
             response, page = await admin.get("/admin")
             assert response.status_code == 200
             assert "The ledger cannot be asked right now" in page.text
@@ -615,6 +618,7 @@ async def test_without_postgres_it_says_so(module_database: str, stores: Stores,
                 assert "still logged in" in page.text
                 assert "Traceback" not in page.html
                 assert "Error" not in page.text
+            assert time.monotonic() - began < 20  # of three pages, on a busy machine
             proxy.switch(Mode.OPEN)
             assert (await admin.get("/admin/events"))[0].status_code == 200
         await world.close()
