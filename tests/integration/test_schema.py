@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,35 +116,6 @@ async def test_a_failed_migration_leaves_nothing(empty_url: str) -> None:
     assert await migrate(empty_url, TIMEOUT_SECONDS) == (None, head())
 
 
-async def test_columns_are_added_between_running_handlers(database_url: str) -> None:
-    """A migration beside live services: it finds its moment, and no delivery waits behind it meanwhile."""
-    await fetch(database_url, "ALTER TABLE stripe_events DROP COLUMN claimed_at, DROP COLUMN claimed_by")
-    await fetch(database_url, "DROP TABLE stripe_event_attempts")
-    await fetch(database_url, "UPDATE alembic_version SET version_num = '0003'")
-    handler, delivery = [await asyncpg.connect(database_url) for _ in range(2)]
-    try:
-        await handler.execute("BEGIN")
-        await handler.execute("SELECT FROM stripe_events FOR UPDATE")
-        migrating = asyncio.create_task(migrate(database_url, TIMEOUT_SECONDS))
-        for _ in range(3):
-
-            async def waits() -> bool:
-                found = await delivery.fetchval(
-                    "SELECT count(*) > 0 FROM pg_locks"
-                    " WHERE NOT granted AND mode = 'AccessExclusiveLock' AND relation = 'stripe_events'::regclass"
-                )
-                return migrating.done() or bool(found)
-
-            await until(waits)
-            assert not migrating.done()
-            await delivery.execute("SET lock_timeout = '1s'")
-            await delivery.execute("UPDATE stripe_events SET failures = 0 WHERE false")
-        await handler.execute("COMMIT")
-        assert await migrating == ("0003", head())
-    finally:
-        await asyncio.gather(handler.close(), delivery.close())
-
-
 LOOKING_THROUGH = ["stripe_events_received", "stripe_events_unsuccessful"]
 
 
@@ -160,29 +132,45 @@ async def indexes(url: str) -> list[str]:
     return [row[0] for row in found]
 
 
-async def test_indexes_are_made_between_running_handlers(database_url: str) -> None:
+async def without_attempts(url: str) -> None:
+    """As 0003 left it."""
+    await without_indexes(url)
+    await fetch(url, "ALTER TABLE stripe_events DROP COLUMN claimed_at, DROP COLUMN claimed_by")
+    await fetch(url, "DROP TABLE stripe_event_attempts")
+    await fetch(url, "UPDATE alembic_version SET version_num = '0003'")
+
+
+@pytest.mark.parametrize(
+    ("undo", "before", "lock"),
+    [(without_attempts, "0003", "AccessExclusiveLock"), (without_indexes, "0004", "ShareLock")],
+    ids=["columns", "indexes"],
+)
+async def test_the_table_is_changed_between_running_handlers(
+    database_url: str, undo: Callable[[str], Awaitable[None]], before: str, lock: str
+) -> None:
     """A handler writes: the migration finds its moment behind it, and no delivery waits behind the migration."""
-    await without_indexes(database_url)
+    await undo(database_url)
     handler, delivery = [await asyncpg.connect(database_url) for _ in range(2)]
     try:
         await handler.execute("BEGIN")
         await handler.execute("UPDATE stripe_events SET failures = 0 WHERE false")
         migrating = asyncio.create_task(migrate(database_url, TIMEOUT_SECONDS))
+
+        async def waits() -> bool:
+            found = await delivery.fetchval(
+                "SELECT count(*) > 0 FROM pg_locks"
+                " WHERE NOT granted AND mode = $1 AND relation = 'stripe_events'::regclass",
+                lock,
+            )
+            return migrating.done() or bool(found)
+
         for _ in range(3):
-
-            async def waits() -> bool:
-                found = await delivery.fetchval(
-                    "SELECT count(*) > 0 FROM pg_locks"
-                    " WHERE NOT granted AND mode = 'ShareLock' AND relation = 'stripe_events'::regclass"
-                )
-                return migrating.done() or bool(found)
-
             await until(waits)
             assert not migrating.done()
             await delivery.execute("SET lock_timeout = '1s'")
             await delivery.execute("UPDATE stripe_events SET failures = 0 WHERE false")
         await handler.execute("COMMIT")
-        assert await migrating == ("0004", head())
+        assert await migrating == (before, head())
     finally:
         await asyncio.gather(handler.close(), delivery.close())
     assert await indexes(database_url) == LOOKING_THROUGH

@@ -53,6 +53,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
         "service.migrations.versions.0004_attempts",
         "service.migrations.versions.0005_looking_through",
     ),
+    ("service.migrations.moments",),
     ("service.handlers",),
     ("service.handlers.invoices", "service.handlers.load_probe"),
     ("service",),

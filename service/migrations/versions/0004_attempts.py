@@ -2,6 +2,8 @@
 
 from alembic import op
 
+from service.migrations.moments import between_handlers
+
 revision = "0004"
 down_revision = "0003"
 
@@ -22,23 +24,4 @@ def upgrade() -> None:
         )
         """
     )
-    # It takes a moment, but would wait for every handler that is running, and every delivery would wait behind it.
-    op.execute(
-        """
-        DO $$
-        BEGIN
-            PERFORM set_config('lock_timeout', '200ms', true);
-            FOR round IN 1..300 LOOP
-                BEGIN
-                    ALTER TABLE stripe_events ADD COLUMN claimed_at timestamptz, ADD COLUMN claimed_by text;
-                    PERFORM set_config('lock_timeout', '0', true);
-                    RETURN;
-                EXCEPTION WHEN lock_not_available THEN
-                    PERFORM pg_sleep(0.2 + random() / 5);
-                END;
-            END LOOP;
-            RAISE lock_not_available USING MESSAGE = 'no moment was found between the handlers on stripe_events';
-        END
-        $$
-        """
-    )
+    between_handlers("ALTER TABLE stripe_events ADD COLUMN claimed_at timestamptz, ADD COLUMN claimed_by text;")
