@@ -1,6 +1,7 @@
 """What several rows of the matrix do: deliver, fire at once, arm a process, see who was dispatched, replay."""
 
 import os
+import re
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,6 +44,13 @@ def dispatched(history: History, event: Sample) -> list[int]:
     """The attempts on which the event's handler was called, in that order."""
     lines = witness.read(history.witness)
     return [line.attempt for line in lines if (line.what, line.event_id) == (witness.START, event.id)]
+
+
+async def rounds(service: Service) -> int:
+    """How many good ones recovery has had."""
+    found = re.search(r'recovery_rounds_total\{result="good"\} (\d+)', (await service.get("/metrics")).text)
+    assert found
+    return int(found[1])
 
 
 # -- processes that stop themselves -------------------------------------------------------------------

@@ -1,12 +1,11 @@
 """Rows 1 to 4: one event in many copies, and what the later ones cost."""
 
 import asyncio
-import re
 from collections import Counter
 
-from tests.acceptance.harness import IGNORED, PROCESSED, Service, eventually, parallel, post, sample
+from tests.acceptance.harness import IGNORED, PROCESSED, eventually, parallel, post, sample
 from tests.chaos.history import History
-from tests.chaos.rows import answered, dispatched, fire
+from tests.chaos.rows import answered, dispatched, fire, rounds
 from tests.chaos.servers import Servers
 from tests.chaos.sessions import Sessions, counted
 from tests.chaos.verdict import verdict
@@ -66,13 +65,6 @@ async def test_row_03_what_a_duplicate_costs(history: History) -> None:
         assert await sessions.last_statements() != before  # what asks the ledger is seen
     assert (await history.ground.settled(fresh)).counts == (1, 0, 0)
     await verdict(history)
-
-
-async def rounds(service: Service) -> int:
-    """How many good ones recovery has had."""
-    found = re.search(r'recovery_rounds_total\{result="good"\} (\d+)', (await service.get("/metrics")).text)
-    assert found
-    return int(found[1])
 
 
 async def test_row_04_a_duplicate_after_redis_was_emptied(servers: Servers, history: History) -> None:
