@@ -32,10 +32,10 @@ MUTANTS = (
         "unhandled-is-not-recorded",
         "A type without a handler is recorded as `ignored`: a later deploy can replay it.",
         "inbox/pipeline.py",
-        "            won = await self._claims.win(",
-        "            if reason := self._why_ignored(event):\n"
-        "                return outcome.unhandled(reason, 1)\n"
-        "            won = await self._claims.win(",
+        "                won = await self._claims.win(",
+        "                if reason := self._why_ignored(event):\n"
+        "                    return outcome.unhandled(reason, 1)\n"
+        "                won = await self._claims.win(",
         "integration/test_pipeline.py::test_a_type_without_a_handler_is_ignored",
     ),
     Mutant(

@@ -177,7 +177,7 @@ def test_unbroken_they_are_green(lanes: Lanes) -> None:
 @ids
 def test_the_mutant_fits(mutant: Mutant) -> None:
     """Its text is in the service exactly once, so that what it takes out is the rule and nothing else."""
-    mutant.applied(REPOSITORY)
+    compile(mutant.applied(REPOSITORY), mutant.file, "exec")
 
 
 def test_every_test_named_exists() -> None:
