@@ -70,6 +70,7 @@ class Window:
 
     async def look(self, name: str) -> None:
         """Every page fits into its window, and has one heading and one main part."""
+        await self.page.wait_for_load_state()  # with its stylesheet: a click returns before that has come
         width = await self.page.evaluate("document.documentElement.scrollWidth")
         window = self.page.viewport_size
         assert window is not None
