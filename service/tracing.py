@@ -1,6 +1,6 @@
 """Spans over an event's path, by OpenTelemetry (extra `firstclaim[otel]`).
 
-Guarantees: without the package a span costs a call that returns what was there before. With it, spans are exported
+Guarantees: without the package, or where spans go nowhere, a span costs a call. Else they are exported
 where OpenTelemetry's own variables say (`OTEL_EXPORTER_OTLP_ENDPOINT` and its kin; without it nowhere). A span holds
 the event's id and type, the attempt, the outcome and an error's class: no payload, no message, no secret.
 """
@@ -13,12 +13,13 @@ from typing import Final
 try:
     from opentelemetry import propagate, trace
 except ImportError:
-    _tracer: "trace.Tracer | None" = None
+    _is_installed = False
 else:
-    _tracer = trace.get_tracer("firstclaim")
+    _is_installed = True
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _NOTHING: Final = nullcontext()
+_tracer: "trace.Tracer | None" = None  # from `start` on, if spans go anywhere: one that goes nowhere costs as much
 
 Value = str | int | None
 
@@ -63,19 +64,24 @@ def start() -> Callable[[], None]:
 
     Leaves alone what is configured already, by `opentelemetry-instrument` for one.
     """
-    if _tracer is None or not any(os.environ.get(name) for name in _ENDPOINTS):
+    global _tracer
+    if not _is_installed:
+        return lambda: None
+    if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+        _tracer = trace.get_tracer("firstclaim")
+        return lambda: None
+    if not any(os.environ.get(name) for name in _ENDPOINTS):
         return lambda: None
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import SERVICE_NAME, Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor as Batched
 
-    if isinstance(trace.get_tracer_provider(), TracerProvider):
-        return lambda: None
     named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: "firstclaim"}
     provider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
     provider.add_span_processor(Batched(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
+    _tracer = trace.get_tracer("firstclaim")
     return provider.shutdown
 
 
