@@ -13,9 +13,9 @@ from typing import Final
 try:
     from opentelemetry import propagate, trace
 except ImportError:
-    _is_installed = False
+    _available = False
 else:
-    _is_installed = True
+    _available = True
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _NOTHING: Final = nullcontext()
@@ -65,7 +65,7 @@ def start() -> Callable[[], None]:
     Leaves alone what is configured already, by `opentelemetry-instrument` for one.
     """
     global _tracer
-    if not _is_installed:
+    if not _available:
         return lambda: None
     if not isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
         _tracer = trace.get_tracer("firstclaim")
