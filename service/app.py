@@ -136,8 +136,10 @@ def assemble(settings: Settings, registry: Registry) -> Parts:
         interval_seconds=settings.recovery_interval_seconds,
         batch=settings.handler_slots,
     )
-    observing = engine(size=OBSERVING_CONNECTIONS)
-    admin = engine(size=ADMIN_CONNECTIONS, queue_seconds=QUEUE_SECONDS, pins=PINS)
+    # Who only looks has an epoch of its own: a look that is given up must put no marker of a delivery's in doubt.
+    looking = partial(engine, epoch=Epoch(fresh_seconds=0))
+    observing = looking(size=OBSERVING_CONNECTIONS)
+    admin = looking(size=ADMIN_CONNECTIONS, queue_seconds=QUEUE_SECONDS, pins=PINS)
     return Parts(ingest, handlers, seats, observing, admin, lock, pipeline, recovery)
 
 
@@ -203,11 +205,11 @@ def create_app(settings: Settings) -> Starlette:
     site = admin_site(settings, parts, probes)
     app = Starlette(
         routes=[
-            *(site.routes if site else ()),
-            Route(WEBHOOK_PATH, webhook.receive, methods=["POST"]),
+            Route(WEBHOOK_PATH, webhook.receive, methods=["POST"]),  # first: they are tried in this order
             Route("/livez", livez),
             Route("/readyz", readiness.report),
             Route("/metrics", Metrics(probes, parts.observing).report),
+            *(site.routes if site else ()),
         ],
         lifespan=lifespan,
         exception_handlers={404: refuse_path, 405: refuse_path},

@@ -55,7 +55,7 @@ class Context:
     async def fetch(self, sql: str, *values: Any) -> list[Any]:
         """Run one statement as it stands, with `$1`, `$2`, ... in it, in the same transaction; returns its rows.
 
-        The driver's own call, which costs less than `connection.execute`; rows have their values by name and by
+        The driver's own call; rows have their values by name and by
         index. Raises what asyncpg raises, and `HandlerRuleBroken` once the handler has ended.
         """
         return await self._fetch(sql, *values)

@@ -161,13 +161,14 @@ class Pipeline:
     async def _recovered(self, claim: Claim) -> Outcome:
         """A claim that recovery won, dispatched like a delivery's."""
         with tracing.span("recovered", event_id=claim.event_id, attempt=claim.attempt):
-            return await self._settle_recovered(claim)
+            result = await self._settle_recovered(claim)
+            metrics.recovered[result.kind].inc()
+            tracing.note(outcome=result.kind)
+            return result
 
     async def _settle_recovered(self, claim: Claim) -> Outcome:
         try:
             result = await self._dispatch_recovered(claim)
-            metrics.recovered[result.kind].inc()
-            tracing.note(outcome=result.kind)
         except LedgerUnavailable as error:
             log.warning("ledger_unavailable", event_id=claim.event_id, error=str(error))
             return outcome.unavailable("The ledger cannot be reached")

@@ -2,8 +2,13 @@
 
 import asyncio
 
+import pytest
+from sqlalchemy.ext.asyncio import AsyncEngine
+
+from service.errors import LedgerUnavailable
 from service.inbox.inspection import Backlog, Inspection
 from service.inbox.model import Status
+from service.inbox.postgres import borrow, driver
 from service.web.metrics import _Kept
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, delivery
@@ -34,3 +39,22 @@ async def test_a_slow_ledger_is_not_waited_for(make_world: MakeWorld) -> None:
         looking = asyncio.create_task(kept.get())
         assert await world.ledger.record(delivery(), due_in_seconds=0) is None
         assert await looking is None
+
+
+async def test_a_look_that_is_given_up_puts_no_marker_in_doubt(world: World) -> None:
+    """Its connection is lost with it; a duplicate is told by its marker all the same, and asks no ledger."""
+    await world.ledger.read_epoch()
+    confirmed = world.claims.epoch.current
+    assert confirmed is not None
+    for engine in (world.parts.observing, world.parts.admin):
+        lost = asyncio.Event()
+        with pytest.raises(LedgerUnavailable):
+            await _look_for_too_long(engine, lost)
+        await lost.wait()
+    assert world.claims.epoch.current == confirmed
+
+
+async def _look_for_too_long(engine: AsyncEngine, lost: asyncio.Event) -> None:
+    async with borrow(engine, 0.1) as connection:
+        driver(connection).add_termination_listener(lambda _: lost.set())
+        await driver(connection).execute("SELECT pg_sleep(60)")
