@@ -10,9 +10,9 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import CursorResult, Executable
 from sqlalchemy.ext.asyncio import AsyncConnection
@@ -27,19 +27,30 @@ _PATTERNS = "__firstclaim_patterns__"
 _DEADLINE_PASSED = "the handler's deadline has passed; its transaction is gone"
 
 
+class Transaction(Protocol):
+    """What a handler's transaction is asked for."""
+
+    @property
+    def connection(self) -> AsyncConnection:
+        """SQLAlchemy's view of it."""
+        raise NotImplementedError
+
+    async def fetch(self, sql: str, *values: Any) -> list[Any]:
+        """Run one statement on the driver."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a handler is given beside the event.
+    """What a handler is given beside the event: the number of the attempt, from 1 and only rising, and a transaction.
 
-    `connection` is the transaction whose commit carries the completion mark: what you write on it happens
-    exactly once in this database. It refuses `commit()` and `rollback()`; savepoints (`begin_nested`) are fine.
-    `attempt` counts from 1 and only rises.
+    Its commit carries the completion mark: what you write by `connection`, `fetch` or `execute` happens exactly once
+    in this database.
     """
 
     event: Event
     attempt: int
-    connection: AsyncConnection
-    _fetch: Callable[..., Awaitable[list[Any]]]
+    _transaction: Transaction
     _loop: asyncio.AbstractEventLoop
     _deadline: float
 
@@ -52,13 +63,22 @@ class Context:
         """
         return self.event.id
 
+    @property
+    def connection(self) -> AsyncConnection:
+        """SQLAlchemy's view of the transaction, for async handlers.
+
+        It refuses `commit()` and `rollback()`; savepoints (`begin_nested`) are fine. Raises `HandlerRuleBroken` once
+        the handler has ended.
+        """
+        return self._transaction.connection
+
     async def fetch(self, sql: str, *values: Any) -> list[Any]:
         """Run one statement as it stands, with `$1`, `$2`, ... in it, in the same transaction; returns its rows.
 
-        The driver's own call; rows have their values by name and by
-        index. Raises what asyncpg raises, and `HandlerRuleBroken` once the handler has ended.
+        The driver's own call; rows have their values by name and by index. Raises what asyncpg raises, and
+        `HandlerRuleBroken` once the handler has ended.
         """
-        return await self._fetch(sql, *values)
+        return await self._transaction.fetch(sql, *values)
 
     def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
         """Run one statement from a sync handler's thread, in the same transaction; rows are buffered.
@@ -77,11 +97,14 @@ class Context:
         remaining = self._deadline - self._loop.time()
         if remaining <= 0:
             raise TimeoutError(_DEADLINE_PASSED)
-        call = asyncio.run_coroutine_threadsafe(self.connection.execute(statement, parameters), self._loop)
+        call = asyncio.run_coroutine_threadsafe(self._execute(statement, parameters), self._loop)
         try:
             return call.result(remaining)
         except TimeoutError:
             raise TimeoutError(_DEADLINE_PASSED) from None
+
+    async def _execute(self, statement: Executable, parameters: Any) -> CursorResult[Any]:
+        return await self.connection.execute(statement, parameters)
 
 
 H = TypeVar("H", bound=Callable[[Event, Context], Any])

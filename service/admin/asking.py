@@ -9,10 +9,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
-from sqlalchemy.ext.asyncio import AsyncEngine
-
 from service.inbox.browsing import STATEMENT_SECONDS, Browsing
-from service.inbox.postgres import borrow, driver
+from service.inbox.postgres import Pool
 
 QUEUE_SECONDS: Final = 2.0
 # A page asks up to five questions. A statement is ended by Postgres; this ends what waits for a frozen one.
@@ -20,13 +18,13 @@ _PAGE_SECONDS: Final = 5 * STATEMENT_SECONDS + 2.0
 
 
 class Asking:
-    """`engine` is for the page alone, and made with `browsing.PINS`."""
+    """`pool` is for the page alone, and made with `browsing.PINS`."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
-        self._engine = engine
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
 
     @asynccontextmanager
     async def ledger(self) -> AsyncIterator[Browsing]:
         """Raises `LedgerUnavailable`, also for what is asked in the block."""
-        async with borrow(self._engine, _PAGE_SECONDS) as connection:
-            yield Browsing(driver(connection))
+        async with self._pool.borrow(_PAGE_SECONDS) as connection:
+            yield Browsing(connection)

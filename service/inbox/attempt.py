@@ -16,24 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import asyncpg
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import metrics, tracing
 from service.errors import HandlerRuleBroken, LedgerUnavailable
 from service.inbox.event import Event
 from service.inbox.ledger import Claim, Held, Ledger
-from service.inbox.postgres import (
-    UNAVAILABLE,
-    begin,
-    check_not_refused,
-    commit,
-    describe,
-    discard,
-    driver,
-    handler_runs,
-    roll_back,
-)
-from service.inbox.seats import Seats
+from service.inbox.postgres import UNAVAILABLE, describe
+from service.inbox.seats import Seat, Seats
 from service.registry import Context, Handler
 
 _ENDED = (
@@ -83,51 +72,42 @@ class Attempt:
         Raises `LedgerUnavailable` when the row cannot be locked at all, and CancelledError when we are stopping.
         """
         try:
-            connection = await self.seats.take()
-            self.held = await self._hold(connection)
+            seat = await self.seats.take()
+            self.held = await self._hold(seat)
         except UNAVAILABLE as error:  # the handler has not begun: this is no failure of it
             raise LedgerUnavailable(describe(error)) from error
         try:
             if self.held is None:
                 return TakenOver()
-            action = _checked_action(await self._call(connection))
-            handler_runs(connection, False)
-            check_not_refused(connection)
-            await self._mark(connection, self.held, action)
+            action = _checked_action(await self._call(seat))
+            seat.check_not_refused()
+            await self._mark(seat, self.held, action)
         except (TimeoutError, asyncio.CancelledError) as error:
-            await self._end(connection)
+            await self._end(seat)
             if isinstance(error, TimeoutError):
                 return error
             raise
         except Exception as error:  # noqa: BLE001  (whatever a handler raises is this attempt's failure)
-            return TransactionEnded() if self._ended_by_handler(connection) else error
+            return TransactionEnded() if self._ended_by_handler(seat) else error
         else:
-            return await self._commit(connection, action)
+            return await self._commit(seat, action)
         finally:
-            await self._give_back(connection)
+            await self._give_back(seat)
 
-    async def _hold(self, connection: AsyncConnection) -> Held | None:
+    async def _hold(self, seat: Seat) -> Held | None:
         try:
             async with asyncio.timeout(self.postgres_timeout_seconds):
-                await begin(connection)
-                return await self.ledger.hold(connection, self.claim)
+                await seat.begin()
+                return await self.ledger.hold(seat.driver, self.claim)
         except BaseException:
-            await discard(connection)
+            await seat.discard()
             raise
 
-    async def _call(self, connection: AsyncConnection) -> Any:
+    async def _call(self, seat: Seat) -> Any:
         """Run the handler and wait for it until its deadline, but not for one that ignores its cancellation."""
         loop = asyncio.get_running_loop()
-        underneath = driver(connection)
-        over = False
-
-        async def fetch(sql: str, *values: Any) -> list[Any]:
-            if over:  # the transaction is another handler's by now
-                raise HandlerRuleBroken("this handler has ended: nothing more can be written in its transaction")
-            return await underneath.fetch(sql, *values)
-
-        context = Context(self.event, self.claim.attempt, connection, fetch, loop, loop.time() + self.deadline_seconds)
-        handler_runs(connection, True)
+        context = Context(self.event, self.claim.attempt, seat, loop, loop.time() + self.deadline_seconds)
+        seat.start()
         start = _in_task if self.handler.is_async else _in_thread
         began = time.perf_counter()  # the loop's own clock counts milliseconds
         try:
@@ -138,7 +118,7 @@ class Attempt:
             _stop(work)
             raise
         finally:
-            over = True
+            seat.stop()
             metrics.handler_seconds(self.handler.pattern).observe(time.perf_counter() - began)
         if not done:
             _stop(work)
@@ -149,45 +129,44 @@ class Attempt:
             raise _refused(error)
         return work.result()
 
-    async def _mark(self, connection: AsyncConnection, held: Held, action: str) -> None:
+    async def _mark(self, seat: Seat, held: Held, action: str) -> None:
         try:
-            marked = await self.ledger.complete_if_held(connection, self.claim, held, action)
+            marked = await self.ledger.complete_if_held(seat.driver, self.claim, held, action)
         except asyncpg.InFailedSQLTransactionError as error:
             raise HandlerRuleBroken(_SWALLOWED) from error
         if not marked:  # no longer the transaction that was begun
             raise TransactionEnded
 
-    def _ended_by_handler(self, connection: AsyncConnection) -> bool:
+    def _ended_by_handler(self, seat: Seat) -> bool:
         """Whether the server is in no transaction, not even a failed one: since then each statement has committed."""
         try:
-            underneath = driver(connection)
+            raw = seat.driver
         except LedgerUnavailable:  # a lost connection committed nothing more
             return False
-        return self.held is not None and not underneath.is_closed() and not underneath.is_in_transaction()
+        return self.held is not None and not raw.is_in_transaction()
 
-    async def _commit(self, connection: AsyncConnection, action: str) -> str | Exception:
+    async def _commit(self, seat: Seat, action: str) -> str | Exception:
         try:
             async with asyncio.timeout(self.postgres_timeout_seconds):
-                await commit(connection)
+                await seat.commit()
         except (*UNAVAILABLE, asyncio.CancelledError) as error:
-            await discard(connection)
+            await seat.discard()
             return CommitUnknown(action, describe(error))
         return action
 
-    async def _end(self, connection: AsyncConnection) -> None:
+    async def _end(self, seat: Seat) -> None:
         """Give up on the transaction, whatever the handler and the server are doing in it."""
-        await discard(connection)
+        await seat.discard()
         if self.held is not None:
             with contextlib.suppress(LedgerUnavailable):  # then the server's own timeouts end it
                 await self.ledger.end(self.held)
 
-    async def _give_back(self, connection: AsyncConnection) -> None:
-        handler_runs(connection, False)
+    async def _give_back(self, seat: Seat) -> None:
         try:
-            await roll_back(connection, self.postgres_timeout_seconds)
-            await self.seats.give_back(connection)
+            await seat.roll_back(self.postgres_timeout_seconds)
+            await self.seats.give_back(seat)
         except (*UNAVAILABLE, LedgerUnavailable, asyncio.CancelledError):  # or the handler closed it
-            await discard(connection)
+            await seat.discard()
 
 
 def _in_task(

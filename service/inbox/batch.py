@@ -1,7 +1,8 @@
 """Coalescing: concurrent calls share one round trip.
 
 Guarantees: nothing waits for a timer: when idle, a call is sent in the same turn of the event loop, and while
-as many batches as may be are under way, calls gather for the next one. Each caller gets the answer to its own
+a batch is under way, calls gather for the next one; a batch that takes long is not waited for, unless as many are
+under way as may be. Each caller gets the answer to its own
 item, or an error of its own; one that is cancelled disturbs neither its batch nor its mates, because a batch
 runs in a task of its own.
 """
@@ -16,18 +17,27 @@ R = TypeVar("R")
 
 
 class Batcher(Generic[T, R]):
-    """Calls of `run`, at most `parallel` at once, with up to `most` items each.
+    """Calls of `run` with up to `most` items each; at most `parallel` at once, and a further one only beside late ones.
+
+    A batch is late after `late_seconds`: before, the next one fills; after, a call goes past it.
 
     `run` answers in the order of its items; an exception in place of an answer is raised to that one caller,
     and one that `run` raises itself to all of the batch.
     """
 
     def __init__(
-        self, run: Callable[[Sequence[T]], Awaitable[Sequence[R | Exception]]], *, most: int, parallel: int
+        self,
+        run: Callable[[Sequence[T]], Awaitable[Sequence[R | Exception]]],
+        *,
+        most: int,
+        parallel: int = 1,
+        late_seconds: float = 0,
     ) -> None:
         self._run = run
         self._most = most
         self._parallel = parallel
+        self._late_seconds = late_seconds
+        self._began = 0.0  # the batch that was sent last, by the loop's clock
         self._waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
         self._working = 0
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them only weakly
@@ -37,8 +47,9 @@ class Batcher(Generic[T, R]):
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[R] = loop.create_future()
         self._waiting.append((item, answer))
-        if self._working < self._parallel:
+        if not self._working or (self._working < self._parallel and loop.time() - self._began >= self._late_seconds):
             self._working += 1
+            self._began = loop.time()
             task = loop.create_task(self._work())
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -53,6 +64,7 @@ class Batcher(Generic[T, R]):
 
     async def _work(self) -> None:
         while self._waiting:
+            self._began = asyncio.get_running_loop().time()
             batch = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
             try:
                 answers = await self._run([item for item, _ in batch])

@@ -93,7 +93,7 @@ class Lock:
         self._breaker_seconds = breaker_seconds
         self._tripped = False
         self._away_until = 0.0
-        self._commands = Batcher(self._send, most=_BATCH_MOST, parallel=1)
+        self._commands = Batcher(self._send, most=_BATCH_MOST)
 
     @staticmethod
     def new_token() -> str:

@@ -16,11 +16,9 @@ from typing import Any
 
 import asyncpg
 from asyncpg.transaction import Transaction
-from sqlalchemy import event, exc
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import PoolResetState
+from sqlalchemy import exc
 
-from service.errors import HandlerRuleBroken, LedgerUnavailable
+from service.errors import LedgerUnavailable
 
 # Everything the driver, the pool and the network raise when Postgres is away or says no.
 UNAVAILABLE = (
@@ -42,12 +40,6 @@ ROW_FAULTS = (
     UnicodeError,
 )
 
-_HANDLER_RUNS = "firstclaim_handler_runs"
-_REFUSED = "firstclaim_refused"
-_MUST_NOT_END = (
-    "a handler must not commit or roll back: its transaction carries the completion mark "
-    "(use context.connection.begin_nested() for a part that may fail)"
-)
 _GOODBYE_SECONDS = 0.2  # with it on top a statement's timeout of 1.5 s is still a 503 within 2 s
 
 _PIN = """
@@ -68,8 +60,11 @@ class PinnedConnection(asyncpg.Connection):
 
     epoch: str | None = None
 
-    # Of a handler, from `begin` until whoever began it has ended it.
+    # Of a handler (see `service.inbox.seats`): its transaction, until whoever began it has ended it, ...
     handling: Transaction | None = None
+    # ... whether it runs, and whether it tried to end that transaction by itself.
+    handler_runs: bool = False
+    handler_refused: bool = False
 
     async def close(self, *, timeout: float | None = None) -> None:
         """Say goodbye, but not for long: of a frozen server SQLAlchemy would wait 2 s for it, or for ever."""
@@ -158,149 +153,92 @@ async def open_connection(
     return connection
 
 
-def create_engine(
-    dsn: str,
-    *,
-    size: int,
-    timeout_seconds: float,
-    queue_seconds: float,
-    epoch: Epoch,
-    pins: Mapping[str, str] | None = None,
-) -> AsyncEngine:
-    """A pool of exactly `size` connections; opens nothing yet. No overflow: that would reconnect per request.
+def is_current(connection: PinnedConnection, epoch: Epoch) -> bool:
+    """Whether it is open, and markers of what it commits will count.
 
-    SQLAlchemy begins no transaction on them (`AUTOCOMMIT`): the ledger's statements are one each, and around a
-    handler `begin` does it, on the driver, where it costs half.
+    A server that restarted has closed the socket. And what a connection has read as the ledger's epoch goes into the
+    markers of what it commits: after a rotation, markers of the old one would never count again.
+    """
+    return not connection.is_closed() and connection.epoch == epoch.latest
+
+
+class Pool:
+    """Connections for short pieces of work: `size` at most, opened as they are needed.
+
+    Our own: SQLAlchemy's costs more than the work, and the driver's loses a connection that is closed by the server
+    while it is handed out (`InternalClientError`, seen in our tests with asyncpg 0.32).
 
     `timeout_seconds` is for connecting; `queue_seconds` is how long a caller waits for a connection that is in
     use: a burst of ours that queues here is no sign of Postgres being away. `pins`: see `open_connection`.
     """
-    engine = create_async_engine(
-        "postgresql+asyncpg://",
-        async_creator=lambda: open_connection(dsn, timeout_seconds, epoch, pins),
-        pool_size=size,
-        max_overflow=0,
-        pool_timeout=queue_seconds,
-        hide_parameters=True,
-        isolation_level="AUTOCOMMIT",
-    )
-    event.listen(engine.sync_engine, "checkout", partial(_refuse_outdated, epoch))
-    event.listen(engine.sync_engine, "commit", _refuse_in_handler)
-    event.listen(engine.sync_engine, "rollback", _refuse_in_handler)
-    event.listen(engine.sync_engine, "reset", _end_transaction)
-    return engine
 
+    def __init__(
+        self,
+        dsn: str,
+        *,
+        size: int,
+        timeout_seconds: float,
+        queue_seconds: float,
+        epoch: Epoch,
+        pins: Mapping[str, str] | None = None,
+    ) -> None:
+        self._open = partial(open_connection, dsn, timeout_seconds, epoch, pins)
+        self._queue_seconds = queue_seconds
+        self._epoch = epoch
+        self._places = asyncio.Semaphore(size)
+        self._free: list[PinnedConnection] = []
+        self._closed = False
 
-def _refuse_outdated(epoch: Epoch, dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
-    """The pool then connects anew, and nobody sees an error.
+    @asynccontextmanager
+    async def borrow(self, timeout_seconds: float) -> AsyncIterator[PinnedConnection]:
+        """A connection for one piece of work, which may take `timeout_seconds`.
 
-    A server that restarted has closed the socket. And what a connection has read as the ledger's epoch goes
-    into the markers of what it commits: after a rotation, markers of the old one would never count again.
-    """
-    if not is_current(dbapi_connection.driver_connection, epoch):
-        raise exc.DisconnectionError
-
-
-def is_current(connection: PinnedConnection, epoch: Epoch) -> bool:
-    """Whether it is open, and markers of what it commits will count."""
-    return not connection.is_closed() and connection.epoch == epoch.latest
-
-
-def _end_transaction(dbapi_connection: Any, _record: Any, _state: PoolResetState) -> None:
-    """Never back into the pool with a transaction: the next event's handler would commit what this one wrote."""
-    connection = dbapi_connection.driver_connection
-    if connection.handling is not None:
-        connection.terminate()  # the pool then connects anew
-
-
-def _refuse_in_handler(connection: Any) -> None:
-    if not connection.invalidated and connection.info.get(_HANDLER_RUNS):
-        connection.info[_REFUSED] = True
-        raise HandlerRuleBroken(_MUST_NOT_END)
-
-
-def handler_runs(connection: AsyncConnection, running: bool) -> None:
-    """While `running`, commit() and rollback() on `connection` raise `HandlerRuleBroken`."""
-    if (info := _info(connection)) is not None:
-        info[_HANDLER_RUNS] = running
-        if running:
-            info.pop(_REFUSED, None)
-
-
-def check_not_refused(connection: AsyncConnection) -> None:
-    """Raise `HandlerRuleBroken` if the handler swallowed that: it takes for committed or undone what is not."""
-    if (info := _info(connection)) is not None and info.get(_REFUSED):
-        raise HandlerRuleBroken(_MUST_NOT_END)
-
-
-def _info(connection: AsyncConnection) -> dict[Any, Any] | None:
-    """What is noted beside a pooled connection; None when it is gone."""
-    sync = connection.sync_connection
-    return None if sync is None or sync.closed or sync.invalidated else sync.info
-
-
-def driver(connection: AsyncConnection) -> PinnedConnection:
-    """The asyncpg connection underneath; raises `LedgerUnavailable` when it is gone already."""
-    sync = connection.sync_connection
-    found = None if sync is None or sync.closed or sync.invalidated else sync.connection.driver_connection
-    if not isinstance(found, PinnedConnection):
-        raise LedgerUnavailable("the connection is gone")
-    return found
-
-
-async def begin(connection: AsyncConnection) -> None:
-    """Begin the transaction that a handler works in."""
-    underneath = driver(connection)
-    underneath.handling = underneath.transaction()
-    await underneath.handling.start()
-
-
-async def commit(connection: AsyncConnection) -> None:
-    """Commit what `begin` began."""
-    underneath = driver(connection)
-    if underneath.handling is None:
-        raise LedgerUnavailable("the transaction is gone")
-    await underneath.handling.commit()
-    underneath.handling = None
-
-
-async def roll_back(connection: AsyncConnection, timeout_seconds: float | None = None) -> None:
-    """Roll back what `begin` began, if it is still open; nothing when it was committed. Raises TimeoutError."""
-    with suppress(LedgerUnavailable):  # a lost connection has nothing to roll back
-        underneath = driver(connection)
-        if underneath.handling is not None and underneath.is_in_transaction():
-            async with asyncio.timeout(timeout_seconds):
-                await underneath.handling.rollback()
-            underneath.handling = None
-
-
-async def discard(connection: AsyncConnection) -> None:
-    """Close for good without waiting for the server, which may be frozen, and free the place in the pool."""
-    with suppress(LedgerUnavailable):
-        driver(connection).terminate()
-        await connection.invalidate()
-    await connection.close()
-
-
-@asynccontextmanager
-async def borrow(engine: AsyncEngine, timeout_seconds: float) -> AsyncIterator[AsyncConnection]:
-    """A pooled connection for one short piece of work, which may take `timeout_seconds`.
-
-    Raises `LedgerUnavailable` for whatever Postgres, the network or the pool says, without their words
-    where these could hold a value.
-    """
-    try:
-        connection = await engine.connect()
+        Raises `LedgerUnavailable` for whatever Postgres, the network or the queue says, without their words
+        where these could hold a value.
+        """
         try:
-            async with asyncio.timeout(timeout_seconds):
-                yield connection
-        except (TimeoutError, asyncio.CancelledError):
-            await discard(connection)
+            connection = await self._take()
+            try:
+                async with asyncio.timeout(timeout_seconds):
+                    yield connection
+            except (TimeoutError, asyncio.CancelledError):
+                connection.terminate()
+                raise
+            finally:
+                self._give_back(connection)
+        except UNAVAILABLE as error:
+            raise LedgerUnavailable(describe(error)) from error
+
+    async def close(self) -> None:
+        """Close what is free, without waiting for a frozen server; what is borrowed is closed when it comes back."""
+        self._closed = True
+        free, self._free = self._free, []
+        await asyncio.gather(*(connection.close() for connection in free))
+
+    async def _take(self) -> PinnedConnection:
+        if self._places.locked():
+            async with asyncio.timeout(self._queue_seconds):
+                await self._places.acquire()
+        else:
+            await self._places.acquire()
+        try:
+            while self._free:
+                connection = self._free.pop()
+                if is_current(connection, self._epoch):
+                    return connection
+                connection.terminate()
+            return await self._open()
+        except BaseException:
+            self._places.release()
             raise
-        finally:
-            await connection.close()
-    except UNAVAILABLE as error:
-        raise LedgerUnavailable(describe(error)) from error
+
+    def _give_back(self, connection: PinnedConnection) -> None:
+        if not connection.is_closed():
+            if self._closed or connection.is_in_transaction():
+                connection.terminate()
+            else:
+                self._free.append(connection)
+        self._places.release()
 
 
 def describe(error: BaseException) -> str:

@@ -16,7 +16,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
-from sqlalchemy.ext.asyncio import AsyncEngine
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -24,7 +23,7 @@ from service import metrics
 from service.errors import LedgerUnavailable
 from service.inbox.inspection import Backlog, Inspection, Selection
 from service.inbox.model import Status
-from service.inbox.postgres import borrow, driver
+from service.inbox.postgres import Pool
 from service.web.health import Health, Part
 
 log = structlog.get_logger(__name__)
@@ -43,8 +42,8 @@ _PATIENCE_SECONDS = 5.0  # half of a scrape's usual timeout
 class _Kept(Generic[T]):
     """The answer to a question about the ledger, asked anew after `seconds`, or later if it took long."""
 
-    def __init__(self, engine: AsyncEngine, ask: Callable[[Inspection], Awaitable[T]], seconds: float) -> None:
-        self._engine = engine
+    def __init__(self, pool: Pool, ask: Callable[[Inspection], Awaitable[T]], seconds: float) -> None:
+        self._pool = pool
         self._ask = ask
         self._seconds = seconds
         self._kept_until = float("-inf")
@@ -56,8 +55,8 @@ class _Kept(Generic[T]):
         async with self._asking:
             if (began := time.monotonic()) > self._kept_until:
                 try:
-                    async with borrow(self._engine, _PATIENCE_SECONDS) as connection:
-                        self._answer = await self._ask(Inspection(driver(connection)))
+                    async with self._pool.borrow(_PATIENCE_SECONDS) as connection:
+                        self._answer = await self._ask(Inspection(connection))
                 except LedgerUnavailable as error:
                     log.debug("ledger_not_counted", error=str(error))
                     self._answer = None
@@ -71,14 +70,12 @@ async def _ask_open(inspection: Inspection) -> tuple[Backlog, dict[Status, int]]
 
 
 class Metrics:
-    """`/metrics`. `engine` is for these questions alone."""
+    """`/metrics`. `pool` is for these questions alone."""
 
-    def __init__(self, parts: Sequence[Part], engine: AsyncEngine) -> None:
+    def __init__(self, parts: Sequence[Part], pool: Pool) -> None:
         self._parts = parts
-        self._open = _Kept(engine, _ask_open, _OPEN_SECONDS)
-        self._settled = _Kept(
-            engine, lambda inspection: inspection.count(Selection(statuses=_SETTLED)), _SETTLED_SECONDS
-        )
+        self._open = _Kept(pool, _ask_open, _OPEN_SECONDS)
+        self._settled = _Kept(pool, lambda inspection: inspection.count(Selection(statuses=_SETTLED)), _SETTLED_SECONDS)
 
     async def report(self, _request: Request) -> Response:
         """All of it, as it is now."""

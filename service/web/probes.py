@@ -1,16 +1,14 @@
 """What `/readyz` asks: this process, Redis, Postgres, the schema, the recovery loop."""
 
-from sqlalchemy.ext.asyncio import AsyncEngine
-
 from service.inbox.lock import Lock
-from service.inbox.postgres import borrow, driver
+from service.inbox.postgres import Pool
 from service.inbox.recovery import Recovery
 from service.inbox.schema import SchemaState, compare, outdated, read_version
 from service.stopping import Stop
 from service.web.health import PROBE_SECONDS, Finding, Health, Part
 
 
-def readiness_parts(stop: Stop, lock: Lock, ingest: AsyncEngine, recovery: Recovery) -> list[Part]:
+def readiness_parts(stop: Stop, lock: Lock, ingest: Pool, recovery: Recovery) -> list[Part]:
     """The parts in the order of their lines. Redis away is `degraded`: events are still recorded."""
 
     async def process() -> Finding:
@@ -21,13 +19,13 @@ def readiness_parts(stop: Stop, lock: Lock, ingest: AsyncEngine, recovery: Recov
         return Finding(Health.OK)
 
     async def postgres() -> Finding:
-        async with borrow(ingest, PROBE_SECONDS) as connection:
-            await driver(connection).fetchval("SELECT 1")
+        async with ingest.borrow(PROBE_SECONDS) as connection:
+            await connection.fetchval("SELECT 1")
         return Finding(Health.OK)
 
     async def schema() -> Finding:
-        async with borrow(ingest, PROBE_SECONDS) as connection:
-            version = await read_version(driver(connection))
+        async with ingest.borrow(PROBE_SECONDS) as connection:
+            version = await read_version(connection)
         if compare(version) is SchemaState.OUTDATED:
             return Finding(Health.DOWN, str(outdated(version)))
         return Finding(Health.OK, f"at {version}")

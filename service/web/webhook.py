@@ -15,6 +15,7 @@ import structlog
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from service import metrics, tracing
 from service.errors import Rejected
@@ -48,10 +49,12 @@ class Webhook:
     tolerance_seconds: int
     body_most_bytes: int
 
-    async def receive(self, request: Request) -> Response:
-        """Verify, parse, hand to the pipeline, answer."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Verify, parse, hand to the pipeline, answer: an ASGI application of its own."""
+        request = Request(scope, receive)
         with tracing.arrival(request.headers):
-            return await self._receive(request)
+            response = await self._receive(request)
+        await response(scope, receive, send)
 
     async def _receive(self, request: Request) -> Response:
         began = time.perf_counter()

@@ -20,6 +20,7 @@ import orjson
 from service.inbox.attempt import Attempt
 from service.inbox.ledger import Claim, Ledger
 from service.inbox.lock import Lock, LockReply
+from service.inbox.seats import Seat
 
 VARIABLE: Final = "TEST_WITNESS"
 
@@ -127,11 +128,11 @@ def _note_around_the_handler(file: Path) -> None:
     whole = Attempt._call
 
     @functools.wraps(whole)
-    async def wrapped(self: Attempt, connection: Any) -> Any:
+    async def wrapped(self: Attempt, seat: Seat) -> Any:
         began = time.monotonic_ns()
         Line.of(START, self.event.id, self.claim.attempt).append(file)
         try:
-            return await whole(self, connection)
+            return await whole(self, seat)
         finally:
             Line.of(END, self.event.id, self.claim.attempt, began).append(file)
 

@@ -13,7 +13,6 @@ from service.inbox import browsing as browsing_module
 from service.inbox.browsing import PINS, Browsing, Place, Search
 from service.inbox.inspection import Selection
 from service.inbox.model import Status
-from service.inbox.postgres import borrow, driver
 from service.inbox.statements import statement
 from tests.integration.world import World, delivery
 
@@ -23,8 +22,8 @@ FAR = Search(Selection())
 @pytest.fixture
 async def browsing(world: World) -> AsyncIterator[Browsing]:
     """As the page asks."""
-    async with borrow(world.parts.admin, 60) as connection:
-        yield Browsing(driver(connection))
+    async with world.parts.admin.borrow(60) as connection:
+        yield Browsing(connection)
 
 
 async def event(world: World, status: Status = Status.COMPLETED, *, age: float = 0, **data: object) -> str:
@@ -146,8 +145,8 @@ async def test_its_connections_are_pinned(world: World, browsing: Browsing) -> N
     """Those of the page and no others; what every connection of ours has they have too."""
     pins = {**PINS, "synchronous_commit": "on"}
     assert {name: await browsing._connection.fetchval("SELECT current_setting($1)", name) for name in pins} == pins
-    async with borrow(world.parts.ingest, 10) as connection:
-        assert await driver(connection).fetchval("SELECT current_setting('statement_timeout')") == "0"
+    async with world.parts.ingest.borrow(10) as connection:
+        assert await connection.fetchval("SELECT current_setting('statement_timeout')") == "0"
 
 
 @pytest.mark.parametrize(

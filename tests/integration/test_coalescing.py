@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 import asyncpg
 import pytest
@@ -12,6 +13,7 @@ from service.inbox.event import Delivery
 from service.inbox.ledger import Claim, Found, Ledger
 from service.inbox.model import Status
 from service.inbox.outcome import Kind
+from service.inbox.postgres import PinnedConnection
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, delivery, effect, until
 
@@ -44,6 +46,30 @@ async def test_who_may_dispatch_goes_before_who_only_records(world: World) -> No
     found, won = await asyncio.gather(world.ledger.record(given, due_in_seconds=0), world.ledger.claim(given))
     assert isinstance(won, Claim)
     assert found == Found(Status.PROCESSING, 1, won.epoch)
+
+
+async def test_a_server_that_does_not_answer_costs_one_timeout(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those who gathered behind an insert that timed out are told at the same time: none waits for a second one."""
+    world = await make_world(postgres_timeout_seconds=0.5)
+    asked = 0
+    fetch = PinnedConnection.fetch
+
+    async def counting(connection: PinnedConnection, *arguments: Any, **options: Any) -> Any:
+        nonlocal asked
+        asked += 1
+        return await fetch(connection, *arguments, **options)
+
+    async with world.database.transaction():
+        await world.database.execute("LOCK TABLE stripe_events")
+        monkeypatch.setattr(PinnedConnection, "fetch", counting)
+        first = asyncio.create_task(world.ledger.claim(delivery()))
+        await asyncio.sleep(0)  # it is under way, and not late yet
+        others = (world.ledger.claim(delivery()) for _ in range(5))
+        refused = await asyncio.gather(first, *others, return_exceptions=True)
+    assert [type(each) for each in refused] == [LedgerUnavailable] * 6
+    assert asked == 1
 
 
 async def test_one_bad_row_fails_alone(world: World) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from types import SimpleNamespace
 from typing import Any
 
 import asyncpg
@@ -43,7 +44,8 @@ async def handle(connection: AsyncConnection, event: Event) -> None:
     await connection.execute(text("SELECT 1"))  # SQLAlchemy begins the transaction that the driver is then in
     underneath = (await connection.get_raw_connection()).driver_connection
     assert underneath is not None
-    context = Context(event, 1, connection, underneath.fetch, loop, loop.time() + 30)
+    transaction = SimpleNamespace(connection=connection, fetch=underneath.fetch)
+    context = Context(event, 1, transaction, loop, loop.time() + 30)
     assert await record_payment_failure(event, context) == "payment_failure_recorded"
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import text
 
 from service.errors import LedgerUnavailable, Rejected
 from service.inbox import statements
@@ -17,7 +16,6 @@ from service.inbox.event import Delivery, parse_event
 from service.inbox.ledger import Claim, Found, Held, Ledger
 from service.inbox.model import TAKEABLE, Status
 from service.inbox.operations import Operations
-from service.inbox.postgres import begin, commit, roll_back
 from tests.hostile import bodies
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, delivery, effect, explained, until
@@ -337,9 +335,9 @@ async def test_only_a_claim_can_be_abandoned(world: World, status: Status) -> No
 @pytest.mark.parametrize("plans", [(), ("hashjoin", "mergejoin", "hashagg", "sort", "material")])
 async def test_as_many_as_asked_the_oldest_first(world: World, plans: tuple[str, ...]) -> None:
     """Of ten abandoned rows three, those that are late the longest, also where the planner has only loops left."""
-    async with world.parts.ingest.connect() as connection:
+    async with world.parts.ingest.borrow(60) as connection:
         for plan in plans:
-            await connection.execute(text(f"SET enable_{plan} = off"))
+            await connection.execute(f"SET enable_{plan} = off")
     claims = [await world.claim() for _ in range(10)]
     for number, claim in enumerate(claims):
         await world.change(claim.event_id, due_at=-100.0 + number)
@@ -390,7 +388,7 @@ async def test_looking_for_due_events_reads_the_index(world: World) -> None:
         (statements.DUE, {"limit": 5, "abandoned": False}),
         (statements.RETURN_ABANDONED, {"limit": 5, "most": 8, "first": 5.0, "longest": 3600.0}),
     ]
-    async with world.parts.ingest.connect() as connection:
+    async with world.parts.ingest.borrow(60) as connection:
         for statement, parameters in looks:
             plan = await explained(connection, statement, **parameters)
             assert "stripe_events_due" in plan
@@ -539,15 +537,15 @@ async def test_ignored_is_settled(world: World) -> None:
 async def test_a_failure_waits_for_a_transaction_that_may_commit(world: World) -> None:
     """An ambiguous COMMIT: the guarded update waits for the old backend, then sees what became of it."""
     claim = await world.claim()
-    async with world.parts.handlers.connect() as connection:
-        await begin(connection)
-        held = await world.ledger.hold(connection, claim)
+    async with world.seat() as seat:
+        await seat.begin()
+        held = await world.ledger.hold(seat.driver, claim)
         assert held is not None
-        assert await world.ledger.complete_if_held(connection, claim, held, "done")
+        assert await world.ledger.complete_if_held(seat.driver, claim, held, "done")
         failing = asyncio.create_task(world.ledger.fail_if_held(claim, "COMMIT lost", due_in_seconds=5))
         await until_somebody_waits(world)
         assert not failing.done()
-        await commit(connection)
+        await seat.commit()
         assert await failing is None
     row = await world.row(claim.event_id)
     assert (row["status"], row["action"], row["failures"]) == ("completed", "done", 0)
@@ -559,12 +557,12 @@ async def test_a_failure_waits_for_a_transaction_that_may_commit(world: World) -
 async def test_the_row_is_held_and_completed_in_one_transaction(world: World) -> None:
     """Locked from the first statement on, with its timeouts; completed by the last; seen by nobody before COMMIT."""
     claim = await world.claim()
-    async with world.parts.handlers.connect() as connection:
-        await begin(connection)
-        held = await world.ledger.hold(connection, claim)
+    async with world.seat() as seat:
+        await seat.begin()
+        held = await world.ledger.hold(seat.driver, claim)
         assert held is not None
         settings = {
-            name: await connection.scalar(text(f"SHOW {name}"))
+            name: await seat.driver.fetchval(f"SHOW {name}")
             for name in ("idle_in_transaction_session_timeout", "statement_timeout", "synchronous_commit")
         }
         assert settings == {
@@ -572,13 +570,13 @@ async def test_the_row_is_held_and_completed_in_one_transaction(world: World) ->
             "statement_timeout": "3min",
             "synchronous_commit": "on",
         }
-        assert held.pid == await connection.scalar(text("SELECT pg_backend_pid()"))
+        assert held.pid == seat.driver.get_server_pid()
         with pytest.raises(asyncpg.LockNotAvailableError):
             await world.database.fetch("SELECT FROM stripe_events FOR UPDATE NOWAIT")
-        assert await world.ledger.complete_if_held(connection, claim, held, "done")
+        assert await world.ledger.complete_if_held(seat.driver, claim, held, "done")
         assert await world.status(claim.event_id) is Status.PROCESSING
-        await commit(connection)
-        assert await connection.scalar(text("SHOW statement_timeout")) == "0"
+        await seat.commit()
+        assert await seat.driver.fetchval("SHOW statement_timeout") == "0"
     row = await world.row(claim.event_id)
     assert (row["status"], row["action"], row["last_error"]) == ("completed", "done", None)
     assert row["settled_at"] is not None
@@ -593,42 +591,42 @@ async def test_nothing_is_held_that_is_not_ours(world: World, status: Status | N
         await world.change(claim.event_id, attempt=2)
     else:
         await world.settle(claim.event_id, status)
-    async with world.parts.handlers.connect() as connection:
-        await begin(connection)
-        assert await world.ledger.hold(connection, claim) is None
-        assert not await world.ledger.complete_if_held(connection, claim, Held(await xid_of(connection), 0), "done")
+    async with world.seat() as seat:
+        await seat.begin()
+        assert await world.ledger.hold(seat.driver, claim) is None
+        assert not await world.ledger.complete_if_held(seat.driver, claim, Held(await xid_of(seat.driver), 0), "done")
 
 
 async def test_a_row_in_anothers_hands_is_not_held(world: World) -> None:
     """Locked by another transaction: not waited for."""
     claim = await world.claim()
-    async with world.locked(claim.event_id), world.parts.handlers.connect() as connection, asyncio.timeout(5):
-        assert await world.ledger.hold(connection, claim) is None
+    async with world.locked(claim.event_id), world.seat() as seat, asyncio.timeout(5):
+        assert await world.ledger.hold(seat.driver, claim) is None
 
 
 async def test_no_other_transaction_can_complete(world: World) -> None:
     """The same claim, on the same connection, after the handler ended the transaction that was begun: refused."""
     claim = await world.claim()
-    async with world.parts.handlers.connect() as connection:
-        await begin(connection)
-        held = await world.ledger.hold(connection, claim)
+    async with world.seat() as seat:
+        await seat.begin()
+        held = await world.ledger.hold(seat.driver, claim)
         assert held is not None
-        await commit(connection)
-        assert not await world.ledger.complete_if_held(connection, claim, held, "done")
+        await seat.commit()
+        assert not await world.ledger.complete_if_held(seat.driver, claim, held, "done")
     assert await world.status(claim.event_id) is Status.PROCESSING
 
 
 async def test_what_became_of_a_transaction(world: World) -> None:
     """Committed or not, the server knows afterwards; one that is still open has not committed."""
-    async with world.parts.handlers.connect() as connection:
-        for end in (commit, roll_back):
+    async with world.seat() as seat:
+        for end in (seat.commit, seat.roll_back):
             claim = await world.claim()
-            await begin(connection)
-            held = await world.ledger.hold(connection, claim)
+            await seat.begin()
+            held = await world.ledger.hold(seat.driver, claim)
             assert held is not None
             assert not await world.ledger.committed(held)
-            await end(connection)
-            assert await world.ledger.committed(held) is (end is commit)
+            await end()
+            assert await world.ledger.committed(held) is (end == seat.commit)
 
 
 async def test_ending_a_transaction_ends_that_one_only(world: World) -> None:
@@ -735,7 +733,7 @@ async def name_of(world: World) -> Any:
 
 
 async def xid_of(connection: Any) -> Any:
-    return await connection.scalar(text("SELECT pg_current_xact_id()::text"))
+    return await connection.fetchval("SELECT pg_current_xact_id()::text")
 
 
 async def until_somebody_waits(world: World) -> None:

@@ -3,12 +3,11 @@
 import asyncio
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from service.errors import LedgerUnavailable
 from service.inbox.inspection import Backlog, Inspection
 from service.inbox.model import Status
-from service.inbox.postgres import borrow, driver
+from service.inbox.postgres import Pool
 from service.web.metrics import _Kept
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, delivery
@@ -35,7 +34,7 @@ async def test_a_slow_ledger_is_not_waited_for(make_world: MakeWorld) -> None:
     """Both connections of its own are taken: nothing is told, and a delivery goes its way meanwhile."""
     world = await make_world(answer_budget_seconds=0.3)
     kept = _Kept(world.parts.observing, lambda inspection: inspection.backlog(), 60)
-    async with world.parts.observing.connect(), world.parts.observing.connect():
+    async with world.parts.observing.borrow(60), world.parts.observing.borrow(60):
         looking = asyncio.create_task(kept.get())
         assert await world.ledger.record(delivery(), due_in_seconds=0) is None
         assert await looking is None
@@ -46,15 +45,15 @@ async def test_a_look_that_is_given_up_puts_no_marker_in_doubt(world: World) -> 
     await world.ledger.read_epoch()
     confirmed = world.claims.epoch.current
     assert confirmed is not None
-    for engine in (world.parts.observing, world.parts.admin):
+    for pool in (world.parts.observing, world.parts.admin):
         lost = asyncio.Event()
         with pytest.raises(LedgerUnavailable):
-            await _look_for_too_long(engine, lost)
+            await _look_for_too_long(pool, lost)
         await lost.wait()
     assert world.claims.epoch.current == confirmed
 
 
-async def _look_for_too_long(engine: AsyncEngine, lost: asyncio.Event) -> None:
-    async with borrow(engine, 0.1) as connection:
-        driver(connection).add_termination_listener(lambda _: lost.set())
-        await driver(connection).execute("SELECT pg_sleep(60)")
+async def _look_for_too_long(pool: Pool, lost: asyncio.Event) -> None:
+    async with pool.borrow(0.1) as connection:
+        connection.add_termination_listener(lambda _: lost.set())
+        await connection.execute("SELECT pg_sleep(60)")

@@ -7,19 +7,18 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event as sqlalchemy_event
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service import Context, Event
 from service.errors import LedgerUnavailable
-from service.inbox import attempt
 from service.inbox.event import Delivery
 from service.inbox.ledger import Claim, Found, Ledger
 from service.inbox.lock import Lock, LockReply
 from service.inbox.model import Status
 from service.inbox.outcome import Kind, Outcome
 from service.inbox.pipeline import Pipeline
-from service.inbox.postgres import PinnedConnection, commit
+from service.inbox.postgres import PinnedConnection
 from service.inbox.recovery import Recovery
+from service.inbox.seats import Seat
 from tests import operator
 from tests.fixtures import event_body
 from tests.integration.conftest import MakeWorld
@@ -130,7 +129,7 @@ def counting(world: World) -> Iterator[list[str]]:
     def by_handler(*arguments: Any) -> None:
         seen.append(arguments[2].split()[0])
 
-    handlers = world.parts.handlers.sync_engine
+    handlers = world.parts.seats._engine.sync_engine
     sqlalchemy_event.listen(handlers, "before_cursor_execute", by_handler)
     with pytest.MonkeyPatch.context() as patch:
         noting(Lock, "_call", patch)
@@ -886,16 +885,17 @@ async def test_a_stop_while_recovery_claims_leaves_nothing_claimed(
 async def test_a_stop_during_the_commit_settles_it(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cancelled while COMMIT is under way: either it is completed, or it is released, never both and never lost."""
     committing = asyncio.Event()
+    commit = Seat.commit
 
-    async def slow(connection: AsyncConnection) -> None:
-        await commit(connection)
+    async def slow(seat: Seat) -> None:
+        await commit(seat)
         committing.set()
         await asyncio.Event().wait()
 
     world = await make_world({TYPE: handles})
     given = delivery()
     with monkeypatch.context() as patch:
-        patch.setattr(attempt, "commit", slow)
+        patch.setattr(Seat, "commit", slow)
         delivering = asyncio.create_task(world.pipeline.deliver(given))
         await committing.wait()
         await world.pipeline.drain(0)

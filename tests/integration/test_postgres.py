@@ -8,25 +8,12 @@ from types import SimpleNamespace
 
 import asyncpg
 import pytest
-from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as QueueTimeout
-from sqlalchemy.ext.asyncio import AsyncEngine
 
-from service.errors import HandlerRuleBroken, LedgerUnavailable
+from service.errors import LedgerUnavailable
 from service.inbox import postgres
-from service.inbox.postgres import (
-    Epoch,
-    begin,
-    borrow,
-    commit,
-    create_engine,
-    describe,
-    discard,
-    driver,
-    open_connection,
-    read_epoch,
-)
+from service.inbox.postgres import Epoch, Pool, describe, open_connection, read_epoch
 from tests import operator
 from tests.integration.world import until
 from tests.proxy import Mode, before_postgres
@@ -39,12 +26,12 @@ SLACK_SECONDS = 1.2
 
 
 @asynccontextmanager
-async def pool(
+async def opened(
     url: str, *, size: int = 1, timeout_seconds: float = TIMEOUT_SECONDS
-) -> AsyncIterator[tuple[AsyncEngine, Epoch]]:
-    """An engine as the service has it, and the epoch that its connections confirm."""
+) -> AsyncIterator[tuple[Pool, Epoch]]:
+    """A pool as the service has it, and the epoch that its connections confirm."""
     epoch = Epoch(fresh_seconds=60)
-    engine = create_engine(
+    found = Pool(
         url,
         size=size,
         timeout_seconds=timeout_seconds,
@@ -52,9 +39,9 @@ async def pool(
         epoch=epoch,
     )
     try:
-        yield engine, epoch
+        yield found, epoch
     finally:
-        await engine.dispose()
+        await found.close()
 
 
 @pytest.fixture
@@ -71,9 +58,9 @@ async def configure(admin: asyncpg.Connection, setting: str) -> None:
     await admin.execute(f"ALTER DATABASE {name} SET {setting}")
 
 
-async def ask(engine: AsyncEngine, statement: str) -> object:
-    async with borrow(engine, TIMEOUT_SECONDS) as connection:
-        return await connection.scalar(text(statement))
+async def ask(pool: Pool, statement: str) -> object:
+    async with pool.borrow(TIMEOUT_SECONDS) as connection:
+        return await connection.fetchval(statement)
 
 
 # -- pins ---------------------------------------------------------------------------------------------
@@ -83,18 +70,18 @@ async def ask(engine: AsyncEngine, statement: str) -> object:
 async def test_synchronous_commit_is_pinned(database_url: str, admin: asyncpg.Connection, value: str) -> None:
     """Whatever the database says: a COMMIT that was answered is on disk. Also once reused."""
     await configure(admin, f"synchronous_commit = {value}")
-    async with pool(database_url) as (engine, _):
+    async with opened(database_url) as (pool, _):
         for _ in range(2):
-            assert await ask(engine, "SHOW synchronous_commit") == "on"
+            assert await ask(pool, "SHOW synchronous_commit") == "on"
 
 
 @pytest.mark.parametrize("value", ["serializable", "repeatable read"])
 async def test_read_committed_is_pinned(database_url: str, admin: asyncpg.Connection, value: str) -> None:
     """Whatever the database says: the claim statements see what others have committed."""
     await configure(admin, f"default_transaction_isolation = '{value}'")
-    async with pool(database_url) as (engine, _):
+    async with opened(database_url) as (pool, _):
         for _ in range(2):
-            assert await ask(engine, "SHOW transaction_isolation") == "read committed"
+            assert await ask(pool, "SHOW transaction_isolation") == "read committed"
 
 
 async def test_a_role_cannot_unpin_it(database_url: str, admin: asyncpg.Connection) -> None:
@@ -103,9 +90,9 @@ async def test_a_role_cannot_unpin_it(database_url: str, admin: asyncpg.Connecti
     for setting in ("synchronous_commit = off", "default_transaction_isolation = serializable"):
         await admin.execute(f"ALTER ROLE CURRENT_USER IN DATABASE {name} SET {setting}")
     try:
-        async with pool(database_url) as (engine, _):
-            assert await ask(engine, "SHOW synchronous_commit") == "on"
-            assert await ask(engine, "SHOW transaction_isolation") == "read committed"
+        async with opened(database_url) as (pool, _):
+            assert await ask(pool, "SHOW synchronous_commit") == "on"
+            assert await ask(pool, "SHOW transaction_isolation") == "read committed"
     finally:
         await admin.execute(f"ALTER ROLE CURRENT_USER IN DATABASE {name} RESET ALL")
 
@@ -113,13 +100,13 @@ async def test_a_role_cannot_unpin_it(database_url: str, admin: asyncpg.Connecti
 async def test_a_read_only_server_is_refused(database_url: str, admin: asyncpg.Connection) -> None:
     """The losing side of a failover: said so at once, not at the first insert; and taken again when it is writable."""
     await configure(admin, "default_transaction_read_only = on")
-    async with pool(database_url) as (engine, epoch):
+    async with opened(database_url) as (pool, epoch):
         with pytest.raises(LedgerUnavailable, match="the server is read-only"):
-            await ask(engine, "SELECT 1")
+            await ask(pool, "SELECT 1")
         assert epoch.current is None
         await admin.execute("SET default_transaction_read_only = off")
         await configure(admin, "default_transaction_read_only = off")
-        assert await ask(engine, "SELECT 1") == 1
+        assert await ask(pool, "SELECT 1") == 1
 
 
 async def test_a_standby_is_refused(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,13 +132,13 @@ async def test_a_pin_that_does_not_hold_is_refused(
 
 async def test_a_connection_knows_the_epoch_it_was_opened_under(database_url: str) -> None:
     """Read when it is opened, and confirmed for the process."""
-    async with pool(database_url) as (engine, epoch):
+    async with opened(database_url) as (pool, epoch):
         assert epoch.current is None
-        async with borrow(engine, TIMEOUT_SECONDS) as connection:
-            found = driver(connection).epoch
+        async with pool.borrow(TIMEOUT_SECONDS) as connection:
+            found = connection.epoch
             assert found is not None
             assert len(found) == 16
-            assert found == epoch.current == await read_epoch(driver(connection))
+            assert found == epoch.current == await read_epoch(connection)
 
 
 async def test_rotating_changes_the_epoch(database_url: str) -> None:
@@ -160,14 +147,14 @@ async def test_rotating_changes_the_epoch(database_url: str) -> None:
     assert None not in (before, after)
     assert before != after
     assert (await operator.rotate(database_url))[0] == after
-    async with pool(database_url) as (engine, epoch):
-        first = await ask(engine, "SELECT pg_backend_pid()")
-        assert await ask(engine, "SELECT pg_backend_pid()") == first
+    async with opened(database_url) as (pool, epoch):
+        first = await ask(pool, "SELECT pg_backend_pid()")
+        assert await ask(pool, "SELECT pg_backend_pid()") == first
         _, newest = await operator.rotate(database_url)
         epoch.confirm(newest)
-        async with borrow(engine, TIMEOUT_SECONDS) as connection:
-            assert driver(connection).epoch == newest
-            assert await connection.scalar(text("SELECT pg_backend_pid()")) != first
+        async with pool.borrow(TIMEOUT_SECONDS) as connection:
+            assert connection.epoch == newest
+            assert connection.get_server_pid() != first
 
 
 @pytest.mark.parametrize(
@@ -235,29 +222,29 @@ def test_an_epoch_counts_while_it_is_fresh(monkeypatch: pytest.MonkeyPatch) -> N
 
 async def test_a_frozen_server_is_given_up_in_time(database_url: str) -> None:
     """A statement that is not answered: `LedgerUnavailable` at its timeout, and the pool is whole when it thaws."""
-    async with before_postgres(database_url) as (proxy, url), pool(url, timeout_seconds=SHORT_SECONDS) as (engine, _):
-        assert await ask(engine, "SELECT 1") == 1
+    async with before_postgres(database_url) as (proxy, url), opened(url, timeout_seconds=SHORT_SECONDS) as (pool, _):
+        assert await ask(pool, "SELECT 1") == 1
         for mode in (Mode.FROZEN, Mode.MUTE):
             proxy.switch(mode)
             for _ in range(2):  # the first with an open connection, the second without
                 began = time.monotonic()
                 with pytest.raises(LedgerUnavailable, match="TimeoutError"):
-                    async with borrow(engine, SHORT_SECONDS) as connection:
-                        await connection.execute(text("SELECT 1"))
+                    async with pool.borrow(SHORT_SECONDS) as connection:
+                        await connection.execute("SELECT 1")
                 assert time.monotonic() - began < SHORT_SECONDS + SLACK_SECONDS
             proxy.switch(Mode.OPEN)
-            assert await ask(engine, "SELECT 1") == 1
+            assert await ask(pool, "SELECT 1") == 1
 
 
 async def test_a_slow_statement_is_given_up_in_time(database_url: str, admin: asyncpg.Connection) -> None:
     """The same for a server that works on it: given up, and its place in the pool is free."""
-    async with pool(database_url) as (engine, _):
+    async with opened(database_url) as (pool, _):
         began = time.monotonic()
         with pytest.raises(LedgerUnavailable):
-            async with borrow(engine, SHORT_SECONDS) as connection:
-                await connection.execute(text("SELECT pg_sleep(600)"))
+            async with pool.borrow(SHORT_SECONDS) as connection:
+                await connection.execute("SELECT pg_sleep(600)")
         assert time.monotonic() - began < SHORT_SECONDS + SLACK_SECONDS
-        assert await ask(engine, "SELECT 1") == 1
+        assert await ask(pool, "SELECT 1") == 1
     running = "SELECT count(*) = 0 FROM pg_stat_activity WHERE query LIKE '%pg_sleep(600)%' AND pid <> pg_backend_pid()"
     await admin.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(600)'"
@@ -266,26 +253,28 @@ async def test_a_slow_statement_is_given_up_in_time(database_url: str, admin: as
 
 
 async def test_a_connection_that_timed_out_does_not_go_back(database_url: str) -> None:
-    """Terminated, also where SQLAlchemy knows of no statement: the next one would wait for the same frozen backend."""
-    async with pool(database_url) as (engine, _):
-        async with borrow(engine, TIMEOUT_SECONDS) as connection:
-            underneath = driver(connection)
+    """Terminated: the next one would wait for the same frozen backend."""
+    async with opened(database_url) as (pool, _):
+        lost = asyncio.Event()
+        async with pool.borrow(TIMEOUT_SECONDS) as connection:
+            connection.add_termination_listener(lambda _: lost.set())
         with pytest.raises(LedgerUnavailable):
-            async with borrow(engine, SHORT_SECONDS) as connection:
-                await driver(connection).execute("SELECT pg_sleep(600)")
-        assert underneath.is_closed()
-        assert await ask(engine, "SELECT 1") == 1
+            async with pool.borrow(SHORT_SECONDS) as connection:
+                await connection.execute("SELECT pg_sleep(600)")
+        async with asyncio.timeout(TIMEOUT_SECONDS):
+            await lost.wait()
+        assert await ask(pool, "SELECT 1") == 1
 
 
 async def test_a_cancelled_borrower_leaves_no_hole(database_url: str) -> None:
     """Its connection is closed, whatever it was doing, and the next one gets a new one at once."""
-    async with pool(database_url) as (engine, _):
+    async with opened(database_url) as (pool, _):
         started = asyncio.Event()
 
         async def work() -> None:
-            async with borrow(engine, TIMEOUT_SECONDS) as connection:
+            async with pool.borrow(TIMEOUT_SECONDS) as connection:
                 started.set()
-                await connection.execute(text("SELECT pg_sleep(600)"))
+                await connection.execute("SELECT pg_sleep(600)")
 
         task = asyncio.create_task(work())
         await started.wait()
@@ -293,103 +282,93 @@ async def test_a_cancelled_borrower_leaves_no_hole(database_url: str) -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         async with asyncio.timeout(5):
-            assert await ask(engine, "SELECT 1") == 1
+            assert await ask(pool, "SELECT 1") == 1
 
 
 async def test_closing_does_not_wait_for_a_frozen_server(database_url: str) -> None:
     """A stop of the service is not held up by its goodbyes."""
-    async with before_postgres(database_url) as (proxy, url), pool(url, size=3) as (engine, _):
-        async with engine.connect(), engine.connect(), engine.connect():
+    async with before_postgres(database_url) as (proxy, url), opened(url, size=3) as (pool, _):
+        async with pool.borrow(TIMEOUT_SECONDS), pool.borrow(TIMEOUT_SECONDS), pool.borrow(TIMEOUT_SECONDS):
             pass
         proxy.switch(Mode.FROZEN)
-        began = time.monotonic()
-        try:
-            async with asyncio.timeout(10):
-                await engine.dispose()
-        finally:
-            proxy.switch(Mode.OPEN)
-        assert time.monotonic() - began < SLACK_SECONDS
-
-
-async def test_discarding_does_not_wait_for_a_frozen_server(database_url: str) -> None:
-    """In the middle of a transaction: gone at once, and twice is no error."""
-    async with (
-        before_postgres(database_url) as (proxy, url),
-        pool(url) as (engine, _),
-        engine.connect() as connection,
-    ):
-        await begin(connection)
-        await connection.execute(text("SELECT 1"))
-        proxy.switch(Mode.FROZEN)
-        began = time.monotonic()
-        await discard(connection)
-        await discard(connection)
-        assert time.monotonic() - began < SLACK_SECONDS
-        with pytest.raises(LedgerUnavailable, match="gone"):
-            driver(connection)
+        await closes_at_once(pool)
         proxy.switch(Mode.OPEN)
-        assert await ask(engine, "SELECT 1") == 1
+
+
+async def test_closing_does_not_wait_for_a_borrower(database_url: str, admin: asyncpg.Connection) -> None:
+    """One that is still at work ends it; its connection is closed when it comes back."""
+    async with opened(database_url) as (pool, _):
+        async with pool.borrow(TIMEOUT_SECONDS) as connection:
+            await closes_at_once(pool)
+            pid = await connection.fetchval("SELECT pg_backend_pid()")
+        await until(lambda: admin.fetchval("SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = $1", pid))
+
+
+async def closes_at_once(pool: Pool) -> None:
+    began = time.monotonic()
+    async with asyncio.timeout(10):
+        await pool.close()
+    assert time.monotonic() - began < SLACK_SECONDS
 
 
 async def test_a_stopped_server_is_refused_at_once(database_url: str) -> None:
     """Down: `LedgerUnavailable` without waiting; back: the next one connects."""
-    async with before_postgres(database_url) as (proxy, url), pool(url) as (engine, _):
-        assert await ask(engine, "SELECT 1") == 1
+    async with before_postgres(database_url) as (proxy, url), opened(url) as (pool, _):
+        assert await ask(pool, "SELECT 1") == 1
         proxy.switch(Mode.REFUSE)
         for _ in range(3):
             began = time.monotonic()
             with pytest.raises(LedgerUnavailable):
-                await ask(engine, "SELECT 1")
+                await ask(pool, "SELECT 1")
             assert time.monotonic() - began < SLACK_SECONDS
         proxy.switch(Mode.OPEN)
-        assert await ask(engine, "SELECT 1") == 1
+        assert await ask(pool, "SELECT 1") == 1
 
 
 async def test_a_backend_that_ended_in_the_pool_is_replaced(database_url: str, admin: asyncpg.Connection) -> None:
     """A server that was restarted: every connection of the pool is dead, and nobody sees an error."""
-    async with pool(database_url, size=3) as (engine, _):
-        async with engine.connect() as one, engine.connect() as two, engine.connect() as three:
-            pids = [await each.scalar(text("SELECT pg_backend_pid()")) for each in (one, two, three)]
+    async with opened(database_url, size=3) as (pool, _):
+        async with (
+            pool.borrow(TIMEOUT_SECONDS) as one,
+            pool.borrow(TIMEOUT_SECONDS) as two,
+            pool.borrow(TIMEOUT_SECONDS) as three,
+        ):
+            pids = [each.get_server_pid() for each in (one, two, three)]
         await admin.execute("SELECT pg_terminate_backend(pid) FROM unnest($1::int[]) AS pid", pids)
         gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = ANY($1)"
         await until(lambda: admin.fetchval(gone, pids))
         for _ in range(6):
-            assert await ask(engine, "SELECT 1") == 1
+            assert await ask(pool, "SELECT 1") == 1
 
 
 async def test_a_pool_in_use_is_waited_for(database_url: str) -> None:
     """A queue of ours is no outage: whoever waits gets the connection, and past the queue's time it says so."""
-    async with pool(database_url) as (engine, _):
-        async with engine.connect():
-            waiting = asyncio.create_task(ask(engine, "SELECT 1"))
+    async with opened(database_url) as (pool, _):
+        async with pool.borrow(TIMEOUT_SECONDS):
+            waiting = asyncio.create_task(ask(pool, "SELECT 1"))
             await asyncio.sleep(0)
             assert not waiting.done()
         assert await waiting == 1
-    async with pool(database_url, timeout_seconds=SHORT_SECONDS) as (engine, _), engine.connect():
+    async with opened(database_url, timeout_seconds=SHORT_SECONDS) as (pool, _), pool.borrow(TIMEOUT_SECONDS):
         with pytest.raises(LedgerUnavailable):
-            await ask(engine, "SELECT 1")
+            await ask(pool, "SELECT 1")
 
 
-async def test_a_connection_comes_back_without_a_transaction(database_url: str, admin: asyncpg.Connection) -> None:
-    """Whatever its last user left open is rolled back: nothing of it is committed by the next one."""
-    insert = text("INSERT INTO effects (event_id, attempt, pid, xid) VALUES ('evt_1', 1, 1, '1')")
-    async with pool(database_url) as (engine, _):
-        for statement in (None, "COMMIT", "ROLLBACK"):  # a handler's own leaves the driver believing in the old one
-            async with engine.connect() as connection:
-                await begin(connection)
-                if statement is not None:
-                    await connection.exec_driver_sql(statement)
-                    await connection.exec_driver_sql("BEGIN")
-                postgres.handler_runs(connection, True)
-                await connection.execute(insert)
-                with pytest.raises(HandlerRuleBroken, match="must not commit"):
-                    await connection.commit()
-                postgres.handler_runs(connection, False)
-            async with engine.connect() as connection:
-                await begin(connection)
-                await connection.execute(text("SELECT 1"))
-                await commit(connection)
-    assert await admin.fetchval("SELECT count(*) FROM effects") == 0
+async def test_a_connection_in_a_transaction_does_not_go_back(database_url: str, admin: asyncpg.Connection) -> None:
+    """Left open by whoever had it: closed, so that the next one's work is not in it."""
+    async with opened(database_url) as (pool, _):
+        async with pool.borrow(TIMEOUT_SECONDS) as connection:
+            await connection.execute("BEGIN; DELETE FROM ledger_epoch")
+            pid = connection.get_server_pid()
+        assert await ask(pool, "SELECT pg_backend_pid()") != pid
+    assert await admin.fetchval("SELECT count(*) FROM ledger_epoch") == 1
+
+
+async def test_many_at_once_open_one_pool(database_url: str) -> None:
+    """Those who come first come all at once, before anything is open: each is served, on no more than its size."""
+    async with opened(database_url, size=2) as (pool, _):
+        pids = await asyncio.gather(*(ask(pool, "SELECT pg_backend_pid()") for _ in range(20)))
+    assert len(set(pids)) <= 2
 
 
 # -- words --------------------------------------------------------------------------------------------
@@ -397,9 +376,9 @@ async def test_a_connection_comes_back_without_a_transaction(database_url: str, 
 
 async def test_an_error_is_described_without_values(database_url: str) -> None:
     """Class and SQLSTATE; what the server says may quote a row or a password, and stays out of it."""
-    async with pool(database_url) as (engine, _):
+    async with opened(database_url) as (pool, _):
         with pytest.raises(LedgerUnavailable) as refused:
-            await ask(engine, "SELECT CAST('c4n4rypw' AS integer)")
+            await ask(pool, "SELECT CAST('c4n4rypw' AS integer)")
     assert str(refused.value) == "InvalidTextRepresentationError (22P02)"
     assert describe(ConnectionRefusedError(111, "c4n4rypw")) == "ConnectionRefusedError"
     assert describe(QueueTimeout("c4n4rypw")) == "TimeoutError"
@@ -412,9 +391,9 @@ async def test_an_error_is_described_without_values(database_url: str) -> None:
 
 async def test_a_lost_connection_puts_the_epoch_in_doubt(database_url: str) -> None:
     """A server that is restored or fails over drops its connections first: no marker counts until it was asked anew."""
-    async with pool(database_url) as (engine, epoch):
-        async with borrow(engine, TIMEOUT_SECONDS) as connection:
-            pid = await connection.scalar(text("SELECT pg_backend_pid()"))
+    async with opened(database_url) as (pool, epoch):
+        async with pool.borrow(TIMEOUT_SECONDS) as connection:
+            pid = connection.get_server_pid()
         confirmed = epoch.current
         assert confirmed is not None
         other = await asyncpg.connect(database_url)
@@ -425,16 +404,16 @@ async def test_a_lost_connection_puts_the_epoch_in_doubt(database_url: str) -> N
             return epoch.current is None
 
         await until(in_doubt)
-        assert await ask(engine, "SELECT 1") == 1
+        assert await ask(pool, "SELECT 1") == 1
         assert epoch.current == confirmed
 
 
 async def test_a_wrong_password_is_not_repeated(stores: Stores) -> None:
     """Nor is any other part of the address, whatever is wrong with it."""
     for url in ("postgresql://c4n4rypw:c4n4rypw@127.0.0.1:1/c4n4rypw", stores.database("c4n4rypw")):
-        async with pool(url) as (engine, _):
+        async with opened(url) as (pool, _):
             with pytest.raises(LedgerUnavailable) as refused:
-                await ask(engine, "SELECT 1")
+                await ask(pool, "SELECT 1")
             assert "c4n4rypw" not in str(refused.value)
         with pytest.raises(LedgerUnavailable) as refused:
             await operator.rotate(url)

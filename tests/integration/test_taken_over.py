@@ -7,14 +7,12 @@ restored, between two statements.
 from typing import Any
 
 import pytest
-from sqlalchemy.ext.asyncio import AsyncConnection
 
 from service.errors import LedgerUnavailable
-from service.inbox import attempt
 from service.inbox.ledger import Claim, Ledger
 from service.inbox.model import Status
 from service.inbox.outcome import Kind
-from service.inbox.postgres import roll_back
+from service.inbox.seats import Seat
 from tests.integration.world import World, delivery, effect
 
 
@@ -38,13 +36,13 @@ async def test_no_2xx_for_a_row_that_the_ledger_says_is_gone(world: World, monke
     """A COMMIT lost because the ledger was set back to before the event: Stripe has to send it again, so 503."""
     claim = await world.claim()
 
-    async def restored(connection: AsyncConnection) -> None:
-        await roll_back(connection)
+    async def restored(seat: Seat) -> None:
+        await seat.roll_back()
         await world.database.execute("DELETE FROM stripe_events WHERE event_id = $1", claim.event_id)
         raise ConnectionResetError
 
     with monkeypatch.context() as patch:
-        patch.setattr(attempt, "commit", restored)
+        patch.setattr(Seat, "commit", restored)
         with pytest.raises(LedgerUnavailable):
             await world.dispatch(effect, claim)
     assert await world.effects(claim.event_id) == 0

@@ -26,7 +26,8 @@ from service.inbox.lock import Lock
 from service.inbox.model import Status
 from service.inbox.outcome import Outcome
 from service.inbox.pipeline import Pipeline
-from service.inbox.postgres import driver
+from service.inbox.postgres import PinnedConnection
+from service.inbox.seats import Seat
 from service.inbox.statements import Statement
 from service.registry import Handler, Registry
 from service.settings import Settings
@@ -179,6 +180,16 @@ class World:
         finally:
             await other.close()
 
+    @asynccontextmanager
+    async def seat(self) -> AsyncIterator[Seat]:
+        """A connection as a handler has it."""
+        seat = await self.parts.seats.take()
+        try:
+            yield seat
+        finally:
+            await seat.roll_back()
+            await self.parts.seats.give_back(seat)
+
     @property
     def url(self) -> str:
         """Where the ledger is."""
@@ -190,17 +201,16 @@ class World:
         await self.pipeline.drain(5)
         await self.lock.close()
         await self.parts.seats.close()
-        await self.parts.handlers.dispose()
-        await self.parts.ingest.dispose()
-        await self.parts.observing.dispose()
-        await self.parts.admin.dispose()
+        await self.parts.ingest.close()
+        await self.parts.observing.close()
+        await self.parts.admin.close()
         await self.database.close()
 
 
-async def explained(connection: AsyncConnection, statement: Statement, how: str = "EXPLAIN", **parameters: Any) -> str:
+async def explained(connection: PinnedConnection, statement: Statement, how: str = "EXPLAIN", **parameters: Any) -> str:
     """How the server would run a statement of the ledger's."""
     explain = replace(statement, sql=f"{how} {statement.sql}")
-    return "\n".join(row[0] for row in await explain.fetch(driver(connection), **parameters))
+    return "\n".join(row[0] for row in await explain.fetch(connection, **parameters))
 
 
 async def build(

@@ -8,7 +8,7 @@ MUTANTS = (
         "mark-apart-from-the-effects",
         "The handler's SQL commits in the transaction of the completion mark, or not at all.",
         "inbox/attempt.py",
-        "                await begin(connection)\n",
+        "                await seat.begin()\n",
         "",
         "integration/test_dispatch.py::test_an_exception_is_a_failure[raising]",
     ),
@@ -41,8 +41,8 @@ MUTANTS = (
         "The row is changed last: an insert of its id waits for an uncommitted update, not for a lock.",
         "inbox/attempt.py",
         "            action = _checked_action(",
-        "            await connection.exec_driver_sql(\n"
-        '                "UPDATE stripe_events SET last_error = last_error WHERE event_id = $1", (self.event.id,)\n'
+        "            await seat.fetch(\n"
+        '                "UPDATE stripe_events SET last_error = last_error WHERE event_id = $1", self.event.id\n'
         "            )\n"
         "            action = _checked_action(",
         "integration/test_pipeline.py::test_a_duplicate_does_not_wait_for_a_running_handler",
@@ -51,16 +51,16 @@ MUTANTS = (
     Mutant(
         "handler-may-commit",
         "The handler's connection refuses `commit()`.",
-        "inbox/postgres.py",
-        'event.listen(engine.sync_engine, "commit", _refuse_in_handler)',
+        "inbox/seats.py",
+        'event.listen(self._engine.sync_engine, "commit", _refuse_in_handler)',
         "pass",
         "integration/test_dispatch.py::test_ending_the_transaction_is_refused[commit]",
     ),
     Mutant(
         "handler-may-roll-back",
         "It refuses `rollback()` as well.",
-        "inbox/postgres.py",
-        'event.listen(engine.sync_engine, "rollback", _refuse_in_handler)',
+        "inbox/seats.py",
+        'event.listen(self._engine.sync_engine, "rollback", _refuse_in_handler)',
         "pass",
         "integration/test_dispatch.py::test_ending_the_transaction_is_refused[rollback]",
     ),
@@ -68,7 +68,7 @@ MUTANTS = (
         "swallowed-refusal-is-success",
         "A handler that swallowed the refusal fails: it takes for done what is not.",
         "inbox/attempt.py",
-        "            check_not_refused(connection)\n",
+        "            seat.check_not_refused()\n",
         "",
         "integration/test_dispatch.py::test_a_swallowed_refusal_is_a_failure",
     ),
@@ -100,9 +100,17 @@ MUTANTS = (
         "written-after-an-own-rollback",
         "What was written outside of any transaction is committed: dead, however the handler ended.",
         "inbox/attempt.py",
-        "return TransactionEnded() if self._ended_by_handler(connection) else error",
+        "return TransactionEnded() if self._ended_by_handler(seat) else error",
         "return error",
         "integration/test_dispatch.py::test_what_was_written_after_an_own_rollback_is_not_doubled",
+    ),
+    Mutant(
+        "ended-handler-writes-on",
+        "A handler that has ended reaches nothing: its connection is another's by then.",
+        "inbox/seats.py",
+        "        self._over = True\n",
+        "        pass\n",
+        "integration/test_seats.py::test_who_has_ended_reaches_nothing",
     ),
     # -- the deadline
     Mutant(
@@ -165,9 +173,9 @@ MUTANTS = (
     Mutant(
         "handlers-and-ledger-share-a-pool",
         "Two pools: slow handlers never starve recording.",
-        "app.py",
-        "handlers = engine(size=settings.handler_slots)",
-        "handlers = ingest",
+        "inbox/attempt.py",
+        "            seat = await self.seats.take()\n",
+        "            await self.ledger._pool._places.acquire()\n            seat = await self.seats.take()\n",
         "integration/test_pipeline.py::test_slow_handlers_do_not_starve_recording",
     ),
     # -- how it ended
@@ -224,11 +232,11 @@ MUTANTS = (
         "commit-is-sent-again",
         "A COMMIT is never retried.",
         "inbox/attempt.py",
-        "                await commit(connection)\n",
+        "                await seat.commit()\n",
         "                try:\n"
-        "                    await commit(connection)\n"
+        "                    await seat.commit()\n"
         "                except UNAVAILABLE:\n"
-        "                    await commit(connection)\n",
+        "                    await seat.commit()\n",
         "integration/test_dispatch.py::test_a_commit_is_sent_once",
     ),
     Mutant(

@@ -47,8 +47,8 @@ MUTANTS = (
         "frozen-connection-goes-back",
         "A connection that timed out is terminated before it goes back to its pool.",
         "inbox/postgres.py",
-        "        except (TimeoutError, asyncio.CancelledError):\n            await discard(connection)\n",
-        "        except (TimeoutError, asyncio.CancelledError):\n",
+        "                connection.terminate()\n                raise\n",
+        "                raise\n",
         "integration/test_postgres.py::test_a_connection_that_timed_out_does_not_go_back",
     ),
     Mutant(
@@ -62,10 +62,18 @@ MUTANTS = (
     Mutant(
         "transaction-goes-back",
         "A connection goes back to its pool without a transaction.",
-        "inbox/postgres.py",
+        "inbox/seats.py",
         "if connection.handling is not None:",
         "if False:",
-        "integration/test_postgres.py::test_a_connection_comes_back_without_a_transaction",
+        "integration/test_seats.py::test_a_connection_comes_back_without_a_transaction",
+    ),
+    Mutant(
+        "transaction-is-lent",
+        "Nor does one of the ledger's own.",
+        "inbox/postgres.py",
+        "if self._closed or connection.is_in_transaction():",
+        "if self._closed:",
+        "integration/test_postgres.py::test_a_connection_in_a_transaction_does_not_go_back",
     ),
     Mutant(
         "epoch-not-read-when-opened",

@@ -29,8 +29,8 @@ def line() -> Line:
     return Line()
 
 
-def made(line: Line, most: int = 100, parallel: int = 1) -> Batcher[int, int]:
-    return Batcher(line.run, most=most, parallel=parallel)
+def made(line: Line, most: int = 100, parallel: int = 1, late_seconds: float = 0) -> Batcher[int, int]:
+    return Batcher(line.run, most=most, parallel=parallel, late_seconds=late_seconds)
 
 
 async def test_calls_of_one_moment_share_a_batch(line: Line) -> None:
@@ -54,6 +54,38 @@ async def test_what_comes_meanwhile_is_the_next_batch(line: Line) -> None:
     line.open.set()
     assert await asyncio.gather(*calls) == [0, 2, 4, 6, 8, 10, 12]
     assert line.batches == [[0], [1], [2, 3, 4], [5, 6]]
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_only_a_late_batch_is_gone_past(line: Line, late: bool) -> None:
+    """Beside one that is not late yet calls gather; beside a late one the next call is sent, with all that gathered."""
+    batcher = made(line, parallel=2, late_seconds=0 if late else 3600)
+    line.open.clear()
+    calls = [batcher.call(0)]
+    await asyncio.sleep(0)
+    calls += [batcher.call(number) for number in (1, 2)]
+    await asyncio.sleep(0)
+    assert line.batches == ([[0], [1, 2]] if late else [[0]])
+    line.open.set()
+    assert await asyncio.gather(*calls) == [0, 2, 4]
+    assert line.batches == [[0], [1, 2]]
+
+
+async def test_the_waiting_can_be_refused(line: Line) -> None:
+    """Those whose batch has not begun hear of it at once; what is under way goes on, and so does the next call."""
+    batcher = made(line)
+    line.open.clear()
+    first = batcher.call(0)
+    await asyncio.sleep(0)
+    waiting = [batcher.call(number) for number in (1, 2)]
+    batcher.refuse_waiting(ConnectionError("away"))
+    for each in waiting:
+        with pytest.raises(ConnectionError, match="away"):
+            await each
+    line.open.set()
+    assert await first == 0
+    assert await batcher.call(3) == 6
+    assert line.batches == [[0], [3]]
 
 
 async def test_one_call_after_another(line: Line) -> None:

@@ -2,9 +2,8 @@
 
 from typing import cast
 
-from sqlalchemy.ext.asyncio import AsyncEngine
-
 from service.inbox.lock import Lock
+from service.inbox.postgres import Pool
 from service.inbox.recovery import Recovery
 from service.stopping import Stop
 from service.web.health import Finding, Health
@@ -14,7 +13,7 @@ from service.web.probes import readiness_parts
 async def test_a_process_that_was_asked_to_stop_is_not_ready() -> None:
     """From the first signal on it says so, while it still serves: a balancer needs the time to look elsewhere."""
     stop = Stop(drain_seconds=60, shutdown_seconds=90)
-    process, *_ = readiness_parts(stop, cast(Lock, None), cast(AsyncEngine, None), cast(Recovery, None))
+    process, *_ = readiness_parts(stop, cast(Lock, None), cast(Pool, None), cast(Recovery, None))
     assert (await process.ask())[0] == Finding(Health.OK)
     stop._asked_at = 0.0
     assert (await process.ask())[0] == Finding(Health.DOWN, "draining")

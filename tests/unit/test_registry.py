@@ -283,20 +283,20 @@ def test_a_generator_is_refused(function: Callable[..., Any]) -> None:
 
 
 class Unreachable:
-    """A connection that nobody may use."""
+    """A transaction that nobody may use."""
 
-    async def execute(self, *_: object) -> None:
-        raise AssertionError("executed")
+    @property
+    def connection(self) -> AsyncConnection:
+        raise AssertionError("used")
 
-    async def fetch(self, *_: object) -> list[object]:
+    async def fetch(self, sql: str, *values: object) -> list[object]:
         raise AssertionError("fetched")
 
 
 def context(*, seconds: float) -> Context:
     loop = asyncio.get_running_loop()
     event = parse_event(event_body(id="evt_1"))
-    nobody = Unreachable()
-    return Context(event, 1, cast(AsyncConnection, nobody), nobody.fetch, loop, loop.time() + seconds)
+    return Context(event, 1, Unreachable(), loop, loop.time() + seconds)
 
 
 async def test_execute_on_the_loops_own_thread_is_refused() -> None:

@@ -1,14 +1,13 @@
 """POST /webhooks/stripe without stores: every answer byte for byte, and what never reaches the pipeline."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, MutableMapping
 from typing import Any, cast
 
 import httpx
 import orjson
 import pytest
 from starlette.applications import Starlette
-from starlette.requests import Request
 from starlette.routing import Route
 
 from service.inbox import outcome
@@ -48,7 +47,7 @@ async def post(
 ) -> httpx.Response:
     """One request through the routes as the application has them."""
     app = Starlette(
-        routes=[Route(WEBHOOK_PATH, webhook(pipeline).receive, methods=["POST"])],
+        routes=[Route(WEBHOOK_PATH, webhook(pipeline), methods=["POST"])],
         exception_handlers={404: refuse_path, 405: refuse_path},
     )
     if headers is None:
@@ -291,9 +290,14 @@ async def raw(
     async def receive() -> dict[str, Any]:
         return message
 
-    request = Request({"type": "http", "method": "POST", "headers": headers}, cast(Callable[[], Any], receive))
-    response = await webhook(pipeline or FakePipeline()).receive(request)
-    return response.status_code, bytes(response.body)
+    sent: list[MutableMapping[str, Any]] = []
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        sent.append(message)
+
+    await webhook(pipeline or FakePipeline())({"type": "http", "method": "POST", "headers": headers}, receive, send)
+    start, body = sent
+    return start["status"], body["body"]
 
 
 async def pieces(body: bytes) -> AsyncIterator[bytes]:

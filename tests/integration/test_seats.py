@@ -1,0 +1,161 @@
+"""The connections that handlers work on: kept between events, each with nothing of the last one on it."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import asyncpg
+import pytest
+from sqlalchemy import text
+
+from service.errors import HandlerRuleBroken, LedgerUnavailable
+from service.inbox.postgres import Epoch
+from service.inbox.seats import Seat, Seats
+from tests.integration.world import until
+from tests.proxy import Mode, before_postgres
+
+TIMEOUT_SECONDS = 10.0
+SLACK_SECONDS = 1.2
+INSERT = "INSERT INTO effects (event_id, attempt, pid, xid) VALUES ('evt_1', 1, 1, '1')"
+
+
+@asynccontextmanager
+async def opened(url: str, *, size: int = 1) -> AsyncIterator[Seats]:
+    """Seats as the service has them."""
+    seats = Seats(
+        url,
+        size=size,
+        timeout_seconds=TIMEOUT_SECONDS,
+        queue_seconds=TIMEOUT_SECONDS,
+        epoch=Epoch(fresh_seconds=60),
+    )
+    try:
+        yield seats
+    finally:
+        await seats.close()
+
+
+@pytest.fixture
+async def admin(database_url: str) -> AsyncIterator[asyncpg.Connection]:
+    """The test's own connection to the database."""
+    connection = await asyncpg.connect(database_url)
+    yield connection
+    await connection.close()
+
+
+async def sit(seats: Seats, *, sqlalchemy: bool) -> int:
+    """One handler's turn, which commits; returns the pid of its backend."""
+    seat = await seats.take()
+    await seat.begin()
+    seat.start()
+    if sqlalchemy:
+        assert await seat.connection.scalar(text("SELECT 1")) == 1
+    else:
+        assert (await seat.fetch("SELECT 1"))[0][0] == 1
+    seat.stop()
+    await seat.commit()
+    pid = seat.driver.get_server_pid()
+    await seats.give_back(seat)
+    return pid
+
+
+async def test_one_connection_serves_one_handler_after_another(database_url: str) -> None:
+    """Whichever of the two ways they write on it."""
+    async with opened(database_url) as seats:
+        pids = {await sit(seats, sqlalchemy=number % 3 > 0) for number in range(9)}
+    assert len(pids) == 1
+
+
+async def test_who_has_ended_reaches_nothing(database_url: str) -> None:
+    """Neither by what it kept of its connection, nor by asking again: it is another handler's by now."""
+    async with opened(database_url) as seats:
+        seat = await seats.take()
+        kept = seat.connection
+        await seats.give_back(seat)
+        other = await seats.take()
+        with pytest.raises(HandlerRuleBroken, match="has ended"):
+            await seat.fetch("SELECT 1")
+        with pytest.raises(HandlerRuleBroken, match="has ended"):
+            _ = seat.connection
+        with pytest.raises(Exception, match="closed"):
+            await kept.execute(text("SELECT 1"))
+        assert (await other.fetch("SELECT 1"))[0][0] == 1
+        await seats.give_back(other)
+
+
+async def test_discarding_does_not_wait_for_a_frozen_server(database_url: str) -> None:
+    """In the middle of a transaction: gone at once, and twice is no error."""
+    async with before_postgres(database_url) as (proxy, url), opened(url) as seats:
+        for sqlalchemy in (False, True):
+            seat = await seats.take()
+            await seat.begin()
+            if sqlalchemy:
+                await seat.connection.execute(text("SELECT 1"))
+            proxy.switch(Mode.FROZEN)
+            began = time.monotonic()
+            await seat.discard()
+            await seat.discard()
+            assert time.monotonic() - began < SLACK_SECONDS
+            with pytest.raises(LedgerUnavailable, match="gone"):
+                _ = seat.driver
+            proxy.switch(Mode.OPEN)
+            async with asyncio.timeout(TIMEOUT_SECONDS):  # its place in the pool is free
+                await sit(seats, sqlalchemy=sqlalchemy)
+
+
+async def test_a_backend_that_ended_between_events_is_replaced(database_url: str, admin: asyncpg.Connection) -> None:
+    """A server that was restarted: every connection is dead, and no handler sees an error."""
+    async with opened(database_url, size=3) as seats:
+        taken = [await seats.take() for _ in range(3)]
+        pids = [seat.driver.get_server_pid() for seat in taken]
+        for seat in taken:
+            await seats.give_back(seat)
+        await admin.execute("SELECT pg_terminate_backend(pid) FROM unnest($1::int[]) AS pid", pids)
+        await until(lambda: admin.fetchval("SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = ANY($1)", pids))
+        for number in range(6):
+            assert await sit(seats, sqlalchemy=number % 2 > 0) not in pids
+
+
+@pytest.mark.parametrize("way", ["the driver", "SQLAlchemy"])
+async def test_a_connection_comes_back_without_a_transaction(
+    database_url: str, admin: asyncpg.Connection, way: str
+) -> None:
+    """Whatever its last user left open is rolled back: nothing of it is committed by the next one."""
+
+    async def run(seat: Seat, statement: str) -> None:
+        if way == "the driver":
+            await seat.driver.execute(statement)
+        else:
+            await seat.connection.exec_driver_sql(statement)
+
+    async with opened(database_url) as seats:
+        for statement in (None, "COMMIT", "ROLLBACK"):  # a handler's own leaves the driver believing in the old one
+            seat = await seats.take()
+            await seat.begin()
+            if statement is not None:
+                await run(seat, statement)
+                await run(seat, "BEGIN")
+            seat.start()
+            await run(seat, INSERT)
+            if way == "SQLAlchemy":
+                with pytest.raises(HandlerRuleBroken, match="must not commit"):
+                    await seat.connection.commit()
+                with pytest.raises(HandlerRuleBroken, match="must not commit"):
+                    seat.check_not_refused()
+            await seats.give_back(seat)
+            await sit(seats, sqlalchemy=False)
+    assert await admin.fetchval("SELECT count(*) FROM effects") == 0
+
+
+async def test_closing_does_not_wait_for_a_frozen_server(database_url: str) -> None:
+    """A stop of the service is not held up by its goodbyes."""
+    async with before_postgres(database_url) as (proxy, url), opened(url, size=3) as seats:
+        for seat in [await seats.take() for _ in range(3)]:
+            await seats.give_back(seat)
+        proxy.switch(Mode.FROZEN)
+        began = time.monotonic()
+        async with asyncio.timeout(10):
+            await seats.close()
+        assert time.monotonic() - began < SLACK_SECONDS
+        proxy.switch(Mode.OPEN)
