@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import orjson
 import structlog
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -51,18 +52,18 @@ class Webhook:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Verify, parse, hand to the pipeline, answer: an ASGI application of its own."""
-        request = Request(scope, receive)
-        with tracing.arrival(request.headers):
-            response = await self._receive(request)
+        headers = Headers(scope=scope)
+        with tracing.arrival(headers):
+            response = await self._receive(headers, receive)
         await response(scope, receive, send)
 
-    async def _receive(self, request: Request) -> Response:
+    async def _receive(self, headers: Headers, receive: Receive) -> Response:
         began = time.perf_counter()
         try:
-            body = await self._read(request)
+            body = await self._read(headers, receive)
             verify(
                 body,
-                request.headers.getlist("stripe-signature"),
+                headers.getlist("stripe-signature"),
                 self.secrets,
                 tolerance_seconds=self.tolerance_seconds,
                 now=time.time(),
@@ -96,15 +97,19 @@ class Webhook:
         except asyncio.CancelledError:  # shutting down; the work goes on in its own task
             return outcomes.unavailable("Shutting down")
 
-    async def _read(self, request: Request) -> bytes:
-        """The raw body, within the cap; raises `Rejected` (413)."""
-        if not _is_at_most(request.headers.get("content-length", "0").strip(" \t"), self.body_most_bytes):
+    async def _read(self, headers: Headers, receive: Receive) -> bytes:
+        """The raw body, within the cap; raises `Rejected` (413), and `ClientDisconnect`."""
+        if not _is_at_most(headers.get("content-length", "0").strip(" \t"), self.body_most_bytes):
             raise self._too_large()
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
+        body, more = bytearray(), True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            body += message.get("body", b"")
             if len(body) > self.body_most_bytes:
                 raise self._too_large()
+            more = message.get("more_body", False)
         return bytes(body)
 
     def _too_large(self) -> Rejected:

@@ -123,12 +123,12 @@ class Driver:
             done = subprocess.run(["wrk", *load, *where], check=True, capture_output=True)
         said = orjson.loads(done.stdout.splitlines()[-1])
         if said["refused"] or said["unanswered"]:
-            raise RuntimeError(f"{self.url}: {said['refused']} answers were no 2xx, {said['unanswered']} were none")
+            raise SystemExit(f"{self.url}: {said['refused']} answers were no 2xx, {said['unanswered']} were none")
         return Rate(said["count"], said["count"] / said["seconds"], said["p99_ms"])
 
     def _by_users(self, kind: Kind) -> Rate:
         if kind is Kind.COMPLETED:
-            raise RuntimeError("to send completed events again, wrk is needed (a package of that name)")
+            raise SystemExit("to send completed events again, wrk is needed (a package of that name)")
         copies = COPIES if kind is Kind.DUPLICATES else 1
         plan = Plan(
             url=self.url,
@@ -144,7 +144,7 @@ class Driver:
         )
         seen = generate(plan, Console(file=io.StringIO()))
         if bad := set(seen.by_kind) - _GOOD:
-            raise RuntimeError(f"{self.url}: answers were {', '.join(sorted(bad))}")
+            raise SystemExit(f"{self.url}: answers were {', '.join(sorted(bad))}")
         return Rate(seen.total.count, seen.total.count / seen.seconds, seen.total.p99)
 
 

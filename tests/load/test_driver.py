@@ -30,7 +30,7 @@ def test_events_are_sent_as_often_as_they_should_be(kind: Kind, times: int) -> N
 
 def test_the_rate_of_an_error_page_is_no_rate() -> None:
     """A receiver that answers anything but 2xx ends the benchmark."""
-    with receiving(lambda _: reply(503, "unavailable")) as receiver, pytest.raises(RuntimeError, match="answers were"):
+    with receiving(lambda _: reply(503, "unavailable")) as receiver, pytest.raises(SystemExit, match="answers were"):
         Driver(receiver.url, SECRET, seconds=1, connections=2).run(Kind.FRESH)
 
 
