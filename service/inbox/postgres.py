@@ -165,8 +165,8 @@ def is_current(connection: PinnedConnection, epoch: Epoch) -> bool:
 class Pool:
     """Connections for short pieces of work: `size` at most, opened as they are needed.
 
-    Our own: SQLAlchemy's costs more than the work, and the driver's loses a connection that is closed by the server
-    while it is handed out (`InternalClientError`, seen in our tests with asyncpg 0.32).
+    Our own: SQLAlchemy's takes longer than a short statement, and the driver's raised `InternalClientError` where the
+    server had ended a backend between two uses (asyncpg 0.32, one run of our tests in three).
 
     `timeout_seconds` is for connecting; `queue_seconds` is how long a caller waits for a connection that is in
     use: a burst of ours that queues here is no sign of Postgres being away. `pins`: see `open_connection`.

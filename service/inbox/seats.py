@@ -2,8 +2,8 @@
 
 Guarantees: one handler at a time has a connection, and gets it in no transaction and under the ledger's latest epoch.
 While it runs it cannot commit or roll back, and once it has ended it reaches nothing any more. SQLAlchemy, which
-handlers may use and nothing else here does, is not in the way of those that do not: its connection object is made when
-it is asked for (making one for each event, and the way into its pool and back, took a tenth of what an event costs).
+handlers may use, is not in the way of those that do not: its connection object is made when it is asked for. (Making
+one for each event, and the way into its pool and back, took a tenth of what an event costs.)
 """
 
 import asyncio
