@@ -74,14 +74,16 @@ async def test_who_has_ended_reaches_nothing(database_url: str) -> None:
         kept = seat.connection
         await seats.give_back(seat)
         other = await seats.take()
-        with pytest.raises(HandlerRuleBroken, match="has ended"):
-            await seat.fetch("SELECT 1")
-        with pytest.raises(HandlerRuleBroken, match="has ended"):
-            _ = seat.connection
-        with pytest.raises(Exception, match="closed"):
-            await kept.execute(text("SELECT 1"))
-        assert (await other.fetch("SELECT 1"))[0][0] == 1
-        await seats.give_back(other)
+        try:
+            with pytest.raises(HandlerRuleBroken, match="has ended"):
+                await seat.fetch("SELECT 1")
+            with pytest.raises(HandlerRuleBroken, match="has ended"):
+                _ = seat.connection
+            with pytest.raises(Exception, match="closed"):
+                await kept.execute(text("SELECT 1"))
+            assert (await other.fetch("SELECT 1"))[0][0] == 1
+        finally:
+            await seats.give_back(other)
 
 
 async def test_discarding_does_not_wait_for_a_frozen_server(database_url: str) -> None:
