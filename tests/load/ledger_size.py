@@ -12,7 +12,7 @@ from rich.console import Console
 from tests.acceptance.harness import Ground, Service
 from tests.fixtures import SECRET
 from tests.load.bench import execute, on_servers
-from tests.load.driver import Driver, Kind, side_by_side
+from tests.load.driver import Driver, Ids, Kind, side_by_side
 
 _BATCH = 500_000
 
@@ -43,13 +43,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=5_000_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5)
+    parser.add_argument("--ids", type=Ids, choices=[*Ids], default=Ids.RANDOM, help="of the events that are sent")
     asked = parser.parse_args()
 
     async def measure(services: list[tuple[Ground, Service]]) -> None:
         (full, on_full), (_, on_empty) = services
         await fill(full, asked.rows)
         sides = {
-            name: Driver(service.url, SECRET, asked.seconds)
+            name: Driver(service.url, SECRET, asked.seconds, ids=asked.ids)
             for name, service in ((f"{asked.rows:,} rows", on_full), ("empty", on_empty))
         }
         Console().print(side_by_side(sides, [Kind.FRESH], asked.rounds))

@@ -6,14 +6,16 @@ import pytest
 
 from service.inbox.event import parse_event
 from tests.fixtures import SECRET
-from tests.load.driver import COPIES, Driver, Kind, Rate, side_by_side
+from tests.load.driver import COPIES, Driver, Ids, Kind, Rate, side_by_side
 from tests.receiver import PROCESSED, receiving, reply
 
 
-def test_every_prepared_event_is_another() -> None:
-    """No two share an id, and each is an event of the type that was asked for."""
-    events = [parse_event(body) for body in Driver("", SECRET, 1)._events(1000)]
+@pytest.mark.parametrize("ids", Ids)
+def test_every_prepared_event_is_another(ids: Ids) -> None:
+    """No two share an id, rising or not, and each is an event of the type that was asked for."""
+    events = [parse_event(body) for body in Driver("", SECRET, 1, ids=ids)._events(1000)]
     assert len({event.id for event in events}) == 1000
+    assert (events == sorted(events, key=lambda event: event.id)) is (ids is Ids.RISING)
     assert {event.type for event in events} == {"invoice.payment_failed"}
 
 
