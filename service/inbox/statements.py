@@ -124,6 +124,7 @@ SELECT event_id FROM stripe_events
 HOLD = statement("""
 SELECT pg_current_xact_id()::text AS xid,
        pg_backend_pid() AS pid,
+       extract(epoch FROM pg_postmaster_start_time())::text AS server,
        set_config('synchronous_commit', 'on', true),
        set_config('idle_in_transaction_session_timeout', :timeout_ms, true),
        set_config('statement_timeout', :timeout_ms, true)
@@ -209,4 +210,9 @@ SELECT pg_terminate_backend(pid) FROM pg_stat_activity
  WHERE pid = :pid AND backend_xid = CAST(CAST(CAST(:xid AS text) AS xid8) AS xid)
 """)
 
-XACT_STATUS = statement("SELECT pg_xact_status(CAST(CAST(:xid AS text) AS xid8))")
+# Of this server since it was started: one that crashes forgets the ids of transactions that had nothing on disk, and
+# gives them out again. What another has committed under the same id is no sign of ours.
+XACT_STATUS = statement("""
+SELECT CASE WHEN extract(epoch FROM pg_postmaster_start_time())::text = :server
+            THEN pg_xact_status(CAST(CAST(:xid AS text) AS xid8)) END
+""")

@@ -987,6 +987,21 @@ async def test_a_backend_that_dies_in_the_handler_is_a_failure(world: World) -> 
     await fails(world, function, "Error")
 
 
+@pytest.mark.parametrize("way", ["the driver", "SQLAlchemy"])
+async def test_a_backend_that_ends_under_a_statement_is_a_failure(world: World, way: str) -> None:
+    """The server says goodbye, the socket may be open for a moment more: that is no doing of the handler's."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        ending = "SELECT pg_terminate_backend(pg_backend_pid())"
+        if way == "the driver":
+            await context.fetch(ending)
+        else:
+            await context.connection.execute(text(ending))
+
+    await fails(world, function, "Error")
+
+
 async def test_without_a_connection_nothing_is_charged(world: World, unused_tcp_port: int) -> None:
     """No connection for the handler (the server is full, say) while the ledger can be reached: released, uncharged.
 

@@ -594,7 +594,9 @@ async def test_nothing_is_held_that_is_not_ours(world: World, status: Status | N
     async with world.seat() as seat:
         await seat.begin()
         assert await world.ledger.hold(seat.driver, claim) is None
-        assert not await world.ledger.complete_if_held(seat.driver, claim, Held(await xid_of(seat.driver), 0), "done")
+        assert not await world.ledger.complete_if_held(
+            seat.driver, claim, Held(await xid_of(seat.driver), 0, ""), "done"
+        )
 
 
 async def test_a_row_in_anothers_hands_is_not_held(world: World) -> None:
@@ -629,6 +631,18 @@ async def test_what_became_of_a_transaction(world: World) -> None:
             assert await world.ledger.committed(held) is (end == seat.commit)
 
 
+async def test_a_server_that_was_started_since_cannot_tell(world: World) -> None:
+    """After a crash another transaction may have the same id: that it committed is no sign of ours."""
+    claim = await world.claim()
+    async with world.seat() as seat:
+        await seat.begin()
+        held = await world.ledger.hold(seat.driver, claim)
+        assert held is not None
+        await seat.commit()
+    assert await world.ledger.committed(held)
+    assert not await world.ledger.committed(replace(held, server="1793610041.5"))
+
+
 async def test_ending_a_transaction_ends_that_one_only(world: World) -> None:
     """Given up on, its backend goes, and the row with it is free; a backend in another transaction stays."""
     claim = await world.claim()
@@ -639,9 +653,9 @@ async def test_ending_a_transaction_ends_that_one_only(world: World) -> None:
             "SELECT pg_current_xact_id()::text FROM stripe_events WHERE event_id = $1 FOR UPDATE", claim.event_id
         )
         pid = other.get_server_pid()
-        await world.ledger.end(Held(str(int(xid) + 1), pid))
+        await world.ledger.end(Held(str(int(xid) + 1), pid, ""))
         assert await other.fetchval("SELECT 1") == 1
-        await world.ledger.end(Held(xid, pid))
+        await world.ledger.end(Held(xid, pid, ""))
         running = "SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = $1"
         await until(lambda: world.database.fetchval(running, pid))
     finally:

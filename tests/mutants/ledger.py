@@ -86,6 +86,14 @@ MUTANTS = (
         "integration/test_coalescing.py::test_one_bad_row_fails_alone",
     ),
     Mutant(
+        "an-id-outlives-its-server",
+        "A server that was started since cannot tell what became of a transaction: it gives ids out again.",
+        "inbox/statements.py",
+        "CASE WHEN extract(epoch FROM pg_postmaster_start_time())::text = :server",
+        "CASE WHEN CAST(:server AS text) IS NOT NULL",
+        "integration/test_ledger.py::test_a_server_that_was_started_since_cannot_tell",
+    ),
+    Mutant(
         "each-batch-times-out",
         "A server that does not answer costs one timeout, however many wait behind it.",
         "inbox/ledger.py",
