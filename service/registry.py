@@ -33,11 +33,9 @@ class Transaction(Protocol):
     @property
     def connection(self) -> AsyncConnection:
         """SQLAlchemy's view of it."""
-        raise NotImplementedError
 
     async def fetch(self, sql: str, *values: Any) -> list[Any]:
         """Run one statement on the driver."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
