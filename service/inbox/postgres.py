@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -165,8 +165,8 @@ def is_current(connection: PinnedConnection, epoch: Epoch) -> bool:
 class Pool:
     """Connections for short pieces of work: `size` at most, opened as they are needed.
 
-    Our own: SQLAlchemy's takes longer than a short statement, and the driver's raised `InternalClientError` where the
-    server had ended a backend between two uses (asyncpg 0.32, one run of our tests in three).
+    Our own: SQLAlchemy's takes longer than a short statement, and the driver's was seen to raise `InternalClientError`
+    where the server had ended backends between two uses (asyncpg 0.32).
 
     `timeout_seconds` is for connecting; `queue_seconds` is how long a caller waits for a connection that is in
     use: a burst of ours that queues here is no sign of Postgres being away. `pins`: see `open_connection`.
@@ -216,10 +216,7 @@ class Pool:
         await asyncio.gather(*(connection.close() for connection in free))
 
     async def _take(self) -> PinnedConnection:
-        if self._places.locked():
-            async with asyncio.timeout(self._queue_seconds):
-                await self._places.acquire()
-        else:
+        async with asyncio.timeout(self._queue_seconds) if self._places.locked() else nullcontext():
             await self._places.acquire()
         try:
             while self._free:

@@ -633,12 +633,11 @@ async def test_what_became_of_a_transaction(world: World) -> None:
 
 async def test_a_server_that_was_started_since_cannot_tell(world: World) -> None:
     """After a crash another transaction may have the same id: that it committed is no sign of ours."""
-    claim = await world.claim()
     async with world.seat() as seat:
         await seat.begin()
-        held = await world.ledger.hold(seat.driver, claim)
-        assert held is not None
+        held = await world.ledger.hold(seat.driver, await world.claim())
         await seat.commit()
+    assert held is not None
     assert await world.ledger.committed(held)
     assert not await world.ledger.committed(replace(held, server="1793610041.5"))
 
