@@ -1,9 +1,9 @@
 """Coalescing: concurrent calls share one round trip.
 
-Guarantees: nothing waits for a timer: when idle, a call is sent in the same turn of the event loop, and while
-a batch is under way, calls gather for the next one; a call goes past a batch that takes long, unless as many are
-under way as may be. Each caller gets the answer to its own item, or an error of its own; one that is cancelled disturbs neither its batch nor its mates, because a batch
-runs in a task of its own.
+Guarantees: nothing waits for a timer: when idle, a call is sent in the same turn of the event loop, and while a batch
+is under way, calls gather for the next one; a call goes past a batch that takes long, unless as many are under way as
+may be. Each caller gets the answer to its own item, or an error of its own; one that is cancelled disturbs neither
+its batch nor its mates, because a batch runs in a task of its own.
 """
 
 import asyncio
