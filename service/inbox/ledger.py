@@ -8,6 +8,7 @@ database's; intervals are handed in, in seconds.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 from service.errors import LedgerUnavailable
@@ -52,11 +53,12 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """A handler's transaction: its id, the server process that runs it, and when that server was started."""
+    """A handler's transaction: its id, the process that runs it, when the server was started, and when it began."""
 
     xid: str
     pid: int
-    server: str
+    server: datetime
+    began: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +245,7 @@ class Ledger:
         rows = await statements.HOLD.fetch(
             connection, event_id=claim.event_id, attempt=claim.attempt, timeout_ms=self._timeout_ms
         )
-        return Held(rows[0]["xid"], rows[0]["pid"], rows[0]["server"]) if rows else None
+        return Held(*rows[0][:4]) if rows else None
 
     async def complete_if_held(self, connection: PinnedConnection, claim: Claim, held: Held, action: str) -> bool:
         """The completion mark: last statement before COMMIT, and only in the transaction that was held."""
@@ -289,8 +291,8 @@ class Ledger:
         await self._run(statements.END, pid=held.pid, xid=held.xid)
 
     async def committed(self, held: Held) -> bool:
-        """Whether a transaction that is over was committed; no, if the server was started since: it cannot tell."""
-        rows = await self._run(statements.XACT_STATUS, xid=held.xid, server=held.server)
+        """Whether a transaction that is over was committed; no, if the server was started or crashed since."""
+        rows = await self._run(statements.XACT_STATUS, xid=held.xid, server=held.server, began=held.began)
         return bool(rows[0][0] == "committed")
 
     async def _settle(self, statement: Statement, claim: Claim, **values: object) -> Status | None:

@@ -1,7 +1,8 @@
 """The ledger's SQL, a line of purpose each.
 
 Guarantees: every change of state names status and attempt in its WHERE. `ON CONFLICT DO UPDATE` is never used:
-it queues behind a running handler's row lock, `DO NOTHING` does not. The clock is always `clock_timestamp()`.
+it queues behind a running handler's row lock, `DO NOTHING` does not. The ledger's clock is always
+`clock_timestamp()`.
 """
 
 from dataclasses import dataclass
@@ -124,7 +125,8 @@ SELECT event_id FROM stripe_events
 HOLD = statement("""
 SELECT pg_current_xact_id()::text AS xid,
        pg_backend_pid() AS pid,
-       extract(epoch FROM pg_postmaster_start_time())::text AS server,
+       pg_postmaster_start_time() AS server,
+       now() AS began,
        set_config('synchronous_commit', 'on', true),
        set_config('idle_in_transaction_session_timeout', :timeout_ms, true),
        set_config('statement_timeout', :timeout_ms, true)
@@ -210,9 +212,12 @@ SELECT pg_terminate_backend(pid) FROM pg_stat_activity
  WHERE pid = :pid AND backend_xid = CAST(CAST(CAST(:xid AS text) AS xid8) AS xid)
 """)
 
-# Of this server since it was started: one that crashes forgets the ids of transactions that had nothing on disk, and
-# gives them out again. What another has committed under the same id is no sign of ours.
+# Of this server, unless it was started or has crashed since: a crash forgets the ids of transactions that had nothing
+# on disk, and gives them out again, and what another has committed under the same id is no sign of ours. Started anew,
+# it has another start time; where it lost a process (kill -9, out of memory) and recovered in place it has not, but
+# recovery resets its statistics.
 XACT_STATUS = statement("""
-SELECT CASE WHEN extract(epoch FROM pg_postmaster_start_time())::text = :server
+SELECT CASE WHEN pg_postmaster_start_time() = :server AND stats_reset < :began
             THEN pg_xact_status(CAST(CAST(:xid AS text) AS xid8)) END
+  FROM pg_stat_bgwriter
 """)

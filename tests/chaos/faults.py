@@ -196,6 +196,12 @@ async def end_backends(bench: Bench, fault: Fault) -> None:
         await bench.postgres.execute("SELECT pg_terminate_backend($1)", pid)
 
 
+async def lose_backend(bench: Bench, fault: Fault) -> None:
+    """One dies as if for lack of memory: the server throws everyone off, and recovers in place."""
+    if backends := await bench.postgres.backends():
+        await bench.postgres.lose(backends[fault.pick % len(backends)])
+
+
 async def rotate(bench: Bench, _: Fault) -> None:
     """`firstclaim epoch rotate`: every marker is worthless from now on."""
     with suppress(LedgerUnavailable):  # Postgres is away: an operator would come back later
@@ -287,6 +293,7 @@ LANES: Final[Mapping[str, Mapping[str, Do]]] = {
         "freeze": freeze_postgres,
         "freeze backends": freeze_backends,
         "end backends": end_backends,
+        "lose a backend": lose_backend,
     },
     "redis lines": {
         "cut": _cut("redis"),

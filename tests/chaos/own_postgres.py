@@ -8,6 +8,7 @@ import os
 import secrets
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Final, Self
 
@@ -67,6 +68,20 @@ class PostgresServer(Server):
         """Stop and start."""
         await self.stop(how)
         await self.start()
+
+    async def lose(self, pid: int) -> None:
+        """`kill -9` one of its processes: it ends all the others, recovers in place, and takes connections again."""
+        before = {*self.members()} - {self.pid}
+        self.send(signal.SIGKILL, pid)
+
+        async def recovered() -> bool:
+            if before.intersection(self.members()):
+                return False
+            with suppress(OSError, asyncpg.PostgresError):
+                return bool(await self.execute("SELECT 1"))
+            return False
+
+        await eventually(recovered, bool, START_SECONDS)
 
     async def configure(self, **settings: str) -> None:
         """Set for every connection from now on; what needs a restart takes it at the next one."""

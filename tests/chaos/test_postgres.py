@@ -27,6 +27,7 @@ from tests.chaos.verdict import verdict
 POOLED = 15  # connections of a process, as shipped
 ROUNDS = 10
 DELIVERIES = 60  # in a round
+IDS_MOST = 50  # of transactions, until a forgotten one is given out again
 # As shipped: rows 19 and 21 are about just these times.
 DEADLINES: Overrides = {"postgres_timeout_seconds": 1.5, "answer_budget_seconds": 5, "lease_seconds": 4}
 DEADLINE_SECONDS = 5 + 1.5  # the answer's budget, and what a busy machine adds
@@ -86,6 +87,34 @@ async def test_row_20_restarted_under_load(own: Own) -> None:
     late = sample("fail", until=1)  # and what its handler fails, recovery completes
     assert (await answered(history, services[0], late)).said == FAILED
     assert (await history.ground.settled(late)).counts == (2, 1, 0)
+
+
+@pytest.mark.parametrize("how", ["restarted", "recovered in place"])
+async def test_row_20_ids_given_out_again(how: str, own: Own, tmp_path: Path) -> None:
+    """A crash forgets a handler's transaction and gives its id to another, which commits: no word about the handler."""
+    history = own.history
+    service = await history.service(SHORT_LEASE).start()
+    gate = tmp_path / "gate"
+    event = sample("hold", gate=str(gate))
+    with history.postgres_away():
+        delivery = asyncio.create_task(answered(history, service, event))
+        [pid] = await eventually(lambda: own.postgres.backends(state="idle in transaction"))
+        [held] = await own.postgres.execute("SELECT backend_xid::text AS xid FROM pg_stat_activity WHERE pid = $1", pid)
+        if how == "restarted":
+            await own.postgres.restart(signal.SIGQUIT)
+        else:
+            await own.postgres.lose(pid)
+        given: list[str] = []
+        while held["xid"] not in given:
+            assert len(given) < IDS_MOST, f"{held['xid']} was not given out again, but {given}"
+            [row] = await own.postgres.execute("SELECT pg_current_xact_id()::text AS xid")
+            given.append(row["xid"])
+        assert await own.postgres.execute("SELECT WHERE pg_xact_status($1::text::xid8) = 'committed'", held["xid"])
+        gate.touch()
+        assert (await delivery).said in (FAILED, UNAVAILABLE, DEFERRED)
+    assert (await history.ground.settled(event)).attempt == 2
+    assert (await answered(history, service, event)).said == IGNORED
+    await verdict(history)
 
 
 @pytest.mark.chaos

@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
@@ -23,6 +24,7 @@ from tests.integration.world import World, delivery, effect, explained, until
 SETTLED = (Status.COMPLETED, Status.IGNORED, Status.DEAD)
 LEASE_SECONDS = 60.0
 GIVE_UP_SECONDS = 3 * 86_400
+LONG_AGO = datetime(2000, 1, 1, tzinfo=UTC)
 
 
 def near(seconds: float, wanted: float) -> bool:
@@ -595,7 +597,7 @@ async def test_nothing_is_held_that_is_not_ours(world: World, status: Status | N
         await seat.begin()
         assert await world.ledger.hold(seat.driver, claim) is None
         assert not await world.ledger.complete_if_held(
-            seat.driver, claim, Held(await xid_of(seat.driver), 0, ""), "done"
+            seat.driver, claim, Held(await xid_of(seat.driver), 0, LONG_AGO, LONG_AGO), "done"
         )
 
 
@@ -631,15 +633,16 @@ async def test_what_became_of_a_transaction(world: World) -> None:
             assert await world.ledger.committed(held) is (end == seat.commit)
 
 
-async def test_a_server_that_was_started_since_cannot_tell(world: World) -> None:
-    """After a crash another transaction may have the same id: that it committed is no sign of ours."""
+async def test_a_server_that_was_started_or_crashed_since_cannot_tell(world: World) -> None:
+    """Another transaction may have the same id then: that it committed is no sign of ours."""
     async with world.seat() as seat:
         await seat.begin()
         held = await world.ledger.hold(seat.driver, await world.claim())
         await seat.commit()
     assert held is not None
     assert await world.ledger.committed(held)
-    assert not await world.ledger.committed(replace(held, server="1793610041.5"))
+    assert not await world.ledger.committed(replace(held, server=LONG_AGO)), "another start of the server"
+    assert not await world.ledger.committed(replace(held, began=LONG_AGO)), "before its last recovery in place"
 
 
 async def test_ending_a_transaction_ends_that_one_only(world: World) -> None:
@@ -652,9 +655,9 @@ async def test_ending_a_transaction_ends_that_one_only(world: World) -> None:
             "SELECT pg_current_xact_id()::text FROM stripe_events WHERE event_id = $1 FOR UPDATE", claim.event_id
         )
         pid = other.get_server_pid()
-        await world.ledger.end(Held(str(int(xid) + 1), pid, ""))
+        await world.ledger.end(Held(str(int(xid) + 1), pid, LONG_AGO, LONG_AGO))
         assert await other.fetchval("SELECT 1") == 1
-        await world.ledger.end(Held(xid, pid, ""))
+        await world.ledger.end(Held(xid, pid, LONG_AGO, LONG_AGO))
         running = "SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = $1"
         await until(lambda: world.database.fetchval(running, pid))
     finally:
