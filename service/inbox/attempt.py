@@ -54,7 +54,10 @@ class CommitUnknown(Exception):
 
 @dataclass(slots=True)
 class Attempt:
-    """One attempt. `held` is its transaction once the row is locked; `work` the handler once it is called."""
+    """One attempt. `held` is its transaction once the row is locked; `work` the handler once it is called.
+
+    `ended_by_handler`: the attempt came to nothing, and the handler had ended its transaction by then.
+    """
 
     seats: Seats
     ledger: Ledger
@@ -64,6 +67,7 @@ class Attempt:
     deadline_seconds: float
     postgres_timeout_seconds: float
     held: Held | None = field(default=None, init=False)
+    ended_by_handler: bool = field(default=False, init=False)
     work: asyncio.Future[Any] | None = field(default=None, init=False)
 
     async def run(self) -> str | Exception:
@@ -83,12 +87,14 @@ class Attempt:
             seat.check_not_refused()
             await self._mark(seat, self.held, action)
         except (TimeoutError, asyncio.CancelledError) as error:
+            self.ended_by_handler = self._in_no_transaction(seat)
             await self._end(seat)
             if isinstance(error, TimeoutError):
                 return error
             raise
         except Exception as error:  # noqa: BLE001  (whatever a handler raises is this attempt's failure)
-            return TransactionEnded() if self._ended_by_handler(seat) else error
+            self.ended_by_handler = isinstance(error, TransactionEnded) or self._in_no_transaction(seat)
+            return error
         else:
             return await self._commit(seat, action)
         finally:
@@ -137,8 +143,8 @@ class Attempt:
         if not marked:  # no longer the transaction that was begun
             raise TransactionEnded
 
-    def _ended_by_handler(self, seat: Seat) -> bool:
-        """Whether the server is in no transaction, not even a failed one: since then each statement has committed."""
+    def _in_no_transaction(self, seat: Seat) -> bool:
+        """Not even in a failed one: since the handler ended its own, each statement has committed."""
         try:
             raw = seat.driver
         except LedgerUnavailable:  # a lost connection committed nothing more
@@ -149,7 +155,7 @@ class Attempt:
         try:
             async with asyncio.timeout(self.postgres_timeout_seconds):
                 await seat.commit()
-        except (*UNAVAILABLE, asyncio.CancelledError) as error:
+        except (*UNAVAILABLE, LedgerUnavailable, asyncio.CancelledError) as error:
             await seat.discard()
             return CommitUnknown(action, describe(error))
         return action

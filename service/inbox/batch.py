@@ -1,9 +1,9 @@
 """Coalescing: concurrent calls share one round trip.
 
-Guarantees: nothing waits for a timer: when idle, a call is sent in the same turn of the event loop, and while a batch
-is under way, calls gather for the next one; a call goes past a batch that takes long, unless as many are under way as
-may be. Each caller gets the answer to its own item, or an error of its own; one that is cancelled disturbs neither
-its batch nor its mates, because a batch runs in a task of its own.
+Guarantees: when idle, a call is sent in the same turn of the event loop, and while a batch is under way, calls gather
+for the next one; they go past a batch that takes long as soon as it does, unless as many are under way as may be. Each
+caller gets the answer to its own item, or an error of its own; one that is cancelled disturbs neither its batch nor its
+mates, because a batch runs in a task of its own.
 """
 
 import asyncio
@@ -37,22 +37,36 @@ class Batcher(Generic[T, R]):
         self._parallel = parallel
         self._late_seconds = late_seconds
         self._began = 0.0  # the batch that was sent last, by the loop's clock
+        self._look_again: asyncio.TimerHandle | None = None
         self._waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
         self._working = 0
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them only weakly
 
     def call(self, item: T) -> asyncio.Future[R]:
         """The answer to `item`, to be awaited."""
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[R] = loop.create_future()
+        answer: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, answer))
-        if not self._working or (self._working < self._parallel and loop.time() - self._began >= self._late_seconds):
-            self._working += 1
-            self._began = loop.time()
-            task = loop.create_task(self._work())
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        if not self._working or self._look_again is None:
+            self._look()
         return answer
+
+    def _look(self) -> None:
+        """Send what waits; or, beside a batch that is not late yet, look again when it is."""
+        if self._look_again is not None:
+            self._look_again.cancel()
+            self._look_again = None
+        if not self._waiting or self._working >= self._parallel:
+            return
+        loop = asyncio.get_running_loop()
+        late_at = self._began + self._late_seconds
+        if self._working and loop.time() < late_at:
+            self._look_again = loop.call_at(late_at, self._look)
+            return
+        self._working += 1
+        self._began = loop.time()
+        task = loop.create_task(self._work())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def refuse_waiting(self, error: Exception) -> None:
         """Raise `error` to all whose batch has not begun."""

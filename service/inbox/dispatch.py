@@ -163,13 +163,15 @@ class Dispatcher:
         if isinstance(ended, CommitUnknown):
             return await self._settle_unknown(claim, ended)
         log.warning("handler_failed", event_id=claim.event_id, attempt=claim.attempt, error=describe_error(ended))
-        if isinstance(ended, TransactionEnded) or await self._committed_all_the_same(attempt):
+        if await self._committed_all_the_same(attempt):
             await self._ledger.kill_if_held(claim, str(TransactionEnded()))
             return outcome.failed(claim.attempt)
         return await self._fail(claim, ended)
 
     async def _committed_all_the_same(self, attempt: Attempt) -> bool:
-        """An attempt that did not succeed and whose transaction is committed: a retry would double what it did."""
+        """An attempt that did not succeed, of which something is committed, or may be: a retry would double it."""
+        if attempt.ended_by_handler:
+            return True
         return attempt.held is not None and await self._ledger.committed(attempt.held)
 
     async def _fail(self, claim: Claim, error: Exception) -> Outcome:

@@ -68,7 +68,7 @@ class PinnedConnection(asyncpg.Connection):
 
     async def close(self, *, timeout: float | None = None) -> None:
         """Say goodbye, but not for long: of a frozen server SQLAlchemy would wait 2 s for it, or for ever."""
-        with suppress(TimeoutError):  # it is aborted then
+        with suppress(*UNAVAILABLE):  # it is aborted then
             await super().close(timeout=min(timeout or _GOODBYE_SECONDS, _GOODBYE_SECONDS))
 
 

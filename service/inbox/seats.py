@@ -1,9 +1,11 @@
 """The connections that handlers work on, kept open between events, and what a handler may do with its own.
 
 Guarantees: one handler at a time has a connection, and gets it in no transaction and under the ledger's latest epoch.
-While it runs it cannot commit or roll back, and once it has ended it reaches nothing any more. SQLAlchemy, which
-handlers may use, is not in the way of those that do not: its connection object is made when it is asked for. (Making
-one for each event, and the way into its pool and back, took a tenth of what an event costs.)
+While it runs it cannot commit, roll back, or go on on another connection when this one is lost, and once it has ended
+it reaches nothing any more. Only what a handler has committed on is kept: one that failed may have left what no
+rollback takes back, a session's advisory lock above all. SQLAlchemy, which handlers may use, is not in the way of those
+that do not: its connection object is made when it is asked for. (Making one for each event, and the way into its pool
+and back, took a tenth of what an event costs.)
 """
 
 import asyncio
@@ -34,6 +36,7 @@ class Seat:
         self._raw: PinnedConnection = pooled.driver_connection  # type: ignore[assignment]
         self._connection: AsyncConnection | None = None
         self._over = False
+        self._kept = True  # for the next handler, once this one is done
 
     @property
     def driver(self) -> PinnedConnection:
@@ -68,6 +71,7 @@ class Seat:
     def start(self) -> None:
         """The handler runs: from now on commit() and rollback() raise `HandlerRuleBroken`."""
         self._raw.handler_runs, self._raw.handler_refused = True, False
+        self._kept = False
 
     def stop(self) -> None:
         """It has ended, or is over."""
@@ -86,6 +90,7 @@ class Seat:
             raise LedgerUnavailable("the transaction is gone")
         await raw.handling.commit()
         raw.handling = None
+        self._kept = True
 
     async def roll_back(self, timeout_seconds: float | None = None) -> None:
         """Roll back what `begin` began, if it is still open; nothing when it was committed. Raises TimeoutError."""
@@ -104,20 +109,18 @@ class Seat:
             await connection.invalidate()
         await connection.close()
 
-    async def close(self) -> None:
-        """Back into the pool, which ends what it finds open."""
-        self.stop()
-        await self._around().close()
+    async def leave(self) -> None:
+        """Close for good with a goodbye, for which a frozen server gets a moment."""
+        await self._raw.close()
+        await self.discard()
 
     async def vacate(self) -> PoolProxiedConnection | None:
-        """What the next handler can have; None: nothing, for this one broke it, closed it, or left anything on it."""
+        """What the next handler can have; None: nothing, for this one failed, or broke, closed or altered it."""
         self.stop()
         connection = self._connection
-        if self._raw.is_closed() or (connection is not None and (connection.closed or connection.invalidated)):
+        open_still = not self._raw.is_closed() and self._raw.handling is None
+        if not self._kept or not open_still or (connection is not None and _is_altered(connection)):
             await self.discard()
-            return None
-        if self._raw.handling is not None or (connection is not None and _is_altered(connection)):
-            await self.close()
             return None
         if connection is not None and (sync := connection.sync_connection) is not None:
             pooled: Any = self._pooled
@@ -127,7 +130,8 @@ class Seat:
 
     def _around(self) -> AsyncConnection:
         if self._connection is None:
-            sync = Connection(self._engine.sync_engine, connection=self._pooled)
+            # It is never to connect anew: what a handler writes there is in no transaction, and no retry knows of it.
+            sync = Connection(self._engine.sync_engine, connection=self._pooled, _allow_revalidate=False)
             self._connection = AsyncConnection(self._engine, sync_connection=sync)
         return self._connection
 
@@ -180,14 +184,15 @@ class Seats:
 
     async def close(self) -> None:
         """Close all that are free."""
-        while self._free:
-            await Seat(self._engine, self._free.pop()).close()
+        free = [Seat(self._engine, pooled) for pooled in self._free]
+        self._free.clear()
+        await asyncio.gather(*(seat.leave() for seat in free))
         await self._engine.dispose()
 
 
 def _is_altered(connection: AsyncConnection) -> bool:
     sync = connection.sync_connection
-    return sync is not None and "isolation_level" in sync.get_execution_options()
+    return sync is None or sync.closed or "isolation_level" in sync.get_execution_options()
 
 
 def _refuse_outdated(epoch: Epoch, dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
@@ -204,7 +209,7 @@ def _end_transaction(dbapi_connection: Any, _record: Any, _state: PoolResetState
 
 
 def _refuse_in_handler(connection: Any) -> None:
-    if connection.invalidated:
+    if connection.closed:  # lost, or the handler's own doing: there is nothing to end
         return
     raw = connection.connection.driver_connection
     if raw.handler_runs:

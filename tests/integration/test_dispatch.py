@@ -17,7 +17,7 @@ from service.errors import HandlerRuleBroken, LedgerUnavailable
 from service.inbox.ledger import Claim, Ledger
 from service.inbox.model import Status
 from service.inbox.outcome import Kind, Outcome
-from service.inbox.postgres import Epoch
+from service.inbox.postgres import Epoch, PinnedConnection
 from service.inbox.seats import Seat, Seats
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import Function, World, effect, effect_from_thread, until
@@ -374,13 +374,26 @@ async def test_a_handlers_own_commit_is_found_out(world: World, statement: str, 
     await still_works(world)
 
 
-async def test_a_commit_before_the_deadline_is_found_out(make_world: MakeWorld) -> None:
-    """The same for a handler that committed and then ran too long."""
+async def commits(event: Event, context: Context) -> None:
+    await effect(event, context)
+    await context.connection.execute(text("COMMIT AND CHAIN"))
+
+
+async def writes_in_no_transaction(event: Event, context: Context) -> None:
+    await context.connection.execute(text("ROLLBACK"))
+    await effect(event, context)
+
+
+OWN_ENDS = pytest.mark.parametrize("own_end", [commits, writes_in_no_transaction])
+
+
+@OWN_ENDS
+async def test_an_own_end_before_the_deadline_is_found_out(make_world: MakeWorld, own_end: Function) -> None:
+    """The same for a handler that then ran too long."""
     world = await make_world(handler_deadline_seconds=0.1)
 
     async def function(event: Event, context: Context) -> None:
-        await effect(event, context)
-        await context.connection.execute(text("COMMIT"))
+        await own_end(event, context)
         await asyncio.Event().wait()
 
     await ends(world, function, Kind.FAILED, Status.DEAD, effects=1, error="a handler must not commit")
@@ -399,7 +412,11 @@ async def test_a_handlers_own_rollback_is_found_out(world: World, statement: str
     )
 
 
-@pytest.mark.parametrize("then", [lambda: None, fail, permanently])
+def time_out() -> None:
+    raise TimeoutError
+
+
+@pytest.mark.parametrize("then", [lambda: None, fail, permanently, time_out])
 async def test_what_was_written_after_an_own_rollback_is_not_doubled(world: World, then: Callable[[], Any]) -> None:
     """Outside of any transaction each statement has committed: dead, however the handler ended."""
 
@@ -826,13 +843,13 @@ async def test_stopping_releases_what_waits_for_a_slot(make_world: MakeWorld) ->
     assert world.dispatcher.free_slots == 1
 
 
-async def test_stopping_does_not_forgive_an_own_commit(world: World) -> None:
+@OWN_ENDS
+async def test_stopping_does_not_forgive_an_own_end(world: World, own_end: Function) -> None:
     """Released, its committed effects would be doubled by the next attempt: dead instead."""
     running = asyncio.Event()
 
     async def function(event: Event, context: Context) -> None:
-        await effect(event, context)
-        await context.connection.execute(text("COMMIT"))
+        await own_end(event, context)
         running.set()
         await asyncio.Event().wait()
 
@@ -892,6 +909,21 @@ async def test_a_commit_that_never_arrived_is_a_failure(
     [again] = await world.ledger.take_over([claim.event_id])
     assert (await world.dispatch(handles, again)).kind is Kind.PROCESSED
     assert await world.effects(claim.event_id) == 1
+    await still_works(world)
+
+
+async def test_a_connection_lost_before_the_commit_is_a_failure(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """COMMIT was never sent: failed, tried again soon, and not left for its lease to run out."""
+    complete = Ledger.complete_if_held
+
+    async def then_lost(ledger: Ledger, connection: PinnedConnection, *rest: Any) -> bool:
+        marked = await complete(ledger, connection, *rest)
+        connection.terminate()
+        return marked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "complete_if_held", then_lost)
+        await ends(world, handles, Kind.FAILED, Status.FAILED, effects=0, error="COMMIT failed: ")
     await still_works(world)
 
 

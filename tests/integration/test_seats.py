@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 import asyncpg
 import pytest
 from sqlalchemy import text
+from sqlalchemy.exc import DBAPIError, ResourceClosedError
 
 from service.errors import HandlerRuleBroken, LedgerUnavailable
 from service.inbox.postgres import Epoch
@@ -150,10 +151,65 @@ async def test_a_connection_comes_back_without_a_transaction(
     assert await admin.fetchval("SELECT count(*) FROM effects") == 0
 
 
+async def test_what_a_handler_gives_back_by_itself_is_not_kept(database_url: str, admin: asyncpg.Connection) -> None:
+    """Back in SQLAlchemy's pool with its transaction, it would be the next handler's, whose commit were none."""
+    async with opened(database_url) as seats:
+        seat = await seats.take()
+        await seat.begin()
+        seat.start()
+        await seat.fetch(INSERT)
+        pid = seat.driver.get_server_pid()
+        (await seat.connection.get_raw_connection()).close()
+        assert await sit(seats, sqlalchemy=False) != pid
+        await seats.give_back(seat)
+        assert await sit(seats, sqlalchemy=False) != pid
+    assert await admin.fetchval("SELECT count(*) FROM effects") == 0
+
+
+@pytest.mark.parametrize("sqlalchemy", [False, True])
+async def test_nothing_is_kept_that_a_handler_failed_on(
+    database_url: str, admin: asyncpg.Connection, sqlalchemy: bool
+) -> None:
+    """No rollback frees a session's advisory lock: it goes with the connection, and the next handler has another."""
+    async with opened(database_url) as seats:
+        seat = await seats.take()
+        await seat.begin()
+        seat.start()
+        if sqlalchemy:
+            await seat.connection.execute(text("SELECT pg_advisory_lock(7)"))
+        else:
+            await seat.fetch("SELECT pg_advisory_lock(7)")
+        seat.stop()
+        await seat.roll_back()
+        await seats.give_back(seat)
+        await until(lambda: admin.fetchval("SELECT pg_try_advisory_lock(7)"))
+        await sit(seats, sqlalchemy=sqlalchemy)
+
+
+async def test_a_lost_connection_is_not_made_anew(database_url: str, admin: asyncpg.Connection) -> None:
+    """A handler that rolls back and goes on, as one does with SQLAlchemy, would write outside of its transaction."""
+    async with opened(database_url, size=2) as seats:
+        seat = await seats.take()
+        await seat.begin()
+        seat.start()
+        await admin.execute("SELECT pg_terminate_backend($1)", seat.driver.get_server_pid())
+        with pytest.raises(DBAPIError):
+            await seat.connection.execute(text(INSERT))
+        await seat.connection.rollback()
+        with pytest.raises(ResourceClosedError):
+            await seat.connection.execute(text(INSERT))
+        await seat.connection.commit()
+        await seats.give_back(seat)
+        taken = [await seats.take() for _ in range(2)]  # both places are free
+        for each in taken:
+            await seats.give_back(each)
+    assert await admin.fetchval("SELECT count(*) FROM effects") == 0
+
+
 async def test_closing_does_not_wait_for_a_frozen_server(database_url: str) -> None:
-    """A stop of the service is not held up by its goodbyes."""
-    async with before_postgres(database_url) as (proxy, url), opened(url, size=3) as seats:
-        for seat in [await seats.take() for _ in range(3)]:
+    """A stop of the service is not held up by its goodbyes, however many they are."""
+    async with before_postgres(database_url) as (proxy, url), opened(url, size=12) as seats:
+        for seat in [await seats.take() for _ in range(12)]:
             await seats.give_back(seat)
         proxy.switch(Mode.FROZEN)
         began = time.monotonic()

@@ -110,6 +110,14 @@ MUTANTS = (
         "integration/test_coalescing.py::test_a_server_that_does_not_answer_costs_one_timeout",
     ),
     Mutant(
+        "who-waits-needs-another-call",
+        "A delivery that waits behind a late insert goes past it by itself.",
+        "inbox/batch.py",
+        "self._look_again = loop.call_at(late_at, self._look)",
+        "pass",
+        "unit/test_batch.py::test_who_waits_goes_past_a_batch_when_it_becomes_late",
+    ),
+    Mutant(
         "a-batch-waits-for-ever",
         "A row that is waited for holds up its batch only for so long.",
         "inbox/statements.py",

@@ -65,7 +65,7 @@ MUTANTS = (
         "inbox/seats.py",
         "if connection.handling is not None:",
         "if False:",
-        "integration/test_seats.py::test_a_connection_comes_back_without_a_transaction",
+        "integration/test_seats.py::test_what_a_handler_gives_back_by_itself_is_not_kept",
     ),
     Mutant(
         "transaction-is-lent",

@@ -1,4 +1,4 @@
-"""Coalescing without a timer: what is in one batch, who hears what, and that nobody waits for ever."""
+"""Coalescing: what is in one batch, who hears what, and that nobody waits for ever."""
 
 import asyncio
 from collections.abc import Sequence
@@ -71,6 +71,22 @@ async def test_only_a_late_batch_is_gone_past(line: Line, late: bool) -> None:
     assert line.batches == [[0], [1, 2]]
 
 
+async def test_who_waits_goes_past_a_batch_when_it_becomes_late(line: Line) -> None:
+    """No further call has to come for that; nor does a batch that has just ended beside it put it off."""
+    batcher = made(line, parallel=2, late_seconds=0.01)
+    line.open.clear()
+    stalled = batcher.call(0)
+    await asyncio.sleep(0)
+    gate, line.open = line.open, asyncio.Event()
+    line.open.set()
+    async with asyncio.timeout(10):
+        assert await batcher.call(1) == 2
+        assert await batcher.call(2) == 4
+    assert line.batches == [[0], [1], [2]]
+    gate.set()
+    assert await stalled == 0
+
+
 async def test_the_waiting_can_be_refused(line: Line) -> None:
     """Those whose batch has not begun hear of it at once; what is under way goes on, and so does the next call."""
     batcher = made(line)
@@ -86,6 +102,21 @@ async def test_the_waiting_can_be_refused(line: Line) -> None:
     assert await first == 0
     assert await batcher.call(3) == 6
     assert line.batches == [[0], [3]]
+
+
+async def test_when_idle_a_call_is_sent_at_once(line: Line) -> None:
+    """Whatever is still to be looked at later: what gathered meanwhile has been sent."""
+    batcher = made(line, parallel=2, late_seconds=3600)
+    assert [*await asyncio.gather(batcher.call(0), batcher.call(1))] == [0, 2]
+    line.open.clear()
+    calls = [batcher.call(2)]
+    await asyncio.sleep(0)
+    calls.append(batcher.call(3))
+    line.open.set()
+    async with asyncio.timeout(10):
+        assert [await each for each in calls] == [4, 6]
+        assert await batcher.call(4) == 8
+    assert line.batches == [[0, 1], [2], [3], [4]]
 
 
 async def test_one_call_after_another(line: Line) -> None:
