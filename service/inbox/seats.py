@@ -2,10 +2,10 @@
 
 Guarantees: one handler at a time has a connection, and gets it in no transaction and under the ledger's latest epoch.
 While it runs it cannot commit, roll back, or go on on another connection when this one is lost, and once it has ended
-it reaches nothing any more. Only what a handler has committed on is kept: one that failed may have left what no
-rollback takes back, a session's advisory lock above all. SQLAlchemy, which handlers may use, is not in the way of those
-that do not: its connection object is made when it is asked for. (Making one for each event, and the way into its pool
-and back, took a tenth of what an event costs.)
+it reaches nothing any more. One that failed leaves nothing: its transaction is rolled back, the session's advisory
+locks, which alone no rollback takes back, are freed, and where it had ended its transaction the connection is closed.
+SQLAlchemy, which handlers may use, is not in the way of those that do not: its connection object is made when it is
+asked for. (Making one for each event, and the way into its pool and back, took a tenth of what an event costs.)
 """
 
 import asyncio
@@ -36,7 +36,7 @@ class Seat:
         self._raw: PinnedConnection = pooled.driver_connection  # type: ignore[assignment]
         self._connection: AsyncConnection | None = None
         self._over = False
-        self._kept = True  # for the next handler, once this one is done
+        self._used = False
 
     @property
     def driver(self) -> PinnedConnection:
@@ -71,7 +71,7 @@ class Seat:
     def start(self) -> None:
         """The handler runs: from now on commit() and rollback() raise `HandlerRuleBroken`."""
         self._raw.handler_runs, self._raw.handler_refused = True, False
-        self._kept = False
+        self._used = True
 
     def stop(self) -> None:
         """It has ended, or is over."""
@@ -90,7 +90,6 @@ class Seat:
             raise LedgerUnavailable("the transaction is gone")
         await raw.handling.commit()
         raw.handling = None
-        self._kept = True
 
     async def roll_back(self, timeout_seconds: float | None = None) -> None:
         """Roll back what `begin` began, if it is still open; nothing when it was committed. Raises TimeoutError."""
@@ -98,6 +97,8 @@ class Seat:
         if not raw.is_closed() and raw.handling is not None and raw.is_in_transaction():
             async with asyncio.timeout(timeout_seconds):
                 await raw.handling.rollback()
+                if self._used:
+                    await raw.execute("SELECT pg_advisory_unlock_all()")
             raw.handling = None
 
     async def discard(self) -> None:
@@ -115,11 +116,11 @@ class Seat:
         await self.discard()
 
     async def vacate(self) -> PoolProxiedConnection | None:
-        """What the next handler can have; None: nothing, for this one failed, or broke, closed or altered it."""
+        """What the next handler can have; None: nothing, for this one broke, closed or altered it."""
         self.stop()
         connection = self._connection
-        open_still = not self._raw.is_closed() and self._raw.handling is None
-        if not self._kept or not open_still or (connection is not None and _is_altered(connection)):
+        ended_well = not self._raw.is_closed() and self._raw.handling is None
+        if not ended_well or (connection is not None and _is_altered(connection)):
             await self.discard()
             return None
         if connection is not None and (sync := connection.sync_connection) is not None:

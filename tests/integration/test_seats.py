@@ -167,10 +167,10 @@ async def test_what_a_handler_gives_back_by_itself_is_not_kept(database_url: str
 
 
 @pytest.mark.parametrize("sqlalchemy", [False, True])
-async def test_nothing_is_kept_that_a_handler_failed_on(
+async def test_a_handler_that_failed_leaves_no_lock(
     database_url: str, admin: asyncpg.Connection, sqlalchemy: bool
 ) -> None:
-    """No rollback frees a session's advisory lock: it goes with the connection, and the next handler has another."""
+    """A session's advisory lock, which no rollback frees, is freed all the same; and its connection serves on."""
     async with opened(database_url) as seats:
         seat = await seats.take()
         await seat.begin()
@@ -181,9 +181,28 @@ async def test_nothing_is_kept_that_a_handler_failed_on(
             await seat.fetch("SELECT pg_advisory_lock(7)")
         seat.stop()
         await seat.roll_back()
+        pid = seat.driver.get_server_pid()
+        await seats.give_back(seat)
+        assert await admin.fetchval("SELECT pg_try_advisory_lock(7)")
+        assert await sit(seats, sqlalchemy=sqlalchemy) == pid
+
+
+@pytest.mark.parametrize("statement", ["COMMIT", "ROLLBACK"])
+async def test_where_a_handler_ended_its_transaction_nothing_is_kept(
+    database_url: str, admin: asyncpg.Connection, statement: str
+) -> None:
+    """There is nothing to roll back, and what it left is not known: its connection is closed."""
+    async with opened(database_url) as seats:
+        seat = await seats.take()
+        await seat.begin()
+        seat.start()
+        await seat.fetch("SELECT pg_advisory_lock(7)")
+        await seat.fetch(statement)
+        seat.stop()
+        await seat.roll_back()
         await seats.give_back(seat)
         await until(lambda: admin.fetchval("SELECT pg_try_advisory_lock(7)"))
-        await sit(seats, sqlalchemy=sqlalchemy)
+        await sit(seats, sqlalchemy=False)
 
 
 async def test_a_lost_connection_is_not_made_anew(database_url: str, admin: asyncpg.Connection) -> None:
