@@ -188,6 +188,7 @@ class Dispatcher:
 
     async def _settle_unknown(self, claim: Claim, error: CommitUnknown) -> Outcome:
         """The connection was lost during COMMIT. The guarded update waits for the old backend, a read would not."""
+        self._ledger.connect_anew()
         wait = self._backoff.after(claim.failures + 1)
         if await self._ledger.fail_if_held(claim, str(error), due_in_seconds=wait) is not None:
             await self._claims.forget(claim)

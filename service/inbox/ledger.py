@@ -261,6 +261,10 @@ class Ledger:
 
     # -- after it -------------------------------------------------------------------------------------
 
+    def connect_anew(self) -> None:
+        """Whatever is asked next is asked on a new connection: one was lost, and rarely it alone."""
+        self._pool.renew()
+
     async def fail_if_held(self, claim: Claim, error: str, *, due_in_seconds: float) -> Status | None:
         """This attempt failed: `failed`, or `dead` when it was tried for too long; None: no longer ours.
 

@@ -209,6 +209,11 @@ class Pool:
         except UNAVAILABLE as error:
             raise LedgerUnavailable(describe(error)) from error
 
+    def renew(self) -> None:
+        """Give up what is free: a connection was lost, and with it perhaps all of them, without having noticed yet."""
+        while self._free:
+            self._free.pop().terminate()
+
     async def close(self) -> None:
         """Close what is free, without waiting for a frozen server; what is borrowed is closed when it comes back."""
         self._closed = True

@@ -927,6 +927,28 @@ async def test_a_connection_lost_before_the_commit_is_a_failure(world: World, mo
     await still_works(world)
 
 
+async def test_what_became_of_a_commit_is_asked_on_a_new_connection(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one is lost, those that are free are lost with it, which is noticed when they are used."""
+    commit = Seat.commit
+
+    async def lost(*_: object, **__: object) -> None:
+        raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
+
+    async def all_lost(seat: Seat) -> None:
+        await commit(seat)
+        assert world.ledger._pool._free
+        for free in world.ledger._pool._free:
+            patch.setattr(free, "fetch", lost)
+        raise ConnectionResetError("reset")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Seat, "commit", all_lost)
+        await ends(world, handles, Kind.PROCESSED, Status.COMPLETED, effects=1)
+    await still_works(world)
+
+
 async def test_a_commit_is_sent_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever comes back: a second COMMIT could only be of another transaction."""
     sent = 0

@@ -145,6 +145,14 @@ MUTANTS = (
         "        pass\n",
         "integration/test_seats.py::test_who_has_ended_reaches_nothing",
     ),
+    Mutant(
+        "commit-asked-on-an-old-connection",
+        "What became of a COMMIT is asked on a new connection.",
+        "inbox/dispatch.py",
+        "        self._ledger.connect_anew()\n",
+        "",
+        "integration/test_dispatch.py::test_what_became_of_a_commit_is_asked_on_a_new_connection",
+    ),
     # -- the deadline
     Mutant(
         "deadline-ignored",
