@@ -23,7 +23,7 @@ from tests.stateful.wire import POSTGRES, REDIS, Effect, Fault
 from tests.stores import Stores
 
 SHORT_EXAMPLES = 25
-LONG_EXAMPLES = 200
+LONG_EXAMPLES = 120
 
 CHOSEN = settings(
     stateful_step_count=30,
