@@ -165,8 +165,8 @@ def is_current(connection: PinnedConnection, epoch: Epoch) -> bool:
 class Pool:
     """Connections for short pieces of work: `size` at most, opened as they are needed.
 
-    Our own: SQLAlchemy's takes longer than a short statement, and the driver's was seen to raise `InternalClientError`
-    where the server had ended backends between two uses (asyncpg 0.32).
+    Our own: SQLAlchemy's takes longer than a short statement, and the driver's resets a connection at each return. One
+    that the server has just ended is replaced once the driver has noticed; a statement a moment before that fails.
 
     `timeout_seconds` is for connecting; `queue_seconds` is how long a caller waits for a connection that is in
     use: a burst of ours that queues here is no sign of Postgres being away. `pins`: see `open_connection`.

@@ -15,7 +15,7 @@ from service.errors import LedgerUnavailable
 from service.inbox import postgres
 from service.inbox.postgres import Epoch, Pool, describe, open_connection, read_epoch
 from tests import operator
-from tests.integration.world import until
+from tests.integration.world import until, until_closed
 from tests.proxy import Mode, before_postgres
 from tests.stores import Stores
 
@@ -334,12 +334,8 @@ async def test_a_backend_that_ended_in_the_pool_is_replaced(database_url: str, a
             pool.borrow(TIMEOUT_SECONDS) as three,
         ):
             pids = [each.get_server_pid() for each in (one, two, three)]
-
-        async def noticed() -> bool:  # between a server's last word and the socket's end the driver cannot tell us
-            return all(each.is_closed() for each in (one, two, three))
-
         await admin.execute("SELECT pg_terminate_backend(pid) FROM unnest($1::int[]) AS pid", pids)
-        await until(noticed)
+        await until_closed(one, two, three)
         for _ in range(6):
             assert await ask(pool, "SELECT 1") == 1
 

@@ -13,7 +13,7 @@ from sqlalchemy.exc import DBAPIError, ResourceClosedError
 from service.errors import HandlerRuleBroken, LedgerUnavailable
 from service.inbox.postgres import Epoch
 from service.inbox.seats import Seat, Seats
-from tests.integration.world import until
+from tests.integration.world import until, until_closed
 from tests.proxy import Mode, before_postgres
 
 TIMEOUT_SECONDS = 10.0
@@ -45,11 +45,17 @@ async def admin(database_url: str) -> AsyncIterator[asyncpg.Connection]:
     await connection.close()
 
 
-async def sit(seats: Seats, *, sqlalchemy: bool) -> int:
-    """One handler's turn, which commits; returns the pid of its backend."""
+async def begun(seats: Seats) -> Seat:
+    """One handler's turn, as it begins."""
     seat = await seats.take()
     await seat.begin()
     seat.start()
+    return seat
+
+
+async def sit(seats: Seats, *, sqlalchemy: bool) -> int:
+    """One handler's turn, which commits; returns the pid of its backend."""
+    seat = await begun(seats)
     if sqlalchemy:
         assert await seat.connection.scalar(text("SELECT 1")) == 1
     else:
@@ -115,12 +121,8 @@ async def test_a_backend_that_ended_between_events_is_replaced(database_url: str
         pids = [raw.get_server_pid() for raw in raws]
         for seat in taken:
             await seats.give_back(seat)
-
-        async def noticed() -> bool:  # between a server's last word and the socket's end the driver cannot tell us
-            return all(raw.is_closed() for raw in raws)
-
         await admin.execute("SELECT pg_terminate_backend(pid) FROM unnest($1::int[]) AS pid", pids)
-        await until(noticed)
+        await until_closed(*raws)
         for number in range(6):
             assert await sit(seats, sqlalchemy=number % 2 > 0) not in pids
 
@@ -159,9 +161,7 @@ async def test_a_connection_comes_back_without_a_transaction(
 async def test_what_a_handler_gives_back_by_itself_is_not_kept(database_url: str, admin: asyncpg.Connection) -> None:
     """Back in SQLAlchemy's pool with its transaction, it would be the next handler's, whose commit were none."""
     async with opened(database_url) as seats:
-        seat = await seats.take()
-        await seat.begin()
-        seat.start()
+        seat = await begun(seats)
         await seat.fetch(INSERT)
         pid = seat.driver.get_server_pid()
         (await seat.connection.get_raw_connection()).close()
@@ -177,9 +177,7 @@ async def test_a_handler_that_failed_leaves_no_lock(
 ) -> None:
     """A session's advisory lock, which no rollback frees, is freed all the same; and its connection serves on."""
     async with opened(database_url) as seats:
-        seat = await seats.take()
-        await seat.begin()
-        seat.start()
+        seat = await begun(seats)
         if sqlalchemy:
             await seat.connection.execute(text("SELECT pg_advisory_lock(7)"))
         else:
@@ -198,9 +196,7 @@ async def test_where_a_handler_ended_its_transaction_nothing_is_kept(
 ) -> None:
     """There is nothing to roll back, and what it left is not known: its connection is closed."""
     async with opened(database_url) as seats:
-        seat = await seats.take()
-        await seat.begin()
-        seat.start()
+        seat = await begun(seats)
         await seat.fetch("SELECT pg_advisory_lock(7)")
         await seat.fetch(statement)
         seat.stop()
@@ -213,10 +209,10 @@ async def test_where_a_handler_ended_its_transaction_nothing_is_kept(
 async def test_a_lost_connection_is_not_made_anew(database_url: str, admin: asyncpg.Connection) -> None:
     """A handler that rolls back and goes on, as one does with SQLAlchemy, would write outside of its transaction."""
     async with opened(database_url, size=2) as seats:
-        seat = await seats.take()
-        await seat.begin()
-        seat.start()
-        await admin.execute("SELECT pg_terminate_backend($1)", seat.driver.get_server_pid())
+        seat = await begun(seats)
+        raw = seat.driver
+        await admin.execute("SELECT pg_terminate_backend($1)", raw.get_server_pid())
+        await until_closed(raw)
         with pytest.raises(DBAPIError):
             await seat.connection.execute(text(INSERT))
         await seat.connection.rollback()

@@ -233,3 +233,12 @@ async def until(look: Callable[[], Awaitable[T]], seconds: float = 20) -> T:
         assert time.monotonic() < deadline, f"not within {seconds:g} s; seen last: {seen!r}"
         await asyncio.sleep(0.001)
     return seen
+
+
+async def until_closed(*connections: asyncpg.Connection) -> None:
+    """Wait until the driver has noticed their end: between a server's last word and the socket's end it cannot tell."""
+
+    async def noticed() -> bool:
+        return all(each.is_closed() for each in connections)
+
+    await until(noticed)
