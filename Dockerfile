@@ -40,7 +40,7 @@ COPY service ./service
 RUN pip --python /opt/backend/bin/python wheel --no-index --no-deps --no-build-isolation --wheel-dir dist . \
     && pip --python /opt/venv/bin/python install --no-index --no-deps dist/*.whl \
     && pip --python /opt/venv/bin/python check \
-    && python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib/python3*/site-packages/service
+    && python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib/python3*/site-packages/firstclaim
 
 
 FROM base

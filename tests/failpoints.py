@@ -21,10 +21,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from service.inbox.attempt import Attempt
-from service.inbox.ledger import Claim, Found, Ledger
-from service.inbox.lock import Lock, LockReply
-from service.inbox.model import TAKEABLE
+from firstclaim.inbox.attempt import Attempt
+from firstclaim.inbox.ledger import Claim, Found, Ledger
+from firstclaim.inbox.lock import Lock, LockReply
+from firstclaim.inbox.model import TAKEABLE
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import orjson
 
-from service.sending import build_event, sign
+from firstclaim.sending import build_event, sign
 
 SECRET: Final = "whsec_test"
 MISSING: Final = object()

@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from service.inbox.inspection import Selection
-from service.inbox.operations import Operations
+from firstclaim.inbox.inspection import Selection
+from firstclaim.inbox.operations import Operations
 
 OPERATOR = "ada@desk"
 CONNECT_SECONDS = 10

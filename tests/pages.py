@@ -18,10 +18,10 @@ import structlog
 from pydantic import SecretStr
 from starlette.applications import Starlette
 
-from service.admin.site import HEADERS
-from service.app import admin_site
-from service.passwords import _to_base64
-from service.web.health import Part
+from firstclaim.admin.site import HEADERS
+from firstclaim.app import admin_site
+from firstclaim.passwords import _to_base64
+from firstclaim.web.health import Part
 from tests.integration.world import World
 from tests.unit.test_logs import configured
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import orjson
 
-from service.web.signature import verify
+from firstclaim.web.signature import verify
 from tests.fixtures import SECRET
 
 # Status and body; None closes the connection instead.

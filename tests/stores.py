@@ -14,10 +14,10 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 from pydantic import SecretStr
 
-from service import embedded
-from service.addresses import postgres_dsn
-from service.inbox import schema
-from service.settings import Settings
+from firstclaim import embedded
+from firstclaim.addresses import postgres_dsn
+from firstclaim.inbox import schema
+from firstclaim.settings import Settings
 
 # Without a unique constraint on purpose: a doubled effect must be able to show itself.
 EFFECTS = """

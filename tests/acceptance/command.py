@@ -83,7 +83,7 @@ class Command:
         output = self.folder.with_name(f"{self.folder.name}-{secrets.token_hex(4)}.said")  # the folder is the run's own
         with output.open("wb") as file:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "service", *arguments),
+                *(sys.executable, "-m", "firstclaim", *arguments),
                 cwd=self.folder,
                 env={name: value for name, value in environment.items() if value is not None},
                 stdin=asyncio.subprocess.DEVNULL,

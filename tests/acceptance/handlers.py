@@ -19,7 +19,7 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from service import Context, Event, Permanent, Retry, on
+from firstclaim import Context, Event, Permanent, Retry, on
 from tests.chaos.witness import outside
 
 ACTION = "effect_recorded"

@@ -27,12 +27,14 @@ import httpx
 import orjson
 import redis
 
-from service.inbox.model import Status
-from service.web.webhook import WEBHOOK_PATH
+from firstclaim.inbox.model import Status
+from firstclaim.web.webhook import WEBHOOK_PATH
 from tests.fixtures import SECRET, event_body, signed
 from tests.stores import Stores, clone, drop
 
 REPOSITORY: Final = Path(__file__).parents[2]
+# For a process that must import this checkout, which may be a copy, and not what is installed.
+PYTHON_PATH: Final = os.pathsep.join((str(REPOSITORY / "service"), str(REPOSITORY)))
 HANDLERS: Final = "tests.acceptance.handlers,tests.failpoints"
 
 # Twice to ten times what a busy two-core machine was seen to need: waits end when the thing happens.
@@ -355,7 +357,7 @@ class Service:
         self._origin = ""
         with self._output.open("ab") as output:
             self._began_at = output.tell()
-            arguments = ["-m", "service", "serve", "--port", "0", "--workers", str(self._workers), *self._options]
+            arguments = ["-m", "firstclaim", "serve", "--port", "0", "--workers", str(self._workers), *self._options]
             self._process = subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=REPOSITORY,

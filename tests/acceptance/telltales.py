@@ -10,7 +10,7 @@ from typing import Any
 
 from sqlalchemy import text
 
-from service import Context, Event, Permanent, Retry, on
+from firstclaim import Context, Event, Permanent, Retry, on
 from tests.canaries import STORY
 
 

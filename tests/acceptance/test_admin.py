@@ -11,12 +11,12 @@ import orjson
 import pytest
 from typer.testing import CliRunner
 
-from service import cli
-from service.inbox.model import Status
-from service.passwords import Password
-from service.web.webhook import WEBHOOK_PATH
+from firstclaim import cli
+from firstclaim.inbox.model import Status
+from firstclaim.passwords import Password
+from firstclaim.web.webhook import WEBHOOK_PATH
 from tests.acceptance.command import Command
-from tests.acceptance.harness import PROCESSED, REPOSITORY, Ground, Overrides, Service, eventually, sample
+from tests.acceptance.harness import PROCESSED, PYTHON_PATH, Ground, Overrides, Service, eventually, sample
 from tests.acceptance.test_events_command import dead_event
 from tests.canaries import EMAIL, TEXT, assert_silent, metadata
 from tests.pages import HASHED, PASSWORD, Visitor
@@ -154,7 +154,7 @@ async def test_a_weak_password_is_refused_at_start(ground: Ground, tmp_path: Pat
     """With a sentence, before anything listens, and without the value."""
     folder = tmp_path / "operator"
     folder.mkdir()
-    command = Command(folder, {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(REPOSITORY)})
+    command = Command(folder, {"PATH": "/usr/bin:/bin", "PYTHONPATH": PYTHON_PATH})
     run = await command("serve", "--port", "0", FIRSTCLAIM_ADMIN_PASSWORD="hunter2")
     assert run.code == 2
     run.says("FIRSTCLAIM_ADMIN_PASSWORD", "too short", "12 characters")

@@ -22,7 +22,7 @@ import orjson
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.inbox.model import Status
+from firstclaim.inbox.model import Status
 from tests.acceptance.harness import (
     DEAD,
     DEFERRED,
@@ -39,7 +39,7 @@ from tests.acceptance.harness import (
 from tests.fixtures import signed
 from tests.proxy import Mode, Proxy, before_postgres, before_redis
 
-MONITORING = resources.files("service").joinpath("monitoring")
+MONITORING = resources.files("firstclaim").joinpath("monitoring")
 ALERTS = set(re.findall(r"- alert: (\w+)", MONITORING.joinpath("alerts.yaml").read_text()))
 WELL_MINUTES, BAD_MINUTES = 5, 40
 
@@ -284,7 +284,7 @@ def test_without_the_word_nothing_is_printed() -> None:
     assert "--print" in done.stderr
 
 
-COMMAND = [sys.executable, "-m", "service"]
+COMMAND = [sys.executable, "-m", "firstclaim"]
 
 
 def printed(*options: str) -> str:

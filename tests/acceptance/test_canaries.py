@@ -7,8 +7,8 @@ from typing import Any
 
 import orjson
 
-from service.inbox.model import Status
-from service.web.webhook import WEBHOOK_PATH
+from firstclaim.inbox.model import Status
+from firstclaim.web.webhook import WEBHOOK_PATH
 from tests.acceptance import telltales
 from tests.acceptance.harness import Ground, Overrides, Sample, Service, eventually
 from tests.canaries import (

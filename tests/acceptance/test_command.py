@@ -11,7 +11,7 @@ import asyncpg
 import pytest
 
 from tests.acceptance.command import PASSWORD, SECRET, Command, Run
-from tests.acceptance.harness import REPOSITORY
+from tests.acceptance.harness import PYTHON_PATH
 from tests.stores import Stores, drop
 
 
@@ -22,7 +22,7 @@ def command(stores: Stores, tmp_path: Path) -> Command:
         tmp_path,
         {
             "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(REPOSITORY),
+            "PYTHONPATH": PYTHON_PATH,
             "DATABASE_URL": stores.database(stores.template),
             "REDIS_URL": stores.redis_url,
             "STRIPE_WEBHOOK_SECRETS": SECRET,
@@ -103,7 +103,7 @@ async def test_handler_modules_that_cannot_work(command: Command) -> None:
 
 async def test_two_handlers_for_one_type(command: Command) -> None:
     """A type that two modules handle is refused: exit 2, both functions named."""
-    run = await command("check", FIRSTCLAIM_HANDLERS="service.handlers,tests.acceptance.handlers")
+    run = await command("check", FIRSTCLAIM_HANDLERS="firstclaim.handlers,tests.acceptance.handlers")
     assert run.code == 2, run.said
     run.says('two handlers for "invoice.payment_failed"', "record_payment_failure", "act")
 

@@ -8,9 +8,9 @@ from typing import Any
 import orjson
 import pytest
 
-from service.inbox.model import Status
+from firstclaim.inbox.model import Status
 from tests.acceptance.command import SECRET, Command, Run
-from tests.acceptance.harness import PROCESSED, REPOSITORY, Ground, Sample, Service, sample
+from tests.acceptance.harness import PROCESSED, PYTHON_PATH, Ground, Sample, Service, sample
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def command(ground: Ground, tmp_path: Path) -> Command:
     """On the ground's database alone: no Redis, no handlers."""
     folder = tmp_path / "operator"
     folder.mkdir()
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "STRIPE_WEBHOOK_SECRETS": SECRET}
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": PYTHON_PATH, "STRIPE_WEBHOOK_SECRETS": SECRET}
     return Command(folder, {**environment, "DATABASE_URL": ground.database_url, "COLUMNS": "200"})
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-import service
+import firstclaim
 from tests import failpoints
 
 
@@ -44,5 +44,5 @@ def test_an_unknown_point_is_refused(tmp_path: Path) -> None:
 
 def test_the_service_holds_no_switch() -> None:
     """Nothing in the package knows of failpoints, or of any test."""
-    for path in Path(service.__path__[0]).rglob("*.py"):
+    for path in Path(firstclaim.__path__[0]).rglob("*.py"):
         assert not re.search(r"(?i:failpoint)|\bTEST_|from tests|import tests", path.read_text()), path

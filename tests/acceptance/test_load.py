@@ -11,10 +11,10 @@ import pytest
 import pytest_asyncio
 
 from tests.acceptance.command import PASSWORD, Command, Run
-from tests.acceptance.harness import REPOSITORY, Ground, Overrides, Service, eventually
+from tests.acceptance.harness import PYTHON_PATH, Ground, Overrides, Service, eventually
 from tests.fixtures import SECRET
 
-PROBE: Overrides = {"handlers": "service.handlers.load_probe"}
+PROBE: Overrides = {"handlers": "firstclaim.handlers.load_probe"}
 
 # The ground checks at its end, by itself, that effects and completions agree: let it see the probe's.
 _PROBE_EFFECTS = """
@@ -71,7 +71,7 @@ def command(tmp_path: Path) -> Command:
     """The command in an empty folder, without any setting."""
     folder = tmp_path / "operator"
     folder.mkdir()
-    return Command(folder, {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "COLUMNS": "120"})
+    return Command(folder, {"PATH": os.environ["PATH"], "PYTHONPATH": PYTHON_PATH, "COLUMNS": "120"})
 
 
 def known(ground: Ground) -> dict[str, str]:

@@ -4,8 +4,8 @@ import re
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.inbox.model import Status
-from service.web.webhook import WEBHOOK_PATH
+from firstclaim.inbox.model import Status
+from firstclaim.web.webhook import WEBHOOK_PATH
 from tests.acceptance.harness import (
     DEFERRED,
     FAILED,

@@ -9,9 +9,9 @@ from typing import Any
 import orjson
 import pytest
 
-from service.inbox.model import Status
+from firstclaim.inbox.model import Status
 from tests.acceptance.command import SECRET, Command, Run
-from tests.acceptance.harness import PROCESSED, REPOSITORY, Ground, Sample, eventually, sample
+from tests.acceptance.harness import PROCESSED, PYTHON_PATH, Ground, Sample, eventually, sample
 from tests.canaries import API_KEY, STORY, assert_silent, metadata
 from tests.fixtures import event_body
 from tests.stripe_api import FROZEN, KEY, StripeApi, answer, error
@@ -32,7 +32,7 @@ def command(ground: Ground, api: StripeApi, tmp_path: Path) -> Command:
     """On the ground's database and Stripe's API alone: no Redis, no signing secret, no handlers."""
     folder = tmp_path / "operator"
     folder.mkdir()
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "DATABASE_URL": ground.database_url}
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": PYTHON_PATH, "DATABASE_URL": ground.database_url}
     return Command(folder, {**environment, "STRIPE_API_KEY": KEY, "STRIPE_API_BASE": api.base})
 
 

@@ -10,7 +10,17 @@ import httptools
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from tests.acceptance.harness import FAILED, IGNORED, PROCESSED, REPOSITORY, Ground, Overrides, eventually, post, sample
+from tests.acceptance.harness import (
+    FAILED,
+    IGNORED,
+    PROCESSED,
+    PYTHON_PATH,
+    Ground,
+    Overrides,
+    eventually,
+    post,
+    sample,
+)
 from tests.fixtures import signed
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -151,7 +161,7 @@ async def test_without_the_package_there_are_no_spans(ground: Ground) -> None:
     """The service is the same without OpenTelemetry, also where its variables are set."""
     (ground.folder / "opentelemetry.py").write_text("raise ImportError('not installed')\n")
     async with collecting() as collector:
-        path: Overrides = {"PYTHONPATH": f"{ground.folder}:{REPOSITORY}"}
+        path: Overrides = {"PYTHONPATH": f"{ground.folder}:{PYTHON_PATH}"}
         service = await ground.service(exporting(collector.port) | path).start()
         assert (await ground.deliver(service, sample())).said == PROCESSED
         assert await service.stop() == 0

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.harness import PROCESSED, REPOSITORY, Ground, sample
+from tests.acceptance.harness import PROCESSED, PYTHON_PATH, Ground, sample
 
 # Run by every interpreter that starts with it on its path; only workers are spawned.
 LATE = """
@@ -18,7 +18,7 @@ if any("spawn_main" in argument for argument in sys.orig_argv):
 async def test_workers_that_start_slowly(ground: Ground, tmp_path: Path) -> None:
     """Workers that need 6 s to come up, as on a busy machine, come up: their supervisor does not kill them for it."""
     (tmp_path / "sitecustomize.py").write_text(LATE)
-    service = await ground.service({"PYTHONPATH": f"{tmp_path}:{REPOSITORY}"}, workers=2).start()
+    service = await ground.service({"PYTHONPATH": f"{tmp_path}:{PYTHON_PATH}"}, workers=2).start()
     assert (await ground.deliver(service, sample())).said == PROCESSED
     assert "died" not in service.output
     assert await service.stop() == 0

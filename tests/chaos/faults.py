@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Final
 
-from service.errors import LedgerUnavailable
+from firstclaim.errors import LedgerUnavailable
 from tests import operator
 from tests.acceptance.harness import eventually
 from tests.chaos.bench import Bench

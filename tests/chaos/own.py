@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 
 from tests.acceptance.command import SECRET, Command
-from tests.acceptance.harness import REPOSITORY
+from tests.acceptance.harness import PYTHON_PATH
 from tests.chaos.history import History
 from tests.chaos.servers import PostgresServer, RedisServer
 
@@ -23,4 +23,4 @@ class Own:
         folder = self.history.ground.folder / "command"
         folder.mkdir(exist_ok=True)
         addresses = {"DATABASE_URL": self.postgres.url, "REDIS_URL": self.redis.url, "STRIPE_WEBHOOK_SECRETS": SECRET}
-        return Command(folder, {"PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), **addresses})
+        return Command(folder, {"PATH": os.environ["PATH"], "PYTHONPATH": PYTHON_PATH, **addresses})

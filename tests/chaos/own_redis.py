@@ -9,7 +9,7 @@ from typing import Any, Final, Self
 
 import redis.asyncio
 
-from service.embedded_servers import User
+from firstclaim.embedded_servers import User
 from tests.acceptance.harness import START_SECONDS, _alive_in_group, eventually
 from tests.chaos.server import Server
 

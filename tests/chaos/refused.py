@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from service.web.webhook import WEBHOOK_PATH
+from firstclaim.web.webhook import WEBHOOK_PATH
 from tests.fixtures import event_body, signed
 
 MEBIBYTE = 1024 * 1024

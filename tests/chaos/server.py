@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from service.embedded_servers import User, _born
+from firstclaim.embedded_servers import User, _born
 from tests.acceptance.harness import START_SECONDS, eventually
 
 

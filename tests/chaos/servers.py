@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from service import embedded
-from service.settings import Settings
+from firstclaim import embedded
+from firstclaim.settings import Settings
 from tests.chaos.own_postgres import PostgresServer
 from tests.chaos.own_redis import RedisServer
 from tests.chaos.server import Server

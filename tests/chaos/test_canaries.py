@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.acceptance.command import Command
-from tests.acceptance.harness import REPOSITORY, Sample, Service, post, sample
+from tests.acceptance.harness import PYTHON_PATH, Sample, Service, post, sample
 from tests.canaries import (
     DATABASE_PASSWORD,
     REDIS_PASSWORD,
@@ -33,7 +33,7 @@ OTHER_PASSWORD = "another-one"
 def command(folder: Path, database_url: str, redis_url: str) -> Command:
     environment = {
         "PATH": os.environ["PATH"],
-        "PYTHONPATH": f"{REPOSITORY}:{folder}",
+        "PYTHONPATH": f"{PYTHON_PATH}:{folder}",
         "DATABASE_URL": database_url,
         "REDIS_URL": redis_url,
         "STRIPE_WEBHOOK_SECRETS": SIGNING_SECRET,

@@ -6,8 +6,8 @@ from urllib.parse import urlsplit
 import asyncpg
 import orjson
 
-from service.inbox.event import parse_event
-from service.inbox.model import Status
+from firstclaim.inbox.event import parse_event
+from firstclaim.inbox.model import Status
 from tests.acceptance.harness import (
     DEAD,
     IGNORED,
@@ -71,7 +71,7 @@ async def test_row_30_recovery_reads_hostile_content_from_the_ledger(history: Hi
 
 async def test_row_30_the_shipped_handler(history: History) -> None:
     """The handler that ships takes it too: it remembers what it can, or gives up for good; it never fails."""
-    service = await history.ground.service({"handlers": "service.handlers"}).start()
+    service = await history.ground.service({"handlers": "firstclaim.handlers"}).start()
     sent = bodies()
     for name, body in sent.items():
         answer = await raw_request(service.url, request(service, body))

@@ -11,9 +11,9 @@ import httpx
 import orjson
 import pytest
 
-from service.inbox.model import Status
-from service.web.door import HEAD_SECONDS
-from service.web.webhook import WEBHOOK_PATH
+from firstclaim.inbox.model import Status
+from firstclaim.web.door import HEAD_SECONDS
+from firstclaim.web.webhook import WEBHOOK_PATH
 from tests.acceptance.harness import PROCESSED, Answer, Overrides, Sample, Service, post, sample
 from tests.chaos.history import History
 from tests.chaos.refused import HOST, MEBIBYTE, good, length, request, requests

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.inbox.model import Status
+from firstclaim.inbox.model import Status
 from tests.acceptance.harness import (
     DEFERRED,
     FAILED,

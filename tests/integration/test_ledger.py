@@ -11,12 +11,12 @@ from typing import Any
 import asyncpg
 import pytest
 
-from service.errors import LedgerUnavailable, Rejected
-from service.inbox import statements
-from service.inbox.event import Delivery, parse_event
-from service.inbox.ledger import Claim, Found, Held, Ledger
-from service.inbox.model import TAKEABLE, Status
-from service.inbox.operations import Operations
+from firstclaim.errors import LedgerUnavailable, Rejected
+from firstclaim.inbox import statements
+from firstclaim.inbox.event import Delivery, parse_event
+from firstclaim.inbox.ledger import Claim, Found, Held, Ledger
+from firstclaim.inbox.model import TAKEABLE, Status
+from firstclaim.inbox.operations import Operations
 from tests.hostile import bodies
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, delivery, effect, explained, until

@@ -12,9 +12,9 @@ import hiredis
 import pytest
 from redis.asyncio import Redis
 
-from service.errors import LockUnavailable
-from service.inbox import lock as lock_module
-from service.inbox.lock import Lock, LockReply, connect
+from firstclaim.errors import LockUnavailable
+from firstclaim.inbox import lock as lock_module
+from firstclaim.inbox.lock import Lock, LockReply, connect
 from tests.integration.world import until
 from tests.stores import Stores
 

@@ -4,11 +4,11 @@ import asyncio
 
 import pytest
 
-from service.errors import LedgerUnavailable
-from service.inbox.inspection import Backlog, Inspection
-from service.inbox.model import Status
-from service.inbox.postgres import Pool
-from service.web.metrics import _Kept
+from firstclaim.errors import LedgerUnavailable
+from firstclaim.inbox.inspection import Backlog, Inspection
+from firstclaim.inbox.model import Status
+from firstclaim.inbox.postgres import Pool
+from firstclaim.web.metrics import _Kept
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, delivery
 

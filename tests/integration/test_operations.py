@@ -4,11 +4,11 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from service.errors import SchemaOutdated
-from service.inbox import operations as operations_module
-from service.inbox.inspection import Selection
-from service.inbox.model import Status
-from service.inbox.operations import BATCH, Operations
+from firstclaim.errors import SchemaOutdated
+from firstclaim.inbox import operations as operations_module
+from firstclaim.inbox.inspection import Selection
+from firstclaim.inbox.model import Status
+from firstclaim.inbox.operations import BATCH, Operations
 from tests.integration.test_ledger import near, unchanged
 from tests.integration.world import World, delivery
 from tests.operator import GIVE_UP_SECONDS, OPERATOR, replay, rotate

@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 from sqlalchemy import event as sqlalchemy_event
 
-from service import Context, Event
-from service.errors import LedgerUnavailable
-from service.inbox.event import Delivery
-from service.inbox.ledger import Claim, Found, Ledger
-from service.inbox.lock import Lock, LockReply
-from service.inbox.model import Status
-from service.inbox.outcome import Kind, Outcome
-from service.inbox.pipeline import Pipeline
-from service.inbox.postgres import PinnedConnection
-from service.inbox.recovery import Recovery
-from service.inbox.seats import Seat
+from firstclaim import Context, Event
+from firstclaim.errors import LedgerUnavailable
+from firstclaim.inbox.event import Delivery
+from firstclaim.inbox.ledger import Claim, Found, Ledger
+from firstclaim.inbox.lock import Lock, LockReply
+from firstclaim.inbox.model import Status
+from firstclaim.inbox.outcome import Kind, Outcome
+from firstclaim.inbox.pipeline import Pipeline
+from firstclaim.inbox.postgres import PinnedConnection
+from firstclaim.inbox.recovery import Recovery
+from firstclaim.inbox.seats import Seat
 from tests import operator
 from tests.fixtures import event_body
 from tests.integration.conftest import MakeWorld

@@ -13,8 +13,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from pydantic import SecretStr
 
-from service.checks import Check, check_postgres
-from service.settings import Settings
+from firstclaim.checks import Check, check_postgres
+from firstclaim.settings import Settings
 from tests.acceptance.harness import eventually
 
 PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")

@@ -9,13 +9,13 @@ import asyncpg
 import orjson
 import pytest
 
-from service.errors import OperatorError, StripeRefused, StripeUnavailable
-from service.inbox import reconcile as reconcile_module
-from service.inbox.event import Delivery, parse_event
-from service.inbox.model import Status
-from service.inbox.operations import Operations
-from service.inbox.reconcile import Asked, Reconciliation, Tally
-from service.stripe_events import StripeEvents
+from firstclaim.errors import OperatorError, StripeRefused, StripeUnavailable
+from firstclaim.inbox import reconcile as reconcile_module
+from firstclaim.inbox.event import Delivery, parse_event
+from firstclaim.inbox.model import Status
+from firstclaim.inbox.operations import Operations
+from firstclaim.inbox.reconcile import Asked, Reconciliation, Tally
+from firstclaim.stripe_events import StripeEvents
 from tests.fixtures import MISSING, event_body
 from tests.integration.test_ledger import near, unchanged
 from tests.integration.world import World

@@ -14,13 +14,13 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from service.errors import LedgerUnavailable
-from service.handlers.invoices import metadata as invoices
-from service.handlers.load_probe import metadata as load_probe
-from service.inbox import schema
-from service.inbox.model import Status
-from service.inbox.model import metadata as ledger
-from service.inbox.schema import SchemaState, compare, head, migrate, outdated, read_version
+from firstclaim.errors import LedgerUnavailable
+from firstclaim.handlers.invoices import metadata as invoices
+from firstclaim.handlers.load_probe import metadata as load_probe
+from firstclaim.inbox import schema
+from firstclaim.inbox.model import Status
+from firstclaim.inbox.model import metadata as ledger
+from firstclaim.inbox.schema import SchemaState, compare, head, migrate, outdated, read_version
 from tests.integration.world import until
 
 TIMEOUT_SECONDS = 10.0

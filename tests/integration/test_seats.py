@@ -10,9 +10,9 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, ResourceClosedError
 
-from service.errors import HandlerRuleBroken, LedgerUnavailable
-from service.inbox.postgres import Epoch
-from service.inbox.seats import Seat, Seats
+from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
+from firstclaim.inbox.postgres import Epoch
+from firstclaim.inbox.seats import Seat, Seats
 from tests.integration.world import until, until_closed
 from tests.proxy import Mode, before_postgres
 

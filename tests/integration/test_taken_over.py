@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from service.errors import LedgerUnavailable
-from service.inbox.ledger import Claim, Ledger
-from service.inbox.model import Status
-from service.inbox.outcome import Kind
-from service.inbox.seats import Seat
+from firstclaim.errors import LedgerUnavailable
+from firstclaim.inbox.ledger import Claim, Ledger
+from firstclaim.inbox.model import Status
+from firstclaim.inbox.outcome import Kind
+from firstclaim.inbox.seats import Seat
 from tests.integration.world import World, delivery, effect
 
 

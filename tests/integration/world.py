@@ -1,4 +1,4 @@
-"""The service's parts as `service.app` puts them together, on real stores, in the test's own event loop.
+"""The service's parts as `firstclaim.app` puts them together, on real stores, in the test's own event loop.
 
 Guarantees: nothing listens and no recovery loop runs, so that a test alone decides what happens when; what the
 parts opened is closed at the end; what a test sees of the ledger it reads on a connection of its own.
@@ -16,21 +16,21 @@ from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service import Context, Event
-from service.app import Parts, assemble
-from service.inbox.claims import Claims
-from service.inbox.dispatch import Dispatcher
-from service.inbox.event import Delivery, parse_event
-from service.inbox.ledger import Claim, Ledger
-from service.inbox.lock import Lock
-from service.inbox.model import Status
-from service.inbox.outcome import Outcome
-from service.inbox.pipeline import Pipeline
-from service.inbox.postgres import PinnedConnection
-from service.inbox.seats import Seat
-from service.inbox.statements import Statement
-from service.registry import Handler, Registry
-from service.settings import Settings
+from firstclaim import Context, Event
+from firstclaim.app import Parts, assemble
+from firstclaim.inbox.claims import Claims
+from firstclaim.inbox.dispatch import Dispatcher
+from firstclaim.inbox.event import Delivery, parse_event
+from firstclaim.inbox.ledger import Claim, Ledger
+from firstclaim.inbox.lock import Lock
+from firstclaim.inbox.model import Status
+from firstclaim.inbox.outcome import Outcome
+from firstclaim.inbox.pipeline import Pipeline
+from firstclaim.inbox.postgres import PinnedConnection
+from firstclaim.inbox.seats import Seat
+from firstclaim.inbox.statements import Statement
+from firstclaim.registry import Handler, Registry
+from firstclaim.settings import Settings
 from tests.fixtures import SECRET, event_body
 
 Function = Callable[[Event, Context], Any]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import asyncpg
 
-from service.settings import Settings
+from firstclaim.settings import Settings
 from tests.acceptance.harness import QUICK, Ground, Service
 from tests.stores import Stores, running
 
@@ -34,7 +34,7 @@ async def served(stores: Stores, folder: Path) -> AsyncIterator[tuple[Ground, Se
     ground = await Ground.prepare(stores, folder)
     try:
         await execute(ground, _PROBE_EFFECTS)
-        yield ground, await ground.service({**_SHIPPED, "handlers": "service.handlers.load_probe"}).start()
+        yield ground, await ground.service({**_SHIPPED, "handlers": "firstclaim.handlers.load_probe"}).start()
     finally:
         with contextlib.redirect_stdout(io.StringIO()):  # a service's log, which a test would show
             await ground.leave()

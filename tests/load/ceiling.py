@@ -16,11 +16,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from service.cli import server_config
-from service.inbox.event import parse_event
-from service.settings import Settings
-from service.web.signature import verify
-from service.web.webhook import WEBHOOK_PATH
+from firstclaim.cli import server_config
+from firstclaim.inbox.event import parse_event
+from firstclaim.settings import Settings
+from firstclaim.web.signature import verify
+from firstclaim.web.webhook import WEBHOOK_PATH
 
 
 def application(settings: Settings) -> Starlette:

@@ -26,9 +26,9 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
-from service.loading import generate
-from service.loading_plan import AnswerKind, Plan
-from service.sending import marked_event, sign
+from firstclaim.loading import generate
+from firstclaim.loading_plan import AnswerKind, Plan
+from firstclaim.sending import marked_event, sign
 
 COPIES = 20
 CONNECTIONS = 32

@@ -25,7 +25,7 @@ class Mutant:
 
     def applied(self, repository: Path) -> str:
         """The file's text with the rule broken; it must say `old` exactly once."""
-        text = (repository / "service" / self.file).read_text()
+        text = (repository / "service" / "firstclaim" / self.file).read_text()
         found = text.count(self.old)
         assert found == 1, (
             f"the mutant {self.name} no longer fits: service/{self.file} has its text {found} times instead of once; "

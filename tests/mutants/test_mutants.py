@@ -59,7 +59,7 @@ def copy(folder: Path) -> None:
 
 def break_rule(mutant: Mutant, folder: Path) -> None:
     """Apply the mutant to the copy; no compiled code of the unbroken file is left beside it."""
-    path = folder / "service" / mutant.file
+    path = folder / "service" / "firstclaim" / mutant.file
     path.write_text(mutant.applied(folder))
     for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
         compiled.unlink()

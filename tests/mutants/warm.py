@@ -38,7 +38,9 @@ def run(folder: str, *arguments: str) -> int:
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.chdir(folder)
-    sys.path[0] = folder
+    paths = [os.path.join(folder, "service"), folder]
+    sys.path[0:1] = paths
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # for the processes that a test starts
     said = os.open("said", os.O_CREAT | os.O_WRONLY)
     for number in (1, 2):
         os.dup2(said, number)

@@ -15,9 +15,9 @@ from typing import Any, Final, TypeVar
 
 from redis.asyncio import Redis
 
-from service.errors import LedgerUnavailable
-from service.inbox.model import Status
-from service.inbox.outcome import Outcome
+from firstclaim.errors import LedgerUnavailable
+from firstclaim.inbox.model import Status
+from firstclaim.inbox.outcome import Outcome
 from tests import operator
 from tests.clock import Clock, installed
 from tests.integration.world import World, build, delivery, until

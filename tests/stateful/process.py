@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from service import Context, Event, Permanent, Retry
+from firstclaim import Context, Event, Permanent, Retry
 from tests.integration.world import World, build, effect
 from tests.proxy import Mode, Proxy, before_postgres, before_redis
 from tests.stateful.oracle import Plan

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from service.inbox import outcome
-from service.inbox.model import Status
-from service.inbox.outcome import Kind, Outcome
+from firstclaim.inbox import outcome
+from firstclaim.inbox.model import Status
+from firstclaim.inbox.outcome import Kind, Outcome
 from tests.integration.world import delivery
 from tests.stateful.oracle import Key, Limits, Plan, Row, Seen, Story, broken, dishonest, foreseen
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from service.admin import session as sessions
-from service.admin.limits import ADDRESS_TRIES, ADDRESSES_MOST, ALL_TRIES, LoginLimit
-from service.admin.session import IDLE_SECONDS, LASTS_SECONDS, Cookie, Seal
+from firstclaim.admin import session as sessions
+from firstclaim.admin.limits import ADDRESS_TRIES, ADDRESSES_MOST, ALL_TRIES, LoginLimit
+from firstclaim.admin.session import IDLE_SECONDS, LASTS_SECONDS, Cookie, Seal
 
 KEY = b"k" * 32
 

@@ -3,8 +3,8 @@
 import pytest
 import typer
 
-from service.cli_reconcile import _fields, _refusals, _since, _words
-from service.inbox.reconcile import Tally
+from firstclaim.cli_reconcile import _fields, _refusals, _since, _words
+from firstclaim.inbox.reconcile import Tally
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from service.errors import Rejected
-from service.inbox.event import Delivery, Event, parse_event
+from firstclaim.errors import Rejected
+from firstclaim.inbox.event import Delivery, Event, parse_event
 from tests.fixtures import MISSING, event_body
 from tests.hostile import ACCEPTED, JSON, NEARLY, bodies
 

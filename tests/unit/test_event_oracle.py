@@ -13,8 +13,8 @@ import stripe
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from service.inbox.event import THIN, Event
-from service.sending import build_event, shipped_types
+from firstclaim.inbox.event import THIN, Event
+from firstclaim.sending import build_event, shipped_types
 from tests.fixtures import MISSING, SECRET, event_body, signed
 from tests.hostile import JSON, NEARLY, bodies
 from tests.unit.test_event import parse

@@ -11,9 +11,9 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.routing import Route
 
-from service.errors import LedgerUnavailable
-from service.web import health
-from service.web.health import Finding, Health, Part, Probe, Readiness, livez
+from firstclaim.errors import LedgerUnavailable
+from firstclaim.web import health
+from firstclaim.web.health import Finding, Health, Part, Probe, Readiness, livez
 
 NOBODY = cast(Request, None)
 

@@ -9,72 +9,76 @@ from pathlib import Path
 
 import pytest
 
-import service
-
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "service"
+PACKAGE = ROOT / "service" / "firstclaim"
 MODULE_MOST_LINES = 320  # that are not blank; two screens of code and what it argues for
 
 # Who may import whom: only from a line further down here. A new module without a place fails.
 RANKS: tuple[tuple[str, ...], ...] = (
-    ("service.__main__",),
-    ("service.cli",),
-    ("service.cli_reconcile",),
-    ("service.cli_events", "service.loading"),
-    ("service.terminal",),
-    ("service.app", "service.checks", "service.embedded", "service.web.door"),
-    ("service.admin.site",),
-    ("service.admin.entry", "service.admin.overview", "service.admin.replaying"),
-    ("service.admin.events",),
-    ("service.admin.visit",),
-    ("service.admin.chart", "service.admin.rendering", "service.admin.asking"),
-    ("service.web.metrics", "service.web.probes", "service.web.webhook", "service.embedded_servers"),
-    ("service.inbox.recovery", "service.web.health", "service.web.signature", "service.web.lobby"),
-    ("service.loading_users", "service.loading_verdict"),
-    ("service.loading_plan",),
-    ("service.inbox.pipeline",),
-    ("service.inbox.dispatch",),
-    ("service.inbox.claims", "service.inbox.attempt"),
-    ("service.inbox.browsing", "service.inbox.reconcile"),
-    ("service.inbox.operations",),
+    ("firstclaim.__main__",),
+    ("firstclaim.cli",),
+    ("firstclaim.cli_reconcile",),
+    ("firstclaim.cli_events", "firstclaim.loading"),
+    ("firstclaim.terminal",),
+    ("firstclaim.app", "firstclaim.checks", "firstclaim.embedded", "firstclaim.web.door"),
+    ("firstclaim.admin.site",),
+    ("firstclaim.admin.entry", "firstclaim.admin.overview", "firstclaim.admin.replaying"),
+    ("firstclaim.admin.events",),
+    ("firstclaim.admin.visit",),
+    ("firstclaim.admin.chart", "firstclaim.admin.rendering", "firstclaim.admin.asking"),
+    ("firstclaim.web.metrics", "firstclaim.web.probes", "firstclaim.web.webhook", "firstclaim.embedded_servers"),
+    ("firstclaim.inbox.recovery", "firstclaim.web.health", "firstclaim.web.signature", "firstclaim.web.lobby"),
+    ("firstclaim.loading_users", "firstclaim.loading_verdict"),
+    ("firstclaim.loading_plan",),
+    ("firstclaim.inbox.pipeline",),
+    ("firstclaim.inbox.dispatch",),
+    ("firstclaim.inbox.claims", "firstclaim.inbox.attempt"),
+    ("firstclaim.inbox.browsing", "firstclaim.inbox.reconcile"),
+    ("firstclaim.inbox.operations",),
     (
-        "service.inbox.inspection",
-        "service.inbox.ledger",
-        "service.inbox.schema",
-        "service.inbox.seats",
-        "service.stripe_events",
+        "firstclaim.inbox.inspection",
+        "firstclaim.inbox.ledger",
+        "firstclaim.inbox.schema",
+        "firstclaim.inbox.seats",
+        "firstclaim.stripe_events",
     ),
-    ("service.inbox.lock", "service.inbox.postgres"),
+    ("firstclaim.inbox.lock", "firstclaim.inbox.postgres"),
     (
-        "service.migrations.env",
-        "service.migrations.versions.0001_ledger",
-        "service.migrations.versions.0002_load_effects",
-        "service.migrations.versions.0003_operator_actions",
-        "service.migrations.versions.0004_attempts",
-        "service.migrations.versions.0005_looking_through",
+        "firstclaim.migrations.env",
+        "firstclaim.migrations.versions.0001_ledger",
+        "firstclaim.migrations.versions.0002_load_effects",
+        "firstclaim.migrations.versions.0003_operator_actions",
+        "firstclaim.migrations.versions.0004_attempts",
+        "firstclaim.migrations.versions.0005_looking_through",
     ),
-    ("service.migrations.moments",),
-    ("service.handlers",),
-    ("service.handlers.invoices", "service.handlers.load_probe"),
-    ("service",),
-    ("service.metrics", "service.registry"),
+    ("firstclaim.migrations.moments",),
+    ("firstclaim.handlers",),
+    ("firstclaim.handlers.invoices", "firstclaim.handlers.load_probe"),
+    ("firstclaim",),
+    ("firstclaim.metrics", "firstclaim.registry"),
     (
-        "service.inbox.batch",
-        "service.inbox.event",
-        "service.inbox.model",
-        "service.inbox.outcome",
-        "service.inbox.retry",
-        "service.inbox.statements",
+        "firstclaim.inbox.batch",
+        "firstclaim.inbox.event",
+        "firstclaim.inbox.model",
+        "firstclaim.inbox.outcome",
+        "firstclaim.inbox.retry",
+        "firstclaim.inbox.statements",
     ),
-    ("service.settings", "service.logs", "service.sending", "service.stopping"),
-    ("service.admin.limits", "service.admin.session"),
-    ("service.errors", "service.addresses", "service.passwords", "service.telling", "service.tracing"),
-    ("service.admin", "service.inbox", "service.web", "service.migrations", "service.migrations.versions"),
+    ("firstclaim.settings", "firstclaim.logs", "firstclaim.sending", "firstclaim.stopping"),
+    ("firstclaim.admin.limits", "firstclaim.admin.session"),
+    ("firstclaim.errors", "firstclaim.addresses", "firstclaim.passwords", "firstclaim.telling", "firstclaim.tracing"),
+    (
+        "firstclaim.admin",
+        "firstclaim.inbox",
+        "firstclaim.web",
+        "firstclaim.migrations",
+        "firstclaim.migrations.versions",
+    ),
 )
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 
-COMMANDS = {"service.cli", "service.cli_events", "service.cli_reconcile", "service.terminal"}
+COMMANDS = {"firstclaim.cli", "firstclaim.cli_events", "firstclaim.cli_reconcile", "firstclaim.terminal"}
 
 
 def name_of(path: Path) -> str:
@@ -96,10 +100,10 @@ def imports(name: str) -> Iterator[tuple[str, str | None]]:
 
 
 def imported_modules(name: str) -> set[str]:
-    """Which of our modules it imports; `from service.inbox import outcome` is the module `outcome`."""
+    """Which of our modules it imports; `from firstclaim.inbox import outcome` is the module `outcome`."""
     found = set()
     for module, member in imports(name):
-        if module.partition(".")[0] == "service":
+        if module.partition(".")[0] == "firstclaim":
             full = f"{module}.{member}"
             found.add(full if full in MODULES else module)
     return found
@@ -137,17 +141,17 @@ def test_no_module_imports_upwards(name: str) -> None:
     assert not wrong, f"{name} imports {', '.join(sorted(wrong))}"
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("service.handlers")])
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("firstclaim.handlers")])
 def test_handlers_import_only_service(name: str) -> None:
     """The shipped handlers live by what any user's can: the public names, and other packages."""
     for module, member in imports(name):
-        assert not module.startswith("service.") or module.startswith("service.handlers."), module
-        assert module != "service" or member in service.__all__, member
+        assert not module.startswith("firstclaim.") or module.startswith("firstclaim.handlers."), module
+        assert module != "firstclaim" or member in firstclaim.__all__, member
 
 
 def test_only_the_roots_know_the_web_server() -> None:
     """Who serves, and how commands are parsed, is the business of as many modules as are named here."""
-    for package, roots in {"uvicorn": {"service.cli", "service.web.door"}, "typer": COMMANDS}.items():
+    for package, roots in {"uvicorn": {"firstclaim.cli", "firstclaim.web.door"}, "typer": COMMANDS}.items():
         assert {
             name for name in MODULES if any(module.split(".")[0] == package for module, _ in imports(name))
         } == roots
@@ -156,17 +160,17 @@ def test_only_the_roots_know_the_web_server() -> None:
 def test_no_service_has_the_load_generator_in_it() -> None:
     """locust and gevent are imported by one module, and that by nobody but a function which runs in a new process."""
     knows = {name for name in MODULES for module, _ in imports(name) if module.split(".")[0] in ("locust", "gevent")}
-    assert knows == {"service.loading_users"}
-    assert {name for name in MODULES if "service.loading_users" in imported_modules(name)} == {"service.loading"}
+    assert knows == {"firstclaim.loading_users"}
+    assert {name for name in MODULES if "firstclaim.loading_users" in imported_modules(name)} == {"firstclaim.loading"}
     assert not [
         node
-        for node in MODULES["service.loading"].body
+        for node in MODULES["firstclaim.loading"].body
         if isinstance(node, ast.ImportFrom) and "loading_users" in ast.dump(node)
     ]
 
 
 @pytest.mark.parametrize(
-    "name", ["service.inbox.event", "service.inbox.outcome", "service.inbox.model", "service.errors"]
+    "name", ["firstclaim.inbox.event", "firstclaim.inbox.outcome", "firstclaim.inbox.model", "firstclaim.errors"]
 )
 def test_values_know_no_client(name: str) -> None:
     """What all others share talks to nothing: no driver, no client, no framework."""
@@ -193,11 +197,11 @@ importlib.import_module(sys.argv[1])
 assert not opened, opened
 assert threading.active_count() == 1, threading.enumerate()
 loaded = {"uvicorn", "redis", "asyncpg", "typer", "rich", "alembic", "stripe", "starlette"} & set(sys.modules)
-assert sys.argv[1] != "service" or not loaded, loaded
+assert sys.argv[1] != "firstclaim" or not loaded, loaded
 """
 
 
-@pytest.mark.parametrize("name", ["service", "service.handlers", "service.app", "service.cli"])
+@pytest.mark.parametrize("name", ["service", "firstclaim.handlers", "firstclaim.app", "firstclaim.cli"])
 def test_importing_opens_nothing(name: str) -> None:
     """No socket, no process, no file for writing, no thread; `service` alone loads no client and no server either."""
     done = subprocess.run(
@@ -207,9 +211,9 @@ def test_importing_opens_nothing(name: str) -> None:
 
 
 def test_the_public_names_are_all_there() -> None:
-    """`from service import ...` offers what a handler module needs, and nothing else."""
-    assert sorted(service.__all__) == ["Context", "Event", "Permanent", "Retry", "on"]
-    assert all(hasattr(service, name) for name in service.__all__)
+    """`from firstclaim import ...` offers what a handler module needs, and nothing else."""
+    assert sorted(firstclaim.__all__) == ["Context", "Event", "Permanent", "Retry", "on"]
+    assert all(hasattr(firstclaim, name) for name in service.__all__)
 
 
 # -- size and words -----------------------------------------------------------------------------------
@@ -238,7 +242,7 @@ def test_everything_public_says_what_it_is(name: str) -> None:
     """Every module says what it guarantees, every public class and function what it does."""
     tree = MODULES[name]
     assert ast.get_docstring(tree)
-    if not name.startswith("service.migrations.versions"):  # their one function has Alembic's name and meaning
+    if not name.startswith("firstclaim.migrations.versions"):  # their one function has Alembic's name and meaning
         assert not list(undocumented(tree.body, ""))
 
 

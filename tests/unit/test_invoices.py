@@ -5,10 +5,10 @@ from typing import Any, cast
 
 import pytest
 
-from service import Context, Event, Permanent
-from service.handlers.invoices import REMEMBER, payment_failure, record_payment_failure
-from service.inbox.event import parse_event
-from service.registry import Registry
+from firstclaim import Context, Event, Permanent
+from firstclaim.handlers.invoices import REMEMBER, payment_failure, record_payment_failure
+from firstclaim.inbox.event import parse_event
+from firstclaim.registry import Registry
 from tests.fixtures import MISSING, event_body, old_shape_payment_failed
 
 
@@ -28,7 +28,7 @@ class Recorder:
 
 def test_it_is_registered_for_its_type() -> None:
     """The default handlers module dispatches a failed payment to the shipped handler."""
-    handler = Registry.load(["service.handlers"]).find("invoice.payment_failed")
+    handler = Registry.load(["firstclaim.handlers"]).find("invoice.payment_failed")
     assert handler is not None
     assert handler.function is record_payment_failure
 

@@ -10,15 +10,15 @@ import orjson
 import pytest
 from rich.console import Console
 
-from service import loading
-from service.errors import ConfigurationError, Rejected
-from service.handlers.load_probe import ACTION
-from service.inbox import outcome as outcomes
-from service.inbox.event import parse_event
-from service.inbox.model import UNFINISHED, Status
-from service.inbox.outcome import Kind, Outcome
-from service.loading import live_line, report, report_verdict
-from service.loading_plan import (
+from firstclaim import loading
+from firstclaim.errors import ConfigurationError, Rejected
+from firstclaim.handlers.load_probe import ACTION
+from firstclaim.inbox import outcome as outcomes
+from firstclaim.inbox.event import parse_event
+from firstclaim.inbox.model import UNFINISHED, Status
+from firstclaim.inbox.outcome import Kind, Outcome
+from firstclaim.loading import live_line, report, report_verdict
+from firstclaim.loading_plan import (
     IN_FLIGHT_MOST,
     AnswerKind,
     Bodies,
@@ -34,9 +34,9 @@ from service.loading_plan import (
     entries,
     kind_of,
 )
-from service.loading_verdict import BROKEN, Fate, Found, fate_of, judge
-from service.sending import shipped_types
-from service.web.webhook import answer, rejection
+from firstclaim.loading_verdict import BROKEN, Fate, Found, fate_of, judge
+from firstclaim.sending import shipped_types
+from firstclaim.web.webhook import answer, rejection
 
 TURNS = 20_000
 SENT, ACKNOWLEDGED = Noted.SENT, Noted.SENT | Noted.ACKNOWLEDGED
@@ -344,7 +344,7 @@ def test_without_the_probe_nothing_is_known() -> None:
     code, text = said(plan(), result(), with_fates(elsewhere=["evt_a", "evt_b"]))
     assert code == 0
     assert "unknown" in text
-    assert "FIRSTCLAIM_HANDLERS=service.handlers.load_probe" in text
+    assert "FIRSTCLAIM_HANDLERS=firstclaim.handlers.load_probe" in text
 
 
 def test_nothing_accepted_is_1() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import structlog
 
-from service.logs import configure
+from firstclaim.logs import configure
 
 CANARY = "c4n4rypw"
 

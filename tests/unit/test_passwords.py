@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from service import passwords
-from service.passwords import LEAST_CHARACTERS, Password, check, make_hash
+from firstclaim import passwords
+from firstclaim.passwords import LEAST_CHARACTERS, Password, check, make_hash
 
 PLAIN = "correct horse battery staple"
 

@@ -2,12 +2,12 @@
 
 from typing import cast
 
-from service.inbox.lock import Lock
-from service.inbox.postgres import Pool
-from service.inbox.recovery import Recovery
-from service.stopping import Stop
-from service.web.health import Finding, Health
-from service.web.probes import readiness_parts
+from firstclaim.inbox.lock import Lock
+from firstclaim.inbox.postgres import Pool
+from firstclaim.inbox.recovery import Recovery
+from firstclaim.stopping import Stop
+from firstclaim.web.health import Finding, Health
+from firstclaim.web.probes import readiness_parts
 
 
 async def test_a_process_that_was_asked_to_stop_is_not_ready() -> None:

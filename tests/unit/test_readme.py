@@ -4,8 +4,8 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from service.settings import Settings, environment_name
-from service.web.webhook import STATUS
+from firstclaim.settings import Settings, environment_name
+from firstclaim.web.webhook import STATUS
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -49,7 +49,9 @@ def test_test_command_is_what_ci_runs() -> None:
 
 def test_every_alert_has_its_paragraph() -> None:
     """Whoever is woken finds what to do under the alert's name."""
-    alerts = re.findall(r"- alert: (\w+)", resources.files("service").joinpath("monitoring", "alerts.yaml").read_text())
+    alerts = re.findall(
+        r"- alert: (\w+)", resources.files("firstclaim").joinpath("monitoring", "alerts.yaml").read_text()
+    )
     runbook = README.read_text().partition("### Runbook")[2].partition("\n## ")[0]
     assert alerts
     assert [name for name in alerts if f"**{name}**" not in runbook] == []

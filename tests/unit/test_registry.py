@@ -12,9 +12,9 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from service.errors import ConfigurationError, HandlerRuleBroken
-from service.inbox.event import Event, parse_event
-from service.registry import Context, Handler, Registry, on
+from firstclaim.errors import ConfigurationError, HandlerRuleBroken
+from firstclaim.inbox.event import Event, parse_event
+from firstclaim.registry import Context, Handler, Registry, on
 from tests.fixtures import event_body
 
 Write = Callable[[str, str], str]

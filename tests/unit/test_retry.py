@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.inbox.retry import Backoff
+from firstclaim.inbox.retry import Backoff
 
 
 @pytest.mark.parametrize(

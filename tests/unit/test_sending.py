@@ -15,10 +15,10 @@ import pytest
 import stripe
 from rich.console import Console
 
-import service
-from service.handlers.invoices import payment_failure
-from service.inbox.event import parse_event
-from service.sending import (
+import firstclaim
+from firstclaim.handlers.invoices import payment_failure
+from firstclaim.inbox.event import parse_event
+from firstclaim.sending import (
     Answer,
     _client,
     build_event,
@@ -190,7 +190,7 @@ def test_references_within_an_event_stay_consistent() -> None:
 def test_only_ids_and_instants_are_renewed(event_type: str) -> None:
     """Amounts, types and every other word stay as the template has them."""
     instants = rb'\b[12]\d{9}\b|(?<="created": )"20[^"]+"'
-    template = (Path(service.__file__).parent / "templates" / f"{event_type}.json").read_bytes()
+    template = (Path(firstclaim.__file__).parent / "templates" / f"{event_type}.json").read_bytes()
     built = (ID.sub(b"*", re.sub(instants, b"*", body)) for body in (build_event(event_type) + b"\n", template))
     assert next(built) == next(built)
 

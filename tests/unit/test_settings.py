@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from service.addresses import postgres_dsn, redis_url, stripe_base
-from service.errors import ConfigurationError
-from service.settings import PREFIX, Settings, environment_name, load_settings
+from firstclaim.addresses import postgres_dsn, redis_url, stripe_base
+from firstclaim.errors import ConfigurationError
+from firstclaim.settings import PREFIX, Settings, environment_name, load_settings
 
 CANARY = "c4n4rypw"
 SECRETS = ("database_url", "redis_url", "stripe_webhook_secrets")
@@ -45,7 +45,7 @@ def test_an_empty_environment_is_enough(monkeypatch: pytest.MonkeyPatch) -> None
     assert settings.embedded_database
     assert (settings.database_url, settings.redis_url, settings.stripe_webhook_secrets) == (None, None, ())
     assert settings.data_dir == Path(".firstclaim")
-    assert (settings.handlers, settings.livemode) == (("service.handlers",), "any")
+    assert (settings.handlers, settings.livemode) == (("firstclaim.handlers",), "any")
     assert (settings.lock_ttl_seconds, settings.marker_ttl_seconds) == (20, 96 * 3600)
     assert (settings.lease_seconds, settings.handler_deadline_seconds, settings.idle_in_transaction_seconds) == (
         15,

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import pytest
 import stripe
 
-from service.errors import Rejected
-from service.web.signature import verify
+from firstclaim.errors import Rejected
+from firstclaim.web.signature import verify
 
 NOW = 1_793_610_041
 BODY = b'{"id":"evt_1","object":"event"}'

@@ -5,8 +5,8 @@ import time
 import pytest
 from sqlalchemy.exc import DBAPIError
 
-from service.errors import Permanent
-from service.telling import describe_error, redact, tell_error
+from firstclaim.errors import Permanent
+from firstclaim.telling import describe_error, redact, tell_error
 
 CANARY = "c4n4rypw"
 

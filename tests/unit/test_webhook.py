@@ -10,11 +10,11 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from service.inbox import outcome
-from service.inbox.event import Delivery
-from service.inbox.outcome import Kind, Outcome
-from service.inbox.pipeline import Pipeline
-from service.web.webhook import STATUS, WEBHOOK_PATH, Webhook, refuse_path
+from firstclaim.inbox import outcome
+from firstclaim.inbox.event import Delivery
+from firstclaim.inbox.outcome import Kind, Outcome
+from firstclaim.inbox.pipeline import Pipeline
+from firstclaim.web.webhook import STATUS, WEBHOOK_PATH, Webhook, refuse_path
 from tests.fixtures import SECRET, event_body, signed
 
 BODY_MOST = 4096

@@ -1,0 +1,105 @@
+"""The first page: how much there is, what waits for whom, and how the parts are.
+
+Guarantees: it shows what can be known. Where Postgres is away, or a count takes too long, it says so in that place and
+shows the rest; the parts are asked as `/readyz` asks them.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, TypeVar
+
+from starlette.responses import Response
+
+from firstclaim import metrics
+from firstclaim.admin.asking import Asking
+from firstclaim.admin.chart import Chart, draw
+from firstclaim.admin.visit import Visit
+from firstclaim.errors import LedgerUnavailable, TookTooLong
+from firstclaim.inbox.browsing import REPLAYABLE_HERE, Browsing, Search
+from firstclaim.inbox.inspection import Backlog, Listed, Selection
+from firstclaim.inbox.model import Status
+from firstclaim.web.health import Finding, Health, Part
+
+T = TypeVar("T")
+
+_HOURS: Final = 24
+_NEWEST: Final = 6
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What the ledger told; None: it took too long."""
+
+    backlog: Backlog | None
+    counts: dict[Status, int] | None
+    all_counted: bool
+    chart: Chart | None
+    unsuccessful: list[Listed] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """A part and how it is."""
+
+    name: str
+    health: Health
+    detail: str | None
+
+
+class Overview:
+    """`process` is who answers, as the ledger knows it (`host:pid`)."""
+
+    def __init__(self, asking: Asking, parts: Sequence[Part], process: str) -> None:
+        self._asking = asking
+        self._parts = parts
+        self._process = process
+
+    async def show(self, visit: Visit) -> Response:
+        """All of it, as it is now."""
+        found, known = await asyncio.gather(asyncio.gather(*(part.ask() for part in self._parts)), self._ask())
+        return visit.page(
+            "overview.html",
+            parts=[self._standing(part, finding) for part, (finding, _) in zip(self._parts, found, strict=True)],
+            known=known,
+            hours=_HOURS,
+            deliveries=metrics.told("firstclaim_deliveries"),
+            duplicates=metrics.told("firstclaim_duplicates"),
+            process=self._process,
+        )
+
+    async def _ask(self) -> _Known | None:
+        """None: Postgres is away."""
+        try:
+            async with self._asking.ledger() as ledger:
+                return await _all_of(ledger)
+        except LedgerUnavailable:
+            return None
+
+    @staticmethod
+    def _standing(part: Part, finding: Finding) -> _Standing:
+        return _Standing(part.name, finding.health, finding.detail)
+
+
+async def _all_of(ledger: Browsing) -> _Known:
+    backlog = await _in_time(ledger.backlog)
+    counts = await _in_time(lambda: ledger.count(Selection()))
+    all_counted = counts is not None
+    if counts is None:  # over all rows; those that matter most an index can count
+        counts = await _in_time(ledger.count_indexed)
+    arrivals = await _in_time(lambda: ledger.arrivals(_HOURS))
+    newest = await _in_time(lambda: ledger.page(Search(Selection(statuses=REPLAYABLE_HERE)), None, _NEWEST))
+    return _Known(
+        backlog=backlog,
+        counts=counts,
+        all_counted=all_counted,
+        chart=None if arrivals is None else draw(arrivals),
+        unsuccessful=None if newest is None else newest.events,
+    )
+
+
+async def _in_time(ask: Callable[[], Awaitable[T]]) -> T | None:
+    try:
+        return await ask()
+    except TookTooLong:
+        return None

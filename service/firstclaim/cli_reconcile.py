@@ -1,0 +1,114 @@
+"""`firstclaim reconcile`: parses, calls `firstclaim.inbox.reconcile`, prints; decides nothing.
+
+`--json` prints one JSON object, also when the run did not come to its end; fields may be added, none is renamed. Exit
+codes: 0 done · 1 the answer is no (Stripe does not take the key, or sent an event that is none) · 2 the command line
+or a setting is wrong · 3 Postgres or Stripe is away. 3, not 1, for Stripe: trying again later is all there is to do.
+"""
+
+import asyncio
+from typing import Annotated, Any
+
+import typer
+
+from firstclaim.cli_events import AsJson, duration, on, operator, print_json, progress_bar
+from firstclaim.errors import ConfigurationError
+from firstclaim.inbox.operations import Operations
+from firstclaim.inbox.reconcile import DAYS_MOST, Asked, Reconciliation, Tally
+from firstclaim.settings import Settings
+from firstclaim.stripe_events import StripeEvents
+from firstclaim.terminal import database, fail, out, reported
+
+
+def _since(text: str) -> int:
+    """Seconds; raises a usage error."""
+    seconds = int(duration(text))
+    if not 0 < seconds <= DAYS_MOST * 86_400:
+        raise typer.BadParameter(f"expected more than nothing and at most {DAYS_MOST}d: Stripe lists no older events")
+    return seconds
+
+
+def reconcile(
+    since: Annotated[
+        int, typer.Option(parser=_since, metavar="90s|15m|2h|3d", help=f"From how long ago on; at most {DAYS_MOST}d.")
+    ],
+    undelivered: Annotated[
+        bool, typer.Option("--undelivered", help="Only what Stripe could not deliver to all endpoints, or not yet.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many are missing, and change nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Record what Stripe's list of events has and the ledger has not; running services take it up, oldest first.
+
+    Needs DATABASE_URL, and STRIPE_API_KEY with the permission to read Events. After a lost ledger the full list is the
+    repair; --undelivered is for an outage of the endpoint.
+
+    To resume a run that was interrupted, give the same command again: what it recorded is already here then.
+    """
+    asked = Asked(since, undelivered)
+    tally = Tally()
+    with reported(), database() as settings:
+        key = _key(settings)
+
+        async def work(operations: Operations) -> None:
+            nonlocal tally
+            async with StripeEvents.on(settings.stripe_api_base, key) as events:
+                run = Reconciliation(
+                    operations,
+                    events,
+                    asked,
+                    body_most_bytes=settings.body_most_bytes,
+                    give_up_seconds=settings.give_up_seconds,
+                )
+                tally = run.tally
+                with progress_bar("reconciling, percent", 100) as (bar, task):
+                    async for _ in run.run(operator(), dry_run=dry_run):
+                        bar.update(task, completed=int(100 * tally.covered))
+
+        complete = False
+        try:
+            asyncio.run(on(settings, work))
+            complete = True
+        finally:  # what was recorded stays, whatever ended the run, and is said
+            if as_json:
+                print_json(_fields(tally, complete=complete, dry_run=dry_run))
+            elif complete or tally.found:
+                out.print(_words(tally, complete=complete, dry_run=dry_run), soft_wrap=True)
+        if tally.refused_events:
+            fail("\n".join(_refusals(tally)), 1)
+
+
+def _key(settings: Settings) -> str:
+    if settings.stripe_api_key is None:
+        raise ConfigurationError(
+            ["STRIPE_API_KEY is missing: set it to a secret key, or to a restricted one that may read Events"]
+        )
+    return settings.stripe_api_key.get_secret_value()
+
+
+def _words(tally: Tally, *, complete: bool, dry_run: bool) -> str:
+    did = f"{tally.missing} would be recorded" if dry_run else f"{tally.recorded} recorded"
+    said = f"{tally.found} events found at Stripe: {tally.already_here} already here, {did}"
+    if tally.refused_events:
+        said += f", {tally.refused_events} refused"
+    return said if complete else f"{said}; not finished: run it again, nothing is recorded twice"
+
+
+def _fields(tally: Tally, *, complete: bool, dry_run: bool) -> dict[str, Any]:
+    return {
+        "found": tally.found,
+        "already_here": tally.already_here,
+        "recorded": tally.recorded,
+        "missing": tally.missing - tally.recorded,  # a dry run leaves it so
+        "refused": tally.refused_events,
+        "refusals": [{"event_id": event_id, "reason": reason} for event_id, reason in tally.refused],
+        "dry_run": dry_run,
+        "complete": complete,
+    }
+
+
+def _refusals(tally: Tally) -> list[str]:
+    lines = [
+        f"{event_id} is not recorded, it would be refused as a delivery too: {why}" for event_id, why in tally.refused
+    ]
+    more = tally.refused_events - len(lines)
+    return [*lines, f"and {more} more"] if more else lines

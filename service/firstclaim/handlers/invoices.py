@@ -1,0 +1,138 @@
+"""`invoice.payment_failed`: the shipped handler, and the pattern for one of your own.
+
+Guarantees: table `payment_failures` holds one row per invoice, that of its highest attempt, in whatever order
+and however often the events come. The order is `attempt_count`: Stripe promises none in delivery, and
+`created` has whole seconds and ties. Of two events with one attempt count (a payment tried again by hand does
+not raise it) the first to arrive stays.
+
+A payload that is no invoice raises `Permanent`, which names the field and never its value: no retry can mend
+what Stripe sent, and the reason ends up in logs and on the dashboard. Nothing sensitive is copied; names and
+e-mail addresses stay in the event, whose payload expires.
+"""
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import BigInteger, CheckConstraint, Column, DateTime, Integer, MetaData, Table, Text
+
+from firstclaim import Context, Event, Permanent, on
+
+metadata = MetaData()
+
+payment_failures = Table(
+    "payment_failures",
+    metadata,
+    Column("invoice", Text(collation="C"), primary_key=True),
+    Column("customer", Text),
+    Column("subscription", Text),
+    Column("amount_due_minor", BigInteger),
+    Column("currency", Text),
+    Column("attempt_count", Integer, nullable=False),
+    Column("next_attempt_at", DateTime(timezone=True)),
+    Column("failed_at", DateTime(timezone=True), nullable=False),
+    Column("event_id", Text(collation="C"), nullable=False),
+    CheckConstraint("invoice <> ''", name="payment_failures_invoice_check"),
+    CheckConstraint("amount_due_minor >= 0", name="payment_failures_amount_due_minor_check"),
+    CheckConstraint("currency <> ''", name="payment_failures_currency_check"),
+    CheckConstraint("attempt_count >= 0", name="payment_failures_attempt_count_check"),
+)
+
+# Keep the row of the highest attempt. Two events of one invoice may run at once: the second insert waits for
+# the first one's commit, and its WHERE then reads what was committed, so neither can undo the other.
+REMEMBER = """
+INSERT INTO payment_failures AS known (invoice, customer, subscription, amount_due_minor, currency,
+                                       attempt_count, next_attempt_at, failed_at, event_id)
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+ON CONFLICT (invoice) DO UPDATE
+   SET (customer, subscription, amount_due_minor, currency, attempt_count, next_attempt_at, failed_at, event_id)
+     = (excluded.customer, excluded.subscription, excluded.amount_due_minor, excluded.currency,
+        excluded.attempt_count, excluded.next_attempt_at, excluded.failed_at, excluded.event_id)
+ WHERE excluded.attempt_count > known.attempt_count
+"""
+
+_BIGINT_MOST = 2**63 - 1
+_INTEGER_MOST = 2**31 - 1
+_SECOND_MOST = 253_402_300_799  # the last second of the year 9999: datetime's own end
+_TEXT_MOST_CHARACTERS = 255
+
+
+@on("invoice.payment_failed")
+async def record_payment_failure(event: Event, context: Context) -> str:
+    """Remember the newest failed attempt to collect an invoice."""
+    await context.fetch(REMEMBER, *payment_failure(event).values())
+    return "payment_failure_recorded"
+
+
+def payment_failure(event: Event) -> dict[str, Any]:
+    """The row of `payment_failures` that `event` stands for, in the order of its columns.
+
+    Raises `Permanent` if it holds no invoice. Fields: docs.stripe.com/api/invoices/object.
+    """
+    invoice = event.data.get("object")
+    if not isinstance(invoice, dict) or invoice.get("object", "invoice") != "invoice":
+        raise _no_invoice("data.object is something else")
+    return {
+        "invoice": _text(invoice.get("id"), "id"),
+        "customer": _reference(invoice.get("customer"), "customer"),
+        "subscription": _subscription(invoice),
+        "amount_due_minor": _known(_integer, invoice, "amount_due", _BIGINT_MOST),
+        "currency": _known(_text, invoice, "currency"),
+        "attempt_count": _known(_integer, invoice, "attempt_count", _INTEGER_MOST) or 0,
+        "next_attempt_at": _known(_instant, invoice, "next_payment_attempt"),
+        "failed_at": event.created,
+        "event_id": event.id,
+    }
+
+
+def _known(check: Callable[..., Any], invoice: dict[str, Any], name: str, *limits: int) -> Any:
+    """The checked field; one that was not sent is null in the row: unknown, never made up."""
+    value = invoice.get(name)
+    return None if value is None else check(value, name, *limits)
+
+
+def _subscription(invoice: dict[str, Any]) -> str | None:
+    """Where it is since API version 2025-03-31 (`parent`), else where it was before; null for a one-off."""
+    details = _object(_object(invoice, "parent"), "subscription_details", "parent.")
+    if details.get("subscription") is not None:
+        return _reference(details["subscription"], "parent.subscription_details.subscription")
+    return _reference(invoice.get("subscription"), "subscription")
+
+
+def _object(holder: dict[str, Any], name: str, prefix: str = "") -> dict[str, Any]:
+    value = holder.get(name)
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise _no_invoice(f"{prefix}{name} must be an object or null")
+    return value
+
+
+def _reference(value: object, name: str) -> str | None:
+    """The id of another object, which Stripe sends bare, expanded to the object itself, or as null."""
+    if value is None:
+        return None
+    if isinstance(value, dict):
+        return _text(value.get("id"), f"{name}.id")
+    return _text(value, name)
+
+
+def _text(value: object, name: str) -> str:
+    # A NUL is legal JSON and no Postgres text; over the length no id is Stripe's, and no index would take it.
+    if not isinstance(value, str) or not 0 < len(value) <= _TEXT_MOST_CHARACTERS or "\0" in value:
+        raise _no_invoice(f"{name} must be a string of 1 to {_TEXT_MOST_CHARACTERS} characters, without NUL")
+    return value
+
+
+def _integer(value: object, name: str, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise _no_invoice(f"{name} must be an integer from 0 to {most}")
+    return value
+
+
+def _instant(value: object, name: str) -> datetime:
+    return datetime.fromtimestamp(_integer(value, name, _SECOND_MOST), UTC)
+
+
+def _no_invoice(problem: str) -> Permanent:
+    return Permanent(f"not an invoice: {problem}")

@@ -1,0 +1,232 @@
+"""What an operator asks of the ledger.
+
+Guarantees: nothing here changes anything, or waits for anybody; no statement runs for longer than a minute.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from firstclaim.inbox.model import Status
+from firstclaim.inbox.postgres import PinnedConnection
+from firstclaim.inbox.statements import Statement, statement
+
+_STATEMENT_SECONDS = 60.0  # a count over millions of rows
+
+# Of `Selection`, on `stripe_events e`. The clock in a subquery: a bare volatile function is no index condition.
+SELECTED = """
+      (CAST(:event_ids AS text[]) IS NULL OR e.event_id = ANY(CAST(:event_ids AS text[])))
+  AND (CAST(:statuses AS text[]) IS NULL OR e.status = ANY(CAST(:statuses AS text[])))
+  AND (CAST(:type AS text) IS NULL OR e.type LIKE CAST(:type AS text))
+  AND (CAST(:account AS text) IS NULL OR e.account = CAST(:account AS text))
+  AND (CAST(:older AS float8) IS NULL
+       OR e.received_at <= (SELECT clock_timestamp()) - make_interval(secs => CAST(:older AS float8)))
+  AND (CAST(:newer AS float8) IS NULL
+       OR e.received_at > (SELECT clock_timestamp()) - make_interval(secs => CAST(:newer AS float8)))
+"""
+
+COLUMNS = """event_id, type, account, livemode, object_id, api_version, status, attempt, failures, abandoned, action,
+       last_error, created_at, received_at, due_at, give_up_at, settled_at, claimed_at, claimed_by"""
+
+_LIST = statement(f"SELECT {COLUMNS} FROM stripe_events e WHERE {SELECTED} ORDER BY received_at DESC LIMIT :most")
+_COUNT = statement(f"SELECT status, count(*) AS events FROM stripe_events e WHERE {SELECTED} GROUP BY status")
+# Each part by an index of just these rows.
+_COUNT_OPEN = statement("""
+SELECT status, count(*) AS events FROM stripe_events WHERE status IN ('pending', 'processing', 'failed') GROUP BY status
+UNION ALL
+SELECT status, count(*) FROM stripe_events WHERE status = 'dead' GROUP BY status
+""")
+_PAYLOAD = statement("SELECT body FROM stripe_event_payloads WHERE event_id = :event_id")
+_ATTEMPTS = statement("""
+SELECT attempt, outcome, process, began_at, ended_at, error FROM stripe_event_attempts
+ WHERE event_id = :event_id ORDER BY ended_at
+""")
+_ACTIONS_ON = statement("""
+SELECT at, operator, action, selection FROM operator_actions
+ WHERE position(:event_id IN selection) > 0 ORDER BY at
+""")
+_BACKLOG = statement("""
+SELECT count(*) FILTER (WHERE status IN ('pending', 'failed') AND due_at <= now) AS due,
+       CAST(max(extract(epoch FROM now - due_at)) FILTER (WHERE status IN ('pending', 'failed') AND due_at <= now)
+            AS float8) AS oldest_due_seconds,
+       count(*) FILTER (WHERE status = 'processing' AND due_at <= now) AS past_their_lease,
+       count(*) FILTER (WHERE abandoned > 0) AS abandoned_before
+  FROM stripe_events, clock_timestamp() AS now
+ WHERE status IN ('pending', 'processing', 'failed')
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which events are meant: all that is given has to hold. `type` may be `prefix.*`; ages count from the arrival."""
+
+    event_ids: Sequence[str] | None = None
+    statuses: Sequence[Status] | None = None
+    type: str | None = None
+    account: str | None = None
+    older_than_seconds: float | None = None
+    newer_than_seconds: float | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it means all events that there are."""
+        return self == Selection()
+
+    def __str__(self) -> str:
+        """In the words of the command line, for the audit."""
+        given = {
+            "status": None if self.statuses is None else ",".join(self.statuses),
+            "type": self.type,
+            "account": self.account,
+            "older-than": None if self.older_than_seconds is None else f"{self.older_than_seconds:.0f}s",
+            "newer-than": None if self.newer_than_seconds is None else f"{self.newer_than_seconds:.0f}s",
+        }
+        words = [f"{name}={value}" for name, value in given.items() if value is not None]
+        return " ".join((*(self.event_ids or ()), *words)) or "all"
+
+    def values(self) -> dict[str, Any]:
+        """The parameters of a statement that selects by it."""
+        pattern = None if self.type is None else self.type.replace("\\", "\\\\").replace("_", "\\_").replace("%", "\\%")
+        if pattern is not None and pattern.endswith(".*"):
+            pattern = pattern[:-1] + "%"
+        return {
+            "event_ids": self.event_ids,
+            "statuses": self.statuses,
+            "type": pattern,
+            "account": self.account,
+            "older": self.older_than_seconds,
+            "newer": self.newer_than_seconds,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An event as the ledger has it."""
+
+    event_id: str
+    type: str
+    account: str | None
+    livemode: bool
+    object_id: str | None
+    api_version: str | None
+    status: Status
+    attempt: int
+    failures: int
+    abandoned: int
+    action: str | None
+    last_error: str | None
+    created_at: datetime
+    received_at: datetime
+    due_at: datetime
+    give_up_at: datetime
+    settled_at: datetime | None
+    claimed_at: datetime | None
+    claimed_by: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempted:
+    """An attempt that did not succeed: `failed`, `dead` (its failure was the last) or `abandoned`.
+
+    `began_at` is when it was claimed, `process` by whom (`host:pid`); None: by a build that did not say.
+    """
+
+    attempt: int
+    outcome: str
+    process: str | None
+    began_at: datetime | None
+    ended_at: datetime
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """Something that happened to an event. `what`: `received`, a status, `claimed`, an attempt's outcome, an action."""
+
+    at: datetime
+    what: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What is unfinished. Ages in seconds; `oldest_due_seconds` None: nothing is due."""
+
+    due: int
+    oldest_due_seconds: float | None
+    past_their_lease: int
+    abandoned_before: int
+
+
+class Inspection:
+    """What can be asked, on one connection."""
+
+    def __init__(self, connection: PinnedConnection) -> None:
+        self._connection = connection
+
+    async def list_events(self, selection: Selection, most: int) -> list[Listed]:
+        """The newest `most` of them."""
+        rows = await self._fetch(_LIST, **selection.values(), most=most)
+        return [listed(row) for row in rows]
+
+    async def count(self, selection: Selection) -> dict[Status, int]:
+        """How many there are in each status that has any."""
+        rows = await self._fetch(_COUNT, **selection.values())
+        return {Status(row["status"]): row["events"] for row in rows}
+
+    async def count_open(self) -> dict[Status, int]:
+        """How many are unfinished or dead, in each status that has any; quick, however many events there are."""
+        return {Status(row["status"]): row["events"] for row in await self._fetch(_COUNT_OPEN)}
+
+    async def find(self, event_id: str) -> Listed | None:
+        """The event, or None: the ledger does not have it."""
+        return next(iter(await self.list_events(Selection([event_id]), 1)), None)
+
+    async def payload(self, event_id: str) -> bytes | None:
+        """The very bytes that were signed; None: pruned."""
+        rows = await self._fetch(_PAYLOAD, event_id=event_id)
+        return rows[0]["body"] if rows else None
+
+    async def attempts(self, event_id: str) -> list[Attempted]:
+        """Those that did not succeed, oldest first."""
+        return [Attempted(**row) for row in await self._fetch(_ATTEMPTS, event_id=event_id)]
+
+    async def actions_on(self, event_id: str) -> list[dict[str, Any]]:
+        """What was done to the event by its id, oldest first: `at`, `operator`, `action`."""
+        found = await self._fetch(_ACTIONS_ON, event_id=event_id)
+        return [dict(row) for row in found if event_id in row["selection"].split(" ")]
+
+    async def history(self, event: Listed) -> list[Moment]:
+        """What happened to it and when, oldest first; see `timeline`."""
+        return timeline(event, await self.attempts(event.event_id), await self.actions_on(event.event_id))
+
+    async def backlog(self) -> Backlog:
+        """What is unfinished; by an index, however many events there are."""
+        [row] = await self._fetch(_BACKLOG)
+        return Backlog(**row)
+
+    async def _fetch(self, query: Statement, **values: object) -> list[Any]:
+        return await query.fetch(self._connection, timeout_seconds=_STATEMENT_SECONDS, **values)
+
+
+def listed(row: Mapping[str, Any]) -> Listed:
+    """An event from a row of `COLUMNS`."""
+    return Listed(**{**row, "status": Status(row["status"])})
+
+
+def timeline(event: Listed, attempts: Sequence[Attempted], actions: Sequence[Mapping[str, Any]]) -> list[Moment]:
+    """What happened to it and when, as far as the ledger keeps it: a success leaves its last claim and its end."""
+    told = [Moment(event.received_at, "received", "received")]
+    for each in attempts:
+        lasted = "" if each.began_at is None else f" after {(each.ended_at - each.began_at).total_seconds():.2f} s"
+        by = "" if each.process is None else f", by {each.process}"
+        words = f"attempt {each.attempt} {each.outcome}{lasted}{by}: {each.error}"
+        told.append(Moment(each.ended_at, each.outcome, words))
+    told += [Moment(each["at"], each["action"], f"{each['action']} by {each['operator']}") for each in actions]
+    if event.status in (Status.PROCESSING, Status.COMPLETED) and event.claimed_at is not None:
+        told.append(Moment(event.claimed_at, "claimed", f"attempt {event.attempt} claimed by {event.claimed_by}"))
+    # Of an attempt that was the last one its own line says so.
+    if event.settled_at is not None and not any((e.attempt, e.outcome) == (event.attempt, "dead") for e in attempts):
+        told.append(Moment(event.settled_at, event.status, event.status))
+    return sorted(told, key=lambda each: each.at)

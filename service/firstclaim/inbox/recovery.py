@@ -1,0 +1,93 @@
+"""Recovery: a delivery that Stripe did not have to make. Every process runs it; there is no leader.
+
+Guarantees: the loop is supervised: neither a bad row nor a restarted server ends it; `well` says whether
+its last round was lately. Each round also confirms the ledger's epoch, without which no marker counts.
+"""
+
+import asyncio
+import contextlib
+import random
+import time
+
+import structlog
+
+from firstclaim import metrics
+from firstclaim.errors import LedgerUnavailable
+from firstclaim.inbox.ledger import Ledger
+from firstclaim.inbox.pipeline import Pipeline
+from firstclaim.inbox.postgres import Epoch
+from firstclaim.telling import describe_error
+
+log = structlog.get_logger(__name__)
+
+_ROUNDS_MISSED = 10  # a restart of Postgres is no news; this many intervals without a good round are
+_ROUND_SECONDS = 5  # and a round itself may take its time
+
+
+class Recovery:
+    """The loop of one process: every `interval_seconds`, and as soon as there is room when a round was full.
+
+    `batch` bounds how many abandoned events a round makes due again.
+    """
+
+    def __init__(
+        self, pipeline: Pipeline, ledger: Ledger, epoch: Epoch, *, interval_seconds: float, batch: int
+    ) -> None:
+        self._pipeline = pipeline
+        self._ledger = ledger
+        self._epoch = epoch
+        self._interval_seconds = interval_seconds
+        self._batch = batch
+        self._last_round = time.monotonic()
+        self._failing = False
+        self._upkeep_at = 0.0
+
+    @property
+    def well(self) -> bool:
+        """Whether a round went well lately."""
+        return self.idle_seconds < _ROUNDS_MISSED * self._interval_seconds + _ROUND_SECONDS
+
+    @property
+    def idle_seconds(self) -> float:
+        """Seconds since a round last went well."""
+        return time.monotonic() - self._last_round
+
+    async def run(self) -> None:
+        """Run rounds until cancelled."""
+        while True:
+            more = await self._round()
+            # Spread, so that processes started together do not ask together for ever.
+            pause = self._interval_seconds * random.uniform(0.75, 1)  # noqa: S311
+            if not more:
+                await asyncio.sleep(pause)
+                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await self._pipeline.room()
+
+    async def _round(self) -> bool:
+        """One look; whether there may be more to do at once."""
+        try:
+            if upkeep := time.monotonic() >= self._upkeep_at:
+                self._epoch.confirm(await self._ledger.read_epoch())
+                await self._pipeline.return_abandoned(self._batch)
+                self._upkeep_at = time.monotonic() + self._interval_seconds / 2
+            more = await self._pipeline.recover(thorough=upkeep)
+        except LedgerUnavailable as error:
+            self._note_failure(str(error))
+            return False
+        except Exception as error:  # noqa: BLE001  (a bad row must not end recovery of all others)
+            self._note_failure(describe_error(error))
+            return False
+        if self._failing:
+            log.info("recovery_back")
+        self._failing = False
+        self._last_round = time.monotonic()
+        metrics.recovery_rounds["good"].inc()
+        return more
+
+    def _note_failure(self, error: str) -> None:
+        metrics.recovery_rounds["failed"].inc()
+        if not self._failing:
+            log.warning("recovery_round_failed", error=error)
+        self._failing = True

@@ -1,0 +1,94 @@
+"""Logs: one JSON object per line, or readable lines on a terminal; never a payload, never a secret.
+
+Guarantees: every record, uvicorn's and any library's too, goes through one renderer that escapes control
+characters; an exception is logged as its class and the place it was raised, never with its message (see
+`firstclaim.telling`).
+"""
+
+import json
+import logging
+import sys
+
+import orjson
+import structlog
+from structlog.typing import EventDict, WrappedLogger
+
+from firstclaim.telling import describe_error
+
+
+def configure(log_format: str, level: str) -> None:
+    """Send structlog and the standard library's logging through one renderer to standard error.
+
+    `log_format` is `json`, `console` or `auto` (console on a terminal).
+    """
+    console = log_format == "console" or (log_format == "auto" and sys.stderr.isatty())
+    processors: list[structlog.typing.Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _place_of_exception,
+        _printable,
+    ]
+    renderer: structlog.typing.Processor = (
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+        if console
+        else structlog.processors.JSONRenderer(serializer=_json)
+    )
+    # Our own records are a line per delivery: straight to the stream, past the standard library's machinery.
+    structlog.configure(
+        processors=[*processors, renderer],
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.ExtraAdder(), _plain, *processors],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, _printable, renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level.upper())
+    for chatty in ("uvicorn.access", "asyncio", "httpx", "httpcore", "alembic", "stripe"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for name in ("uvicorn", "uvicorn.error"):
+        logging.getLogger(name).handlers = []
+        logging.getLogger(name).propagate = True
+
+
+def _json(record: EventDict, **_: object) -> str:
+    """In ASCII: what is no plain text in a nested value is escaped too."""
+    try:
+        line = orjson.dumps(record, default=repr).decode()
+    except TypeError:  # a lone surrogate, an odd key
+        return json.dumps(record, default=repr)
+    return line if line.isascii() else json.dumps(record, default=repr)
+
+
+def _plain(_: WrappedLogger, __: str, record: EventDict) -> EventDict:
+    """Of a library's record what we want of it: uvicorn's has every line a second time, in colours."""
+    record.pop("color_message", None)
+    if getattr(record.get("_record"), "name", None) == "asyncio":
+        # Of an exception that nobody retrieved, the lines after the first show the message, and even locals.
+        record["event"] = str(record["event"]).partition("\n")[0]
+    return record
+
+
+def _place_of_exception(_: WrappedLogger, __: str, record: EventDict) -> EventDict:
+    """No traceback and no message: what an exception says may quote what a payload said."""
+    info = record.pop("exc_info", None)
+    if info is True:
+        info = sys.exc_info()
+    error = info[1] if isinstance(info, tuple) else info
+    if isinstance(error, BaseException):
+        record["error"] = describe_error(error)
+    return record
+
+
+def _printable(_: WrappedLogger, __: str, record: EventDict) -> EventDict:
+    """An id or a path from outside cannot forge a line or move a terminal's cursor."""
+    for name, value in record.items():
+        if isinstance(value, str) and not value.isprintable():
+            record[name] = value.encode("unicode_escape").decode("ascii")
+    return record

@@ -1,0 +1,348 @@
+"""Settings: read once from the environment, checked together, frozen, secrets masked.
+
+Every fault is reported at once (`load_settings` raises one `ConfigurationError` with all of them), no
+fault ever repeats the value it is about, and a misspelt `FIRSTCLAIM_*` name is a fault too: a setting that
+silently does nothing is how a team finds out in production.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+from firstclaim import addresses
+from firstclaim.errors import ConfigurationError
+from firstclaim.passwords import check
+
+PREFIX = "FIRSTCLAIM_"
+OBSERVING_CONNECTIONS = 2  # apart: whoever looks at the ledger never makes a delivery wait
+ADMIN_CONNECTIONS = 2  # one search does not keep another page waiting; apart as well
+
+_SERVICE_LINK = re.compile(PREFIX + r"(?:SERVICE_(?:HOST|PORT)|PORT)(?:_.*)?")
+
+
+def _made_by(make: Callable[[str], str]) -> AfterValidator:
+    """What `make` makes of a secret; the ValueError that it raises is the fault."""
+    return AfterValidator(lambda value: None if value is None else SecretStr(make(value.get_secret_value())))
+
+
+class Settings(BaseSettings):
+    """All of it. The description of a field is its row in the README, and says why the default is what it is."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        env_prefix=PREFIX,
+        env_ignore_empty=True,
+        extra="forbid",
+        hide_input_in_errors=True,
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
+
+    database_url: Annotated[SecretStr | None, _made_by(addresses.postgres_dsn)] = Field(
+        None,
+        validation_alias="DATABASE_URL",
+        description="PostgreSQL 14 or newer: `postgresql://` or `postgres://`. Unset: an embedded server.",
+    )
+    redis_url: Annotated[SecretStr | None, _made_by(addresses.redis_url)] = Field(
+        None,
+        validation_alias="REDIS_URL",
+        description="Redis 7 or Valkey 8, or newer: `redis://`, `rediss://` or `unix://`. Unset: an embedded Valkey.",
+    )
+    stripe_webhook_secrets: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
+        (),
+        validation_alias="STRIPE_WEBHOOK_SECRETS",
+        description="Signing secrets (`whsec_...`), comma separated: per endpoint and mode, two while one is rolled.",
+    )
+    stripe_api_key: Annotated[SecretStr | None, _made_by(addresses.stripe_key)] = Field(
+        None,
+        validation_alias="STRIPE_API_KEY",
+        description="For `reconcile` only: a secret key, or a restricted one (`rk_...`) that may read Events.",
+    )
+    stripe_api_base: Annotated[str, AfterValidator(addresses.stripe_base)] = Field(
+        "https://api.stripe.com",
+        validation_alias="STRIPE_API_BASE",
+        description="Where `reconcile` finds Stripe's API, for tests: `https://`, or `http://` to the loopback.",
+    )
+    data_dir: Path = Field(
+        Path(".firstclaim"),
+        description="Where the embedded servers and the generated signing secret live. Survives restarts.",
+    )
+    handlers: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("firstclaim.handlers",),
+        description="Modules that hold the handlers, comma separated, importable by name.",
+    )
+    livemode: Literal["any", "live", "test"] = Field(
+        "any",
+        description="An event of the other mode is recorded as `ignored`: live Connect endpoints get test events too.",
+    )
+    redis_prefix: str = Field(
+        "firstclaim:",
+        max_length=64,
+        description="Before every key, so that several services can share a Redis.",
+    )
+
+    lock_ttl_seconds: float = Field(
+        20,
+        ge=1,
+        le=60,
+        description="Life of the Redis lock: longer than recording takes, and no stale lock delays longer.",
+    )
+    marker_ttl_seconds: float = Field(
+        96 * 3600,
+        ge=60,
+        le=35 * 86_400,
+        description="Life of the `recorded` marker: outlives Stripe's 3 days of retries by one.",
+    )
+    lease_seconds: float = Field(
+        15,
+        ge=0.5,
+        le=3600,
+        description="How long a claim may go unlocked before it counts as abandoned; < handler deadline.",
+    )
+    handler_deadline_seconds: float = Field(
+        30, ge=0.5, le=3600, description="A handler still running then has failed, and its connection is terminated."
+    )
+    idle_in_transaction_seconds: float = Field(
+        35,
+        ge=1,
+        le=2 * 3600,
+        description="Set on the server per transaction: frees the row of a frozen process; > handler deadline.",
+    )
+    handler_slots: int = Field(
+        10, ge=1, le=500, description="Handlers running at once in a process, one connection each."
+    )
+    ingest_connections: int = Field(
+        5,
+        ge=2,
+        le=500,
+        description="Connections for claiming and recording, apart, so that slow handlers never starve them.",
+    )
+    answer_budget_seconds: float = Field(
+        5, gt=0, le=30, description="Stripe wants a quick answer: past it, 202 `deferred` and the work goes on."
+    )
+    redis_timeout_seconds: float = Field(
+        0.2, ge=0.05, le=2, description="Per Redis command. Slower than this is away: the ledger alone carries safety."
+    )
+    redis_breaker_seconds: float = Field(
+        1, ge=0.1, le=30, description="After Redis failed, ask it again only this often: one timeout per outage second."
+    )
+    postgres_timeout_seconds: float = Field(
+        1.5, ge=0.1, le=30, description="To connect, and per ledger statement: 503 within 2 s when it is down."
+    )
+    recovery_interval_seconds: float = Field(
+        1, ge=0.05, le=60, description="Between two looks for due events, per process; at once when the last was full."
+    )
+    backoff_first_seconds: float = Field(
+        5,
+        gt=0,
+        le=3600,
+        description="First retry after a failure, doubling each time, jittered between half and whole.",
+    )
+    backoff_most_seconds: float = Field(3600, gt=0, le=86_400, description="The backoff stops doubling here.")
+    give_up_seconds: float = Field(
+        3 * 86_400,
+        gt=0,
+        le=30 * 86_400,
+        description="A failing event is `dead` this long after receipt: when Stripe itself gives up.",
+    )
+    abandoned_most: int = Field(
+        8, ge=1, description="An event whose holder vanished this often kills its process: it becomes `dead`."
+    )
+    connections_most: int = Field(
+        2000,
+        ge=10,
+        le=100_000,
+        description="Sockets per process. At more, who has been sending a request for longest has to make room.",
+    )
+    body_most_bytes: int = Field(
+        1024 * 1024, ge=1024, description="Larger is answered with 413; Stripe publishes no maximum."
+    )
+    body_timeout_seconds: float = Field(
+        5, gt=0, le=60, description="A body that takes longer to arrive is answered with 408."
+    )
+    signature_tolerance_seconds: int = Field(
+        300,
+        ge=1,
+        le=3600,
+        description="How far a signature's timestamp may be from now, in either direction.",
+    )
+    drain_seconds: float = Field(
+        0,
+        ge=0,
+        le=300,
+        description="After SIGTERM `/readyz` says 503 and deliveries are still served this long: your balancer's lag.",
+    )
+    shutdown_seconds: float = Field(
+        25,
+        ge=1,
+        le=3600,
+        description="From SIGTERM to exit, the drain included; under Kubernetes' 30 s grace.",
+    )
+    admin_password: SecretStr | None = Field(
+        None,
+        description="Switches on the page at `/admin`: a hash from `firstclaim admin-password`, or a plain value.",
+    )
+    admin_proxies: int = Field(
+        0, ge=0, le=9, description="Proxies of yours before it: of `X-Forwarded-For`, whose entry is the client's."
+    )
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="`auto`: console on a terminal, one JSON object per line elsewhere."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="The least severe level that is written."
+    )
+
+    @property
+    def postgres_connections(self) -> int:
+        """The most that one process opens."""
+        admin = 0 if self.admin_password is None else ADMIN_CONNECTIONS
+        return self.handler_slots + self.ingest_connections + OBSERVING_CONNECTIONS + admin
+
+    @property
+    def embedded_database(self) -> bool:
+        """No `DATABASE_URL`: this process looks after a PostgreSQL of its own."""
+        return self.database_url is None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment and what a test hands in; no dotenv, no secrets folder, no third place to look."""
+        return init_settings, env_settings
+
+    @field_validator("stripe_webhook_secrets", "handlers", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("stripe_webhook_secrets")
+    @classmethod
+    def _no_blank_secret(cls, secrets: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if any(not secret.get_secret_value().strip() for secret in secrets):
+            raise ValueError(
+                "one of the secrets is blank (an empty secret would verify anything); remove the stray comma"
+            )
+        if any(not secret.get_secret_value().isascii() or " " in secret.get_secret_value() for secret in secrets):
+            raise ValueError(
+                "a secret holds a space or a non-ASCII character; expected whsec_... values, comma separated"
+            )
+        return secrets
+
+    @field_validator("handlers")
+    @classmethod
+    def _module_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if wrong := [name for name in names if not all(part.isidentifier() for part in name.split("."))]:
+            raise ValueError(f"not a dotted module name: {', '.join(map(repr, wrong))}; expected e.g. shop.handlers")
+        return names
+
+    @field_validator("admin_password")
+    @classmethod
+    def _strong_password(cls, password: SecretStr | None) -> SecretStr | None:
+        if password is not None:
+            check(password.get_secret_value())
+        return password
+
+    @model_validator(mode="after")
+    def _numbers_agree(self) -> Self:
+        faults = [
+            message
+            for wrong, message in (
+                (
+                    not self.lease_seconds < self.handler_deadline_seconds < self.idle_in_transaction_seconds,
+                    "FIRSTCLAIM_LEASE_SECONDS < FIRSTCLAIM_HANDLER_DEADLINE_SECONDS < "
+                    "FIRSTCLAIM_IDLE_IN_TRANSACTION_SECONDS must hold, or a live handler could be taken over",
+                ),
+                (
+                    self.marker_ttl_seconds <= self.lock_ttl_seconds,
+                    "FIRSTCLAIM_MARKER_TTL_SECONDS must be longer than FIRSTCLAIM_LOCK_TTL_SECONDS",
+                ),
+                (
+                    self.backoff_first_seconds > self.backoff_most_seconds,
+                    "FIRSTCLAIM_BACKOFF_FIRST_SECONDS must not be above FIRSTCLAIM_BACKOFF_MOST_SECONDS",
+                ),
+                (
+                    self.drain_seconds >= self.shutdown_seconds,
+                    "FIRSTCLAIM_DRAIN_SECONDS must be below FIRSTCLAIM_SHUTDOWN_SECONDS, which includes it",
+                ),
+            )
+            if wrong
+        ]
+        if faults:
+            raise ValueError("\n".join(faults))
+        return self
+
+
+def load_settings(*, receiving: bool = True) -> Settings:
+    """Read and check the environment; raises `ConfigurationError` with every fault, each naming its variable.
+
+    `receiving`: whether deliveries will be verified, so that signing secrets are needed (`migrate` has no use
+    for them, and a migration job should not hold them).
+    """
+    faults = _unknown_names(os.environ)
+    if receiving and os.environ.get("DATABASE_URL") and not os.environ.get("STRIPE_WEBHOOK_SECRETS", "").strip():
+        faults.append("STRIPE_WEBHOOK_SECRETS is missing or blank: set it to the endpoint's signing secret (whsec_...)")
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        raise ConfigurationError([*faults, *_all_faults(error)]) from None
+    if faults:
+        raise ConfigurationError(faults)
+    return settings
+
+
+def environment_name(field: str) -> str:
+    """The variable that sets `field`."""
+    alias = Settings.model_fields[field].validation_alias
+    return alias if isinstance(alias, str) else PREFIX + field.upper()
+
+
+def _unknown_names(environ: Mapping[str, str]) -> list[str]:
+    """Misspelt settings; what Kubernetes injects for a Service named firstclaim is none."""
+    known = {environment_name(field): environment_name(field).removeprefix(PREFIX) for field in Settings.model_fields}
+    faults = []
+    for name in sorted(environ):
+        if name.startswith(PREFIX) and name not in known and not _SERVICE_LINK.fullmatch(name):
+            near = difflib.get_close_matches(name.removeprefix(PREFIX), known.values(), n=1)
+            meant = [full for full, short in known.items() if short in near]
+            faults.append(f"{name} is not a setting" + (f"; did you mean {meant[0]}?" if meant else ""))
+    return faults
+
+
+def _all_faults(error: ValidationError) -> list[str]:
+    """The faults of single settings and, with stand-ins for those, the faults between settings."""
+    wrong = {str(detail["loc"][0]) for detail in error.errors() if detail["loc"]}
+    faults = _explain(error)
+    if wrong:
+        fields = {name: field for name, field in Settings.model_fields.items() if _key(name) in wrong}
+        try:
+            Settings(**{_key(name): field.default for name, field in fields.items()})
+        except ValidationError as between:
+            faults += _explain(between)
+    return faults
+
+
+def _key(field: str) -> str:
+    """What pydantic calls the field: its alias, where it has one."""
+    return str(Settings.model_fields[field].validation_alias or field)
+
+
+def _explain(error: ValidationError) -> list[str]:
+    faults: list[str] = []
+    for detail in error.errors(include_url=False, include_input=False, include_context=False):
+        message = detail["msg"].removeprefix("Value error, ")
+        if detail["loc"]:
+            name = str(detail["loc"][0])
+            message = f"{environment_name(name) if name in Settings.model_fields else name}: {message}"
+        faults.extend(message.split("\n"))
+    return faults
