@@ -15,9 +15,9 @@ import asyncpg
 from pydantic import SecretStr
 
 from firstclaim import embedded
-from firstclaim.addresses import postgres_dsn
 from firstclaim.inbox import schema
 from firstclaim.settings import Settings
+from firstclaim.urls import postgres_dsn
 
 # Without a unique constraint on purpose: a doubled effect must be able to show itself.
 EFFECTS = """

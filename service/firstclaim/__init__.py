@@ -9,7 +9,7 @@ What a handler module needs, and nothing that opens anything:
 """
 
 from firstclaim.errors import Permanent, Retry
-from firstclaim.inbox.event import Event
+from firstclaim.event import Event
 from firstclaim.registry import Context, on
 
 __all__ = ["Context", "Event", "Permanent", "Retry", "on"]

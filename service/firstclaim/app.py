@@ -27,6 +27,7 @@ from firstclaim.admin.overview import Overview
 from firstclaim.admin.replaying import Replaying
 from firstclaim.admin.session import Seal
 from firstclaim.admin.site import Site
+from firstclaim.backoff import Backoff
 from firstclaim.errors import ConfigurationError
 from firstclaim.inbox.browsing import PINS
 from firstclaim.inbox.claims import Claims
@@ -36,13 +37,12 @@ from firstclaim.inbox.lock import Lock, connect
 from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.inbox.postgres import Epoch, Pool
 from firstclaim.inbox.recovery import Recovery
-from firstclaim.inbox.retry import Backoff
 from firstclaim.inbox.seats import Seats
 from firstclaim.logs import configure
 from firstclaim.passwords import Password
 from firstclaim.registry import Registry
 from firstclaim.settings import ADMIN_CONNECTIONS, OBSERVING_CONNECTIONS, Settings
-from firstclaim.stopping import Stop, leaving_with_supervisor
+from firstclaim.shutdown import Stop, leaving_with_supervisor
 from firstclaim.web.health import Part, Readiness, livez
 from firstclaim.web.metrics import Metrics
 from firstclaim.web.probes import readiness_parts

@@ -27,7 +27,6 @@ from starlette.applications import Starlette
 from uvicorn.supervisors import Multiprocess
 
 from firstclaim import cli_events, cli_reconcile, loading, metrics, sending
-from firstclaim.addresses import postgres_dsn
 from firstclaim.app import create_app
 from firstclaim.checks import Check, Verdict, all_checks, refuse
 from firstclaim.embedded import kept_secret, running_database, servers
@@ -37,6 +36,7 @@ from firstclaim.loading_plan import IN_FLIGHT_MOST, Plan
 from firstclaim.passwords import make_hash
 from firstclaim.settings import Settings
 from firstclaim.terminal import database, dsn_of, out, read_settings, reported
+from firstclaim.urls import postgres_dsn
 from firstclaim.web.door import Door
 from firstclaim.web.lobby import Lobby, affordable_connections
 from firstclaim.web.webhook import WEBHOOK_PATH

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from firstclaim.errors import RejectedKind
-from firstclaim.inbox.outcome import Kind
+from firstclaim.outcome import Kind
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 REGISTRY: Final = CollectorRegistry()

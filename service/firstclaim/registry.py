@@ -18,7 +18,7 @@ from sqlalchemy import CursorResult, Executable
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from firstclaim.errors import ConfigurationError, HandlerRuleBroken
-from firstclaim.inbox.event import Event
+from firstclaim.event import Event
 from firstclaim.telling import tell_error
 
 _PATTERN = re.compile(r"\*|[A-Za-z0-9_\[\]\-]+(\.[A-Za-z0-9_\[\]\-]+)*(\.\*)?")

@@ -15,7 +15,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from firstclaim import addresses
+from firstclaim import urls
 from firstclaim.errors import ConfigurationError
 from firstclaim.passwords import check
 

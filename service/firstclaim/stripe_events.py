@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 import orjson
 import stripe
 
+from firstclaim.backoff import Backoff
 from firstclaim.errors import ConfigurationError, StripeRefused, StripeUnavailable
-from firstclaim.inbox.event import EVENT_ID
-from firstclaim.inbox.retry import Backoff
+from firstclaim.event import EVENT_ID
 
 PAGE_MOST = 100  # Stripe's own limit
 _ATTEMPTS = 6

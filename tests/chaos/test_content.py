@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import orjson
 
-from firstclaim.inbox.event import parse_event
+from firstclaim.event import parse_event
 from firstclaim.inbox.model import Status
 from tests.acceptance.harness import (
     DEAD,

@@ -9,11 +9,11 @@ import pytest
 
 from firstclaim import Context, Event
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.inbox.event import Delivery
+from firstclaim.event import Delivery
 from firstclaim.inbox.ledger import Claim, Found, Ledger
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.outcome import Kind
 from firstclaim.inbox.postgres import PinnedConnection
+from firstclaim.outcome import Kind
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, delivery, effect, until
 

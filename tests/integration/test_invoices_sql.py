@@ -14,8 +14,8 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from firstclaim import Context, Event
+from firstclaim.event import parse_event
 from firstclaim.handlers.invoices import payment_failure, payment_failures, record_payment_failure
-from firstclaim.inbox.event import parse_event
 from tests.fixtures import event_body
 
 

@@ -12,8 +12,8 @@ import asyncpg
 import pytest
 
 from firstclaim.errors import LedgerUnavailable, Rejected
+from firstclaim.event import Delivery, parse_event
 from firstclaim.inbox import statements
-from firstclaim.inbox.event import Delivery, parse_event
 from firstclaim.inbox.ledger import Claim, Found, Held, Ledger
 from firstclaim.inbox.model import TAKEABLE, Status
 from firstclaim.inbox.operations import Operations

@@ -10,8 +10,8 @@ import orjson
 import pytest
 
 from firstclaim.errors import OperatorError, StripeRefused, StripeUnavailable
+from firstclaim.event import Delivery, parse_event
 from firstclaim.inbox import reconcile as reconcile_module
-from firstclaim.inbox.event import Delivery, parse_event
 from firstclaim.inbox.model import Status
 from firstclaim.inbox.operations import Operations
 from firstclaim.inbox.reconcile import Asked, Reconciliation, Tally

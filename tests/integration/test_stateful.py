@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.outcome import Kind
+from firstclaim.outcome import Kind
 from tests.stateful.ground import Ground, prepared
 from tests.stateful.machine import DELIVERY, ENDING, FAILING, RECOVERY, Machine
 from tests.stateful.oracle import Plan

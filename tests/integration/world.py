@@ -18,17 +18,17 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from firstclaim import Context, Event
 from firstclaim.app import Parts, assemble
+from firstclaim.event import Delivery, parse_event
 from firstclaim.inbox.claims import Claims
 from firstclaim.inbox.dispatch import Dispatcher
-from firstclaim.inbox.event import Delivery, parse_event
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.lock import Lock
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.outcome import Outcome
 from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.inbox.postgres import PinnedConnection
 from firstclaim.inbox.seats import Seat
 from firstclaim.inbox.statements import Statement
+from firstclaim.outcome import Outcome
 from firstclaim.registry import Handler, Registry
 from firstclaim.settings import Settings
 from tests.fixtures import SECRET, event_body

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from firstclaim.cli import server_config
-from firstclaim.inbox.event import parse_event
+from firstclaim.event import parse_event
 from firstclaim.settings import Settings
 from firstclaim.web.signature import verify
 from firstclaim.web.webhook import WEBHOOK_PATH

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from firstclaim.inbox.event import parse_event
+from firstclaim.event import parse_event
 from tests.fixtures import SECRET
 from tests.load.driver import COPIES, Driver, Ids, Kind, Rate, side_by_side
 from tests.receiver import PROCESSED, receiving, reply

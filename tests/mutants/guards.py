@@ -266,7 +266,7 @@ MUTANTS = (
     Mutant(
         "backoff-without-jitter",
         "The backoff is jittered between half and whole.",
-        "inbox/retry.py",
+        "backoff.py",
         "whole * random.uniform(0.5, 1)",
         "whole",
         "unit/test_retry.py::test_it_spreads",
@@ -274,7 +274,7 @@ MUTANTS = (
     Mutant(
         "backoff-without-a-cap",
         "The backoff stops doubling at an hour.",
-        "inbox/retry.py",
+        "backoff.py",
         "min(self.first_seconds * 2.0 ** min(count - 1, 60), self.most_seconds)",
         "self.first_seconds * 2.0 ** min(count - 1, 60)",
         "unit/test_retry.py::test_it_doubles_up_to_the_cap",
@@ -282,7 +282,7 @@ MUTANTS = (
     Mutant(
         "backoff-does-not-double",
         "The backoff doubles from failure to failure.",
-        "inbox/retry.py",
+        "backoff.py",
         "self.first_seconds * 2.0 ** min(count - 1, 60)",
         "self.first_seconds * count",
         "unit/test_retry.py::test_it_doubles_up_to_the_cap",

@@ -136,7 +136,7 @@ MUTANTS = (
     Mutant(
         "no-drain-delay",
         "During the drain delay everything is still served.",
-        "stopping.py",
+        "shutdown.py",
         "0.0 if self.asked else self.drain_seconds",
         "0.0",
         "acceptance/test_stopping.py::test_the_drain_delay_keeps_serving",

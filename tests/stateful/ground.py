@@ -17,7 +17,7 @@ from redis.asyncio import Redis
 
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.outcome import Outcome
+from firstclaim.outcome import Outcome
 from tests import operator
 from tests.clock import Clock, installed
 from tests.integration.world import World, build, delivery, until

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from firstclaim.inbox.event import Delivery
+from firstclaim.event import Delivery
 from firstclaim.inbox.model import TAKEABLE, Status
-from firstclaim.inbox.outcome import Kind, Outcome
+from firstclaim.outcome import Kind, Outcome
 
 PROMISES = frozenset([Kind.PROCESSED, Kind.UNHANDLED, Kind.DUPLICATE, Kind.DEFERRED, Kind.DEAD])  # answered with 2xx
 SETTLED = frozenset([Status.COMPLETED, Status.IGNORED, Status.DEAD])

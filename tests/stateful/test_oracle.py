@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from firstclaim.inbox import outcome
+from firstclaim import outcome
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.outcome import Kind, Outcome
+from firstclaim.outcome import Kind, Outcome
 from tests.integration.world import delivery
 from tests.stateful.oracle import Key, Limits, Plan, Row, Seen, Story, broken, dishonest, foreseen
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from firstclaim.errors import Rejected
-from firstclaim.inbox.event import Delivery, Event, parse_event
+from firstclaim.event import Delivery, Event, parse_event
 from tests.fixtures import MISSING, event_body
 from tests.hostile import ACCEPTED, JSON, NEARLY, bodies
 

@@ -13,7 +13,7 @@ import stripe
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from firstclaim.inbox.event import THIN, Event
+from firstclaim.event import THIN, Event
 from firstclaim.sending import build_event, shipped_types
 from tests.fixtures import MISSING, SECRET, event_body, signed
 from tests.hostile import JSON, NEARLY, bodies

@@ -58,15 +58,15 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("firstclaim.metrics", "firstclaim.registry"),
     (
         "firstclaim.inbox.batch",
-        "firstclaim.inbox.event",
+        "firstclaim.event",
         "firstclaim.inbox.model",
-        "firstclaim.inbox.outcome",
-        "firstclaim.inbox.retry",
+        "firstclaim.outcome",
+        "firstclaim.backoff",
         "firstclaim.inbox.statements",
     ),
-    ("firstclaim.settings", "firstclaim.logs", "firstclaim.sending", "firstclaim.stopping"),
+    ("firstclaim.settings", "firstclaim.logs", "firstclaim.sending", "firstclaim.shutdown"),
     ("firstclaim.admin.limits", "firstclaim.admin.session"),
-    ("firstclaim.errors", "firstclaim.addresses", "firstclaim.passwords", "firstclaim.telling", "firstclaim.tracing"),
+    ("firstclaim.errors", "firstclaim.urls", "firstclaim.passwords", "firstclaim.telling", "firstclaim.tracing"),
     (
         "firstclaim.admin",
         "firstclaim.inbox",
@@ -170,7 +170,7 @@ def test_no_service_has_the_load_generator_in_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["firstclaim.inbox.event", "firstclaim.inbox.outcome", "firstclaim.inbox.model", "firstclaim.errors"]
+    "name", ["firstclaim.event", "firstclaim.outcome", "firstclaim.inbox.model", "firstclaim.errors"]
 )
 def test_values_know_no_client(name: str) -> None:
     """What all others share talks to nothing: no driver, no client, no framework."""

@@ -6,8 +6,8 @@ from typing import Any, cast
 import pytest
 
 from firstclaim import Context, Event, Permanent
+from firstclaim.event import parse_event
 from firstclaim.handlers.invoices import REMEMBER, payment_failure, record_payment_failure
-from firstclaim.inbox.event import parse_event
 from firstclaim.registry import Registry
 from tests.fixtures import MISSING, event_body, old_shape_payment_failed
 

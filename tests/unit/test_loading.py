@@ -11,12 +11,11 @@ import pytest
 from rich.console import Console
 
 from firstclaim import loading
+from firstclaim import outcome as outcomes
 from firstclaim.errors import ConfigurationError, Rejected
+from firstclaim.event import parse_event
 from firstclaim.handlers.load_probe import ACTION
-from firstclaim.inbox import outcome as outcomes
-from firstclaim.inbox.event import parse_event
 from firstclaim.inbox.model import UNFINISHED, Status
-from firstclaim.inbox.outcome import Kind, Outcome
 from firstclaim.loading import live_line, report, report_verdict
 from firstclaim.loading_plan import (
     IN_FLIGHT_MOST,
@@ -35,6 +34,7 @@ from firstclaim.loading_plan import (
     kind_of,
 )
 from firstclaim.loading_verdict import BROKEN, Fate, Found, fate_of, judge
+from firstclaim.outcome import Kind, Outcome
 from firstclaim.sending import shipped_types
 from firstclaim.web.webhook import answer, rejection
 

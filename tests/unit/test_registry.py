@@ -13,7 +13,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from firstclaim.errors import ConfigurationError, HandlerRuleBroken
-from firstclaim.inbox.event import Event, parse_event
+from firstclaim.event import Event, parse_event
 from firstclaim.registry import Context, Handler, Registry, on
 from tests.fixtures import event_body
 

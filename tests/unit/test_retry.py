@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from firstclaim.inbox.retry import Backoff
+from firstclaim.backoff import Backoff
 
 
 @pytest.mark.parametrize(

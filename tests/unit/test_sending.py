@@ -16,8 +16,8 @@ import stripe
 from rich.console import Console
 
 import firstclaim
+from firstclaim.event import parse_event
 from firstclaim.handlers.invoices import payment_failure
-from firstclaim.inbox.event import parse_event
 from firstclaim.sending import (
     Answer,
     _client,

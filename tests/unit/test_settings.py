@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from firstclaim.addresses import postgres_dsn, redis_url, stripe_base
 from firstclaim.errors import ConfigurationError
 from firstclaim.settings import PREFIX, Settings, environment_name, load_settings
+from firstclaim.urls import postgres_dsn, redis_url, stripe_base
 
 CANARY = "c4n4rypw"
 SECRETS = ("database_url", "redis_url", "stripe_webhook_secrets")

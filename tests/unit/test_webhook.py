@@ -10,10 +10,10 @@ import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
 
-from firstclaim.inbox import outcome
-from firstclaim.inbox.event import Delivery
-from firstclaim.inbox.outcome import Kind, Outcome
+from firstclaim import outcome
+from firstclaim.event import Delivery
 from firstclaim.inbox.pipeline import Pipeline
+from firstclaim.outcome import Kind, Outcome
 from firstclaim.web.webhook import STATUS, WEBHOOK_PATH, Webhook, refuse_path
 from tests.fixtures import SECRET, event_body, signed
 

@@ -19,7 +19,7 @@ import asyncpg
 
 from firstclaim import metrics, tracing
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
-from firstclaim.inbox.event import Event
+from firstclaim.event import Event
 from firstclaim.inbox.ledger import Claim, Held, Ledger
 from firstclaim.inbox.postgres import UNAVAILABLE, describe
 from firstclaim.inbox.seats import Seat, Seats

@@ -10,15 +10,14 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from firstclaim import metrics
+from firstclaim import metrics, outcome
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.inbox import outcome
-from firstclaim.inbox.event import Delivery
+from firstclaim.event import Delivery
 from firstclaim.inbox.ledger import Claim, Found, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.inbox.model import TAKEABLE, Status
-from firstclaim.inbox.outcome import Kind, Outcome
 from firstclaim.inbox.postgres import Epoch
+from firstclaim.outcome import Kind, Outcome
 
 _STATES = {
     Status.COMPLETED: "already completed",

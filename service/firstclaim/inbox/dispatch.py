@@ -12,17 +12,16 @@ from dataclasses import dataclass
 
 import structlog
 
-from firstclaim import tracing
+from firstclaim import outcome, tracing
+from firstclaim.backoff import Backoff
 from firstclaim.errors import LedgerUnavailable, Permanent, Retry
-from firstclaim.inbox import outcome
+from firstclaim.event import Event
 from firstclaim.inbox.attempt import Attempt, CommitUnknown, TakenOver, TransactionEnded
 from firstclaim.inbox.claims import Claims
-from firstclaim.inbox.event import Event
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.outcome import Outcome
-from firstclaim.inbox.retry import Backoff
 from firstclaim.inbox.seats import Seats
+from firstclaim.outcome import Outcome
 from firstclaim.registry import Handler
 from firstclaim.telling import describe_error, tell_error
 

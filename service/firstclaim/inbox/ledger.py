@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+from firstclaim.backoff import Backoff
 from firstclaim.errors import LedgerUnavailable
+from firstclaim.event import Delivery
 from firstclaim.inbox import statements
 from firstclaim.inbox.batch import Batcher
-from firstclaim.inbox.event import Delivery
 from firstclaim.inbox.model import Status
 from firstclaim.inbox.postgres import ROW_FAULTS, PinnedConnection, Pool, describe, read_epoch
-from firstclaim.inbox.retry import Backoff
 from firstclaim.inbox.statements import Statement
 
 # Deliveries in one insert: more save nothing more, and all of them wait for the slowest.

@@ -13,8 +13,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from firstclaim.errors import LedgerUnavailable, OperatorError
+from firstclaim.event import Delivery
 from firstclaim.inbox import schema
-from firstclaim.inbox.event import Delivery
 from firstclaim.inbox.inspection import SELECTED, Inspection, Selection
 from firstclaim.inbox.ledger import Arrival, insert
 from firstclaim.inbox.model import Status

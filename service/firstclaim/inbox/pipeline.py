@@ -13,15 +13,14 @@ from typing import Any, Literal, TypeVar
 
 import structlog
 
-from firstclaim import metrics, tracing
+from firstclaim import metrics, outcome, tracing
 from firstclaim.errors import FirstclaimError, LedgerUnavailable
-from firstclaim.inbox import outcome
+from firstclaim.event import Delivery, Event, parse_event
 from firstclaim.inbox.claims import Asked, Claims, shared
 from firstclaim.inbox.dispatch import Dispatcher
-from firstclaim.inbox.event import Delivery, Event, parse_event
 from firstclaim.inbox.ledger import Claim
 from firstclaim.inbox.lock import LockReply
-from firstclaim.inbox.outcome import Kind, Outcome
+from firstclaim.outcome import Kind, Outcome
 from firstclaim.registry import Registry
 from firstclaim.telling import describe_error
 

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from firstclaim.errors import Rejected, StripeUnavailable
-from firstclaim.inbox.event import Delivery, parse_event
+from firstclaim.event import Delivery, parse_event
 from firstclaim.inbox.operations import BATCH, Operations
 from firstclaim.stripe_events import Item, Page, StripeEvents
 from firstclaim.telling import redact

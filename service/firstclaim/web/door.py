@@ -31,8 +31,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from firstclaim import metrics
+from firstclaim import outcome as outcomes
 from firstclaim.errors import Rejected
-from firstclaim.inbox import outcome as outcomes
 from firstclaim.web.lobby import Lobby
 from firstclaim.web.webhook import answer, rejection
 

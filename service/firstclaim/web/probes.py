@@ -4,7 +4,7 @@ from firstclaim.inbox.lock import Lock
 from firstclaim.inbox.postgres import Pool
 from firstclaim.inbox.recovery import Recovery
 from firstclaim.inbox.schema import SchemaState, compare, outdated, read_version
-from firstclaim.stopping import Stop
+from firstclaim.shutdown import Stop
 from firstclaim.web.health import PROBE_SECONDS, Finding, Health, Part
 
 

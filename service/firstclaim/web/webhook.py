@@ -19,11 +19,11 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from firstclaim import metrics, tracing
+from firstclaim import outcome as outcomes
 from firstclaim.errors import Rejected
-from firstclaim.inbox import outcome as outcomes
-from firstclaim.inbox.event import Delivery, parse_event
-from firstclaim.inbox.outcome import Kind, Outcome
+from firstclaim.event import Delivery, parse_event
 from firstclaim.inbox.pipeline import Pipeline
+from firstclaim.outcome import Kind, Outcome
 from firstclaim.web.signature import verify
 
 log = structlog.get_logger(__name__)
