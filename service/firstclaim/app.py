@@ -18,7 +18,6 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Route
 from starlette.types import Lifespan, Receive, Scope, Send
 
-from firstclaim import metrics, tracing
 from firstclaim.admin.asking import QUEUE_SECONDS, Asking
 from firstclaim.admin.entry import Entry
 from firstclaim.admin.events import Events
@@ -38,7 +37,8 @@ from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.inbox.postgres import Epoch, Pool
 from firstclaim.inbox.recovery import Recovery
 from firstclaim.inbox.seats import Seats
-from firstclaim.logs import configure
+from firstclaim.observability import metrics, tracing
+from firstclaim.observability.logging import configure
 from firstclaim.passwords import Password
 from firstclaim.registry import Registry
 from firstclaim.settings import ADMIN_CONNECTIONS, OBSERVING_CONNECTIONS, Settings

@@ -26,13 +26,14 @@ from rich.text import Text
 from starlette.applications import Starlette
 from uvicorn.supervisors import Multiprocess
 
-from firstclaim import cli_events, cli_reconcile, loading, metrics, sending
+from firstclaim import cli_events, cli_reconcile, loading, sending
 from firstclaim.app import create_app
 from firstclaim.checks import Check, Verdict, all_checks, refuse
 from firstclaim.embedded import kept_secret, running_database, servers
 from firstclaim.errors import ConfigurationError
 from firstclaim.inbox import schema
 from firstclaim.loading_plan import IN_FLIGHT_MOST, Plan
+from firstclaim.observability import metrics
 from firstclaim.passwords import make_hash
 from firstclaim.settings import Settings
 from firstclaim.terminal import database, dsn_of, out, read_settings, reported

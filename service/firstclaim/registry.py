@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from firstclaim.errors import ConfigurationError, HandlerRuleBroken
 from firstclaim.event import Event
-from firstclaim.telling import tell_error
+from firstclaim.observability.redaction import tell_error
 
 _PATTERN = re.compile(r"\*|[A-Za-z0-9_\[\]\-]+(\.[A-Za-z0-9_\[\]\-]+)*(\.\*)?")
 _DECLARED = "__firstclaim_handlers__"

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from firstclaim.embedded import servers
 from firstclaim.errors import ConfigurationError, LedgerUnavailable, OperatorError
-from firstclaim.logs import configure
+from firstclaim.observability.logging import configure
 from firstclaim.settings import Settings, load_settings
 
 out = Console(highlight=False)

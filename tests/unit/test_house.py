@@ -55,7 +55,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("firstclaim.handlers",),
     ("firstclaim.handlers.invoices", "firstclaim.handlers.load_probe"),
     ("firstclaim",),
-    ("firstclaim.metrics", "firstclaim.registry"),
+    ("firstclaim.observability.metrics", "firstclaim.registry"),
     (
         "firstclaim.inbox.batch",
         "firstclaim.event",
@@ -64,9 +64,15 @@ RANKS: tuple[tuple[str, ...], ...] = (
         "firstclaim.backoff",
         "firstclaim.inbox.statements",
     ),
-    ("firstclaim.settings", "firstclaim.logs", "firstclaim.sending", "firstclaim.shutdown"),
+    ("firstclaim.settings", "firstclaim.observability.logging", "firstclaim.sending", "firstclaim.shutdown"),
     ("firstclaim.admin.limits", "firstclaim.admin.session"),
-    ("firstclaim.errors", "firstclaim.urls", "firstclaim.passwords", "firstclaim.telling", "firstclaim.tracing"),
+    (
+        "firstclaim.errors",
+        "firstclaim.urls",
+        "firstclaim.passwords",
+        "firstclaim.observability.redaction",
+        "firstclaim.observability.tracing",
+    ),
     (
         "firstclaim.admin",
         "firstclaim.inbox",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import structlog
 
-from firstclaim.logs import configure
+from firstclaim.observability.logging import configure
 
 CANARY = "c4n4rypw"
 

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy.exc import DBAPIError
 
 from firstclaim.errors import Permanent
-from firstclaim.telling import describe_error, redact, tell_error
+from firstclaim.observability.redaction import describe_error, redact, tell_error
 
 CANARY = "c4n4rypw"
 

@@ -11,7 +11,6 @@ from typing import Final, TypeVar
 
 from starlette.responses import Response
 
-from firstclaim import metrics
 from firstclaim.admin.asking import Asking
 from firstclaim.admin.chart import Chart, draw
 from firstclaim.admin.visit import Visit
@@ -19,6 +18,7 @@ from firstclaim.errors import LedgerUnavailable, TookTooLong
 from firstclaim.inbox.browsing import REPLAYABLE_HERE, Browsing, Search
 from firstclaim.inbox.inspection import Backlog, Listed, Selection
 from firstclaim.inbox.model import Status
+from firstclaim.observability import metrics
 from firstclaim.web.health import Finding, Health, Part
 
 T = TypeVar("T")

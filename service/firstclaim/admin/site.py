@@ -32,7 +32,7 @@ from firstclaim.admin.replaying import Replaying
 from firstclaim.admin.session import LASTS_SECONDS, Seal
 from firstclaim.admin.visit import PATH, Refused, Visit, client_address, is_loopback
 from firstclaim.errors import LedgerUnavailable, TookTooLong
-from firstclaim.telling import describe_error
+from firstclaim.observability.redaction import describe_error
 
 log = structlog.get_logger(__name__)
 

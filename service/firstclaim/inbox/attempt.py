@@ -17,12 +17,12 @@ from typing import Any
 
 import asyncpg
 
-from firstclaim import metrics, tracing
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.event import Event
 from firstclaim.inbox.ledger import Claim, Held, Ledger
 from firstclaim.inbox.postgres import UNAVAILABLE, describe
 from firstclaim.inbox.seats import Seat, Seats
+from firstclaim.observability import metrics, tracing
 from firstclaim.registry import Context, Handler
 
 _ENDED = (

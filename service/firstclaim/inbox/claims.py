@@ -10,13 +10,14 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from firstclaim import metrics, outcome
+from firstclaim import outcome
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
 from firstclaim.inbox.ledger import Claim, Found, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.inbox.model import TAKEABLE, Status
 from firstclaim.inbox.postgres import Epoch
+from firstclaim.observability import metrics
 from firstclaim.outcome import Kind, Outcome
 
 _STATES = {

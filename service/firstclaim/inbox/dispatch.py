@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from firstclaim import outcome, tracing
+from firstclaim import outcome
 from firstclaim.backoff import Backoff
 from firstclaim.errors import LedgerUnavailable, Permanent, Retry
 from firstclaim.event import Event
@@ -21,9 +21,10 @@ from firstclaim.inbox.claims import Claims
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.model import Status
 from firstclaim.inbox.seats import Seats
+from firstclaim.observability import tracing
+from firstclaim.observability.redaction import describe_error, tell_error
 from firstclaim.outcome import Outcome
 from firstclaim.registry import Handler
-from firstclaim.telling import describe_error, tell_error
 
 log = structlog.get_logger(__name__)
 

@@ -22,9 +22,9 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
-from firstclaim import metrics
 from firstclaim.errors import LockUnavailable
 from firstclaim.inbox.batch import Batcher
+from firstclaim.observability import metrics
 
 log = structlog.get_logger(__name__)
 

@@ -13,16 +13,17 @@ from typing import Any, Literal, TypeVar
 
 import structlog
 
-from firstclaim import metrics, outcome, tracing
+from firstclaim import outcome
 from firstclaim.errors import FirstclaimError, LedgerUnavailable
 from firstclaim.event import Delivery, Event, parse_event
 from firstclaim.inbox.claims import Asked, Claims, shared
 from firstclaim.inbox.dispatch import Dispatcher
 from firstclaim.inbox.ledger import Claim
 from firstclaim.inbox.lock import LockReply
+from firstclaim.observability import metrics, tracing
+from firstclaim.observability.redaction import describe_error
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.registry import Registry
-from firstclaim.telling import describe_error
 
 log = structlog.get_logger(__name__)
 

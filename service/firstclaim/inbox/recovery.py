@@ -11,12 +11,12 @@ import time
 
 import structlog
 
-from firstclaim import metrics
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox.ledger import Ledger
 from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.inbox.postgres import Epoch
-from firstclaim.telling import describe_error
+from firstclaim.observability import metrics
+from firstclaim.observability.redaction import describe_error
 
 log = structlog.get_logger(__name__)
 

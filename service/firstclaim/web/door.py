@@ -30,9 +30,9 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
-from firstclaim import metrics
 from firstclaim import outcome as outcomes
 from firstclaim.errors import Rejected
+from firstclaim.observability import metrics
 from firstclaim.web.lobby import Lobby
 from firstclaim.web.webhook import answer, rejection
 

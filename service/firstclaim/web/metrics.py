@@ -19,11 +19,11 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
-from firstclaim import metrics
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox.inspection import Backlog, Inspection, Selection
 from firstclaim.inbox.model import Status
 from firstclaim.inbox.postgres import Pool
+from firstclaim.observability import metrics
 from firstclaim.web.health import Health, Part
 
 log = structlog.get_logger(__name__)

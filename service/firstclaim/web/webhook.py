@@ -18,11 +18,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from firstclaim import metrics, tracing
 from firstclaim import outcome as outcomes
 from firstclaim.errors import Rejected
 from firstclaim.event import Delivery, parse_event
 from firstclaim.inbox.pipeline import Pipeline
+from firstclaim.observability import metrics, tracing
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.web.signature import verify
 

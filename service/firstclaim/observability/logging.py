@@ -2,7 +2,7 @@
 
 Guarantees: every record, uvicorn's and any library's too, goes through one renderer that escapes control
 characters; an exception is logged as its class and the place it was raised, never with its message (see
-`firstclaim.telling`).
+`firstclaim.observability.redaction`).
 """
 
 import json
@@ -13,7 +13,7 @@ import orjson
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
-from firstclaim.telling import describe_error
+from firstclaim.observability.redaction import describe_error
 
 
 def configure(log_format: str, level: str) -> None:

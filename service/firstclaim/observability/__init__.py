@@ -1,0 +1,1 @@
+"""Logging, metrics, tracing, and what may be said of an error."""
