@@ -34,12 +34,12 @@ from firstclaim.inbox.dispatch import Dispatcher, DispatchLimits
 from firstclaim.inbox.ledger import Ledger
 from firstclaim.inbox.lock import Lock, connect
 from firstclaim.inbox.pipeline import Pipeline
-from firstclaim.inbox.postgres import Epoch, Pool
 from firstclaim.inbox.recovery import Recovery
-from firstclaim.inbox.seats import Seats
 from firstclaim.observability import metrics, tracing
 from firstclaim.observability.logging import configure
 from firstclaim.passwords import Password
+from firstclaim.postgres.connection import Epoch, Pool
+from firstclaim.postgres.handler_connections import Seats
 from firstclaim.registry import Registry
 from firstclaim.settings import ADMIN_CONNECTIONS, OBSERVING_CONNECTIONS, Settings
 from firstclaim.shutdown import Stop, leaving_with_supervisor

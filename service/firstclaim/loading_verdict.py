@@ -16,8 +16,8 @@ import asyncpg
 from firstclaim.errors import LedgerUnavailable, StoreUnsuitable
 from firstclaim.handlers.load_probe import ACTION
 from firstclaim.inbox.model import UNFINISHED, Status
-from firstclaim.inbox.postgres import UNAVAILABLE, describe
 from firstclaim.loading_plan import Noted, Plan, entries
+from firstclaim.postgres.connection import UNAVAILABLE, describe
 
 _CONNECT_SECONDS = 10.0
 _POLL_SECONDS = 0.5

@@ -16,7 +16,7 @@ from typing import Final
 
 import httpx
 
-from firstclaim.inbox.postgres import UNAVAILABLE
+from firstclaim.postgres.connection import UNAVAILABLE
 from tests.acceptance.harness import HANDLERS, Answer, Ground, Overrides, Row, Sample, Service, post
 from tests.chaos import witness
 

@@ -15,7 +15,7 @@ import asyncpg
 import redis
 
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.postgres import read_epoch
+from firstclaim.postgres.connection import read_epoch
 from tests.acceptance.harness import SETTLE_SECONDS, Row, eventually
 from tests.chaos import witness
 from tests.chaos.checker import Effect, Evidence, Violation, check

@@ -20,7 +20,7 @@ import orjson
 from firstclaim.inbox.attempt import Attempt
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
-from firstclaim.inbox.seats import Seat
+from firstclaim.postgres.handler_connections import Seat
 
 VARIABLE: Final = "TEST_WITNESS"
 

@@ -7,7 +7,7 @@ import pytest
 
 from firstclaim.inbox import schema, statements
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.postgres import open_connection
+from firstclaim.postgres.connection import open_connection
 from tests.clock import Clock, installed
 from tests.integration.world import World, build, delivery, effect, explained
 from tests.stores import Stores

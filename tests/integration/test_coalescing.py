@@ -12,8 +12,8 @@ from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
 from firstclaim.inbox.ledger import Claim, Found, Ledger
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.postgres import PinnedConnection
 from firstclaim.outcome import Kind
+from firstclaim.postgres.connection import PinnedConnection
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, delivery, effect, until
 

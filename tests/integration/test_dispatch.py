@@ -16,9 +16,9 @@ from firstclaim import Context, Event, Permanent, Retry
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.postgres import Epoch, PinnedConnection
-from firstclaim.inbox.seats import Seat, Seats
 from firstclaim.outcome import Kind, Outcome
+from firstclaim.postgres.connection import Epoch, PinnedConnection
+from firstclaim.postgres.handler_connections import Seat, Seats
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import Function, World, effect, effect_from_thread, until
 

@@ -7,7 +7,7 @@ import pytest
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox.inspection import Backlog, Inspection
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.postgres import Pool
+from firstclaim.postgres.connection import Pool
 from firstclaim.web.metrics import _Kept
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, delivery

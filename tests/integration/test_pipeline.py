@@ -15,10 +15,10 @@ from firstclaim.inbox.ledger import Claim, Found, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.inbox.model import Status
 from firstclaim.inbox.pipeline import Pipeline
-from firstclaim.inbox.postgres import PinnedConnection
 from firstclaim.inbox.recovery import Recovery
-from firstclaim.inbox.seats import Seat
 from firstclaim.outcome import Kind, Outcome
+from firstclaim.postgres.connection import PinnedConnection
+from firstclaim.postgres.handler_connections import Seat
 from tests import operator
 from tests.fixtures import event_body
 from tests.integration.conftest import MakeWorld

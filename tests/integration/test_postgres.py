@@ -12,8 +12,8 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as QueueTimeout
 
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.inbox import postgres
-from firstclaim.inbox.postgres import Epoch, Pool, describe, open_connection, read_epoch
+from firstclaim.postgres import connection
+from firstclaim.postgres.connection import Epoch, Pool, describe, open_connection, read_epoch
 from tests import operator
 from tests.integration.world import until, until_closed
 from tests.proxy import Mode, before_postgres

@@ -11,8 +11,8 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, ResourceClosedError
 
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
-from firstclaim.inbox.postgres import Epoch
-from firstclaim.inbox.seats import Seat, Seats
+from firstclaim.postgres.connection import Epoch
+from firstclaim.postgres.handler_connections import Seat, Seats
 from tests.integration.world import until, until_closed
 from tests.proxy import Mode, before_postgres
 

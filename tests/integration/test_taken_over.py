@@ -11,8 +11,8 @@ import pytest
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.seats import Seat
 from firstclaim.outcome import Kind
+from firstclaim.postgres.handler_connections import Seat
 from tests.integration.world import World, delivery, effect
 
 

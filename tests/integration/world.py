@@ -25,10 +25,10 @@ from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.lock import Lock
 from firstclaim.inbox.model import Status
 from firstclaim.inbox.pipeline import Pipeline
-from firstclaim.inbox.postgres import PinnedConnection
-from firstclaim.inbox.seats import Seat
 from firstclaim.inbox.statements import Statement
 from firstclaim.outcome import Outcome
+from firstclaim.postgres.connection import PinnedConnection
+from firstclaim.postgres.handler_connections import Seat
 from firstclaim.registry import Handler, Registry
 from firstclaim.settings import Settings
 from tests.fixtures import SECRET, event_body

@@ -51,7 +51,7 @@ MUTANTS = (
     Mutant(
         "handler-may-commit",
         "The handler's connection refuses `commit()`.",
-        "inbox/seats.py",
+        "postgres/handler_connections.py",
         'event.listen(self._engine.sync_engine, "commit", _refuse_in_handler)',
         "pass",
         "integration/test_dispatch.py::test_ending_the_transaction_is_refused[commit]",
@@ -59,7 +59,7 @@ MUTANTS = (
     Mutant(
         "handler-may-roll-back",
         "It refuses `rollback()` as well.",
-        "inbox/seats.py",
+        "postgres/handler_connections.py",
         'event.listen(self._engine.sync_engine, "rollback", _refuse_in_handler)',
         "pass",
         "integration/test_dispatch.py::test_ending_the_transaction_is_refused[rollback]",
@@ -116,7 +116,7 @@ MUTANTS = (
     Mutant(
         "writes-on-elsewhere",
         "A handler whose connection is lost cannot go on on another one: what it writes there is in no transaction.",
-        "inbox/seats.py",
+        "postgres/handler_connections.py",
         ", _allow_revalidate=False",
         "",
         "integration/test_seats.py::test_a_lost_connection_is_not_made_anew",
@@ -124,7 +124,7 @@ MUTANTS = (
     Mutant(
         "failed-handler-keeps-its-lock",
         "A handler that failed leaves nothing: no rollback frees a session's locks.",
-        "inbox/seats.py",
+        "postgres/handler_connections.py",
         """await raw.execute("SELECT pg_advisory_unlock_all()")""",
         "pass",
         "integration/test_seats.py::test_a_handler_that_failed_leaves_no_lock",
@@ -132,7 +132,7 @@ MUTANTS = (
     Mutant(
         "kept-after-its-own-end",
         "Where it had ended its transaction the connection is closed.",
-        "inbox/seats.py",
+        "postgres/handler_connections.py",
         " and self._raw.handling is None\n",
         "\n",
         "integration/test_seats.py::test_where_a_handler_ended_its_transaction_nothing_is_kept",
@@ -140,7 +140,7 @@ MUTANTS = (
     Mutant(
         "ended-handler-writes-on",
         "A handler that has ended reaches nothing: its connection is another's by then.",
-        "inbox/seats.py",
+        "postgres/handler_connections.py",
         "        self._over = True\n",
         "        pass\n",
         "integration/test_seats.py::test_who_has_ended_reaches_nothing",

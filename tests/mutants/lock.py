@@ -78,7 +78,7 @@ MUTANTS = (
     Mutant(
         "an-old-epoch-is-current",
         "An epoch that was not confirmed lately is not known: Postgres may be being restored.",
-        "inbox/postgres.py",
+        "postgres/connection.py",
         "return self._value if time.monotonic() - self._confirmed <= self._fresh_seconds else None",
         "return self._value",
         "integration/test_postgres.py::test_an_epoch_counts_while_it_is_fresh",

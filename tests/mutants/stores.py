@@ -6,7 +6,7 @@ MUTANTS = (
     Mutant(
         "synchronous-commit-as-it-comes",
         "`synchronous_commit` is pinned on every connection.",
-        "inbox/postgres.py",
+        "postgres/connection.py",
         "set_config('synchronous_commit', 'on', false) AS",
         "'on' AS",
         "integration/test_postgres.py::test_synchronous_commit_is_pinned",
@@ -14,7 +14,7 @@ MUTANTS = (
     Mutant(
         "isolation-as-it-comes",
         "READ COMMITTED is pinned on every connection.",
-        "inbox/postgres.py",
+        "postgres/connection.py",
         "set_config('default_transaction_isolation', 'read committed', false) AS",
         "'read committed' AS",
         "integration/test_postgres.py::test_read_committed_is_pinned",
@@ -22,7 +22,7 @@ MUTANTS = (
     Mutant(
         "pins-not-checked",
         "A connection on which the pins do not hold is not worked on.",
-        "inbox/postgres.py",
+        "postgres/connection.py",
         '!= ("on", "read committed")',
         '== ("", "")',
         "integration/test_postgres.py::test_a_pin_that_does_not_hold_is_refused",
@@ -30,7 +30,7 @@ MUTANTS = (
     Mutant(
         "read-only-accepted",
         "A read-only server is refused: a standby, or the losing side of a failover.",
-        "inbox/postgres.py",
+        "postgres/connection.py",
         'if pinned is None or pinned["read_only"]:',
         "if pinned is None:",
         "integration/test_postgres.py::test_a_read_only_server_is_refused",
@@ -46,7 +46,7 @@ MUTANTS = (
     Mutant(
         "frozen-connection-goes-back",
         "A connection that timed out is terminated before it goes back to its pool.",
-        "inbox/postgres.py",
+        "postgres/connection.py",
         "                connection.terminate()\n                raise\n",
         "                raise\n",
         "integration/test_postgres.py::test_a_connection_that_timed_out_does_not_go_back",
@@ -54,7 +54,7 @@ MUTANTS = (
     Mutant(
         "goodbye-to-a-frozen-server",
         "A connection to a frozen server is given up: nobody waits for its goodbye.",
-        "inbox/postgres.py",
+        "postgres/connection.py",
         "timeout=min(timeout or _GOODBYE_SECONDS, _GOODBYE_SECONDS)",
         "timeout=timeout",
         "integration/test_postgres.py::test_closing_does_not_wait_for_a_frozen_server",
@@ -62,7 +62,7 @@ MUTANTS = (
     Mutant(
         "transaction-goes-back",
         "A connection goes back to its pool without a transaction.",
-        "inbox/seats.py",
+        "postgres/handler_connections.py",
         "if connection.handling is not None:",
         "if False:",
         "integration/test_seats.py::test_what_a_handler_gives_back_by_itself_is_not_kept",
@@ -70,7 +70,7 @@ MUTANTS = (
     Mutant(
         "transaction-is-lent",
         "Nor does one of the ledger's own.",
-        "inbox/postgres.py",
+        "postgres/connection.py",
         "if self._closed or connection.is_in_transaction():",
         "if self._closed:",
         "integration/test_postgres.py::test_a_connection_in_a_transaction_does_not_go_back",
@@ -78,7 +78,7 @@ MUTANTS = (
     Mutant(
         "epoch-not-read-when-opened",
         "The epoch is read on every new connection.",
-        "inbox/postgres.py",
+        "postgres/connection.py",
         "connection.epoch = await read_epoch(connection)",
         "pass",
         "integration/test_postgres.py::test_a_connection_knows_the_epoch_it_was_opened_under",
@@ -86,7 +86,7 @@ MUTANTS = (
     Mutant(
         "epoch-is-the-uuid-alone",
         "System identifier and timeline are part of the epoch: a point-in-time recovery changes it.",
-        "inbox/postgres.py",
+        "postgres/connection.py",
         'stored += "/" + (await connection.fetchval(_TIMELINE) or "")',
         "pass",
         "integration/test_postgres.py::test_uuid_system_and_timeline_each_make_the_epoch",
@@ -94,7 +94,7 @@ MUTANTS = (
     Mutant(
         "connections-keep-an-old-epoch",
         "After a rotation nothing is marked with the old epoch: connections that read it are renewed.",
-        "inbox/postgres.py",
+        "postgres/connection.py",
         "not connection.is_closed() and connection.epoch == epoch.latest",
         "not connection.is_closed()",
         "integration/test_postgres.py::test_rotating_changes_the_epoch",
@@ -102,7 +102,7 @@ MUTANTS = (
     Mutant(
         "a-lost-connection-is-no-doubt",
         "The epoch is in doubt as soon as a connection is lost.",
-        "inbox/postgres.py",
+        "postgres/connection.py",
         "        connection.add_termination_listener(epoch.doubt)\n",
         "",
         "integration/test_postgres.py::test_a_lost_connection_puts_the_epoch_in_doubt",

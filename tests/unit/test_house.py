@@ -39,10 +39,10 @@ RANKS: tuple[tuple[str, ...], ...] = (
         "firstclaim.inbox.inspection",
         "firstclaim.inbox.ledger",
         "firstclaim.inbox.schema",
-        "firstclaim.inbox.seats",
+        "firstclaim.postgres.handler_connections",
         "firstclaim.stripe_events",
     ),
-    ("firstclaim.inbox.lock", "firstclaim.inbox.postgres"),
+    ("firstclaim.inbox.lock", "firstclaim.postgres.connection"),
     (
         "firstclaim.migrations.env",
         "firstclaim.migrations.versions.0001_ledger",

@@ -3,8 +3,8 @@
 from typing import cast
 
 from firstclaim.inbox.lock import Lock
-from firstclaim.inbox.postgres import Pool
 from firstclaim.inbox.recovery import Recovery
+from firstclaim.postgres.connection import Pool
 from firstclaim.shutdown import Stop
 from firstclaim.web.health import Finding, Health
 from firstclaim.web.probes import readiness_parts

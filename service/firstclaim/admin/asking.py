@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from firstclaim.inbox.browsing import STATEMENT_SECONDS, Browsing
-from firstclaim.inbox.postgres import Pool
+from firstclaim.postgres.connection import Pool
 
 QUEUE_SECONDS: Final = 2.0
 # A page asks up to five questions. A statement is ended by Postgres; this ends what waits for a frozen one.

@@ -20,9 +20,9 @@ import asyncpg
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.event import Event
 from firstclaim.inbox.ledger import Claim, Held, Ledger
-from firstclaim.inbox.postgres import UNAVAILABLE, describe
-from firstclaim.inbox.seats import Seat, Seats
 from firstclaim.observability import metrics, tracing
+from firstclaim.postgres.connection import UNAVAILABLE, describe
+from firstclaim.postgres.handler_connections import Seat, Seats
 from firstclaim.registry import Context, Handler
 
 _ENDED = (

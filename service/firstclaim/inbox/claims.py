@@ -16,9 +16,9 @@ from firstclaim.event import Delivery
 from firstclaim.inbox.ledger import Claim, Found, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.inbox.model import TAKEABLE, Status
-from firstclaim.inbox.postgres import Epoch
 from firstclaim.observability import metrics
 from firstclaim.outcome import Kind, Outcome
+from firstclaim.postgres.connection import Epoch
 
 _STATES = {
     Status.COMPLETED: "already completed",

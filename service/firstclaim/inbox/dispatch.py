@@ -20,10 +20,10 @@ from firstclaim.inbox.attempt import Attempt, CommitUnknown, TakenOver, Transact
 from firstclaim.inbox.claims import Claims
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.seats import Seats
 from firstclaim.observability import tracing
 from firstclaim.observability.redaction import describe_error, tell_error
 from firstclaim.outcome import Outcome
+from firstclaim.postgres.handler_connections import Seats
 from firstclaim.registry import Handler
 
 log = structlog.get_logger(__name__)

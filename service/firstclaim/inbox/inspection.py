@@ -9,8 +9,8 @@ from datetime import datetime
 from typing import Any
 
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.postgres import PinnedConnection
 from firstclaim.inbox.statements import Statement, statement
+from firstclaim.postgres.connection import PinnedConnection
 
 _STATEMENT_SECONDS = 60.0  # a count over millions of rows
 

@@ -17,8 +17,8 @@ from firstclaim.event import Delivery
 from firstclaim.inbox import statements
 from firstclaim.inbox.batch import Batcher
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.postgres import ROW_FAULTS, PinnedConnection, Pool, describe, read_epoch
 from firstclaim.inbox.statements import Statement
+from firstclaim.postgres.connection import ROW_FAULTS, PinnedConnection, Pool, describe, read_epoch
 
 # Deliveries in one insert: more save nothing more, and all of them wait for the slowest.
 _BATCH_MOST = 100

@@ -18,8 +18,8 @@ from firstclaim.inbox import schema
 from firstclaim.inbox.inspection import SELECTED, Inspection, Selection
 from firstclaim.inbox.ledger import Arrival, insert
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.postgres import UNAVAILABLE, describe, open_connection, read_epoch
 from firstclaim.inbox.statements import FIND, statement
+from firstclaim.postgres.connection import UNAVAILABLE, describe, open_connection, read_epoch
 
 BATCH = 500  # events in one transaction: some ten milliseconds, so that nobody waits long for a row
 ROW_DAYS_LEAST = 35  # Stripe resends by hand for 30 days: until then only the row tells a duplicate

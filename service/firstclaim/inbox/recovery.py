@@ -14,9 +14,9 @@ import structlog
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox.ledger import Ledger
 from firstclaim.inbox.pipeline import Pipeline
-from firstclaim.inbox.postgres import Epoch
 from firstclaim.observability import metrics
 from firstclaim.observability.redaction import describe_error
+from firstclaim.postgres.connection import Epoch
 
 log = structlog.get_logger(__name__)
 

@@ -20,7 +20,7 @@ from sqlalchemy.pool import NullPool
 
 import firstclaim.migrations
 from firstclaim.errors import LedgerUnavailable, SchemaOutdated
-from firstclaim.inbox.postgres import UNAVAILABLE, describe, open_connection
+from firstclaim.postgres.connection import UNAVAILABLE, describe, open_connection
 
 _LOCK = text("SELECT pg_advisory_xact_lock(7331501200934421337)")  # any constant that nobody else uses
 

@@ -22,8 +22,8 @@ from starlette.responses import Response
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox.inspection import Backlog, Inspection, Selection
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.postgres import Pool
 from firstclaim.observability import metrics
+from firstclaim.postgres.connection import Pool
 from firstclaim.web.health import Health, Part
 
 log = structlog.get_logger(__name__)

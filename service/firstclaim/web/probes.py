@@ -1,9 +1,9 @@
 """What `/readyz` asks: this process, Redis, Postgres, the schema, the recovery loop."""
 
 from firstclaim.inbox.lock import Lock
-from firstclaim.inbox.postgres import Pool
 from firstclaim.inbox.recovery import Recovery
 from firstclaim.inbox.schema import SchemaState, compare, outdated, read_version
+from firstclaim.postgres.connection import Pool
 from firstclaim.shutdown import Stop
 from firstclaim.web.health import PROBE_SECONDS, Finding, Health, Part
 

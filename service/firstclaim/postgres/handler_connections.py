@@ -18,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import PoolProxiedConnection, PoolResetState
 
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
-from firstclaim.inbox.postgres import Epoch, PinnedConnection, is_current, open_connection
+from firstclaim.postgres.connection import Epoch, PinnedConnection, is_current, open_connection
 
 _MUST_NOT_END = (
     "a handler must not commit or roll back: its transaction carries the completion mark "
@@ -59,7 +59,7 @@ class Seat:
         return await self._raw.fetch(sql, *values)
 
     def is_current(self, epoch: Epoch) -> bool:
-        """See `firstclaim.inbox.postgres.is_current`."""
+        """See `firstclaim.postgres.connection.is_current`."""
         return is_current(self._raw, epoch)
 
     async def begin(self) -> None:
