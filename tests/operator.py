@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from firstclaim.inbox.inspection import Selection
-from firstclaim.inbox.operations import Operations
+from firstclaim.operations.commands import Operations
+from firstclaim.operations.queries import Selection
 
 OPERATOR = "ada@desk"
 CONNECT_SECONDS = 10

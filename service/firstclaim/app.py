@@ -28,7 +28,6 @@ from firstclaim.admin.session import Seal
 from firstclaim.admin.site import Site
 from firstclaim.backoff import Backoff
 from firstclaim.errors import ConfigurationError
-from firstclaim.inbox.browsing import PINS
 from firstclaim.inbox.claims import Claims
 from firstclaim.inbox.dispatch import Dispatcher, DispatchLimits
 from firstclaim.inbox.ledger import Ledger
@@ -37,6 +36,7 @@ from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.inbox.recovery import Recovery
 from firstclaim.observability import metrics, tracing
 from firstclaim.observability.logging import configure
+from firstclaim.operations.search import PINS
 from firstclaim.passwords import Password
 from firstclaim.postgres.connection import Epoch, Pool
 from firstclaim.postgres.handler_connections import Seats

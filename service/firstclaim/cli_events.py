@@ -1,4 +1,4 @@
-"""`firstclaim events` and `firstclaim stats`: parses, calls `firstclaim.inbox.operations`, prints; decides nothing.
+"""`firstclaim events` and `firstclaim stats`: parses, calls `firstclaim.operations.commands`, prints; decides nothing.
 
 `--json` prints one JSON object per event (or one in all), its fields are those of the ledger's row; fields may be
 added, none is renamed. Exit codes: 0 done · 1 the answer is no (unknown id, refused, or with `--wait` not all of them
@@ -23,9 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from firstclaim.inbox.inspection import Attempted, Backlog, Listed, Selection, timeline
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.operations import ROW_DAYS_LEAST, Chosen, Operations
+from firstclaim.operations.commands import ROW_DAYS_LEAST, Chosen, Operations
+from firstclaim.operations.queries import Attempted, Backlog, Listed, Selection, timeline
 from firstclaim.settings import Settings
 from firstclaim.terminal import database, dsn_of, fail, out, reported
 

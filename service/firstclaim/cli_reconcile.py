@@ -1,4 +1,4 @@
-"""`firstclaim reconcile`: parses, calls `firstclaim.inbox.reconcile`, prints; decides nothing.
+"""`firstclaim reconcile`: parses, calls `firstclaim.operations.reconcile`, prints; decides nothing.
 
 `--json` prints one JSON object, also when the run did not come to its end; fields may be added, none is renamed. Exit
 codes: 0 done · 1 the answer is no (Stripe does not take the key, or sent an event that is none) · 2 the command line
@@ -12,10 +12,10 @@ import typer
 
 from firstclaim.cli_events import AsJson, duration, on, operator, print_json, progress_bar
 from firstclaim.errors import ConfigurationError
-from firstclaim.inbox.operations import Operations
-from firstclaim.inbox.reconcile import DAYS_MOST, Asked, Reconciliation, Tally
+from firstclaim.operations.commands import Operations
+from firstclaim.operations.reconcile import DAYS_MOST, Asked, Reconciliation, Tally
+from firstclaim.operations.stripe_api import StripeEvents
 from firstclaim.settings import Settings
-from firstclaim.stripe_events import StripeEvents
 from firstclaim.terminal import database, fail, out, reported
 
 

@@ -16,8 +16,8 @@ from starlette.routing import Route
 from firstclaim import app as app_module
 from firstclaim.admin import session as sessions
 from firstclaim.admin.site import Site
-from firstclaim.inbox import browsing
 from firstclaim.inbox.model import Status
+from firstclaim.operations import search
 from firstclaim.passwords import make_hash
 from firstclaim.web.health import Finding, Health, Part
 from tests.integration.conftest import MakeWorld

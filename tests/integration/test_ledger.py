@@ -16,7 +16,7 @@ from firstclaim.event import Delivery, parse_event
 from firstclaim.inbox import statements
 from firstclaim.inbox.ledger import Claim, Found, Held, Ledger
 from firstclaim.inbox.model import TAKEABLE, Status
-from firstclaim.inbox.operations import Operations
+from firstclaim.operations.commands import Operations
 from tests.hostile import bodies
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, delivery, effect, explained, until

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.inbox.inspection import Backlog, Inspection
 from firstclaim.inbox.model import Status
+from firstclaim.operations.queries import Backlog, Inspection
 from firstclaim.postgres.connection import Pool
 from firstclaim.web.metrics import _Kept
 from tests.integration.conftest import MakeWorld

@@ -192,7 +192,7 @@ MUTANTS = (
     Mutant(
         "replay-resets-the-attempt",
         "A replay leaves the attempt as it is: it fences.",
-        "inbox/operations.py",
+        "operations/commands.py",
         "SET status = 'pending', failures = 0,",
         "SET status = 'pending', attempt = 0, failures = 0,",
         "integration/test_operations.py::test_a_replay_begins_anew",
@@ -200,7 +200,7 @@ MUTANTS = (
     Mutant(
         "replay-keeps-the-counts",
         "A replay begins anew: failures and abandonments are 0.",
-        "inbox/operations.py",
+        "operations/commands.py",
         "failures = 0, abandoned = 0, settled_at",
         "settled_at",
         "integration/test_operations.py::test_a_replay_begins_anew",
@@ -208,7 +208,7 @@ MUTANTS = (
     Mutant(
         "replay-of-what-runs",
         "What is being handled is not replayed.",
-        "inbox/operations.py",
+        "operations/commands.py",
         "statuses = {*REPLAYABLE, *(",
         "statuses = {Status.PROCESSING, *REPLAYABLE, *(",
         "integration/test_operations.py::test_a_replay_never_doubles[processing]",
@@ -216,7 +216,7 @@ MUTANTS = (
     Mutant(
         "replay-of-what-is-done",
         "What is completed is not replayed.",
-        "inbox/operations.py",
+        "operations/commands.py",
         "REPLAYABLE = (Status.PENDING,",
         "REPLAYABLE = (Status.COMPLETED, Status.PENDING,",
         "integration/test_operations.py::test_a_replay_never_doubles[completed]",
@@ -224,7 +224,7 @@ MUTANTS = (
     Mutant(
         "replay-of-what-has-ended-since",
         "What was completed since it was chosen is not replayed.",
-        "inbox/operations.py",
+        "operations/commands.py",
         "e.status = c.status AND e.attempt",
         "e.attempt",
         "integration/test_operations.py::test_what_changed_since_it_was_chosen_is_left[ended]",
@@ -232,7 +232,7 @@ MUTANTS = (
     Mutant(
         "replay-of-what-was-tried-since",
         "What was tried again since it was chosen is not replayed.",
-        "inbox/operations.py",
+        "operations/commands.py",
         "e.status = c.status AND e.attempt = c.attempt",
         "e.status = c.status",
         "integration/test_operations.py::test_what_changed_since_it_was_chosen_is_left[tried]",
@@ -241,7 +241,7 @@ MUTANTS = (
     Mutant(
         "reconciled-newest-first",
         "What Stripe has and the ledger has not is recorded oldest first.",
-        "inbox/reconcile.py",
+        "operations/reconcile.py",
         "missing = window.missing[::-1]",
         "missing = window.missing[:]",
         "integration/test_reconcile.py::test_the_oldest_first_through_windows_pages_and_ties",
@@ -249,7 +249,7 @@ MUTANTS = (
     Mutant(
         "reconciled-at-one-instant",
         "What is recorded together is due one after the other: recovery takes it up in that order.",
-        "inbox/operations.py",
+        "operations/commands.py",
         "first + number * _MICROSECOND",
         "first",
         "integration/test_reconcile.py::test_the_oldest_first_through_windows_pages_and_ties",
@@ -257,7 +257,7 @@ MUTANTS = (
     Mutant(
         "reconciled-in-part",
         "A list that breaks off is read again, never taken for all there is.",
-        "inbox/reconcile.py",
+        "operations/reconcile.py",
         "if page is None and divisible:\n                return None",
         "if page is None:\n                return window",
         "integration/test_reconcile.py::test_a_cursor_that_has_gone_is_no_end",

@@ -110,7 +110,7 @@ MUTANTS = (
     Mutant(
         "rotation-keeps-the-epoch",
         "`epoch rotate` gives the ledger another epoch.",
-        "inbox/operations.py",
+        "operations/commands.py",
         "SET id = gen_random_uuid(), rotated_at",
         "SET rotated_at",
         "integration/test_postgres.py::test_rotating_changes_the_epoch",

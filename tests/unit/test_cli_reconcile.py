@@ -4,7 +4,7 @@ import pytest
 import typer
 
 from firstclaim.cli_reconcile import _fields, _refusals, _since, _words
-from firstclaim.inbox.reconcile import Tally
+from firstclaim.operations.reconcile import Tally
 
 
 @pytest.mark.parametrize(

@@ -33,14 +33,14 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("firstclaim.inbox.pipeline",),
     ("firstclaim.inbox.dispatch",),
     ("firstclaim.inbox.claims", "firstclaim.inbox.attempt"),
-    ("firstclaim.inbox.browsing", "firstclaim.inbox.reconcile"),
-    ("firstclaim.inbox.operations",),
+    ("firstclaim.operations.search", "firstclaim.operations.reconcile"),
+    ("firstclaim.operations.commands",),
     (
-        "firstclaim.inbox.inspection",
+        "firstclaim.operations.queries",
         "firstclaim.inbox.ledger",
         "firstclaim.inbox.schema",
         "firstclaim.postgres.handler_connections",
-        "firstclaim.stripe_events",
+        "firstclaim.operations.stripe_api",
     ),
     ("firstclaim.inbox.lock", "firstclaim.postgres.connection"),
     (

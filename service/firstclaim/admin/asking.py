@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
-from firstclaim.inbox.browsing import STATEMENT_SECONDS, Browsing
+from firstclaim.operations.search import STATEMENT_SECONDS, Browsing
 from firstclaim.postgres.connection import Pool
 
 QUEUE_SECONDS: Final = 2.0

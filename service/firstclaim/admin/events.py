@@ -18,9 +18,9 @@ from firstclaim.admin.asking import Asking
 from firstclaim.admin.rendering import laid_out
 from firstclaim.admin.visit import PATH, Refused, Visit
 from firstclaim.errors import TookTooLong
-from firstclaim.inbox.browsing import REPLAYABLE_HERE, Place, Search
-from firstclaim.inbox.inspection import Selection
 from firstclaim.inbox.model import Status
+from firstclaim.operations.queries import Selection
+from firstclaim.operations.search import REPLAYABLE_HERE, Place, Search
 
 log = structlog.get_logger(__name__)
 

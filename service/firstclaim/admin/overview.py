@@ -15,10 +15,10 @@ from firstclaim.admin.asking import Asking
 from firstclaim.admin.chart import Chart, draw
 from firstclaim.admin.visit import Visit
 from firstclaim.errors import LedgerUnavailable, TookTooLong
-from firstclaim.inbox.browsing import REPLAYABLE_HERE, Browsing, Search
-from firstclaim.inbox.inspection import Backlog, Listed, Selection
 from firstclaim.inbox.model import Status
 from firstclaim.observability import metrics
+from firstclaim.operations.queries import Backlog, Listed, Selection
+from firstclaim.operations.search import REPLAYABLE_HERE, Browsing, Search
 from firstclaim.web.health import Finding, Health, Part
 
 T = TypeVar("T")

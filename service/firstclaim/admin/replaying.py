@@ -18,10 +18,10 @@ from firstclaim.admin.asking import Asking
 from firstclaim.admin.events import REPLAYED_MOST, Filters
 from firstclaim.admin.visit import PATH, Refused, Visit
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.inbox.browsing import REPLAYABLE_HERE
-from firstclaim.inbox.inspection import Selection
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.operations import Chosen
+from firstclaim.operations.commands import Chosen
+from firstclaim.operations.queries import Selection
+from firstclaim.operations.search import REPLAYABLE_HERE
 
 log = structlog.get_logger(__name__)
 

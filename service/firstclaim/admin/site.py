@@ -3,7 +3,7 @@
 sqladmin 0.32 and starlette-admin 1.0 were tried in a browser under the headers below, and neither fits: sqladmin has
 no CSRF token anywhere, logs out and runs its actions by GET, and limits no logins; starlette-admin's `base.html` has
 inline scripts and styles and a stylesheet of another host, its CSRF cookie is not HttpOnly and only SameSite=Lax. Both
-write rows through the ORM, where here a state may only change as `firstclaim.inbox.operations` changes it, so what they
+write rows through the ORM, where here a state may only change as `firstclaim.operations.commands` changes it, so what they
 are made for would be switched off; this is some server-rendered pages without any script instead.
 
 Guarantees: everything but the login and the stylesheet needs a session, which is asked for here and not by each page;

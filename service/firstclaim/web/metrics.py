@@ -20,9 +20,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.inbox.inspection import Backlog, Inspection, Selection
 from firstclaim.inbox.model import Status
 from firstclaim.observability import metrics
+from firstclaim.operations.queries import Backlog, Inspection, Selection
 from firstclaim.postgres.connection import Pool
 from firstclaim.web.health import Health, Part
 

@@ -15,10 +15,10 @@ from typing import Any, Final
 import asyncpg
 
 from firstclaim.errors import TookTooLong
-from firstclaim.inbox.inspection import COLUMNS, SELECTED, Listed, Selection, listed
 from firstclaim.inbox.model import Status
-from firstclaim.inbox.operations import Operations
 from firstclaim.inbox.statements import Statement, statement
+from firstclaim.operations.commands import Operations
+from firstclaim.operations.queries import COLUMNS, SELECTED, Listed, Selection, listed
 
 STATEMENT_SECONDS: Final = 3  # who looks waits no longer; a delivery shares the server with it
 PINS: Final[Mapping[str, str]] = {

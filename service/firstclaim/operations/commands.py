@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from firstclaim.errors import LedgerUnavailable, OperatorError
 from firstclaim.event import Delivery
 from firstclaim.inbox import schema
-from firstclaim.inbox.inspection import SELECTED, Inspection, Selection
 from firstclaim.inbox.ledger import Arrival, insert
 from firstclaim.inbox.model import Status
 from firstclaim.inbox.statements import FIND, statement
+from firstclaim.operations.queries import SELECTED, Inspection, Selection
 from firstclaim.postgres.connection import UNAVAILABLE, describe, open_connection, read_epoch
 
 BATCH = 500  # events in one transaction: some ten milliseconds, so that nobody waits long for a row

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 
 from firstclaim.errors import Rejected, StripeUnavailable
 from firstclaim.event import Delivery, parse_event
-from firstclaim.inbox.operations import BATCH, Operations
 from firstclaim.observability.redaction import redact
-from firstclaim.stripe_events import Item, Page, StripeEvents
+from firstclaim.operations.commands import BATCH, Operations
+from firstclaim.operations.stripe_api import Item, Page, StripeEvents
 
 DAYS_MOST = 30  # for how long Stripe lists an event
 REFUSED_NAMED_MOST = 100
