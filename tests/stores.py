@@ -15,7 +15,7 @@ import asyncpg
 from pydantic import SecretStr
 
 from firstclaim import embedded
-from firstclaim.inbox import schema
+from firstclaim.migrations import schema
 from firstclaim.settings import Settings
 from firstclaim.urls import postgres_dsn
 

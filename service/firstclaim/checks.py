@@ -18,7 +18,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from firstclaim.errors import ConfigurationError, LedgerUnavailable, StoreUnsuitable
 from firstclaim.inbox.lock import Lock, LockReply, connect
-from firstclaim.inbox.schema import SchemaState, compare, outdated, read_version
+from firstclaim.migrations.schema import SchemaState, compare, outdated, read_version
 from firstclaim.postgres.connection import UNAVAILABLE, describe, read_epoch
 from firstclaim.registry import Registry
 from firstclaim.settings import Settings

@@ -31,8 +31,8 @@ from firstclaim.app import create_app
 from firstclaim.checks import Check, Verdict, all_checks, refuse
 from firstclaim.embedded import kept_secret, running_database, servers
 from firstclaim.errors import ConfigurationError
-from firstclaim.inbox import schema
 from firstclaim.loading_plan import IN_FLIGHT_MOST, Plan
+from firstclaim.migrations import schema
 from firstclaim.observability import metrics
 from firstclaim.passwords import make_hash
 from firstclaim.settings import Settings

@@ -15,7 +15,7 @@ from typing import Final, Self
 import asyncpg
 
 from firstclaim.embedded_servers import User, _born, _command_lines, _make_cluster, _says_ready
-from firstclaim.inbox import schema
+from firstclaim.migrations import schema
 from tests.acceptance.harness import START_SECONDS, eventually
 from tests.chaos.server import Server
 from tests.stores import EFFECTS, with_database

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 import asyncpg
 import pytest
 
-from firstclaim.inbox.schema import head
+from firstclaim.migrations.schema import head
 from tests.acceptance.harness import IGNORED, PROCESSED, START_SECONDS, eventually, sample
 from tests.chaos.own import Own
 from tests.chaos.rows import answered

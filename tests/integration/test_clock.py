@@ -5,8 +5,9 @@ from collections.abc import AsyncIterator
 import asyncpg
 import pytest
 
-from firstclaim.inbox import schema, statements
+from firstclaim.inbox import statements
 from firstclaim.inbox.model import Status
+from firstclaim.migrations import schema
 from firstclaim.postgres.connection import open_connection
 from tests.clock import Clock, installed
 from tests.integration.world import World, build, delivery, effect, explained

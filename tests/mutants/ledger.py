@@ -112,7 +112,7 @@ MUTANTS = (
     Mutant(
         "who-waits-needs-another-call",
         "A delivery that waits behind a late insert goes past it by itself.",
-        "inbox/batch.py",
+        "inbox/batcher.py",
         "self._look_again = loop.call_at(late_at, self._look)",
         "pass",
         "unit/test_batch.py::test_who_waits_goes_past_a_batch_when_it_becomes_late",

@@ -118,7 +118,7 @@ MUTANTS = (
     Mutant(
         "migrations-without-a-lock",
         "Migrations run under an advisory lock.",
-        "inbox/schema.py",
+        "migrations/schema.py",
         "connection.execute(_LOCK)",
         "pass",
         "integration/test_schema.py::test_one_migrates_at_a_time",

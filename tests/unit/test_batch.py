@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from firstclaim.inbox.batch import Batcher
+from firstclaim.inbox.batcher import Batcher
 
 
 class Line:

@@ -38,7 +38,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     (
         "firstclaim.operations.queries",
         "firstclaim.inbox.ledger",
-        "firstclaim.inbox.schema",
+        "firstclaim.migrations.schema",
         "firstclaim.postgres.handler_connections",
         "firstclaim.operations.stripe_api",
     ),
@@ -57,7 +57,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("firstclaim",),
     ("firstclaim.observability.metrics", "firstclaim.registry"),
     (
-        "firstclaim.inbox.batch",
+        "firstclaim.inbox.batcher",
         "firstclaim.event",
         "firstclaim.inbox.model",
         "firstclaim.outcome",

@@ -15,7 +15,7 @@ from firstclaim.backoff import Backoff
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
 from firstclaim.inbox import statements
-from firstclaim.inbox.batch import Batcher
+from firstclaim.inbox.batcher import Batcher
 from firstclaim.inbox.model import Status
 from firstclaim.inbox.statements import Statement
 from firstclaim.postgres.connection import ROW_FAULTS, PinnedConnection, Pool, describe, read_epoch

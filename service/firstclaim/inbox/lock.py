@@ -23,7 +23,7 @@ from redis.exceptions import RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from firstclaim.errors import LockUnavailable
-from firstclaim.inbox.batch import Batcher
+from firstclaim.inbox.batcher import Batcher
 from firstclaim.observability import metrics
 
 log = structlog.get_logger(__name__)

@@ -1,4 +1,4 @@
-"""Alembic's entry: runs on the connection it is handed (`firstclaim.inbox.schema`), never opens one."""
+"""Alembic's entry: runs on the connection it is handed (`firstclaim.migrations.schema`), never opens one."""
 
 from alembic import context
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 
 from firstclaim.errors import LedgerUnavailable, OperatorError
 from firstclaim.event import Delivery
-from firstclaim.inbox import schema
 from firstclaim.inbox.ledger import Arrival, insert
 from firstclaim.inbox.model import Status
 from firstclaim.inbox.statements import FIND, statement
+from firstclaim.migrations import schema
 from firstclaim.operations.queries import SELECTED, Inspection, Selection
 from firstclaim.postgres.connection import UNAVAILABLE, describe, open_connection, read_epoch
 

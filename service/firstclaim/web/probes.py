@@ -2,7 +2,7 @@
 
 from firstclaim.inbox.lock import Lock
 from firstclaim.inbox.recovery import Recovery
-from firstclaim.inbox.schema import SchemaState, compare, outdated, read_version
+from firstclaim.migrations.schema import SchemaState, compare, outdated, read_version
 from firstclaim.postgres.connection import Pool
 from firstclaim.shutdown import Stop
 from firstclaim.web.health import PROBE_SECONDS, Finding, Health, Part
