@@ -28,18 +28,18 @@ from uvicorn.supervisors import Multiprocess
 
 from firstclaim import cli_events, cli_reconcile, loading, sending
 from firstclaim.app import create_app
-from firstclaim.checks import Check, Verdict, all_checks, refuse
 from firstclaim.embedded import kept_secret, running_database, servers
 from firstclaim.errors import ConfigurationError
 from firstclaim.loading_plan import IN_FLIGHT_MOST, Plan
 from firstclaim.migrations import schema
 from firstclaim.observability import metrics
 from firstclaim.passwords import make_hash
+from firstclaim.server.connection_limiter import Lobby, affordable_connections
+from firstclaim.server.preflight import Check, Verdict, all_checks, refuse
+from firstclaim.server.protocol import Door
 from firstclaim.settings import Settings
 from firstclaim.terminal import database, dsn_of, out, read_settings, reported
 from firstclaim.urls import postgres_dsn
-from firstclaim.web.door import Door
-from firstclaim.web.lobby import Lobby, affordable_connections
 from firstclaim.web.webhook import WEBHOOK_PATH
 
 app = typer.Typer(

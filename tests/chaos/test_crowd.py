@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from firstclaim.web.door import HEAD_SECONDS
+from firstclaim.server.protocol import HEAD_SECONDS
 from tests.acceptance.harness import PROCESSED, Sample, Service, eventually, sample
 from tests.chaos.history import History
 from tests.chaos.load import Load

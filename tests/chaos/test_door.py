@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from firstclaim.inbox.model import Status
-from firstclaim.web.door import HEAD_SECONDS
+from firstclaim.server.protocol import HEAD_SECONDS
 from firstclaim.web.webhook import WEBHOOK_PATH
 from tests.acceptance.harness import PROCESSED, Answer, Overrides, Sample, Service, post, sample
 from tests.chaos.history import History

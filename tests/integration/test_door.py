@@ -16,10 +16,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from firstclaim.web import door
-from firstclaim.web.door import Door
+from firstclaim.server import protocol
+from firstclaim.server.connection_limiter import Lobby
+from firstclaim.server.protocol import Door
 from firstclaim.web.health import livez
-from firstclaim.web.lobby import Lobby
 from tests.talk import Talk
 
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n"

@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from pydantic import SecretStr
 
-from firstclaim.checks import Check, check_postgres
+from firstclaim.server.preflight import Check, check_postgres
 from firstclaim.settings import Settings
 from tests.acceptance.harness import eventually
 

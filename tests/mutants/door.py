@@ -86,7 +86,7 @@ MUTANTS = (
     Mutant(
         "body-without-a-deadline",
         "A body that arrives too slowly is given up.",
-        "web/door.py",
+        "server/protocol.py",
         "self._within(self._body_seconds, self._body_too_slow)",
         "pass",
         "integration/test_door.py::test_a_slow_body_is_refused",
@@ -94,7 +94,7 @@ MUTANTS = (
     Mutant(
         "closed-over-a-body",
         "Who still sends a body gets to read the answer.",
-        "web/door.py",
+        "server/protocol.py",
         "            self._leave()\n        else:\n            self.transport.close()",
         "            self.transport.close()\n        else:\n            self.transport.close()",
         "integration/test_door.py::test_who_still_sends_gets_to_read_the_answer",

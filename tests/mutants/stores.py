@@ -38,7 +38,7 @@ MUTANTS = (
     Mutant(
         "fsync-off-goes-unnamed",
         "`fsync = off` is named.",
-        "checks.py",
+        "server/preflight.py",
         'if await _setting(connection, name) == "off":',
         'if await _setting(connection, name) == "never":',
         "chaos/test_settings.py::test_row_23_fsync_off",

@@ -20,14 +20,19 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("firstclaim.cli_reconcile",),
     ("firstclaim.cli_events", "firstclaim.loading"),
     ("firstclaim.terminal",),
-    ("firstclaim.app", "firstclaim.checks", "firstclaim.embedded", "firstclaim.web.door"),
+    ("firstclaim.app", "firstclaim.server.preflight", "firstclaim.embedded", "firstclaim.server.protocol"),
     ("firstclaim.admin.site",),
     ("firstclaim.admin.entry", "firstclaim.admin.overview", "firstclaim.admin.replaying"),
     ("firstclaim.admin.events",),
     ("firstclaim.admin.visit",),
     ("firstclaim.admin.chart", "firstclaim.admin.rendering", "firstclaim.admin.asking"),
     ("firstclaim.web.metrics", "firstclaim.web.probes", "firstclaim.web.webhook", "firstclaim.embedded_servers"),
-    ("firstclaim.inbox.recovery", "firstclaim.web.health", "firstclaim.web.signature", "firstclaim.web.lobby"),
+    (
+        "firstclaim.inbox.recovery",
+        "firstclaim.web.health",
+        "firstclaim.web.signature",
+        "firstclaim.server.connection_limiter",
+    ),
     ("firstclaim.loading_users", "firstclaim.loading_verdict"),
     ("firstclaim.loading_plan",),
     ("firstclaim.inbox.pipeline",),
@@ -157,7 +162,7 @@ def test_handlers_import_only_service(name: str) -> None:
 
 def test_only_the_roots_know_the_web_server() -> None:
     """Who serves, and how commands are parsed, is the business of as many modules as are named here."""
-    for package, roots in {"uvicorn": {"firstclaim.cli", "firstclaim.web.door"}, "typer": COMMANDS}.items():
+    for package, roots in {"uvicorn": {"firstclaim.cli", "firstclaim.server.protocol"}, "typer": COMMANDS}.items():
         assert {
             name for name in MODULES if any(module.split(".")[0] == package for module, _ in imports(name))
         } == roots

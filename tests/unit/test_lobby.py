@@ -4,8 +4,8 @@ import resource
 
 import pytest
 
+from firstclaim.server.connection_limiter import Lobby, affordable_connections
 from firstclaim.settings import Settings
-from firstclaim.web.lobby import Lobby, affordable_connections
 
 
 class Visitor:

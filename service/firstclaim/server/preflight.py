@@ -21,8 +21,8 @@ from firstclaim.inbox.lock import Lock, LockReply, connect
 from firstclaim.migrations.schema import SchemaState, compare, outdated, read_version
 from firstclaim.postgres.connection import UNAVAILABLE, describe, read_epoch
 from firstclaim.registry import Registry
+from firstclaim.server.connection_limiter import affordable_connections
 from firstclaim.settings import Settings
-from firstclaim.web.lobby import affordable_connections
 
 _CONNECT_ATTEMPTS = 20  # at half a second: a database that is starting beside us gets its time
 _CONNECT_PAUSE_SECONDS = 0.5

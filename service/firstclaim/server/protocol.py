@@ -33,7 +33,7 @@ from uvicorn.server import ServerState
 from firstclaim import outcome as outcomes
 from firstclaim.errors import Rejected
 from firstclaim.observability import metrics
-from firstclaim.web.lobby import Lobby
+from firstclaim.server.connection_limiter import Lobby
 from firstclaim.web.webhook import answer, rejection
 
 log = structlog.get_logger(__name__)
