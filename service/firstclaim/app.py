@@ -45,7 +45,7 @@ from firstclaim.settings import ADMIN_CONNECTIONS, OBSERVING_CONNECTIONS, Settin
 from firstclaim.shutdown import Stop, leaving_with_supervisor
 from firstclaim.web.health import Part, Readiness, livez
 from firstclaim.web.metrics import Metrics
-from firstclaim.web.probes import readiness_parts
+from firstclaim.web.readiness_checks import readiness_parts
 from firstclaim.web.webhook import WEBHOOK_PATH, Webhook, refuse_path
 
 _CLOSE_SECONDS = 2.0  # of the shutdown, kept back for releasing what is left and closing

@@ -144,7 +144,7 @@ MUTANTS = (
     Mutant(
         "ready-while-it-drains",
         "While it drains, `/readyz` says 503.",
-        "web/probes.py",
+        "web/readiness_checks.py",
         'Finding(Health.DOWN, "draining") if stop.asked else',
         "",
         "unit/test_probes.py::test_a_process_that_was_asked_to_stop_is_not_ready",

@@ -26,7 +26,12 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("firstclaim.admin.events",),
     ("firstclaim.admin.visit",),
     ("firstclaim.admin.chart", "firstclaim.admin.rendering", "firstclaim.admin.asking"),
-    ("firstclaim.web.metrics", "firstclaim.web.probes", "firstclaim.web.webhook", "firstclaim.embedded_servers"),
+    (
+        "firstclaim.web.metrics",
+        "firstclaim.web.readiness_checks",
+        "firstclaim.web.webhook",
+        "firstclaim.embedded_servers",
+    ),
     (
         "firstclaim.inbox.recovery",
         "firstclaim.web.health",

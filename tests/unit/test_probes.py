@@ -7,7 +7,7 @@ from firstclaim.inbox.recovery import Recovery
 from firstclaim.postgres.connection import Pool
 from firstclaim.shutdown import Stop
 from firstclaim.web.health import Finding, Health
-from firstclaim.web.probes import readiness_parts
+from firstclaim.web.readiness_checks import readiness_parts
 
 
 async def test_a_process_that_was_asked_to_stop_is_not_ready() -> None:
