@@ -26,11 +26,12 @@ from rich.text import Text
 from starlette.applications import Starlette
 from uvicorn.supervisors import Multiprocess
 
-from firstclaim import cli_events, cli_reconcile, loading, sending
+from firstclaim import cli_events, cli_reconcile, sending
 from firstclaim.app import create_app
 from firstclaim.embedded import kept_secret, running_database, servers
 from firstclaim.errors import ConfigurationError
-from firstclaim.loading_plan import IN_FLIGHT_MOST, Plan
+from firstclaim.loadtest import runner
+from firstclaim.loadtest.plan import IN_FLIGHT_MOST, Plan
 from firstclaim.migrations import schema
 from firstclaim.observability import metrics
 from firstclaim.passwords import make_hash

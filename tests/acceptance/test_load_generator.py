@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from firstclaim.loading import generate
-from firstclaim.loading_plan import AnswerKind, Noted, Plan, Result, entries
+from firstclaim.loadtest.plan import AnswerKind, Noted, Plan, Result, entries
+from firstclaim.loadtest.runner import generate
 from tests.fixtures import SECRET
 from tests.receiver import PROCESSED, Receiver, Reply, receiving, reply
 

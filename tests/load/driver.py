@@ -26,8 +26,8 @@ import orjson
 from rich.console import Console
 from rich.table import Table
 
-from firstclaim.loading import generate
-from firstclaim.loading_plan import AnswerKind, Plan
+from firstclaim.loadtest.plan import AnswerKind, Plan
+from firstclaim.loadtest.runner import generate
 from firstclaim.sending import marked_event, sign
 
 COPIES = 20

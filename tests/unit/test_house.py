@@ -18,7 +18,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("firstclaim.__main__",),
     ("firstclaim.cli",),
     ("firstclaim.cli_reconcile",),
-    ("firstclaim.cli_events", "firstclaim.loading"),
+    ("firstclaim.cli_events", "firstclaim.loadtest.runner"),
     ("firstclaim.terminal",),
     ("firstclaim.app", "firstclaim.server.preflight", "firstclaim.embedded", "firstclaim.server.protocol"),
     ("firstclaim.admin.site",),
@@ -38,8 +38,8 @@ RANKS: tuple[tuple[str, ...], ...] = (
         "firstclaim.web.signature",
         "firstclaim.server.connection_limiter",
     ),
-    ("firstclaim.loading_users", "firstclaim.loading_verdict"),
-    ("firstclaim.loading_plan",),
+    ("firstclaim.loadtest.users", "firstclaim.loadtest.verdict"),
+    ("firstclaim.loadtest.plan",),
     ("firstclaim.inbox.pipeline",),
     ("firstclaim.inbox.dispatch",),
     ("firstclaim.inbox.claims", "firstclaim.inbox.attempt"),
@@ -176,11 +176,13 @@ def test_only_the_roots_know_the_web_server() -> None:
 def test_no_service_has_the_load_generator_in_it() -> None:
     """locust and gevent are imported by one module, and that by nobody but a function which runs in a new process."""
     knows = {name for name in MODULES for module, _ in imports(name) if module.split(".")[0] in ("locust", "gevent")}
-    assert knows == {"firstclaim.loading_users"}
-    assert {name for name in MODULES if "firstclaim.loading_users" in imported_modules(name)} == {"firstclaim.loading"}
+    assert knows == {"firstclaim.loadtest.users"}
+    assert {name for name in MODULES if "firstclaim.loadtest.users" in imported_modules(name)} == {
+        "firstclaim.loadtest.runner"
+    }
     assert not [
         node
-        for node in MODULES["firstclaim.loading"].body
+        for node in MODULES["firstclaim.loadtest.runner"].body
         if isinstance(node, ast.ImportFrom) and "loading_users" in ast.dump(node)
     ]
 

@@ -10,14 +10,13 @@ import orjson
 import pytest
 from rich.console import Console
 
-from firstclaim import loading
 from firstclaim import outcome as outcomes
 from firstclaim.errors import ConfigurationError, Rejected
 from firstclaim.event import parse_event
 from firstclaim.handlers.load_probe import ACTION
 from firstclaim.inbox.model import UNFINISHED, Status
-from firstclaim.loading import live_line, report, report_verdict
-from firstclaim.loading_plan import (
+from firstclaim.loadtest import runner
+from firstclaim.loadtest.plan import (
     IN_FLIGHT_MOST,
     AnswerKind,
     Bodies,
@@ -33,7 +32,8 @@ from firstclaim.loading_plan import (
     entries,
     kind_of,
 )
-from firstclaim.loading_verdict import BROKEN, Fate, Found, fate_of, judge
+from firstclaim.loadtest.runner import live_line, report, report_verdict
+from firstclaim.loadtest.verdict import BROKEN, Fate, Found, fate_of, judge
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.sending import shipped_types
 from firstclaim.web.webhook import answer, rejection

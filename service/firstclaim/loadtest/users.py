@@ -5,7 +5,7 @@ latency is that of its own request, and at a fixed rate counts from the instant 
 service which stalls the users is not spared what it made wait; no user has more in flight than one turn, and
 no delivery outlives its timeout.
 
-Runs in a process of its own (`firstclaim.loading` starts it): locust is built on gevent, which does not live
+Runs in a process of its own (`firstclaim.loadtest.runner` starts it): locust is built on gevent, which does not live
 beside an asyncio loop, and the load must not share an interpreter with whoever draws the picture of it.
 """
 
@@ -26,7 +26,7 @@ from locust.contrib.fasthttp import LocustUserAgent
 from locust.env import Environment
 from locust.html import get_html_report
 
-from firstclaim.loading_plan import AnswerKind, Bodies, Journal, Latencies, Mix, Pace, Plan, Progress, Result, kind_of
+from firstclaim.loadtest.plan import AnswerKind, Bodies, Journal, Latencies, Mix, Pace, Plan, Progress, Result, kind_of
 from firstclaim.sending import sign
 
 _TIMEOUT_SECONDS = 30.0  # as `firstclaim send`: past this the server is hanging, and that is the answer

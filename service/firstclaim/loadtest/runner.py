@@ -22,11 +22,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from firstclaim import loading_verdict
 from firstclaim.errors import ConfigurationError, OperatorError
-from firstclaim.loading_plan import AnswerKind, Latencies, Noted, Plan, Result, entries
-from firstclaim.loading_plan import Progress as SoFar
-from firstclaim.loading_verdict import BROKEN, Fate, judge
+from firstclaim.loadtest import verdict
+from firstclaim.loadtest.plan import AnswerKind, Latencies, Noted, Plan, Result, entries
+from firstclaim.loadtest.plan import Progress as SoFar
+from firstclaim.loadtest.verdict import BROKEN, Fate, judge
 
 _NAMED_MOST = 20  # event ids of one fate; more help nobody
 _CPU_OF_ITS_OWN = 0.9  # of a core: a generator that needs this much is what was measured
@@ -85,7 +85,7 @@ def _generator(plan: Plan, pipe: Connection) -> None:
     """In the new process. locust's fast HTTP client is on gevent's sockets and TLS: nothing is patched for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's Ctrl-C it hears from us
     os.environ["LOCUST_SKIP_MONKEY_PATCH"] = "1"
-    from firstclaim.loading_users import generate  # nothing of it may be in the process of a service
+    from firstclaim.loadtest.users import generate  # nothing of it may be in the process of a service
 
     generate(plan, pipe)
 

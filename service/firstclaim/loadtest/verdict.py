@@ -16,7 +16,7 @@ import asyncpg
 from firstclaim.errors import LedgerUnavailable, StoreUnsuitable
 from firstclaim.handlers.load_probe import ACTION
 from firstclaim.inbox.model import UNFINISHED, Status
-from firstclaim.loading_plan import Noted, Plan, entries
+from firstclaim.loadtest.plan import Noted, Plan, entries
 from firstclaim.postgres.connection import UNAVAILABLE, describe
 
 _CONNECT_SECONDS = 10.0

@@ -1,0 +1,1 @@
+"""`firstclaim load`: a load test and its verdict."""
