@@ -14,7 +14,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 from pydantic import SecretStr
 
-from firstclaim import embedded
+from firstclaim.embedded.data_folder import data_folder
 from firstclaim.migrations import schema
 from firstclaim.settings import Settings
 from firstclaim.urls import postgres_dsn

@@ -28,7 +28,7 @@ from uvicorn.supervisors import Multiprocess
 
 from firstclaim import cli_events, cli_reconcile, sending
 from firstclaim.app import create_app
-from firstclaim.embedded import kept_secret, running_database, servers
+from firstclaim.embedded.data_folder.data_folder import kept_secret, running_database, servers
 from firstclaim.errors import ConfigurationError
 from firstclaim.loadtest import runner
 from firstclaim.loadtest.plan import IN_FLIGHT_MOST, Plan

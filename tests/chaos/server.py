@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from firstclaim.embedded_servers import User, _born
+from firstclaim.embedded.data_folder.servers import User, _born
+
 from tests.acceptance.harness import START_SECONDS, eventually
 
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from firstclaim import embedded
+from firstclaim.embedded.data_folder import data_folder
 from firstclaim.settings import Settings
 from tests.chaos.own_postgres import PostgresServer
 from tests.chaos.own_redis import RedisServer

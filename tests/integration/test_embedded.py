@@ -19,10 +19,10 @@ from urllib.parse import parse_qs, urlsplit
 import asyncpg
 import pytest
 import redis
+from firstclaim.embedded.data_folder.data_folder import kept_secret, running_database, servers
 from pydantic import SecretStr
 
-from firstclaim import embedded_servers
-from firstclaim.embedded import kept_secret, running_database, servers
+from firstclaim.embedded.data_folder import servers
 from firstclaim.errors import ConfigurationError, OperatorError
 from firstclaim.settings import Settings
 from firstclaim.urls import postgres_dsn, redis_url
@@ -38,8 +38,8 @@ pytestmark = pytest.mark.skipif(
 # A service in a process of its own, to be killed. It ends with its input.
 OWNER = """
 import sys
-from firstclaim import embedded_servers
-from firstclaim.embedded import servers
+from firstclaim.embedded.data_folder import servers
+from firstclaim.embedded.data_folder.data_folder import servers
 from firstclaim.settings import Settings
 
 if "without-pdeathsig" in sys.argv:  # as on macOS

@@ -20,7 +20,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
     ("firstclaim.cli_reconcile",),
     ("firstclaim.cli_events", "firstclaim.loadtest.runner"),
     ("firstclaim.terminal",),
-    ("firstclaim.app", "firstclaim.server.preflight", "firstclaim.embedded", "firstclaim.server.protocol"),
+    ("firstclaim.app", "firstclaim.server.preflight", "firstclaim.embedded.data_folder", "firstclaim.server.protocol"),
     ("firstclaim.admin.site",),
     ("firstclaim.admin.entry", "firstclaim.admin.overview", "firstclaim.admin.replaying"),
     ("firstclaim.admin.events",),
@@ -30,7 +30,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
         "firstclaim.web.metrics",
         "firstclaim.web.readiness_checks",
         "firstclaim.web.webhook",
-        "firstclaim.embedded_servers",
+        "firstclaim.embedded.servers",
     ),
     (
         "firstclaim.inbox.recovery",

@@ -5,7 +5,7 @@ stale); the servers stop with the block that asked for them, and if their servic
 before the next one starts; what Postgres committed survives, and so does the signing secret; only the user
 who runs the servers reaches their sockets, and root never runs them.
 
-How they are run, and why the wheels' own helpers do not run them: `firstclaim.embedded_servers`.
+How they are run, and why the wheels' own helpers do not run them: `firstclaim.embedded.servers`.
 """
 
 import fcntl
@@ -27,7 +27,16 @@ from typing import IO, Any
 import structlog
 from pydantic import SecretStr
 
-from firstclaim.embedded_servers import MAJOR, POLL_SECONDS, START_SECONDS, Site, User, publish, start, stop_leftovers
+from firstclaim.embedded.data_folder.servers import (
+    MAJOR,
+    POLL_SECONDS,
+    START_SECONDS,
+    Site,
+    User,
+    publish,
+    start,
+    stop_leftovers,
+)
 from firstclaim.errors import ConfigurationError, OperatorError
 from firstclaim.settings import Settings
 
