@@ -16,10 +16,10 @@ MODULE_MOST_LINES = 320  # that are not blank; two screens of code and what it a
 # Who may import whom: only from a line further down here. A new module without a place fails.
 RANKS: tuple[tuple[str, ...], ...] = (
     ("firstclaim.__main__",),
-    ("firstclaim.cli",),
-    ("firstclaim.cli_reconcile",),
-    ("firstclaim.cli_events", "firstclaim.loadtest.runner"),
-    ("firstclaim.terminal",),
+    ("firstclaim.cli.main",),
+    ("firstclaim.cli.reconcile",),
+    ("firstclaim.cli.events", "firstclaim.loadtest.runner"),
+    ("firstclaim.cli.terminal",),
     ("firstclaim.app", "firstclaim.server.preflight", "firstclaim.embedded.data_folder", "firstclaim.server.protocol"),
     ("firstclaim.admin.site",),
     ("firstclaim.admin.entry", "firstclaim.admin.overview", "firstclaim.admin.replaying"),
@@ -94,7 +94,7 @@ RANKS: tuple[tuple[str, ...], ...] = (
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 
-COMMANDS = {"firstclaim.cli", "firstclaim.cli_events", "firstclaim.cli_reconcile", "firstclaim.terminal"}
+COMMANDS = {"firstclaim.cli.main", "firstclaim.cli.events", "firstclaim.cli.reconcile", "firstclaim.cli.terminal"}
 
 
 def name_of(path: Path) -> str:
@@ -167,7 +167,7 @@ def test_handlers_import_only_service(name: str) -> None:
 
 def test_only_the_roots_know_the_web_server() -> None:
     """Who serves, and how commands are parsed, is the business of as many modules as are named here."""
-    for package, roots in {"uvicorn": {"firstclaim.cli", "firstclaim.server.protocol"}, "typer": COMMANDS}.items():
+    for package, roots in {"uvicorn": {"firstclaim.cli.main", "firstclaim.server.protocol"}, "typer": COMMANDS}.items():
         assert {
             name for name in MODULES if any(module.split(".")[0] == package for module, _ in imports(name))
         } == roots
@@ -219,7 +219,7 @@ assert sys.argv[1] != "firstclaim" or not loaded, loaded
 """
 
 
-@pytest.mark.parametrize("name", ["service", "firstclaim.handlers", "firstclaim.app", "firstclaim.cli"])
+@pytest.mark.parametrize("name", ["service", "firstclaim.handlers", "firstclaim.app", "firstclaim.cli.main"])
 def test_importing_opens_nothing(name: str) -> None:
     """No socket, no process, no file for writing, no thread; `service` alone loads no client and no server either."""
     done = subprocess.run(

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from firstclaim.cli_events import AsJson, duration, on, operator, print_json, progress_bar
+from firstclaim.cli.main.events import AsJson, duration, on, operator, print_json, progress_bar
+from firstclaim.cli.main.terminal import database, fail, out, reported
 from firstclaim.errors import ConfigurationError
 from firstclaim.operations.commands import Operations
 from firstclaim.operations.reconcile import DAYS_MOST, Asked, Reconciliation, Tally
 from firstclaim.operations.stripe_api import StripeEvents
 from firstclaim.settings import Settings
-from firstclaim.terminal import database, fail, out, reported
 
 
 def _since(text: str) -> int:

@@ -26,8 +26,10 @@ from rich.text import Text
 from starlette.applications import Starlette
 from uvicorn.supervisors import Multiprocess
 
-from firstclaim import cli_events, cli_reconcile, sending
+from firstclaim import sending
 from firstclaim.app import create_app
+from firstclaim.cli.main import events, reconcile
+from firstclaim.cli.main.terminal import database, dsn_of, out, read_settings, reported
 from firstclaim.embedded.data_folder.data_folder import kept_secret, running_database, servers
 from firstclaim.errors import ConfigurationError
 from firstclaim.loadtest import runner
@@ -39,7 +41,6 @@ from firstclaim.server.connection_limiter import Lobby, affordable_connections
 from firstclaim.server.preflight import Check, Verdict, all_checks, refuse
 from firstclaim.server.protocol import Door
 from firstclaim.settings import Settings
-from firstclaim.terminal import database, dsn_of, out, read_settings, reported
 from firstclaim.urls import postgres_dsn
 from firstclaim.web.webhook import WEBHOOK_PATH
 

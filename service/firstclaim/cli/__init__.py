@@ -1,0 +1,1 @@
+"""The `firstclaim` command, a module for each group of commands."""
