@@ -18,7 +18,7 @@ import structlog
 from pydantic import SecretStr
 from starlette.applications import Starlette
 
-from firstclaim.admin.site import HEADERS
+from firstclaim.admin.page import HEADERS
 from firstclaim.app import admin_site
 from firstclaim.passwords import _to_base64
 from firstclaim.web.health import Part

@@ -18,14 +18,14 @@ from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Route
 from starlette.types import Lifespan, Receive, Scope, Send
 
-from firstclaim.admin.asking import QUEUE_SECONDS, Asking
-from firstclaim.admin.entry import Entry
 from firstclaim.admin.events import Events
+from firstclaim.admin.ledger import QUEUE_SECONDS, Asking
 from firstclaim.admin.limits import LoginLimit
+from firstclaim.admin.login import Entry
 from firstclaim.admin.overview import Overview
-from firstclaim.admin.replaying import Replaying
+from firstclaim.admin.page import Site
+from firstclaim.admin.replay import Replaying
 from firstclaim.admin.session import Seal
-from firstclaim.admin.site import Site
 from firstclaim.backoff import Backoff
 from firstclaim.errors import ConfigurationError
 from firstclaim.inbox.claims import Claims

@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from firstclaim import app as app_module
 from firstclaim.admin import session as sessions
-from firstclaim.admin.site import Site
+from firstclaim.admin.page import Site
 from firstclaim.inbox.model import Status
 from firstclaim.operations import search
 from firstclaim.passwords import make_hash

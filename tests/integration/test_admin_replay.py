@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from firstclaim.admin import events as events_module
-from firstclaim.admin import replaying as replaying_module
+from firstclaim.admin import replay as replaying_module
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox.model import Status
 from firstclaim.operations import commands as operations_module

@@ -11,7 +11,7 @@ import pytest
 from firstclaim.admin.chart import HEIGHT, ORDER, draw
 from firstclaim.admin.events import Filters, _place
 from firstclaim.admin.rendering import STATIC_TYPES, Pages, age, ago, laid_out, printable, static, thousands
-from firstclaim.admin.visit import client_address, is_loopback
+from firstclaim.admin.request import client_address, is_loopback
 from firstclaim.inbox.model import Status
 from firstclaim.operations.search import Arrivals
 

@@ -14,9 +14,9 @@ from urllib.parse import urlencode
 import structlog
 from starlette.responses import Response
 
-from firstclaim.admin.asking import Asking
+from firstclaim.admin.ledger import Asking
 from firstclaim.admin.rendering import laid_out
-from firstclaim.admin.visit import PATH, Refused, Visit
+from firstclaim.admin.request import PATH, Refused, Visit
 from firstclaim.errors import TookTooLong
 from firstclaim.inbox.model import Status
 from firstclaim.operations.queries import Selection

@@ -11,9 +11,9 @@ from typing import Final, TypeVar
 
 from starlette.responses import Response
 
-from firstclaim.admin.asking import Asking
 from firstclaim.admin.chart import Chart, draw
-from firstclaim.admin.visit import Visit
+from firstclaim.admin.ledger import Asking
+from firstclaim.admin.request import Visit
 from firstclaim.errors import LedgerUnavailable, TookTooLong
 from firstclaim.inbox.model import Status
 from firstclaim.observability import metrics

@@ -2,7 +2,7 @@
 
 Guarantees: what comes from outside is text and nothing else, whatever it holds: autoescape is on for every template,
 no template turns it off, and a name that is missing is an error, not an empty place. No page has a script, a style or
-an event handler of its own, or names another host; the headers of `firstclaim.admin.site` forbid all of that besides.
+an event handler of its own, or names another host; the headers of `firstclaim.admin.page` forbid all of that besides.
 """
 
 import re

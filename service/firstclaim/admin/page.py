@@ -24,13 +24,13 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from firstclaim.admin.entry import Entry
 from firstclaim.admin.events import Events
+from firstclaim.admin.login import Entry
 from firstclaim.admin.overview import Overview
 from firstclaim.admin.rendering import Pages, static
-from firstclaim.admin.replaying import Replaying
+from firstclaim.admin.replay import Replaying
+from firstclaim.admin.request import PATH, Refused, Visit, client_address, is_loopback
 from firstclaim.admin.session import LASTS_SECONDS, Seal
-from firstclaim.admin.visit import PATH, Refused, Visit, client_address, is_loopback
 from firstclaim.errors import LedgerUnavailable, TookTooLong
 from firstclaim.observability.redaction import describe_error
 

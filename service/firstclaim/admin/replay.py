@@ -14,9 +14,9 @@ from typing import Any, Final
 import structlog
 from starlette.responses import Response
 
-from firstclaim.admin.asking import Asking
 from firstclaim.admin.events import REPLAYED_MOST, Filters
-from firstclaim.admin.visit import PATH, Refused, Visit
+from firstclaim.admin.ledger import Asking
+from firstclaim.admin.request import PATH, Refused, Visit
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox.model import Status
 from firstclaim.operations.commands import Chosen

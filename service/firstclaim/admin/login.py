@@ -15,8 +15,8 @@ import structlog
 from starlette.responses import Response
 
 from firstclaim.admin.limits import LoginLimit
+from firstclaim.admin.request import LOGIN_MOST_BYTES, PATH, Refused, Visit
 from firstclaim.admin.session import LASTS_SECONDS, Seal, same
-from firstclaim.admin.visit import LOGIN_MOST_BYTES, PATH, Refused, Visit
 from firstclaim.passwords import MOST_CHARACTERS, Password
 
 log = structlog.get_logger(__name__)
