@@ -39,7 +39,7 @@ from tests.acceptance.harness import (
 from tests.fixtures import signed
 from tests.proxy import Mode, Proxy, before_postgres, before_redis
 
-MONITORING = resources.files("firstclaim").joinpath("monitoring")
+MONITORING = resources.files("firstclaim").joinpath("observability")
 ALERTS = set(re.findall(r"- alert: (\w+)", MONITORING.joinpath("alerts.yaml").read_text()))
 WELL_MINUTES, BAD_MINUTES = 5, 40
 

@@ -50,7 +50,7 @@ def test_test_command_is_what_ci_runs() -> None:
 def test_every_alert_has_its_paragraph() -> None:
     """Whoever is woken finds what to do under the alert's name."""
     alerts = re.findall(
-        r"- alert: (\w+)", resources.files("firstclaim").joinpath("monitoring", "alerts.yaml").read_text()
+        r"- alert: (\w+)", resources.files("firstclaim").joinpath("observability", "alerts.yaml").read_text()
     )
     runbook = README.read_text().partition("### Runbook")[2].partition("\n## ")[0]
     assert alerts

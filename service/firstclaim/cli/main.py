@@ -154,7 +154,7 @@ def dashboard(
     if not print_it:
         raise typer.BadParameter("say --print: nothing is installed anywhere")
     name = "alerts.yaml" if alerts else "dashboard.json"
-    out.file.write(resources.files("firstclaim").joinpath("monitoring", name).read_text())
+    out.file.write(resources.files("firstclaim").joinpath("observability", name).read_text())
 
 
 @app.command()
