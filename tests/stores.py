@@ -14,7 +14,7 @@ from urllib.parse import urlsplit, urlunsplit
 import asyncpg
 from pydantic import SecretStr
 
-from firstclaim.embedded.data_folder import data_folder
+from firstclaim.embedded import data_folder
 from firstclaim.migrations import schema
 from firstclaim.settings import Settings
 from firstclaim.urls import postgres_dsn
@@ -55,7 +55,7 @@ def running(folder: Path, postgres_url: str | None, redis_url: str | None) -> It
         redis_url=SecretStr(redis_url) if redis_url else None,
         stripe_webhook_secrets=(SecretStr("whsec_test"),),
     )
-    with embedded.servers(settings) as ready:
+    with data_folder.servers(settings) as ready:
         assert ready.database_url is not None
         assert ready.redis_url is not None
         url = postgres_dsn(ready.database_url.get_secret_value())

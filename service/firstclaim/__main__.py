@@ -1,6 +1,6 @@
 """`python -m firstclaim` is the `firstclaim` command."""
 
-from firstclaim.cli.main.main import main
+from firstclaim.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -44,12 +44,12 @@ class Settings(BaseSettings):
         validate_by_alias=True,
     )
 
-    database_url: Annotated[SecretStr | None, _made_by(addresses.postgres_dsn)] = Field(
+    database_url: Annotated[SecretStr | None, _made_by(urls.postgres_dsn)] = Field(
         None,
         validation_alias="DATABASE_URL",
         description="PostgreSQL 14 or newer: `postgresql://` or `postgres://`. Unset: an embedded server.",
     )
-    redis_url: Annotated[SecretStr | None, _made_by(addresses.redis_url)] = Field(
+    redis_url: Annotated[SecretStr | None, _made_by(urls.redis_url)] = Field(
         None,
         validation_alias="REDIS_URL",
         description="Redis 7 or Valkey 8, or newer: `redis://`, `rediss://` or `unix://`. Unset: an embedded Valkey.",
@@ -59,12 +59,12 @@ class Settings(BaseSettings):
         validation_alias="STRIPE_WEBHOOK_SECRETS",
         description="Signing secrets (`whsec_...`), comma separated: per endpoint and mode, two while one is rolled.",
     )
-    stripe_api_key: Annotated[SecretStr | None, _made_by(addresses.stripe_key)] = Field(
+    stripe_api_key: Annotated[SecretStr | None, _made_by(urls.stripe_key)] = Field(
         None,
         validation_alias="STRIPE_API_KEY",
         description="For `reconcile` only: a secret key, or a restricted one (`rk_...`) that may read Events.",
     )
-    stripe_api_base: Annotated[str, AfterValidator(addresses.stripe_base)] = Field(
+    stripe_api_base: Annotated[str, AfterValidator(urls.stripe_base)] = Field(
         "https://api.stripe.com",
         validation_alias="STRIPE_API_BASE",
         description="Where `reconcile` finds Stripe's API, for tests: `https://`, or `http://` to the loopback.",

@@ -11,7 +11,7 @@ import orjson
 import pytest
 from typer.testing import CliRunner
 
-from firstclaim.cli.main import main
+from firstclaim.cli import main as cli
 from firstclaim.inbox.model import Status
 from firstclaim.passwords import Password
 from firstclaim.web.webhook import WEBHOOK_PATH

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Final, Self
 
 import asyncpg
-from firstclaim.embedded.data_folder.servers import User, _born, _command_lines, _make_cluster, _says_ready
 
+from firstclaim.embedded.processes import User, _born, _command_lines, _make_cluster, _says_ready
 from firstclaim.migrations import schema
 from tests.acceptance.harness import START_SECONDS, eventually
 from tests.chaos.server import Server

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 import redis.asyncio
-from firstclaim.embedded.data_folder.servers import User
 
+from firstclaim.embedded.processes import User
 from tests.acceptance.harness import START_SECONDS, _alive_in_group, eventually
 from tests.chaos.server import Server
 

@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from firstclaim.embedded.data_folder.servers import User, _born
-
+from firstclaim.embedded.processes import User, _born
 from tests.acceptance.harness import START_SECONDS, eventually
 
 

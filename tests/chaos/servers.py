@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from firstclaim.embedded.data_folder import data_folder
+from firstclaim.embedded import data_folder
 from firstclaim.settings import Settings
 from tests.chaos.own_postgres import PostgresServer
 from tests.chaos.own_redis import RedisServer
@@ -26,11 +26,11 @@ class Servers:
     """Makes servers in a folder of its own; see `own_servers`."""
 
     def __init__(self, folder: Path, template: Path | None) -> None:
-        programs = embedded._find_programs(Settings(database_url=None, redis_url=None))
+        programs = data_folder._find_programs(Settings(database_url=None, redis_url=None))
         self._postgres, self._redis = programs["database_url"], programs["redis_url"]
-        self._user = embedded._server_user(folder / "no-cluster-yet")
+        self._user = data_folder._server_user(folder / "no-cluster-yet")
         if self._user is not None:
-            embedded._let_in(self._user, [folder / "any"], programs)
+            data_folder._let_in(self._user, [folder / "any"], programs)
         self.folder = folder
         self._template = template
         self._made: list[Server] = []

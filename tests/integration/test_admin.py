@@ -565,16 +565,16 @@ async def test_a_heavy_search_is_ended_and_nobody_waits_for_it(
     make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its page says so politely; deliveries go on meanwhile; a third at once is told that both connections are busy."""
-    monkeypatch.setattr(app_module, "PINS", {**browsing.PINS, "statement_timeout": "1500ms"})
+    monkeypatch.setattr(app_module, "PINS", {**search.PINS, "statement_timeout": "1500ms"})
     monkeypatch.setattr(app_module, "QUEUE_SECONDS", 0.2)
-    page_sql = browsing._PAGE.sql
+    page_sql = search._PAGE.sql
     slow = f"SELECT x.* FROM (SELECT pg_sleep(60)::text AS slept) s, LATERAL ({page_sql}) x WHERE s.slept IS NOT NULL"
     world = await make_world({"*": _handled}, **ON)
     async with visitor(site_of(world)).client as client:
         admin = Visitor(client)
         await admin.log_in()
         await admin.get("/admin/events/evt_0")  # connects
-        monkeypatch.setattr(browsing, "_PAGE", replace(browsing._PAGE, sql=slow))
+        monkeypatch.setattr(search, "_PAGE", replace(search._PAGE, sql=slow))
         heavy = [asyncio.create_task(admin.get("/admin/events")) for _ in range(2)]
         await asyncio.sleep(0.3)
         third = asyncio.create_task(admin.get("/admin/events"))
@@ -632,7 +632,7 @@ async def test_a_page_that_breaks_says_nothing_of_why(
     async def broken(*_: object) -> None:
         raise RuntimeError("c4n4ry of a payload")
 
-    monkeypatch.setattr(browsing.Browsing, "page", broken)
+    monkeypatch.setattr(search.Browsing, "page", broken)
     with logging_as_served():
         response, page = await admin.get("/admin/events")
     assert response.status_code == 500

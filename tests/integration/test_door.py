@@ -164,7 +164,7 @@ async def test_a_large_body_in_small_chunks_passes() -> None:
 # -- the head -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [door.HEAD_MOST_BYTES, 8_000_000])
+@pytest.mark.parametrize("size", [protocol.HEAD_MOST_BYTES, 8_000_000])
 async def test_a_head_too_large_is_refused(size: int) -> None:
     """A little over the cap or eight megabytes, in one header: 431, which its sender gets to read."""
     async with _served() as served:
@@ -180,7 +180,7 @@ async def test_many_headers_are_counted_as_they_came() -> None:
 @pytest.mark.parametrize("sent", [b"", b"GET /li", GET, b"\r\n"], ids=["nothing", "half a line", "half a head", "CRLF"])
 async def test_a_slow_head_is_refused(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """A socket that never finishes its head, or never begins, is told so and closed."""
-    monkeypatch.setattr(door, "HEAD_SECONDS", 0.05)
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.05)
     async with _served() as served:
         assert await _refusal(served, sent) == TOO_SLOW
 
@@ -188,7 +188,7 @@ async def test_a_slow_head_is_refused(sent: bytes, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("sent", [b"GET /livez", b"\r\n"], ids=["half a line", "CRLF"])
 async def test_a_later_head_has_its_deadline_too(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Having sent one request buys no time for the next, nor does what is not even the beginning of one."""
-    monkeypatch.setattr(door, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.2)
     async with _served() as served:
         talk = await served.talk(GET + b"\r\n")
         await talk.reply()
@@ -199,7 +199,7 @@ async def test_a_later_head_has_its_deadline_too(sent: bytes, monkeypatch: pytes
 async def test_endless_empty_lines_are_refused() -> None:
     """Before a request an empty line is passed over; more of them than a head may be large are not."""
     async with _served() as served:
-        assert await _refusal(served, b"\r\n" * door.HEAD_MOST_BYTES) == TOO_LARGE
+        assert await _refusal(served, b"\r\n" * protocol.HEAD_MOST_BYTES) == TOO_LARGE
 
 
 # -- framing ------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ async def test_what_cannot_be_framed_is_refused(sent: bytes) -> None:
 
 async def test_nobody_goes_on_waiting_for_a_refused_body(monkeypatch: pytest.MonkeyPatch) -> None:
     """A body that breaks off in nonsense has ended for whoever reads it, though the connection is still there."""
-    monkeypatch.setattr(door, "LEAVE_SECONDS", 60)
+    monkeypatch.setattr(protocol, "LEAVE_SECONDS", 60)
     async with _served() as served:
         talk = await served.talk(CHUNKED)
         await _until(lambda: served.tasks == 1)
@@ -332,7 +332,7 @@ async def test_who_still_sends_gets_to_read_the_answer() -> None:
 
 async def test_an_answer_before_the_bodys_end_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """Who goes on sending to where nothing is read gets the 404, and a short time to notice."""
-    monkeypatch.setattr(door, "LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr(protocol, "LEAVE_SECONDS", 0.2)
     async with _served() as served:
         talk = await served.talk(b"POST /nowhere HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
         assert (await talk.reply()).status == 404
@@ -365,7 +365,7 @@ async def test_nobody_waits_for_who_does_not_read() -> None:
 
 async def test_a_last_answer_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """A connection that is to be closed, and whose last answer nobody reads, is cut."""
-    monkeypatch.setattr(door, "LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr(protocol, "LEAVE_SECONDS", 0.2)
     async with _served() as served:
         with _deaf_client(served) as send:
             await send(b"GET /large HTTP/1.1\r\nConnection: close\r\n\r\n")
@@ -375,7 +375,7 @@ async def test_a_last_answer_is_not_waited_for_long(monkeypatch: pytest.MonkeyPa
 
 async def test_who_does_not_read_makes_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """An idle connection with an answer that nobody reads is closed like any other, and then cut."""
-    monkeypatch.setattr(door, "LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr(protocol, "LEAVE_SECONDS", 0.2)
     async with _served(connections_most=1) as served:
         with _deaf_client(served) as send:
             await send(b"GET /large HTTP/1.1\r\n\r\n")

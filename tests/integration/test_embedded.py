@@ -19,10 +19,10 @@ from urllib.parse import parse_qs, urlsplit
 import asyncpg
 import pytest
 import redis
-from firstclaim.embedded.data_folder.data_folder import kept_secret, running_database, servers
 from pydantic import SecretStr
 
-from firstclaim.embedded.data_folder import servers
+from firstclaim.embedded import processes as embedded_processes
+from firstclaim.embedded.data_folder import kept_secret, running_database, servers
 from firstclaim.errors import ConfigurationError, OperatorError
 from firstclaim.settings import Settings
 from firstclaim.urls import postgres_dsn, redis_url
@@ -38,12 +38,12 @@ pytestmark = pytest.mark.skipif(
 # A service in a process of its own, to be killed. It ends with its input.
 OWNER = """
 import sys
+from firstclaim.embedded import processes as embedded_processes
 from firstclaim.embedded.data_folder import servers
-from firstclaim.embedded.data_folder.data_folder import servers
 from firstclaim.settings import Settings
 
 if "without-pdeathsig" in sys.argv:  # as on macOS
-    embedded_servers._PR_SET_PDEATHSIG = -1
+    embedded_processes._PR_SET_PDEATHSIG = -1
 with servers(Settings()):
     sys.stdin.read()
 """
@@ -139,7 +139,7 @@ def socket_folder(filled: Settings) -> Path:
 
 
 def processes(mark: object) -> list[int]:
-    return [pid for pid, line in embedded_servers._command_lines() if str(mark) in line]
+    return [pid for pid, line in embedded_processes._command_lines() if str(mark) in line]
 
 
 def commit(filled: Settings) -> str:

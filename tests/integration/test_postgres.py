@@ -12,7 +12,7 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as QueueTimeout
 
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.postgres import connection
+from firstclaim.postgres import connection as connection_module
 from firstclaim.postgres.connection import Epoch, Pool, describe, open_connection, read_epoch
 from tests import operator
 from tests.integration.world import until, until_closed
@@ -111,7 +111,7 @@ async def test_a_read_only_server_is_refused(database_url: str, admin: asyncpg.C
 
 async def test_a_standby_is_refused(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server in recovery is read-only as well."""
-    monkeypatch.setattr(postgres, "_PIN", postgres._PIN.replace("pg_is_in_recovery()", "true"))
+    monkeypatch.setattr(connection_module, "_PIN", connection_module._PIN.replace("pg_is_in_recovery()", "true"))
     with pytest.raises(LedgerUnavailable, match="the server is read-only"):
         await open_connection(database_url, TIMEOUT_SECONDS)
 
@@ -122,7 +122,7 @@ async def test_a_pin_that_does_not_hold_is_refused(
 ) -> None:
     """What cannot be pinned (by a pooler, say) is not worked on, and the connection is closed."""
     other = {"'on'": "'off'", "'read committed'": "'serializable'"}[pin]
-    monkeypatch.setattr(postgres, "_PIN", postgres._PIN.replace(pin, other))
+    monkeypatch.setattr(connection_module, "_PIN", connection_module._PIN.replace(pin, other))
     with pytest.raises(LedgerUnavailable, match="cannot be pinned"):
         await open_connection(database_url, TIMEOUT_SECONDS)
 
@@ -201,7 +201,7 @@ async def test_without_a_ledger_there_is_no_epoch(empty_url: str) -> None:
 def test_an_epoch_counts_while_it_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Confirmed within its time, and not a moment longer; a new confirmation makes it fresh again."""
     now = 1000.0
-    monkeypatch.setattr(postgres, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(connection_module, "time", SimpleNamespace(monotonic=lambda: now))
     epoch = Epoch(fresh_seconds=5)
     seen = [epoch.current]
     epoch.confirm("a")

@@ -10,13 +10,13 @@ import time
 
 import orjson
 import uvicorn
-from firstclaim.cli.main.main import server_config
 from pydantic import SecretStr
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from firstclaim.cli.main import server_config
 from firstclaim.event import parse_event
 from firstclaim.settings import Settings
 from firstclaim.web.signature import verify

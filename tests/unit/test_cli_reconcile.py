@@ -2,8 +2,8 @@
 
 import pytest
 import typer
-from firstclaim.cli.main.reconcile import _fields, _refusals, _since, _words
 
+from firstclaim.cli.reconcile import _fields, _refusals, _since, _words
 from firstclaim.operations.reconcile import Tally
 
 

@@ -149,7 +149,7 @@ def test_a_fixed_rate_does_not_ask_how_it_goes() -> None:
 def test_what_cannot_be_done_is_said_before_anything_is_sent(changes: dict[str, Any], says: str) -> None:
     """A plan that cannot work is refused with the argument's name (exit code 2), and without a password."""
     with pytest.raises(ConfigurationError) as refused:
-        loading.run(plan(**changes), None, 0, Console(file=io.StringIO()))
+        runner.run(plan(**changes), None, 0, Console(file=io.StringIO()))
     assert says in str(refused.value)
     assert "hunter2" not in str(refused.value)
 
@@ -163,7 +163,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without locust: exit code 2 and the words to type."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigurationError, match=r"pip install 'firstclaim\[load\]'") as refused:
-        loading.run(plan(), None, 0, Console(file=io.StringIO()))
+        runner.run(plan(), None, 0, Console(file=io.StringIO()))
     assert refused.value.exit_code == 2
 
 
@@ -384,9 +384,9 @@ def test_the_live_line_shows_the_rate_since_the_last() -> None:
 
 def test_the_report_file_is_checked_before_the_load(tmp_path: Path) -> None:
     """A file that can be written is no fault, whether it is there or not; a folder is one."""
-    assert list(loading._html_faults(str(tmp_path / "report.html"))) == []
-    assert list(loading._html_faults(None)) == []
-    assert list(loading._html_faults(str(tmp_path)))
+    assert list(runner._html_faults(str(tmp_path / "report.html"))) == []
+    assert list(runner._html_faults(None)) == []
+    assert list(runner._html_faults(str(tmp_path)))
 
 
 def test_bodies_are_json_whatever_the_number() -> None:

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from firstclaim.cli.main.terminal import database, dsn_of, fail, out, reported
+from firstclaim.cli.terminal import database, dsn_of, fail, out, reported
 from firstclaim.inbox.model import Status
 from firstclaim.operations.commands import ROW_DAYS_LEAST, Chosen, Operations
 from firstclaim.operations.queries import Attempted, Backlog, Listed, Selection, timeline

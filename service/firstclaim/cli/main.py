@@ -28,9 +28,9 @@ from uvicorn.supervisors import Multiprocess
 
 from firstclaim import sending
 from firstclaim.app import create_app
-from firstclaim.cli.main import events, reconcile
-from firstclaim.cli.main.terminal import database, dsn_of, out, read_settings, reported
-from firstclaim.embedded.data_folder.data_folder import kept_secret, running_database, servers
+from firstclaim.cli import events, reconcile
+from firstclaim.cli.terminal import database, dsn_of, out, read_settings, reported
+from firstclaim.embedded.data_folder import kept_secret, running_database, servers
 from firstclaim.errors import ConfigurationError
 from firstclaim.loadtest import runner
 from firstclaim.loadtest.plan import IN_FLIGHT_MOST, Plan
@@ -52,9 +52,9 @@ app = typer.Typer(
 )
 epoch = typer.Typer(no_args_is_help=True, help="The ledger's epoch, which every marker in Redis carries.")
 app.add_typer(epoch, name="epoch")
-app.add_typer(cli_events.app, name="events")
-app.command()(cli_events.stats)
-app.command()(cli_reconcile.reconcile)
+app.add_typer(events.app, name="events")
+app.command()(events.stats)
+app.command()(reconcile.reconcile)
 
 _URL = f"http://127.0.0.1:8000{WEBHOOK_PATH}"
 # How long a worker may be silent before its supervisor kills it. uvicorn's 5 s also killed workers that were still
@@ -139,9 +139,7 @@ def admin_password() -> None:
 def rotate() -> None:
     """Make every marker in Redis worthless: the step after restoring the ledger from a backup."""
     with reported(), database() as settings:
-        before, after = asyncio.run(
-            cli_events.on(settings, lambda operations: operations.rotate_epoch(cli_events.operator()))
-        )
+        before, after = asyncio.run(events.on(settings, lambda operations: operations.rotate_epoch(events.operator())))
         out.print(f"epoch {before} -> {after}; running services notice within one recovery round", soft_wrap=True)
 
 
@@ -235,7 +233,7 @@ def load(
                 dsn: str | None = postgres_dsn(database_url)
         else:
             dsn = dsn_of(settings) if settings.database_url else running_database(settings)
-        raise typer.Exit(loading.run(plan, dsn, settle, out))
+        raise typer.Exit(runner.run(plan, dsn, settle, out))
 
 
 @contextmanager

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from firstclaim.cli.main.events import AsJson, duration, on, operator, print_json, progress_bar
-from firstclaim.cli.main.terminal import database, fail, out, reported
+from firstclaim.cli.events import AsJson, duration, on, operator, print_json, progress_bar
+from firstclaim.cli.terminal import database, fail, out, reported
 from firstclaim.errors import ConfigurationError
 from firstclaim.operations.commands import Operations
 from firstclaim.operations.reconcile import DAYS_MOST, Asked, Reconciliation, Tally

@@ -7,7 +7,7 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
-from firstclaim.embedded.data_folder.data_folder import servers
+from firstclaim.embedded.data_folder import servers
 from firstclaim.errors import ConfigurationError, LedgerUnavailable, OperatorError
 from firstclaim.observability.logging import configure
 from firstclaim.settings import Settings, load_settings

@@ -5,7 +5,7 @@ stale); the servers stop with the block that asked for them, and if their servic
 before the next one starts; what Postgres committed survives, and so does the signing secret; only the user
 who runs the servers reaches their sockets, and root never runs them.
 
-How they are run, and why the wheels' own helpers do not run them: `firstclaim.embedded.servers`.
+How they are run, and why the wheels' own helpers do not run them: `firstclaim.embedded.processes`.
 """
 
 import fcntl
@@ -27,7 +27,7 @@ from typing import IO, Any
 import structlog
 from pydantic import SecretStr
 
-from firstclaim.embedded.data_folder.servers import (
+from firstclaim.embedded.processes import (
     MAJOR,
     POLL_SECONDS,
     START_SECONDS,

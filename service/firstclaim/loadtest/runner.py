@@ -42,14 +42,14 @@ def run(plan: Plan, dsn: str | None, settle_seconds: float, console: Console) ->
     if faults := [*plan.faults(), *_html_faults(plan.html)]:
         raise ConfigurationError(faults)
     if dsn is not None:
-        asyncio.run(loading_verdict.check(dsn))
+        asyncio.run(verdict.check(dsn))
     console.print(f"run {plan.run}, seed {plan.seed}: events {plan.id_head}...", soft_wrap=True)
     result = generate(plan, console)
     report(plan, result, console)
     fates = None
     if dsn is not None:
         with _waiting(settle_seconds, console) as waiting:
-            found = asyncio.run(loading_verdict.read(dsn, plan, settle_seconds, waiting))
+            found = asyncio.run(verdict.read(dsn, plan, settle_seconds, waiting))
         fates = judge(plan, result.journal, found)
     return report_verdict(plan, result, fates, console)
 
