@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from firstclaim.inbox.attempt import Attempt
-from firstclaim.inbox.ledger import Claim, Found, Ledger
+from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.inbox.model import TAKEABLE
 
@@ -42,7 +42,7 @@ POINTS: Mapping[str, Point] = {
     # The row is committed as `processing`, nothing else is.
     "insert": Point(Ledger, "claim", lambda _, won: isinstance(won, Claim)),
     # The lock is held and the row was there already, recorded or failed: not yet taken over.
-    "found": Point(Ledger, "claim", lambda _, won: isinstance(won, Found) and won.status in TAKEABLE),
+    "found": Point(Ledger, "claim", lambda _, won: isinstance(won, ExistingRow) and won.status in TAKEABLE),
     # A recorded row was taken over, by a delivery or by recovery.
     "take_over": Point(Ledger, "take_over", lambda _, claims: bool(claims)),
     # The lock was replaced by the marker.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from firstclaim.operations.commands import Operations
+from firstclaim.operations.commands import Commands
 from firstclaim.operations.queries import Selection
 
 OPERATOR = "ada@desk"
@@ -12,13 +12,13 @@ GIVE_UP_SECONDS = 3 * 86_400.0
 
 async def rotate(database_url: str, connect_seconds: float = CONNECT_SECONDS) -> tuple[str | None, str | None]:
     """`firstclaim epoch rotate`: the epoch before and the one after."""
-    async with Operations.on(database_url, connect_seconds) as operations:
+    async with Commands.on(database_url, connect_seconds) as operations:
         return await operations.rotate_epoch(OPERATOR)
 
 
 async def replay(database_url: str, event_ids: Sequence[str]) -> list[str]:
     """`firstclaim events replay ID...`: those that it changed."""
-    async with Operations.on(database_url, CONNECT_SECONDS) as operations:
+    async with Commands.on(database_url, CONNECT_SECONDS) as operations:
         selection = Selection(event_ids)
         chosen = await operations.choose(selection)
         batches = operations.replay(chosen, selection, OPERATOR, give_up_seconds=GIVE_UP_SECONDS)

@@ -19,11 +19,11 @@ from pydantic import SecretStr
 from starlette.applications import Starlette
 
 from firstclaim.admin.page import HEADERS
-from firstclaim.app import admin_site
+from firstclaim.app import admin_page
 from firstclaim.passwords import _to_base64
-from firstclaim.web.health import Part
+from firstclaim.web.health import HealthCheck
 from tests.integration.world import World
-from tests.unit.test_logs import configured
+from tests.unit.test_logging import configured
 
 PASSWORD: Final = "correct horse battery staple"
 # The same password at a tenth of its cost: a suite logs in a hundred times.
@@ -180,9 +180,9 @@ def looked_over(response: httpx.Response) -> tuple[httpx.Response, Page]:
     return response, Page(response.text if is_page else "")
 
 
-def site_of(world: World, probes: list[Part] | None = None) -> Starlette:
+def site_of(world: World, probes: list[HealthCheck] | None = None) -> Starlette:
     """The world's page, and nothing else."""
-    site = admin_site(world.settings, world.parts, probes or [])
+    site = admin_page(world.settings, world.parts, probes or [])
     assert site is not None
     return Starlette(routes=list(site.routes))
 

@@ -41,7 +41,7 @@ def error(
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class EventRow:
     """An event that Stripe has: the JSON that it lists, when it came to be, and whether every endpoint took it."""
 
     event_id: str
@@ -55,7 +55,7 @@ class StripeApi:
     """The server. `page_most`: it never gives more in a page, whatever it is asked for."""
 
     page_most: int = 100
-    events: list[Listed] = field(default_factory=list)  # in the order in which they came to be
+    events: list[EventRow] = field(default_factory=list)  # in the order in which they came to be
     troubles: list[Trouble] = field(default_factory=list)
     asked: list[dict[str, str]] = field(default_factory=list)
     keys: set[str] = field(default_factory=set)
@@ -66,7 +66,7 @@ class StripeApi:
 
     def add(self, body: bytes, created: int, event_id: str, *, delivered: bool = False) -> None:
         """One more event, newer than those of the same second."""
-        self.events.append(Listed(event_id, created, body, delivered))
+        self.events.append(EventRow(event_id, created, body, delivered))
 
     def die(self) -> None:
         """Refuse every connection from now on."""
@@ -131,7 +131,7 @@ class StripeApi:
 _BOUNDS: Final[Mapping[str, Callable[[int, int], bool]]] = {"gte": ge, "gt": gt, "lte": le, "lt": lt}
 
 
-def _wanted(event: Listed, asked: Mapping[str, str]) -> bool:
+def _wanted(event: EventRow, asked: Mapping[str, str]) -> bool:
     for name, holds in _BOUNDS.items():
         if (bound := asked.get(f"created[{name}]")) is not None and not holds(event.created, int(bound)):
             return False

@@ -19,12 +19,12 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Lifespan, Receive, Scope, Send
 
 from firstclaim.admin.events import Events
-from firstclaim.admin.ledger import QUEUE_SECONDS, Asking
+from firstclaim.admin.ledger import QUEUE_SECONDS, AdminLedger
 from firstclaim.admin.limits import LoginLimit
-from firstclaim.admin.login import Entry
+from firstclaim.admin.login import Login
 from firstclaim.admin.overview import Overview
-from firstclaim.admin.page import Site
-from firstclaim.admin.replay import Replaying
+from firstclaim.admin.page import AdminPage
+from firstclaim.admin.replay import Replay
 from firstclaim.admin.session import Seal
 from firstclaim.backoff import Backoff
 from firstclaim.errors import ConfigurationError
@@ -39,24 +39,24 @@ from firstclaim.observability.logging import configure
 from firstclaim.operations.search import PINS
 from firstclaim.passwords import Password
 from firstclaim.postgres.connection import Epoch, Pool
-from firstclaim.postgres.handler_connections import Seats
+from firstclaim.postgres.handler_connections import HandlerConnections
 from firstclaim.registry import Registry
 from firstclaim.settings import ADMIN_CONNECTIONS, OBSERVING_CONNECTIONS, Settings
-from firstclaim.shutdown import Stop, leaving_with_supervisor
-from firstclaim.web.health import Part, Readiness, livez
-from firstclaim.web.metrics import Metrics
-from firstclaim.web.readiness_checks import readiness_parts
+from firstclaim.shutdown import Stop, stop_with_supervisor
+from firstclaim.web.health import HealthCheck, Readiness, livez
+from firstclaim.web.metrics import MetricsEndpoint
+from firstclaim.web.readiness_checks import readiness_checks
 from firstclaim.web.webhook import WEBHOOK_PATH, Webhook, refuse_path
 
 _CLOSE_SECONDS = 2.0  # of the shutdown, kept back for releasing what is left and closing
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class Components:
     """What one process runs on."""
 
     ingest: Pool
-    seats: Seats
+    seats: HandlerConnections
     observing: Pool
     admin: Pool
     lock: Lock
@@ -80,7 +80,7 @@ class Parts:
             await self.admin.close()
 
 
-def assemble(settings: Settings, registry: Registry) -> Parts:
+def assemble(settings: Settings, registry: Registry) -> Components:
     """Build everything from settings that name both stores; opens nothing. Raises `ConfigurationError`."""
     if settings.database_url is None or settings.redis_url is None:
         raise ConfigurationError(["DATABASE_URL and REDIS_URL must both be set for the application itself"])
@@ -93,7 +93,9 @@ def assemble(settings: Settings, registry: Registry) -> Parts:
     queue = settings.answer_budget_seconds
     pool = partial(Pool, dsn, timeout_seconds=patience, queue_seconds=queue)
     ingest = pool(size=settings.ingest_connections, epoch=epoch)
-    seats = Seats(dsn, size=settings.handler_slots, timeout_seconds=patience, queue_seconds=queue, epoch=epoch)
+    seats = HandlerConnections(
+        dsn, size=settings.handler_slots, timeout_seconds=patience, queue_seconds=queue, epoch=epoch
+    )
     lock = Lock(
         connect(settings.redis_url.get_secret_value(), timeout_seconds=settings.redis_timeout_seconds),
         prefix=settings.redis_prefix,
@@ -136,21 +138,21 @@ def assemble(settings: Settings, registry: Registry) -> Parts:
     apart = Epoch(fresh_seconds=0)
     observing = pool(size=OBSERVING_CONNECTIONS, epoch=apart)
     admin = pool(size=ADMIN_CONNECTIONS, queue_seconds=QUEUE_SECONDS, epoch=apart, pins=PINS)
-    return Parts(ingest, seats, observing, admin, lock, pipeline, recovery)
+    return Components(ingest, seats, observing, admin, lock, pipeline, recovery)
 
 
-def admin_site(settings: Settings, parts: Parts, probes: Sequence[Part]) -> Site | None:
+def admin_page(settings: Settings, parts: Components, probes: Sequence[HealthCheck]) -> AdminPage | None:
     """The page at /admin; None: it is switched off."""
     if settings.admin_password is None:
         return None
     password = Password.read(settings.admin_password.get_secret_value())
-    seal, asking = Seal(password.session_key), Asking(parts.admin)
-    return Site(
+    seal, asking = Seal(password.session_key), AdminLedger(parts.admin)
+    return AdminPage(
         seal,
-        Entry(password, seal, LoginLimit()),
+        Login(password, seal, LoginLimit()),
         Overview(asking, probes, _process()),
         Events(asking),
-        Replaying(asking, settings.give_up_seconds),
+        Replay(asking, settings.give_up_seconds),
         settings.admin_proxies,
     )
 
@@ -205,7 +207,7 @@ def create_app(settings: Settings) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         stop.install()
-        with leaving_with_supervisor():
+        with stop_with_supervisor():
             async with exporting_spans(), parts.running(stop):
                 # What is loaded by now stays: the collector need not look through it again and again.
                 gc.collect()
@@ -218,13 +220,13 @@ def create_app(settings: Settings) -> Starlette:
         settings.signature_tolerance_seconds,
         settings.body_most_bytes,
     )
-    probes = readiness_parts(stop, parts.lock, parts.ingest, parts.recovery)
+    probes = readiness_checks(stop, parts.lock, parts.ingest, parts.recovery)
     readiness = Readiness(probes)
-    site = admin_site(settings, parts, probes)
+    site = admin_page(settings, parts, probes)
     routes = [
         Route("/livez", livez),
         Route("/readyz", readiness.report),
-        Route("/metrics", Metrics(probes, parts.observing).report),
+        Route("/metrics", MetricsEndpoint(probes, parts.observing).report),
         *(site.routes if site else ()),
     ]
     return Application(webhook, routes, lifespan)

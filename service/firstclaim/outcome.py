@@ -1,4 +1,4 @@
-"""What came of a delivery, as a closed set of values; the one table from them to HTTP is in `firstclaim.web.webhook`."""
+"""The outcome of a delivery, as a closed set of values; `firstclaim.web.webhook` has the one table to HTTP."""
 
 from dataclasses import dataclass
 from enum import StrEnum

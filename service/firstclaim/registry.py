@@ -19,7 +19,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from firstclaim.errors import ConfigurationError, HandlerRuleBroken
 from firstclaim.event import Event
-from firstclaim.observability.redaction import tell_error
+from firstclaim.observability.redaction import redacted_error
 
 _PATTERN = re.compile(r"\*|[A-Za-z0-9_\[\]\-]+(\.[A-Za-z0-9_\[\]\-]+)*(\.\*)?")
 _DECLARED = "__firstclaim_handlers__"
@@ -183,7 +183,7 @@ class Registry:
             try:
                 module = importlib.import_module(name)
             except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever a user's module raises at import)
-                faults.append(f"FIRSTCLAIM_HANDLERS: cannot import {name}: {tell_error(error)}")
+                faults.append(f"FIRSTCLAIM_HANDLERS: cannot import {name}: {redacted_error(error)}")
                 continue
             handlers += getattr(module, _DECLARED, [])
             for function in vars(module).values():

@@ -60,7 +60,7 @@ class Stop:
 
 
 @contextlib.contextmanager
-def leaving_with_supervisor() -> Iterator[None]:
+def stop_with_supervisor() -> Iterator[None]:
     """While the block runs in a worker process, the death of its supervisor is a SIGTERM to it."""
     supervisor = multiprocessing.parent_process()
     if supervisor is None:

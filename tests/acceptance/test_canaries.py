@@ -22,7 +22,7 @@ from tests.canaries import (
     metadata,
 )
 from tests.chaos.refused import CLOSE, HOST, length, request
-from tests.chaos.test_door import one_answer
+from tests.chaos.test_protocol import one_answer
 from tests.fixtures import event_body, signed
 from tests.talk import Reply
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from firstclaim.loadtest.plan import AnswerKind, Noted, Plan, Result, entries
+from firstclaim.loadtest.plan import AnswerKind, Observed, Plan, Result, entries
 from firstclaim.loadtest.runner import generate
 from tests.fixtures import SECRET
 from tests.receiver import PROCESSED, Receiver, Reply, receiving, reply
@@ -74,9 +74,9 @@ def test_every_delivery_is_counted_once_under_what_it_was_told(tmp_path: Path) -
     journal = dict(entries(seen.journal))
     assert set(journal) == {number_of(event_id) for event_id, _ in receiver.told}
     acknowledged = {number_of(event_id) for event_id, told in receiver.told if told and 200 <= told[0] < 300}
-    assert {number for number, noted in journal.items() if Noted.ACKNOWLEDGED in noted} == acknowledged
+    assert {number for number, noted in journal.items() if Observed.ACKNOWLEDGED in noted} == acknowledged
     processed = Counter(number_of(event_id) for event_id, told in receiver.told if told is PROCESSED)
-    again = {number for number, noted in journal.items() if Noted.PROCESSED_AGAIN in noted}
+    again = {number for number, noted in journal.items() if Observed.PROCESSED_AGAIN in noted}
     assert again == {number for number, times in processed.items() if times > 1}
     assert '"name": "no answer"' in html.read_text()
     assert not {"locust", "gevent"} & set(sys.modules), "the load belongs into a process of its own"
@@ -182,7 +182,7 @@ def test_nobody_listens() -> None:
         pass
     seen = load(receiver, deliveries_per_second=50)
     assert set(seen.by_kind) == {AnswerKind.NO_ANSWER}
-    assert set(entries(seen.journal)) == {(number, Noted.SENT) for number in range(seen.total.count)}
+    assert set(entries(seen.journal)) == {(number, Observed.SENT) for number in range(seen.total.count)}
     [(cause, count)] = seen.errors.items()
     assert "ConnectionRefusedError" in cause
     assert count == seen.total.count

@@ -18,7 +18,7 @@ from tests.acceptance.harness import PROCESSED, Sample, Service, eventually, sam
 from tests.chaos.history import History
 from tests.chaos.load import Load
 from tests.chaos.refused import HOST, MEBIBYTE, length, request, requests
-from tests.chaos.test_door import LATE_SECONDS, LIVEZ, one_answer
+from tests.chaos.test_protocol import LATE_SECONDS, LIVEZ, one_answer
 from tests.chaos.verdict import verdict
 from tests.fixtures import event_body
 from tests.talk import Talk

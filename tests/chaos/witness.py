@@ -20,7 +20,7 @@ import orjson
 from firstclaim.inbox.attempt import Attempt
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
-from firstclaim.postgres.handler_connections import Seat
+from firstclaim.postgres.handler_connections import HandlerConnection
 
 VARIABLE: Final = "TEST_WITNESS"
 
@@ -128,7 +128,7 @@ def _note_around_the_handler(file: Path) -> None:
     whole = Attempt._call
 
     @functools.wraps(whole)
-    async def wrapped(self: Attempt, seat: Seat) -> Any:
+    async def wrapped(self: Attempt, seat: HandlerConnection) -> Any:
         began = time.monotonic_ns()
         Line.of(START, self.event.id, self.claim.attempt).append(file)
         try:

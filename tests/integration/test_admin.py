@@ -15,11 +15,11 @@ from starlette.routing import Route
 
 from firstclaim import app as app_module
 from firstclaim.admin import session as sessions
-from firstclaim.admin.page import Site
+from firstclaim.admin.page import AdminPage
 from firstclaim.inbox.model import Status
 from firstclaim.operations import search
 from firstclaim.passwords import make_hash
-from firstclaim.web.health import Finding, Health, Part
+from firstclaim.web.health import Finding, Health, HealthCheck
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, build, delivery
 from tests.pages import ADDRESS, ON, PASSWORD, Visitor, logging_as_served, looked_over, site_of, visitor
@@ -60,7 +60,7 @@ async def admin(stranger: Visitor) -> Visitor:
 def paths(site: Starlette) -> list[tuple[str, set[str]]]:
     """All that the page has, with an event's id where one belongs."""
     inner = site.routes[0].app  # type: ignore[attr-defined]
-    assert isinstance(inner, Site)
+    assert isinstance(inner, AdminPage)
     found = [route for route in inner._router.routes if isinstance(route, Route)]
     assert len(found) >= 10
     return [
@@ -490,7 +490,7 @@ async def test_the_overview(world: World) -> None:
     async def found() -> Finding:
         return Finding(Health.DEGRADED, "refused <b>")
 
-    async with visitor(site_of(world, [Part("redis", found)])).client as client:
+    async with visitor(site_of(world, [HealthCheck("redis", found)])).client as client:
         await Visitor(client).log_in()
         _, page = await Visitor(client).get("/admin")
     for words in (
@@ -632,7 +632,7 @@ async def test_a_page_that_breaks_says_nothing_of_why(
     async def broken(*_: object) -> None:
         raise RuntimeError("c4n4ry of a payload")
 
-    monkeypatch.setattr(search.Browsing, "page", broken)
+    monkeypatch.setattr(search.LedgerSearch, "page", broken)
     with logging_as_served():
         response, page = await admin.get("/admin/events")
     assert response.status_code == 500

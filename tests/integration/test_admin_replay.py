@@ -262,17 +262,17 @@ async def test_a_ledger_that_goes_away_meanwhile(world: World, admin: Visitor, m
     ids = [await event(world, Status.DEAD) for _ in range(3)]
     _, page = await admin.get("/admin/events?status=dead")
     _, page = await admin.submit(page.form("/admin/replay"), ("all", "yes"))
-    inner = operations_module.Operations._fetch
+    inner = operations_module.Commands._fetch
     calls = 0
 
-    async def interrupted(self: operations_module.Operations, query: object, **values: object) -> list[object]:
+    async def interrupted(self: operations_module.Commands, query: object, **values: object) -> list[object]:
         nonlocal calls
         calls += (is_replay := query is operations_module._REPLAY)
         if is_replay and calls == 2:
             raise LedgerUnavailable("away")
         return await inner(self, query, **values)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(operations_module.Operations, "_fetch", interrupted)
+    monkeypatch.setattr(operations_module.Commands, "_fetch", interrupted)
     response, broken = await admin.submit(page.form("/admin/replay/confirmed"), ("count", "3"))
     assert response.status_code == 503
     assert "after 1 were made due" in broken.text

@@ -10,7 +10,7 @@ import pytest
 from firstclaim import Context, Event
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
-from firstclaim.inbox.ledger import Claim, Found, Ledger
+from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger
 from firstclaim.inbox.model import Status
 from firstclaim.outcome import Kind
 from firstclaim.postgres.connection import PinnedConnection
@@ -37,7 +37,7 @@ async def test_each_new_id_of_a_batch_has_one_winner(world: World) -> None:
     claims = [each for each in won if isinstance(each, Claim)]
     assert sorted(claim.event_id for claim in claims) == sorted(each.event.id for each in given)
     assert {claim.event_id: claim.body for claim in claims} == {each.event.id: each.body for each in given}
-    assert {each.status for each in won if isinstance(each, Found)} == {Status.PROCESSING}
+    assert {each.status for each in won if isinstance(each, ExistingRow)} == {Status.PROCESSING}
 
 
 async def test_who_may_dispatch_goes_before_who_only_records(world: World) -> None:
@@ -45,7 +45,7 @@ async def test_who_may_dispatch_goes_before_who_only_records(world: World) -> No
     given = delivery()
     found, won = await asyncio.gather(world.ledger.record(given, due_in_seconds=0), world.ledger.claim(given))
     assert isinstance(won, Claim)
-    assert found == Found(Status.PROCESSING, 1, won.epoch)
+    assert found == ExistingRow(Status.PROCESSING, 1, won.epoch)
 
 
 async def test_a_server_that_does_not_answer_costs_one_timeout(
@@ -104,7 +104,7 @@ async def test_a_batch_is_in_the_order_of_its_ids(world: World, other: asyncpg.C
     await until(lambda: somebody_waits(world))
     await other.execute(INSERT, "evt_z")  # were it inserted already, this would wait for us, as we do for it
     await other.execute("COMMIT")
-    assert {type(each) for each in await inserting} == {Found}
+    assert {type(each) for each in await inserting} == {ExistingRow}
 
 
 INSERT = """
@@ -148,7 +148,7 @@ async def test_a_copy_is_promised_nothing_before_the_first_is_recorded(
     inserting, go_on = asyncio.Event(), asyncio.Event()
     claim = Ledger.claim
 
-    async def slow(ledger: Ledger, given: Delivery, *, ignored: bool = False) -> Claim | Found:
+    async def slow(ledger: Ledger, given: Delivery, *, ignored: bool = False) -> Claim | ExistingRow:
         inserting.set()
         await go_on.wait()
         return await claim(ledger, given, ignored=ignored)

@@ -18,7 +18,7 @@ from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.model import Status
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.postgres.connection import Epoch, PinnedConnection
-from firstclaim.postgres.handler_connections import Seat, Seats
+from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import Function, World, effect, effect_from_thread, until
 
@@ -685,7 +685,7 @@ async def test_a_claim_dispatched_twice_is_handled_once(world: World) -> None:
 # -- slots --------------------------------------------------------------------------------------------
 
 
-class Held:
+class HandlerTransaction:
     """A handler that says when it runs, and goes on when told; counts how many run at once."""
 
     def __init__(self) -> None:
@@ -721,7 +721,7 @@ class Held:
 
 async def test_no_more_run_than_there_are_slots(make_world: MakeWorld) -> None:
     """Of ten claims two run at once, and in the end all have run."""
-    world, held = await make_world(handler_slots=2), Held()
+    world, held = await make_world(handler_slots=2), HandlerTransaction()
     claims = [await world.claim() for _ in range(10)]
     work = [asyncio.create_task(world.dispatch(held.as_handler(), claim)) for claim in claims]
     await held.reaches(2)
@@ -734,7 +734,7 @@ async def test_no_more_run_than_there_are_slots(make_world: MakeWorld) -> None:
 
 async def test_a_full_house_charges_nothing(make_world: MakeWorld) -> None:
     """No slot in half the lease: released, due now, no count raised, no marker; whoever has room takes it."""
-    world, held = await make_world(handler_slots=1, lease_seconds=0.1), Held()
+    world, held = await make_world(handler_slots=1, lease_seconds=0.1), HandlerTransaction()
     first = asyncio.create_task(world.dispatch(held.as_handler(), await world.claim()))
     await held.reaches(1)
     claim = await world.marked()
@@ -751,7 +751,7 @@ async def test_a_full_house_charges_nothing(make_world: MakeWorld) -> None:
 
 async def test_those_abandoned_before_run_one_at_a_time(world: World) -> None:
     """An event that may end the process drags as few neighbours along as can be; others do not wait for it."""
-    held = Held()
+    held = HandlerTransaction()
     suspects = []
     for _ in range(2):
         claim = await world.claim()
@@ -761,18 +761,18 @@ async def test_those_abandoned_before_run_one_at_a_time(world: World) -> None:
     assert [claim.abandoned for claim in suspects] == [1, 1]
     work = [asyncio.create_task(world.dispatch(held.as_handler(), claim)) for claim in suspects]
     await held.reaches(1)
-    assert not world.dispatcher.suspect_free
+    assert not world.dispatcher.previously_abandoned_slot_free
     assert (await world.dispatch(handles, await world.claim())).kind is Kind.PROCESSED
     assert held.running == 1
     held.finish.set()
     assert {result.kind for result in await asyncio.gather(*work)} == {Kind.PROCESSED}
     assert held.most == 1
-    assert world.dispatcher.suspect_free
+    assert world.dispatcher.previously_abandoned_slot_free
 
 
 async def test_room_is_half_of_the_slots(world: World) -> None:
     """Recovery waits until it can fetch a fair number of events at once."""
-    held = Held()
+    held = HandlerTransaction()
     await asyncio.wait_for(world.dispatcher.room(), 5)
     work = [asyncio.create_task(world.dispatch(held.as_handler(), await world.claim())) for _ in range(3)]
     await held.reaches(3)
@@ -802,7 +802,7 @@ async def released(world: World, claim: Claim, dispatching: "asyncio.Task[Outcom
 
 async def test_stopping_releases_a_running_handler(world: World) -> None:
     """The attempt is interrupted by us, so it is not charged; the handler sees a cancellation."""
-    held = Held()
+    held = HandlerTransaction()
     claim = await world.marked()
     dispatching = asyncio.create_task(world.dispatch(held.as_handler(), claim))
     await held.reaches(1)
@@ -831,7 +831,7 @@ async def test_stopping_releases_a_running_thread(world: World, gate: threading.
 
 async def test_stopping_releases_what_waits_for_a_slot(make_world: MakeWorld) -> None:
     """Claimed and not begun: released as well, not left for the lease to run out and be called abandoned."""
-    world, held = await make_world(handler_slots=1), Held()
+    world, held = await make_world(handler_slots=1), HandlerTransaction()
     first = asyncio.create_task(world.dispatch(held.as_handler(), await world.claim()))
     await held.reaches(1)
     claim = await world.marked()
@@ -873,14 +873,14 @@ async def has_status(world: World, claim: Claim, status: Status) -> bool:
 def commits_and(monkeypatch: pytest.MonkeyPatch, *, really: bool, error: BaseException) -> None:
     """COMMIT is sent, or not, and what comes back is not its success."""
 
-    commit = Seat.commit
+    commit = HandlerConnection.commit
 
-    async def ambiguous(seat: Seat) -> None:
+    async def ambiguous(seat: HandlerConnection) -> None:
         if really:
             await commit(seat)
         raise error
 
-    monkeypatch.setattr(Seat, "commit", ambiguous)
+    monkeypatch.setattr(HandlerConnection, "commit", ambiguous)
 
 
 LOST = [ConnectionResetError("reset"), TimeoutError(), asyncpg.ConnectionDoesNotExistError("gone")]
@@ -931,12 +931,12 @@ async def test_what_became_of_a_commit_is_asked_on_a_new_connection(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where one is lost, those that are free are lost with it, which is noticed when they are used."""
-    commit = Seat.commit
+    commit = HandlerConnection.commit
 
     async def lost(*_: object, **__: object) -> None:
         raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
 
-    async def all_lost(seat: Seat) -> None:
+    async def all_lost(seat: HandlerConnection) -> None:
         await commit(seat)
         assert world.ledger._pool._free
         for free in world.ledger._pool._free:
@@ -944,7 +944,7 @@ async def test_what_became_of_a_commit_is_asked_on_a_new_connection(
         raise ConnectionResetError("reset")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Seat, "commit", all_lost)
+        patch.setattr(HandlerConnection, "commit", all_lost)
         await ends(world, handles, Kind.PROCESSED, Status.COMPLETED, effects=1)
     await still_works(world)
 
@@ -953,14 +953,14 @@ async def test_a_commit_is_sent_once(world: World, monkeypatch: pytest.MonkeyPat
     """Whatever comes back: a second COMMIT could only be of another transaction."""
     sent = 0
 
-    async def lost(_: Seat) -> None:
+    async def lost(_: HandlerConnection) -> None:
         nonlocal sent
         sent += 1
         raise ConnectionResetError
 
     claim = await world.claim()
     with monkeypatch.context() as patch:
-        patch.setattr(Seat, "commit", lost)
+        patch.setattr(HandlerConnection, "commit", lost)
         assert (await world.dispatch(handles, claim)).kind is Kind.FAILED
     assert sent == 1
 
@@ -970,7 +970,7 @@ async def test_a_commit_still_under_way_is_waited_for(world: World, monkeypatch:
     claim = await world.marked()
     backend = await asyncpg.connect(world.url)
 
-    async def lost(seat: Seat) -> None:
+    async def lost(seat: HandlerConnection) -> None:
         await seat.roll_back()  # our end of it; the server's end is `backend`, which has the mark and will commit
         await backend.execute("BEGIN")
         await backend.execute(
@@ -984,7 +984,7 @@ async def test_a_commit_still_under_way_is_waited_for(world: World, monkeypatch:
         return dispatching.done() or await world.database.fetchval(waiting, "transactionid")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Seat, "commit", lost)
+        patch.setattr(HandlerConnection, "commit", lost)
         dispatching = asyncio.create_task(world.dispatch(handles, claim))
         try:
             await until(waits)
@@ -1001,13 +1001,13 @@ async def test_a_commit_that_was_taken_over_is_a_duplicate(world: World, monkeyp
     """Lost, and by the time we ask another holds the row: nothing of it is ours to say."""
     claim = await world.claim()
 
-    async def lost(seat: Seat) -> None:
+    async def lost(seat: HandlerConnection) -> None:
         await seat.roll_back()
         await world.change(claim.event_id, attempt=2)
         raise ConnectionResetError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Seat, "commit", lost)
+        patch.setattr(HandlerConnection, "commit", lost)
         assert (await world.dispatch(handles, claim)).kind is Kind.DUPLICATE
     row = await world.row(claim.event_id)
     assert (row["status"], row["attempt"], row["failures"]) == ("processing", 2, 0)
@@ -1062,7 +1062,7 @@ async def test_without_a_connection_nothing_is_charged(world: World, unused_tcp_
     Left claimed, its lease would run out and it would count as abandoned: eight times, and it would be dead.
     """
     epoch = Epoch(fresh_seconds=60)
-    nowhere = Seats(
+    nowhere = HandlerConnections(
         f"postgresql://127.0.0.1:{unused_tcp_port}/x", size=1, timeout_seconds=5, queue_seconds=5, epoch=epoch
     )
     claim = await world.marked()

@@ -14,9 +14,9 @@ import pytest
 from firstclaim.errors import LedgerUnavailable, Rejected
 from firstclaim.event import Delivery, parse_event
 from firstclaim.inbox import statements
-from firstclaim.inbox.ledger import Claim, Found, Held, Ledger
+from firstclaim.inbox.ledger import Claim, ExistingRow, HandlerTransaction, Ledger
 from firstclaim.inbox.model import TAKEABLE, Status
-from firstclaim.operations.commands import Operations
+from firstclaim.operations.commands import Commands
 from tests.hostile import bodies
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, delivery, effect, explained, until
@@ -59,7 +59,7 @@ async def test_a_second_claim_finds_the_row(world: World, status: Status) -> Non
     given = await world.state_of(delivery(), status)
     before = await world.row(given.event.id)
     again = Delivery(given.event, given.body + b"\n")
-    assert await world.ledger.claim(again) == Found(status, 0, await world.ledger.read_epoch())
+    assert await world.ledger.claim(again) == ExistingRow(status, 0, await world.ledger.read_epoch())
     assert unchanged(before, await world.row(given.event.id))
     assert await stored_body(world, given.event.id) == given.body
 
@@ -90,7 +90,9 @@ async def test_a_record_changes_nothing_that_is_there(world: World, status: Stat
     """It answers by the row, and leaves even its `due_at` alone."""
     given = await world.state_of(delivery(), status)
     before = await world.row(given.event.id)
-    assert await world.ledger.record(given, due_in_seconds=500) == Found(status, 0, await world.ledger.read_epoch())
+    assert await world.ledger.record(given, due_in_seconds=500) == ExistingRow(
+        status, 0, await world.ledger.read_epoch()
+    )
     assert unchanged(before, await world.row(given.event.id))
 
 
@@ -103,7 +105,7 @@ async def test_fifty_claims_at_once_have_one_winner(make_world: MakeWorld, statu
         await world.state_of(given, status)
     won = await asyncio.gather(*(world.ledger.claim(given) for _ in range(50)))
     assert sum(isinstance(each, Claim) for each in won) == (status is None)
-    found = {each.status for each in won if isinstance(each, Found)}
+    found = {each.status for each in won if isinstance(each, ExistingRow)}
     assert found == {Status.PROCESSING if status is None else status}
     assert await world.database.fetchval("SELECT count(*) FROM stripe_events") == 1
     assert await world.database.fetchval("SELECT count(*) FROM stripe_event_payloads") == 1
@@ -142,8 +144,8 @@ async def test_an_insert_does_not_wait_for_a_running_handler(world: World) -> No
     claim = await world.claim()
     given = same(claim)
     async with world.locked(claim.event_id), asyncio.timeout(5):
-        assert await world.ledger.claim(given) == Found(Status.PROCESSING, 1, claim.epoch)
-        assert await world.ledger.record(given, due_in_seconds=0) == Found(Status.PROCESSING, 1, claim.epoch)
+        assert await world.ledger.claim(given) == ExistingRow(Status.PROCESSING, 1, claim.epoch)
+        assert await world.ledger.record(given, due_in_seconds=0) == ExistingRow(Status.PROCESSING, 1, claim.epoch)
         assert await world.ledger.take_over([claim.event_id]) == []
         assert await world.ledger.return_abandoned(10) == []
         assert await world.ledger.due(10, abandoned=False) == []
@@ -467,7 +469,7 @@ async def test_each_attempt_that_did_not_succeed_is_noted(make_world: MakeWorld)
     await world.settle(claim.event_id, Status.PENDING)
     [claim] = await world.ledger.take_over([claim.event_id])
     await world.ledger.kill_if_held(claim, "Permanent: never")
-    async with Operations.on(world.url, 10) as operations:
+    async with Commands.on(world.url, 10) as operations:
         found = await operations.attempts(claim.event_id)
         done = await world.claim()
         await world.dispatch(effect, done)
@@ -489,7 +491,7 @@ async def test_who_takes_its_row_back_was_not_abandoned(world: World) -> None:
     await world.change(claim.event_id, due_at=-0.1)
     await world.ledger.return_abandoned(10)
     await world.ledger.fail_if_held(claim, "ValueError: late", due_in_seconds=0)
-    async with Operations.on(world.url, 10) as operations:
+    async with Commands.on(world.url, 10) as operations:
         [found] = await operations.attempts(claim.event_id)
     assert (found.outcome, found.error) == ("failed", "ValueError: late")
 
@@ -501,7 +503,7 @@ async def test_another_attempts_note_stays(world: World) -> None:
     await world.ledger.return_abandoned(10)
     [_] = await world.ledger.take_over([stale.event_id])
     assert await world.ledger.fail_if_held(stale, "late", due_in_seconds=0) is None
-    async with Operations.on(world.url, 10) as operations:
+    async with Commands.on(world.url, 10) as operations:
         [found] = await operations.attempts(stale.event_id)
     assert (found.attempt, found.outcome) == (1, "abandoned")
 
@@ -597,7 +599,7 @@ async def test_nothing_is_held_that_is_not_ours(world: World, status: Status | N
         await seat.begin()
         assert await world.ledger.hold(seat.driver, claim) is None
         assert not await world.ledger.complete_if_held(
-            seat.driver, claim, Held(await xid_of(seat.driver), 0, LONG_AGO, LONG_AGO), "done"
+            seat.driver, claim, HandlerTransaction(await xid_of(seat.driver), 0, LONG_AGO, LONG_AGO), "done"
         )
 
 
@@ -655,9 +657,9 @@ async def test_ending_a_transaction_ends_that_one_only(world: World) -> None:
             "SELECT pg_current_xact_id()::text FROM stripe_events WHERE event_id = $1 FOR UPDATE", claim.event_id
         )
         pid = other.get_server_pid()
-        await world.ledger.end(Held(str(int(xid) + 1), pid, LONG_AGO, LONG_AGO))
+        await world.ledger.end(HandlerTransaction(str(int(xid) + 1), pid, LONG_AGO, LONG_AGO))
         assert await other.fetchval("SELECT 1") == 1
-        await world.ledger.end(Held(xid, pid, LONG_AGO, LONG_AGO))
+        await world.ledger.end(HandlerTransaction(xid, pid, LONG_AGO, LONG_AGO))
         running = "SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = $1"
         await until(lambda: world.database.fetchval(running, pid))
     finally:
@@ -708,7 +710,7 @@ async def test_there_is_one_row_per_event_and_one_epoch(world: World) -> None:
         await world.database.execute("INSERT INTO ledger_epoch VALUES (false, gen_random_uuid(), now())")
     for other in ("evt_A", "evt_a.", "EVT_a"):
         assert isinstance(await world.ledger.claim(delivery(other)), Claim)
-    assert await world.ledger.claim(same(claim)) == Found(Status.PROCESSING, 1, claim.epoch)
+    assert await world.ledger.claim(same(claim)) == ExistingRow(Status.PROCESSING, 1, claim.epoch)
 
 
 async def test_one_bad_statement_promises_nothing(world: World) -> None:

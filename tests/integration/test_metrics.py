@@ -6,7 +6,7 @@ import pytest
 
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox.model import Status
-from firstclaim.operations.queries import Backlog, Inspection
+from firstclaim.operations.queries import Backlog, Queries
 from firstclaim.postgres.connection import Pool
 from firstclaim.web.metrics import _Kept
 from tests.integration.conftest import MakeWorld
@@ -17,7 +17,7 @@ async def test_many_scrapes_ask_once(world: World) -> None:
     """However many come at once, and until the answer is too old; then the next one asks anew."""
     asked: list[Backlog] = []
 
-    async def ask(inspection: Inspection) -> Backlog:
+    async def ask(inspection: Queries) -> Backlog:
         asked.append(await inspection.backlog())
         return asked[-1]
 

@@ -11,14 +11,14 @@ from sqlalchemy import event as sqlalchemy_event
 from firstclaim import Context, Event
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
-from firstclaim.inbox.ledger import Claim, Found, Ledger
+from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.inbox.model import Status
 from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.inbox.recovery import Recovery
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.postgres.connection import PinnedConnection
-from firstclaim.postgres.handler_connections import Seat
+from firstclaim.postgres.handler_connections import HandlerConnection
 from tests import operator
 from tests.fixtures import event_body
 from tests.integration.conftest import MakeWorld
@@ -320,7 +320,7 @@ async def test_past_its_budget_nothing_unrecorded_is_promised(
     committed, go_on = asyncio.Event(), asyncio.Event()
     claim = Ledger.claim
 
-    async def slow(ledger: Ledger, given: Delivery, *, ignored: bool = False) -> Claim | Found:
+    async def slow(ledger: Ledger, given: Delivery, *, ignored: bool = False) -> Claim | ExistingRow:
         won = await claim(ledger, given, ignored=ignored)
         committed.set()
         await go_on.wait()
@@ -496,7 +496,7 @@ async def test_a_lost_answer_to_the_insert_is_not_a_promise(world: World, monkey
     """Committed, and nobody told us: 503 and no marker; the row waits out its lease, and one effect comes of it."""
     claim = Ledger.claim
 
-    async def lost(ledger: Ledger, given: Delivery, *, ignored: bool = False) -> Claim | Found:
+    async def lost(ledger: Ledger, given: Delivery, *, ignored: bool = False) -> Claim | ExistingRow:
         await claim(ledger, given, ignored=ignored)
         raise LedgerUnavailable("lost")
 
@@ -584,7 +584,7 @@ async def test_the_marker_is_of_the_ledger_that_committed_the_row(
     """Another epoch is confirmed while the row is inserted: it may not be in that ledger, so no marker says it is."""
     claim = Ledger.claim
 
-    async def then_restored(ledger: Ledger, given: Delivery, *, ignored: bool = False) -> Claim | Found:
+    async def then_restored(ledger: Ledger, given: Delivery, *, ignored: bool = False) -> Claim | ExistingRow:
         won = await claim(ledger, given, ignored=ignored)
         world.claims.epoch.confirm("0123456789abcdef")
         return won
@@ -885,9 +885,9 @@ async def test_a_stop_while_recovery_claims_leaves_nothing_claimed(
 async def test_a_stop_during_the_commit_settles_it(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cancelled while COMMIT is under way: either it is completed, or it is released, never both and never lost."""
     committing = asyncio.Event()
-    commit = Seat.commit
+    commit = HandlerConnection.commit
 
-    async def slow(seat: Seat) -> None:
+    async def slow(seat: HandlerConnection) -> None:
         await commit(seat)
         committing.set()
         await asyncio.Event().wait()
@@ -895,7 +895,7 @@ async def test_a_stop_during_the_commit_settles_it(make_world: MakeWorld, monkey
     world = await make_world({TYPE: handles})
     given = delivery()
     with monkeypatch.context() as patch:
-        patch.setattr(Seat, "commit", slow)
+        patch.setattr(HandlerConnection, "commit", slow)
         delivering = asyncio.create_task(world.pipeline.deliver(given))
         await committing.wait()
         await world.pipeline.drain(0)

@@ -13,8 +13,8 @@ from firstclaim.errors import OperatorError, StripeRefused, StripeUnavailable
 from firstclaim.event import Delivery, parse_event
 from firstclaim.inbox.model import Status
 from firstclaim.operations import reconcile as reconcile_module
-from firstclaim.operations.commands import Operations
-from firstclaim.operations.reconcile import Asked, Reconciliation, Tally
+from firstclaim.operations.commands import Commands
+from firstclaim.operations.reconcile import ReconcileOptions, Reconciliation, Tally
 from firstclaim.operations.stripe_api import StripeEvents
 from tests.fixtures import MISSING, event_body
 from tests.integration.test_ledger import near, unchanged
@@ -23,7 +23,7 @@ from tests.operator import GIVE_UP_SECONDS, OPERATOR
 from tests.stripe_api import FROZEN, KEY, StripeApi, answer, error
 
 HOUR, DAY = 3600, 86_400
-THREE_DAYS = Asked(3 * DAY)
+THREE_DAYS = ReconcileOptions(3 * DAY)
 
 
 @pytest.fixture
@@ -44,7 +44,12 @@ class Desk:
     slept: list[float] = field(default_factory=list)
 
     async def reconcile(
-        self, asked: Asked = THREE_DAYS, *, key: str = KEY, dry_run: bool = False, timeout_seconds: float = 20
+        self,
+        asked: ReconcileOptions = THREE_DAYS,
+        *,
+        key: str = KEY,
+        dry_run: bool = False,
+        timeout_seconds: float = 20,
     ) -> tuple[Tally, OperatorError | None]:
         """One run: what came of it, and what ended it early."""
 
@@ -52,7 +57,7 @@ class Desk:
             self.slept.append(seconds)
 
         async with (
-            Operations.on(self.world.url, 5) as operations,
+            Commands.on(self.world.url, 5) as operations,
             StripeEvents.on(self.api.base, key, sleep=sleep, timeout_seconds=timeout_seconds) as events,
         ):
             run = Reconciliation(operations, events, asked, body_most_bytes=100_000, give_up_seconds=GIVE_UP_SECONDS)
@@ -63,7 +68,7 @@ class Desk:
                 return run.tally, failure
             return run.tally, None
 
-    async def reconciled(self, asked: Asked = THREE_DAYS, *, dry_run: bool = False) -> tuple[int, int, int]:
+    async def reconciled(self, asked: ReconcileOptions = THREE_DAYS, *, dry_run: bool = False) -> tuple[int, int, int]:
         """A run that comes to its end: found, already here, recorded."""
         tally, failure = await self.reconcile(asked, dry_run=dry_run)
         assert failure is None
@@ -153,9 +158,9 @@ async def test_no_more_is_held_than_may_be(desk: Desk, monkeypatch: pytest.Monke
     monkeypatch.setattr(reconcile_module, "_HELD_MOST_BYTES", most)
     monkeypatch.setattr(reconcile_module, "BATCH", 3)
     events = [desk.event(age) for age in sorted([*range(0, 40 * 60, 60), *[90] * 11], reverse=True)]
-    assert await desk.reconciled(Asked(HOUR)) == (51, 0, 51)
+    assert await desk.reconciled(ReconcileOptions(HOUR)) == (51, 0, 51)
     assert await desk.recorded() == events
-    assert await desk.reconciled(Asked(HOUR)) == (51, 51, 0)
+    assert await desk.reconciled(ReconcileOptions(HOUR)) == (51, 51, 0)
 
 
 async def test_what_is_here_is_left_as_it_is(desk: Desk) -> None:
@@ -179,7 +184,7 @@ async def test_a_second_run_records_nothing(desk: Desk) -> None:
         desk.event(age)
     assert await desk.reconciled() == (2, 0, 2)
     before = await desk.recorded()
-    assert await desk.reconciled(Asked(3 * DAY, undelivered=True)) == (2, 2, 0)
+    assert await desk.reconciled(ReconcileOptions(3 * DAY, undelivered=True)) == (2, 2, 0)
     assert await desk.recorded() == before
     assert await desk.audit() == [
         (OPERATOR, "reconcile", "since=259200s", 2),
@@ -191,7 +196,7 @@ async def test_only_the_time_that_was_asked_for(desk: Desk) -> None:
     """What is older is not even asked for."""
     desk.event(2 * HOUR)
     young = desk.event(HOUR - 60)
-    assert await desk.reconciled(Asked(HOUR)) == (1, 0, 1)
+    assert await desk.reconciled(ReconcileOptions(HOUR)) == (1, 0, 1)
     assert await desk.recorded() == [young]
 
 
@@ -199,7 +204,7 @@ async def test_only_what_was_not_delivered(desk: Desk) -> None:
     """The rest is not found at all."""
     desk.event(HOUR, delivered=True)
     failed = desk.event(HOUR)
-    assert await desk.reconciled(Asked(DAY, undelivered=True)) == (1, 0, 1)
+    assert await desk.reconciled(ReconcileOptions(DAY, undelivered=True)) == (1, 0, 1)
     assert await desk.recorded() == [failed]
     assert {each["delivery_success"] for each in desk.api.asked} == {"false"}
 
@@ -218,14 +223,14 @@ async def test_a_delivery_may_be_faster(desk: Desk, monkeypatch: pytest.MonkeyPa
     """One that comes between the look and the insert: its row stays as it is, and counts as already here."""
     event_id = desk.event(60)
     body = desk.api.events[0].body
-    look = Operations.known
+    look = Commands.known
 
-    async def known(operations: Operations, ids: list[str]) -> set[str]:
+    async def known(operations: Commands, ids: list[str]) -> set[str]:
         found = await look(operations, ids)
         await desk.world.ledger.claim(Delivery(parse_event(body), body))
         return found
 
-    monkeypatch.setattr(Operations, "known", known)
+    monkeypatch.setattr(Commands, "known", known)
     assert await desk.reconciled() == (1, 1, 0)
     assert await desk.world.status(event_id) is Status.PROCESSING
 
@@ -406,7 +411,7 @@ async def test_a_cursor_that_has_gone_is_no_end(desk: Desk) -> None:
             del desk.api.events[2:]
 
     desk.api.on_page = expire
-    assert await desk.reconciled(Asked(HOUR)) == (2, 0, 2)
+    assert await desk.reconciled(ReconcileOptions(HOUR)) == (2, 0, 2)
     assert await desk.recorded() == events[:2]
 
 
@@ -415,7 +420,7 @@ async def test_a_ledger_that_goes_away_ends_it(desk: Desk) -> None:
     desk.api.page_most = 2
     for age in (2 * DAY, HOUR):
         desk.event(age)
-    async with Operations.on(desk.world.url, 5) as operations, StripeEvents.on(desk.api.base, KEY) as events:
+    async with Commands.on(desk.world.url, 5) as operations, StripeEvents.on(desk.api.base, KEY) as events:
         run = Reconciliation(operations, events, THREE_DAYS, body_most_bytes=100_000, give_up_seconds=GIVE_UP_SECONDS)
         steps = run.run(OPERATOR)
         async for tally in steps:

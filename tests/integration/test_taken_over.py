@@ -12,7 +12,7 @@ from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.model import Status
 from firstclaim.outcome import Kind
-from firstclaim.postgres.handler_connections import Seat
+from firstclaim.postgres.handler_connections import HandlerConnection
 from tests.integration.world import World, delivery, effect
 
 
@@ -36,13 +36,13 @@ async def test_no_2xx_for_a_row_that_the_ledger_says_is_gone(world: World, monke
     """A COMMIT lost because the ledger was set back to before the event: Stripe has to send it again, so 503."""
     claim = await world.claim()
 
-    async def restored(seat: Seat) -> None:
+    async def restored(seat: HandlerConnection) -> None:
         await seat.roll_back()
         await world.database.execute("DELETE FROM stripe_events WHERE event_id = $1", claim.event_id)
         raise ConnectionResetError
 
     with monkeypatch.context() as patch:
-        patch.setattr(Seat, "commit", restored)
+        patch.setattr(HandlerConnection, "commit", restored)
         with pytest.raises(LedgerUnavailable):
             await world.dispatch(effect, claim)
     assert await world.effects(claim.event_id) == 0

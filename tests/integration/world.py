@@ -17,7 +17,7 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from firstclaim import Context, Event
-from firstclaim.app import Parts, assemble
+from firstclaim.app import Components, assemble
 from firstclaim.event import Delivery, parse_event
 from firstclaim.inbox.claims import Claims
 from firstclaim.inbox.dispatch import Dispatcher
@@ -28,7 +28,7 @@ from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.inbox.statements import Statement
 from firstclaim.outcome import Outcome
 from firstclaim.postgres.connection import PinnedConnection
-from firstclaim.postgres.handler_connections import Seat
+from firstclaim.postgres.handler_connections import HandlerConnection
 from firstclaim.registry import Handler, Registry
 from firstclaim.settings import Settings
 from tests.fixtures import SECRET, event_body
@@ -75,7 +75,7 @@ class World:
     """The parts of one process, and a connection of the test's own to their database."""
 
     settings: Settings
-    parts: Parts
+    parts: Components
     database: asyncpg.Connection
 
     @property
@@ -181,7 +181,7 @@ class World:
             await other.close()
 
     @asynccontextmanager
-    async def seat(self) -> AsyncIterator[Seat]:
+    async def seat(self) -> AsyncIterator[HandlerConnection]:
         """A connection as a handler has it."""
         seat = await self.parts.seats.take()
         try:

@@ -119,7 +119,7 @@ MUTANTS = (
         "postgres/handler_connections.py",
         ", _allow_revalidate=False",
         "",
-        "integration/test_seats.py::test_a_lost_connection_is_not_made_anew",
+        "integration/test_handler_connections.py::test_a_lost_connection_is_not_made_anew",
     ),
     Mutant(
         "failed-handler-keeps-its-lock",
@@ -127,7 +127,7 @@ MUTANTS = (
         "postgres/handler_connections.py",
         """await raw.execute("SELECT pg_advisory_unlock_all()")""",
         "pass",
-        "integration/test_seats.py::test_a_handler_that_failed_leaves_no_lock",
+        "integration/test_handler_connections.py::test_a_handler_that_failed_leaves_no_lock",
     ),
     Mutant(
         "kept-after-its-own-end",
@@ -135,7 +135,7 @@ MUTANTS = (
         "postgres/handler_connections.py",
         " and self._raw.handling is None\n",
         "\n",
-        "integration/test_seats.py::test_where_a_handler_ended_its_transaction_nothing_is_kept",
+        "integration/test_handler_connections.py::test_where_a_handler_ended_its_transaction_nothing_is_kept",
     ),
     Mutant(
         "ended-handler-writes-on",
@@ -143,7 +143,7 @@ MUTANTS = (
         "postgres/handler_connections.py",
         "        self._over = True\n",
         "        pass\n",
-        "integration/test_seats.py::test_who_has_ended_reaches_nothing",
+        "integration/test_handler_connections.py::test_who_has_ended_reaches_nothing",
     ),
     Mutant(
         "commit-asked-on-an-old-connection",

@@ -195,7 +195,7 @@ MUTANTS = (
         "operations/commands.py",
         "SET status = 'pending', failures = 0,",
         "SET status = 'pending', attempt = 0, failures = 0,",
-        "integration/test_operations.py::test_a_replay_begins_anew",
+        "integration/test_commands.py::test_a_replay_begins_anew",
     ),
     Mutant(
         "replay-keeps-the-counts",
@@ -203,7 +203,7 @@ MUTANTS = (
         "operations/commands.py",
         "failures = 0, abandoned = 0, settled_at",
         "settled_at",
-        "integration/test_operations.py::test_a_replay_begins_anew",
+        "integration/test_commands.py::test_a_replay_begins_anew",
     ),
     Mutant(
         "replay-of-what-runs",
@@ -211,7 +211,7 @@ MUTANTS = (
         "operations/commands.py",
         "statuses = {*REPLAYABLE, *(",
         "statuses = {Status.PROCESSING, *REPLAYABLE, *(",
-        "integration/test_operations.py::test_a_replay_never_doubles[processing]",
+        "integration/test_commands.py::test_a_replay_never_doubles[processing]",
     ),
     Mutant(
         "replay-of-what-is-done",
@@ -219,7 +219,7 @@ MUTANTS = (
         "operations/commands.py",
         "REPLAYABLE = (Status.PENDING,",
         "REPLAYABLE = (Status.COMPLETED, Status.PENDING,",
-        "integration/test_operations.py::test_a_replay_never_doubles[completed]",
+        "integration/test_commands.py::test_a_replay_never_doubles[completed]",
     ),
     Mutant(
         "replay-of-what-has-ended-since",
@@ -227,7 +227,7 @@ MUTANTS = (
         "operations/commands.py",
         "e.status = c.status AND e.attempt",
         "e.attempt",
-        "integration/test_operations.py::test_what_changed_since_it_was_chosen_is_left[ended]",
+        "integration/test_commands.py::test_what_changed_since_it_was_chosen_is_left[ended]",
     ),
     Mutant(
         "replay-of-what-was-tried-since",
@@ -235,7 +235,7 @@ MUTANTS = (
         "operations/commands.py",
         "e.status = c.status AND e.attempt = c.attempt",
         "e.status = c.status",
-        "integration/test_operations.py::test_what_changed_since_it_was_chosen_is_left[tried]",
+        "integration/test_commands.py::test_what_changed_since_it_was_chosen_is_left[tried]",
     ),
     # -- reconciliation
     Mutant(
@@ -269,7 +269,7 @@ MUTANTS = (
         "backoff.py",
         "whole * random.uniform(0.5, 1)",
         "whole",
-        "unit/test_retry.py::test_it_spreads",
+        "unit/test_backoff.py::test_it_spreads",
     ),
     Mutant(
         "backoff-without-a-cap",
@@ -277,7 +277,7 @@ MUTANTS = (
         "backoff.py",
         "min(self.first_seconds * 2.0 ** min(count - 1, 60), self.most_seconds)",
         "self.first_seconds * 2.0 ** min(count - 1, 60)",
-        "unit/test_retry.py::test_it_doubles_up_to_the_cap",
+        "unit/test_backoff.py::test_it_doubles_up_to_the_cap",
     ),
     Mutant(
         "backoff-does-not-double",
@@ -285,6 +285,6 @@ MUTANTS = (
         "backoff.py",
         "self.first_seconds * 2.0 ** min(count - 1, 60)",
         "self.first_seconds * count",
-        "unit/test_retry.py::test_it_doubles_up_to_the_cap",
+        "unit/test_backoff.py::test_it_doubles_up_to_the_cap",
     ),
 )

@@ -115,7 +115,7 @@ MUTANTS = (
         "inbox/batcher.py",
         "self._look_again = loop.call_at(late_at, self._look)",
         "pass",
-        "unit/test_batch.py::test_who_waits_goes_past_a_batch_when_it_becomes_late",
+        "unit/test_batcher.py::test_who_waits_goes_past_a_batch_when_it_becomes_late",
     ),
     Mutant(
         "a-batch-waits-for-ever",

@@ -93,7 +93,7 @@ MUTANTS = (
         "waiting-is-not-taken-over",
         "The lock holder takes over a row that waits.",
         "inbox/claims.py",
-        "if isinstance(won, Found) and won.status in TAKEABLE:",
+        "if isinstance(won, ExistingRow) and won.status in TAKEABLE:",
         "if False:",
         "integration/test_pipeline.py::test_a_delivery_takes_over_what_waits",
     ),

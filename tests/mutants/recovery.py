@@ -139,7 +139,7 @@ MUTANTS = (
         "shutdown.py",
         "0.0 if self.asked else self.drain_seconds",
         "0.0",
-        "acceptance/test_stopping.py::test_the_drain_delay_keeps_serving",
+        "acceptance/test_shutdown.py::test_the_drain_delay_keeps_serving",
     ),
     Mutant(
         "ready-while-it-drains",
@@ -147,6 +147,6 @@ MUTANTS = (
         "web/readiness_checks.py",
         'Finding(Health.DOWN, "draining") if stop.asked else',
         "",
-        "unit/test_probes.py::test_a_process_that_was_asked_to_stop_is_not_ready",
+        "unit/test_readiness_checks.py::test_a_process_that_was_asked_to_stop_is_not_ready",
     ),
 )

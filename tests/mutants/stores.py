@@ -65,7 +65,7 @@ MUTANTS = (
         "postgres/handler_connections.py",
         "if connection.handling is not None:",
         "if False:",
-        "integration/test_seats.py::test_what_a_handler_gives_back_by_itself_is_not_kept",
+        "integration/test_handler_connections.py::test_what_a_handler_gives_back_by_itself_is_not_kept",
     ),
     Mutant(
         "transaction-is-lent",

@@ -64,7 +64,9 @@ class Steps(RuleBasedStateMachine):
         ground, process = self.ground, self.ground.awake(number)
         before, key = ground.seen.rows.get(event_id), ground.seen.keys.get(event_id)
         dispatcher = process.world.dispatcher
-        room = dispatcher.free_slots > 0 and (before is None or before.abandoned == 0 or dispatcher.suspect_free)
+        room = dispatcher.free_slots > 0 and (
+            before is None or before.abandoned == 0 or dispatcher.previously_abandoned_slot_free
+        )
         epoch = process.world.claims.epoch.current
         kind, status = foreseen(ground.stories[event_id], before, key, epoch=epoch, plan=plan, room=room)
         self.arm(number, fault)

@@ -13,7 +13,7 @@ from firstclaim.admin.events import Filters, _place
 from firstclaim.admin.rendering import STATIC_TYPES, Pages, age, ago, laid_out, printable, static, thousands
 from firstclaim.admin.request import client_address, is_loopback
 from firstclaim.inbox.model import Status
-from firstclaim.operations.search import Arrivals
+from firstclaim.operations.search import HourlyCounts
 
 TEMPLATES = Path(str(files("firstclaim.admin"))) / "templates"
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
@@ -100,8 +100,8 @@ def test_only_two_files_are_handed_out() -> None:
 # -- the chart ----------------------------------------------------------------------------------------
 
 
-def hours(*counts: dict[Status, int]) -> Arrivals:
-    return Arrivals([(NOW + timedelta(hours=number), each) for number, each in enumerate(counts)])
+def hours(*counts: dict[Status, int]) -> HourlyCounts:
+    return HourlyCounts([(NOW + timedelta(hours=number), each) for number, each in enumerate(counts)])
 
 
 def test_a_bar_is_made_of_its_statuses() -> None:

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.web import health
-from firstclaim.web.health import Finding, Health, Part, Probe, Readiness, livez
+from firstclaim.web.health import Finding, Health, HealthCheck, Probe, Readiness, livez
 
 NOBODY = cast(Request, None)
 
@@ -35,7 +35,7 @@ def raises(error: Exception) -> Probe:
 OK, DEGRADED, DOWN = (finds(Finding(each)) for each in Health)
 
 
-async def ask(*parts: Part) -> tuple[int, list[dict[str, object]]]:
+async def ask(*parts: HealthCheck) -> tuple[int, list[dict[str, object]]]:
     """The status and the lines, their milliseconds checked and taken off."""
     response = await Readiness(list(parts)).report(NOBODY)
     lines = [orjson.loads(line) for line in bytes(response.body).splitlines()]
@@ -60,29 +60,29 @@ async def test_livez_touches_nothing() -> None:
 
 async def test_all_well_is_a_200() -> None:
     """A line per part, in their order; a detail only where there is one."""
-    status, lines = await ask(Part("one", OK), Part("two", finds(Finding(Health.OK, "at 0001"))))
+    status, lines = await ask(HealthCheck("one", OK), HealthCheck("two", finds(Finding(Health.OK, "at 0001"))))
     assert status == 200
     assert lines == [{"part": "one", "status": "ok"}, {"part": "two", "status": "ok", "detail": "at 0001"}]
 
 
 async def test_down_is_a_503() -> None:
     """One part that is down makes the process unready, and its line says which."""
-    status, lines = await ask(Part("one", OK), Part("two", DOWN), Part("three", OK))
+    status, lines = await ask(HealthCheck("one", OK), HealthCheck("two", DOWN), HealthCheck("three", OK))
     assert status == 503
     assert [line["status"] for line in lines] == ["ok", "down", "ok"]
 
 
 async def test_degraded_stays_ready() -> None:
     """Without Redis events are still recorded: traffic must go on."""
-    status, lines = await ask(Part("one", OK), Part("two", DEGRADED))
+    status, lines = await ask(HealthCheck("one", OK), HealthCheck("two", DEGRADED))
     assert (status, lines[1]["status"]) == (200, "degraded")
 
 
 @pytest.mark.parametrize(("failing", "status"), [(Health.DOWN, 503), (Health.DEGRADED, 200)])
 async def test_a_probe_that_raises_is_a_finding(failing: Health, status: int) -> None:
     """It counts as that part counts; of a stranger's exception only the class is shown."""
-    ours = Part("ours", raises(LedgerUnavailable("ConnectionRefusedError")), failing)
-    theirs = Part("theirs", raises(RuntimeError("password=c4n4rypw")), failing)
+    ours = HealthCheck("ours", raises(LedgerUnavailable("ConnectionRefusedError")), failing)
+    theirs = HealthCheck("theirs", raises(RuntimeError("password=c4n4rypw")), failing)
     found, lines = await ask(ours, theirs)
     assert found == status
     assert lines == [
@@ -109,7 +109,7 @@ async def test_a_hanging_part_is_answered_for() -> None:
     """At its deadline it counts as failed, and the other parts are not kept waiting."""
     probe = Hangs()
     began = time.monotonic()
-    status, lines = await ask(Part("hangs", probe), Part("well", OK))
+    status, lines = await ask(HealthCheck("hangs", probe), HealthCheck("well", OK))
     assert time.monotonic() - began < 1  # the deadline is 0.02 s; a machine may be busy
     assert status == 503
     assert lines == [
@@ -123,7 +123,7 @@ async def test_a_hanging_part_is_answered_for() -> None:
 async def test_a_hanging_probe_is_not_started_twice() -> None:
     """However often a prober asks, a frozen store has one call of ours; once it has answered it is asked again."""
     probe = Hangs()
-    part = Part("hangs", probe)
+    part = HealthCheck("hangs", probe)
     for _ in range(3):
         assert (await ask(part))[0] == 503
     assert probe.started == 1
@@ -136,7 +136,7 @@ async def test_a_hanging_probe_is_not_started_twice() -> None:
 async def test_parts_are_asked_side_by_side() -> None:
     """Ten parts take as long as the slowest: all are asked before one has answered."""
     probes = [Hangs() for _ in range(10)]
-    asking = asyncio.ensure_future(ask(*(Part(str(number), probe) for number, probe in enumerate(probes))))
+    asking = asyncio.ensure_future(ask(*(HealthCheck(str(number), probe) for number, probe in enumerate(probes))))
     for _ in range(20):  # turns of the loop
         await asyncio.sleep(0)
     assert [probe.started for probe in probes] == [1] * 10
@@ -152,7 +152,7 @@ async def test_a_finding_is_fresh() -> None:
     async def probe() -> Finding:
         return found
 
-    part = Part("one", probe)
+    part = HealthCheck("one", probe)
     assert (await ask(part))[0] == 200
     found = Finding(Health.DOWN)
     assert (await ask(part))[0] == 503

@@ -29,7 +29,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
     def write(name: str, code: str) -> str:
         path = tmp_path / (name.replace(".", "/") + ".py")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("from service import on\n" + textwrap.dedent(code))
+        path.write_text("from firstclaim import on\n" + textwrap.dedent(code))
         importlib.invalidate_caches()
         return name
 

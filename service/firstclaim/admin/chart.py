@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from firstclaim.inbox.model import Status
-from firstclaim.operations.search import Arrivals
+from firstclaim.operations.search import HourlyCounts
 
 WIDTH: Final = 960.0
 HEIGHT: Final = 160.0
@@ -60,7 +60,7 @@ class Chart:
     height: float = HEIGHT
 
 
-def draw(arrivals: Arrivals) -> Chart:
+def draw(arrivals: HourlyCounts) -> Chart:
     """The chart of these hours."""
     top = _round_up(max((sum(counts.values()) for _, counts in arrivals.hours), default=0))
     step = WIDTH / max(1, len(arrivals.hours))

@@ -14,9 +14,9 @@ from urllib.parse import urlencode
 import structlog
 from starlette.responses import Response
 
-from firstclaim.admin.ledger import Asking
+from firstclaim.admin.ledger import AdminLedger
 from firstclaim.admin.rendering import laid_out
-from firstclaim.admin.request import PATH, Refused, Visit
+from firstclaim.admin.request import PATH, AdminRequest, Refused
 from firstclaim.errors import TookTooLong
 from firstclaim.inbox.model import Status
 from firstclaim.operations.queries import Selection
@@ -86,10 +86,10 @@ class Filters:
 class Events:
     """The list and what it leads to."""
 
-    def __init__(self, asking: Asking) -> None:
+    def __init__(self, asking: AdminLedger) -> None:
         self._asking = asking
 
-    async def browse(self, visit: Visit) -> Response:
+    async def browse(self, visit: AdminRequest) -> Response:
         """A page of the list."""
         names = ("q", "status", "type", "account", "age")
         filters = Filters.of({name: visit.words(name) for name in names})
@@ -116,7 +116,7 @@ class Events:
             looked_at=filters.search.most_looked_at,
         )
 
-    async def show(self, visit: Visit) -> Response:
+    async def show(self, visit: AdminRequest) -> Response:
         """One event."""
         event_id = visit.request.path_params["event_id"]
         if not event_id.isprintable():
@@ -128,7 +128,7 @@ class Events:
             moments = await ledger.history(event)
         return visit.page("event.html", event=event, moments=moments, can_be_replayed=REPLAYABLE_HERE)
 
-    async def show_payload(self, visit: Visit) -> Response:
+    async def show_payload(self, visit: AdminRequest) -> Response:
         """The event's payload; a form's answer."""
         event_id = visit.field("event")
         if not event_id.isprintable():

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Final
 
-from firstclaim.operations.search import STATEMENT_SECONDS, Browsing
+from firstclaim.operations.search import STATEMENT_SECONDS, LedgerSearch
 from firstclaim.postgres.connection import Pool
 
 QUEUE_SECONDS: Final = 2.0
@@ -17,14 +17,14 @@ QUEUE_SECONDS: Final = 2.0
 _PAGE_SECONDS: Final = 5 * STATEMENT_SECONDS + 2.0
 
 
-class Asking:
+class AdminLedger:
     """`pool` is for the page alone, and made with `browsing.PINS`."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
     @asynccontextmanager
-    async def ledger(self) -> AsyncIterator[Browsing]:
+    async def ledger(self) -> AsyncIterator[LedgerSearch]:
         """Raises `LedgerUnavailable`, also for what is asked in the block."""
         async with self._pool.borrow(_PAGE_SECONDS) as connection:
-            yield Browsing(connection)
+            yield LedgerSearch(connection)

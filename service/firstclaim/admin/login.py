@@ -15,7 +15,7 @@ import structlog
 from starlette.responses import Response
 
 from firstclaim.admin.limits import LoginLimit
-from firstclaim.admin.request import LOGIN_MOST_BYTES, PATH, Refused, Visit
+from firstclaim.admin.request import LOGIN_MOST_BYTES, PATH, AdminRequest, Refused
 from firstclaim.admin.session import LASTS_SECONDS, Seal, same
 from firstclaim.passwords import MOST_CHARACTERS, Password
 
@@ -25,7 +25,7 @@ _FORM_SECONDS: Final = 3600
 _TOKEN = re.compile(r"[A-Za-z0-9_-]{32}")
 
 
-class Entry:
+class Login:
     """The login page and the way out."""
 
     def __init__(self, password: Password, seal: Seal, limit: LoginLimit) -> None:
@@ -39,12 +39,12 @@ class Entry:
         """Of the login page that leads to `where`."""
         return f"{PATH}/login?next={quote(where, safe='')}"
 
-    async def show(self, visit: Visit) -> Response:
+    async def show(self, visit: AdminRequest) -> Response:
         """The login page."""
         where = _own_path(visit.request.query_params.get("next", ""))
         return visit.go(where) if visit.session is not None else _form(visit, where)
 
-    async def log_in(self, visit: Visit) -> Response:
+    async def log_in(self, visit: AdminRequest) -> Response:
         """Compare, and begin a session."""
         await visit.read_form(LOGIN_MOST_BYTES)
         where = _own_path(visit.field("next"))
@@ -71,7 +71,7 @@ class Entry:
         visit.set_cookies = [visit.cookie("session").set(session, LASTS_SECONDS), visit.cookie("login").drop()]
         return visit.go(where)
 
-    async def log_out(self, visit: Visit) -> Response:
+    async def log_out(self, visit: AdminRequest) -> Response:
         """Take the session out of the browser."""
         log.info("admin_logout", address=visit.address)
         visit.set_cookies = [visit.cookie(name).drop() for name in ("session", "notice")]
@@ -79,7 +79,7 @@ class Entry:
 
 
 def _form(
-    visit: Visit, where: str, status: int = 200, problem: str = "", headers: dict[str, str] | None = None
+    visit: AdminRequest, where: str, status: int = 200, problem: str = "", headers: dict[str, str] | None = None
 ) -> Response:
     token = visit.brought("login") or ""
     if not _TOKEN.fullmatch(token):  # kept otherwise: a second tab does not spoil the first one's form

@@ -12,14 +12,14 @@ from typing import Final, TypeVar
 from starlette.responses import Response
 
 from firstclaim.admin.chart import Chart, draw
-from firstclaim.admin.ledger import Asking
-from firstclaim.admin.request import Visit
+from firstclaim.admin.ledger import AdminLedger
+from firstclaim.admin.request import AdminRequest
 from firstclaim.errors import LedgerUnavailable, TookTooLong
 from firstclaim.inbox.model import Status
 from firstclaim.observability import metrics
-from firstclaim.operations.queries import Backlog, Listed, Selection
-from firstclaim.operations.search import REPLAYABLE_HERE, Browsing, Search
-from firstclaim.web.health import Finding, Health, Part
+from firstclaim.operations.queries import Backlog, EventRow, Selection
+from firstclaim.operations.search import REPLAYABLE_HERE, LedgerSearch, Search
+from firstclaim.web.health import Finding, Health, HealthCheck
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ class _Known:
     counts: dict[Status, int] | None
     all_counted: bool
     chart: Chart | None
-    unsuccessful: list[Listed] | None
+    unsuccessful: list[EventRow] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +50,12 @@ class _Standing:
 class Overview:
     """`process` is who answers, as the ledger knows it (`host:pid`)."""
 
-    def __init__(self, asking: Asking, parts: Sequence[Part], process: str) -> None:
+    def __init__(self, asking: AdminLedger, parts: Sequence[HealthCheck], process: str) -> None:
         self._asking = asking
         self._parts = parts
         self._process = process
 
-    async def show(self, visit: Visit) -> Response:
+    async def show(self, visit: AdminRequest) -> Response:
         """All of it, as it is now."""
         found, known = await asyncio.gather(asyncio.gather(*(part.ask() for part in self._parts)), self._ask())
         return visit.page(
@@ -77,11 +77,11 @@ class Overview:
             return None
 
     @staticmethod
-    def _standing(part: Part, finding: Finding) -> _Standing:
+    def _standing(part: HealthCheck, finding: Finding) -> _Standing:
         return _Standing(part.name, finding.health, finding.detail)
 
 
-async def _all_of(ledger: Browsing) -> _Known:
+async def _all_of(ledger: LedgerSearch) -> _Known:
     backlog = await _in_time(ledger.backlog)
     counts = await _in_time(lambda: ledger.count(Selection()))
     all_counted = counts is not None

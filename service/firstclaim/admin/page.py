@@ -3,8 +3,8 @@
 sqladmin 0.32 and starlette-admin 1.0 were tried in a browser under the headers below, and neither fits: sqladmin has
 no CSRF token anywhere, logs out and runs its actions by GET, and limits no logins; starlette-admin's `base.html` has
 inline scripts and styles and a stylesheet of another host, its CSRF cookie is not HttpOnly and only SameSite=Lax. Both
-write rows through the ORM, where here a state may only change as `firstclaim.operations.commands` changes it, so what they
-are made for would be switched off; this is some server-rendered pages without any script instead.
+write rows through the ORM, where here a state may only change as `firstclaim.operations.commands` changes it, so what
+they are made for would be switched off; this is some server-rendered pages without any script instead.
 
 Guarantees: everything but the login and the stylesheet needs a session, which is asked for here and not by each page;
 every change is a POST that brought the session's token, so GET changes nothing; every answer, an error's too, carries
@@ -25,18 +25,18 @@ from starlette.routing import BaseRoute, Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
 from firstclaim.admin.events import Events
-from firstclaim.admin.login import Entry
+from firstclaim.admin.login import Login
 from firstclaim.admin.overview import Overview
 from firstclaim.admin.rendering import Pages, static
-from firstclaim.admin.replay import Replaying
-from firstclaim.admin.request import PATH, Refused, Visit, client_address, is_loopback
+from firstclaim.admin.replay import Replay
+from firstclaim.admin.request import PATH, AdminRequest, Refused, client_address, is_loopback
 from firstclaim.admin.session import LASTS_SECONDS, Seal
 from firstclaim.errors import LedgerUnavailable, TookTooLong
 from firstclaim.observability.redaction import describe_error
 
 log = structlog.get_logger(__name__)
 
-Answer = Callable[[Visit], Awaitable[Response]]
+Answer = Callable[[AdminRequest], Awaitable[Response]]
 
 HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; "
@@ -52,11 +52,11 @@ HEADERS: Final = {
 _VISIT = "firstclaim.visit"
 
 
-class Site:
+class AdminPage:
     """The page as one ASGI application; `proxies` as in the settings."""
 
     def __init__(
-        self, seal: Seal, entry: Entry, overview: Overview, events: Events, replaying: Replaying, proxies: int
+        self, seal: Seal, entry: Login, overview: Overview, events: Events, replaying: Replay, proxies: int
     ) -> None:
         self._seal = seal
         self._pages = Pages()
@@ -106,9 +106,9 @@ class Site:
                 raise
             await _explain(visit, error)(scope, receive, send_with_headers)
 
-    def _visit(self, request: Request) -> Visit:
+    def _visit(self, request: Request) -> AdminRequest:
         peer = request.client.host if request.client else None
-        visit = Visit(
+        visit = AdminRequest(
             request=request,
             pages=self._pages,
             seal=self._seal,
@@ -123,7 +123,7 @@ class Site:
         return visit
 
 
-def _explain(visit: Visit, error: Exception) -> Response:
+def _explain(visit: AdminRequest, error: Exception) -> Response:
     """A page for what was raised."""
     match error:
         case Refused():
@@ -166,7 +166,7 @@ def _open(path: str, answer: Answer, method: str) -> Route:
 def _page(path: str, answer: Answer) -> Route:
     """Behind the login; changes nothing."""
 
-    async def guarded(visit: Visit) -> Response:
+    async def guarded(visit: AdminRequest) -> Response:
         return await answer(visit) if visit.session is not None else _to_login(visit)
 
     return _open(path, guarded, "GET")
@@ -175,7 +175,7 @@ def _page(path: str, answer: Answer) -> Route:
 def _change(path: str, answer: Answer) -> Route:
     """Behind the login, and only from one of its pages."""
 
-    async def guarded(visit: Visit) -> Response:
+    async def guarded(visit: AdminRequest) -> Response:
         if visit.session is None:
             raise Refused(403, "You are not logged in", "Your login has ended. Log in, and do it again.")
         await visit.read_form()
@@ -185,16 +185,16 @@ def _change(path: str, answer: Answer) -> Route:
     return _open(path, guarded, "POST")
 
 
-def _to_login(visit: Visit) -> Response:
+def _to_login(visit: AdminRequest) -> Response:
     query = visit.request.scope["query_string"].decode("latin-1")
     where = quote(visit.path, safe="/:") + (f"?{query}" if query else "")
     if visit.request.headers.get("sec-fetch-site") == "cross-site":
         # By a link from elsewhere, with which a browser sends no Strict cookie: asked for by a page of ours it does.
         return visit.page("again.html", where=where)
-    return visit.go(Entry.address(where))
+    return visit.go(Login.address(where))
 
 
-async def _file(visit: Visit) -> Response:
+async def _file(visit: AdminRequest) -> Response:
     response = static(visit.request.path_params["name"])
     if response is None:
         raise _nothing_here(404)  # no HTTPException: that would be answered before it comes to us

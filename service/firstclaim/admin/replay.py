@@ -15,11 +15,11 @@ import structlog
 from starlette.responses import Response
 
 from firstclaim.admin.events import REPLAYED_MOST, Filters
-from firstclaim.admin.ledger import Asking
-from firstclaim.admin.request import PATH, Refused, Visit
+from firstclaim.admin.ledger import AdminLedger
+from firstclaim.admin.request import PATH, AdminRequest, Refused
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox.model import Status
-from firstclaim.operations.commands import Chosen
+from firstclaim.operations.commands import ReplayCandidate
 from firstclaim.operations.queries import Selection
 from firstclaim.operations.search import REPLAYABLE_HERE
 
@@ -30,14 +30,14 @@ _QUESTION_SECONDS: Final = 15 * 60
 _FILTERS: Final = ("q", "status", "type", "account", "age")
 
 
-class Replaying:
+class Replay:
     """The question and its answer. `give_up_seconds` is how long a replayed event is tried again."""
 
-    def __init__(self, asking: Asking, give_up_seconds: float) -> None:
+    def __init__(self, asking: AdminLedger, give_up_seconds: float) -> None:
         self._asking = asking
         self._give_up_seconds = give_up_seconds
 
-    async def ask(self, visit: Visit) -> Response:
+    async def ask(self, visit: AdminRequest) -> Response:
         """How many are meant: those that are ticked, or, where the form says so, all that match the list's filters."""
         everything = visit.field("all") == "yes"
         filters = Filters.of({name: _said(visit.form, name) for name in _FILTERS})
@@ -63,12 +63,12 @@ class Replaying:
             back=_back(visit, filters),
         )
 
-    async def replay(self, visit: Visit) -> Response:
+    async def replay(self, visit: AdminRequest) -> Response:
         """Do it, and go back to where the question was asked."""
         packed = visit.seal.unpack(visit.known, _QUESTION, visit.field("question"), _QUESTION_SECONDS)
         if packed is None:
             raise Refused(400, "That question is no longer open", "Go back to the list, and ask again.")
-        chosen = [Chosen(event_id, Status(status), attempt, True) for event_id, status, attempt in packed]
+        chosen = [ReplayCandidate(event_id, Status(status), attempt, True) for event_id, status, attempt in packed]
         if visit.field("count").strip() not in ("", str(len(chosen))) or (
             visit.field("counted") == "yes" and not visit.field("count").strip()
         ):
@@ -81,7 +81,7 @@ class Replaying:
         visit.notice(f"{done} made due{left}.", good=not kept)
         return visit.go(_return_to(visit.field("back")))
 
-    async def _replay(self, visit: Visit, chosen: list[Chosen]) -> int:
+    async def _replay(self, visit: AdminRequest, chosen: list[ReplayCandidate]) -> int:
         done = 0
         selection = Selection([each.event_id for each in chosen])
         operator = f"admin page from {visit.address}"
@@ -96,7 +96,7 @@ class Replaying:
         return done
 
     @staticmethod
-    def _pack(visit: Visit, meant: list[Chosen]) -> str:
+    def _pack(visit: AdminRequest, meant: list[ReplayCandidate]) -> str:
         content: list[Any] = [[each.event_id, each.status.value, each.attempt] for each in meant]
         return visit.seal.pack(visit.known, _QUESTION, content)
 
@@ -107,7 +107,7 @@ def _said(form: Mapping[str, list[str]], name: str) -> list[str]:
     return list(dict.fromkeys(value for value in values if 0 < len(value) <= 255 and value.isprintable()))
 
 
-def _back(visit: Visit, filters: Filters) -> str:
+def _back(visit: AdminRequest, filters: Filters) -> str:
     event_id = next(iter(_said(visit.form, "from_event")), None)
     return filters.address() if event_id is None else f"{PATH}/events/{event_id}"
 

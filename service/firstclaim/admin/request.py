@@ -37,7 +37,7 @@ class Refused(Exception):
 
 
 @dataclass(slots=True)
-class Visit:
+class AdminRequest:
     """One request. `address` is the client's, `secure` whether the browser keeps cookies for TLS alone."""
 
     request: Request

@@ -25,8 +25,8 @@ from rich.text import Text
 
 from firstclaim.cli.terminal import database, dsn_of, fail, out, reported
 from firstclaim.inbox.model import Status
-from firstclaim.operations.commands import ROW_DAYS_LEAST, Chosen, Operations
-from firstclaim.operations.queries import Attempted, Backlog, Listed, Selection, timeline
+from firstclaim.operations.commands import ROW_DAYS_LEAST, Commands, ReplayCandidate
+from firstclaim.operations.queries import AttemptRow, Backlog, EventRow, Selection, timeline
 from firstclaim.settings import Settings
 
 T = TypeVar("T")
@@ -121,8 +121,8 @@ def show(
     """Show one event: what it is, what became of it, and what was done to it by hand."""
 
     async def ask(
-        operations: Operations,
-    ) -> tuple[Listed | None, list[Attempted], list[dict[str, Any]], bytes | None]:
+        operations: Commands,
+    ) -> tuple[EventRow | None, list[AttemptRow], list[dict[str, Any]], bytes | None]:
         event = await operations.find(event_id)
         body = await operations.payload(event_id) if payload else None
         return event, await operations.attempts(event_id), await operations.actions_on(event_id), body
@@ -222,7 +222,7 @@ def prune(
             _print(f"would delete {rows} events with their payloads, and {max(0, payloads - rows)} payloads more")
             return
 
-        async def work(operations: Operations) -> tuple[int, int]:
+        async def work(operations: Commands) -> tuple[int, int]:
             deleted_payloads = deleted_rows = 0
             with progress_bar("pruning", max(payloads, rows)) as (bar, task):
                 async for some_payloads, some_rows in operations.prune(
@@ -239,7 +239,7 @@ def prune(
 def stats(as_json: AsJson = False) -> None:
     """The ledger at a glance: events by status, what is due, and for how long."""
 
-    async def ask(operations: Operations) -> tuple[dict[Status, int], Backlog]:
+    async def ask(operations: Commands) -> tuple[dict[Status, int], Backlog]:
         return await operations.count(Selection()), await operations.backlog()
 
     with reported():
@@ -268,18 +268,18 @@ def operator() -> str:
 # -- shared -------------------------------------------------------------------------------------------
 
 
-def _asked(ask: Callable[[Operations], Awaitable[T]]) -> T:
+def _asked(ask: Callable[[Commands], Awaitable[T]]) -> T:
     with database() as settings:
         return asyncio.run(on(settings, ask))
 
 
-async def on(settings: Settings, ask: Callable[[Operations], Awaitable[T]]) -> T:
+async def on(settings: Settings, ask: Callable[[Commands], Awaitable[T]]) -> T:
     """What `ask` says on a connection of its own."""
-    async with Operations.on(dsn_of(settings), settings.postgres_timeout_seconds) as operations:
+    async with Commands.on(dsn_of(settings), settings.postgres_timeout_seconds) as operations:
         return await ask(operations)
 
 
-def _allowed(found: list[Chosen], ids: list[str] | None, *, force: bool) -> list[Chosen]:
+def _allowed(found: list[ReplayCandidate], ids: list[str] | None, *, force: bool) -> list[ReplayCandidate]:
     """Those that may be replayed; exits where what was asked for may not be done."""
     if unknown := sorted(set(ids or ()) - {each.event_id for each in found}):
         fail(f"{len(unknown)} of these are not in the ledger, or not as selected: {', '.join(unknown)}", 1)
@@ -292,7 +292,7 @@ def _allowed(found: list[Chosen], ids: list[str] | None, *, force: bool) -> list
 
 
 async def _replay(
-    operations: Operations, chosen: list[Chosen], selection: Selection, give_up_seconds: float, force: bool
+    operations: Commands, chosen: list[ReplayCandidate], selection: Selection, give_up_seconds: float, force: bool
 ) -> list[str]:
     replayed: list[str] = []
     with progress_bar("replaying", len(chosen)) as (bar, task):
@@ -304,7 +304,7 @@ async def _replay(
     return replayed
 
 
-async def _follow(operations: Operations, event_ids: list[str]) -> dict[Status, int]:
+async def _follow(operations: Commands, event_ids: list[str]) -> dict[Status, int]:
     """Until none of them is on its way any more; one that failed again has its answer."""
     waiting = (Status.PENDING, Status.PROCESSING)
     with progress_bar("settled", len(event_ids)) as (bar, task):

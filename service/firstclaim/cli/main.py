@@ -37,9 +37,9 @@ from firstclaim.loadtest.plan import IN_FLIGHT_MOST, Plan
 from firstclaim.migrations import schema
 from firstclaim.observability import metrics
 from firstclaim.passwords import make_hash
-from firstclaim.server.connection_limiter import Lobby, affordable_connections
+from firstclaim.server.connection_limiter import ConnectionLimiter, affordable_connections
 from firstclaim.server.preflight import Check, Verdict, all_checks, refuse
-from firstclaim.server.protocol import Door
+from firstclaim.server.protocol import HttpProtocol
 from firstclaim.settings import Settings
 from firstclaim.urls import postgres_dsn
 from firstclaim.web.webhook import WEBHOOK_PATH
@@ -207,8 +207,8 @@ def load(
 ) -> None:
     """Load a service with signed events of mixed types, and judge what became of each.
 
-    For the verdict it has to run with FIRSTCLAIM_HANDLERS=firstclaim.handlers.load_probe. An event may be drawn both for
-    a second time and for several copies; second times that would come after the end are left out. At a fixed rate,
+    For the verdict it has to run with FIRSTCLAIM_HANDLERS=firstclaim.handlers.load_probe. An event may be drawn both
+    for a second time and for several copies; second times that would come after the end are left out. At a fixed rate,
     latency counts from the instant at which a delivery was due.
 
     Exit code 1 if an event was lost or doubled, is not settled in time, or if none was accepted.
@@ -325,7 +325,7 @@ def _stop_on_signals() -> None:
 
 def server_config(application: Callable[[], Starlette], settings: Settings, workers: int) -> uvicorn.Config:
     """uvicorn as `serve` runs it, whatever `application` makes."""
-    lobby = Lobby(affordable_connections(settings), _BODIES_ARRIVING_MOST * settings.body_most_bytes)
+    lobby = ConnectionLimiter(affordable_connections(settings), _BODIES_ARRIVING_MOST * settings.body_most_bytes)
     reading_and_answering = settings.body_timeout_seconds + settings.answer_budget_seconds + 1
     return uvicorn.Config(
         application,
@@ -333,7 +333,7 @@ def server_config(application: Callable[[], Starlette], settings: Settings, work
         workers=workers,
         loop="uvloop",
         # All that is asked of it is to make one.
-        http=cast(type[asyncio.Protocol], partial(Door, lobby, settings.body_timeout_seconds)),
+        http=cast(type[asyncio.Protocol], partial(HttpProtocol, lobby, settings.body_timeout_seconds)),
         ws="none",
         lifespan="on",
         log_config=None,

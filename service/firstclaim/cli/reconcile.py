@@ -13,8 +13,8 @@ import typer
 from firstclaim.cli.events import AsJson, duration, on, operator, print_json, progress_bar
 from firstclaim.cli.terminal import database, fail, out, reported
 from firstclaim.errors import ConfigurationError
-from firstclaim.operations.commands import Operations
-from firstclaim.operations.reconcile import DAYS_MOST, Asked, Reconciliation, Tally
+from firstclaim.operations.commands import Commands
+from firstclaim.operations.reconcile import DAYS_MOST, ReconcileOptions, Reconciliation, Tally
 from firstclaim.operations.stripe_api import StripeEvents
 from firstclaim.settings import Settings
 
@@ -44,12 +44,12 @@ def reconcile(
 
     To resume a run that was interrupted, give the same command again: what it recorded is already here then.
     """
-    asked = Asked(since, undelivered)
+    asked = ReconcileOptions(since, undelivered)
     tally = Tally()
     with reported(), database() as settings:
         key = _key(settings)
 
-        async def work(operations: Operations) -> None:
+        async def work(operations: Commands) -> None:
             nonlocal tally
             async with StripeEvents.on(settings.stripe_api_base, key) as events:
                 run = Reconciliation(

@@ -31,7 +31,7 @@ from firstclaim.embedded.processes import (
     MAJOR,
     POLL_SECONDS,
     START_SECONDS,
-    Site,
+    ServerFolders,
     User,
     publish,
     start,
@@ -202,7 +202,7 @@ def _own(data: Path, programs: Mapping[str, Path], stack: ExitStack) -> dict[str
     for stale in sockets.iterdir():
         stale.unlink()  # Postgres would believe the pid in its socket's lock file.
     stack.callback(shutil.rmtree, sockets, ignore_errors=True)
-    return start(Site(data, sockets, mark, user), programs, stack)
+    return start(ServerFolders(data, sockets, mark, user), programs, stack)
 
 
 def _server_user(cluster: Path) -> User | None:

@@ -47,7 +47,7 @@ class User(NamedTuple):
     gid: int
 
 
-class Site(NamedTuple):
+class ServerFolders(NamedTuple):
     """A data folder's servers: where they live, the mark in their titles, who runs them (None: ourselves)."""
 
     data: Path
@@ -56,7 +56,7 @@ class Site(NamedTuple):
     user: User | None
 
 
-def start(site: Site, programs: Mapping[str, Path], stack: ExitStack) -> dict[str, str]:
+def start(site: ServerFolders, programs: Mapping[str, Path], stack: ExitStack) -> dict[str, str]:
     """The address per name in `programs` (`database_url`, `redis_url`), once all of them answer.
 
     `stack` stops them. Whoever calls this owns the data folder, and the empty folder for the sockets.
@@ -200,7 +200,7 @@ def _run(command: list[str], user: User | None, text: str = "") -> None:
         raise OperatorError(f"{Path(command[0]).name} failed with status {done.returncode}:\n{end}")
 
 
-def _start_valkey(program: Path, site: Site, stack: ExitStack) -> _Child:
+def _start_valkey(program: Path, site: ServerFolders, stack: ExitStack) -> _Child:
     """Nothing on disk: locks and markers only spare the ledger work, and the ledger alone carries safety."""
     options = {
         "port": "0",
@@ -226,7 +226,7 @@ def _pongs(path: Path) -> bool:
     return False
 
 
-def _start_postgres(program: Path, site: Site, stack: ExitStack) -> None:
+def _start_postgres(program: Path, site: ServerFolders, stack: ExitStack) -> None:
     cluster = site.data / "postgres"
     if cluster.exists():
         _check_version(cluster)

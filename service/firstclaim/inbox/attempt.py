@@ -19,10 +19,10 @@ import asyncpg
 
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.event import Event
-from firstclaim.inbox.ledger import Claim, Held, Ledger
+from firstclaim.inbox.ledger import Claim, HandlerTransaction, Ledger
 from firstclaim.observability import metrics, tracing
 from firstclaim.postgres.connection import UNAVAILABLE, describe
-from firstclaim.postgres.handler_connections import Seat, Seats
+from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from firstclaim.registry import Context, Handler
 
 _ENDED = (
@@ -59,14 +59,14 @@ class Attempt:
     `ended_by_handler`: the attempt came to nothing, and the handler had ended its transaction by then.
     """
 
-    seats: Seats
+    seats: HandlerConnections
     ledger: Ledger
     claim: Claim
     event: Event
     handler: Handler
     deadline_seconds: float
     postgres_timeout_seconds: float
-    held: Held | None = field(default=None, init=False)
+    held: HandlerTransaction | None = field(default=None, init=False)
     ended_by_handler: bool = field(default=False, init=False)
     work: asyncio.Future[Any] | None = field(default=None, init=False)
 
@@ -100,7 +100,7 @@ class Attempt:
         finally:
             await self._give_back(seat)
 
-    async def _hold(self, seat: Seat) -> Held | None:
+    async def _hold(self, seat: HandlerConnection) -> HandlerTransaction | None:
         try:
             async with asyncio.timeout(self.postgres_timeout_seconds):
                 await seat.begin()
@@ -109,7 +109,7 @@ class Attempt:
             await seat.discard()
             raise
 
-    async def _call(self, seat: Seat) -> Any:
+    async def _call(self, seat: HandlerConnection) -> Any:
         """Run the handler and wait for it until its deadline, but not for one that ignores its cancellation."""
         loop = asyncio.get_running_loop()
         context = Context(self.event, self.claim.attempt, seat, loop, loop.time() + self.deadline_seconds)
@@ -135,7 +135,7 @@ class Attempt:
             raise _refused(error)
         return work.result()
 
-    async def _mark(self, seat: Seat, held: Held, action: str) -> None:
+    async def _mark(self, seat: HandlerConnection, held: HandlerTransaction, action: str) -> None:
         try:
             marked = await self.ledger.complete_if_held(seat.driver, self.claim, held, action)
         except asyncpg.InFailedSQLTransactionError as error:
@@ -143,7 +143,7 @@ class Attempt:
         if not marked:  # no longer the transaction that was begun
             raise TransactionEnded
 
-    def _in_no_transaction(self, seat: Seat) -> bool:
+    def _in_no_transaction(self, seat: HandlerConnection) -> bool:
         """Not even in a failed one: since the handler ended its own, each statement has committed."""
         try:
             raw = seat.driver
@@ -151,7 +151,7 @@ class Attempt:
             return False
         return self.held is not None and not raw.is_in_transaction()
 
-    async def _commit(self, seat: Seat, action: str) -> str | Exception:
+    async def _commit(self, seat: HandlerConnection, action: str) -> str | Exception:
         try:
             async with asyncio.timeout(self.postgres_timeout_seconds):
                 await seat.commit()
@@ -160,14 +160,14 @@ class Attempt:
             return CommitUnknown(action, describe(error))
         return action
 
-    async def _end(self, seat: Seat) -> None:
+    async def _end(self, seat: HandlerConnection) -> None:
         """Give up on the transaction, whatever the handler and the server are doing in it."""
         await seat.discard()
         if self.held is not None:
             with contextlib.suppress(LedgerUnavailable):  # then the server's own timeouts end it
                 await self.ledger.end(self.held)
 
-    async def _give_back(self, seat: Seat) -> None:
+    async def _give_back(self, seat: HandlerConnection) -> None:
         try:
             await seat.roll_back(self.postgres_timeout_seconds)
             await self.seats.give_back(seat)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from firstclaim import outcome
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
-from firstclaim.inbox.ledger import Claim, Found, Ledger
+from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.inbox.model import TAKEABLE, Status
 from firstclaim.observability import metrics
@@ -28,7 +28,7 @@ _STATES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class LockAttempt:
     """What asking for the lock came to, the token that it was asked with, and what other copies wait for."""
 
     token: str
@@ -44,15 +44,15 @@ class Claims:
     ledger: Ledger
     epoch: Epoch
     lock_ttl_seconds: float
-    _in_hand: dict[str, asyncio.Future[Claim | Outcome]] = field(default_factory=dict, init=False)
+    _in_flight: dict[str, asyncio.Future[Claim | Outcome]] = field(default_factory=dict, init=False)
 
-    async def ask(self, event_id: str) -> Asked:
+    async def ask(self, event_id: str) -> LockAttempt:
         """Ask for the lock: the one command that a duplicate of a recorded event costs.
 
         Unless it is recorded, the event is in hand until `win` has ended.
         """
         token = self.lock.new_token()
-        hand = self._in_hand[event_id] = asyncio.get_running_loop().create_future()
+        hand = self._in_flight[event_id] = asyncio.get_running_loop().create_future()
         try:
             reply = await self.lock.acquire(event_id, token, self.epoch.current)
         except BaseException as error:
@@ -60,13 +60,15 @@ class Claims:
             raise
         if reply is LockReply.RECORDED:
             self._let_go(event_id, hand, outcome.duplicate(event_id))
-        return Asked(token, reply, hand)
+        return LockAttempt(token, reply, hand)
 
-    def in_hand(self, event_id: str) -> asyncio.Future[Claim | Outcome] | None:
+    def in_flight(self, event_id: str) -> asyncio.Future[Claim | Outcome] | None:
         """What another copy of the event, which is at its claims right now, will have come to; never cancel it."""
-        return self._in_hand.get(event_id)
+        return self._in_flight.get(event_id)
 
-    async def win(self, delivery: Delivery, asked: Asked | None = None, *, ignored: str | None) -> Claim | Outcome:
+    async def win(
+        self, delivery: Delivery, asked: LockAttempt | None = None, *, ignored: str | None
+    ) -> Claim | Outcome:
         """Claim a delivered event. `ignored`: why nothing here wants it; it is then settled, not dispatched.
 
         Raises `LedgerUnavailable`: nothing is promised, and our lock is gone again.
@@ -85,8 +87,8 @@ class Claims:
         self, event_id: str, hand: asyncio.Future[Claim | Outcome], came_of_it: Claim | Outcome | BaseException
     ) -> None:
         """Tell the copies that wait, and have the next one ask for itself."""
-        if self._in_hand.get(event_id) is hand:
-            del self._in_hand[event_id]
+        if self._in_flight.get(event_id) is hand:
+            del self._in_flight[event_id]
         if hand.done():
             return
         if isinstance(came_of_it, BaseException):
@@ -95,7 +97,7 @@ class Claims:
         else:
             hand.set_result(came_of_it)
 
-    async def _win(self, delivery: Delivery, asked: Asked, ignored: str | None) -> Claim | Outcome:
+    async def _win(self, delivery: Delivery, asked: LockAttempt, ignored: str | None) -> Claim | Outcome:
         event_id, token, reply = delivery.event.id, asked.token, asked.reply
         if reply is LockReply.RECORDED:
             return outcome.duplicate(event_id)
@@ -149,16 +151,16 @@ class Claims:
     async def _claim(self, delivery: Delivery, token: str, ignored: str | None) -> Claim | Outcome:
         event_id = delivery.event.id
         won = await self.ledger.claim(delivery, ignored=ignored is not None)
-        if isinstance(won, Found) and won.status in TAKEABLE:
+        if isinstance(won, ExistingRow) and won.status in TAKEABLE:
             # Recorded by a delivery that had no lock, or failed before: ours now, whatever its due_at. If the
             # row is skipped, recovery has it in its hands at this very moment.
             won = next(iter(await self.ledger.take_over([event_id])), won)
             metrics.taken_over["delivery"].inc(isinstance(won, Claim))
             if isinstance(won, Claim) and ignored is not None and await self.ledger.ignore_if_held(won) is None:
                 # We froze for longer than the lease: another has the row, and `ignored` may not be what it becomes.
-                won = Found(Status.PROCESSING, won.attempt, won.epoch)
+                won = ExistingRow(Status.PROCESSING, won.attempt, won.epoch)
         await self.lock.mark_recorded(event_id, token, won.epoch)
-        if isinstance(won, Found):
+        if isinstance(won, ExistingRow):
             return _answer(event_id, won)
         return won if ignored is None else outcome.unhandled(ignored, won.attempt)
 
@@ -176,7 +178,7 @@ def shared(event_id: str, won: Claim | Outcome) -> Outcome:
     return won
 
 
-def _answer(event_id: str, found: Found) -> Outcome:
+def _answer(event_id: str, found: ExistingRow) -> Outcome:
     """By a row that is owned or settled."""
     state = _STATES.get(found.status)
     return outcome.duplicate(event_id) if state is None else outcome.already(event_id, state)

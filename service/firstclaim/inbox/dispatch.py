@@ -21,9 +21,9 @@ from firstclaim.inbox.claims import Claims
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.model import Status
 from firstclaim.observability import tracing
-from firstclaim.observability.redaction import describe_error, tell_error
+from firstclaim.observability.redaction import describe_error, redacted_error
 from firstclaim.outcome import Outcome
-from firstclaim.postgres.handler_connections import Seats
+from firstclaim.postgres.handler_connections import HandlerConnections
 from firstclaim.registry import Handler
 
 log = structlog.get_logger(__name__)
@@ -42,7 +42,9 @@ class DispatchLimits:
 class Dispatcher:
     """Runs handlers, `limits.slots` at once, each on a seat of its own."""
 
-    def __init__(self, seats: Seats, ledger: Ledger, claims: Claims, backoff: Backoff, limits: DispatchLimits) -> None:
+    def __init__(
+        self, seats: HandlerConnections, ledger: Ledger, claims: Claims, backoff: Backoff, limits: DispatchLimits
+    ) -> None:
         self._seats = seats
         self._ledger = ledger
         self._claims = claims
@@ -63,7 +65,7 @@ class Dispatcher:
         return max(0, self._limits.slots - self._running - self._waiting)
 
     @property
-    def suspect_free(self) -> bool:
+    def previously_abandoned_slot_free(self) -> bool:
         """Whether an event that was abandoned before could start right now."""
         return not self._suspects.locked()
 
@@ -175,7 +177,7 @@ class Dispatcher:
         return attempt.held is not None and await self._ledger.committed(attempt.held)
 
     async def _fail(self, claim: Claim, error: Exception) -> Outcome:
-        text = tell_error(error)
+        text = redacted_error(error)
         if isinstance(error, Permanent):
             await self._ledger.kill_if_held(claim, text)
             return outcome.dead(claim.event_id, claim.attempt)

@@ -43,7 +43,7 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class ExistingRow:
     """A row that was there already."""
 
     status: Status
@@ -52,7 +52,7 @@ class Found:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HandlerTransaction:
     """A handler's transaction: its id, the process that runs it, when the server was started, and when it began."""
 
     xid: str
@@ -62,7 +62,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Arrival:
+class NewRow:
     """A delivery on its way into the ledger, and how it wants to be entered."""
 
     delivery: Delivery
@@ -78,7 +78,7 @@ class Arrival:
 
 async def insert(
     connection: PinnedConnection,
-    arrivals: Iterable[Arrival],
+    arrivals: Iterable[NewRow],
     *,
     patience_seconds: float,
     give_up_seconds: float,
@@ -136,27 +136,27 @@ class Ledger:
         self._process = process
         self._backoff = backoff
         self._patience_seconds = timeout_seconds / _PATIENCE_SHARE
-        self._arrivals: Batcher[Arrival, Claim | Found] = Batcher(
+        self._arrivals: Batcher[NewRow, Claim | ExistingRow] = Batcher(
             self._arrive, most=_BATCH_MOST, parallel=_BATCHES, late_seconds=_LATE_SECONDS
         )
 
     # -- the two ways in ------------------------------------------------------------------------------
 
-    async def claim(self, delivery: Delivery, *, ignored: bool = False) -> Claim | Found:
+    async def claim(self, delivery: Delivery, *, ignored: bool = False) -> Claim | ExistingRow:
         """By the lock holder: the first insert wins the right to dispatch. Raises `LedgerUnavailable`.
 
         `ignored`: nothing here wants the event; the row is settled as it is inserted.
         """
         if ignored:
-            return await self._arrivals.call(Arrival(delivery, Status.IGNORED, 1, 0))
-        return await self._arrivals.call(Arrival(delivery, Status.PROCESSING, 1, self._lease_seconds))
+            return await self._arrivals.call(NewRow(delivery, Status.IGNORED, 1, 0))
+        return await self._arrivals.call(NewRow(delivery, Status.PROCESSING, 1, self._lease_seconds))
 
-    async def record(self, delivery: Delivery, *, due_in_seconds: float) -> Found | None:
-        """By whoever may not dispatch: recorded for recovery; None: it is, `Found`: it was there already."""
-        found = await self._arrivals.call(Arrival(delivery, Status.PENDING, 0, due_in_seconds))
-        return found if isinstance(found, Found) else None
+    async def record(self, delivery: Delivery, *, due_in_seconds: float) -> ExistingRow | None:
+        """By whoever may not dispatch: recorded for recovery; None: it is, `ExistingRow`: it was there already."""
+        found = await self._arrivals.call(NewRow(delivery, Status.PENDING, 0, due_in_seconds))
+        return found if isinstance(found, ExistingRow) else None
 
-    async def _arrive(self, arrivals: Sequence[Arrival]) -> Sequence[Claim | Found | Exception]:
+    async def _arrive(self, arrivals: Sequence[NewRow]) -> Sequence[Claim | ExistingRow | Exception]:
         """Insert all of them in one statement; what is wrong with one row fails that row alone."""
         try:
             async with self._pool.borrow(self._timeout_seconds) as connection:
@@ -171,16 +171,16 @@ class Ledger:
             raise
         return [answer for arrival in arrivals for answer in await self._alone(arrival)]
 
-    async def _alone(self, arrival: Arrival) -> Sequence[Claim | Found | Exception]:
+    async def _alone(self, arrival: NewRow) -> Sequence[Claim | ExistingRow | Exception]:
         try:
             return await self._arrive([arrival])
         except LedgerUnavailable as error:
             return [error]
 
     async def _insert(
-        self, connection: PinnedConnection, arrivals: Sequence[Arrival]
-    ) -> Sequence[Claim | Found | Exception]:
-        first: dict[str, Arrival] = {}  # of each event; whoever may dispatch before whoever only records
+        self, connection: PinnedConnection, arrivals: Sequence[NewRow]
+    ) -> Sequence[Claim | ExistingRow | Exception]:
+        first: dict[str, NewRow] = {}  # of each event; whoever may dispatch before whoever only records
         for arrival in sorted(arrivals, key=lambda arrival: arrival.status is Status.PENDING):
             first.setdefault(arrival.event_id, arrival)
         new = await insert(
@@ -196,13 +196,13 @@ class Ledger:
             {row["event_id"]: row for row in await statements.FIND.fetch(connection, event_ids=late)} if late else {}
         )
 
-        def answer(arrival: Arrival) -> Claim | Found:
+        def answer(arrival: NewRow) -> Claim | ExistingRow:
             event_id = arrival.event_id
             if event_id in new and first[event_id] is arrival:
                 return Claim(event_id, arrival.attempt, 0, 0, arrival.delivery.body, epoch)
             if (row := known.get(event_id)) is None:  # pruned between the two statements: it was old and settled
-                return Found(Status.COMPLETED, 0, None)
-            return Found(Status(row["status"]), row["attempt"], epoch)
+                return ExistingRow(Status.COMPLETED, 0, None)
+            return ExistingRow(Status(row["status"]), row["attempt"], epoch)
 
         return [answer(arrival) for arrival in arrivals]
 
@@ -240,14 +240,16 @@ class Ledger:
 
     # -- inside a handler's transaction ---------------------------------------------------------------
 
-    async def hold(self, connection: PinnedConnection, claim: Claim) -> Held | None:
+    async def hold(self, connection: PinnedConnection, claim: Claim) -> HandlerTransaction | None:
         """Lock the claimed row, which begins the transaction; None: the claim was taken over."""
         rows = await statements.HOLD.fetch(
             connection, event_id=claim.event_id, attempt=claim.attempt, timeout_ms=self._timeout_ms
         )
-        return Held(*rows[0][:4]) if rows else None
+        return HandlerTransaction(*rows[0][:4]) if rows else None
 
-    async def complete_if_held(self, connection: PinnedConnection, claim: Claim, held: Held, action: str) -> bool:
+    async def complete_if_held(
+        self, connection: PinnedConnection, claim: Claim, held: HandlerTransaction, action: str
+    ) -> bool:
         """The completion mark: last statement before COMMIT, and only in the transaction that was held."""
         rows = await statements.COMPLETE.fetch(
             connection,
@@ -284,17 +286,17 @@ class Ledger:
         """Nothing here wants it: `ignored`; None: no longer ours."""
         return await self._settle(statements.IGNORE, claim)
 
-    async def find(self, event_id: str) -> Found | None:
+    async def find(self, event_id: str) -> ExistingRow | None:
         """The event's row as it is now, or None."""
         async with self._pool.borrow(self._timeout_seconds) as raw:
             rows = await statements.FIND.fetch(raw, event_ids=[event_id])
-            return Found(Status(rows[0]["status"]), rows[0]["attempt"], raw.epoch) if rows else None
+            return ExistingRow(Status(rows[0]["status"]), rows[0]["attempt"], raw.epoch) if rows else None
 
-    async def end(self, held: Held) -> None:
+    async def end(self, held: HandlerTransaction) -> None:
         """Terminate the backend of a transaction that was given up on, if it is still in it."""
         await self._run(statements.END, pid=held.pid, xid=held.xid)
 
-    async def committed(self, held: Held) -> bool:
+    async def committed(self, held: HandlerTransaction) -> bool:
         """Whether a transaction that is over was committed; no, if the server was started or crashed since."""
         rows = await self._run(statements.XACT_STATUS, xid=held.xid, server=held.server, began=held.began)
         return bool(rows[0][0] == "committed")

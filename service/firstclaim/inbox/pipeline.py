@@ -16,7 +16,7 @@ import structlog
 from firstclaim import outcome
 from firstclaim.errors import FirstclaimError, LedgerUnavailable
 from firstclaim.event import Delivery, Event, parse_event
-from firstclaim.inbox.claims import Asked, Claims, shared
+from firstclaim.inbox.claims import Claims, LockAttempt, shared
 from firstclaim.inbox.dispatch import Dispatcher
 from firstclaim.inbox.ledger import Claim
 from firstclaim.inbox.lock import LockReply
@@ -60,7 +60,7 @@ class Pipeline:
         if self._stopping:
             return outcome.unavailable("Shutting down")
         event_id = delivery.event.id
-        if (first := self._claims.in_hand(event_id)) is not None:
+        if (first := self._claims.in_flight(event_id)) is not None:
             return _told(await self._share(event_id, first), "process")
         with tracing.span("lock"):
             asked = await self._claims.ask(event_id)
@@ -103,7 +103,7 @@ class Pipeline:
             return True
         due = await ledger.due(slots, abandoned=False)
         full = len(due) == slots
-        if thorough and self._dispatcher.suspect_free:
+        if thorough and self._dispatcher.previously_abandoned_slot_free:
             suspects = await ledger.due(1, abandoned=True)
             due = suspects + due[: slots - len(suspects)]
         # In a task of its own: stopped in between, what was just claimed would count as abandoned, a lease later.
@@ -136,7 +136,7 @@ class Pipeline:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _process(self, delivery: Delivery, asked: Asked, progress: _Progress) -> Outcome:
+    async def _process(self, delivery: Delivery, asked: LockAttempt, progress: _Progress) -> Outcome:
         """A delivery's way through; whatever breaks on it, the answer promises nothing that is not so."""
         event = delivery.event
         try:

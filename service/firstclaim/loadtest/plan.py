@@ -175,7 +175,7 @@ def kind_of(status: int, content: bytes) -> AnswerKind:
     return _BY_ACTION.get(action or "", AnswerKind.OTHER)
 
 
-class Noted(IntFlag):
+class Observed(IntFlag):
     """What is remembered of an event."""
 
     SENT = 1
@@ -193,15 +193,15 @@ class Journal:
     def sent(self, number: int) -> None:
         """A delivery of the event is about to begin."""
         self._bytes.extend(bytes(max(0, number + 1 - len(self._bytes))))
-        self._bytes[number] |= Noted.SENT
+        self._bytes[number] |= Observed.SENT
 
     def answered(self, number: int, status: int, kind: AnswerKind) -> None:
         """What a delivery of the event was told."""
-        noted = Noted(self._bytes[number])
+        noted = Observed(self._bytes[number])
         if 200 <= status < 300:
-            noted |= Noted.ACKNOWLEDGED
+            noted |= Observed.ACKNOWLEDGED
         if kind is AnswerKind.PROCESSED:
-            noted |= Noted.PROCESSED_AGAIN if Noted.PROCESSED in noted else Noted.PROCESSED
+            noted |= Observed.PROCESSED_AGAIN if Observed.PROCESSED in noted else Observed.PROCESSED
         self._bytes[number] = noted
 
     def close(self) -> bytes:
@@ -209,9 +209,9 @@ class Journal:
         return bytes(self._bytes)
 
 
-def entries(journal: bytes) -> Iterator[tuple[int, Noted]]:
+def entries(journal: bytes) -> Iterator[tuple[int, Observed]]:
     """(number, what was noted) of every event that was sent."""
-    return ((number, Noted(byte)) for number, byte in enumerate(journal) if byte)
+    return ((number, Observed(byte)) for number, byte in enumerate(journal) if byte)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from rich.text import Text
 
 from firstclaim.errors import ConfigurationError, OperatorError
 from firstclaim.loadtest import verdict
-from firstclaim.loadtest.plan import AnswerKind, Latencies, Noted, Plan, Result, entries
+from firstclaim.loadtest.plan import AnswerKind, Latencies, Observed, Plan, Result, entries
 from firstclaim.loadtest.plan import Progress as SoFar
 from firstclaim.loadtest.verdict import BROKEN, Fate, judge
 
@@ -185,7 +185,9 @@ def report_verdict(plan: Plan, result: Result, fates: dict[Fate, list[str]] | No
     table.add_row("sent", f"{sum(1 for _ in entries(result.journal)):,}")
     if fates is None:
         # Without the database only the service's own word counts, and that can show a doubled event, no more.
-        twice = [plan.event_id(number) for number, noted in entries(result.journal) if Noted.PROCESSED_AGAIN in noted]
+        twice = [
+            plan.event_id(number) for number, noted in entries(result.journal) if Observed.PROCESSED_AGAIN in noted
+        ]
         counts = {Fate.ONCE: "unknown", Fate.LOST: "unknown", Fate.DOUBLED: f"{len(twice):,}" if twice else "unknown"}
         broken = {Fate.DOUBLED: twice}
     else:
@@ -216,7 +218,7 @@ def _sentence(result: Result, fates: dict[Fate, list[str]] | None, broken: dict[
         nowhere = broken.get(Fate.LOST) and fates and not any(fates[each] for each in Fate if each is not Fate.LOST)
         hint = " None is in this database: is it the service's own?" if nowhere else ""
         return 1, f"Not as promised: {', '.join(found)}.{hint}"
-    if not any(Noted.ACKNOWLEDGED in noted for _, noted in entries(result.journal)):
+    if not any(Observed.ACKNOWLEDGED in noted for _, noted in entries(result.journal)):
         return 1, "Nothing was accepted, so there is nothing to judge."
     if fates is None:
         return 0, "Lost and doubled are unknown: no database to ask (--database-url)."

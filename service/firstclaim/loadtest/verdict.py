@@ -16,7 +16,7 @@ import asyncpg
 from firstclaim.errors import LedgerUnavailable, StoreUnsuitable
 from firstclaim.handlers.load_probe import ACTION
 from firstclaim.inbox.model import UNFINISHED, Status
-from firstclaim.loadtest.plan import Noted, Plan, entries
+from firstclaim.loadtest.plan import Observed, Plan, entries
 from firstclaim.postgres.connection import UNAVAILABLE, describe
 
 _CONNECT_SECONDS = 10.0
@@ -37,7 +37,7 @@ SELECT coalesce(e.event_id, f.event_id) AS event_id, e.status, e.action, coalesc
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class EventRecord:
     """An event as the database has it; `status` None: no row in the ledger."""
 
     event_id: str
@@ -63,15 +63,15 @@ class Fate(StrEnum):
 BROKEN = (Fate.LOST, Fate.DOUBLED, Fate.UNMARKED, Fate.UNSETTLED)
 
 
-def fate_of(noted: Noted, found: Found | None) -> Fate:
+def fate_of(noted: Observed, found: EventRecord | None) -> Fate:
     """What became of one event, from what its deliveries were told and what the database has."""
     status, effects = (found.status, found.effects) if found else (None, 0)
-    if effects > 1 or Noted.PROCESSED_AGAIN in noted:
+    if effects > 1 or Observed.PROCESSED_AGAIN in noted:
         return Fate.DOUBLED
     if effects == 1:
         return Fate.ONCE if status is Status.COMPLETED else Fate.UNMARKED
     if status is None:
-        return Fate.LOST if Noted.ACKNOWLEDGED in noted else Fate.REFUSED
+        return Fate.LOST if Observed.ACKNOWLEDGED in noted else Fate.REFUSED
     if status in UNFINISHED:
         return Fate.UNSETTLED
     if status is Status.DEAD:
@@ -80,7 +80,7 @@ def fate_of(noted: Noted, found: Found | None) -> Fate:
     return Fate.LOST if found and found.action == ACTION else Fate.ELSEWHERE
 
 
-def judge(plan: Plan, journal: bytes, found: Iterable[Found]) -> dict[Fate, list[str]]:
+def judge(plan: Plan, journal: bytes, found: Iterable[EventRecord]) -> dict[Fate, list[str]]:
     """The ids of the events of each fate."""
     by_id = {each.event_id: each for each in found}
     fates: dict[Fate, list[str]] = {fate: [] for fate in Fate}
@@ -104,7 +104,7 @@ async def check(dsn: str) -> None:
             )
 
 
-async def read(dsn: str, plan: Plan, settle_seconds: float, waiting: Callable[[int], None]) -> list[Found]:
+async def read(dsn: str, plan: Plan, settle_seconds: float, waiting: Callable[[int], None]) -> list[EventRecord]:
     """What the database has of the run's events, once they are settled or `settle_seconds` have passed.
 
     `waiting` is told, at every look, how many are not settled. Raises `LedgerUnavailable`.
@@ -117,7 +117,7 @@ async def read(dsn: str, plan: Plan, settle_seconds: float, waiting: Callable[[i
             waiting(unfinished)
             await asyncio.sleep(_POLL_SECONDS)
         return [
-            Found(row["event_id"], row["status"] and Status(row["status"]), row["action"], row["effects"])
+            EventRecord(row["event_id"], row["status"] and Status(row["status"]), row["action"], row["effects"])
             for row in await connection.fetch(_FOUND, *these)
         ]
 

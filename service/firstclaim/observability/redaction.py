@@ -35,7 +35,7 @@ def describe_error(error: BaseException) -> str:
     return type(error).__name__ + _place(error.__traceback__)
 
 
-def tell_error(error: BaseException) -> str:
+def redacted_error(error: BaseException) -> str:
     """The class of `error` and the first line of its message, redacted: for the operator and the ledger, not to log.
 
     Only the first line, for a database's error goes on with the row and the parameters.

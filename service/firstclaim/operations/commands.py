@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 from firstclaim.errors import LedgerUnavailable, OperatorError
 from firstclaim.event import Delivery
-from firstclaim.inbox.ledger import Arrival, insert
+from firstclaim.inbox.ledger import NewRow, insert
 from firstclaim.inbox.model import Status
 from firstclaim.inbox.statements import FIND, statement
 from firstclaim.migrations import schema
-from firstclaim.operations.queries import SELECTED, Inspection, Selection
+from firstclaim.operations.queries import SELECTED, Queries, Selection
 from firstclaim.postgres.connection import UNAVAILABLE, describe, open_connection, read_epoch
 
 BATCH = 500  # events in one transaction: some ten milliseconds, so that nobody waits long for a row
@@ -94,7 +94,7 @@ SELECT count(*) FILTER (WHERE p.event_id IS NOT NULL
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ReplayCandidate:
     """An event as it was when it was chosen for a replay; what it is by then is not touched if it differs."""
 
     event_id: str
@@ -113,12 +113,12 @@ class Change:
     changed: int = field(default=0, init=False)
 
 
-class Operations(Inspection):
+class Commands(Queries):
     """What can be asked, and changed, on one connection."""
 
     @classmethod
     @asynccontextmanager
-    async def on(cls, dsn: str, timeout_seconds: float) -> AsyncIterator["Operations"]:
+    async def on(cls, dsn: str, timeout_seconds: float) -> AsyncIterator["Commands"]:
         """Connected for as long as the block runs; whatever Postgres says in it is a `LedgerUnavailable`.
 
         Raises `SchemaOutdated` before anything is changed.
@@ -148,14 +148,14 @@ class Operations(Inspection):
 
     # -- changing -------------------------------------------------------------------------------------
 
-    async def choose(self, selection: Selection) -> list[Chosen]:
+    async def choose(self, selection: Selection) -> list[ReplayCandidate]:
         """For a replay: all that are selected, in whatever status, the longest due first."""
         rows = await self._fetch(_CHOOSE, **selection.values())
-        return [Chosen(**{**row, "status": Status(row["status"])}) for row in rows]
+        return [ReplayCandidate(**{**row, "status": Status(row["status"])}) for row in rows]
 
     async def replay(
         self,
-        chosen: Sequence[Chosen],
+        chosen: Sequence[ReplayCandidate],
         selection: Selection,
         operator: str,
         *,
@@ -231,7 +231,7 @@ class Operations(Inspection):
             new = await insert(
                 self._connection,
                 [
-                    Arrival(each, Status.PENDING, 0, first + number * _MICROSECOND)
+                    NewRow(each, Status.PENDING, 0, first + number * _MICROSECOND)
                     for number, each in enumerate(deliveries)
                 ],
                 patience_seconds=_PATIENCE_SECONDS,

@@ -101,7 +101,7 @@ class Selection:
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class EventRow:
     """An event as the ledger has it."""
 
     event_id: str
@@ -126,7 +126,7 @@ class Listed:
 
 
 @dataclass(frozen=True, slots=True)
-class Attempted:
+class AttemptRow:
     """An attempt that did not succeed: `failed`, `dead` (its failure was the last) or `abandoned`.
 
     `began_at` is when it was claimed, `process` by whom (`host:pid`); None: by a build that did not say.
@@ -141,7 +141,7 @@ class Attempted:
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
+class TimelineEntry:
     """Something that happened to an event. `what`: `received`, a status, `claimed`, an attempt's outcome, an action."""
 
     at: datetime
@@ -159,13 +159,13 @@ class Backlog:
     abandoned_before: int
 
 
-class Inspection:
+class Queries:
     """What can be asked, on one connection."""
 
     def __init__(self, connection: PinnedConnection) -> None:
         self._connection = connection
 
-    async def list_events(self, selection: Selection, most: int) -> list[Listed]:
+    async def list_events(self, selection: Selection, most: int) -> list[EventRow]:
         """The newest `most` of them."""
         rows = await self._fetch(_LIST, **selection.values(), most=most)
         return [listed(row) for row in rows]
@@ -179,7 +179,7 @@ class Inspection:
         """How many are unfinished or dead, in each status that has any; quick, however many events there are."""
         return {Status(row["status"]): row["events"] for row in await self._fetch(_COUNT_OPEN)}
 
-    async def find(self, event_id: str) -> Listed | None:
+    async def find(self, event_id: str) -> EventRow | None:
         """The event, or None: the ledger does not have it."""
         return next(iter(await self.list_events(Selection([event_id]), 1)), None)
 
@@ -188,16 +188,16 @@ class Inspection:
         rows = await self._fetch(_PAYLOAD, event_id=event_id)
         return rows[0]["body"] if rows else None
 
-    async def attempts(self, event_id: str) -> list[Attempted]:
+    async def attempts(self, event_id: str) -> list[AttemptRow]:
         """Those that did not succeed, oldest first."""
-        return [Attempted(**row) for row in await self._fetch(_ATTEMPTS, event_id=event_id)]
+        return [AttemptRow(**row) for row in await self._fetch(_ATTEMPTS, event_id=event_id)]
 
     async def actions_on(self, event_id: str) -> list[dict[str, Any]]:
         """What was done to the event by its id, oldest first: `at`, `operator`, `action`."""
         found = await self._fetch(_ACTIONS_ON, event_id=event_id)
         return [dict(row) for row in found if event_id in row["selection"].split(" ")]
 
-    async def history(self, event: Listed) -> list[Moment]:
+    async def history(self, event: EventRow) -> list[TimelineEntry]:
         """What happened to it and when, oldest first; see `timeline`."""
         return timeline(event, await self.attempts(event.event_id), await self.actions_on(event.event_id))
 
@@ -210,23 +210,27 @@ class Inspection:
         return await query.fetch(self._connection, timeout_seconds=_STATEMENT_SECONDS, **values)
 
 
-def listed(row: Mapping[str, Any]) -> Listed:
+def listed(row: Mapping[str, Any]) -> EventRow:
     """An event from a row of `COLUMNS`."""
-    return Listed(**{**row, "status": Status(row["status"])})
+    return EventRow(**{**row, "status": Status(row["status"])})
 
 
-def timeline(event: Listed, attempts: Sequence[Attempted], actions: Sequence[Mapping[str, Any]]) -> list[Moment]:
+def timeline(
+    event: EventRow, attempts: Sequence[AttemptRow], actions: Sequence[Mapping[str, Any]]
+) -> list[TimelineEntry]:
     """What happened to it and when, as far as the ledger keeps it: a success leaves its last claim and its end."""
-    told = [Moment(event.received_at, "received", "received")]
+    told = [TimelineEntry(event.received_at, "received", "received")]
     for each in attempts:
         lasted = "" if each.began_at is None else f" after {(each.ended_at - each.began_at).total_seconds():.2f} s"
         by = "" if each.process is None else f", by {each.process}"
         words = f"attempt {each.attempt} {each.outcome}{lasted}{by}: {each.error}"
-        told.append(Moment(each.ended_at, each.outcome, words))
-    told += [Moment(each["at"], each["action"], f"{each['action']} by {each['operator']}") for each in actions]
+        told.append(TimelineEntry(each.ended_at, each.outcome, words))
+    told += [TimelineEntry(each["at"], each["action"], f"{each['action']} by {each['operator']}") for each in actions]
     if event.status in (Status.PROCESSING, Status.COMPLETED) and event.claimed_at is not None:
-        told.append(Moment(event.claimed_at, "claimed", f"attempt {event.attempt} claimed by {event.claimed_by}"))
+        told.append(
+            TimelineEntry(event.claimed_at, "claimed", f"attempt {event.attempt} claimed by {event.claimed_by}")
+        )
     # Of an attempt that was the last one its own line says so.
     if event.settled_at is not None and not any((e.attempt, e.outcome) == (event.attempt, "dead") for e in attempts):
-        told.append(Moment(event.settled_at, event.status, event.status))
+        told.append(TimelineEntry(event.settled_at, event.status, event.status))
     return sorted(told, key=lambda each: each.at)

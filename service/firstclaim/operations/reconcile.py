@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from firstclaim.errors import Rejected, StripeUnavailable
 from firstclaim.event import Delivery, parse_event
 from firstclaim.observability.redaction import redact
-from firstclaim.operations.commands import BATCH, Operations
+from firstclaim.operations.commands import BATCH, Commands
 from firstclaim.operations.stripe_api import Item, Page, StripeEvents
 
 DAYS_MOST = 30  # for how long Stripe lists an event
@@ -29,7 +29,7 @@ _WINDOW_MOST_SECONDS = 86_400  # bounds what is read twice where many missing ev
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ReconcileOptions:
     """What is to be reconciled. `undelivered`: only what some endpoint has not taken yet, as Stripe sees it."""
 
     since_seconds: int
@@ -75,9 +75,9 @@ class Reconciliation:
 
     def __init__(
         self,
-        operations: Operations,
+        operations: Commands,
         events: StripeEvents,
-        asked: Asked,
+        asked: ReconcileOptions,
         *,
         body_most_bytes: int,
         give_up_seconds: float,

@@ -17,8 +17,8 @@ import asyncpg
 from firstclaim.errors import TookTooLong
 from firstclaim.inbox.model import Status
 from firstclaim.inbox.statements import Statement, statement
-from firstclaim.operations.commands import Operations
-from firstclaim.operations.queries import COLUMNS, SELECTED, Listed, Selection, listed
+from firstclaim.operations.commands import Commands
+from firstclaim.operations.queries import COLUMNS, SELECTED, EventRow, Selection, listed
 
 STATEMENT_SECONDS: Final = 3  # who looks waits no longer; a delivery shares the server with it
 PINS: Final[Mapping[str, str]] = {
@@ -116,38 +116,38 @@ class Search:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class SearchPage:
     """A page of events, the newest first.
 
     `more`: where to go on; `looked_until`: how far was looked, where that was not to the end of the ledger.
     """
 
-    events: list[Listed]
+    events: list[EventRow]
     more: Place | None
     looked_until: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
-class Arrivals:
+class HourlyCounts:
     """Events by the hour in which they came in and by what they are now; hours without any are there too."""
 
     hours: list[tuple[datetime, dict[Status, int]]]
 
 
-class Browsing(Operations):
+class LedgerSearch(Commands):
     """What the page asks, on one connection with `PINS`; what takes longer than these allow is a `TookTooLong`."""
 
-    async def page(self, search: Search, place: Place | None, most: int) -> Found:
+    async def page(self, search: Search, place: Place | None, most: int) -> SearchPage:
         """The newest `most` that were found behind `place`; None: behind the beginning."""
         values = search.values(place)
         query = _PAGE if search.object_id is None else _PAGE_LOOKED_FOR
         rows = await self._fetch(query, **values, most=most + 1)
         events = [listed(row) for row in rows[:most]]
         if len(rows) > most:
-            return Found(events, Place(events[-1].received_at, events[-1].event_id), None)
+            return SearchPage(events, Place(events[-1].received_at, events[-1].event_id), None)
         if search.most_looked_at is not None and (last := await self._fetch(_LOOKED_UNTIL, **values)):
-            return Found(events, Place(**last[0]), last[0]["received_at"])
-        return Found(events, None, None)
+            return SearchPage(events, Place(**last[0]), last[0]["received_at"])
+        return SearchPage(events, None, None)
 
     async def replayable(self, search: Search, most: int) -> list[str]:
         """The ids of those that were found and are failed or dead, the newest `most`."""
@@ -157,7 +157,7 @@ class Browsing(Operations):
         query = _IDS if search.object_id is None else _IDS_LOOKED_FOR
         return [row["event_id"] for row in await self._fetch(query, **narrowed.values(None), most=most)]
 
-    async def arrivals(self, hours: int) -> Arrivals:
+    async def arrivals(self, hours: int) -> HourlyCounts:
         """Those of the last `hours`, the running one included, by the database's clock; whole hours of UTC."""
         [clock] = await self._fetch(_NOW)
         running = clock["now"].astimezone(UTC).replace(minute=0, second=0, microsecond=0)
@@ -167,7 +167,7 @@ class Browsing(Operations):
         # The instant as a value: of one that is yet to be computed the planner thinks that a third of all is later.
         for row in await self._fetch(_ARRIVALS, since=min(counted)):
             counted.setdefault(row["began_at"], {})[Status(row["status"])] = row["events"]
-        return Arrivals(sorted(counted.items()))
+        return HourlyCounts(sorted(counted.items()))
 
     async def count_indexed(self) -> dict[Status, int]:
         """How many there are in each status that an index knows: all but what went well."""

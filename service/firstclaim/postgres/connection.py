@@ -60,7 +60,7 @@ class PinnedConnection(asyncpg.Connection):
 
     epoch: str | None = None
 
-    # Of a handler (see `firstclaim.postgres.handler_connections`): its transaction, until whoever began it has ended it, ...
+    # For `handler_connections`: the handler's transaction, until the code that began it has ended it, ...
     handling: Transaction | None = None
     # ... whether it runs, and whether it tried to end that transaction by itself.
     handler_runs: bool = False

@@ -27,7 +27,7 @@ _MUST_NOT_END = (
 _HAS_ENDED = "this handler has ended: nothing more can be written in its transaction"
 
 
-class Seat:
+class HandlerConnection:
     """One handler's hold of a connection."""
 
     def __init__(self, engine: AsyncEngine, pooled: PoolProxiedConnection) -> None:
@@ -137,7 +137,7 @@ class Seat:
         return self._connection
 
 
-class Seats:
+class HandlerConnections:
     """Exactly `size` connections, opened as they are needed; `size` handlers at once is the caller's business.
 
     SQLAlchemy begins no transaction on them (`AUTOCOMMIT`): around a handler `begin` does it, on the driver, where it
@@ -169,23 +169,23 @@ class Seats:
         event.listen(self._engine.sync_engine, "rollback", _refuse_in_handler)
         event.listen(self._engine.sync_engine, "reset", _end_transaction)
 
-    async def take(self) -> Seat:
+    async def take(self) -> HandlerConnection:
         """A seat in no transaction, given up by `give_back` or by its `discard`; raises what `UNAVAILABLE` lists."""
         while self._free:
-            seat = Seat(self._engine, self._free.pop())
+            seat = HandlerConnection(self._engine, self._free.pop())
             if seat.is_current(self._epoch):
                 return seat
             await seat.discard()
-        return Seat(self._engine, await self._engine.raw_connection())
+        return HandlerConnection(self._engine, await self._engine.raw_connection())
 
-    async def give_back(self, seat: Seat) -> None:
+    async def give_back(self, seat: HandlerConnection) -> None:
         """Its connection is for the next one to take, or is closed."""
         if (pooled := await seat.vacate()) is not None:
             self._free.append(pooled)
 
     async def close(self) -> None:
         """Close all that are free."""
-        free = [Seat(self._engine, pooled) for pooled in self._free]
+        free = [HandlerConnection(self._engine, pooled) for pooled in self._free]
         self._free.clear()
         await asyncio.gather(*(seat.leave() for seat in free))
         await self._engine.dispose()

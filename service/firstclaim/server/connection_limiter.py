@@ -22,25 +22,25 @@ _WARN_SECONDS = 10.0  # a line for the operator, not one for every socket of a f
 _OTHER_FILES = 200  # 64 connections to Redis; the listener, the log, pipes to the supervisor, modules, name look-ups
 
 
-class Guest(Protocol):
+class LimitedConnection(Protocol):
     """One connection."""
 
-    def show_out(self) -> None:
+    def evict(self) -> None:
         """Leave now: the place is needed."""
 
 
 @dataclass(slots=True)
-class Lobby:
+class ConnectionLimiter:
     """The sockets of this process; of those whose request has not arrived whole, the one that waits longest first."""
 
     connections_most: int
     bytes_most: int
-    _present: set[Guest] = field(default_factory=set)
-    _arriving: dict[Guest, int] = field(default_factory=dict)  # with the bytes that came of it
+    _present: set[LimitedConnection] = field(default_factory=set)
+    _arriving: dict[LimitedConnection, int] = field(default_factory=dict)  # with the bytes that came of it
     _bytes: int = 0
     _warn_at: float = 0.0
 
-    def arrive(self, guest: Guest) -> bool:
+    def arrive(self, guest: LimitedConnection) -> bool:
         """A new socket; whether it may stay, another having made room for it if need be."""
         room = True
         while room and len(self._present) >= self.connections_most:
@@ -49,12 +49,12 @@ class Lobby:
         self._arriving[guest] = 0  # also if it has to go: its place is the first to be given away
         return room
 
-    def expect(self, guest: Guest) -> None:
+    def expect(self, guest: LimitedConnection) -> None:
         """A next request of it has yet to arrive."""
         if guest in self._present:
             self._arriving.setdefault(guest, 0)
 
-    def bring(self, guest: Guest, count: int) -> None:
+    def bring(self, guest: LimitedConnection, count: int) -> None:
         """More bytes of its request came; whoever waits longest goes if they are too many."""
         if guest in self._arriving:
             self._arriving[guest] += count
@@ -62,11 +62,11 @@ class Lobby:
             while self._bytes > self.bytes_most:
                 self._make_room()
 
-    def complete(self, guest: Guest) -> None:
+    def complete(self, guest: LimitedConnection) -> None:
         """Its request is here: it is not sent away before that is answered."""
         self._bytes -= self._arriving.pop(guest, 0)
 
-    def leave(self, guest: Guest) -> None:
+    def leave(self, guest: LimitedConnection) -> None:
         """It has gone."""
         self.complete(guest)
         self._present.discard(guest)
@@ -79,7 +79,7 @@ class Lobby:
         if longest is None:
             return False
         self.leave(longest)
-        longest.show_out()
+        longest.evict()
         return True
 
 

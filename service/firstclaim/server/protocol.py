@@ -12,7 +12,7 @@ Guarantees, for every connection:
   answer is the last on the connection. (uvicorn queues a request for each 20 bytes it reads, without limit, and
   answers the garbage behind a delivery before the delivery.)
 - Nobody is waited for who does not read: at `pause_writing` there are hundreds of answers unread.
-- When the process is full, the `Lobby` says who leaves.
+- When the process is full, the `ConnectionLimiter` says who leaves.
 
 What is refused is answered in the one JSON shape, and its sender gets to see the answer.
 """
@@ -33,7 +33,7 @@ from uvicorn.server import ServerState
 from firstclaim import outcome as outcomes
 from firstclaim.errors import Rejected
 from firstclaim.observability import metrics
-from firstclaim.server.connection_limiter import Lobby
+from firstclaim.server.connection_limiter import ConnectionLimiter
 from firstclaim.web.webhook import answer, rejection
 
 log = structlog.get_logger(__name__)
@@ -45,12 +45,12 @@ _BETWEEN_HEADER_BYTES = 4  # the colon, a space, the end of the line
 _FRAMING = (b"content-length", b"transfer-encoding")
 
 
-class Door(HttpToolsProtocol):
+class HttpProtocol(HttpToolsProtocol):
     """One connection, in one of these states: a head is due, a body is due, being answered, idle, leaving."""
 
     def __init__(
         self,
-        lobby: Lobby,
+        lobby: ConnectionLimiter,
         body_seconds: float,
         config: Config,
         server_state: ServerState,
@@ -155,7 +155,7 @@ class Door(HttpToolsProtocol):
 
     # -- who has to go --------------------------------------------------------------------------------
 
-    def show_out(self) -> None:
+    def evict(self) -> None:
         """Make room for another: at once, and saying so to whoever has a request on the way."""
         if self.cycle is None or self._unanswered or self._seen_bytes:
             self._send_away()
@@ -249,7 +249,7 @@ class Door(HttpToolsProtocol):
 class _Exit(asyncio.Transport):
     """The transport for whoever answers: uvicorn closes it with the last answer, also in the face of a body."""
 
-    def __init__(self, door: Door, transport: asyncio.Transport) -> None:
+    def __init__(self, door: HttpProtocol, transport: asyncio.Transport) -> None:
         super().__init__()
         self._door = weakref.ref(door)  # it holds us: a circle would keep its buffers until the collector comes
         self.write = transport.write  # type: ignore[method-assign]

@@ -41,7 +41,7 @@ Probe = Callable[[], Awaitable[Finding]]
 
 
 @dataclass(slots=True)
-class Part:
+class HealthCheck:
     """One thing to ask. `failing` is what its failure means for readiness."""
 
     name: str
@@ -79,7 +79,7 @@ async def livez(_request: Request) -> Response:
 class Readiness:
     """`/readyz`: 200 while events can be recorded and finished, else 503."""
 
-    def __init__(self, parts: list[Part]) -> None:
+    def __init__(self, parts: list[HealthCheck]) -> None:
         self._parts = parts
 
     async def report(self, _request: Request) -> Response:

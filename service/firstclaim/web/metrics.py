@@ -22,9 +22,9 @@ from starlette.responses import Response
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox.model import Status
 from firstclaim.observability import metrics
-from firstclaim.operations.queries import Backlog, Inspection, Selection
+from firstclaim.operations.queries import Backlog, Queries, Selection
 from firstclaim.postgres.connection import Pool
-from firstclaim.web.health import Health, Part
+from firstclaim.web.health import Health, HealthCheck
 
 log = structlog.get_logger(__name__)
 
@@ -42,7 +42,7 @@ _PATIENCE_SECONDS = 5.0  # half of a scrape's usual timeout
 class _Kept(Generic[T]):
     """The answer to a question about the ledger, asked anew after `seconds`, or later if it took long."""
 
-    def __init__(self, pool: Pool, ask: Callable[[Inspection], Awaitable[T]], seconds: float) -> None:
+    def __init__(self, pool: Pool, ask: Callable[[Queries], Awaitable[T]], seconds: float) -> None:
         self._pool = pool
         self._ask = ask
         self._seconds = seconds
@@ -56,7 +56,7 @@ class _Kept(Generic[T]):
             if (began := time.monotonic()) > self._kept_until:
                 try:
                     async with self._pool.borrow(_PATIENCE_SECONDS) as connection:
-                        self._answer = await self._ask(Inspection(connection))
+                        self._answer = await self._ask(Queries(connection))
                 except LedgerUnavailable as error:
                     log.debug("ledger_not_counted", error=str(error))
                     self._answer = None
@@ -65,14 +65,14 @@ class _Kept(Generic[T]):
         return self._answer
 
 
-async def _ask_open(inspection: Inspection) -> tuple[Backlog, dict[Status, int]]:
+async def _ask_open(inspection: Queries) -> tuple[Backlog, dict[Status, int]]:
     return await inspection.backlog(), await inspection.count_open()
 
 
-class Metrics:
+class MetricsEndpoint:
     """`/metrics`. `pool` is for these questions alone."""
 
-    def __init__(self, parts: Sequence[Part], pool: Pool) -> None:
+    def __init__(self, parts: Sequence[HealthCheck], pool: Pool) -> None:
         self._parts = parts
         self._open = _Kept(pool, _ask_open, _OPEN_SECONDS)
         self._settled = _Kept(pool, lambda inspection: inspection.count(Selection(statuses=_SETTLED)), _SETTLED_SECONDS)

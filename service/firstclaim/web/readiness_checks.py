@@ -5,10 +5,10 @@ from firstclaim.inbox.recovery import Recovery
 from firstclaim.migrations.schema import SchemaState, compare, outdated, read_version
 from firstclaim.postgres.connection import Pool
 from firstclaim.shutdown import Stop
-from firstclaim.web.health import PROBE_SECONDS, Finding, Health, Part
+from firstclaim.web.health import PROBE_SECONDS, Finding, Health, HealthCheck
 
 
-def readiness_parts(stop: Stop, lock: Lock, ingest: Pool, recovery: Recovery) -> list[Part]:
+def readiness_checks(stop: Stop, lock: Lock, ingest: Pool, recovery: Recovery) -> list[HealthCheck]:
     """The parts in the order of their lines. Redis away is `degraded`: events are still recorded."""
 
     async def process() -> Finding:
@@ -35,9 +35,9 @@ def readiness_parts(stop: Stop, lock: Lock, ingest: Pool, recovery: Recovery) ->
         return Finding(Health.OK if recovery.well else Health.DOWN, detail)
 
     return [
-        Part("process", process),
-        Part("redis", redis, failing=Health.DEGRADED),
-        Part("postgres", postgres),
-        Part("schema", schema),
-        Part("recovery", recovering),
+        HealthCheck("process", process),
+        HealthCheck("redis", redis, failing=Health.DEGRADED),
+        HealthCheck("postgres", postgres),
+        HealthCheck("schema", schema),
+        HealthCheck("recovery", recovering),
     ]

@@ -13,17 +13,17 @@ from firstclaim.inbox.model import Status
 from firstclaim.inbox.statements import statement
 from firstclaim.operations import search as browsing_module
 from firstclaim.operations.queries import Selection
-from firstclaim.operations.search import PINS, Browsing, Place, Search
+from firstclaim.operations.search import PINS, LedgerSearch, Place, Search
 from tests.integration.world import World, delivery
 
 FAR = Search(Selection())
 
 
 @pytest.fixture
-async def browsing(world: World) -> AsyncIterator[Browsing]:
+async def browsing(world: World) -> AsyncIterator[LedgerSearch]:
     """As the page asks."""
     async with world.parts.admin.borrow(60) as connection:
-        yield Browsing(connection)
+        yield LedgerSearch(connection)
 
 
 async def event(world: World, status: Status = Status.COMPLETED, *, age: float = 0, **data: object) -> str:
@@ -33,11 +33,11 @@ async def event(world: World, status: Status = Status.COMPLETED, *, age: float =
     return given.event.id
 
 
-async def ids(browsing: Browsing, search: Search, most: int = 50, place: Place | None = None) -> list[str]:
+async def ids(browsing: LedgerSearch, search: Search, most: int = 50, place: Place | None = None) -> list[str]:
     return [each.event_id for each in (await browsing.page(search, place, most)).events]
 
 
-async def test_pages_follow_each_other(world: World, browsing: Browsing) -> None:
+async def test_pages_follow_each_other(world: World, browsing: LedgerSearch) -> None:
     """Each event once, the newest first, also where several came in the same instant and more come meanwhile."""
     made = [await event(world, age=1000 - number // 3) for number in range(10)]
     await world.database.execute("UPDATE stripe_events SET received_at = date_trunc('second', received_at)")
@@ -56,7 +56,7 @@ async def test_pages_follow_each_other(world: World, browsing: Browsing) -> None
     assert seen == [row["event_id"] for row in rows]
 
 
-async def test_an_object_is_found(world: World, browsing: Browsing) -> None:
+async def test_an_object_is_found(world: World, browsing: LedgerSearch) -> None:
     """By its whole id, beside other filters; a part of it finds nothing."""
     mine = await event(world, id="in_mine")
     await event(world, id="in_other")
@@ -67,7 +67,7 @@ async def test_an_object_is_found(world: World, browsing: Browsing) -> None:
     assert await ids(browsing, Search(Selection(), "in_%")) == []
 
 
-async def test_a_customer_is_found_in_payloads(world: World, browsing: Browsing) -> None:
+async def test_a_customer_is_found_in_payloads(world: World, browsing: LedgerSearch) -> None:
     """As the object itself and as a value anywhere; not as the beginning of another's id, nor without a payload."""
     itself = await event(world, age=3, id="cus_mine")
     inside = await event(world, age=2, id="in_1", customer="cus_mine")
@@ -79,7 +79,9 @@ async def test_a_customer_is_found_in_payloads(world: World, browsing: Browsing)
     assert await ids(browsing, search) == [itself]
 
 
-async def test_it_is_told_how_far_was_looked(world: World, browsing: Browsing, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_is_told_how_far_was_looked(
+    world: World, browsing: LedgerSearch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Among so many of the newest; the next page looks among so many more, until the ledger's end."""
     monkeypatch.setattr(browsing_module, "PAYLOADS_MOST", 3)
     old = await event(world, age=100, customer="cus_mine")
@@ -96,7 +98,7 @@ async def test_it_is_told_how_far_was_looked(world: World, browsing: Browsing, m
     assert second.looked_until is None
 
 
-async def test_what_can_be_replayed_is_named(world: World, browsing: Browsing) -> None:
+async def test_what_can_be_replayed_is_named(world: World, browsing: LedgerSearch) -> None:
     """Failed and dead ones that match, and no others, whatever was asked for; no more than are wanted."""
     dead, failed = await event(world, Status.DEAD, age=1), await event(world, Status.FAILED, age=2)
     for status in (Status.COMPLETED, Status.PENDING, Status.PROCESSING, Status.IGNORED):
@@ -108,7 +110,7 @@ async def test_what_can_be_replayed_is_named(world: World, browsing: Browsing) -
     assert await browsing.replayable(Search(Selection(event_ids=[dead])), 9) == [dead]
 
 
-async def test_arrivals_by_the_hour(world: World, browsing: Browsing) -> None:
+async def test_arrivals_by_the_hour(world: World, browsing: LedgerSearch) -> None:
     """So many hours, the empty ones too, by what the events are now; what is older is not there."""
     for age, status in (
         (0.0, Status.DEAD),
@@ -125,7 +127,7 @@ async def test_arrivals_by_the_hour(world: World, browsing: Browsing) -> None:
     assert sum(sum(counts.values()) for _, counts in hours) == 3
 
 
-async def test_what_went_well_is_not_counted_by_an_index(world: World, browsing: Browsing) -> None:
+async def test_what_went_well_is_not_counted_by_an_index(world: World, browsing: LedgerSearch) -> None:
     """All others are, each once."""
     for status in Status:
         await event(world, status)
@@ -133,7 +135,7 @@ async def test_what_went_well_is_not_counted_by_an_index(world: World, browsing:
     assert counted == {each: 1 for each in Status if each not in (Status.COMPLETED, Status.IGNORED)}
 
 
-async def test_a_question_that_takes_too_long_is_ended(browsing: Browsing) -> None:
+async def test_a_question_that_takes_too_long_is_ended(browsing: LedgerSearch) -> None:
     """By the server, after the time that its connection allows; the connection is good for the next one."""
     await browsing._connection.execute("SET statement_timeout = '50ms'")
     with pytest.raises(TookTooLong):
@@ -141,7 +143,7 @@ async def test_a_question_that_takes_too_long_is_ended(browsing: Browsing) -> No
     assert await browsing.count_indexed() == {}
 
 
-async def test_its_connections_are_pinned(world: World, browsing: Browsing) -> None:
+async def test_its_connections_are_pinned(world: World, browsing: LedgerSearch) -> None:
     """Those of the page and no others; what every connection of ours has they have too."""
     pins = {**PINS, "synchronous_commit": "on"}
     assert {name: await browsing._connection.fetchval("SELECT current_setting($1)", name) for name in pins} == pins
@@ -162,7 +164,7 @@ async def test_its_connections_are_pinned(world: World, browsing: Browsing) -> N
     ],
 )
 async def test_no_page_reads_the_whole_ledger(
-    world: World, browsing: Browsing, monkeypatch: pytest.MonkeyPatch, search: Search, index: str
+    world: World, browsing: LedgerSearch, monkeypatch: pytest.MonkeyPatch, search: Search, index: str
 ) -> None:
     """Each kind of list begins at an index, of a ledger that is large enough for one, and sorts nothing."""
     for name in ("OBJECTS_MOST", "PAYLOADS_MOST"):

@@ -4,25 +4,25 @@ import resource
 
 import pytest
 
-from firstclaim.server.connection_limiter import Lobby, affordable_connections
+from firstclaim.server.connection_limiter import ConnectionLimiter, affordable_connections
 from firstclaim.settings import Settings
 
 
 class Visitor:
     """Remembers that it was shown out, and leaves as a connection does."""
 
-    def __init__(self, house: Lobby) -> None:
+    def __init__(self, house: ConnectionLimiter) -> None:
         self.house = house
         self.gone = False
 
-    def show_out(self) -> None:
+    def evict(self) -> None:
         assert not self.gone
         self.gone = True
         self.house.expect(self)  # as a connection that still says why; it must not count again
         self.house.leave(self)
 
 
-def visitors(house: Lobby, count: int) -> list[Visitor]:
+def visitors(house: ConnectionLimiter, count: int) -> list[Visitor]:
     """So many newcomers, all of whom may stay."""
     found = [Visitor(house) for _ in range(count)]
     assert [house.arrive(each) for each in found] == [True] * count
@@ -35,7 +35,7 @@ def gone(found: list[Visitor]) -> list[bool]:
 
 def test_the_longest_arriving_goes_first() -> None:
     """Each newcomer above the most takes the place of whoever has waited longest, one for one."""
-    house = Lobby(3, 1000)
+    house = ConnectionLimiter(3, 1000)
     first, second, third = visitors(house, 3)
     visitors(house, 2)
     assert gone([first, second, third]) == [True, True, False]
@@ -43,7 +43,7 @@ def test_the_longest_arriving_goes_first() -> None:
 
 def test_a_request_that_is_here_is_safe() -> None:
     """Whose request has arrived does not go; with its answer it begins to wait anew, behind all others."""
-    house = Lobby(2, 1000)
+    house = ConnectionLimiter(2, 1000)
     first, second = visitors(house, 2)
     house.complete(first)
     visitors(house, 1)
@@ -55,7 +55,7 @@ def test_a_request_that_is_here_is_safe() -> None:
 
 def test_with_everyone_at_work_the_newcomer_goes() -> None:
     """Then nobody makes room: the newcomer is told so, and the next one takes its place, not an extra one."""
-    house = Lobby(2, 1000)
+    house = ConnectionLimiter(2, 1000)
     for each in visitors(house, 2):
         house.complete(each)
     refused = Visitor(house)
@@ -67,7 +67,7 @@ def test_with_everyone_at_work_the_newcomer_goes() -> None:
 
 def test_who_has_gone_leaves_a_place() -> None:
     """A place that was left is free, whether or not its request had come, and is left once."""
-    house = Lobby(2, 1000)
+    house = ConnectionLimiter(2, 1000)
     first, second = visitors(house, 2)
     house.complete(first)
     for each in (first, first, second):
@@ -77,7 +77,7 @@ def test_who_has_gone_leaves_a_place() -> None:
 
 def test_bytes_are_bounded() -> None:
     """Too many bytes of requests that have not arrived: the longest arriving go until it is enough, no further."""
-    house = Lobby(10, 100)
+    house = ConnectionLimiter(10, 100)
     first, second, third, fourth = found = visitors(house, 4)
     for each, count in ((first, 30), (second, 30), (third, 40)):
         house.bring(each, count)
@@ -93,7 +93,7 @@ def test_bytes_are_bounded() -> None:
 
 def test_one_too_large_goes_itself() -> None:
     """Who alone brings too much has to go too, and what it brings after that counts for nobody."""
-    house = Lobby(10, 100)
+    house = ConnectionLimiter(10, 100)
     [only] = visitors(house, 1)
     house.bring(only, 101)
     house.bring(only, 101)

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy.exc import DBAPIError
 
 from firstclaim.errors import Permanent
-from firstclaim.observability.redaction import describe_error, redact, tell_error
+from firstclaim.observability.redaction import describe_error, redact, redacted_error
 
 CANARY = "c4n4rypw"
 
@@ -74,17 +74,17 @@ def test_an_error_is_described_without_its_message() -> None:
         raise Permanent(CANARY)
     except Permanent as error:
         description = describe_error(error)
-    assert description.startswith("Permanent at test_telling.py:")
+    assert description.startswith("Permanent at test_redaction.py:")
     assert describe_error(ValueError(CANARY)) == "ValueError"
 
 
 def test_an_error_is_told_without_secrets() -> None:
     """To the operator: class and first line, redacted; of a database's error the driver's own words."""
-    assert tell_error(ValueError("a@example.com\nDETAIL: all of the row")) == "ValueError: [redacted]"
-    assert tell_error(ValueError()) == "ValueError: "
+    assert redacted_error(ValueError("a@example.com\nDETAIL: all of the row")) == "ValueError: [redacted]"
+    assert redacted_error(ValueError()) == "ValueError: "
     original = RuntimeError("duplicate key\nDETAIL: Key (email)=(a@example.com)")
     wrapped = DBAPIError("INSERT INTO people VALUES (%s)", ["a@example.com"], original)
-    assert tell_error(wrapped) == "DBAPIError: duplicate key"
+    assert redacted_error(wrapped) == "DBAPIError: duplicate key"
 
 
 def test_an_error_that_cannot_be_told_is_named() -> None:
@@ -94,5 +94,5 @@ def test_an_error_that_cannot_be_told_is_named() -> None:
         def __str__(self) -> str:
             raise RuntimeError(CANARY)
 
-    assert tell_error(MuteError()) == "MuteError: its message cannot be told"
+    assert redacted_error(MuteError()) == "MuteError: its message cannot be told"
     assert describe_error(MuteError()) == "MuteError"

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError, ResourceClosedError
 
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.postgres.connection import Epoch
-from firstclaim.postgres.handler_connections import Seat, Seats
+from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from tests.integration.world import until, until_closed
 from tests.proxy import Mode, before_postgres
 
@@ -22,9 +22,9 @@ INSERT = "INSERT INTO effects (event_id, attempt, pid, xid) VALUES ('evt_1', 1, 
 
 
 @asynccontextmanager
-async def opened(url: str, *, size: int = 1) -> AsyncIterator[Seats]:
+async def opened(url: str, *, size: int = 1) -> AsyncIterator[HandlerConnections]:
     """Seats as the service has them."""
-    seats = Seats(
+    seats = HandlerConnections(
         url,
         size=size,
         timeout_seconds=TIMEOUT_SECONDS,
@@ -45,7 +45,7 @@ async def admin(database_url: str) -> AsyncIterator[asyncpg.Connection]:
     await connection.close()
 
 
-async def begun(seats: Seats) -> Seat:
+async def begun(seats: HandlerConnections) -> HandlerConnection:
     """One handler's turn, as it begins."""
     seat = await seats.take()
     await seat.begin()
@@ -53,7 +53,7 @@ async def begun(seats: Seats) -> Seat:
     return seat
 
 
-async def sit(seats: Seats, *, sqlalchemy: bool) -> int:
+async def sit(seats: HandlerConnections, *, sqlalchemy: bool) -> int:
     """One handler's turn, which commits; returns the pid of its backend."""
     seat = await begun(seats)
     if sqlalchemy:
@@ -133,7 +133,7 @@ async def test_a_connection_comes_back_without_a_transaction(
 ) -> None:
     """Whatever its last user left open is rolled back: nothing of it is committed by the next one."""
 
-    async def run(seat: Seat, statement: str) -> None:
+    async def run(seat: HandlerConnection, statement: str) -> None:
         if way == "the driver":
             await seat.driver.execute(statement)
         else:

@@ -63,7 +63,7 @@ def test_an_exception_leaves_neither_message_nor_traceback(capsys: pytest.Captur
     assert len(lines) == 2
     for line in lines:
         assert line["event"] == "it_broke"
-        assert line["error"].startswith("RuntimeError at test_logs.py:")
+        assert line["error"].startswith("RuntimeError at test_logging.py:")
         assert not {"exception", "exc_info", "stack", "traceback"} & set(line)
         assert CANARY not in json.dumps(line)
 
@@ -81,7 +81,7 @@ async def test_a_forgotten_tasks_exception_leaves_no_message(capsys: pytest.Capt
         gc.collect()
     [line] = written(capsys)
     assert "never retrieved" in line["event"]
-    assert "RuntimeError at test_logs.py:" in line["error"]
+    assert "RuntimeError at test_logging.py:" in line["error"]
     assert CANARY not in json.dumps(line)
 
 

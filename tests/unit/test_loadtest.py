@@ -23,7 +23,7 @@ from firstclaim.loadtest.plan import (
     Journal,
     Latencies,
     Mix,
-    Noted,
+    Observed,
     Pace,
     Plan,
     Progress,
@@ -33,13 +33,13 @@ from firstclaim.loadtest.plan import (
     kind_of,
 )
 from firstclaim.loadtest.runner import live_line, report, report_verdict
-from firstclaim.loadtest.verdict import BROKEN, Fate, Found, fate_of, judge
+from firstclaim.loadtest.verdict import BROKEN, EventRecord, Fate, fate_of, judge
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.sending import shipped_types
 from firstclaim.web.webhook import answer, rejection
 
 TURNS = 20_000
-SENT, ACKNOWLEDGED = Noted.SENT, Noted.SENT | Noted.ACKNOWLEDGED
+SENT, ACKNOWLEDGED = Observed.SENT, Observed.SENT | Observed.ACKNOWLEDGED
 
 
 def plan(**changes: Any) -> Plan:
@@ -215,16 +215,16 @@ def test_the_journal_remembers_the_best_that_an_event_was_told() -> None:
     assert dict(entries(journal.close())) == {
         0: SENT,
         2: SENT,
-        3: ACKNOWLEDGED | Noted.PROCESSED,
-        4: ACKNOWLEDGED | Noted.PROCESSED | Noted.PROCESSED_AGAIN,
+        3: ACKNOWLEDGED | Observed.PROCESSED,
+        4: ACKNOWLEDGED | Observed.PROCESSED | Observed.PROCESSED_AGAIN,
     }
 
 
 # -- the verdict --------------------------------------------------------------------------------------
 
 
-def found(status: Status | None, effects: int, action: str | None = ACTION) -> Found:
-    return Found("evt_1", status, action, effects)
+def found(status: Status | None, effects: int, action: str | None = ACTION) -> EventRecord:
+    return EventRecord("evt_1", status, action, effects)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +234,7 @@ def found(status: Status | None, effects: int, action: str | None = ACTION) -> F
         (SENT, found(Status.COMPLETED, 1), Fate.ONCE),
         (ACKNOWLEDGED, found(Status.COMPLETED, 2), Fate.DOUBLED),
         (SENT, found(None, 2), Fate.DOUBLED),
-        (ACKNOWLEDGED | Noted.PROCESSED_AGAIN, found(Status.COMPLETED, 1), Fate.DOUBLED),
+        (ACKNOWLEDGED | Observed.PROCESSED_AGAIN, found(Status.COMPLETED, 1), Fate.DOUBLED),
         (ACKNOWLEDGED, None, Fate.LOST),
         (SENT, None, Fate.REFUSED),
         (ACKNOWLEDGED, found(Status.COMPLETED, 0), Fate.LOST),
@@ -247,7 +247,7 @@ def found(status: Status | None, effects: int, action: str | None = ACTION) -> F
         *((ACKNOWLEDGED, found(status, 0, None), Fate.UNSETTLED) for status in UNFINISHED),
     ],
 )
-def test_the_fate_of_an_event(noted: Noted, in_database: Found | None, fate: Fate) -> None:
+def test_the_fate_of_an_event(noted: Observed, in_database: EventRecord | None, fate: Fate) -> None:
     """Lost is what was promised and is not there; doubled has two effects; what was never accepted is neither."""
     assert fate_of(noted, in_database) is fate
 
@@ -259,7 +259,10 @@ def test_every_event_that_was_sent_has_one_fate() -> None:
     fates = judge(
         this,
         journal,
-        [Found(this.event_id(0), Status.COMPLETED, ACTION, 1), Found("evt_another", Status.COMPLETED, ACTION, 2)],
+        [
+            EventRecord(this.event_id(0), Status.COMPLETED, ACTION, 1),
+            EventRecord("evt_another", Status.COMPLETED, ACTION, 2),
+        ],
     )
     assert {fate: ids for fate, ids in fates.items() if ids} == {
         Fate.ONCE: [this.event_id(0)],
@@ -334,7 +337,7 @@ def test_without_a_database_lost_and_doubled_are_unknown() -> None:
     assert [row(text, name) for name in ("effects once", "lost", "doubled")] == ["unknown"] * 3
     assert "unknown: no database" in text
     this = plan()
-    code, text = said(this, result(bytes([ACKNOWLEDGED | Noted.PROCESSED | Noted.PROCESSED_AGAIN])), None)
+    code, text = said(this, result(bytes([ACKNOWLEDGED | Observed.PROCESSED | Observed.PROCESSED_AGAIN])), None)
     assert code == 1
     assert f"doubled: {this.event_id(0)}" in text
 

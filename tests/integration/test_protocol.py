@@ -17,8 +17,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from firstclaim.server import protocol
-from firstclaim.server.connection_limiter import Lobby
-from firstclaim.server.protocol import Door
+from firstclaim.server.connection_limiter import ConnectionLimiter
+from firstclaim.server.protocol import HttpProtocol
 from firstclaim.web.health import livez
 from tests.talk import Talk
 
@@ -86,7 +86,9 @@ async def _served(
     connections_most: int = ROOMY[0], bytes_most: int = ROOMY[1], body_seconds: float = 60
 ) -> AsyncIterator[Served]:
     app = Starlette(routes=[Route("/livez", livez), Route("/headers", _headers, methods=["POST"])])
-    protocol = cast(type[asyncio.Protocol], partial(Door, Lobby(connections_most, bytes_most), body_seconds))
+    protocol = cast(
+        type[asyncio.Protocol], partial(HttpProtocol, ConnectionLimiter(connections_most, bytes_most), body_seconds)
+    )
     config = uvicorn.Config(app, port=0, http=protocol, ws="none", lifespan="off", log_config=None)
     served = Served(uvicorn.Server(config))
     app.add_route("/held", served.hold, methods=["GET", "POST"])
@@ -312,7 +314,7 @@ async def test_requests_in_great_number_are_not_queued() -> None:
         talk = await served.talk(*[b"GET /held HTTP/1.1\r\n\r\n" * 10_000] * 20)
         await _until(lambda: served.held == 1)
         [connection] = served.server.server_state.connections
-        assert isinstance(connection, Door)
+        assert isinstance(connection, HttpProtocol)
         assert not connection.pipeline
         served.gate.set()
         assert (await talk.rest()).count(b"HTTP/1.1") == 1

@@ -89,7 +89,7 @@ MUTANTS = (
         "server/protocol.py",
         "self._within(self._body_seconds, self._body_too_slow)",
         "pass",
-        "integration/test_door.py::test_a_slow_body_is_refused",
+        "integration/test_protocol.py::test_a_slow_body_is_refused",
     ),
     Mutant(
         "closed-over-a-body",
@@ -97,7 +97,7 @@ MUTANTS = (
         "server/protocol.py",
         "            self._leave()\n        else:\n            self.transport.close()",
         "            self.transport.close()\n        else:\n            self.transport.close()",
-        "integration/test_door.py::test_who_still_sends_gets_to_read_the_answer",
+        "integration/test_protocol.py::test_who_still_sends_gets_to_read_the_answer",
     ),
     Mutant(
         "failure-is-a-2xx",

@@ -7,7 +7,7 @@ import pytest
 from firstclaim.errors import SchemaOutdated
 from firstclaim.inbox.model import Status
 from firstclaim.operations import commands as operations_module
-from firstclaim.operations.commands import BATCH, Operations
+from firstclaim.operations.commands import BATCH, Commands
 from firstclaim.operations.queries import Selection
 from tests.integration.test_ledger import near, unchanged
 from tests.integration.world import World, delivery
@@ -17,10 +17,10 @@ DAY = 86_400.0
 
 
 @pytest.fixture
-async def operations(world: World, module_database: str) -> AsyncIterator[Operations]:
+async def operations(world: World, module_database: str) -> AsyncIterator[Commands]:
     """On a connection of their own, with nothing noted yet."""
     await world.database.execute("DELETE FROM operator_actions")
-    async with Operations.on(module_database, 5) as operations:
+    async with Commands.on(module_database, 5) as operations:
         yield operations
 
 
@@ -32,7 +32,7 @@ async def event(world: World, status: Status, *, settled_days: float = 0) -> str
     return given.event.id
 
 
-async def replayed(operations: Operations, selection: Selection, *, repeat_completed: bool = False) -> list[str]:
+async def replayed(operations: Commands, selection: Selection, *, repeat_completed: bool = False) -> list[str]:
     chosen = await operations.choose(selection)
     batches = operations.replay(
         chosen, selection, OPERATOR, give_up_seconds=GIVE_UP_SECONDS, repeat_completed=repeat_completed
@@ -40,7 +40,7 @@ async def replayed(operations: Operations, selection: Selection, *, repeat_compl
     return [event_id async for batch in batches for event_id in batch]
 
 
-async def pruned(operations: Operations, payload_days: int, row_days: int, *, include_dead: bool = False) -> list[int]:
+async def pruned(operations: Commands, payload_days: int, row_days: int, *, include_dead: bool = False) -> list[int]:
     batches = operations.prune(OPERATOR, payload_days, row_days, include_dead=include_dead)
     return [sum(column) for column in zip((0, 0), *[batch async for batch in batches], strict=True)]
 
@@ -54,7 +54,7 @@ async def noted(world: World) -> list[tuple[str, str, str, int | None]]:
 # -- asking -------------------------------------------------------------------------------------------
 
 
-async def test_all_that_is_given_has_to_hold(world: World, operations: Operations) -> None:
+async def test_all_that_is_given_has_to_hold(world: World, operations: Commands) -> None:
     """By id, status, type, prefix, account and age, alone and together; the newest first."""
     old, dead, other = [await event(world, each) for each in (Status.COMPLETED, Status.DEAD, Status.COMPLETED)]
     await world.change(old, received_at=-3600.0, account="acct_1")
@@ -79,7 +79,7 @@ async def test_all_that_is_given_has_to_hold(world: World, operations: Operation
     assert [each.event_id for each in await operations.list_events(Selection(), 1)] == [other]
 
 
-async def test_one_event_is_found_with_its_payload(world: World, operations: Operations) -> None:
+async def test_one_event_is_found_with_its_payload(world: World, operations: Commands) -> None:
     """The row as it is and the very bytes; None for what the ledger does not have."""
     given = await world.state_of(delivery(), Status.DEAD)
     found = await operations.find(given.event.id)
@@ -90,7 +90,7 @@ async def test_one_event_is_found_with_its_payload(world: World, operations: Ope
     assert await operations.payload("evt_unknown") is None
 
 
-async def test_the_backlog_tells_what_is_due(world: World, operations: Operations) -> None:
+async def test_the_backlog_tells_what_is_due(world: World, operations: Commands) -> None:
     """Nothing at first; then events by status, what is due and for how long, and whose holder is late."""
     empty = await operations.backlog()
     assert (empty.due, empty.oldest_due_seconds) == (0, None)
@@ -135,7 +135,7 @@ async def test_a_replay_never_doubles(world: World, status: Status) -> None:
 
 
 @pytest.mark.parametrize("what", ["ended", "tried"])
-async def test_what_changed_since_it_was_chosen_is_left(world: World, operations: Operations, what: str) -> None:
+async def test_what_changed_since_it_was_chosen_is_left(world: World, operations: Commands, what: str) -> None:
     """A count was confirmed for what was there then: what came to its end meanwhile, or came in, is not meant."""
     given, other = await event(world, Status.FAILED), await event(world, Status.FAILED)
     selection = Selection(type="invoice.*")
@@ -151,7 +151,7 @@ async def test_what_changed_since_it_was_chosen_is_left(world: World, operations
         assert unchanged(row, await world.row(row["event_id"]))
 
 
-async def test_a_replay_waits_for_nobody(world: World, operations: Operations) -> None:
+async def test_a_replay_waits_for_nobody(world: World, operations: Commands) -> None:
     """A row that another holds is left, the others are done at once."""
     held, other = [await event(world, Status.DEAD) for _ in range(2)]
     async with world.locked(held):
@@ -159,14 +159,14 @@ async def test_a_replay_waits_for_nobody(world: World, operations: Operations) -
     assert await world.status(held) is Status.DEAD
 
 
-async def test_a_prune_beside_a_replay(world: World, operations: Operations, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_prune_beside_a_replay(world: World, operations: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     """What loses its payload before its batch comes is left as it is: it could not be handled."""
     monkeypatch.setattr(operations_module, "BATCH", 1)
     old = [await event(world, Status.IGNORED, settled_days=100) for _ in range(3)]
     selection = Selection(old)
     batches = operations.replay(await operations.choose(selection), selection, OPERATOR, give_up_seconds=9)
     [first] = await anext(batches)
-    async with Operations.on(world.url, 10) as others:
+    async with Commands.on(world.url, 10) as others:
         assert await pruned(others, 90, 400) == [2, 0]
     assert [batch async for batch in batches] == [[], []]
     assert {each: await world.status(each) for each in old} == {
@@ -174,7 +174,7 @@ async def test_a_prune_beside_a_replay(world: World, operations: Operations, mon
     }
 
 
-async def test_a_replay_by_selection(world: World, operations: Operations) -> None:
+async def test_a_replay_by_selection(world: World, operations: Commands) -> None:
     """Only what is selected, only what may be; and it is noted who did it, with which selection, to how many."""
     dead = [await event(world, Status.DEAD) for _ in range(3)]
     others = [await event(world, each) for each in (Status.FAILED, Status.COMPLETED, Status.PROCESSING)]
@@ -186,7 +186,7 @@ async def test_a_replay_by_selection(world: World, operations: Operations) -> No
     assert await noted(world) == [(OPERATOR, "replay", "status=dead", 3)]
 
 
-async def test_completed_events_are_repeated_only_when_told(world: World, operations: Operations) -> None:
+async def test_completed_events_are_repeated_only_when_told(world: World, operations: Commands) -> None:
     """Without the word nothing happens to them; with it they are due; what is being handled never is."""
     completed, processing = await event(world, Status.COMPLETED), await event(world, Status.PROCESSING)
     assert await replayed(operations, Selection()) == []
@@ -195,7 +195,7 @@ async def test_completed_events_are_repeated_only_when_told(world: World, operat
     assert await world.status(processing) is Status.PROCESSING
 
 
-async def test_what_has_no_payload_is_not_replayed(world: World, operations: Operations) -> None:
+async def test_what_has_no_payload_is_not_replayed(world: World, operations: Commands) -> None:
     """It could not be dispatched, and would be dead for another reason than it is."""
     dead = await event(world, Status.DEAD)
     await world.database.execute("DELETE FROM stripe_event_payloads")
@@ -203,7 +203,7 @@ async def test_what_has_no_payload_is_not_replayed(world: World, operations: Ope
     assert await world.status(dead) is Status.DEAD
 
 
-async def test_many_are_replayed_in_batches(world: World, operations: Operations) -> None:
+async def test_many_are_replayed_in_batches(world: World, operations: Commands) -> None:
     """More than fit into one transaction: each once, none left."""
     template = await event(world, Status.DEAD)
     for table, columns in (
@@ -226,7 +226,7 @@ async def test_many_are_replayed_in_batches(world: World, operations: Operations
     assert await operations.count(Selection()) == {Status.PENDING: BATCH * 2 + 1}
 
 
-async def test_what_was_done_to_an_event_by_its_id_is_told(world: World, operations: Operations) -> None:
+async def test_what_was_done_to_an_event_by_its_id_is_told(world: World, operations: Commands) -> None:
     """Its own, not that of an event whose id begins alike."""
     dead = await event(world, Status.DEAD)
     await replayed(operations, Selection([dead, "evt_other"]))
@@ -235,7 +235,7 @@ async def test_what_was_done_to_an_event_by_its_id_is_told(world: World, operati
     assert await operations.actions_on("evt_othe") == []
 
 
-async def test_nothing_named_is_nothing(world: World, operations: Operations) -> None:
+async def test_nothing_named_is_nothing(world: World, operations: Commands) -> None:
     """An empty list of ids is none of the events, not all of them."""
     await event(world, Status.DEAD)
     assert await operations.count(Selection([])) == {}
@@ -262,7 +262,7 @@ async def test_a_ledger_that_is_not_migrated_is_left_alone(world: World) -> None
 # -- prune --------------------------------------------------------------------------------------------
 
 
-async def test_old_payloads_go_and_older_rows(world: World, operations: Operations) -> None:
+async def test_old_payloads_go_and_older_rows(world: World, operations: Commands) -> None:
     """By the day of settling; what is younger stays whole, and the audit has the count."""
     ages = {days: await event(world, Status.COMPLETED, settled_days=days) for days in (1, 40, 100)}
     for days in (40, 100):
@@ -280,7 +280,7 @@ async def test_old_payloads_go_and_older_rows(world: World, operations: Operatio
     assert await pruned(operations, 30, 90) == [0, 0]
 
 
-async def test_what_is_unfinished_is_never_pruned(world: World, operations: Operations) -> None:
+async def test_what_is_unfinished_is_never_pruned(world: World, operations: Commands) -> None:
     """However old; what is dead waits for an operator, and goes only when told."""
     kept = {each: await event(world, each) for each in (Status.PENDING, Status.PROCESSING, Status.FAILED)}
     for each in kept.values():
@@ -295,13 +295,13 @@ async def test_what_is_unfinished_is_never_pruned(world: World, operations: Oper
     assert {await world.status(each) for each in kept.values()} == set(kept)
 
 
-async def test_rows_are_kept_while_stripe_may_resend(operations: Operations) -> None:
+async def test_rows_are_kept_while_stripe_may_resend(operations: Commands) -> None:
     """35 days at least: a row that is gone tells no duplicate."""
     with pytest.raises(ValueError, match="at least 35 days"):
         await pruned(operations, 1, 34)
 
 
-async def test_what_another_has_locked_is_left(world: World, operations: Operations) -> None:
+async def test_what_another_has_locked_is_left(world: World, operations: Commands) -> None:
     """A row that is being replayed at this very moment keeps its payload, and nobody waits for it."""
     held, other = [await event(world, Status.COMPLETED, settled_days=100) for _ in range(2)]
     async with world.locked(held):
