@@ -217,7 +217,6 @@ def test_each_alert_has_a_state() -> None:
     assert {f"Firstclaim{name}" for names in STATES.values() for name in names} == ALERTS
 
 
-@pytest.mark.chaos
 @needs_promtool
 @pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
 async def test_an_alert_fires_in_its_state_and_no_other(
@@ -236,7 +235,6 @@ async def test_an_alert_fires_in_its_state_and_no_other(
         check(tmp_path, before, after, {f"Firstclaim{name}" for name in STATES[state]})
 
 
-@pytest.mark.chaos
 @needs_promtool
 def test_prometheus_takes_the_rules_and_the_dashboard(tmp_path: Path) -> None:
     """What is printed is what Prometheus loads; each query of the dashboard is one that it can run."""

@@ -54,6 +54,7 @@ def unused_port() -> int:
         return port
 
 
+@pytest.mark.smoke
 async def test_check_of_a_good_setup(command: Command) -> None:
     """Everything in order: exit 0, a line for each part, and no file left in the folder."""
     run = await command("check")
@@ -115,6 +116,7 @@ async def test_a_database_without_a_ledger(command: Command, empty_database: str
         run.says("firstclaim migrate")
 
 
+@pytest.mark.smoke
 async def test_migrate_makes_it_ready(command: Command, empty_database: str) -> None:
     """`migrate` from many processes at once: all exit 0, one schema; after it `check` is content."""
     runs = await asyncio.gather(*(command("migrate", DATABASE_URL=empty_database) for _ in range(3)))

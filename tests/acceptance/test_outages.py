@@ -94,6 +94,7 @@ async def test_a_start_without_redis(proxied: Proxied, shared_ground: Ground) ->
     assert await service.stop() == 0
 
 
+@pytest.mark.smoke
 async def test_both_away(proxied: Proxied, shared_ground: Ground) -> None:
     """With neither store nothing can be promised, and the answer says so; both back, the retry is processed."""
     proxied.redis.switch(Mode.REFUSE)

@@ -24,6 +24,7 @@ from tests.acceptance.harness import (
 HASTY: Overrides = {"answer_budget_seconds": 1.5, "shutdown_seconds": 4, "lock_ttl_seconds": 1}
 
 
+@pytest.mark.smoke
 async def test_the_drain_delay_keeps_serving(ground: Ground) -> None:
     """During FIRSTCLAIM_DRAIN_SECONDS /readyz says 503 and deliveries are still processed; then it exits with 0."""
     drain_seconds = 3

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import pytest
-
 from tests.acceptance.harness import PROCESSED, PYTHON_PATH, Ground, sample
 
 # Run by every interpreter that starts with it on its path; only workers are spawned.
@@ -14,7 +12,6 @@ if any("spawn_main" in argument for argument in sys.orig_argv):
 """
 
 
-@pytest.mark.chaos
 async def test_workers_that_start_slowly(ground: Ground, tmp_path: Path) -> None:
     """Workers that need 6 s to come up, as on a busy machine, come up: their supervisor does not kill them for it."""
     (tmp_path / "sitecustomize.py").write_text(LATE)

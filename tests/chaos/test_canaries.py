@@ -25,7 +25,7 @@ from tests.chaos.rows import retried
 from tests.fixtures import SECRET
 from tests.proxy import Mode, Proxy, before_postgres, before_redis
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 OTHER_PASSWORD = "another-one"
 

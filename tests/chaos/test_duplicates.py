@@ -3,6 +3,8 @@
 import asyncio
 from collections import Counter
 
+import pytest
+
 from tests.acceptance.harness import IGNORED, PROCESSED, eventually, parallel, post, sample
 from tests.chaos.history import History
 from tests.chaos.rows import answered, dispatched, fire, rounds
@@ -15,6 +17,7 @@ PROCESSES = 4
 RESENT = 20
 
 
+@pytest.mark.smoke
 async def test_row_01_no_fault(history: History) -> None:
     """With nothing broken every event, of each kind of handler, is processed on its first delivery, once."""
     service = await history.service().start()
@@ -27,6 +30,7 @@ async def test_row_01_no_fault(history: History) -> None:
     await verdict(history)
 
 
+@pytest.mark.smoke
 async def test_row_02_duplicates_at_once(history: History) -> None:
     """Of 200 copies that reach four processes at the same moment, one is processed and 199 ignored: one dispatch."""
     services = [history.service() for _ in range(PROCESSES)]

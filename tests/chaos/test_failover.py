@@ -11,7 +11,7 @@ from tests.chaos.servers import Servers
 from tests.chaos.verdict import verdict
 from tests.proxy import Mode, Upstream, before_redis
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 FAILOVERS = 3
 DELIVERIES = 400  # in each part of a failover

@@ -88,7 +88,6 @@ async def test_row_25_fails_and_then_works(history: History, standing: Clock) ->
     await verdict(history)
 
 
-@pytest.mark.chaos
 async def test_row_25_a_dependency_down_for_two_hours(history: History, standing: Clock, tmp_path: Path) -> None:
     """Two hours of failures kill no event, however many they are; an hour after the repair all are completed."""
     service = await history.service(AS_SHIPPED).start()
@@ -162,7 +161,6 @@ async def test_row_26_permanent(history: History, tmp_path: Path) -> None:
     await verdict(history)
 
 
-@pytest.mark.chaos
 @pytest.mark.timeout(300)
 async def test_row_26_an_event_that_aborts_its_process(history: History, tmp_path: Path) -> None:
     """One of 51 aborts every process it meets: dead after eight; the 50 that it took down complete, once each."""

@@ -33,6 +33,9 @@ P99 = PAIRS * 99 // 100 - 1
 HOUSE: Overrides = {"handler_slots": SLOTS, "handler_deadline_seconds": 60, "idle_in_transaction_seconds": 65}
 
 
+pytestmark = pytest.mark.alone
+
+
 @pytest.fixture
 async def quiet(stores: Stores, tmp_path: Path) -> AsyncIterator[Service]:
     """A service as any other, on a ground of its own, that has nothing to do."""
@@ -43,7 +46,6 @@ async def quiet(stores: Stores, tmp_path: Path) -> AsyncIterator[Service]:
         await ground.leave()
 
 
-@pytest.mark.chaos
 async def test_row_24_slow_handlers(history: History, quiet: Service, tmp_path: Path) -> None:
     """50 slow handlers for 5 slots: all accepted, and the p99 of accepting stays under twice an idle service's."""
     service = await history.service(HOUSE | {"answer_budget_seconds": 1}).start()
@@ -82,7 +84,6 @@ async def paired_p99_seconds(one: Service, other: Service) -> tuple[float, float
     return sorted(seconds[one])[P99], sorted(seconds[other])[P99]
 
 
-@pytest.mark.chaos
 async def test_row_37_a_full_house(history: History, tmp_path: Path) -> None:
     """500 claims for 5 slow handlers' slots: all deferred, released and taken up again, and nothing charged to any."""
     service = await history.service(HOUSE | {"answer_budget_seconds": 5}).start()

@@ -67,6 +67,7 @@ async def test_row_06_killed_after_the_insert(point: str, history: History, cloc
     await dead_before_the_commit(point, history, clock, tmp_path)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("point", ["handler", "mark"])
 async def test_row_07_killed_in_the_handler(point: str, history: History, clock: Clock, tmp_path: Path) -> None:
     """Dead after the handler's SQL, before or after the mark, not committed: no effect stays, recovery completes it."""
@@ -108,7 +109,6 @@ async def test_row_08_killed_after_the_completion(history: History, clock: Clock
 VICTIMS = {"lock": 1, "insert,take_over": 1, "handler": 1, "mark": 1, "commit": KILLS}
 
 
-@pytest.mark.chaos
 @pytest.mark.parametrize("points", VICTIMS)
 async def test_row_09_killed_three_times_running(points: str, history: History, tmp_path: Path) -> None:
     """Dead at the same point three times in a row, whoever comes to it: it settles after the last, with one effect."""

@@ -88,7 +88,6 @@ CREATE TRIGGER slowly BEFORE INSERT ON stripe_events FOR EACH ROW EXECUTE FUNCTI
 """
 
 
-@pytest.mark.chaos
 async def test_row_34_opposite_orders(history: History) -> None:
     """The same 40 ids reach two services at once, ascending and descending, five times: no deadlock, one each."""
     async with Sessions.of(history.ground) as sessions:

@@ -60,7 +60,6 @@ async def test_row_19_postgres_down(own: Own) -> None:
     await verdict(history)
 
 
-@pytest.mark.chaos
 @pytest.mark.timeout(600)
 async def test_row_20_restarted_under_load(own: Own) -> None:
     """Ten immediate restarts under load: whatever was answered with a 2xx is there, and recovery is still at work."""
@@ -117,7 +116,6 @@ async def test_row_20_ids_given_out_again(how: str, own: Own, tmp_path: Path) ->
     await verdict(history)
 
 
-@pytest.mark.chaos
 async def test_row_21_frozen_backends(own: Own) -> None:
     """Every connection of the pools is frozen: 503 by the deadline; while they still are, new ones serve."""
     history = own.history
@@ -140,7 +138,6 @@ async def test_row_21_frozen_backends(own: Own) -> None:
     await verdict(history)
 
 
-@pytest.mark.chaos
 async def test_row_21_a_frozen_backend_under_a_handler(own: Own, tmp_path: Path) -> None:
     """One is frozen in a handler's transaction: 503 by the deadline, others are served; thawed, it commits nothing."""
     history = own.history

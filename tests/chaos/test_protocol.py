@@ -9,7 +9,6 @@ from typing import Final
 
 import httpx
 import orjson
-import pytest
 
 from firstclaim.inbox.model import Status
 from firstclaim.server.protocol import HEAD_SECONDS
@@ -142,7 +141,6 @@ AGAIN: Final[dict[str, tuple[bytes, bytes]]] = {  # on a connection that had its
 }
 
 
-@pytest.mark.chaos
 async def test_row_31_slow_requests_are_given_up(history: History) -> None:
     """Heads, bodies and what frames them, stalled or sent byte by byte: 408 when their time is over, not before."""
     service = await history.service(_NO_UPKEEP).start()

@@ -6,15 +6,12 @@ in time shows itself by its new timeline; a plain copy keeps everything that cou
 """
 
 import asyncpg
-import pytest
 
 from firstclaim.postgres.connection import read_epoch
 from tests.acceptance.harness import IGNORED, PROCESSED, UNAVAILABLE, Answer, Sample, Service, eventually, post, sample
 from tests.chaos.own import Own
 from tests.chaos.rows import answered, retried, rounds
 from tests.chaos.verdict import verdict
-
-pytestmark = pytest.mark.chaos
 
 EVENTS = 5
 

@@ -5,8 +5,6 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
-
 from firstclaim.inbox.model import Status
 from tests.acceptance.harness import (
     DEFERRED,
@@ -30,7 +28,6 @@ BRIEF: Overrides = {
 }
 
 
-@pytest.mark.chaos
 async def test_row_10_frozen_for_three_leases(history: History, tmp_path: Path) -> None:
     """Frozen before its row's lock, in its handler, at its mark: another completes it, the thawed one does nothing."""
     frozen = {

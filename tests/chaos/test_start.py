@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import asyncpg
-import pytest
 
 from firstclaim.migrations.schema import head
 from tests.acceptance.harness import IGNORED, PROCESSED, START_SECONDS, eventually, sample
@@ -13,8 +12,6 @@ from tests.chaos.own import Own
 from tests.chaos.rows import answered
 from tests.chaos.verdict import verdict
 from tests.stores import EFFECTS, with_database
-
-pytestmark = pytest.mark.chaos
 
 PROCESSES = 8
 WAITING = "SELECT DISTINCT pid FROM pg_locks WHERE NOT granted"

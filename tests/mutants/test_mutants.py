@@ -154,7 +154,7 @@ def why_not_red(node_id: str, code: int, said: str) -> str | None:
 # -- the mutants --------------------------------------------------------------------------------------
 
 
-@pytest.mark.chaos
+@pytest.mark.mutants
 @pytest.mark.timeout(3 * TEST_SECONDS)
 @ids
 def test_the_suite_goes_red(mutant: Mutant, runs: dict[str, Future[tuple[int, str]]]) -> None:
@@ -163,7 +163,7 @@ def test_the_suite_goes_red(mutant: Mutant, runs: dict[str, Future[tuple[int, st
     assert (reason := why_not_red(mutant.node_id, code, said)) is None, f"{mutant.name}: {reason}\n{said}"
 
 
-@pytest.mark.chaos
+@pytest.mark.mutants
 @pytest.mark.timeout(900)
 def test_unbroken_they_are_green(lanes: Lanes) -> None:
     """The control: in a copy that is not changed all of these tests pass. (That it is the copy, the mutants show.)"""
