@@ -44,7 +44,7 @@ def test_test_command_is_what_ci_runs() -> None:
     block = re.search(r"<!-- test -->\n```sh\n(.*?)\n```", README.read_text(), flags=re.DOTALL)
     assert block
     assert block.group(1).count("\n") == 0
-    assert block.group(1).endswith("-m pytest")
+    assert block.group(1).endswith("-m pytest -n 2 --dist worksteal")
 
 
 def test_every_alert_has_its_paragraph() -> None:
