@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-import orjson
-
 from firstclaim.errors import Rejected
 
 # What Stripe's ids and types look like, held to a superset that is safe in a key, a column and a log line.
@@ -63,6 +61,8 @@ def parse_event(body: bytes) -> Event:
 
     Shapes: docs.stripe.com/api/events/object and docs.stripe.com/api/v2/core/events/object.
     """
+    import orjson
+
     try:
         payload = orjson.loads(body)
     except orjson.JSONDecodeError:

@@ -5,21 +5,23 @@ Guarantees: `@on` only notes a declaration beside the function, opens nothing an
 for one pattern. The most exact pattern wins: the type itself, then the longest `prefix.*`, then `*`.
 """
 
-import asyncio
 import importlib
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
-
-from sqlalchemy import CursorResult, Executable
-from sqlalchemy.ext.asyncio import AsyncConnection
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from firstclaim.errors import ConfigurationError, HandlerRuleBroken
 from firstclaim.event import Event
 from firstclaim.observability.redaction import redacted_error
+
+if TYPE_CHECKING:  # a quarter of a second, which every command and every test process would pay
+    import asyncio
+
+    from sqlalchemy import CursorResult, Executable
+    from sqlalchemy.ext.asyncio import AsyncConnection
 
 _PATTERN = re.compile(r"\*|[A-Za-z0-9_\[\]\-]+(\.[A-Za-z0-9_\[\]\-]+)*(\.\*)?")
 _DECLARED = "__firstclaim_handlers__"
@@ -31,7 +33,7 @@ class Transaction(Protocol):
     """What a handler's transaction is asked for."""
 
     @property
-    def connection(self) -> AsyncConnection:
+    def connection(self) -> "AsyncConnection":
         """SQLAlchemy's view of it."""
 
     async def fetch(self, sql: str, *values: Any) -> list[Any]:
@@ -49,7 +51,7 @@ class Context:
     event: Event
     attempt: int
     _transaction: Transaction
-    _loop: asyncio.AbstractEventLoop
+    _loop: "asyncio.AbstractEventLoop"
     _deadline: float
 
     @property
@@ -62,7 +64,7 @@ class Context:
         return self.event.id
 
     @property
-    def connection(self) -> AsyncConnection:
+    def connection(self) -> "AsyncConnection":
         """SQLAlchemy's view of the transaction, for async handlers.
 
         It refuses `commit()` and `rollback()`; savepoints (`begin_nested`) are fine. Raises `HandlerRuleBroken` once
@@ -78,12 +80,14 @@ class Context:
         """
         return await self._transaction.fetch(sql, *values)
 
-    def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
+    def execute(self, statement: "Executable", parameters: Any = None) -> "CursorResult[Any]":
         """Run one statement from a sync handler's thread, in the same transaction; rows are buffered.
 
         Raises what SQLAlchemy raises, `HandlerRuleBroken` on the event loop's own thread (an async handler
         awaits `context.connection.execute`), and `TimeoutError` once the handler's deadline has passed.
         """
+        import asyncio
+
         try:
             running = asyncio.get_running_loop()
         except RuntimeError:
@@ -101,7 +105,7 @@ class Context:
         except TimeoutError:
             raise TimeoutError(_DEADLINE_PASSED) from None
 
-    async def _execute(self, statement: Executable, parameters: Any) -> CursorResult[Any]:
+    async def _execute(self, statement: "Executable", parameters: Any) -> "CursorResult[Any]":
         return await self.connection.execute(statement, parameters)
 
 

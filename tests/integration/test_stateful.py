@@ -22,7 +22,7 @@ from tests.stateful.oracle import Plan
 from tests.stateful.wire import POSTGRES, REDIS, Effect, Fault
 from tests.stores import Stores
 
-SHORT_EXAMPLES = 25
+SHORT_EXAMPLES = 10
 LONG_EXAMPLES = 120
 
 CHOSEN = settings(

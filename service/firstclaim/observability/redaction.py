@@ -6,7 +6,6 @@ addresses and card numbers are masked. An exception that cannot even be told doe
 """
 
 import re
-import traceback
 from types import TracebackType
 
 _ERROR_MOST_CHARACTERS = 500
@@ -49,5 +48,8 @@ def redacted_error(error: BaseException) -> str:
 
 
 def _place(trace: TracebackType | None) -> str:
-    frames = traceback.extract_tb(trace)
-    return f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""
+    if trace is None:
+        return ""
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return f" at {trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}"
