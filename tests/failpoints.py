@@ -24,7 +24,7 @@ from typing import Any
 from firstclaim.inbox.attempt import Attempt
 from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
-from firstclaim.inbox.model import TAKEABLE
+from firstclaim.status import TAKEABLE
 
 
 @dataclass(frozen=True, slots=True)

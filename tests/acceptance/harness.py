@@ -27,7 +27,7 @@ import httpx
 import orjson
 import redis
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from firstclaim.web.webhook import WEBHOOK_PATH
 from tests.fixtures import SECRET, event_body, signed
 from tests.stores import Stores, clone, drop

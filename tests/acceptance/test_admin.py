@@ -11,9 +11,9 @@ import orjson
 import pytest
 from typer.testing import CliRunner
 
-from firstclaim.cli import main as cli
-from firstclaim.inbox.model import Status
+from firstclaim.cli import commands as cli
 from firstclaim.passwords import Password
+from firstclaim.status import Status
 from firstclaim.web.webhook import WEBHOOK_PATH
 from tests.acceptance.command import Command
 from tests.acceptance.harness import PROCESSED, PYTHON_PATH, Ground, Overrides, Service, eventually, sample

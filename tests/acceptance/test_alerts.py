@@ -22,7 +22,7 @@ import orjson
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests.acceptance.harness import (
     DEAD,
     DEFERRED,

@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from firstclaim.web.webhook import WEBHOOK_PATH
 from tests.acceptance import telltales
 from tests.acceptance.harness import Ground, Overrides, Sample, Service, eventually

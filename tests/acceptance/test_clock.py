@@ -1,6 +1,6 @@
 """The injected clock reaches the connections of a real process."""
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests.acceptance.harness import FAILED, Ground, eventually, sample
 from tests.clock import installed
 

@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import pytest_asyncio
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests.acceptance.harness import IGNORED, PROCESSED, Answer, Ground, Sample, Service, parallel, sample, volley
 
 PAIRS = 50

@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 import pytest
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests.acceptance.command import SECRET, Command, Run
 from tests.acceptance.harness import PROCESSED, PYTHON_PATH, Ground, Sample, Service, sample
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests.acceptance.harness import (
     DEFERRED,
     IGNORED,

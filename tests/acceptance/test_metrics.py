@@ -4,7 +4,7 @@ import re
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from firstclaim.web.webhook import WEBHOOK_PATH
 from tests.acceptance.harness import (
     DEFERRED,

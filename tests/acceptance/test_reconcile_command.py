@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 import pytest
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests.acceptance.command import SECRET, Command, Run
 from tests.acceptance.harness import PROCESSED, PYTHON_PATH, Ground, Sample, eventually, sample
 from tests.canaries import API_KEY, STORY, assert_silent, metadata

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests.acceptance.harness import (
     DEFERRED,
     PROCESSED,

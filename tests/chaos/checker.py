@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise, permutations
 from typing import Final, NamedTuple
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests.acceptance.harness import Row
 from tests.chaos.history import ABANDONED_MOST, Delivery, Unseen
 from tests.chaos.witness import CLAIM, HOLD, LOCK, OUTSIDE, START, Line

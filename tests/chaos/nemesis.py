@@ -17,7 +17,7 @@ from typing import Final
 
 import httpx
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests.acceptance.harness import Ground, Overrides, Row, Service, eventually
 from tests.chaos.bench import Bench
 from tests.chaos.checker import Evidence, Violation, check

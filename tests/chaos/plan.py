@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests.acceptance.harness import Sample, sample
 
 # A lane's rest between two faults: long enough that most of the time something works, or nothing could go wrong.

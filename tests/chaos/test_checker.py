@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests.acceptance.harness import DEFERRED, FAILED, IGNORED, PROCESSED, UNAVAILABLE, UNHANDLED, Row
 from tests.chaos.checker import Effect, Evidence, Vacuous, check
 from tests.chaos.history import Delivery, Unseen

@@ -7,7 +7,7 @@ import asyncpg
 import orjson
 
 from firstclaim.event import parse_event
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests.acceptance.harness import (
     DEAD,
     IGNORED,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests import clock as clocks
 from tests.acceptance.harness import (
     DEAD,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests.acceptance.harness import (
     IGNORED,
     PROCESSED,

@@ -10,8 +10,8 @@ from typing import Final
 import httpx
 import orjson
 
-from firstclaim.inbox.model import Status
 from firstclaim.server.protocol import HEAD_SECONDS
+from firstclaim.status import Status
 from firstclaim.web.webhook import WEBHOOK_PATH
 from tests.acceptance.harness import PROCESSED, Answer, Overrides, Sample, Service, post, sample
 from tests.chaos.history import History

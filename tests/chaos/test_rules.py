@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests.acceptance.harness import FAILED, IGNORED, PROCESSED, recovery_has_passed, sample
 from tests.chaos.history import History
 from tests.chaos.rows import answered, dispatched

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests.acceptance.harness import (
     DEFERRED,
     PROCESSED,

@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests.acceptance.harness import (
     DEFERRED,
     PROCESSED,

@@ -14,8 +14,8 @@ from typing import Final
 import asyncpg
 import redis
 
-from firstclaim.inbox.model import Status
 from firstclaim.postgres.connection import read_epoch
+from firstclaim.status import Status
 from tests.acceptance.harness import SETTLE_SECONDS, Row, eventually
 from tests.chaos import witness
 from tests.chaos.checker import Effect, Evidence, Violation, check

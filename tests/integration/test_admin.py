@@ -16,9 +16,9 @@ from starlette.routing import Route
 from firstclaim import app as app_module
 from firstclaim.admin import session as sessions
 from firstclaim.admin.page import AdminPage
-from firstclaim.inbox.model import Status
 from firstclaim.operations import search
 from firstclaim.passwords import make_hash
+from firstclaim.status import Status
 from firstclaim.web.health import Finding, Health, HealthCheck
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, build, delivery

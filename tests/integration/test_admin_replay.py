@@ -7,8 +7,8 @@ import pytest
 from firstclaim.admin import events as events_module
 from firstclaim.admin import replay as replaying_module
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.inbox.model import Status
 from firstclaim.operations import commands as operations_module
+from firstclaim.status import Status
 from tests.integration.conftest import MakeWorld
 from tests.integration.test_ledger import unchanged
 from tests.integration.world import World, delivery

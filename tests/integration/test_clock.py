@@ -6,9 +6,9 @@ import asyncpg
 import pytest
 
 from firstclaim.inbox import statements
-from firstclaim.inbox.model import Status
 from firstclaim.migrations import schema
 from firstclaim.postgres.connection import open_connection
+from firstclaim.status import Status
 from tests.clock import Clock, installed
 from tests.integration.world import World, build, delivery, effect, explained
 from tests.stores import Stores

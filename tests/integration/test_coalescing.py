@@ -11,9 +11,9 @@ from firstclaim import Context, Event
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
 from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger
-from firstclaim.inbox.model import Status
 from firstclaim.outcome import Kind
 from firstclaim.postgres.connection import PinnedConnection
+from firstclaim.status import Status
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, delivery, effect, until
 

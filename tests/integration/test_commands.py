@@ -5,10 +5,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from firstclaim.errors import SchemaOutdated
-from firstclaim.inbox.model import Status
 from firstclaim.operations import commands as operations_module
 from firstclaim.operations.commands import BATCH, Commands
 from firstclaim.operations.queries import Selection
+from firstclaim.status import Status
 from tests.integration.test_ledger import near, unchanged
 from tests.integration.world import World, delivery
 from tests.operator import GIVE_UP_SECONDS, OPERATOR, replay, rotate

@@ -15,10 +15,10 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from firstclaim import Context, Event, Permanent, Retry
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.inbox.ledger import Claim, Ledger
-from firstclaim.inbox.model import Status
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.postgres.connection import Epoch, PinnedConnection
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
+from firstclaim.status import Status
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import Function, World, effect, effect_from_thread, until
 

@@ -15,8 +15,8 @@ from firstclaim.errors import LedgerUnavailable, Rejected
 from firstclaim.event import Delivery, parse_event
 from firstclaim.inbox import statements
 from firstclaim.inbox.ledger import Claim, ExistingRow, HandlerTransaction, Ledger
-from firstclaim.inbox.model import TAKEABLE, Status
 from firstclaim.operations.commands import Commands
+from firstclaim.status import TAKEABLE, Status
 from tests.hostile import bodies
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, delivery, effect, explained, until

@@ -5,9 +5,9 @@ import asyncio
 import pytest
 
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.inbox.model import Status
 from firstclaim.operations.queries import Backlog, Queries
 from firstclaim.postgres.connection import Pool
+from firstclaim.status import Status
 from firstclaim.web.metrics import _Kept
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, delivery

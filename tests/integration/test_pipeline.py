@@ -13,12 +13,12 @@ from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
 from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
-from firstclaim.inbox.model import Status
 from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.inbox.recovery import Recovery
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.handler_connections import HandlerConnection
+from firstclaim.status import Status
 from tests import operator
 from tests.fixtures import event_body
 from tests.integration.conftest import MakeWorld

@@ -11,11 +11,11 @@ import pytest
 
 from firstclaim.errors import OperatorError, StripeRefused, StripeUnavailable
 from firstclaim.event import Delivery, parse_event
-from firstclaim.inbox.model import Status
 from firstclaim.operations import reconcile as reconcile_module
 from firstclaim.operations.commands import Commands
 from firstclaim.operations.reconcile import ReconcileOptions, Reconciliation, Tally
 from firstclaim.operations.stripe_api import StripeEvents
+from firstclaim.status import Status
 from tests.fixtures import MISSING, event_body
 from tests.integration.test_ledger import near, unchanged
 from tests.integration.world import World

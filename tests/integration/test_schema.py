@@ -17,10 +17,10 @@ from sqlalchemy.pool import NullPool
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.handlers.invoices import metadata as invoices
 from firstclaim.handlers.load_probe import metadata as load_probe
-from firstclaim.inbox.model import Status
 from firstclaim.inbox.model import metadata as ledger
 from firstclaim.migrations import schema
 from firstclaim.migrations.schema import SchemaState, compare, head, migrate, outdated, read_version
+from firstclaim.status import Status
 from tests.integration.world import until
 
 TIMEOUT_SECONDS = 10.0

@@ -9,11 +9,11 @@ from itertools import pairwise
 import pytest
 
 from firstclaim.errors import TookTooLong
-from firstclaim.inbox.model import Status
 from firstclaim.inbox.statements import statement
 from firstclaim.operations import search as browsing_module
 from firstclaim.operations.queries import Selection
 from firstclaim.operations.search import PINS, LedgerSearch, Place, Search
+from firstclaim.status import Status
 from tests.integration.world import World, delivery
 
 FAR = Search(Selection())

@@ -14,8 +14,8 @@ import structlog
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from firstclaim.inbox.model import Status
 from firstclaim.outcome import Kind
+from firstclaim.status import Status
 from tests.stateful.ground import Ground, prepared
 from tests.stateful.machine import DELIVERY, ENDING, FAILING, RECOVERY, Machine
 from tests.stateful.oracle import Plan

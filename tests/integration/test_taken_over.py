@@ -10,9 +10,9 @@ import pytest
 
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox.ledger import Claim, Ledger
-from firstclaim.inbox.model import Status
 from firstclaim.outcome import Kind
 from firstclaim.postgres.handler_connections import HandlerConnection
+from firstclaim.status import Status
 from tests.integration.world import World, delivery, effect
 
 

@@ -23,7 +23,6 @@ from firstclaim.inbox.claims import Claims
 from firstclaim.inbox.dispatch import Dispatcher
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.lock import Lock
-from firstclaim.inbox.model import Status
 from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.inbox.statements import Statement
 from firstclaim.outcome import Outcome
@@ -31,6 +30,7 @@ from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.handler_connections import HandlerConnection
 from firstclaim.registry import Handler, Registry
 from firstclaim.settings import Settings
+from firstclaim.status import Status
 from tests.fixtures import SECRET, event_body
 
 Function = Callable[[Event, Context], Any]

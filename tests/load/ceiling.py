@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from firstclaim.cli.main import server_config
 from firstclaim.event import parse_event
+from firstclaim.server.runner import server_config
 from firstclaim.settings import Settings
 from firstclaim.web.signature import verify
 from firstclaim.web.webhook import WEBHOOK_PATH

@@ -16,8 +16,8 @@ from typing import Any, Final, TypeVar
 from redis.asyncio import Redis
 
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.inbox.model import Status
 from firstclaim.outcome import Outcome
+from firstclaim.status import Status
 from tests import operator
 from tests.clock import Clock, installed
 from tests.integration.world import World, build, delivery, until

@@ -17,7 +17,7 @@ from typing import Final
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, initialize, rule
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 from tests.stateful.ground import PROCESSES
 from tests.stateful.oracle import SETTLED, Plan
 from tests.stateful.process import Process, Run

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from firstclaim.event import Delivery
-from firstclaim.inbox.model import TAKEABLE, Status
 from firstclaim.outcome import Kind, Outcome
+from firstclaim.status import TAKEABLE, Status
 
 PROMISES = frozenset([Kind.PROCESSED, Kind.UNHANDLED, Kind.DUPLICATE, Kind.DEFERRED, Kind.DEAD])  # answered with 2xx
 SETTLED = frozenset([Status.COMPLETED, Status.IGNORED, Status.DEAD])

@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 from hypothesis.stateful import RuleBasedStateMachine
 
-from firstclaim.inbox.model import TAKEABLE, Status
 from firstclaim.outcome import Kind
+from firstclaim.status import TAKEABLE, Status
 from tests.stateful.ground import Answer, Ground
 from tests.stateful.oracle import Plan, Row, foreseen
 from tests.stateful.process import Process, Run

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from firstclaim import outcome
-from firstclaim.inbox.model import Status
 from firstclaim.outcome import Kind, Outcome
+from firstclaim.status import Status
 from tests.integration.world import delivery
 from tests.stateful.oracle import Key, Limits, Plan, Row, Seen, Story, broken, dishonest, foreseen
 

@@ -12,8 +12,8 @@ from firstclaim.admin.chart import HEIGHT, ORDER, draw
 from firstclaim.admin.events import Filters, _place
 from firstclaim.admin.rendering import STATIC_TYPES, Pages, age, ago, laid_out, printable, static, thousands
 from firstclaim.admin.request import client_address, is_loopback
-from firstclaim.inbox.model import Status
 from firstclaim.operations.search import HourlyCounts
+from firstclaim.status import Status
 
 TEMPLATES = Path(str(files("firstclaim.admin"))) / "templates"
 NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)

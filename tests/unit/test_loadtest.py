@@ -14,7 +14,6 @@ from firstclaim import outcome as outcomes
 from firstclaim.errors import ConfigurationError, Rejected
 from firstclaim.event import parse_event
 from firstclaim.handlers.load_probe import ACTION
-from firstclaim.inbox.model import UNFINISHED, Status
 from firstclaim.loadtest import runner
 from firstclaim.loadtest.plan import (
     IN_FLIGHT_MOST,
@@ -36,6 +35,7 @@ from firstclaim.loadtest.runner import live_line, report, report_verdict
 from firstclaim.loadtest.verdict import BROKEN, EventRecord, Fate, fate_of, judge
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.sending import shipped_types
+from firstclaim.status import UNFINISHED, Status
 from firstclaim.web.webhook import answer, rejection
 
 TURNS = 20_000

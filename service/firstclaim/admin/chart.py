@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from firstclaim.inbox.model import Status
 from firstclaim.operations.search import HourlyCounts
+from firstclaim.status import Status
 
 WIDTH: Final = 960.0
 HEIGHT: Final = 160.0

@@ -18,9 +18,9 @@ from firstclaim.admin.ledger import AdminLedger
 from firstclaim.admin.rendering import laid_out
 from firstclaim.admin.request import PATH, AdminRequest, Refused
 from firstclaim.errors import TookTooLong
-from firstclaim.inbox.model import Status
 from firstclaim.operations.queries import Selection
 from firstclaim.operations.search import REPLAYABLE_HERE, Place, Search
+from firstclaim.status import Status
 
 log = structlog.get_logger(__name__)
 

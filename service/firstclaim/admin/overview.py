@@ -15,10 +15,10 @@ from firstclaim.admin.chart import Chart, draw
 from firstclaim.admin.ledger import AdminLedger
 from firstclaim.admin.request import AdminRequest
 from firstclaim.errors import LedgerUnavailable, TookTooLong
-from firstclaim.inbox.model import Status
 from firstclaim.observability import metrics
 from firstclaim.operations.queries import Backlog, EventRow, Selection
 from firstclaim.operations.search import REPLAYABLE_HERE, LedgerSearch, Search
+from firstclaim.status import Status
 from firstclaim.web.health import Finding, Health, HealthCheck
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from typing import Any, Final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.responses import HTMLResponse, Response
 
-from firstclaim.inbox.model import Status
+from firstclaim.status import Status
 
 STATIC_TYPES: Final = {"admin.css": "text/css", "icon.svg": "image/svg+xml"}
 

@@ -18,10 +18,10 @@ from firstclaim.admin.events import REPLAYED_MOST, Filters
 from firstclaim.admin.ledger import AdminLedger
 from firstclaim.admin.request import PATH, AdminRequest, Refused
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.inbox.model import Status
 from firstclaim.operations.commands import ReplayCandidate
 from firstclaim.operations.queries import Selection
 from firstclaim.operations.search import REPLAYABLE_HERE
+from firstclaim.status import Status
 
 log = structlog.get_logger(__name__)
 

@@ -5,6 +5,8 @@ added, none is renamed. Exit codes: 0 done · 1 the answer is no (unknown id, re
 completed or ignored) · 2 the command line is wrong · 3 Postgres is away, or not migrated.
 """
 
+from __future__ import annotations
+
 import asyncio
 import getpass
 import re
@@ -14,24 +16,26 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-import orjson
 import typer
-from rich.console import RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from firstclaim.cli.terminal import database, dsn_of, fail, out, reported
-from firstclaim.inbox.model import Status
-from firstclaim.operations.commands import ROW_DAYS_LEAST, Commands, ReplayCandidate
-from firstclaim.operations.queries import AttemptRow, Backlog, EventRow, Selection, timeline
-from firstclaim.settings import Settings
+from firstclaim.operations.limits import ROW_DAYS_LEAST
+from firstclaim.status import Status
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.progress import Progress, TaskID
+
+    from firstclaim.operations.commands import Commands, ReplayCandidate
+    from firstclaim.operations.queries import AttemptRow, Backlog, EventRow, Selection
+    from firstclaim.settings import Settings
 
 T = TypeVar("T")
 
-app = typer.Typer(no_args_is_help=True, help="See what became of events, and put it right.")
+app = typer.Typer(no_args_is_help=True, help="List, show, replay and prune events.")
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _COLOURS = {
@@ -91,6 +95,10 @@ def list_events(
     as_json: AsJson = False,
 ) -> None:
     """List events, the newest first."""
+    from rich.table import Table
+
+    from firstclaim.operations.queries import Selection
+
     selection = Selection(None, status or None, event_type, account, older_than, newer_than)
     with reported():
         found = _asked(lambda operations: operations.list_events(selection, limit))
@@ -98,7 +106,7 @@ def list_events(
         for each in found:
             print_json(asdict(each))
         return
-    table = Table("event", "type", "status", "attempts", "received", "what came of it", box=None, pad_edge=False)
+    table = Table("event", "type", "status", "attempts", "received", "result", box=None, pad_edge=False)
     for column in table.columns[:2]:
         column.no_wrap = True
     for each in found:
@@ -118,7 +126,8 @@ def show(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show one event: what it is, what became of it, and what was done to it by hand."""
+    """Show one event: its row, its attempts, and what operators did to it."""
+    from firstclaim.operations.queries import timeline
 
     async def ask(
         operations: Commands,
@@ -166,6 +175,8 @@ def replay(
 
     Named by id, or by what --status and the others say. What is being handled right now is refused.
     """
+    from firstclaim.operations.queries import Selection
+
     selection = Selection(ids or None, status or None, event_type, account, older_than, newer_than)
     if selection.is_empty:
         raise typer.BadParameter("name events by id, or say which with --status and the others")
@@ -177,20 +188,20 @@ def replay(
         again = counts[Status.COMPLETED]
         _print(f"{len(chosen)} events: {words}" + (f"; the effects of {again} will happen AGAIN" if again else ""))
         if pruned := len(found) - len(chosen):
-            _print(f"{pruned} more have no payload any more, and cannot be handled")
+            _print(f"{pruned} more cannot be replayed: their payloads have been pruned")
         if dry_run or not chosen:
             raise typer.Exit(0 if chosen else 1)
         if count is None:
             count = typer.prompt(f"Type {len(chosen)} to replay them", type=int)
         if count != len(chosen):
-            fail(f"{len(chosen)} events are meant, not {count}: nothing was changed", 1)
+            fail(f"the selection matches {len(chosen)} events, not {count}: nothing was changed", 1)
         replayed = asyncio.run(
             on(settings, lambda operations: _replay(operations, chosen, selection, settings.give_up_seconds, force))
         )
         kept = len(chosen) - len(replayed)
         _print(
-            f"{len(replayed)} made due"
-            + (f"; {kept} have changed meanwhile, or are locked: not touched" if kept else "")
+            f"{len(replayed)} events replayed: due now"
+            + (f"; {kept} not replayed, because they changed meanwhile or are locked" if kept else "")
         )
         if wait and replayed:
             settled = asyncio.run(on(settings, lambda operations: _follow(operations, replayed)))
@@ -238,6 +249,7 @@ def prune(
 
 def stats(as_json: AsJson = False) -> None:
     """The ledger at a glance: events by status, what is due, and for how long."""
+    from firstclaim.operations.queries import Selection
 
     async def ask(operations: Commands) -> tuple[dict[Status, int], Backlog]:
         return await operations.count(Selection()), await operations.backlog()
@@ -275,6 +287,8 @@ def _asked(ask: Callable[[Commands], Awaitable[T]]) -> T:
 
 async def on(settings: Settings, ask: Callable[[Commands], Awaitable[T]]) -> T:
     """What `ask` says on a connection of its own."""
+    from firstclaim.operations.commands import Commands
+
     async with Commands.on(dsn_of(settings), settings.postgres_timeout_seconds) as operations:
         return await ask(operations)
 
@@ -284,7 +298,7 @@ def _allowed(found: list[ReplayCandidate], ids: list[str] | None, *, force: bool
     if unknown := sorted(set(ids or ()) - {each.event_id for each in found}):
         fail(f"{len(unknown)} of these are not in the ledger, or not as selected: {', '.join(unknown)}", 1)
     if held := sum(each.status is Status.PROCESSING for each in found):
-        fail(f"{held} of them are being handled right now: try again when they have ended", 1)
+        fail(f"{held} of them are being handled right now: try again when their handlers have ended", 1)
     allowed = [each for each in found if each.has_payload]
     if (done := sum(each.status is Status.COMPLETED for each in allowed)) and not force:
         fail(f"{done} of them are completed: --force would run their handlers a second time", 1)
@@ -306,6 +320,8 @@ async def _replay(
 
 async def _follow(operations: Commands, event_ids: list[str]) -> dict[Status, int]:
     """Until none of them is on its way any more; one that failed again has its answer."""
+    from firstclaim.operations.queries import Selection
+
     waiting = (Status.PENDING, Status.PROCESSING)
     with progress_bar("settled", len(event_ids)) as (bar, task):
         while True:
@@ -320,6 +336,8 @@ async def _follow(operations: Commands, event_ids: list[str]) -> dict[Status, in
 @contextmanager
 def progress_bar(what: str, total: int) -> Iterator[tuple[Progress, TaskID]]:
     """A progress bar; none where the output is no terminal."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
         yield bar, bar.add_task(what, total=total)
@@ -327,6 +345,8 @@ def progress_bar(what: str, total: int) -> Iterator[tuple[Progress, TaskID]]:
 
 def print_json(content: dict[str, Any]) -> None:
     """On a line of its own."""
+    import orjson
+
     out.file.write(orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS).decode() + "\n")
 
 

@@ -5,31 +5,40 @@ codes: 0 done · 1 the answer is no (Stripe does not take the key, or sent an ev
 or a setting is wrong · 3 Postgres or Stripe is away. 3, not 1, for Stripe: trying again later is all there is to do.
 """
 
+from __future__ import annotations
+
 import asyncio
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from firstclaim.cli.events import AsJson, duration, on, operator, print_json, progress_bar
 from firstclaim.cli.terminal import database, fail, out, reported
 from firstclaim.errors import ConfigurationError
-from firstclaim.operations.commands import Commands
-from firstclaim.operations.reconcile import DAYS_MOST, ReconcileOptions, Reconciliation, Tally
-from firstclaim.operations.stripe_api import StripeEvents
-from firstclaim.settings import Settings
+from firstclaim.operations.limits import LISTED_DAYS_MOST
+
+if TYPE_CHECKING:
+    from firstclaim.operations.commands import Commands
+    from firstclaim.operations.reconcile import Tally
+    from firstclaim.settings import Settings
 
 
 def _since(text: str) -> int:
     """Seconds; raises a usage error."""
     seconds = int(duration(text))
-    if not 0 < seconds <= DAYS_MOST * 86_400:
-        raise typer.BadParameter(f"expected more than nothing and at most {DAYS_MOST}d: Stripe lists no older events")
+    if not 0 < seconds <= LISTED_DAYS_MOST * 86_400:
+        raise typer.BadParameter(
+            f"expected more than nothing and at most {LISTED_DAYS_MOST}d: Stripe lists no older events"
+        )
     return seconds
 
 
 def reconcile(
     since: Annotated[
-        int, typer.Option(parser=_since, metavar="90s|15m|2h|3d", help=f"From how long ago on; at most {DAYS_MOST}d.")
+        int,
+        typer.Option(
+            parser=_since, metavar="90s|15m|2h|3d", help=f"From how long ago on; at most {LISTED_DAYS_MOST}d."
+        ),
     ],
     undelivered: Annotated[
         bool, typer.Option("--undelivered", help="Only what Stripe could not deliver to all endpoints, or not yet.")
@@ -44,7 +53,10 @@ def reconcile(
 
     To resume a run that was interrupted, give the same command again: what it recorded is already here then.
     """
-    asked = ReconcileOptions(since, undelivered)
+    from firstclaim.operations.reconcile import ReconcileOptions, Reconciliation, Tally
+    from firstclaim.operations.stripe_api import StripeEvents
+
+    options = ReconcileOptions(since, undelivered)
     tally = Tally()
     with reported(), database() as settings:
         key = _key(settings)
@@ -55,7 +67,7 @@ def reconcile(
                 run = Reconciliation(
                     operations,
                     events,
-                    asked,
+                    options,
                     body_most_bytes=settings.body_most_bytes,
                     give_up_seconds=settings.give_up_seconds,
                 )

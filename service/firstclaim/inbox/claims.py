@@ -15,10 +15,10 @@ from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
 from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
-from firstclaim.inbox.model import TAKEABLE, Status
 from firstclaim.observability import metrics
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.postgres.connection import Epoch
+from firstclaim.status import TAKEABLE, Status
 
 _STATES = {
     Status.COMPLETED: "already completed",

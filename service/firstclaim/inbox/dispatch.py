@@ -19,12 +19,12 @@ from firstclaim.event import Event
 from firstclaim.inbox.attempt import Attempt, CommitUnknown, TakenOver, TransactionEnded
 from firstclaim.inbox.claims import Claims
 from firstclaim.inbox.ledger import Claim, Ledger
-from firstclaim.inbox.model import Status
 from firstclaim.observability import tracing
 from firstclaim.observability.redaction import describe_error, redacted_error
 from firstclaim.outcome import Outcome
 from firstclaim.postgres.handler_connections import HandlerConnections
 from firstclaim.registry import Handler
+from firstclaim.status import Status
 
 log = structlog.get_logger(__name__)
 

@@ -16,9 +16,9 @@ from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
 from firstclaim.inbox import statements
 from firstclaim.inbox.batcher import Batcher
-from firstclaim.inbox.model import Status
 from firstclaim.inbox.statements import Statement
 from firstclaim.postgres.connection import ROW_FAULTS, PinnedConnection, Pool, describe, read_epoch
+from firstclaim.status import Status
 
 # Deliveries in one insert: more save nothing more, and all of them wait for the slowest.
 _BATCH_MOST = 100

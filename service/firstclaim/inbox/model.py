@@ -1,12 +1,10 @@
-"""The ledger's tables and the one enum of its states.
+"""The ledger's tables.
 
 Guarantees: `UNIQUE(event_id)` over all rows for ever (never partition by time), no NULL where a value is
 known, every status the code knows and no other. The signed body lives in a table of its own: a status
 update then never rewrites it (TOAST would only move bodies of 2 kB and more out of line), and it can expire
 while the event id, which dedupes, stays.
 """
-
-from enum import StrEnum
 
 from sqlalchemy import (
     BigInteger,
@@ -25,6 +23,8 @@ from sqlalchemy import (
     text,
 )
 
+from firstclaim.status import Status
+
 metadata = MetaData(
     naming_convention={
         "pk": "%(table_name)s_pkey",
@@ -32,21 +32,6 @@ metadata = MetaData(
         "ix": "%(table_name)s_%(column_0_name)s_idx",
     }
 )
-
-
-class Status(StrEnum):
-    """The states of an event. The README draws the edges."""
-
-    PENDING = "pending"  # recorded, nobody is dispatching
-    PROCESSING = "processing"  # claimed: somebody holds it, or vanished
-    COMPLETED = "completed"  # the handler's effects are committed
-    IGNORED = "ignored"  # no handler for the type; a later deploy can replay it
-    FAILED = "failed"  # tried again at due_at
-    DEAD = "dead"  # needs an operator
-
-
-TAKEABLE = (Status.PENDING, Status.FAILED)
-UNFINISHED = (Status.PENDING, Status.PROCESSING, Status.FAILED)
 
 
 def _id(name: str, *, primary_key: bool = False, nullable: bool = False) -> Column[str]:

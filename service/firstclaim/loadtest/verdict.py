@@ -15,9 +15,9 @@ import asyncpg
 
 from firstclaim.errors import LedgerUnavailable, StoreUnsuitable
 from firstclaim.handlers.load_probe import ACTION
-from firstclaim.inbox.model import UNFINISHED, Status
 from firstclaim.loadtest.plan import Observed, Plan, entries
 from firstclaim.postgres.connection import UNAVAILABLE, describe
+from firstclaim.status import UNFINISHED, Status
 
 _CONNECT_SECONDS = 10.0
 _POLL_SECONDS = 0.5

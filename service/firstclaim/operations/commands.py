@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from firstclaim.errors import LedgerUnavailable, OperatorError
 from firstclaim.event import Delivery
 from firstclaim.inbox.ledger import NewRow, insert
-from firstclaim.inbox.model import Status
 from firstclaim.inbox.statements import FIND, statement
 from firstclaim.migrations import schema
+from firstclaim.operations.limits import ROW_DAYS_LEAST
 from firstclaim.operations.queries import SELECTED, Queries, Selection
 from firstclaim.postgres.connection import UNAVAILABLE, describe, open_connection, read_epoch
+from firstclaim.status import Status
 
 BATCH = 500  # events in one transaction: some ten milliseconds, so that nobody waits long for a row
-ROW_DAYS_LEAST = 35  # Stripe resends by hand for 30 days: until then only the row tells a duplicate
 _RECORD_SECONDS = 60.0  # for a batch, bodies and all, over a slow line
 _PATIENCE_SECONDS = 5.0  # a delivery of the same event at the same moment commits in milliseconds
 _MICROSECOND = 1e-6

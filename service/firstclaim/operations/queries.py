@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from firstclaim.inbox.model import Status
 from firstclaim.inbox.statements import Statement, statement
 from firstclaim.postgres.connection import PinnedConnection
+from firstclaim.status import Status
 
 _STATEMENT_SECONDS = 60.0  # a count over millions of rows
 

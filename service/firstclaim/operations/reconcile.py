@@ -21,7 +21,6 @@ from firstclaim.observability.redaction import redact
 from firstclaim.operations.commands import BATCH, Commands
 from firstclaim.operations.stripe_api import Item, Page, StripeEvents
 
-DAYS_MOST = 30  # for how long Stripe lists an event
 REFUSED_NAMED_MOST = 100
 _HELD_MOST_BYTES = 32 * 1024 * 1024  # of missing events' bodies: some thousands of them
 _FIRST_WINDOW_SECONDS = 3600

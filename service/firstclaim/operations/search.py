@@ -15,10 +15,10 @@ from typing import Any, Final
 import asyncpg
 
 from firstclaim.errors import TookTooLong
-from firstclaim.inbox.model import Status
 from firstclaim.inbox.statements import Statement, statement
 from firstclaim.operations.commands import Commands
 from firstclaim.operations.queries import COLUMNS, SELECTED, EventRow, Selection, listed
+from firstclaim.status import Status
 
 STATEMENT_SECONDS: Final = 3  # who looks waits no longer; a delivery shares the server with it
 PINS: Final[Mapping[str, str]] = {

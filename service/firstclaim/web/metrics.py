@@ -20,10 +20,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.inbox.model import Status
 from firstclaim.observability import metrics
 from firstclaim.operations.queries import Backlog, Queries, Selection
 from firstclaim.postgres.connection import Pool
+from firstclaim.status import Status
 from firstclaim.web.health import Health, HealthCheck
 
 log = structlog.get_logger(__name__)

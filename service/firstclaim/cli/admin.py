@@ -1,0 +1,32 @@
+"""`firstclaim admin-password` and `firstclaim dashboard`."""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Annotated
+
+import typer
+
+from firstclaim.cli.terminal import out
+
+
+def admin_password() -> None:
+    """Ask for a password, and print the hash that stands for it in FIRSTCLAIM_ADMIN_PASSWORD."""
+    from firstclaim.passwords import make_hash
+
+    password: str = typer.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
+    try:
+        typer.echo(make_hash(password))
+    except ValueError as error:
+        raise typer.BadParameter(f"the password {error}") from None
+
+
+def dashboard(
+    print_it: Annotated[bool, typer.Option("--print", help="Print it, to be imported by Grafana.")] = False,
+    alerts: Annotated[bool, typer.Option("--alerts", help="The alert rules, for Prometheus, instead.")] = False,
+) -> None:
+    """The Grafana dashboard that ships with this service, or its Prometheus alert rules."""
+    if not print_it:
+        raise typer.BadParameter("say --print: nothing is installed anywhere")
+    name = "alerts.yaml" if alerts else "dashboard.json"
+    out.file.write(resources.files("firstclaim").joinpath("observability", name).read_text())

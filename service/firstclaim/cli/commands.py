@@ -1,0 +1,43 @@
+"""The commands of `firstclaim`, put together."""
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from firstclaim.cli import admin, database, events, load, reconcile, send, serve
+from firstclaim.cli.terminal import out
+
+app = typer.Typer(
+    name="firstclaim",
+    help="Receives Stripe webhooks and dispatches each event once.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"firstclaim {version('firstclaim')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None: ...
+
+
+app.command()(serve.serve)
+app.command()(database.migrate)
+app.command()(database.check)
+app.command("admin-password")(admin.admin_password)
+app.command()(admin.dashboard)
+app.command()(send.send)
+app.command()(load.load)
+app.add_typer(database.epoch, name="epoch")
+app.add_typer(events.app, name="events")
+app.command()(events.stats)
+app.command()(reconcile.reconcile)

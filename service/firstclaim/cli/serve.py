@@ -1,0 +1,67 @@
+"""`firstclaim serve`: parses, checks, starts the server, and says how to reach it."""
+
+from __future__ import annotations
+
+import asyncio
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from firstclaim.cli.terminal import out, print_checks, read_settings, reported
+
+if TYPE_CHECKING:
+    import socket
+
+    from firstclaim.settings import Settings
+
+
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8000,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes.")] = 1,
+    migrate: Annotated[bool, typer.Option("--migrate", help="Bring the schema up to date first.")] = False,
+) -> None:
+    """Serve POST /webhooks/stripe, /livez and /readyz until SIGTERM."""
+    from firstclaim.app import create_app
+    from firstclaim.cli.database import bring_up_to_date
+    from firstclaim.embedded.data_folder import servers
+    from firstclaim.server.preflight import Verdict, all_checks, refuse
+    from firstclaim.server.runner import exit_on_signals, listen, run
+
+    with reported():
+        settings = read_settings()
+        exit_on_signals()
+        listener = listen(host, port)
+        with servers(settings) as ready:
+            found = asyncio.run(all_checks(ready, patient=True))
+            if migrate or settings.embedded_database:
+                refuse([check for check in found if check.name != "schema"])
+                bring_up_to_date(ready)
+                found = asyncio.run(all_checks(ready))
+            refuse(found)
+            _greet(settings, ready, listener, workers)
+            print_checks([check for check in found if check.verdict is not Verdict.OK])
+            run(create_app, ready, listener, workers)
+
+
+def _greet(settings: Settings, ready: Settings, listener: socket.socket, workers: int) -> None:
+    from firstclaim.web.webhook import WEBHOOK_PATH
+
+    host, port = listener.getsockname()[:2]
+    host = f"[{host}]" if ":" in host else host
+    lines = {
+        "webhooks": f"POST http://{host}:{port}{WEBHOOK_PATH}",
+        "workers": str(workers),
+        "postgres": "DATABASE_URL" if settings.database_url else f"embedded, in {settings.data_dir}",
+        "redis": "REDIS_URL" if settings.redis_url else "embedded Valkey",
+    }
+    if settings.admin_password is not None:
+        lines["page"] = f"http://{host}:{port}/admin"
+    if not settings.stripe_webhook_secrets:
+        secret = ready.stripe_webhook_secrets[0].get_secret_value()
+        lines["secret"] = f"{secret} (generated, kept in {settings.data_dir})"
+        lines["try"] = "firstclaim send invoice.payment_failed --copies 20"
+    out.print(f"firstclaim {version('firstclaim')}")
+    for name, value in lines.items():
+        out.print(f"[bold]{name:10}[/]{value}", soft_wrap=True)  # a secret in two lines cannot be copied
