@@ -19,15 +19,11 @@ format:
     {{bin}}/ruff format service tests
 
 # The long run: the rest of the acceptance suite, the fault matrix, the browser, the model, the mutants
-long: acceptance alone mutants
+long: acceptance mutants
 
-# Real processes, real servers broken on purpose, the model and the browser, in two processes
+# Real processes, real servers broken on purpose, the model and the browser
 acceptance *arguments:
-    {{bin}}/python -m pytest -n 2 --dist worksteal -m '(acceptance or chaos or model or browser) and not alone' {{arguments}}
-
-# What measures time, with no other test beside it
-alone *arguments:
-    {{bin}}/python -m pytest -m '(acceptance or chaos) and alone' {{arguments}}
+    {{bin}}/python -m pytest -m 'acceptance or chaos or model or browser' {{arguments}}
 
 # Every rule of the protocol broken in a copy of the code, and the test that must fail (two at once by itself)
 mutants *arguments:

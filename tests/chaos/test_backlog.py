@@ -14,7 +14,7 @@ from tests.chaos.load import Load
 from tests.chaos.own import Own
 from tests.chaos.verdict import verdict
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 # The matrix says 20,000; what fits a minute and a half of a small machine is the default.
 BACKLOG: Final = int(os.environ.get("CHAOS_BACKLOG", "6000"))

@@ -23,7 +23,7 @@ from tests.chaos.verdict import verdict
 from tests.fixtures import event_body
 from tests.talk import Talk
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 SLOW = 500
 MANNERS = (b"", LIVEZ, request([HOST, ("Content-Length", "9000")], b"{"))  # nothing, half a head, half a body

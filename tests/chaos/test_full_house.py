@@ -33,9 +33,6 @@ P99 = PAIRS * 99 // 100 - 1
 HOUSE: Overrides = {"handler_slots": SLOTS, "handler_deadline_seconds": 60, "idle_in_transaction_seconds": 65}
 
 
-pytestmark = pytest.mark.alone
-
-
 @pytest.fixture
 async def quiet(stores: Stores, tmp_path: Path) -> AsyncIterator[Service]:
     """A service as any other, on a ground of its own, that has nothing to do."""

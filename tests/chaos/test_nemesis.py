@@ -7,7 +7,6 @@ import pytest
 from tests.chaos.faults import LANES
 from tests.chaos.nemesis import run
 
-pytestmark = pytest.mark.alone
 SEED = 20_260_101
 
 

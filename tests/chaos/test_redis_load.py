@@ -18,7 +18,7 @@ from tests.chaos.load import Load, repeated
 from tests.chaos.servers import Servers
 from tests.chaos.verdict import verdict
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
 
 # Of row 14, and a quarter of them of row 15: about a minute of a quiet machine with two cores.
 DELIVERIES: Final = int(os.environ.get("CHAOS_DELIVERIES", "20000"))
