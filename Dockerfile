@@ -1,7 +1,7 @@
 # docker build --build-arg REVISION="$(git rev-parse HEAD)" --tag firstclaim .
 #
-# What runs is what requirements.lock names, hash by hash; only the venv leaves the builder, so neither pip's
-# cache nor the build backend is in the image. Nothing is written at run time: `--read-only` works.
+# The image holds exactly what requirements.lock pins by hash. Only the venv is copied from the builder stage, so
+# neither pip's cache nor the build backend is in the image. Nothing is written at run time: `--read-only` works.
 FROM python:3.13-slim AS base
 ENV PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
@@ -14,7 +14,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
 WORKDIR /build
 
-# The build backend, in a venv of its own that stays here.
+# The build backend, in a venv of its own that stays in this stage.
 RUN printf '%s\n' \
         'hatchling==1.33.0 --hash=sha256:415290b84f464d2884303fca8974d38e7b85579069fab02a15db0828fbb1446d' \
         'packaging==26.3 --hash=sha256:d7193f7c8e4e93f444fde0262bf90af30e16fa0ad0ad44cb553c87339b23cd1c' \
@@ -26,15 +26,15 @@ RUN printf '%s\n' \
     && python -m venv --without-pip /opt/backend \
     && pip --python /opt/backend/bin/python install --only-binary=:all: --require-hashes -r backend.lock
 
-# The dependencies: this layer is rebuilt only when the lock changes. Bytecode is compiled here, once, and
-# never checked against its source again: the image's files do not change.
+# The dependencies. This layer is rebuilt only when the lock changes. Bytecode is compiled once, here, and is never
+# checked against its source again, because the image's files do not change.
 COPY requirements.lock ./
 RUN python -m venv --without-pip /opt/venv \
     && pip --python /opt/venv/bin/python install --only-binary=:all: --require-hashes -r requirements.lock \
     && pip --python /opt/venv/bin/python check \
     && python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
 
-# The project itself: from here on nothing is asked of the network.
+# The project itself. From here on nothing is fetched from the network.
 COPY pyproject.toml README.md LICENSE ./
 COPY service ./service
 RUN pip --python /opt/backend/bin/python wheel --no-index --no-deps --no-build-isolation --wheel-dir dist . \
@@ -44,7 +44,7 @@ RUN pip --python /opt/backend/bin/python wheel --no-index --no-deps --no-build-i
 
 
 FROM base
-# /app is root's: the service can read it and not write to it. Handlers of yours go there, in an image of your own:
+# /app belongs to root: the service can read it, but not write to it. Your own image puts your handlers there:
 # `FROM firstclaim`, `COPY shop ./shop`, `ENV FIRSTCLAIM_HANDLERS=shop.handlers`.
 RUN groupadd --gid 10001 firstclaim \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /app --shell /usr/sbin/nologin firstclaim
@@ -53,17 +53,17 @@ COPY --from=builder /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH \
     HOME=/app
 
-# By number, so that an orchestrator can see that it is not root.
+# As a number, so that an orchestrator can verify that it is not root.
 USER 10001:10001
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 
-# Alive, not ready: a store that is away must not have the container restarted. Straight to the port, whatever
-# HTTP_PROXY says; without `site`, so that it costs little. Orchestrators have probes of their own: /livez, /readyz.
+# Checks liveness, not readiness: an unreachable store must not cause a restart of the container. It bypasses
+# HTTP_PROXY, and skips the import of `site` to be cheap. Orchestrators use their own probes: /livez and /readyz.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
     CMD ["python", "-I", "-S", "-c", "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:8000/livez', timeout=2)"]
 
-# Exec form: firstclaim is process 1 and gets the SIGTERM itself.
+# Exec form: firstclaim is process 1, so that it receives SIGTERM itself.
 ENTRYPOINT ["firstclaim"]
 CMD ["serve", "--host", "0.0.0.0", "--port", "8000"]
 

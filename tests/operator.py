@@ -1,9 +1,9 @@
-"""What an operator does by hand, as the commands do it."""
+"""What an operator does by hand, as the command does it."""
 
 from collections.abc import Sequence
 
-from firstclaim.commands.commands import Commands
-from firstclaim.commands.queries import Selection
+from firstclaim.operations.commands import Commands
+from firstclaim.operations.queries import Selection
 
 OPERATOR = "ada@desk"
 CONNECT_SECONDS = 10
@@ -11,15 +11,15 @@ GIVE_UP_SECONDS = 3 * 86_400.0
 
 
 async def rotate(database_url: str, connect_seconds: float = CONNECT_SECONDS) -> tuple[str | None, str | None]:
-    """`firstclaim epoch rotate`: the previous epoch and the new one."""
-    async with Commands.connect(database_url, connect_seconds) as commands:
-        return await commands.rotate_epoch(OPERATOR)
+    """`firstclaim epoch rotate`: the epoch before and the one after."""
+    async with Commands.on(database_url, connect_seconds) as operations:
+        return await operations.rotate_epoch(OPERATOR)
 
 
 async def replay(database_url: str, event_ids: Sequence[str]) -> list[str]:
-    """`firstclaim events replay ID...`: the ids of the changed events."""
-    async with Commands.connect(database_url, CONNECT_SECONDS) as commands:
+    """`firstclaim events replay ID...`: those that it changed."""
+    async with Commands.on(database_url, CONNECT_SECONDS) as operations:
         selection = Selection(event_ids)
-        candidates = await commands.replay_candidates(selection)
-        batches = commands.replay(candidates, selection, OPERATOR, give_up_seconds=GIVE_UP_SECONDS)
+        chosen = await operations.choose(selection)
+        batches = operations.replay(chosen, selection, OPERATOR, give_up_seconds=GIVE_UP_SECONDS)
         return [event_id async for batch in batches for event_id in batch]

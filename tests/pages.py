@@ -1,8 +1,7 @@
-"""The admin page as a browser without JavaScript sees it: pages, forms, cookies. Every response is checked.
+"""The admin page as a browser without JavaScript sees it: pages, forms, cookies; every answer is looked over.
 
-Guarantees: every response that a test receives here has the headers that all responses need. No page contains a
-script, a style, an event handler or the address of another host, whatever data it shows.
-
+Guarantees: no answer passes by here without the headers that all must have, and no page that holds a script, a style,
+an event handler or another host's address of its own, however it came to be.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ from tests.integration.world import World
 from tests.unit.test_logging import configured
 
 PASSWORD: Final = "correct horse battery staple"
-# The hash of PASSWORD at a tenth of the usual cost: the tests log in a hundred times.
+# The same password at a tenth of its cost: a suite logs in a hundred times.
 _SALT = b"0123456789abcdef"
 _DIGEST = hashlib.scrypt(PASSWORD.encode(), salt=_SALT, n=2**14, r=8, p=1, dklen=32)
 HASHED: Final = ":".join(("scrypt", "16384", "8", "1", _to_base64(_SALT), _to_base64(_DIGEST)))
@@ -41,7 +40,7 @@ _CONTENT_SECURITY = HEADERS["Content-Security-Policy"]
 
 @dataclass
 class Form:
-    """A form and the fields that it would send."""
+    """One form, with what it would send."""
 
     method: str
     action: str
@@ -70,11 +69,11 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        """All text of the page, in one line."""
+        """All that it says, in one line."""
         return " ".join(" ".join(self.words).split())
 
     def form(self, action: str) -> Form:
-        """The form with this action."""
+        """The form that goes there."""
         [found] = [form for form in self.forms if urlsplit(form.action).path == action]
         return found
 
@@ -121,23 +120,23 @@ class Page(HTMLParser):
 
 @dataclass
 class Visitor:
-    """A user with a browser."""
+    """Somebody at a browser."""
 
     client: httpx.AsyncClient
 
     async def get(self, path: str, **headers: str) -> tuple[httpx.Response, Page]:
-        return checked(await self.client.get(path, headers=_given(headers)))
+        return looked_over(await self.client.get(path, headers=_given(headers)))
 
     async def post(self, path: str, fields: Any, **headers: str) -> tuple[httpx.Response, Page]:
-        """Send fields as a browser sends a form of the page."""
+        """As a browser sends a form of ours."""
         given = {"Origin": str(self.client.base_url).rstrip("/"), "Sec-Fetch-Site": "same-origin", **_given(headers)}
         pairs = list(fields.items()) if isinstance(fields, Mapping) else list(fields)
         sent = httpx.QueryParams(pairs)
         content = {"Content-Type": "application/x-www-form-urlencoded", **given}
-        return checked(await self.client.post(path, content=str(sent), headers=content))
+        return looked_over(await self.client.post(path, content=str(sent), headers=content))
 
     async def submit(self, form: Form, *more: tuple[str, str]) -> tuple[httpx.Response, Page]:
-        """Send the form's fields and `more`: a button, a ticked box, a filled field."""
+        """What is in the form, and `more`: a button, a box that was ticked, a field that was filled."""
         names = {name for name, _ in more}
         kept = [pair for pair in form.fields if pair[0] not in names or pair in form.boxes]
         return await self.post(form.action, [*kept, *more])
@@ -154,7 +153,7 @@ class Visitor:
 
 @contextmanager
 def logging_as_served() -> Iterator[None]:
-    """Inside the block, log lines go to standard error as JSON, as in a running service."""
+    """One JSON object a line on standard error, as a service writes them, from everything that logs in the block."""
     with configured():
         structlog.configure(**{**structlog.get_config(), "cache_logger_on_first_use": False})
         yield
@@ -164,8 +163,8 @@ def _given(headers: dict[str, str]) -> dict[str, str]:
     return {name.replace("_", "-"): value for name, value in headers.items()}
 
 
-def checked(response: httpx.Response) -> tuple[httpx.Response, Page]:
-    """Check what every response has to have."""
+def looked_over(response: httpx.Response) -> tuple[httpx.Response, Page]:
+    """What must hold of every answer."""
     for name, value in HEADERS.items():
         assert response.headers.get_list(name) == [value], (response.request.url, name)
     directives = {words[0]: words[1:] for each in _CONTENT_SECURITY.split(";") if (words := each.split())}
@@ -173,22 +172,22 @@ def checked(response: httpx.Response) -> tuple[httpx.Response, Page]:
     assert "script-src" not in directives
     assert "unsafe" not in _CONTENT_SECURITY
     for cookie in response.headers.get_list("set-cookie"):
-        flags = {flag.strip() for flag in cookie.split(";")[1:]}
+        flags = {part.strip() for part in cookie.split(";")[1:]}
         assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= flags, cookie
         is_secure = not response.request.url.host.startswith(("127.", "localhost"))
         assert ("Secure" in flags) == cookie.startswith("__Host-") == is_secure, cookie
-    is_html = response.headers.get("content-type", "").startswith("text/html")
-    return response, Page(response.text if is_html else "")
+    is_page = response.headers.get("content-type", "").startswith("text/html")
+    return response, Page(response.text if is_page else "")
 
 
-def admin_app(world: World, probes: list[HealthCheck] | None = None) -> Starlette:
-    """The world's admin page, and nothing else."""
-    page = admin_page(world.settings, world.parts, probes or [])
-    assert page is not None
-    return Starlette(routes=list(page.routes))
+def site_of(world: World, probes: list[HealthCheck] | None = None) -> Starlette:
+    """The world's page, and nothing else."""
+    site = admin_page(world.settings, world.parts, probes or [])
+    assert site is not None
+    return Starlette(routes=list(site.routes))
 
 
 def visitor(app: Starlette, address: str = ADDRESS, origin: str = ORIGIN) -> Visitor:
-    """A new browser. It does not follow redirects by itself."""
+    """A new browser; it follows nothing by itself."""
     transport = httpx.ASGITransport(app, client=(address, 40_000))
     return Visitor(httpx.AsyncClient(transport=transport, base_url=origin))

@@ -1,6 +1,6 @@
-"""What we ship and how: the lock, the image's recipe, the compose file and CI say the same as the code.
+"""The lock, the Dockerfile, the compose file and the CI workflow agree with the code.
 
-Read as text, without Docker and without the network; the image itself is built and started by CI.
+They are read as text, without Docker and without the network. CI builds and starts the image itself.
 """
 
 import json
@@ -60,27 +60,36 @@ def _stages() -> list[list[tuple[str, str]]]:
 
 
 def _last(instruction: str) -> str:
-    """What the image does: the last `instruction` of the final stage."""
+    """The last `instruction` of the final stage: the one that takes effect."""
     return [rest for name, rest in _stages()[-1] if name == instruction][-1]
 
 
 def _pip_commands() -> list[list[str]]:
-    """Every command of a RUN that has pip fetch, build or install something, as its words."""
+    """Every command of a RUN in which pip fetches, builds or installs something, split into words."""
     runs = [rest for stage in _stages() for name, rest in stage if name == "RUN"]
     commands = [shlex.split(part) for rest in runs for part in rest.split("&&")]
     return [words for words in commands if words[0] == "pip" and {"install", "wheel"} & set(words)]
 
 
 def _services() -> dict[str, str]:
-    """Each service of the compose file with the text that describes it."""
+    """The text of each service in the compose file, by name."""
     block = re.split(r"^(?=\S)", COMPOSE.partition("\nservices:\n")[2], flags=re.MULTILINE)[0]
     parts = re.split(r"^  (\w+):\n", block, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def _application() -> str:
-    """What `migrate` and `service` share in the compose file."""
+    """The block that `migrate` and `service` share in the compose file."""
     return COMPOSE.partition("&firstclaim\n")[2].partition("\nservices:\n")[0]
+
+
+# -- the wheel ----------------------------------------------------------------------------------------
+
+
+def test_the_wheel_holds_one_package() -> None:
+    """Only `firstclaim` is installed: nothing named `service` shadows an application's own package of that name."""
+    assert PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["service/firstclaim"]}
+    assert [path.name for path in (ROOT / "service").iterdir() if path.name != "__pycache__"] == ["firstclaim"]
 
 
 # -- requirements.lock --------------------------------------------------------------------------------
@@ -88,7 +97,7 @@ def _application() -> str:
 
 @pytest.mark.parametrize("dependency", PROJECT["dependencies"])
 def test_every_dependency_is_locked_inside_its_range(dependency: str) -> None:
-    """The lock has every dependency of the project, at a version that its range in pyproject.toml admits."""
+    """The lock pins every dependency of the project, at a version within its range in pyproject.toml."""
     wanted = Requirement(dependency)
     pins = [pin for pin in _pins() if canonicalize_name(pin.name) == canonicalize_name(wanted.name)]
     assert pins, f"{wanted.name} is not locked: run the command at the head of requirements.lock"
@@ -97,7 +106,7 @@ def test_every_dependency_is_locked_inside_its_range(dependency: str) -> None:
 
 
 def test_extras_are_locked_too() -> None:
-    """The lock has what our dependencies' extras bring: the C parser and SQLAlchemy's asyncio support."""
+    """The lock includes the extras of our dependencies: the C parser and SQLAlchemy's asyncio support."""
     assert {"hiredis", "greenlet"} <= {pin.name for pin in _pins()}
 
 
@@ -110,14 +119,14 @@ def test_every_pin_has_hashes() -> None:
 
 
 def test_the_lock_says_what_and_never_where() -> None:
-    """The lock holds no address, no path and no option: it installs from whatever index is configured."""
+    """The lock holds no URL, no path and no option, so it installs from any configured index."""
     assert not re.findall(r"https?:|file:|git\+| @ |(?<!\w)/\w+/", LOCK)
     assert not re.findall(r"--(?:extra-)?index|--find-links|--trusted-host|--no-index", LOCK)
     assert not [line for line in _logical_lines(LOCK) if line.startswith("-")]
 
 
 def test_the_lock_is_for_production_only() -> None:
-    """Nothing that only the tests or the embedded servers need is in the lock, so it is not in the image."""
+    """The lock, and with it the image, holds nothing that only the tests or the embedded servers need."""
     extras = [Requirement(line).name for group in PROJECT["optional-dependencies"].values() for line in group]
     assert extras
     assert not {canonicalize_name(name) for name in extras} & {canonicalize_name(pin.name) for pin in _pins()}
@@ -127,14 +136,14 @@ def test_the_lock_is_for_production_only() -> None:
 
 
 def test_the_image_does_not_run_as_root() -> None:
-    """The image's last USER is a number above 0, which an orchestrator can check by itself."""
+    """The last USER of the image is a number above 0, which an orchestrator can verify."""
     user, _, group = _last("USER").partition(":")
     assert int(user) > 0
     assert int(group) > 0
 
 
 def test_the_service_is_process_1() -> None:
-    """ENTRYPOINT and CMD are exec form and name our command, so SIGTERM reaches the service, not a shell."""
+    """ENTRYPOINT and CMD use the exec form and run our command, so SIGTERM reaches the service and not a shell."""
     entrypoint, command = json.loads(_last("ENTRYPOINT")), json.loads(_last("CMD"))
     assert entrypoint == ["firstclaim"]
     assert entrypoint[0] in PROJECT["scripts"]
@@ -145,13 +154,13 @@ def test_the_service_is_process_1() -> None:
 
 
 def test_the_last_stage_takes_only_the_venv() -> None:
-    """The image gets the venv from the builder and nothing else: no source tree, no build tools."""
+    """The image copies only the venv from the builder: no source tree, no build tools."""
     copied = [rest for name, rest in _stages()[-1] if name in ("COPY", "ADD")]
     assert copied == ["--from=builder /opt/venv /opt/venv"]
 
 
 def test_everything_fetched_is_hashed() -> None:
-    """Each pip command of the Dockerfile demands hashes or is offline, and one installs the lock."""
+    """Each pip command of the Dockerfile requires hashes or is offline, and one of them installs the lock."""
     commands = _pip_commands()
     loose = [
         words for words in commands if "--require-hashes" not in words and not {"--no-index", "--no-deps"} <= set(words)
@@ -161,7 +170,7 @@ def test_everything_fetched_is_hashed() -> None:
 
 
 def test_the_build_backend_is_the_one_pyproject_asks_for() -> None:
-    """The Dockerfile pins, with hashes, a version of the build backend that pyproject.toml admits."""
+    """The Dockerfile pins the build backend by hash, at a version that pyproject.toml allows."""
     found = re.findall(r"'(\S+==\S+) --hash=sha256:[0-9a-f]{64}'", (ROOT / "Dockerfile").read_text())
     pins = {pin.name: pin for pin in map(Requirement, found)}
     for wanted in map(Requirement, PYPROJECT["build-system"]["requires"]):
@@ -169,7 +178,7 @@ def test_the_build_backend_is_the_one_pyproject_asks_for() -> None:
 
 
 def test_the_image_names_no_address_and_no_secret() -> None:
-    """No index, download address or credential is written into a layer of the image."""
+    """No layer of the image contains an index URL, a download URL or a credential."""
     recipe = [rest for stage in _stages() for name, rest in stage if name != "HEALTHCHECK"]
     assert not [rest for rest in recipe if re.search(r"https?:|--(extra-)?index-url|--find-links", rest)]
     settings = [rest for stage in _stages() for name, rest in stage if name in ("ARG", "ENV")]
@@ -178,7 +187,7 @@ def test_the_image_names_no_address_and_no_secret() -> None:
 
 
 def test_what_the_dockerfile_copies_is_let_into_the_build() -> None:
-    """What the Dockerfile copies exists and is let through .dockerignore, which keeps out all else."""
+    """Everything that the Dockerfile copies exists, and .dockerignore lets exactly that into the build."""
     rules = _logical_lines((ROOT / ".dockerignore").read_text())
     copies = [rest.split() for stage in _stages()[:-1] for name, rest in stage if name == "COPY"]
     sources = {source for *sources, _ in copies for source in sources}
@@ -210,19 +219,19 @@ def _livez(status: int) -> Iterator[int]:
 
 
 def _healthcheck(port: int) -> int:
-    """The exit code of the image's own health check, asked of `port` with a proxy in the environment."""
+    """The exit code of the image's own health check against `port`, with a proxy in the environment."""
     program, *arguments = json.loads(_last("HEALTHCHECK").partition(" CMD ")[2])
     assert program == "python"
     code = arguments[-1]
     exposed = f"127.0.0.1:{_last('EXPOSE')}/"
-    assert exposed in code, "the check does not ask the port that the image exposes"
+    assert exposed in code, "the check does not use the port that the image exposes"
     command = [sys.executable, *arguments[:-1], code.replace(exposed, f"127.0.0.1:{port}/")]
     dead_end = {"http_proxy": "http://127.0.0.1:9"}
     return subprocess.run(command, env=dead_end, check=False, capture_output=True).returncode
 
 
 def test_the_health_check_tells_alive_from_not() -> None:
-    """The HEALTHCHECK's own code passes on a 200 from /livez, and fails on a 503 and when nobody listens."""
+    """The HEALTHCHECK's own code passes on a 200 from /livez, and fails on a 503 and on a refused connection."""
     with _livez(200) as port:
         assert _healthcheck(port) == 0
     assert _healthcheck(port) == 1
@@ -234,7 +243,7 @@ def test_the_health_check_tells_alive_from_not() -> None:
 
 
 def test_compose_has_the_service_and_all_it_needs() -> None:
-    """The compose file starts the two stores, migrates, then serves: its conditions force that order."""
+    """The conditions in the compose file enforce the order: the two stores, the migration, the service."""
     services = _services()
     assert set(services) == {"postgres", "redis", "migrate", "service"}
     waits = {
@@ -252,7 +261,7 @@ def test_compose_has_the_service_and_all_it_needs() -> None:
 
 
 def test_compose_publishes_only_the_service() -> None:
-    """No store is reachable from outside: it publishes no port, and its one network leads nowhere."""
+    """No store is reachable from outside: it publishes no port, and its only network is internal."""
     services = _services()
     assert [name for name, text in services.items() if "ports:" in text] == ["service"]
     assert all("networks: [stores]" in services[name] for name in ("postgres", "redis", "migrate"))
@@ -260,7 +269,7 @@ def test_compose_publishes_only_the_service() -> None:
 
 
 def test_compose_hardens_our_containers() -> None:
-    """Both of our containers run read-only, without capabilities and without a way to gain any."""
+    """Both of our containers are read-only, without capabilities, and cannot gain any."""
     ours = _application()
     for line in ("read_only: true", "cap_drop: [ALL]", 'security_opt: ["no-new-privileges:true"]'):
         assert f"\n  {line}\n" in ours
@@ -272,7 +281,7 @@ def _given(service: str) -> dict[str, str]:
 
 
 def test_compose_gives_only_settings_that_exist_and_demands_the_secret() -> None:
-    """Each variable that compose hands to the service is a setting, and without a signing secret it stops."""
+    """Each variable that compose gives to the service is a setting, and compose requires the signing secret."""
     given = _given("service")
     assert set(given) >= {"DATABASE_URL", "REDIS_URL", "STRIPE_WEBHOOK_SECRETS"}
     assert set(given) <= {environment_name(field) for field in Settings.model_fields}
@@ -280,18 +289,18 @@ def test_compose_gives_only_settings_that_exist_and_demands_the_secret() -> None
 
 
 def test_compose_keeps_the_secret_from_the_migration() -> None:
-    """The migration is handed the database's address and nothing else."""
+    """The migration gets only the database URL."""
     assert set(_given("migrate")) == {"DATABASE_URL"}
 
 
 def test_compose_waits_for_a_graceful_stop() -> None:
-    """The grace before SIGKILL is longer than the time that the service gives itself to finish."""
+    """The grace period before SIGKILL is longer than the service's own limit for a shutdown."""
     [grace] = re.findall(r"stop_grace_period: (\d+)s", _services()["service"])
     assert int(grace) > Settings.model_fields["shutdown_seconds"].default
 
 
 def test_nothing_we_ship_looks_like_a_misspelt_setting() -> None:
-    """Every FIRSTCLAIM_* name in the Dockerfile and the compose file is one that the service knows."""
+    """Every FIRSTCLAIM_* name in the Dockerfile and the compose file is a setting."""
     names = set(re.findall(rf"\b{PREFIX}[A-Z_]+\b", (ROOT / "Dockerfile").read_text() + COMPOSE))
     assert names
     assert names <= {environment_name(field) for field in Settings.model_fields}
@@ -301,7 +310,7 @@ def test_nothing_we_ship_looks_like_a_misspelt_setting() -> None:
 
 
 def test_ci_runs_every_python_we_claim() -> None:
-    """The CI matrix is the Python versions that pyproject.toml claims, and each runs the whole .ci/run."""
+    """The CI matrix has the Python versions that pyproject.toml names, and each job runs all of .ci/run."""
     claimed = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
     [matrix] = re.findall(r"^        python: (\[.*\])$", CI, flags=re.MULTILINE)
     assert json.loads(matrix) == claimed
@@ -310,7 +319,7 @@ def test_ci_runs_every_python_we_claim() -> None:
 
 
 def test_ci_can_only_read() -> None:
-    """The workflow's token reads and no more, and every action is named with a version."""
+    """The workflow's token is read-only, and every action is pinned to a major version."""
     assert re.findall(r"^permissions:\n((?:  .*\n)+)", CI, flags=re.MULTILINE) == ["  contents: read\n"]
     used = re.findall(r"uses: (\S+)", CI)
     assert used

@@ -1,13 +1,26 @@
-"""The README says what the code does, where the code can tell."""
+"""The README and the pages beside it agree with the code, as far as a test can see."""
 
 import re
+import tomllib
 from importlib import resources
 from pathlib import Path
+
+import pytest
 
 from firstclaim.settings import Settings, environment_name
 from firstclaim.web.webhook import STATUS
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+ARCHITECTURE = ROOT / "docs" / "explanation" / "architecture.md"
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "tests").rglob("*.md")),
+]
+# Where the paths on our pages start: the repository, the package (architecture.md), or the page's own folder.
+PACKAGE = ROOT / "service" / "firstclaim"
 
 
 def settings_table() -> str:
@@ -26,21 +39,21 @@ def settings_table() -> str:
 
 
 def test_settings_table() -> None:
-    """The README's table of settings is the one in the code, default by default."""
+    """The README's table of settings is generated from the code, defaults included."""
     found = re.search(r"<!-- settings -->\n(.*?)\n<!-- /settings -->", README.read_text(), flags=re.DOTALL)
     assert found
     assert found.group(1) == settings_table()
 
 
 def test_answers_table() -> None:
-    """Every status code that an outcome can become stands in the README's table of answers."""
+    """The README's table of answers has every status code of every outcome."""
     answers = README.read_text().partition("## Answers")[2].partition("## Settings")[0]
     for status, processed in STATUS.values():
         assert re.search(rf"\| {status} \| {str(processed).lower()} \|", answers), (status, processed)
 
 
 def test_test_command_is_what_ci_runs() -> None:
-    """CI finds exactly one line to run under the README's test marker."""
+    """CI finds exactly one command under the README's test marker."""
     block = re.search(r"<!-- test -->\n```sh\n(.*?)\n```", README.read_text(), flags=re.DOTALL)
     assert block
     assert block.group(1).count("\n") == 0
@@ -48,7 +61,7 @@ def test_test_command_is_what_ci_runs() -> None:
 
 
 def test_every_alert_has_its_paragraph() -> None:
-    """Whoever is woken finds what to do under the alert's name."""
+    """The Runbook has a paragraph under the name of every alert."""
     alerts = re.findall(
         r"- alert: (\w+)", resources.files("firstclaim").joinpath("observability", "alerts.yaml").read_text()
     )
@@ -57,7 +70,37 @@ def test_every_alert_has_its_paragraph() -> None:
     assert [name for name in alerts if f"**{name}**" not in runbook] == []
 
 
-def test_settings_are_called_by_their_names() -> None:
-    """No variable stands anywhere in the README that the service does not read."""
+# -- the pages beside it ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    """Every relative link leads to a file, and its fragment to a heading of that file."""
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        path, _, fragment = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        if fragment:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), flags=re.MULTILINE)
+            assert fragment in {heading.lower().replace(" ", "-") for heading in headings}, link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_paths_exist(page: Path) -> None:
+    """Every path with a slash that stands in backticks is a file or a folder of this repository."""
+    paths = re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`", page.read_text())
+    assert [path for path in paths if not any((base / path).exists() for base in (ROOT, PACKAGE, page.parent))] == []
+
+
+def test_the_diagram_of_the_layers_is_the_contract() -> None:
+    """architecture.md draws the layers that import-linter checks, from the top to the bottom."""
+    [contract] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    diagram = ARCHITECTURE.read_text().partition("<!-- layers -->")[2].partition("\n```\n")[0]
+    assert re.findall(r'L\d+\["([^"]+)"\]', diagram) == contract["layers"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_settings_are_called_by_their_names(page: Path) -> None:
+    """No page names a variable that the service does not read."""
     known = {environment_name(name) for name in Settings.model_fields}
-    assert set(re.findall(r"\bFIRSTCLAIM_[A-Z_]+\b", README.read_text())) <= known
+    assert set(re.findall(r"\bFIRSTCLAIM_[A-Z_]+\b", page.read_text())) <= known
