@@ -33,7 +33,7 @@ AS_SHIPPED: Overrides = {
 
 
 async def test_row_36_a_backlog_with_live_traffic(own: Own) -> None:
-    """All of it is completed once, at half the rate of fresh events or better, and live events do not wait for it."""
+    """A backlog completes once, at half the rate of fresh events or better, and live events do not wait for it."""
     history = own.history
     service = await history.service(AS_SHIPPED).start()
     before = await fresh_rate(history, service)

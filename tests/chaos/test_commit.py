@@ -83,7 +83,7 @@ async def test_row_17_insert_cut_before_the_server_saw_it(cut: Cut) -> None:
 
 
 async def test_row_17_insert_cut_after_the_server_saw_it(cut: Cut) -> None:
-    """The INSERT is committed and nobody hears of it: 503; the row is owned, a retry says so, recovery completes it."""
+    """The INSERT commits, its reply is lost: 503; a retry finds the row owned, and recovery completes it."""
     event = sample()
     met = cut.at(lambda sent: event.id.encode() in sent, Mode.MUTE)
     delivery = asyncio.create_task(answered(cut.history, cut.service, event))
@@ -99,7 +99,7 @@ async def test_row_17_insert_cut_after_the_server_saw_it(cut: Cut) -> None:
 
 
 async def test_row_18_completion_cut_after_the_server_saw_it(cut: Cut) -> None:
-    """The COMMIT is done and its reply is lost with the connection: the guarded update finds it so, and says P."""
+    """The COMMIT succeeds, its reply is lost: the guarded update detects that, and the answer is processed."""
     event = sample()
     met = cut.at(lambda sent: b"COMMIT" in sent, Mode.MUTE)
     delivery = asyncio.create_task(answered(cut.history, cut.service, event))
@@ -111,7 +111,7 @@ async def test_row_18_completion_cut_after_the_server_saw_it(cut: Cut) -> None:
 
 
 async def test_row_18_completion_cut_and_the_ledger_gone(cut: Cut) -> None:
-    """The COMMIT is done, and then the database cannot say so: 503; back again, it is completed without a failure."""
+    """The COMMIT succeeds, then the database goes down: 503; once it is back, the event is completed, not failed."""
     event = sample()
     met = cut.at(lambda sent: b"COMMIT" in sent, Mode.MUTE)
     delivery = asyncio.create_task(answered(cut.history, cut.service, event))

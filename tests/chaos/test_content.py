@@ -28,7 +28,7 @@ from tests.hostile import ACCEPTED, bodies
 
 
 async def test_row_30_hostile_content(history: History) -> None:
-    """Every hostile body: processed once and stored as it was sent, or refused in a sentence of ours; never a 5xx."""
+    """Each hostile body is processed once and stored as sent, or refused with a sentence of ours; never a 5xx."""
     service = await history.service().start()
     sent = bodies()
     answers = {name: await delivered(history, service, name, body) for name, body in sent.items()}
@@ -42,7 +42,7 @@ async def test_row_30_hostile_content(history: History) -> None:
 
 
 async def test_row_30_hostile_content_is_a_duplicate_the_second_time(history: History) -> None:
-    """Its id is found again, in Redis and in the ledger: ignored, and its row is as it was."""
+    """Its id is found again in Redis and in the ledger: ignored, and the row is unchanged."""
     service = await history.service().start()
     sent = {name: body for name, body in bodies().items() if name in ACCEPTED}
     for name, body in sent.items():
@@ -56,7 +56,7 @@ async def test_row_30_hostile_content_is_a_duplicate_the_second_time(history: Hi
 
 
 async def test_row_30_recovery_reads_hostile_content_from_the_ledger(history: History) -> None:
-    """Recorded while another held the lock: recovery dispatches what was stored, and it is the same event."""
+    """Recorded while another held the lock: recovery dispatches the stored body, and it is the same event."""
     service = await history.service().start()
     sent = {name: body for name, body in bodies().items() if name in ACCEPTED}
     for name, event in events(sent).items():
@@ -70,7 +70,7 @@ async def test_row_30_recovery_reads_hostile_content_from_the_ledger(history: Hi
 
 
 async def test_row_30_the_shipped_handler(history: History) -> None:
-    """The handler that ships takes it too: it remembers what it can, or gives up for good; it never fails."""
+    """The shipped handler accepts it too: it stores what it can, or raises Permanent, and never fails."""
     service = await history.ground.service({"handlers": "firstclaim.handlers"}).start()
     sent = bodies()
     for name, body in sent.items():

@@ -77,7 +77,7 @@ class Crowd:
 
 
 async def test_row_31_slow_sockets_do_not_move_the_p99(history: History) -> None:
-    """Ordinary deliveries with and without 500 slow sockets, in turn: the p99 is alike, and none goes unanswered."""
+    """Deliveries with and without 500 slow sockets, in turn: the p99 is alike, and each delivery is answered."""
     service = await history.service().start()
     await p99(history, service)  # the first of anything is slow
     crowd = Crowd(service, SLOW)
@@ -104,7 +104,7 @@ async def p99(history: History, service: Service) -> float:
 
 
 async def test_row_31_a_full_process_goes_on_serving(history: History) -> None:
-    """Four times the sockets that it may have, opened again and again: deliveries get in, and files stay free."""
+    """Four times the allowed sockets, reopened again and again: deliveries are served, and files stay available."""
     service = await history.service({"connections_most": 100}).start()
     files_before = files(service)
     crowd = Crowd(service, 400, pause_seconds=1)
@@ -145,7 +145,7 @@ def files(service: Service) -> int:
 
 
 async def test_row_31_memory_is_flat(history: History) -> None:
-    """Thousands of refused requests, of every kind: after the first of them the process does not grow any more."""
+    """Thousands of refused requests of every kind: after the first ones, the process does not grow."""
     service = await history.service().start()
     unsigned = request([HOST, ("Stripe-Signature", "t=1,v1=00"), length(event_body())], event_body())
     sizes = []
@@ -168,7 +168,7 @@ async def refuse_again_and_again(service: Service, sent: bytes, times: int) -> N
 
 
 async def test_row_31_unfinished_bodies_are_bounded(history: History) -> None:
-    """300 bodies of almost a mebibyte, none of them ended: some 64 are held, and a delivery gets in beside them."""
+    """300 unfinished bodies of almost a mebibyte: some 64 are held, and a delivery beside them is served."""
     service = await history.service({"body_timeout_seconds": 60}).start()
     before = resident_mebibytes(service)
     body = b" " * (MEBIBYTE - 1)

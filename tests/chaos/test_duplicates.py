@@ -19,7 +19,7 @@ RESENT = 20
 
 @pytest.mark.smoke
 async def test_row_01_no_fault(history: History) -> None:
-    """With nothing broken every event, of each kind of handler, is processed on its first delivery, once."""
+    """With no fault, every event of each kind of handler is processed once, on its first delivery."""
     service = await history.service().start()
     types = ["invoice.payment_failed", "invoice.paid", "customer.subscription.deleted"]
     events = [sample(type=each) for each in types for _ in range(10)]
@@ -32,7 +32,7 @@ async def test_row_01_no_fault(history: History) -> None:
 
 @pytest.mark.smoke
 async def test_row_02_duplicates_at_once(history: History) -> None:
-    """Of 200 copies that reach four processes at the same moment, one is processed and 199 ignored: one dispatch."""
+    """Of 200 copies that reach four processes at the same moment, one is processed and 199 are ignored."""
     services = [history.service() for _ in range(PROCESSES)]
     await asyncio.gather(*(service.start() for service in services))
     event = sample()
@@ -46,7 +46,7 @@ async def test_row_02_duplicates_at_once(history: History) -> None:
 
 
 async def test_row_03_what_a_duplicate_costs(history: History) -> None:
-    """A duplicate of a completed event costs one Redis command, and not one Postgres statement."""
+    """A duplicate of a completed event costs one Redis command and no Postgres statement."""
     # Recovery looks once when the service has started, and then not again while this runs.
     service = await history.service({"recovery_interval_seconds": 60}).start()
     await eventually(lambda: rounds(service))
@@ -72,7 +72,7 @@ async def test_row_03_what_a_duplicate_costs(history: History) -> None:
 
 
 async def test_row_04_a_duplicate_after_redis_was_emptied(servers: Servers, history: History) -> None:
-    """FLUSHALL: the ledger decides, 200, still one effect; and the marker is written anew, so the next is cheap."""
+    """After FLUSHALL the ledger answers: 200, still one effect. The marker is restored, so the next is cheap."""
     server = await servers.redis()
     history.ground.redis_url = server.url
     service = await history.service().start()

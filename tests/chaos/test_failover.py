@@ -18,7 +18,7 @@ DELIVERIES = 400  # in each part of a failover
 
 
 async def test_row_16_failed_over_without_the_last_writes(servers: Servers, history: History) -> None:
-    """Locks and markers are lost, and older ones come back: under load no event is lost or done twice by it."""
+    """Locks and markers are lost and older ones return: under load no event is lost or processed twice."""
     primary, replica = await servers.redis(), await servers.redis()
     async with before_redis(primary.url) as (address, through):  # the address that a failover moves
         services = [history.service({"REDIS_URL": through}) for _ in range(2)]

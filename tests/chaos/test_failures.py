@@ -69,7 +69,7 @@ async def tried(history: History, events: Sequence[Sample]) -> list[Row]:
 
 
 async def test_row_25_fails_and_then_works(history: History, standing: Clock) -> None:
-    """Three failures, each with a jittered and doubled wait after it; then completed, and later deliveries ignored."""
+    """Three failures, each followed by a doubled, jittered wait; then completed, and later deliveries are ignored."""
     service = await history.service(AS_SHIPPED).start()
     failures = 3
     events = [sample("fail", until=failures) for _ in range(10)]
@@ -89,7 +89,7 @@ async def test_row_25_fails_and_then_works(history: History, standing: Clock) ->
 
 
 async def test_row_25_a_dependency_down_for_two_hours(history: History, standing: Clock, tmp_path: Path) -> None:
-    """Two hours of failures kill no event, however many they are; an hour after the repair all are completed."""
+    """Two hours of failures make no event dead, however many they are; an hour after the fix all are completed."""
     service = await history.service(AS_SHIPPED).start()
     mended = tmp_path / "mended"
     events = [sample("fail", mended=str(mended)) for _ in range(10)]
@@ -110,7 +110,7 @@ async def test_row_25_a_dependency_down_for_two_hours(history: History, standing
 
 
 async def test_row_26_fails_for_three_days(history: History, standing: Clock, tmp_path: Path) -> None:
-    """Failing until Stripe too gives up, three days after receipt, and not earlier: dead; a replay works, then."""
+    """Dead after three days of failures, when Stripe gives up too, and not earlier; a replay then works."""
     service = await history.service(AS_SHIPPED).start()
     mended = tmp_path / "mended"
     event = sample("fail", mended=str(mended))
@@ -143,7 +143,7 @@ async def test_row_26_fails_for_three_days(history: History, standing: Clock, tm
 
 
 async def test_row_26_permanent(history: History, tmp_path: Path) -> None:
-    """Permanent: 200, so that Stripe stops; dead at once, and left alone; a replay works, and the attempt rises."""
+    """Permanent: 200, so that Stripe stops; dead at once and not retried; a replay works, and the attempt rises."""
     service = await history.service().start()
     mended = tmp_path / "mended"
     event = sample("permanent", mended=str(mended))
@@ -163,7 +163,7 @@ async def test_row_26_permanent(history: History, tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 async def test_row_26_an_event_that_aborts_its_process(history: History, tmp_path: Path) -> None:
-    """One of 51 aborts every process it meets: dead after eight; the 50 that it took down complete, once each."""
+    """One of 51 events aborts each process that handles it: dead after eight; the other 50 complete, once each."""
     service = await history.service(SHORT_LEASE | {"handler_slots": 30}, workers=2).start()
     mended = tmp_path / "mended"
     poison = sample("abort", mended=str(mended))

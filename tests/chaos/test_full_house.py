@@ -44,7 +44,7 @@ async def quiet(stores: Stores, tmp_path: Path) -> AsyncIterator[Service]:
 
 
 async def test_row_24_slow_handlers(history: History, quiet: Service, tmp_path: Path) -> None:
-    """50 slow handlers for 5 slots: all accepted, and the p99 of accepting stays under twice an idle service's."""
+    """50 slow handlers for 5 slots: all are accepted; the p99 of accepting stays under twice an idle service's."""
     service = await history.service(HOUSE | {"answer_budget_seconds": 1}).start()
     gate = tmp_path / "gate"
     slow = [sample("hold", gate=str(gate)) for _ in range(SLOW)]
@@ -82,7 +82,7 @@ async def paired_p99_seconds(one: Service, other: Service) -> tuple[float, float
 
 
 async def test_row_37_a_full_house(history: History, tmp_path: Path) -> None:
-    """500 claims for 5 slow handlers' slots: all deferred, released and taken up again, and nothing charged to any."""
+    """500 claims for 5 slow handlers' slots: all deferred, released and taken over again, and none is charged."""
     service = await history.service(HOUSE | {"answer_budget_seconds": 5}).start()
     gate = tmp_path / "gate"
     crowd = [sample("hold", gate=str(gate)) for _ in range(CROWD)]

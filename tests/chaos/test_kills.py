@@ -45,7 +45,7 @@ async def died_at(point: str, history: History, folder: Path, *events: Sample) -
 
 
 async def test_row_05_killed_after_the_lock(history: History, tmp_path: Path) -> None:
-    """Dead between lock and row: nothing was promised; no retry is ignored before there is a row, each completes."""
+    """Killed between lock and row: no retry is ignored before there is a row, and each event completes."""
     retried, silent = sample(), sample()
     survivor = await died_at("lock", history, tmp_path, retried, silent)
     assert (await history.ground.key(silent) or b"").startswith(b"claimed:"), "it was to die with the lock held"
@@ -63,14 +63,14 @@ async def test_row_05_killed_after_the_lock(history: History, tmp_path: Path) ->
 
 @pytest.mark.parametrize("point", ["insert", "marker"])
 async def test_row_06_killed_after_the_insert(point: str, history: History, clock: Clock, tmp_path: Path) -> None:
-    """Dead once the row was committed, before or after its marker: the retry is ignored, recovery completes it."""
+    """Killed after the row's commit, before or after its marker: the retry is ignored, recovery completes it."""
     await dead_before_the_commit(point, history, clock, tmp_path)
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("point", ["handler", "mark"])
 async def test_row_07_killed_in_the_handler(point: str, history: History, clock: Clock, tmp_path: Path) -> None:
-    """Dead after the handler's SQL, before or after the mark, not committed: no effect stays, recovery completes it."""
+    """Killed after the handler's SQL, before or after the mark: no effect remains, recovery completes it."""
     await dead_before_the_commit(point, history, clock, tmp_path)
 
 
@@ -90,7 +90,7 @@ async def dead_before_the_commit(point: str, history: History, clock: Clock, fol
 
 
 async def test_row_08_killed_after_the_completion(history: History, clock: Clock, tmp_path: Path) -> None:
-    """Dead between the commit and the answer: the one effect stands, the retry is ignored, recovery has no business."""
+    """Killed between the commit and the answer: the one effect stays, the retry is ignored, recovery does nothing."""
     event = sample()
     survivor = await died_at("commit", history, tmp_path, event)
     completed = await history.ground.settled(event)
@@ -111,7 +111,7 @@ VICTIMS = {"lock": 1, "insert,take_over": 1, "handler": 1, "mark": 1, "commit": 
 
 @pytest.mark.parametrize("points", VICTIMS)
 async def test_row_09_killed_three_times_running(points: str, history: History, tmp_path: Path) -> None:
-    """Dead at the same point three times in a row, whoever comes to it: it settles after the last, with one effect."""
+    """Killed at the same point three times in a row, in any process: the event settles then, with one effect."""
     folder = tmp_path / "kills"
     # The supervisor starts a worker anew whenever one has died.
     service = await history.service(SHORT_LEASE | armed(points, folder, times=KILLS), workers=2).start()

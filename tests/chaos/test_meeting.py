@@ -152,7 +152,7 @@ async def completed_once(history: History, events: list[Sample]) -> None:
 
 
 async def test_row_35_the_holder_dies(history: History, clock: Clock, tmp_path: Path) -> None:
-    """The lock's holder dies, and who met its lock had recorded the event: recovery has it when the lock runs out."""
+    """The lock's holder dies after another delivery recorded the event: recovery takes it when the lock expires."""
     event, holder, other = sample(), a_service(history, tmp_path / "a", stopping_at="lock"), a_service(history)
     (delivery,) = await recorded_behind(holder, other, history, [event])
     await holder.kill()
@@ -162,7 +162,7 @@ async def test_row_35_the_holder_dies(history: History, clock: Clock, tmp_path: 
 
 
 async def test_row_35_the_holder_comes_first(history: History, tmp_path: Path) -> None:
-    """The lock's holder meets the row that another has recorded: it takes it over at once, and processes it."""
+    """The lock's holder finds the row that another delivery recorded: it takes it over at once and processes it."""
     event, holder, other = sample(), a_service(history, tmp_path / "a", stopping_at="lock"), a_service(history)
     (delivery,) = await recorded_behind(holder, other, history, [event])
     resume(holder)
@@ -172,7 +172,7 @@ async def test_row_35_the_holder_comes_first(history: History, tmp_path: Path) -
 
 @pytest.mark.parametrize("points", ["lock", "lock,found"])
 async def test_row_35_recovery_comes_first(points: str, history: History, clock: Clock, tmp_path: Path) -> None:
-    """Recovery has the row when the lock ran out; its late holder ignores it, though it had just found it pending."""
+    """Recovery took the row when the lock expired: the late holder, which had found it pending, ignores it."""
     event, holder, other = sample(), a_service(history, tmp_path / "a", stopping_at=points), a_service(history)
     (delivery,) = await recorded_behind(holder, other, history, [event])
     if points == "lock,found":
@@ -186,7 +186,7 @@ async def test_row_35_recovery_comes_first(points: str, history: History, clock:
 
 
 async def test_row_35_recovery_is_between_lock_and_row(history: History, clock: Clock, tmp_path: Path) -> None:
-    """The lock ran out and recovery has it, but not yet the row: the late holder processes it, recovery leaves it."""
+    """Recovery took the expired lock but not yet the row: the late holder processes it, recovery leaves it alone."""
     event = sample()
     holder, other = (a_service(history, tmp_path / each, stopping_at="lock") for each in ("a", "b"))
     (delivery,) = await recorded_behind(holder, other, history, [event])
@@ -200,7 +200,7 @@ async def test_row_35_recovery_is_between_lock_and_row(history: History, clock: 
 
 
 async def test_row_35_all_at_the_same_moment(history: History, clock: Clock, tmp_path: Path) -> None:
-    """Twenty late holders are let go just as recovery comes for their rows: one of the two has each, and once."""
+    """Twenty late holders resume just as recovery takes their rows: one of the two gets each row, once."""
     events = [sample() for _ in range(20)]
     holder = a_service(history, tmp_path / "a", stopping_at="lock", arrivals=len(events))
     deliveries = await recorded_behind(holder, a_service(history), history, events)

@@ -34,7 +34,7 @@ DEADLINE_SECONDS = 5 + 1.5  # the answer's budget, and what a busy machine adds
 
 
 async def test_row_19_postgres_down(own: Own) -> None:
-    """503 with Retry-After within 2 s, and no row; once it is back the retry is processed, on the first attempt."""
+    """503 with Retry-After within 2 s, and no row; once Postgres is back, the retry is processed on attempt 1."""
     history = own.history
     service = await history.service(DEADLINES).start()
     assert (await answered(history, service, sample())).said == PROCESSED
@@ -62,7 +62,7 @@ async def test_row_19_postgres_down(own: Own) -> None:
 
 @pytest.mark.timeout(600)
 async def test_row_20_restarted_under_load(own: Own) -> None:
-    """Ten immediate restarts under load: whatever was answered with a 2xx is there, and recovery is still at work."""
+    """Ten immediate restarts under load: every row that was answered with a 2xx exists, and recovery still works."""
     history = own.history
     services = [history.service(SHORT_LEASE) for _ in range(2)]
     await asyncio.gather(*(service.start() for service in services))
@@ -90,7 +90,7 @@ async def test_row_20_restarted_under_load(own: Own) -> None:
 
 @pytest.mark.parametrize("how", ["restarted", "recovered in place"])
 async def test_row_20_ids_given_out_again(how: str, own: Own, tmp_path: Path) -> None:
-    """A crash forgets a handler's transaction and gives its id to another, which commits: no word about the handler."""
+    """After a crash another transaction gets a handler's id and commits: it is not mistaken for the handler's."""
     history = own.history
     service = await history.service(SHORT_LEASE).start()
     gate = tmp_path / "gate"
@@ -117,7 +117,7 @@ async def test_row_20_ids_given_out_again(how: str, own: Own, tmp_path: Path) ->
 
 
 async def test_row_21_frozen_backends(own: Own) -> None:
-    """Every connection of the pools is frozen: 503 by the deadline; while they still are, new ones serve."""
+    """All pooled connections are frozen: 503 by the deadline; meanwhile new connections serve."""
     history = own.history
     service = await history.service(DEADLINES).start()
     await asyncio.gather(*(answered(history, service, sample()) for _ in range(10)))
@@ -139,7 +139,7 @@ async def test_row_21_frozen_backends(own: Own) -> None:
 
 
 async def test_row_21_a_frozen_backend_under_a_handler(own: Own, tmp_path: Path) -> None:
-    """One is frozen in a handler's transaction: 503 by the deadline, others are served; thawed, it commits nothing."""
+    """Frozen in a handler's transaction: 503 by the deadline, other events are served; thawed, it commits nothing."""
     history = own.history
     service = await history.service(DEADLINES).start()
     gate = tmp_path / "gate"
@@ -162,7 +162,7 @@ async def test_row_21_a_frozen_backend_under_a_handler(own: Own, tmp_path: Path)
 
 
 async def test_row_21_a_frozen_server(own: Own) -> None:
-    """All of Postgres is frozen: 503 by the deadline, again and again; thawed, a retry is answered and all settle."""
+    """All of Postgres is frozen: 503 by the deadline every time; thawed, a retry is answered and all events settle."""
     history = own.history
     service = await history.service(DEADLINES).start()
     assert (await answered(history, service, sample())).said == PROCESSED

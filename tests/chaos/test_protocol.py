@@ -53,7 +53,7 @@ async def nothing_asked(history: History, service: Service) -> AsyncIterator[Non
 
 
 async def test_row_31_what_is_refused_costs_nothing(history: History) -> None:
-    """Every bad signature, framing, size and place, and deliveries hidden in others: refused, and no store is asked."""
+    """Every bad signature, framing, size and path, and smuggled deliveries: refused, and no store is contacted."""
     service = await history.service(_NO_UPKEEP).start()
     refused = requests()
     async with nothing_asked(history, service):
@@ -80,7 +80,7 @@ async def one_answer(service: Service, chunks: Sequence[bytes]) -> Reply:
 
 
 async def test_row_31_one_request_at_a_time(history: History) -> None:
-    """What is sent behind a delivery, others or garbage, gets neither in nor before its answer, which is the last."""
+    """Requests or garbage behind a delivery are not served, nor answered before it: its answer is the last."""
     service = await history.service().start()
     several = (good(), good() * 1000, b"nonsense\r\n\r\n", b"GET /livez HTTP/1.1\r\nHost: x\r\n", b"\0" * MEBIBYTE)
     for number, behind in enumerate(several):
@@ -142,7 +142,7 @@ AGAIN: Final[dict[str, tuple[bytes, bytes]]] = {  # on a connection that had its
 
 
 async def test_row_31_slow_requests_are_given_up(history: History) -> None:
-    """Heads, bodies and what frames them, stalled or sent byte by byte: 408 when their time is over, not before."""
+    """Heads, bodies and their framing, stalled or sent byte by byte: 408 when their time is over, not before."""
     service = await history.service(_NO_UPKEEP).start()
     async with nothing_asked(history, service):
         seen = await asyncio.gather(

@@ -66,7 +66,7 @@ Act = Callable[[RedisServer, Proxy], Awaitable[None]]
     ids=["stopped", "frozen", "black-holed"],
 )
 async def test_row_12_redis_away(break_it: Act, mend_it: Act, servers: Servers, history: History) -> None:
-    """Every delivery is recorded and deferred within a second, a known event is ignored; once it is back all settle."""
+    """Every new event is recorded and deferred within a second, a known one is ignored; later all of them settle."""
     server = await servers.redis()
     history.ground.redis_url = server.url
     async with before_redis(server.url) as (proxy, through):
@@ -94,7 +94,7 @@ async def test_row_12_redis_away(break_it: Act, mend_it: Act, servers: Servers, 
 
 
 async def test_row_12_one_timeout_per_breaker_window(servers: Servers, history: History) -> None:
-    """A frozen Redis is sent one command per window of the breaker, after those that were on their way together."""
+    """A frozen Redis gets one command per breaker window, after the commands that were in flight together."""
     server = await servers.redis()
     history.ground.redis_url = server.url
     service = await history.service(PATIENCE | {"redis_timeout_seconds": BREAKER_SECONDS / 5}).start()
@@ -151,7 +151,7 @@ REFUSALS: Final[Mapping[str, Refusal]] = {
 
 
 async def test_row_13_redis_refuses(servers: Servers, history: History) -> None:
-    """OOM, READONLY, NOAUTH, NOPERM: deferred and never a 500; once it takes commands again all settle."""
+    """OOM, READONLY, NOAUTH, NOPERM: deferred, never a 500. Once Redis accepts commands again, all events settle."""
     server = await servers.redis()
     history.ground.redis_url = server.url
     service = await history.service().start()
@@ -175,7 +175,7 @@ async def test_row_13_redis_refuses(servers: Servers, history: History) -> None:
 
 
 async def test_row_13_a_key_of_another_type(history: History) -> None:
-    """WRONGTYPE concerns that one key: it is deleted, the event processed, and the next one does not notice."""
+    """WRONGTYPE concerns one key: the key is deleted, its event is processed, other events are not affected."""
     service = await history.service().start()
     for _ in range(3):
         event = sample()

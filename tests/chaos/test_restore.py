@@ -37,7 +37,7 @@ async def processed(own: Own, service: Service) -> list[Sample]:
 
 
 async def test_row_22_recovered_to_a_point_in_time(own: Own) -> None:
-    """A new timeline is noticed by a service that runs all the time: what was lost is processed again, not ignored."""
+    """A running service notices the new timeline: events that were lost are processed again, not ignored."""
     service = await own.history.service().start()
     backup = await own.postgres.backup()
     kept = await processed(own, service)
@@ -59,7 +59,7 @@ async def test_row_22_recovered_to_a_point_in_time(own: Own) -> None:
 
 
 async def test_row_22_restored_from_a_plain_backup(own: Own) -> None:
-    """`firstclaim epoch rotate` makes the markers worthless: what was lost is processed again, not ignored."""
+    """`firstclaim epoch rotate` invalidates all markers: events that were lost are processed again, not ignored."""
     service = await own.history.service().start()
     kept = await processed(own, service)
     backup = await own.postgres.backup()
@@ -83,7 +83,7 @@ async def test_row_22_restored_from_a_plain_backup(own: Own) -> None:
 
 
 async def test_row_22_rotated_under_a_running_service(own: Own) -> None:
-    """Who serves before that step answers by the markers of what is gone, and no longer within a round after it."""
+    """A running service answers by old markers before that command, and within a recovery round after it no longer."""
     service = await own.history.service().start()
     backup = await own.postgres.backup()
     lost = await processed(own, service)

@@ -13,7 +13,7 @@ from tests.chaos.verdict import verdict
 
 @pytest.mark.parametrize("behaviour", ["raw_commit", "raw_rollback_and_write"])
 async def test_row_27_a_handler_that_ends_its_transaction(behaviour: str, history: History) -> None:
-    """A raw COMMIT, or a raw ROLLBACK and then SQL: 500, dead, the rule named, and never retried by itself."""
+    """A raw COMMIT, or a raw ROLLBACK and then SQL: 500, dead with the rule's name, and not retried automatically."""
     service = await history.service().start()
     event = sample(behaviour)
     assert (await answered(history, service, event)).said == FAILED
@@ -32,7 +32,7 @@ async def test_row_27_a_handler_that_ends_its_transaction(behaviour: str, histor
 
 
 async def test_row_32_a_handler_that_swallows_an_sql_error(history: History, tmp_path: Path) -> None:
-    """It returns as if all were well, on an aborted transaction: 500 and never processed, the rule named, no effect."""
+    """It returns normally on an aborted transaction: 500 and never processed, the rule is named, no effect."""
     # The next try is Stripe's here, so that each failure can be looked at.
     service = await history.service({"backoff_first_seconds": 60, "backoff_most_seconds": 60}).start()
     mended = tmp_path / "mended"

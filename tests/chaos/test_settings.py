@@ -18,7 +18,7 @@ EVENTS = 5
 
 
 async def test_row_23_synchronous_commit_off(own: Own) -> None:
-    """Pinned: with the role's setting off, what was answered with 200 survives kill -9 of all of Postgres at once."""
+    """With the role's setting off, the pin holds: a 200 survives kill -9 of all Postgres processes at once."""
     # What is not flushed at its COMMIT waits for a writer that does not come, and is lost with the server.
     await own.postgres.configure(wal_writer_delay="10s")
     await own.postgres.execute("ALTER ROLE postgres SET synchronous_commit = off")
@@ -38,7 +38,7 @@ async def test_row_23_synchronous_commit_off(own: Own) -> None:
 
 
 async def test_row_23_serializable_by_default(own: Own, tmp_path: Path) -> None:
-    """Pinned: with the role's default serializable, a service's transactions are READ COMMITTED all the same."""
+    """With the role's default serializable, the pin holds: a service's transactions are READ COMMITTED."""
     await own.postgres.execute("ALTER ROLE postgres SET default_transaction_isolation = serializable")
     service = await own.history.service().start()
     gate = tmp_path / "gate"
@@ -66,7 +66,7 @@ async def own_transaction(own: Own) -> tuple[int, set[int]]:
 
 
 async def test_row_23_read_only(own: Own) -> None:
-    """`default_transaction_read_only`: no start, and it is named; set under a running service: 503 until it is off."""
+    """`default_transaction_read_only`: refused at start, by name; set under a running service: 503 until it is off."""
     service = await own.history.service().start()
     assert (await answered(own.history, service, sample())).said == PROCESSED
     await own.postgres.configure(default_transaction_read_only="on")
@@ -82,7 +82,7 @@ async def test_row_23_read_only(own: Own) -> None:
 
 
 async def test_row_23_a_standby(own: Own) -> None:
-    """A server in recovery: no start, and it is named; promoted, it serves."""
+    """A server in recovery is refused at start, by name; once it is promoted, the service starts."""
     backup = await own.postgres.backup()
     await own.postgres.stand_by(backup)
     refused = await own.command("serve", "--port", "0")
@@ -95,7 +95,7 @@ async def test_row_23_a_standby(own: Own) -> None:
 
 
 async def test_row_23_fsync_off(own: Own) -> None:
-    """Served, with a warning that names the setting, by `serve` and by `check`."""
+    """The service starts; `serve` and `check` warn, and name the setting."""
     await own.postgres.configure(fsync="off")
     service = await own.history.service().start()
     assert "fsync = off" in service.output

@@ -25,7 +25,7 @@ HASTY: Overrides = {"answer_budget_seconds": 1.5, "shutdown_seconds": SHUTDOWN_S
 
 @pytest.mark.parametrize("workers", [1, 2])
 async def test_row_28_sigterm_with_work_in_flight(workers: int, history: History, tmp_path: Path) -> None:
-    """What can end ends, what cannot is released uncharged, what is new is refused; exit 0 within the grace."""
+    """Work that can end does, other work is released uncharged, new work is refused; exit 0 in the grace period."""
     ground, service = history.ground, await history.service(HASTY, workers=workers).start()
     gate = tmp_path / "gate"
     ending, stuck, unsent, late = sample("hold", gate=str(gate)), sample("hang", until=1), sample(), sample()

@@ -29,7 +29,7 @@ BRIEF: Overrides = {
 
 
 async def test_row_10_frozen_for_three_leases(history: History, tmp_path: Path) -> None:
-    """Frozen before its row's lock, in its handler, at its mark: another completes it, the thawed one does nothing."""
+    """Frozen before the row lock, in the handler, at the mark: another completes it, the thawed one does nothing."""
     frozen = {
         point: history.service(BRIEF | armed(point, tmp_path / point, send=signal.SIGSTOP))
         for point in ("insert", "handler", "mark")
@@ -60,7 +60,7 @@ async def test_row_10_frozen_for_three_leases(history: History, tmp_path: Path) 
 
 
 async def test_row_11_a_sync_handler_longer_than_its_lease(history: History, tmp_path: Path) -> None:
-    """A thread that blocks for three leases, under its deadline: deferred, never taken over, nobody else delayed."""
+    """A thread that blocks for three leases, within its deadline: deferred, not taken over, no other event delayed."""
     settings: Overrides = {"lease_seconds": LEASE_SECONDS, "answer_budget_seconds": 0.5}
     service, other = history.service(settings), history.service(settings)
     await asyncio.gather(service.start(), other.start())
@@ -83,7 +83,7 @@ async def test_row_11_a_sync_handler_longer_than_its_lease(history: History, tmp
 
 
 async def test_row_11_a_sync_handler_over_its_deadline(history: History, tmp_path: Path) -> None:
-    """A thread still blocking at its deadline has failed: no effect, nor a late one; nobody else is delayed."""
+    """A thread that still blocks at its deadline has failed: no effect, not even a late one, and no other delay."""
     # Recovery does not look while this runs: between the end of the transaction and the verdict it might, and
     # would then count the attempt as abandoned.
     service = await history.service(BRIEF | {"recovery_interval_seconds": 30}).start()

@@ -30,7 +30,7 @@ async def held_up(url: str) -> AsyncIterator[None]:
 
 
 async def test_row_29_eight_first_starts_at_once(own: Own) -> None:
-    """One of them makes the schema, all of them serve, no traceback; of one event in eight copies one is processed."""
+    """One creates the schema, all serve, no traceback; of one event in eight copies, one is processed."""
     await own.postgres.execute("CREATE DATABASE empty")
     ground = own.history.ground
     ground.database_url = with_database(own.postgres.url, "empty")
