@@ -474,7 +474,8 @@ class Ground:
 
         A name in capitals is a variable of its own (`TEST_FAILPOINT`); `options` are the command's (`--migrate`).
         """
-        environment = {"PATH": os.environ["PATH"], "DATABASE_URL": self.database_url, "REDIS_URL": self.redis_url}
+        environment = {"PATH": os.environ["PATH"], "PYTHONPATH": PYTHON_PATH}
+        environment |= {"DATABASE_URL": self.database_url, "REDIS_URL": self.redis_url}
         environment["STRIPE_WEBHOOK_SECRETS"] = SECRET
         chosen = {"handlers": HANDLERS, "redis_prefix": self.redis_prefix, **QUICK, **(overrides or {})}
         for name, value in chosen.items():
