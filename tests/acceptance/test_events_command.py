@@ -60,13 +60,13 @@ async def test_a_dead_event_is_found_understood_and_replayed(ground: Ground, com
 
     run = await command("events", "replay", "--status", "dead", "--dry-run")
     assert run.code == 0, run.said
-    run.says("1 events: 1 dead")
+    run.says("1 event: 1 dead")
     await ground.settled(event, Status.DEAD)
 
     mended.touch()
     run = await command("events", "replay", event.id, "--count", "1", "--wait")
     assert run.code == 0, run.said
-    run.says("1 made due", "1 completed")
+    run.says("1 event replayed: due now", "1 completed")
     row = await ground.settled(event)
     assert (row.status, row.counts) == (Status.COMPLETED, (2, 0, 0))
     [shown] = objects(await command("events", "show", event.id, "--json"))
@@ -107,7 +107,7 @@ async def test_what_may_not_be_replayed(ground: Ground, command: Command, tmp_pa
         run.says(*words)
     run = await command("events", "replay", "--type", "invoice.*", "--status", "completed", "--force", "--count", "7")
     assert run.code == 1, run.said
-    run.says("AGAIN", "1 events are meant, not 7: nothing was changed")
+    run.says("AGAIN", "the selection matches 1 event, not 7: nothing was changed")
     assert (await ground.settled(done)).counts == (1, 0, 0)
 
     ground.waived.add(done.id)
@@ -165,12 +165,12 @@ async def test_what_cannot_be_handled_is_not_replayed(ground: Ground, command: C
     async with ground.locked(event):
         run = await command("events", "replay", event.id, "--count", "1", "--wait")
         assert run.code == 1, run.said
-        run.says("0 made due", "1 have changed meanwhile, or are locked: not touched")
+        run.says("0 events replayed: due now", "1 not replayed, because they changed meanwhile or are locked")
     await ground.fetch("DELETE FROM stripe_event_payloads")
     for arguments in ([event.id], ["--status", "ignored"]):
         run = await command("events", "replay", *arguments, "--count", "1", "--wait")
         assert run.code == 1, run.said
-        run.says("0 events: none", "1 more have no payload any more")
+        run.says("0 events: none", "1 more cannot be replayed: their payloads have been pruned")
 
 
 async def test_old_events_are_pruned(ground: Ground, command: Command) -> None:

@@ -186,7 +186,7 @@ def replay(
         counts = Counter(each.status for each in chosen)
         words = ", ".join(f"{events} {each}" for each, events in counts.items()) or "none"
         again = counts[Status.COMPLETED]
-        _print(f"{len(chosen)} events: {words}" + (f"; the effects of {again} will happen AGAIN" if again else ""))
+        _print(f"{_events(len(chosen))}: {words}" + (f"; the effects of {again} will happen AGAIN" if again else ""))
         if pruned := len(found) - len(chosen):
             _print(f"{pruned} more cannot be replayed: their payloads have been pruned")
         if dry_run or not chosen:
@@ -194,13 +194,13 @@ def replay(
         if count is None:
             count = typer.prompt(f"Type {len(chosen)} to replay them", type=int)
         if count != len(chosen):
-            fail(f"the selection matches {len(chosen)} events, not {count}: nothing was changed", 1)
+            fail(f"the selection matches {_events(len(chosen))}, not {count}: nothing was changed", 1)
         replayed = asyncio.run(
             on(settings, lambda operations: _replay(operations, chosen, selection, settings.give_up_seconds, force))
         )
         kept = len(chosen) - len(replayed)
         _print(
-            f"{len(replayed)} events replayed: due now"
+            f"{_events(len(replayed))} replayed: due now"
             + (f"; {kept} not replayed, because they changed meanwhile or are locked" if kept else "")
         )
         if wait and replayed:
@@ -291,6 +291,10 @@ async def on(settings: Settings, ask: Callable[[Commands], Awaitable[T]]) -> T:
 
     async with Commands.on(dsn_of(settings), settings.postgres_timeout_seconds) as operations:
         return await ask(operations)
+
+
+def _events(number: int) -> str:
+    return "1 event" if number == 1 else f"{number} events"
 
 
 def _allowed(found: list[ReplayCandidate], ids: list[str] | None, *, force: bool) -> list[ReplayCandidate]:
