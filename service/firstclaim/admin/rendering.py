@@ -7,7 +7,7 @@ an event handler of its own, or names another host; the headers of `firstclaim.a
 
 import re
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from importlib.metadata import version
 from importlib.resources import files
 from typing import Any, Final
@@ -15,11 +15,11 @@ from typing import Any, Final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.responses import HTMLResponse, Response
 
+from firstclaim.formatting import age, ago, instant
 from firstclaim.status import Status
 
 STATIC_TYPES: Final = {"admin.css": "text/css", "icon.svg": "image/svg+xml"}
 
-_UNITS = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 _INDENT_MOST = 32  # a payload may be a hundred thousand levels deep, and each would be indented by all the others
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
 
@@ -55,23 +55,6 @@ def static(name: str) -> Response | None:
 
 
 # -- filters ------------------------------------------------------------------------------------------
-
-
-def age(seconds: float) -> str:
-    """A duration in its largest unit: `90 s` is `2 min`."""
-    amount, unit = next(((size, name) for size, name in _UNITS if abs(seconds) >= size), (1, "s"))
-    return f"{abs(seconds) / amount:.0f} {unit}"
-
-
-def ago(at: datetime) -> str:
-    """How long ago it was, or in how long it will be."""
-    seconds = (datetime.now(UTC) - at).total_seconds()
-    return f"{age(seconds)} ago" if seconds >= 0 else f"in {age(seconds)}"
-
-
-def instant(at: datetime) -> str:
-    """To the second, in UTC, which the pages say once."""
-    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def thousands(number: int) -> str:

@@ -15,13 +15,14 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.text import Text
 
 from firstclaim.cli.terminal import database, dsn_of, fail, out, reported
+from firstclaim.formatting import ago, instant
 from firstclaim.operations.limits import ROW_DAYS_LEAST
 from firstclaim.status import Status
 
@@ -111,7 +112,7 @@ def list_events(
         column.no_wrap = True
     for each in found:
         came = each.last_error or each.action or ""
-        cells = (each.event_id, each.type, each.status, str(each.attempt), _ago(each.received_at), came)
+        cells = (each.event_id, each.type, each.status, str(each.attempt), ago(each.received_at), came)
         table.add_row(*(Text(_plain(cell), _COLOURS[each.status] if cell is each.status else "") for cell in cells))
     _print(table if found else "no such event")
     if len(found) == limit:
@@ -366,14 +367,7 @@ def _print_line(name: str, value: str, style: str = "") -> None:
 
 
 def _at(at: datetime) -> str:
-    return f"{at:%Y-%m-%d %H:%M:%S} UTC ({_ago(at)})"
-
-
-def _ago(at: datetime) -> str:
-    seconds = (datetime.now(UTC) - at).total_seconds()
-    unit = next((unit for unit in "dhm" if abs(seconds) >= _UNITS[unit]), "s")
-    amount = f"{abs(seconds) / _UNITS[unit]:.0f} {unit}"
-    return f"{amount} ago" if seconds >= 0 else f"in {amount}"
+    return f"{instant(at)} UTC ({ago(at)})"
 
 
 def _plain(text: str) -> str:

@@ -1,0 +1,23 @@
+"""How the page and the command line write durations and instants: one form for both."""
+
+from datetime import UTC, datetime
+from typing import Final
+
+_UNITS: Final = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+def age(seconds: float) -> str:
+    """A duration in its largest unit: `90 s` is `2 min`."""
+    amount, unit = next(((size, name) for size, name in _UNITS if abs(seconds) >= size), (1, "s"))
+    return f"{abs(seconds) / amount:.0f} {unit}"
+
+
+def ago(at: datetime) -> str:
+    """The distance between an instant and now: `5 min ago`, or `in 5 min`."""
+    seconds = (datetime.now(UTC) - at).total_seconds()
+    return f"{age(seconds)} ago" if seconds >= 0 else f"in {age(seconds)}"
+
+
+def instant(at: datetime) -> str:
+    """An instant to the second, in UTC. The text does not name the zone."""
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
