@@ -182,7 +182,7 @@ def looked_over(response: httpx.Response) -> tuple[httpx.Response, Page]:
 
 def site_of(world: World, probes: list[HealthCheck] | None = None) -> Starlette:
     """The world's page, and nothing else."""
-    site = admin_page(world.settings, world.parts, probes or [])
+    site = admin_page(world.settings, world.components, probes or [])
     assert site is not None
     return Starlette(routes=list(site.routes))
 

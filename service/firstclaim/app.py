@@ -1,7 +1,7 @@
 """The composition root: the only place where engines, clients and loops are built, started and closed.
 
-Guarantees: nothing opens at import, nor when the app is created: everything does in its lifespan, and is
-closed in reverse when that ends, within what the stop leaves of its time.
+Guarantees: nothing is opened at import or when the application is created. Everything is opened in the application's
+lifespan, and closed in reverse order when the lifespan ends, within the time that is left of the shutdown.
 """
 
 import asyncio
@@ -41,60 +41,60 @@ from firstclaim.passwords import Password
 from firstclaim.postgres.connection import Epoch, Pool
 from firstclaim.postgres.handler_connections import HandlerConnections
 from firstclaim.registry import Registry
-from firstclaim.settings import ADMIN_CONNECTIONS, OBSERVING_CONNECTIONS, Settings
-from firstclaim.shutdown import Stop, stop_with_supervisor
+from firstclaim.settings import ADMIN_CONNECTIONS, METRICS_CONNECTIONS, Settings
+from firstclaim.shutdown import Shutdown, stop_with_supervisor
 from firstclaim.web.health import HealthCheck, Readiness, livez
 from firstclaim.web.metrics import MetricsEndpoint
 from firstclaim.web.readiness_checks import readiness_checks
 from firstclaim.web.webhook import WEBHOOK_PATH, Webhook, refuse_path
 
-_CLOSE_SECONDS = 2.0  # of the shutdown, kept back for releasing what is left and closing
+_CLOSE_SECONDS = 2.0  # of the shutdown's time, reserved for releasing unfinished work and closing connections
 
 
 @dataclass(frozen=True, slots=True)
 class Components:
-    """What one process runs on."""
+    """The long-lived objects of one process."""
 
     ingest: Pool
-    seats: HandlerConnections
-    observing: Pool
+    handler_connections: HandlerConnections
+    metrics_pool: Pool
     admin: Pool
     lock: Lock
     pipeline: Pipeline
     recovery: Recovery
 
     @contextlib.asynccontextmanager
-    async def running(self, stop: Stop) -> AsyncIterator[None]:
-        """Recovery runs while the block does; then work in flight ends or is released, and all is closed."""
+    async def running(self, shutdown: Shutdown) -> AsyncIterator[None]:
+        """Run recovery while the block runs. Then finish or release the work in flight, and close everything."""
         recovering = asyncio.create_task(self.recovery.run(), name="recovery")
         try:
             yield
         finally:
             recovering.cancel()
             await asyncio.wait({recovering})
-            await self.pipeline.drain(stop.remaining_seconds - _CLOSE_SECONDS)
+            await self.pipeline.drain(shutdown.remaining_seconds - _CLOSE_SECONDS)
             await self.lock.close()
-            await self.seats.close()
+            await self.handler_connections.close()
             await self.ingest.close()
-            await self.observing.close()
+            await self.metrics_pool.close()
             await self.admin.close()
 
 
 def assemble(settings: Settings, registry: Registry) -> Components:
-    """Build everything from settings that name both stores; opens nothing. Raises `ConfigurationError`."""
+    """Build everything from settings that name both stores. Opens nothing. Raises `ConfigurationError`."""
     if settings.database_url is None or settings.redis_url is None:
         raise ConfigurationError(["DATABASE_URL and REDIS_URL must both be set for the application itself"])
     if not settings.stripe_webhook_secrets:
-        raise ConfigurationError(["STRIPE_WEBHOOK_SECRETS is missing: nothing could be verified"])
+        raise ConfigurationError(["STRIPE_WEBHOOK_SECRETS is missing: no delivery could be verified"])
     dsn = settings.database_url.get_secret_value()
-    patience = settings.postgres_timeout_seconds
+    timeout = settings.postgres_timeout_seconds
     backoff = Backoff(settings.backoff_first_seconds, settings.backoff_most_seconds)
-    epoch = Epoch(fresh_seconds=5 * settings.recovery_interval_seconds + 2 * patience)
+    epoch = Epoch(fresh_seconds=5 * settings.recovery_interval_seconds + 2 * timeout)
     queue = settings.answer_budget_seconds
-    pool = partial(Pool, dsn, timeout_seconds=patience, queue_seconds=queue)
+    pool = partial(Pool, dsn, timeout_seconds=timeout, queue_seconds=queue)
     ingest = pool(size=settings.ingest_connections, epoch=epoch)
-    seats = HandlerConnections(
-        dsn, size=settings.handler_slots, timeout_seconds=patience, queue_seconds=queue, epoch=epoch
+    handler_connections = HandlerConnections(
+        dsn, size=settings.handler_slots, timeout_seconds=timeout, queue_seconds=queue, epoch=epoch
     )
     lock = Lock(
         connect(settings.redis_url.get_secret_value(), timeout_seconds=settings.redis_timeout_seconds),
@@ -106,7 +106,7 @@ def assemble(settings: Settings, registry: Registry) -> Components:
     ledger = Ledger(
         ingest,
         backoff,
-        timeout_seconds=patience,
+        timeout_seconds=timeout,
         lease_seconds=settings.lease_seconds,
         give_up_seconds=settings.give_up_seconds,
         idle_in_transaction_seconds=settings.idle_in_transaction_seconds,
@@ -118,11 +118,11 @@ def assemble(settings: Settings, registry: Registry) -> Components:
         slots=settings.handler_slots,
         deadline_seconds=settings.handler_deadline_seconds,
         lease_seconds=settings.lease_seconds,
-        postgres_timeout_seconds=patience,
+        postgres_timeout_seconds=timeout,
     )
     pipeline = Pipeline(
         claims,
-        Dispatcher(seats, ledger, claims, backoff, limits),
+        Dispatcher(handler_connections, ledger, claims, backoff, limits),
         registry,
         livemode=settings.livemode,
         budget_seconds=settings.answer_budget_seconds,
@@ -134,25 +134,26 @@ def assemble(settings: Settings, registry: Registry) -> Components:
         interval_seconds=settings.recovery_interval_seconds,
         batch=settings.handler_slots,
     )
-    # Who only looks has an epoch of its own: a look that is given up must put no marker of a delivery's in doubt.
-    apart = Epoch(fresh_seconds=0)
-    observing = pool(size=OBSERVING_CONNECTIONS, epoch=apart)
-    admin = pool(size=ADMIN_CONNECTIONS, queue_seconds=QUEUE_SECONDS, epoch=apart, pins=PINS)
-    return Components(ingest, seats, observing, admin, lock, pipeline, recovery)
+    # The metrics and the admin page read with an epoch of their own: a read that times out must not cast doubt on the
+    # markers of deliveries.
+    read_epoch = Epoch(fresh_seconds=0)
+    metrics_pool = pool(size=METRICS_CONNECTIONS, epoch=read_epoch)
+    admin = pool(size=ADMIN_CONNECTIONS, queue_seconds=QUEUE_SECONDS, epoch=read_epoch, pins=PINS)
+    return Components(ingest, handler_connections, metrics_pool, admin, lock, pipeline, recovery)
 
 
-def admin_page(settings: Settings, parts: Components, probes: Sequence[HealthCheck]) -> AdminPage | None:
-    """The page at /admin; None: it is switched off."""
+def admin_page(settings: Settings, components: Components, checks: Sequence[HealthCheck]) -> AdminPage | None:
+    """The page at /admin, or None if it is switched off."""
     if settings.admin_password is None:
         return None
     password = Password.read(settings.admin_password.get_secret_value())
-    seal, asking = Seal(password.session_key), AdminLedger(parts.admin)
+    seal, ledger = Seal(password.session_key), AdminLedger(components.admin)
     return AdminPage(
         seal,
         Login(password, seal, LoginLimit()),
-        Overview(asking, probes, _process()),
-        Events(asking),
-        Replay(asking, settings.give_up_seconds),
+        Overview(ledger, checks, _process()),
+        Events(ledger),
+        Replay(ledger, settings.give_up_seconds),
         settings.admin_proxies,
     )
 
@@ -163,7 +164,10 @@ def _process() -> str:
 
 @contextlib.asynccontextmanager
 async def exporting_spans() -> AsyncIterator[None]:
-    """While the block runs; where they go gets a moment for the last ones, and no more: it may be away."""
+    """Export spans while the block runs.
+
+    At the end, sending the last spans may take half of `_CLOSE_SECONDS`, because the collector may be unreachable.
+    """
     end = tracing.start()
     try:
         yield
@@ -174,21 +178,21 @@ async def exporting_spans() -> AsyncIterator[None]:
 
 
 class Application(Starlette):
-    """Starlette's routes; but a delivery goes straight to the webhook, past layers that it has no use for.
+    """Starlette's routes, except that a delivery goes straight to the webhook and skips Starlette's middleware.
 
-    They took a sixth of what a duplicate costs. The webhook answers whatever happens in it, with errors of its own.
+    The middleware took a sixth of the cost of a duplicate. The webhook does not need it: it answers every error itself.
     """
 
     def __init__(self, webhook: Webhook, routes: Sequence[BaseRoute], lifespan: Lifespan[Starlette]) -> None:
-        by_name = Route(WEBHOOK_PATH, webhook, methods=["POST"])  # for what does not go straight: 405, HEAD
+        fallback = Route(WEBHOOK_PATH, webhook, methods=["POST"])  # answers other methods on this path with 405
         super().__init__(
-            routes=[by_name, *routes], lifespan=lifespan, exception_handlers={404: refuse_path, 405: refuse_path}
+            routes=[fallback, *routes], lifespan=lifespan, exception_handlers={404: refuse_path, 405: refuse_path}
         )
-        self.router.redirect_slashes = False  # a redirect is a failed delivery to Stripe
+        self.router.redirect_slashes = False  # Stripe counts a redirect as a failed delivery
         self._webhook = webhook
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, or the lifespan."""
+        """Serve one request, or the lifespan."""
         if scope["type"] == "http" and scope["path"] == WEBHOOK_PATH and scope["method"] == "POST":
             await self._webhook(scope, receive, send)
         else:
@@ -196,37 +200,37 @@ class Application(Starlette):
 
 
 def create_app(settings: Settings) -> Starlette:
-    """The application for `settings`, which name both stores. Raises `ConfigurationError`."""
+    """The application for `settings`, which must name both stores. Raises `ConfigurationError`."""
     configure(settings.log_format, settings.log_level)
     registry = Registry.load(settings.handlers)
-    parts = assemble(settings, registry)
+    components = assemble(settings, registry)
     for handler in registry:
-        metrics.handler_seconds(handler.pattern)  # there from the start
-    stop = Stop(settings.drain_seconds, settings.shutdown_seconds)
+        metrics.handler_seconds(handler.pattern)  # creates the series, so that it exists from the start
+    shutdown = Shutdown(settings.drain_seconds, settings.shutdown_seconds)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
-        stop.install()
+        shutdown.install()
         with stop_with_supervisor():
-            async with exporting_spans(), parts.running(stop):
-                # What is loaded by now stays: the collector need not look through it again and again.
+            async with exporting_spans(), components.running(shutdown):
+                # Objects that exist now live as long as the process: exclude them from every later collection.
                 gc.collect()
                 gc.freeze()
                 yield
 
     webhook = Webhook(
-        parts.pipeline,
+        components.pipeline,
         [secret.get_secret_value() for secret in settings.stripe_webhook_secrets],
         settings.signature_tolerance_seconds,
         settings.body_most_bytes,
     )
-    probes = readiness_checks(stop, parts.lock, parts.ingest, parts.recovery)
-    readiness = Readiness(probes)
-    site = admin_page(settings, parts, probes)
+    checks = readiness_checks(shutdown, components.lock, components.ingest, components.recovery)
+    readiness = Readiness(checks)
+    site = admin_page(settings, components, checks)
     routes = [
         Route("/livez", livez),
         Route("/readyz", readiness.report),
-        Route("/metrics", MetricsEndpoint(probes, parts.observing).report),
+        Route("/metrics", MetricsEndpoint(checks, components.metrics_pool).report),
         *(site.routes if site else ()),
     ]
     return Application(webhook, routes, lifespan)

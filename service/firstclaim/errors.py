@@ -92,7 +92,7 @@ class LedgerUnavailable(FirstclaimError):
     """Postgres could not do what was asked. Nothing is known to have been committed by the call."""
 
 
-class TookTooLong(LedgerUnavailable):
+class StatementTimeout(LedgerUnavailable):
     """Postgres ended a question that took longer than whoever asks may take; nothing is wrong with it."""
 
 

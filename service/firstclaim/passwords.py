@@ -14,8 +14,8 @@ import secrets
 import unicodedata
 from dataclasses import dataclass, field
 
-LEAST_CHARACTERS = 12  # a guess costs a tenth of a second here, and twenty a minute are let through
-MOST_CHARACTERS = 1024
+MIN_CHARACTERS = 12  # a guess costs a tenth of a second here, and twenty a minute are let through
+MAX_CHARACTERS = 1024
 
 _N, _R, _P = 2**15, 8, 3  # OWASP's choice for 32 MiB: a tenth of a second or two
 _N_RANGE, _R_RANGE, _P_RANGE = (2**14, 2**17), (8, 16), (1, 8)
@@ -71,9 +71,9 @@ def check(value: str) -> None:
         if not within or n & (n - 1) or 128 * n * r > _MEMORY_MOST_BYTES:
             raise ValueError("is a hash with costs out of range: make one with `firstclaim admin-password`")
         return
-    if len(value) < LEAST_CHARACTERS:
-        raise ValueError(f"is too short to stand before an admin page: at least {LEAST_CHARACTERS} characters")
-    if len(value) > MOST_CHARACTERS or value != value.strip() or not value.isprintable():
+    if len(value) < MIN_CHARACTERS:
+        raise ValueError(f"is too short to stand before an admin page: at least {MIN_CHARACTERS} characters")
+    if len(value) > MAX_CHARACTERS or value != value.strip() or not value.isprintable():
         raise ValueError("has white space around it, a character that cannot be typed, or is over 1024 characters long")
 
 

@@ -20,7 +20,7 @@ from firstclaim.errors import ConfigurationError
 from firstclaim.passwords import check
 
 PREFIX = "FIRSTCLAIM_"
-OBSERVING_CONNECTIONS = 2  # apart: whoever looks at the ledger never makes a delivery wait
+METRICS_CONNECTIONS = 2  # apart: whoever looks at the ledger never makes a delivery wait
 ADMIN_CONNECTIONS = 2  # one search does not keep another page waiting; apart as well
 
 _SERVICE_LINK = re.compile(PREFIX + r"(?:SERVICE_(?:HOST|PORT)|PORT)(?:_.*)?")
@@ -202,7 +202,7 @@ class Settings(BaseSettings):
     def postgres_connections(self) -> int:
         """The most that one process opens."""
         admin = 0 if self.admin_password is None else ADMIN_CONNECTIONS
-        return self.handler_slots + self.ingest_connections + OBSERVING_CONNECTIONS + admin
+        return self.handler_slots + self.ingest_connections + METRICS_CONNECTIONS + admin
 
     @property
     def embedded_database(self) -> bool:

@@ -21,7 +21,7 @@ async def test_many_scrapes_ask_once(world: World) -> None:
         asked.append(await inspection.backlog())
         return asked[-1]
 
-    kept = _Kept(world.parts.observing, ask, 60)
+    kept = _Kept(world.components.metrics_pool, ask, 60)
     assert await asyncio.gather(*(kept.get() for _ in range(20))) == asked * 20
     await world.state_of(delivery(), Status.PENDING)
     kept._kept_until -= 61
@@ -33,8 +33,8 @@ async def test_many_scrapes_ask_once(world: World) -> None:
 async def test_a_slow_ledger_is_not_waited_for(make_world: MakeWorld) -> None:
     """Both connections of its own are taken: nothing is told, and a delivery goes its way meanwhile."""
     world = await make_world(answer_budget_seconds=0.3)
-    kept = _Kept(world.parts.observing, lambda inspection: inspection.backlog(), 60)
-    async with world.parts.observing.borrow(60), world.parts.observing.borrow(60):
+    kept = _Kept(world.components.metrics_pool, lambda inspection: inspection.backlog(), 60)
+    async with world.components.metrics_pool.borrow(60), world.components.metrics_pool.borrow(60):
         looking = asyncio.create_task(kept.get())
         assert await world.ledger.record(delivery(), due_in_seconds=0) is None
         assert await looking is None
@@ -45,7 +45,7 @@ async def test_a_look_that_is_given_up_puts_no_marker_in_doubt(world: World) -> 
     await world.ledger.read_epoch()
     confirmed = world.claims.epoch.current
     assert confirmed is not None
-    for pool in (world.parts.observing, world.parts.admin):
+    for pool in (world.components.metrics_pool, world.components.admin):
         lost = asyncio.Event()
         with pytest.raises(LedgerUnavailable):
             await _look_for_too_long(pool, lost)

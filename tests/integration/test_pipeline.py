@@ -129,7 +129,7 @@ def counting(world: World) -> Iterator[list[str]]:
     def by_handler(*arguments: Any) -> None:
         seen.append(arguments[2].split()[0])
 
-    handlers = world.parts.seats._engine.sync_engine
+    handlers = world.components.handler_connections._engine.sync_engine
     sqlalchemy_event.listen(handlers, "before_cursor_execute", by_handler)
     with pytest.MonkeyPatch.context() as patch:
         noting(Lock, "_call", patch)
@@ -872,7 +872,7 @@ async def test_a_stop_while_recovery_claims_leaves_nothing_claimed(
 
     monkeypatch.setattr(Ledger, "take_over", slow)
     due = await world.state_of(delivery(), Status.PENDING)
-    recovering = asyncio.create_task(world.parts.recovery.run())
+    recovering = asyncio.create_task(world.components.recovery.run())
     await taken.wait()
     recovering.cancel()
     await asyncio.wait({recovering})

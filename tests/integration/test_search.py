@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 
-from firstclaim.errors import TookTooLong
+from firstclaim.errors import StatementTimeout
 from firstclaim.inbox.statements import statement
 from firstclaim.operations import search as browsing_module
 from firstclaim.operations.queries import Selection
@@ -22,7 +22,7 @@ FAR = Search(Selection())
 @pytest.fixture
 async def browsing(world: World) -> AsyncIterator[LedgerSearch]:
     """As the page asks."""
-    async with world.parts.admin.borrow(60) as connection:
+    async with world.components.admin.borrow(60) as connection:
         yield LedgerSearch(connection)
 
 
@@ -138,7 +138,7 @@ async def test_what_went_well_is_not_counted_by_an_index(world: World, browsing:
 async def test_a_question_that_takes_too_long_is_ended(browsing: LedgerSearch) -> None:
     """By the server, after the time that its connection allows; the connection is good for the next one."""
     await browsing._connection.execute("SET statement_timeout = '50ms'")
-    with pytest.raises(TookTooLong):
+    with pytest.raises(StatementTimeout):
         await browsing._fetch(statement("SELECT pg_sleep(20)"))
     assert await browsing.count_indexed() == {}
 
@@ -147,7 +147,7 @@ async def test_its_connections_are_pinned(world: World, browsing: LedgerSearch) 
     """Those of the page and no others; what every connection of ours has they have too."""
     pins = {**PINS, "synchronous_commit": "on"}
     assert {name: await browsing._connection.fetchval("SELECT current_setting($1)", name) for name in pins} == pins
-    async with world.parts.ingest.borrow(10) as connection:
+    async with world.components.ingest.borrow(10) as connection:
         assert await connection.fetchval("SELECT current_setting('statement_timeout')") == "0"
 
 

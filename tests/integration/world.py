@@ -1,7 +1,7 @@
-"""The service's parts as `firstclaim.app` puts them together, on real stores, in the test's own event loop.
+"""The service's components as `firstclaim.app` puts them together, on real stores, in the test's own event loop.
 
 Guarantees: nothing listens and no recovery loop runs, so that a test alone decides what happens when; what the
-parts opened is closed at the end; what a test sees of the ledger it reads on a connection of its own.
+components opened is closed at the end; what a test sees of the ledger it reads on a connection of its own.
 """
 
 import asyncio
@@ -72,19 +72,19 @@ def delivery(event_id: str | None = None, type: str = "invoice.payment_failed", 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The parts of one process, and a connection of the test's own to their database."""
+    """The components of one process, and a connection of the test's own to their database."""
 
     settings: Settings
-    parts: Components
+    components: Components
     database: asyncpg.Connection
 
     @property
     def lock(self) -> Lock:
-        return self.parts.lock
+        return self.components.lock
 
     @property
     def pipeline(self) -> Pipeline:
-        return self.parts.pipeline
+        return self.components.pipeline
 
     @property
     def claims(self) -> Claims:
@@ -183,12 +183,12 @@ class World:
     @asynccontextmanager
     async def seat(self) -> AsyncIterator[HandlerConnection]:
         """A connection as a handler has it."""
-        seat = await self.parts.seats.take()
+        seat = await self.components.handler_connections.take()
         try:
             yield seat
         finally:
             await seat.roll_back()
-            await self.parts.seats.give_back(seat)
+            await self.components.handler_connections.give_back(seat)
 
     @property
     def url(self) -> str:
@@ -200,10 +200,10 @@ class World:
         """Everything that was opened."""
         await self.pipeline.drain(5)
         await self.lock.close()
-        await self.parts.seats.close()
-        await self.parts.ingest.close()
-        await self.parts.observing.close()
-        await self.parts.admin.close()
+        await self.components.handler_connections.close()
+        await self.components.ingest.close()
+        await self.components.metrics_pool.close()
+        await self.components.admin.close()
         await self.database.close()
 
 
@@ -216,7 +216,7 @@ async def explained(connection: PinnedConnection, statement: Statement, how: str
 async def build(
     database_url: str, redis_url: str, prefix: str, handlers: dict[str, Function] | None = None, **changes: Any
 ) -> World:
-    """The parts over these stores, with `handlers` by pattern; `changes` are settings, also beyond their limits."""
+    """The components on these stores, with `handlers` by pattern. `changes` are settings, also out of range."""
     settings = Settings(
         database_url=SecretStr(database_url),
         redis_url=SecretStr(redis_url),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from firstclaim import passwords
-from firstclaim.passwords import LEAST_CHARACTERS, Password, check, make_hash
+from firstclaim.passwords import MIN_CHARACTERS, Password, check, make_hash
 
 PLAIN = "correct horse battery staple"
 
@@ -64,7 +64,7 @@ def test_another_password_is_another_key() -> None:
 @pytest.mark.parametrize(
     ("value", "says"),
     [
-        ("x" * (LEAST_CHARACTERS - 1), "too short"),
+        ("x" * (MIN_CHARACTERS - 1), "too short"),
         (" " + "x" * 20, "white space"),
         ("x" * 20 + "\n", "white space"),
         ("x" * 20 + "\x1b", "cannot be typed"),

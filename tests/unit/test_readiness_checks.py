@@ -1,19 +1,19 @@
-"""What `/readyz` asks of the process itself; the stores' own probes are asked on real ones, in acceptance."""
+"""The health check of the process itself. The checks of the stores are tested on real stores, in tests/acceptance."""
 
 from typing import cast
 
 from firstclaim.inbox.lock import Lock
 from firstclaim.inbox.recovery import Recovery
 from firstclaim.postgres.connection import Pool
-from firstclaim.shutdown import Stop
+from firstclaim.shutdown import Shutdown
 from firstclaim.web.health import Finding, Health
 from firstclaim.web.readiness_checks import readiness_checks
 
 
-async def test_a_process_that_was_asked_to_stop_is_not_ready() -> None:
-    """From the first signal on it says so, while it still serves: a balancer needs the time to look elsewhere."""
-    stop = Stop(drain_seconds=60, shutdown_seconds=90)
-    process, *_ = readiness_checks(stop, cast(Lock, None), cast(Pool, None), cast(Recovery, None))
-    assert (await process.ask())[0] == Finding(Health.OK)
-    stop._asked_at = 0.0
-    assert (await process.ask())[0] == Finding(Health.DOWN, "draining")
+async def test_a_process_that_is_shutting_down_is_not_ready() -> None:
+    """From the first signal the process reports itself down while it still serves, so that a balancer can react."""
+    shutdown = Shutdown(drain_seconds=60, shutdown_seconds=90)
+    process, *_ = readiness_checks(shutdown, cast(Lock, None), cast(Pool, None), cast(Recovery, None))
+    assert (await process.run())[0] == Finding(Health.OK)
+    shutdown._requested_at = 0.0
+    assert (await process.run())[0] == Finding(Health.DOWN, "draining")

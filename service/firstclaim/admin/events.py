@@ -17,7 +17,7 @@ from starlette.responses import Response
 from firstclaim.admin.ledger import AdminLedger
 from firstclaim.admin.rendering import laid_out
 from firstclaim.admin.request import PATH, AdminRequest, Refused
-from firstclaim.errors import TookTooLong
+from firstclaim.errors import StatementTimeout
 from firstclaim.operations.queries import Selection
 from firstclaim.operations.search import REPLAYABLE_HERE, Place, Search
 from firstclaim.status import Status
@@ -98,7 +98,7 @@ class Events:
             found = await ledger.page(filters.search, place, PAGE_EVENTS)
             try:
                 replayable = len(await ledger.replayable(filters.search, REPLAYED_MOST + 1))
-            except TookTooLong:
+            except StatementTimeout:
                 replayable = 0  # the list is here; what has to be looked for longer is not offered
         return visit.page(
             "events.html",

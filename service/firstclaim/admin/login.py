@@ -17,7 +17,7 @@ from starlette.responses import Response
 from firstclaim.admin.limits import LoginLimit
 from firstclaim.admin.request import LOGIN_MOST_BYTES, PATH, AdminRequest, Refused
 from firstclaim.admin.session import LASTS_SECONDS, Seal, same
-from firstclaim.passwords import MOST_CHARACTERS, Password
+from firstclaim.passwords import MAX_CHARACTERS, Password
 
 log = structlog.get_logger(__name__)
 
@@ -61,7 +61,7 @@ class Login:
             log.warning("admin_login_limited", address=visit.address)
             return _form(visit, where, 429, f"Too many attempts. Try again in {wait} s.", {"Retry-After": str(wait)})
         async with self._one_at_a_time:
-            right = await asyncio.to_thread(self._password.matches, visit.field("password")[:MOST_CHARACTERS])
+            right = await asyncio.to_thread(self._password.matches, visit.field("password")[:MAX_CHARACTERS])
         if not right:
             log.warning("admin_login_failed", address=visit.address)
             return _form(visit, where, 401, "That is not the password.")

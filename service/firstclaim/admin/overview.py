@@ -14,7 +14,7 @@ from starlette.responses import Response
 from firstclaim.admin.chart import Chart, draw
 from firstclaim.admin.ledger import AdminLedger
 from firstclaim.admin.request import AdminRequest
-from firstclaim.errors import LedgerUnavailable, TookTooLong
+from firstclaim.errors import LedgerUnavailable, StatementTimeout
 from firstclaim.observability import metrics
 from firstclaim.operations.queries import Backlog, EventRow, Selection
 from firstclaim.operations.search import REPLAYABLE_HERE, LedgerSearch, Search
@@ -57,14 +57,14 @@ class Overview:
 
     async def show(self, visit: AdminRequest) -> Response:
         """All of it, as it is now."""
-        found, known = await asyncio.gather(asyncio.gather(*(part.ask() for part in self._parts)), self._ask())
+        found, known = await asyncio.gather(asyncio.gather(*(part.run() for part in self._parts)), self._ask())
         return visit.page(
             "overview.html",
             parts=[self._standing(part, finding) for part, (finding, _) in zip(self._parts, found, strict=True)],
             known=known,
             hours=_HOURS,
-            deliveries=metrics.told("firstclaim_deliveries"),
-            duplicates=metrics.told("firstclaim_duplicates"),
+            deliveries=metrics.totals("firstclaim_deliveries"),
+            duplicates=metrics.totals("firstclaim_duplicates"),
             process=self._process,
         )
 
@@ -101,5 +101,5 @@ async def _all_of(ledger: LedgerSearch) -> _Known:
 async def _in_time(ask: Callable[[], Awaitable[T]]) -> T | None:
     try:
         return await ask()
-    except TookTooLong:
+    except StatementTimeout:
         return None

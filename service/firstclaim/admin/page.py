@@ -31,7 +31,7 @@ from firstclaim.admin.rendering import Pages, static
 from firstclaim.admin.replay import Replay
 from firstclaim.admin.request import PATH, AdminRequest, Refused, client_address, is_loopback
 from firstclaim.admin.session import LASTS_SECONDS, Seal
-from firstclaim.errors import LedgerUnavailable, TookTooLong
+from firstclaim.errors import LedgerUnavailable, StatementTimeout
 from firstclaim.observability.redaction import describe_error
 
 log = structlog.get_logger(__name__)
@@ -132,7 +132,7 @@ def _explain(visit: AdminRequest, error: Exception) -> Response:
             refused = _nothing_here(error.status_code, error.headers)
         case ClientDisconnect():
             return Response(status_code=400)  # nobody reads it
-        case TookTooLong():
+        case StatementTimeout():
             text = "It was ended, so that it slows nothing else. Narrow it: by time, by type, by status."
             refused = Refused(503, "That took too long", text)
         case LedgerUnavailable():

@@ -59,7 +59,7 @@ def handler_seconds(pattern: str) -> Histogram:
     return _handler_seconds.labels(pattern)
 
 
-def gathered() -> CollectorRegistry:
+def collected() -> CollectorRegistry:
     """What to tell: all workers' counts, or this one process'."""
     folder = os.environ.get(FOLDER)
     if folder is None:
@@ -69,7 +69,7 @@ def gathered() -> CollectorRegistry:
     return registry
 
 
-def told(name: str) -> dict[str, int]:
+def totals(name: str) -> dict[str, int]:
     """What the counters of a family that has one label have come to, over all workers, since they were started."""
-    samples = [sample for metric in gathered().collect() if metric.name == name for sample in metric.samples]
+    samples = [sample for metric in collected().collect() if metric.name == name for sample in metric.samples]
     return {next(iter(each.labels.values())): int(each.value) for each in samples if each.name == f"{name}_total"}

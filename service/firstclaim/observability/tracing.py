@@ -36,7 +36,7 @@ def span(name: str, **attributes: Value) -> AbstractContextManager[object]:
     )
 
 
-def arrival(headers: Mapping[str, str]) -> AbstractContextManager[object]:
+def delivery_span(headers: Mapping[str, str]) -> AbstractContextManager[object]:
     """The span of a delivery, a child of the one that `headers` name, if a proxy before us has begun one."""
     if _tracer is None:
         return _NOTHING

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import asyncpg
 
-from firstclaim.errors import TookTooLong
+from firstclaim.errors import StatementTimeout
 from firstclaim.inbox.statements import Statement, statement
 from firstclaim.operations.commands import Commands
 from firstclaim.operations.queries import COLUMNS, SELECTED, EventRow, Selection, listed
@@ -135,7 +135,7 @@ class HourlyCounts:
 
 
 class LedgerSearch(Commands):
-    """What the page asks, on one connection with `PINS`; what takes longer than these allow is a `TookTooLong`."""
+    """What the page asks, on one connection with `PINS`; what takes longer than these allow is a `StatementTimeout`."""
 
     async def page(self, search: Search, place: Place | None, most: int) -> SearchPage:
         """The newest `most` that were found behind `place`; None: behind the beginning."""
@@ -178,4 +178,4 @@ class LedgerSearch(Commands):
             async with asyncio.timeout(STATEMENT_SECONDS + _FROZEN_SECONDS):  # a frozen server ends nothing
                 return await super()._fetch(query, **values)
         except asyncpg.QueryCanceledError as error:
-            raise TookTooLong(f"ended after {STATEMENT_SECONDS} s") from error
+            raise StatementTimeout(f"ended after {STATEMENT_SECONDS} s") from error

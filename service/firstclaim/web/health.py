@@ -49,7 +49,7 @@ class HealthCheck:
     failing: Health = Health.DOWN
     _running: asyncio.Task[Finding] | None = field(default=None, init=False)
 
-    async def ask(self) -> tuple[Finding, float]:
+    async def run(self) -> tuple[Finding, float]:
         """The finding, and the milliseconds it took."""
         began = time.perf_counter()
         if self._running is None or self._running.done():
@@ -84,7 +84,7 @@ class Readiness:
 
     async def report(self, _request: Request) -> Response:
         """Ask all parts side by side."""
-        answers = await asyncio.gather(*(part.ask() for part in self._parts))
+        answers = await asyncio.gather(*(part.run() for part in self._parts))
         lines = [
             _line(part.name, finding, milliseconds)
             for part, (finding, milliseconds) in zip(self._parts, answers, strict=True)

@@ -80,7 +80,7 @@ class MetricsEndpoint:
     async def report(self, _request: Request) -> Response:
         """All of it, as it is now."""
         answers, opened, settled = await asyncio.gather(
-            asyncio.gather(*(part.ask() for part in self._parts)), self._open.get(), self._settled.get()
+            asyncio.gather(*(part.run() for part in self._parts)), self._open.get(), self._settled.get()
         )
         up = {part.name: finding.health for part, (finding, _) in zip(self._parts, answers, strict=True)}
         now = CollectorRegistry()
@@ -92,7 +92,7 @@ class MetricsEndpoint:
             for status in statuses
         }
         now.register(_Now(up, backlog, told))
-        text = generate_latest(metrics.gathered()) + generate_latest(now)
+        text = generate_latest(metrics.collected()) + generate_latest(now)
         return Response(text, headers={"Cache-Control": "no-store", "Content-Type": CONTENT_TYPE_LATEST})
 
 

@@ -1,18 +1,18 @@
-"""What `/readyz` asks: this process, Redis, Postgres, the schema, the recovery loop."""
+"""The health checks of `/readyz`: this process, Redis, Postgres, the schema, the recovery loop."""
 
 from firstclaim.inbox.lock import Lock
 from firstclaim.inbox.recovery import Recovery
 from firstclaim.migrations.schema import SchemaState, compare, outdated, read_version
 from firstclaim.postgres.connection import Pool
-from firstclaim.shutdown import Stop
+from firstclaim.shutdown import Shutdown
 from firstclaim.web.health import PROBE_SECONDS, Finding, Health, HealthCheck
 
 
-def readiness_checks(stop: Stop, lock: Lock, ingest: Pool, recovery: Recovery) -> list[HealthCheck]:
-    """The parts in the order of their lines. Redis away is `degraded`: events are still recorded."""
+def readiness_checks(shutdown: Shutdown, lock: Lock, ingest: Pool, recovery: Recovery) -> list[HealthCheck]:
+    """The checks, in the order of their lines. If Redis is unreachable, the service is `degraded`: it still records."""
 
     async def process() -> Finding:
-        return Finding(Health.DOWN, "draining") if stop.asked else Finding(Health.OK)
+        return Finding(Health.DOWN, "draining") if shutdown.requested else Finding(Health.OK)
 
     async def redis() -> Finding:
         await lock.ping()

@@ -53,7 +53,7 @@ class Webhook:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Verify, parse, hand to the pipeline, answer: an ASGI application of its own."""
         headers = Headers(scope=scope)
-        with tracing.arrival(headers):
+        with tracing.delivery_span(headers):
             response = await self._receive(headers, receive)
         await response(scope, receive, send)
 
