@@ -86,7 +86,7 @@ async def _all_of(ledger: LedgerSearch) -> _Known:
     counts = await _in_time(lambda: ledger.count(Selection()))
     all_counted = counts is not None
     if counts is None:  # over all rows; those that matter most an index can count
-        counts = await _in_time(ledger.count_indexed)
+        counts = await _in_time(ledger.count_open)
     arrivals = await _in_time(lambda: ledger.arrivals(_HOURS))
     newest = await _in_time(lambda: ledger.page(Search(Selection(statuses=REPLAYABLE_HERE)), None, _NEWEST))
     return _Known(

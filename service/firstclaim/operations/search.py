@@ -73,11 +73,6 @@ SELECT date_trunc('hour', received_at, 'UTC') AS began_at, status, count(*) AS e
  GROUP BY 1, 2
 """)
 _NOW = statement("SELECT clock_timestamp() AS now")
-_COUNT_INDEXED = statement("""
-SELECT status, count(*) AS events FROM stripe_events WHERE status IN ('pending', 'processing', 'failed') GROUP BY status
- UNION ALL
-SELECT status, count(*) FROM stripe_events WHERE status IN ('failed', 'dead') AND status <> 'failed' GROUP BY status
-""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,10 +163,6 @@ class LedgerSearch(Commands):
         for row in await self._fetch(_ARRIVALS, since=min(counted)):
             counted.setdefault(row["began_at"], {})[Status(row["status"])] = row["events"]
         return HourlyCounts(sorted(counted.items()))
-
-    async def count_indexed(self) -> dict[Status, int]:
-        """How many there are in each status that an index knows: all but what went well."""
-        return {Status(row["status"]): row["events"] for row in await self._fetch(_COUNT_INDEXED)}
 
     async def _fetch(self, query: Statement, **values: object) -> list[Any]:
         try:
