@@ -27,7 +27,7 @@ from tests.acceptance.harness import (
     DEAD,
     DEFERRED,
     FAILED,
-    REPOSITORY,
+    PYTHON_PATH,
     SHORT_LEASE,
     Ground,
     Overrides,
@@ -277,17 +277,18 @@ def test_the_dashboard_can_be_imported() -> None:
 
 def test_without_the_word_nothing_is_printed() -> None:
     """A usage error that says which word."""
-    done = subprocess.run([*COMMAND, "dashboard"], capture_output=True, text=True, check=False)
+    done = subprocess.run([*COMMAND, "dashboard"], capture_output=True, text=True, env=ENVIRONMENT, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert "--print" in done.stderr
 
 
 COMMAND = [sys.executable, "-m", "firstclaim"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHON_PATH}  # this checkout's code, as the services import it
 
 
 def printed(*options: str) -> str:
     """What the command prints."""
-    return subprocess.check_output([*COMMAND, "dashboard", "--print", *options], text=True, cwd=REPOSITORY)
+    return subprocess.check_output([*COMMAND, "dashboard", "--print", *options], text=True, env=ENVIRONMENT)
 
 
 def queries_of(board: str) -> list[str]:
