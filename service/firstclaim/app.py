@@ -25,7 +25,7 @@ from firstclaim.admin.login import Login
 from firstclaim.admin.overview import Overview
 from firstclaim.admin.page import AdminPage
 from firstclaim.admin.replay import Replay
-from firstclaim.admin.session import Seal
+from firstclaim.admin.session import Signer
 from firstclaim.backoff import Backoff
 from firstclaim.errors import ConfigurationError
 from firstclaim.inbox.claims import Claims
@@ -147,10 +147,10 @@ def admin_page(settings: Settings, components: Components, checks: Sequence[Heal
     if settings.admin_password is None:
         return None
     password = Password.read(settings.admin_password.get_secret_value())
-    seal, ledger = Seal(password.session_key), AdminLedger(components.admin)
+    signer, ledger = Signer(password.session_key), AdminLedger(components.admin)
     return AdminPage(
-        seal,
-        Login(password, seal, LoginLimit()),
+        signer,
+        Login(password, signer, LoginLimit()),
         Overview(ledger, checks, _process()),
         Events(ledger),
         Replay(ledger, settings.give_up_seconds),

@@ -20,7 +20,7 @@ DAY = 86_400.0
 async def operations(world: World, module_database: str) -> AsyncIterator[Commands]:
     """On a connection of their own, with nothing noted yet."""
     await world.database.execute("DELETE FROM operator_actions")
-    async with Commands.on(module_database, 5) as operations:
+    async with Commands.connect(module_database, 5) as operations:
         yield operations
 
 
@@ -33,7 +33,7 @@ async def event(world: World, status: Status, *, settled_days: float = 0) -> str
 
 
 async def replayed(operations: Commands, selection: Selection, *, repeat_completed: bool = False) -> list[str]:
-    chosen = await operations.choose(selection)
+    chosen = await operations.select_candidates(selection)
     batches = operations.replay(
         chosen, selection, OPERATOR, give_up_seconds=GIVE_UP_SECONDS, repeat_completed=repeat_completed
     )
@@ -139,7 +139,7 @@ async def test_what_changed_since_it_was_chosen_is_left(world: World, operations
     """A count was confirmed for what was there then: what came to its end meanwhile, or came in, is not meant."""
     given, other = await event(world, Status.FAILED), await event(world, Status.FAILED)
     selection = Selection(type="invoice.*")
-    chosen = await operations.choose(selection)
+    chosen = await operations.select_candidates(selection)
     if what == "ended":
         await world.settle(given, Status.COMPLETED)
     else:
@@ -164,9 +164,9 @@ async def test_a_prune_beside_a_replay(world: World, operations: Commands, monke
     monkeypatch.setattr(operations_module, "BATCH", 1)
     old = [await event(world, Status.IGNORED, settled_days=100) for _ in range(3)]
     selection = Selection(old)
-    batches = operations.replay(await operations.choose(selection), selection, OPERATOR, give_up_seconds=9)
+    batches = operations.replay(await operations.select_candidates(selection), selection, OPERATOR, give_up_seconds=9)
     [first] = await anext(batches)
-    async with Commands.on(world.url, 10) as others:
+    async with Commands.connect(world.url, 10) as others:
         assert await pruned(others, 90, 400) == [2, 0]
     assert [batch async for batch in batches] == [[], []]
     assert {each: await world.status(each) for each in old} == {
@@ -269,7 +269,7 @@ async def test_old_payloads_go_and_older_rows(world: World, operations: Commands
         await world.database.execute(
             "INSERT INTO stripe_event_attempts VALUES ($1, 1, 'failed', NULL, NULL, now(), '')", ages[days]
         )
-    assert await operations.old(30, 90, include_dead=False) == (2, 1)
+    assert await operations.count_prunable(30, 90, include_dead=False) == (2, 1)
     assert await pruned(operations, 30, 90) == [1, 1]
     assert [each.event_id for each in await operations.list_events(Selection(), 9)] == [ages[40], ages[1]]
     assert await operations.payload(ages[40]) is None

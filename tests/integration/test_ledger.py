@@ -469,7 +469,7 @@ async def test_each_attempt_that_did_not_succeed_is_noted(make_world: MakeWorld)
     await world.settle(claim.event_id, Status.PENDING)
     [claim] = await world.ledger.take_over([claim.event_id])
     await world.ledger.kill_if_held(claim, "Permanent: never")
-    async with Commands.on(world.url, 10) as operations:
+    async with Commands.connect(world.url, 10) as operations:
         found = await operations.attempts(claim.event_id)
         done = await world.claim()
         await world.dispatch(effect, done)
@@ -491,7 +491,7 @@ async def test_who_takes_its_row_back_was_not_abandoned(world: World) -> None:
     await world.change(claim.event_id, due_at=-0.1)
     await world.ledger.return_abandoned(10)
     await world.ledger.fail_if_held(claim, "ValueError: late", due_in_seconds=0)
-    async with Commands.on(world.url, 10) as operations:
+    async with Commands.connect(world.url, 10) as operations:
         [found] = await operations.attempts(claim.event_id)
     assert (found.outcome, found.error) == ("failed", "ValueError: late")
 
@@ -503,7 +503,7 @@ async def test_another_attempts_note_stays(world: World) -> None:
     await world.ledger.return_abandoned(10)
     [_] = await world.ledger.take_over([stale.event_id])
     assert await world.ledger.fail_if_held(stale, "late", due_in_seconds=0) is None
-    async with Commands.on(world.url, 10) as operations:
+    async with Commands.connect(world.url, 10) as operations:
         [found] = await operations.attempts(stale.event_id)
     assert (found.attempt, found.outcome) == (1, "abandoned")
 

@@ -13,7 +13,7 @@ from firstclaim.errors import OperatorError, StripeRefused, StripeUnavailable
 from firstclaim.event import Delivery, parse_event
 from firstclaim.operations import reconcile as reconcile_module
 from firstclaim.operations.commands import Commands
-from firstclaim.operations.reconcile import ReconcileOptions, Reconciliation, Tally
+from firstclaim.operations.reconcile import ReconcileOptions, ReconcileProgress, Reconciliation
 from firstclaim.operations.stripe_api import StripeEvents
 from firstclaim.status import Status
 from tests.fixtures import MISSING, event_body
@@ -50,30 +50,30 @@ class Desk:
         key: str = KEY,
         dry_run: bool = False,
         timeout_seconds: float = 20,
-    ) -> tuple[Tally, OperatorError | None]:
+    ) -> tuple[ReconcileProgress, OperatorError | None]:
         """One run: what came of it, and what ended it early."""
 
         async def sleep(seconds: float) -> None:
             self.slept.append(seconds)
 
         async with (
-            Commands.on(self.world.url, 5) as operations,
-            StripeEvents.on(self.api.base, key, sleep=sleep, timeout_seconds=timeout_seconds) as events,
+            Commands.connect(self.world.url, 5) as operations,
+            StripeEvents.connect(self.api.base, key, sleep=sleep, timeout_seconds=timeout_seconds) as events,
         ):
             run = Reconciliation(operations, events, asked, body_most_bytes=100_000, give_up_seconds=GIVE_UP_SECONDS)
             try:
                 async for _ in run.run(OPERATOR, dry_run=dry_run):
                     pass
             except OperatorError as failure:
-                return run.tally, failure
-            return run.tally, None
+                return run.progress, failure
+            return run.progress, None
 
     async def reconciled(self, asked: ReconcileOptions = THREE_DAYS, *, dry_run: bool = False) -> tuple[int, int, int]:
         """A run that comes to its end: found, already here, recorded."""
-        tally, failure = await self.reconcile(asked, dry_run=dry_run)
+        progress, failure = await self.reconcile(asked, dry_run=dry_run)
         assert failure is None
-        assert (tally.covered, tally.refused) == (1, [])
-        return tally.found, tally.already_here, tally.recorded
+        assert (progress.covered, progress.refused) == (1, [])
+        return progress.found, progress.already_here, progress.recorded
 
     def event(self, age_seconds: int, *, delivered: bool = False, **changes: object) -> str:
         """Stripe has one more event, of that age; its id."""
@@ -213,8 +213,8 @@ async def test_a_dry_run_changes_nothing(desk: Desk) -> None:
     """It says what is missing; no row, and no line in the audit."""
     for _ in range(3):
         desk.event(HOUR)
-    tally, failure = await desk.reconcile(dry_run=True)
-    assert (failure, tally.found, tally.already_here, tally.missing, tally.recorded) == (None, 3, 0, 3, 0)
+    progress, failure = await desk.reconcile(dry_run=True)
+    assert (failure, progress.found, progress.already_here, progress.missing, progress.recorded) == (None, 3, 0, 3, 0)
     assert await desk.recorded() == []
     assert await desk.audit() == []
 
@@ -223,14 +223,14 @@ async def test_a_delivery_may_be_faster(desk: Desk, monkeypatch: pytest.MonkeyPa
     """One that comes between the look and the insert: its row stays as it is, and counts as already here."""
     event_id = desk.event(60)
     body = desk.api.events[0].body
-    look = Commands.known
+    look = Commands.recorded_ids
 
     async def known(operations: Commands, ids: list[str]) -> set[str]:
         found = await look(operations, ids)
         await desk.world.ledger.claim(Delivery(parse_event(body), body))
         return found
 
-    monkeypatch.setattr(Commands, "known", known)
+    monkeypatch.setattr(Commands, "recorded_ids", known)
     assert await desk.reconciled() == (1, 1, 0)
     assert await desk.world.status(event_id) is Status.PROCESSING
 
@@ -260,12 +260,12 @@ async def test_an_interrupted_run_is_resumed(desk: Desk) -> None:
     desk.api.page_most = 2
     events = [desk.event(age) for age in (2 * DAY, 2 * DAY, *[HOUR] * 4)]
     desk.api.on_page = lambda number: desk.api.die() if number == 2 else None
-    tally, failure = await desk.reconcile()
+    progress, failure = await desk.reconcile()
     assert isinstance(failure, StripeUnavailable)
     assert failure.exit_code == 3
     assert str(failure).startswith(f"Stripe cannot be reached at {desk.api.base} (ConnectError, asked 6 times)")
-    assert (tally.found, tally.recorded) == (2, 2)
-    assert tally.covered < 1
+    assert (progress.found, progress.recorded) == (2, 2)
+    assert progress.covered < 1
     assert await desk.recorded() == events[:2]
     assert await desk.audit() == [(OPERATOR, "reconcile", "since=259200s", 2)]
     desk.api.on_page = None
@@ -315,12 +315,12 @@ async def test_stripe_is_away(desk: Desk, trouble: bytes | None, said: str, atte
     desk.event(HOUR)
     desk.api.troubles += [trouble] * 20
     timeout_seconds = 0.05 if trouble is FROZEN else 20
-    tally, failure = await desk.reconcile(timeout_seconds=timeout_seconds)
+    progress, failure = await desk.reconcile(timeout_seconds=timeout_seconds)
     assert isinstance(failure, StripeUnavailable)
     assert said in str(failure)
     assert failure.exit_code == 3
     assert (len(desk.api.asked), len(desk.slept)) == (attempts, attempts - 1)
-    assert (tally.found, await desk.recorded()) == (0, [])
+    assert (progress.found, await desk.recorded()) == (0, [])
 
 
 @pytest.mark.parametrize(
@@ -373,22 +373,22 @@ async def test_an_event_that_is_none_is_named(desk: Desk) -> None:
     desk.api.add(orjson.dumps({"id": KEY}), created, KEY)
     desk.api.add(b"[17]", created, "nothing")
     good.append(desk.event(HOUR))
-    tally, failure = await desk.reconcile()
+    progress, failure = await desk.reconcile()
     assert failure is None
     assert await desk.recorded() == good
-    refused = dict(tally.refused)
+    refused = dict(progress.refused)
     assert set(refused) == {*malformed, "[redacted]", "(without an id)"}
     assert refused["evt_livemode"] == '"livemode" must be true or false'
     assert refused["evt_large"] == "larger than FIRSTCLAIM_BODY_MOST_BYTES"
-    assert (tally.found, tally.already_here, tally.recorded, tally.refused_events) == (14, 0, 7, 7)
+    assert (progress.found, progress.already_here, progress.recorded, progress.refused_events) == (14, 0, 7, 7)
 
 
 async def test_only_so_many_are_named(desk: Desk) -> None:
     """All that are none are counted; the first hundred are named."""
     for number in range(150):
         desk.api.add(orjson.dumps({"id": f"evt_{number}"}), int(time.time()) - 60, f"evt_{number}")
-    tally, _ = await desk.reconcile()
-    assert (tally.found, tally.refused_events, len(tally.refused)) == (150, 150, 100)
+    progress, _ = await desk.reconcile()
+    assert (progress.found, progress.refused_events, len(progress.refused)) == (150, 150, 100)
 
 
 async def test_a_list_that_goes_in_circles_is_left(desk: Desk) -> None:
@@ -420,16 +420,16 @@ async def test_a_ledger_that_goes_away_ends_it(desk: Desk) -> None:
     desk.api.page_most = 2
     for age in (2 * DAY, HOUR):
         desk.event(age)
-    async with Commands.on(desk.world.url, 5) as operations, StripeEvents.on(desk.api.base, KEY) as events:
+    async with Commands.connect(desk.world.url, 5) as operations, StripeEvents.connect(desk.api.base, KEY) as events:
         run = Reconciliation(operations, events, THREE_DAYS, body_most_bytes=100_000, give_up_seconds=GIVE_UP_SECONDS)
         steps = run.run(OPERATOR)
-        async for tally in steps:
-            if tally.recorded:
+        async for progress in steps:
+            if progress.recorded:
                 break
         await desk.world.database.execute("SELECT pg_terminate_backend($1)", operations._connection.get_server_pid())
         with pytest.raises((asyncpg.PostgresError, asyncpg.InterfaceError, OSError)):
             async for _ in steps:
                 pass
-    assert run.tally.recorded == 1
+    assert run.progress.recorded == 1
     assert len(await desk.recorded()) == 1
     assert [changed for *_, changed in await desk.audit()] == [None]

@@ -134,7 +134,7 @@ async def test_arrivals_by_the_hour(world: World, browsing: LedgerSearch) -> Non
         (9e5, Status.DEAD),
     ):
         await event(world, status, age=age)
-    hours = (await browsing.arrivals(24)).hours
+    hours = (await browsing.hourly_counts(24)).hours
     assert len(hours) == 24
     assert {later - earlier for (earlier, _), (later, _) in pairwise(hours)} == {timedelta(hours=1)}
     assert [sum(counts.values()) for _, counts in hours[-3:]] == [1, 0, 2]

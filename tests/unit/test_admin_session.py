@@ -4,7 +4,7 @@ import pytest
 
 from firstclaim.admin import session as sessions
 from firstclaim.admin.limits import ADDRESS_TRIES, ADDRESSES_MOST, ALL_TRIES, LoginLimit
-from firstclaim.admin.session import IDLE_SECONDS, LASTS_SECONDS, Cookie, Seal
+from firstclaim.admin.session import IDLE_SECONDS, LASTS_SECONDS, Cookie, Signer
 
 KEY = b"k" * 32
 
@@ -25,96 +25,96 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def seal(clock: Clock) -> Seal:
-    return Seal(KEY, clock)
+def signer(clock: Clock) -> Signer:
+    return Signer(KEY, clock)
 
 
 # -- sessions -----------------------------------------------------------------------------------------
 
 
-def test_a_session_comes_back(seal: Seal, clock: Clock) -> None:
+def test_a_session_comes_back(signer: Signer, clock: Clock) -> None:
     """As it was written, also to another worker that knows nothing but the key."""
-    session = seal.begin()
-    assert seal.read(seal.write(session)) == session
-    assert Seal(KEY, clock).read(seal.write(session)) == session
+    session = signer.begin()
+    assert signer.read(signer.write(session)) == session
+    assert Signer(KEY, clock).read(signer.write(session)) == session
 
 
-def test_no_two_logins_share_an_id(seal: Seal) -> None:
+def test_no_two_logins_share_an_id(signer: Signer) -> None:
     """A session that somebody planted is never the one that a login begins."""
-    assert len({seal.begin().id for _ in range(100)}) == 100
+    assert len({signer.begin().id for _ in range(100)}) == 100
 
 
-def test_another_key_believes_nothing(seal: Seal, clock: Clock) -> None:
+def test_another_key_believes_nothing(signer: Signer, clock: Clock) -> None:
     """A new password logs everybody out."""
-    assert Seal(b"o" * 32, clock).read(seal.write(seal.begin())) is None
+    assert Signer(b"o" * 32, clock).read(signer.write(signer.begin())) is None
 
 
-def test_a_cookie_that_was_meddled_with_is_nobody(seal: Seal) -> None:
+def test_a_cookie_that_was_meddled_with_is_nobody(signer: Signer) -> None:
     """Whichever character is changed, cut or added."""
-    text = seal.write(seal.begin())
+    text = signer.write(signer.begin())
     for place in range(len(text)):
         changed = text[:place] + ("A" if text[place] != "A" else "B") + text[place + 1 :]
         # The last character of a base64 text may hold bits that mean nothing: it is the same text then.
-        assert seal.read(changed) in ((None,) if place < len(text) - 1 else (None, seal.read(text)))
+        assert signer.read(changed) in ((None,) if place < len(text) - 1 else (None, signer.read(text)))
     for other in ("", None, text[:-1], text + "A", text.upper(), "." * 50, "\ud800", "é"):
-        assert seal.read(other) is None, other
+        assert signer.read(other) is None, other
 
 
-def test_a_session_ends_when_nobody_uses_it(seal: Seal, clock: Clock) -> None:
+def test_a_session_ends_when_nobody_uses_it(signer: Signer, clock: Clock) -> None:
     """After half an hour; whoever goes on is renewed, and not with every answer."""
-    session = seal.begin()
-    assert seal.renewed(session) is None
+    session = signer.begin()
+    assert signer.renewed(session) is None
     clock.now += IDLE_SECONDS
-    assert seal.read(seal.write(session)) == session
-    renewed = seal.renewed(session)
+    assert signer.read(signer.write(session)) == session
+    renewed = signer.renewed(session)
     assert renewed is not None
     clock.now += 1
-    assert seal.read(seal.write(session)) is None
-    assert seal.read(seal.write(renewed)) == renewed
+    assert signer.read(signer.write(session)) is None
+    assert signer.read(signer.write(renewed)) == renewed
 
 
-def test_a_session_ends_in_any_case(seal: Seal, clock: Clock) -> None:
+def test_a_session_ends_in_any_case(signer: Signer, clock: Clock) -> None:
     """After eight hours, however busy."""
-    session, began = seal.begin(), clock.now
+    session, began = signer.begin(), clock.now
     while clock.now < began + LASTS_SECONDS:
-        found = seal.read(seal.write(session))
+        found = signer.read(signer.write(session))
         assert found is not None
-        session = seal.renewed(found) or found
+        session = signer.renewed(found) or found
         clock.now += IDLE_SECONDS / 2
     clock.now += 1
-    assert seal.read(seal.write(session)) is None
+    assert signer.read(signer.write(session)) is None
 
 
-def test_a_session_of_the_future_is_none(seal: Seal, clock: Clock) -> None:
+def test_a_session_of_the_future_is_none(signer: Signer, clock: Clock) -> None:
     """A little ahead is another machine's clock; more is nothing that was ever written."""
-    session = seal.begin()
+    session = signer.begin()
     clock.now -= 30
-    assert seal.read(seal.write(session)) == session
+    assert signer.read(signer.write(session)) == session
     clock.now -= 3600
-    assert seal.read(seal.write(session)) is None
+    assert signer.read(signer.write(session)) is None
 
 
-def test_a_token_is_one_session_s(seal: Seal) -> None:
+def test_a_token_is_one_session_s(signer: Signer) -> None:
     """Another login's token is none, and it is compared by the function that takes the same time."""
-    one, other = seal.begin(), seal.begin()
-    assert seal.token_holds(one, seal.token(one))
-    for wrong in (seal.token(other), "", seal.token(one)[:-1], one.id, "\ud800"):
-        assert not seal.token_holds(one, wrong)
+    one, other = signer.begin(), signer.begin()
+    assert signer.token_holds(one, signer.token(one))
+    for wrong in (signer.token(other), "", signer.token(one)[:-1], one.id, "\ud800"):
+        assert not signer.token_holds(one, wrong)
     assert "compare_digest" in sessions.same.__code__.co_names
 
 
-def test_what_was_packed_is_for_one_session_and_one_purpose(seal: Seal, clock: Clock) -> None:
+def test_what_was_packed_is_for_one_session_and_one_purpose(signer: Signer, clock: Clock) -> None:
     """Brought back by another session, as something else, meddled with or too late, it is nothing."""
-    one, other = seal.begin(), seal.begin()
-    packed = seal.pack(one, "replay", [["evt_1", "failed", 3]])
-    assert seal.unpack(one, "replay", packed, 10) == [["evt_1", "failed", 3]]
-    assert seal.unpack(other, "replay", packed, 10) is None
-    assert seal.unpack(one, "notice", packed, 10) is None
-    assert seal.unpack(one, "replay", packed[1:], 10) is None
-    assert seal.unpack(one, "replay", seal.write(one), 10) is None
-    assert seal.read(packed) is None
+    one, other = signer.begin(), signer.begin()
+    packed = signer.pack(one, "replay", [["evt_1", "failed", 3]])
+    assert signer.unpack(one, "replay", packed, 10) == [["evt_1", "failed", 3]]
+    assert signer.unpack(other, "replay", packed, 10) is None
+    assert signer.unpack(one, "notice", packed, 10) is None
+    assert signer.unpack(one, "replay", packed[1:], 10) is None
+    assert signer.unpack(one, "replay", signer.write(one), 10) is None
+    assert signer.read(packed) is None
     clock.now += 11
-    assert seal.unpack(one, "replay", packed, 10) is None
+    assert signer.unpack(one, "replay", packed, 10) is None
 
 
 def test_cookies_have_their_flags() -> None:

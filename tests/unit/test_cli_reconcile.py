@@ -1,10 +1,10 @@
-"""`firstclaim reconcile` before it asks anybody: what `--since` takes, and the words of a tally."""
+"""`firstclaim reconcile` before it asks anybody: what `--since` takes, and the words of a progress."""
 
 import pytest
 import typer
 
 from firstclaim.cli.reconcile import _fields, _refusals, _since, _words
-from firstclaim.operations.reconcile import Tally
+from firstclaim.operations.reconcile import ReconcileProgress
 
 
 @pytest.mark.parametrize(
@@ -31,14 +31,14 @@ def test_no_time(text: str) -> None:
 
 def test_a_tally_adds_up() -> None:
     """What was found is already here, missing or refused; of what is missing, a run that ends early leaves some."""
-    tally = Tally(found=10, missing=5, recorded=3, refused_events=2, refused=[("evt_1", "why")])
-    assert _words(tally, complete=True, dry_run=False) == (
+    progress = ReconcileProgress(found=10, missing=5, recorded=3, refused_events=2, refused=[("evt_1", "why")])
+    assert _words(progress, complete=True, dry_run=False) == (
         "10 events found at Stripe: 3 already here, 3 recorded, 2 refused"
     )
-    assert _words(tally, complete=False, dry_run=True) == (
+    assert _words(progress, complete=False, dry_run=True) == (
         "10 events found at Stripe: 3 already here, 5 would be recorded, 2 refused; "
         "not finished: run it again, nothing is recorded twice"
     )
-    fields = _fields(tally, complete=False, dry_run=False)
+    fields = _fields(progress, complete=False, dry_run=False)
     assert (fields["found"], fields["already_here"], fields["recorded"], fields["missing"]) == (10, 3, 3, 2)
-    assert _refusals(tally) == ["evt_1 is not recorded, it would be refused as a delivery too: why", "and 1 more"]
+    assert _refusals(progress) == ["evt_1 is not recorded, it would be refused as a delivery too: why", "and 1 more"]

@@ -19,7 +19,7 @@ from firstclaim.admin.rendering import laid_out
 from firstclaim.admin.request import PATH, AdminRequest, Refused
 from firstclaim.errors import StatementTimeout
 from firstclaim.operations.queries import Selection
-from firstclaim.operations.search import REPLAYABLE_HERE, Place, Search
+from firstclaim.operations.search import UNSUCCESSFUL, Place, Search
 from firstclaim.status import Status
 
 log = structlog.get_logger(__name__)
@@ -111,7 +111,7 @@ class Events:
             ticked=visit.word("tick") == "all",
             replayable=replayable,
             replayed_most=REPLAYED_MOST,
-            can_be_replayed=REPLAYABLE_HERE,
+            can_be_replayed=UNSUCCESSFUL,
             ages=AGES,
             looked_at=filters.search.most_looked_at,
         )
@@ -125,8 +125,8 @@ class Events:
             event = await ledger.find(event_id)
             if event is None:
                 raise _unknown()
-            moments = await ledger.history(event)
-        return visit.page("event.html", event=event, moments=moments, can_be_replayed=REPLAYABLE_HERE)
+            moments = await ledger.timeline(event)
+        return visit.page("event.html", event=event, moments=moments, can_be_replayed=UNSUCCESSFUL)
 
     async def show_payload(self, visit: AdminRequest) -> Response:
         """The event's payload; a form's answer."""

@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from firstclaim.admin.limits import LoginLimit
 from firstclaim.admin.request import LOGIN_MOST_BYTES, PATH, AdminRequest, Refused
-from firstclaim.admin.session import LASTS_SECONDS, Seal, same
+from firstclaim.admin.session import LASTS_SECONDS, Signer, same
 from firstclaim.passwords import MAX_CHARACTERS, Password
 
 log = structlog.get_logger(__name__)
@@ -28,9 +28,9 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{32}")
 class Login:
     """The login page and the way out."""
 
-    def __init__(self, password: Password, seal: Seal, limit: LoginLimit) -> None:
+    def __init__(self, password: Password, signer: Signer, limit: LoginLimit) -> None:
         self._password = password
-        self._seal = seal
+        self._signer = signer
         self._limit = limit
         self._one_at_a_time = asyncio.Semaphore(1)  # 32 MiB each
 
@@ -67,7 +67,7 @@ class Login:
             return _form(visit, where, 401, "That is not the password.")
         self._limit.forgive(visit.address)
         log.info("admin_login", address=visit.address)
-        session = self._seal.write(self._seal.begin())
+        session = self._signer.write(self._signer.begin())
         visit.set_cookies = [visit.cookie("session").set(session, LASTS_SECONDS), visit.cookie("login").drop()]
         return visit.go(where)
 

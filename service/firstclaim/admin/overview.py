@@ -17,7 +17,7 @@ from firstclaim.admin.request import AdminRequest
 from firstclaim.errors import LedgerUnavailable, StatementTimeout
 from firstclaim.observability import metrics
 from firstclaim.operations.queries import Backlog, EventRow, Selection
-from firstclaim.operations.search import REPLAYABLE_HERE, LedgerSearch, Search
+from firstclaim.operations.search import UNSUCCESSFUL, LedgerSearch, Search
 from firstclaim.status import Status
 from firstclaim.web.health import Finding, Health, HealthCheck
 
@@ -87,8 +87,8 @@ async def _all_of(ledger: LedgerSearch) -> _Known:
     all_counted = counts is not None
     if counts is None:  # over all rows; those that matter most an index can count
         counts = await _in_time(ledger.count_open)
-    arrivals = await _in_time(lambda: ledger.arrivals(_HOURS))
-    newest = await _in_time(lambda: ledger.page(Search(Selection(statuses=REPLAYABLE_HERE)), None, _NEWEST))
+    arrivals = await _in_time(lambda: ledger.hourly_counts(_HOURS))
+    newest = await _in_time(lambda: ledger.page(Search(Selection(statuses=UNSUCCESSFUL)), None, _NEWEST))
     return _Known(
         backlog=backlog,
         counts=counts,

@@ -30,7 +30,7 @@ from firstclaim.admin.overview import Overview
 from firstclaim.admin.rendering import Pages, static
 from firstclaim.admin.replay import Replay
 from firstclaim.admin.request import PATH, AdminRequest, Refused, client_address, is_loopback
-from firstclaim.admin.session import LASTS_SECONDS, Seal
+from firstclaim.admin.session import LASTS_SECONDS, Signer
 from firstclaim.errors import LedgerUnavailable, StatementTimeout
 from firstclaim.observability.redaction import describe_error
 
@@ -56,9 +56,9 @@ class AdminPage:
     """The page as one ASGI application; `proxies` as in the settings."""
 
     def __init__(
-        self, seal: Seal, entry: Login, overview: Overview, events: Events, replaying: Replay, proxies: int
+        self, signer: Signer, entry: Login, overview: Overview, events: Events, replaying: Replay, proxies: int
     ) -> None:
-        self._seal = seal
+        self._signer = signer
         self._pages = Pages()
         self._proxies = proxies
         self._router = Router(
@@ -111,15 +111,15 @@ class AdminPage:
         visit = AdminRequest(
             request=request,
             pages=self._pages,
-            seal=self._seal,
+            signer=self._signer,
             address=client_address(peer, request.headers.getlist("x-forwarded-for"), self._proxies),
             # TLS ends before us, and a header that says so can be forged. What cannot is where the browser takes
             # itself to be: on any name but its own machine's the cookie is for TLS alone, whoever sits in between.
             secure=request.scope["scheme"] == "https" or not is_loopback(request.headers.get("host", "")),
         )
-        visit.session = self._seal.read(visit.brought("session"))
-        if visit.session is not None and (renewed := self._seal.renewed(visit.session)) is not None:
-            visit.set_cookies.append(visit.cookie("session").set(self._seal.write(renewed), LASTS_SECONDS))
+        visit.session = self._signer.read(visit.brought("session"))
+        if visit.session is not None and (renewed := self._signer.renewed(visit.session)) is not None:
+            visit.set_cookies.append(visit.cookie("session").set(self._signer.write(renewed), LASTS_SECONDS))
         return visit
 
 

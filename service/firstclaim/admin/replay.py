@@ -20,7 +20,7 @@ from firstclaim.admin.request import PATH, AdminRequest, Refused
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.operations.commands import ReplayCandidate
 from firstclaim.operations.queries import Selection
-from firstclaim.operations.search import REPLAYABLE_HERE
+from firstclaim.operations.search import UNSUCCESSFUL
 from firstclaim.status import Status
 
 log = structlog.get_logger(__name__)
@@ -47,8 +47,8 @@ class Replay:
                 event_ids, more = found[:REPLAYED_MOST], len(found) > REPLAYED_MOST
             else:
                 event_ids, more = _said(visit.form, "event")[:REPLAYED_MOST], False
-            chosen = await ledger.choose(Selection(event_ids)) if event_ids else []
-        meant = [each for each in chosen if each.status in REPLAYABLE_HERE and each.has_payload]
+            chosen = await ledger.select_candidates(Selection(event_ids)) if event_ids else []
+        meant = [each for each in chosen if each.status in UNSUCCESSFUL and each.has_payload]
         if not event_ids:
             raise Refused(400, "No event is ticked", "Go back, and tick the events that you mean.")
         return visit.page(
@@ -56,8 +56,8 @@ class Replay:
             question=self._pack(visit, meant),
             meant=meant,
             counts=Counter(each.status for each in meant),
-            pruned=sum(each.status in REPLAYABLE_HERE and not each.has_payload for each in chosen),
-            others=len(event_ids) - sum(each.status in REPLAYABLE_HERE for each in chosen),
+            pruned=sum(each.status in UNSUCCESSFUL and not each.has_payload for each in chosen),
+            others=len(event_ids) - sum(each.status in UNSUCCESSFUL for each in chosen),
             everything=everything,
             more=more,
             back=_back(visit, filters),
@@ -65,7 +65,7 @@ class Replay:
 
     async def replay(self, visit: AdminRequest) -> Response:
         """Do it, and go back to where the question was asked."""
-        packed = visit.seal.unpack(visit.known, _QUESTION, visit.field("question"), _QUESTION_SECONDS)
+        packed = visit.signer.unpack(visit.known, _QUESTION, visit.field("question"), _QUESTION_SECONDS)
         if packed is None:
             raise Refused(400, "That question is no longer open", "Go back to the list, and ask again.")
         chosen = [ReplayCandidate(event_id, Status(status), attempt, True) for event_id, status, attempt in packed]
@@ -98,7 +98,7 @@ class Replay:
     @staticmethod
     def _pack(visit: AdminRequest, meant: list[ReplayCandidate]) -> str:
         content: list[Any] = [[each.event_id, each.status.value, each.attempt] for each in meant]
-        return visit.seal.pack(visit.known, _QUESTION, content)
+        return visit.signer.pack(visit.known, _QUESTION, content)
 
 
 def _said(form: Mapping[str, list[str]], name: str) -> list[str]:

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
 from firstclaim.admin.rendering import Pages
-from firstclaim.admin.session import Cookie, Seal, Session
+from firstclaim.admin.session import Cookie, Session, Signer
 
 PATH: Final = "/admin"
 FORM_MOST_BYTES: Final = 512 * 1024  # a thousand events that are named by the longest ids there are
@@ -42,7 +42,7 @@ class AdminRequest:
 
     request: Request
     pages: Pages
-    seal: Seal
+    signer: Signer
     address: str
     secure: bool
     session: Session | None = None
@@ -74,14 +74,14 @@ class AdminRequest:
 
     def notice(self, text: str, *, good: bool = True) -> None:
         """Have the next page say this, once."""
-        packed = self.seal.pack(self.known, "notice", [text, good])
+        packed = self.signer.pack(self.known, "notice", [text, good])
         self.set_cookies.append(self.cookie("notice").set(packed, _NOTICE_SECONDS))
 
     def _take_notice(self) -> tuple[str, bool] | None:
         if self.session is None or (packed := self.brought("notice")) is None:
             return None
         self.set_cookies.append(self.cookie("notice").drop())
-        found = self.seal.unpack(self.session, "notice", packed, _NOTICE_SECONDS)
+        found = self.signer.unpack(self.session, "notice", packed, _NOTICE_SECONDS)
         return None if found is None else (str(found[0]), bool(found[1]))
 
     # -- what was asked -------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ class AdminRequest:
         shared = {
             "path": PATH,
             "here": self.path,
-            "token": None if session is None else self.seal.token(session),
+            "token": None if session is None else self.signer.token(session),
             "notice": self._take_notice(),
         }
         return self.pages.render(template, {**shared, **values}, status_code)
@@ -136,7 +136,7 @@ class AdminRequest:
 
     def check_token(self) -> None:
         """Raise `Refused` unless the form is from a page of this session."""
-        if not self.seal.token_holds(self.known, self.field("token")):
+        if not self.signer.token_holds(self.known, self.field("token")):
             raise Refused(403, "Not from this page", "The form is of another login, or of none. Load the page again.")
 
     def _check_origin(self) -> None:

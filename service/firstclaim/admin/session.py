@@ -56,7 +56,7 @@ class Cookie:
         return self.set("", 0)
 
 
-class Seal:
+class Signer:
     """Signs what the browser keeps, and believes what it signed. `now` is the clock, unix seconds."""
 
     def __init__(self, key: bytes, now: Callable[[], float] = time.time) -> None:

@@ -182,7 +182,7 @@ def replay(
     if selection.is_empty:
         raise typer.BadParameter("name events by id, or say which with --status and the others")
     with reported(), database() as settings:
-        found = asyncio.run(on(settings, lambda operations: operations.choose(selection)))
+        found = asyncio.run(on(settings, lambda operations: operations.select_candidates(selection)))
         chosen = _allowed(found, ids, force=force)
         counts = Counter(each.status for each in chosen)
         words = ", ".join(f"{events} {each}" for each, events in counts.items()) or "none"
@@ -228,7 +228,10 @@ def prune(
     """
     with reported(), database() as settings:
         payloads, rows = asyncio.run(
-            on(settings, lambda operations: operations.old(payload_days, row_days, include_dead=include_dead))
+            on(
+                settings,
+                lambda operations: operations.count_prunable(payload_days, row_days, include_dead=include_dead),
+            )
         )
         if dry_run:
             _print(f"would delete {rows} events with their payloads, and {max(0, payloads - rows)} payloads more")
@@ -290,7 +293,7 @@ async def on(settings: Settings, ask: Callable[[Commands], Awaitable[T]]) -> T:
     """What `ask` says on a connection of its own."""
     from firstclaim.operations.commands import Commands
 
-    async with Commands.on(dsn_of(settings), settings.postgres_timeout_seconds) as operations:
+    async with Commands.connect(dsn_of(settings), settings.postgres_timeout_seconds) as operations:
         return await ask(operations)
 
 

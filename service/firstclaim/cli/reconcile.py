@@ -19,7 +19,7 @@ from firstclaim.operations.limits import LISTED_DAYS_MOST
 
 if TYPE_CHECKING:
     from firstclaim.operations.commands import Commands
-    from firstclaim.operations.reconcile import Tally
+    from firstclaim.operations.reconcile import ReconcileProgress
     from firstclaim.settings import Settings
 
 
@@ -53,17 +53,17 @@ def reconcile(
 
     To resume a run that was interrupted, give the same command again: what it recorded is already here then.
     """
-    from firstclaim.operations.reconcile import ReconcileOptions, Reconciliation, Tally
+    from firstclaim.operations.reconcile import ReconcileOptions, ReconcileProgress, Reconciliation
     from firstclaim.operations.stripe_api import StripeEvents
 
     options = ReconcileOptions(since, undelivered)
-    tally = Tally()
+    progress = ReconcileProgress()
     with reported(), database() as settings:
         key = _key(settings)
 
         async def work(operations: Commands) -> None:
-            nonlocal tally
-            async with StripeEvents.on(settings.stripe_api_base, key) as events:
+            nonlocal progress
+            async with StripeEvents.connect(settings.stripe_api_base, key) as events:
                 run = Reconciliation(
                     operations,
                     events,
@@ -71,10 +71,10 @@ def reconcile(
                     body_most_bytes=settings.body_most_bytes,
                     give_up_seconds=settings.give_up_seconds,
                 )
-                tally = run.tally
+                progress = run.progress
                 with progress_bar("reconciling, percent", 100) as (bar, task):
                     async for _ in run.run(operator(), dry_run=dry_run):
-                        bar.update(task, completed=int(100 * tally.covered))
+                        bar.update(task, completed=int(100 * progress.covered))
 
         complete = False
         try:
@@ -82,11 +82,11 @@ def reconcile(
             complete = True
         finally:  # what was recorded stays, whatever ended the run, and is said
             if as_json:
-                print_json(_fields(tally, complete=complete, dry_run=dry_run))
-            elif complete or tally.found:
-                out.print(_words(tally, complete=complete, dry_run=dry_run), soft_wrap=True)
-        if tally.refused_events:
-            fail("\n".join(_refusals(tally)), 1)
+                print_json(_fields(progress, complete=complete, dry_run=dry_run))
+            elif complete or progress.found:
+                out.print(_words(progress, complete=complete, dry_run=dry_run), soft_wrap=True)
+        if progress.refused_events:
+            fail("\n".join(_refusals(progress)), 1)
 
 
 def _key(settings: Settings) -> str:
@@ -97,30 +97,31 @@ def _key(settings: Settings) -> str:
     return settings.stripe_api_key.get_secret_value()
 
 
-def _words(tally: Tally, *, complete: bool, dry_run: bool) -> str:
-    did = f"{tally.missing} would be recorded" if dry_run else f"{tally.recorded} recorded"
-    said = f"{tally.found} events found at Stripe: {tally.already_here} already here, {did}"
-    if tally.refused_events:
-        said += f", {tally.refused_events} refused"
+def _words(progress: ReconcileProgress, *, complete: bool, dry_run: bool) -> str:
+    did = f"{progress.missing} would be recorded" if dry_run else f"{progress.recorded} recorded"
+    said = f"{progress.found} events found at Stripe: {progress.already_here} already here, {did}"
+    if progress.refused_events:
+        said += f", {progress.refused_events} refused"
     return said if complete else f"{said}; not finished: run it again, nothing is recorded twice"
 
 
-def _fields(tally: Tally, *, complete: bool, dry_run: bool) -> dict[str, Any]:
+def _fields(progress: ReconcileProgress, *, complete: bool, dry_run: bool) -> dict[str, Any]:
     return {
-        "found": tally.found,
-        "already_here": tally.already_here,
-        "recorded": tally.recorded,
-        "missing": tally.missing - tally.recorded,  # a dry run leaves it so
-        "refused": tally.refused_events,
-        "refusals": [{"event_id": event_id, "reason": reason} for event_id, reason in tally.refused],
+        "found": progress.found,
+        "already_here": progress.already_here,
+        "recorded": progress.recorded,
+        "missing": progress.missing - progress.recorded,  # a dry run leaves it so
+        "refused": progress.refused_events,
+        "refusals": [{"event_id": event_id, "reason": reason} for event_id, reason in progress.refused],
         "dry_run": dry_run,
         "complete": complete,
     }
 
 
-def _refusals(tally: Tally) -> list[str]:
+def _refusals(progress: ReconcileProgress) -> list[str]:
     lines = [
-        f"{event_id} is not recorded, it would be refused as a delivery too: {why}" for event_id, why in tally.refused
+        f"{event_id} is not recorded, it would be refused as a delivery too: {why}"
+        for event_id, why in progress.refused
     ]
-    more = tally.refused_events - len(lines)
+    more = progress.refused_events - len(lines)
     return [*lines, f"and {more} more"] if more else lines

@@ -84,7 +84,7 @@ WITH old AS MATERIALIZED (
 )
 DELETE FROM stripe_events e USING old WHERE e.event_id = old.event_id RETURNING e.event_id
 """)
-_OLD = statement("""
+_COUNT_PRUNABLE = statement("""
 SELECT count(*) FILTER (WHERE p.event_id IS NOT NULL
                           AND settled_at < clock_timestamp() - make_interval(days => :payload_days)) AS payloads,
        count(*) FILTER (WHERE settled_at < clock_timestamp() - make_interval(days => :row_days)) AS rows
@@ -118,7 +118,7 @@ class Commands(Queries):
 
     @classmethod
     @asynccontextmanager
-    async def on(cls, dsn: str, timeout_seconds: float) -> AsyncIterator["Commands"]:
+    async def connect(cls, dsn: str, timeout_seconds: float) -> AsyncIterator["Commands"]:
         """Connected for as long as the block runs; whatever Postgres says in it is a `LedgerUnavailable`.
 
         Raises `SchemaOutdated` before anything is changed.
@@ -136,19 +136,21 @@ class Commands(Queries):
         except UNAVAILABLE as error:
             raise LedgerUnavailable(describe(error)) from error
 
-    async def old(self, payload_days: int, row_days: int, *, include_dead: bool) -> tuple[int, int]:
+    async def count_prunable(self, payload_days: int, row_days: int, *, include_dead: bool) -> tuple[int, int]:
         """How many payloads and rows `prune` would take."""
         statuses = _prunable(include_dead)
-        [row] = await self._fetch(_OLD, payload_days=payload_days, row_days=row_days, statuses=list(statuses))
+        [row] = await self._fetch(
+            _COUNT_PRUNABLE, payload_days=payload_days, row_days=row_days, statuses=list(statuses)
+        )
         return row["payloads"], row["rows"]
 
-    async def known(self, event_ids: Sequence[str]) -> set[str]:
+    async def recorded_ids(self, event_ids: Sequence[str]) -> set[str]:
         """Those of them that the ledger has, in whatever status."""
         return {row["event_id"] for row in await self._fetch(FIND, event_ids=list(event_ids))}
 
     # -- changing -------------------------------------------------------------------------------------
 
-    async def choose(self, selection: Selection) -> list[ReplayCandidate]:
+    async def select_candidates(self, selection: Selection) -> list[ReplayCandidate]:
         """For a replay: all that are selected, in whatever status, the longest due first."""
         rows = await self._fetch(_CHOOSE, **selection.values())
         return [ReplayCandidate(**{**row, "status": Status(row["status"])}) for row in rows]

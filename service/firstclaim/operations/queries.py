@@ -197,7 +197,7 @@ class Queries:
         found = await self._fetch(_ACTIONS_ON, event_id=event_id)
         return [dict(row) for row in found if event_id in row["selection"].split(" ")]
 
-    async def history(self, event: EventRow) -> list[TimelineEntry]:
+    async def timeline(self, event: EventRow) -> list[TimelineEntry]:
         """What happened to it and when, oldest first; see `timeline`."""
         return timeline(event, await self.attempts(event.event_id), await self.actions_on(event.event_id))
 

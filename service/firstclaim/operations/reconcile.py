@@ -40,7 +40,7 @@ class ReconcileOptions:
 
 
 @dataclass(slots=True)
-class Tally:
+class ReconcileProgress:
     """How far it has come: `found` = already here + missing + refused; `covered` is the share of the time, 0 to 1.
 
     `refused` names the first of those that no delivery could have brought in either, each with the reason.
@@ -70,7 +70,7 @@ class _Window:
 
 
 class Reconciliation:
-    """One run over a ledger and a list; what came of it stands in `tally`, also when it did not come to its end."""
+    """One run over a ledger and a list; what came of it stands in `progress`, also when it did not come to its end."""
 
     def __init__(
         self,
@@ -86,10 +86,10 @@ class Reconciliation:
         self._asked = asked
         self._body_most_bytes = body_most_bytes
         self._give_up_seconds = give_up_seconds
-        self.tally = Tally()
+        self.progress = ReconcileProgress()
 
-    async def run(self, operator: str, *, dry_run: bool = False) -> AsyncIterator[Tally]:
-        """Go through the time that was asked for; yields whenever `tally` has changed.
+    async def run(self, operator: str, *, dry_run: bool = False) -> AsyncIterator[ReconcileProgress]:
+        """Go through the time that was asked for; yields whenever `progress` has changed.
 
         `operator` is noted in the audit; `dry_run`: nothing is noted and nothing recorded. Raises `StripeRefused`,
         `StripeUnavailable` and what Postgres raises; what was recorded until then stays.
@@ -98,17 +98,17 @@ class Reconciliation:
         async with nullcontext() if dry_run else recording as record:
             async for window in self._windows():
                 missing = window.missing[::-1]
-                self.tally.found += window.found
-                self.tally.missing += len(missing)
-                self.tally.refused_events += len(window.refused)
-                self.tally.refused += window.refused[: REFUSED_NAMED_MOST - len(self.tally.refused)]
+                self.progress.found += window.found
+                self.progress.missing += len(missing)
+                self.progress.refused_events += len(window.refused)
+                self.progress.refused += window.refused[: REFUSED_NAMED_MOST - len(self.progress.refused)]
                 while record is not None and missing:
                     batch, missing = missing[:BATCH], missing[BATCH:]
                     new = await record(batch)
-                    self.tally.recorded += new
-                    self.tally.missing -= len(batch) - new  # a delivery of it was faster
-                    yield self.tally
-                yield self.tally
+                    self.progress.recorded += new
+                    self.progress.missing -= len(batch) - new  # a delivery of it was faster
+                    yield self.progress
+                yield self.progress
 
     async def _windows(self) -> AsyncIterator[_Window]:
         """All the time that was asked for, from old to new."""
@@ -121,7 +121,7 @@ class Reconciliation:
                 length = max(1, (end - start) // 4)
                 continue
             start = end
-            self.tally.covered = 1 - (now - start) / self._asked.since_seconds
+            self.progress.covered = 1 - (now - start) / self._asked.since_seconds
             if window.held_bytes < _HELD_MOST_BYTES // 4:
                 length = min(length * 2, _WINDOW_MOST_SECONDS)
             yield window
@@ -150,7 +150,7 @@ class Reconciliation:
                 deliveries.append(self._delivery(item))
             except Rejected as rejected:
                 window.refused.append((redact(item.event_id), rejected.reason))
-        known = await self._operations.known([each.event.id for each in deliveries])
+        known = await self._operations.recorded_ids([each.event.id for each in deliveries])
         missing = [each for each in deliveries if each.event.id not in known]
         window.found += len(page.items)
         window.missing += missing

@@ -31,7 +31,7 @@ PINS: Final[Mapping[str, str]] = {
 _FROZEN_SECONDS: Final = 1
 OBJECTS_MOST: Final = 500_000  # events looked at for an object's id: some tenths of a second
 PAYLOADS_MOST: Final = 20_000  # payloads looked into for a customer's id: about as long, for they are packed
-REPLAYABLE_HERE: Final = (Status.FAILED, Status.DEAD)
+UNSUCCESSFUL: Final = (Status.FAILED, Status.DEAD)
 
 _NEWEST_FIRST = "ORDER BY e.received_at DESC, e.event_id DESC"
 _FROM_HERE = f"""
@@ -147,12 +147,12 @@ class LedgerSearch(Commands):
     async def replayable(self, search: Search, most: int) -> list[str]:
         """The ids of those that were found and are failed or dead, the newest `most`."""
         asked = search.selection.statuses
-        statuses = [each for each in REPLAYABLE_HERE if asked is None or each in asked]
+        statuses = [each for each in UNSUCCESSFUL if asked is None or each in asked]
         narrowed = replace(search, selection=replace(search.selection, statuses=statuses))
         query = _IDS if search.object_id is None else _IDS_LOOKED_FOR
         return [row["event_id"] for row in await self._fetch(query, **narrowed.values(None), most=most)]
 
-    async def arrivals(self, hours: int) -> HourlyCounts:
+    async def hourly_counts(self, hours: int) -> HourlyCounts:
         """Those of the last `hours`, the running one included, by the database's clock; whole hours of UTC."""
         [clock] = await self._fetch(_NOW)
         running = clock["now"].astimezone(UTC).replace(minute=0, second=0, microsecond=0)

@@ -65,7 +65,7 @@ class StripeEvents:
 
     @classmethod
     @asynccontextmanager
-    async def on(cls, base: str, key: str, **how: Any) -> AsyncIterator["StripeEvents"]:
+    async def connect(cls, base: str, key: str, **how: Any) -> AsyncIterator["StripeEvents"]:
         """With a connection of its own; `how` is what the constructor takes. Raises `ConfigurationError`."""
         if os.environ.get("STRIPE_LOG") or stripe.log:
             raise ConfigurationError(["STRIPE_LOG has stripe-python print what Stripe answers, payloads too: unset it"])
