@@ -24,7 +24,7 @@ from tests.canaries import (
 from tests.chaos.refused import CLOSE, HOST, length, request
 from tests.chaos.test_protocol import one_answer
 from tests.fixtures import event_body, signed
-from tests.talk import Reply
+from tests.raw_connection import Reply
 
 LOUD: Overrides = {
     "STRIPE_WEBHOOK_SECRETS": SIGNING_SECRET,

@@ -21,7 +21,7 @@ from tests.chaos.refused import HOST, MEBIBYTE, length, request, requests
 from tests.chaos.test_protocol import LATE_SECONDS, LIVEZ, one_answer
 from tests.chaos.verdict import verdict
 from tests.fixtures import event_body
-from tests.talk import Talk
+from tests.raw_connection import RawConnection
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -59,17 +59,17 @@ class Crowd:
     async def _come(self, first: bytes) -> None:
         while not self.leaving:
             with contextlib.suppress(ConnectionError):
-                talk = await Talk.begin(self.service.port, first)
-                await self._stay(talk)
+                connection = await RawConnection.open(self.service.port, first)
+                await self._stay(connection)
             await asyncio.sleep(self.pause_seconds)
 
-    async def _stay(self, talk: Talk) -> None:
+    async def _stay(self, connection: RawConnection) -> None:
         self.present += 1
         try:
-            said = await talk.rest(HEAD_SECONDS + LATE_SECONDS)
+            said = await connection.rest(HEAD_SECONDS + LATE_SECONDS)
         finally:
             self.present -= 1
-            talk.hang_up()
+            connection.abort()
         self.statuses.update(int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", said))
 
 
@@ -160,11 +160,11 @@ async def test_row_31_memory_is_flat(history: History) -> None:
 
 async def refuse_again_and_again(service: Service, sent: bytes, times: int) -> None:
     """On one connection."""
-    talk = await Talk.begin(service.port)
+    connection = await RawConnection.open(service.port)
     for _ in range(times):
-        await talk.send(sent)
-        assert (await talk.reply()).status == 400
-    talk.hang_up()
+        await connection.send(sent)
+        assert (await connection.reply()).status == 400
+    connection.abort()
 
 
 async def test_row_31_unfinished_bodies_are_bounded(history: History) -> None:
@@ -173,16 +173,16 @@ async def test_row_31_unfinished_bodies_are_bounded(history: History) -> None:
     before = resident_mebibytes(service)
     body = b" " * (MEBIBYTE - 1)
     most = 0.0
-    talks = []
+    connections = []
     for _ in range(300):
-        talk = await Talk.begin(service.port, request([HOST, ("Content-Length", str(MEBIBYTE))]))
+        connection = await RawConnection.open(service.port, request([HOST, ("Content-Length", str(MEBIBYTE))]))
         with contextlib.suppress(ConnectionError):
-            await talk.send(body)
-        talks.append(talk)
+            await connection.send(body)
+        connections.append(connection)
         most = max(most, resident_mebibytes(service))
     assert await tries_until_processed(history, service, sample()) == 1
-    for talk in talks:
-        talk.hang_up()
+    for connection in connections:
+        connection.abort()
     assert most - before > 32  # they were really held
     assert most - before < 150
     await verdict(history)

@@ -19,7 +19,7 @@ from tests.chaos.refused import HOST, MEBIBYTE, good, length, request, requests
 from tests.chaos.sessions import Sessions, counted
 from tests.chaos.verdict import verdict
 from tests.fixtures import event_body, signed
-from tests.talk import Reply, Talk, reason_of
+from tests.raw_connection import RawConnection, Reply, reason_of
 
 BODY_SECONDS: Final = 5.0  # as shipped
 LATE_SECONDS: Final = 30.0  # on top of a deadline: the machine may be busy
@@ -68,15 +68,15 @@ async def test_row_31_what_is_refused_costs_nothing(history: History) -> None:
 
 async def one_answer(service: Service, chunks: Sequence[bytes]) -> Reply:
     """What is answered while the chunks are sent; the service need not take all of them."""
-    talk = await Talk.begin(service.port)
-    sending = asyncio.create_task(talk.send(*chunks))
+    connection = await RawConnection.open(service.port)
+    sending = asyncio.create_task(connection.send(*chunks))
     try:
-        return await talk.reply()
+        return await connection.reply()
     finally:
         sending.cancel()
         with contextlib.suppress(ConnectionError, asyncio.CancelledError):
             await sending
-        talk.hang_up()
+        connection.abort()
 
 
 async def test_row_31_one_request_at_a_time(history: History) -> None:
@@ -86,15 +86,15 @@ async def test_row_31_one_request_at_a_time(history: History) -> None:
     for number, behind in enumerate(several):
         gate = history.ground.folder / f"gate-{number}"
         event = sample("hold", gate=str(gate))
-        talk = await Talk.begin(service.port, delivery(event) + behind)
+        connection = await RawConnection.open(service.port, delivery(event) + behind)
         await history.ground.settled(event, Status.PROCESSING)
         gate.touch()
-        reply = await talk.reply()
+        reply = await connection.reply()
         answer = Answer(reply.status, orjson.loads(reply.body), httpx.Headers(), 0)
         await history.note(service, event, answer)
         assert answer.said == PROCESSED
-        assert await talk.rest() == b""
-        talk.hang_up()
+        assert await connection.rest() == b""
+        connection.abort()
     assert await history.ground.rows() == len(several)
     await verdict(history)
 
@@ -162,23 +162,23 @@ async def slowly(
     service: Service, first: bytes, more: bytes, *, answered_before: bool = False
 ) -> tuple[list[int], float]:
     """The statuses that come until the service hangs up, and after how long it does."""
-    talk = await Talk.begin(service.port)
+    connection = await RawConnection.open(service.port)
     if answered_before:
-        await talk.send(LIVEZ + b"\r\n")
-        assert (await talk.reply()).status == 200
+        await connection.send(LIVEZ + b"\r\n")
+        assert (await connection.reply()).status == 200
     began = time.monotonic()
-    dripping = asyncio.create_task(_drip(talk, first, more))
+    dripping = asyncio.create_task(_drip(connection, first, more))
     try:
-        said = await talk.rest(HEAD_SECONDS + LATE_SECONDS)
+        said = await connection.rest(HEAD_SECONDS + LATE_SECONDS)
     finally:
         dripping.cancel()
-        talk.hang_up()
+        connection.abort()
     return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", said)], time.monotonic() - began
 
 
-async def _drip(talk: Talk, first: bytes, more: bytes) -> None:
+async def _drip(connection: RawConnection, first: bytes, more: bytes) -> None:
     with contextlib.suppress(ConnectionError):
-        await talk.send(first)
+        await connection.send(first)
         while more:
             await asyncio.sleep(0.5)
-            await talk.send(more)
+            await connection.send(more)

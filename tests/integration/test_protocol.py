@@ -1,4 +1,4 @@
-"""What comes before the webhook: raw sockets against the server's own protocol, over real TCP."""
+"""The server's HTTP protocol, tested with raw connections over real TCP."""
 
 import asyncio
 import socket
@@ -20,7 +20,7 @@ from firstclaim.server import protocol
 from firstclaim.server.connection_limiter import ConnectionLimiter
 from firstclaim.server.protocol import HttpProtocol
 from firstclaim.web.health import livez
-from tests.talk import Talk
+from tests.raw_connection import RawConnection
 
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /headers HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
@@ -30,12 +30,12 @@ ROOMY = (1000, 10**8)
 
 @dataclass
 class Served:
-    """A server that speaks through the door."""
+    """A running server that uses our protocol."""
 
     server: uvicorn.Server
-    gate: asyncio.Event = field(default_factory=asyncio.Event)  # what `/held` waits for
+    gate: asyncio.Event = field(default_factory=asyncio.Event)  # `/held` waits for it
     held: int = 0
-    talks: list[Talk] = field(default_factory=list)
+    connections: list[RawConnection] = field(default_factory=list)
 
     @property
     def port(self) -> int:
@@ -44,24 +44,24 @@ class Served:
 
     @property
     def sockets(self) -> int:
-        """How many are open."""
+        """The number of open sockets."""
         return len(self.server.server_state.connections)
 
     @property
     def tasks(self) -> int:
-        """How many requests are being handled."""
+        """The number of requests in progress."""
         return len(self.server.server_state.tasks)
 
     @property
     def answered(self) -> int:
-        """How many requests have been."""
+        """The number of answered requests."""
         return self.server.server_state.total_requests
 
-    async def talk(self, *chunks: bytes) -> Talk:
-        """A connection to it, on which the chunks were sent."""
-        talk = await Talk.begin(self.port, *chunks)
-        self.talks.append(talk)
-        return talk
+    async def connect(self, *chunks: bytes) -> RawConnection:
+        """A connection to the server, on which the chunks were sent."""
+        connection = await RawConnection.open(self.port, *chunks)
+        self.connections.append(connection)
+        return connection
 
     async def hold(self, _request: Request) -> Response:
         self.held += 1
@@ -83,11 +83,11 @@ async def _large(_request: Request) -> Response:
 
 @asynccontextmanager
 async def _served(
-    connections_most: int = ROOMY[0], bytes_most: int = ROOMY[1], body_seconds: float = 60
+    max_connections: int = ROOMY[0], max_bytes: int = ROOMY[1], body_seconds: float = 60
 ) -> AsyncIterator[Served]:
     app = Starlette(routes=[Route("/livez", livez), Route("/headers", _headers, methods=["POST"])])
     protocol = cast(
-        type[asyncio.Protocol], partial(HttpProtocol, ConnectionLimiter(connections_most, bytes_most), body_seconds)
+        type[asyncio.Protocol], partial(HttpProtocol, ConnectionLimiter(max_connections, max_bytes), body_seconds)
     )
     config = uvicorn.Config(app, port=0, http=protocol, ws="none", lifespan="off", log_config=None)
     served = Served(uvicorn.Server(config))
@@ -100,28 +100,28 @@ async def _served(
         yield served
     finally:
         served.gate.set()
-        for talk in served.talks:
-            talk.hang_up()
+        for connection in served.connections:
+            connection.abort()
         await served.server.shutdown()
 
 
-async def _say(served: Served, *chunks: bytes) -> bytes:
-    """Send the chunks and read until the server closes, five seconds at most."""
-    return await (await served.talk(*chunks)).rest()
+async def _exchange(served: Served, *chunks: bytes) -> bytes:
+    """Send the chunks, and read until the server closes."""
+    return await (await served.connect(*chunks)).rest()
 
 
 async def _refusal(served: Served, *chunks: bytes) -> tuple[int, str]:
-    return await (await served.talk(*chunks)).refusal()
+    return await (await served.connect(*chunks)).refusal()
 
 
 async def _until(holds: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not holds():  # noqa: ASYNC110  (nothing tells)
+        while not holds():  # noqa: ASYNC110  (no event to wait for)
             await asyncio.sleep(0.005)
 
 
 async def _until_cut(send: Callable[[], Awaitable[None]]) -> None:
-    """Send again and again, until the other side has cut the connection."""
+    """Send again and again, until the server has closed the connection."""
     async with asyncio.timeout(10):
         with suppress(ConnectionError):
             while True:
@@ -133,55 +133,55 @@ TOO_LARGE = (431, "Headers are too large")
 TOO_SLOW = (408, "Headers took too long to arrive")
 BODY_TOO_SLOW = (408, "Body took too long to arrive")
 MALFORMED = (400, "Malformed HTTP request")
-CROWDED = (503, "Too many connections")
+OVERLOADED = (503, "Too many connections")
 
 
-# -- what passes --------------------------------------------------------------------------------------
+# -- accepted requests --------------------------------------------------------------------------------
 
 
 async def test_a_request_passes() -> None:
-    """An ordinary request, and a second one on its connection, are answered as ever."""
+    """An ordinary request, and a second one on the same connection, are answered."""
     async with _served() as served:
-        talk = await served.talk(GET + b"\r\n")
-        assert (await talk.reply()).status == 200
-        await talk.send(b"\r\n" + GET + b"Connection: close\r\n\r\n")  # an empty line before it is allowed
-        assert (await talk.rest()).startswith(b"HTTP/1.1 200 OK")
+        connection = await served.connect(GET + b"\r\n")
+        assert (await connection.reply()).status == 200
+        await connection.send(b"\r\n" + GET + b"Connection: close\r\n\r\n")  # an empty line before it is allowed
+        assert (await connection.rest()).startswith(b"HTTP/1.1 200 OK")
 
 
 async def test_a_head_in_pieces_and_a_large_body_pass() -> None:
-    """Only the head is counted: it may come byte by byte, and the body behind it may be larger than any head."""
+    """The limit counts only the head: it may come byte by byte, and a larger body may follow it."""
     head = POST + b"Content-Length: 300000\r\n\r\n"
     async with _served() as served:
-        answer = await _say(served, *(bytes([byte]) for byte in head), b"x" * 300_000)
+        answer = await _exchange(served, *(bytes([byte]) for byte in head), b"x" * 300_000)
     assert b"\r\n\r\n[300000," in answer
 
 
 async def test_a_large_body_in_small_chunks_passes() -> None:
-    """What frames the chunks of a body adds up to more than any head, and is no head."""
+    """Chunk framing may add up to more than the limit of a head, because it is not counted as a head."""
     async with _served() as served:
-        answer = await _say(served, CHUNKED, *[b"1\r\nx\r\n" * 1000] * 20, b"0\r\n\r\n")
+        answer = await _exchange(served, CHUNKED, *[b"1\r\nx\r\n" * 1000] * 20, b"0\r\n\r\n")
     assert b"\r\n\r\n[20000," in answer
 
 
 # -- the head -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [protocol.HEAD_MOST_BYTES, 8_000_000])
+@pytest.mark.parametrize("size", [protocol.MAX_HEAD_BYTES, 8_000_000])
 async def test_a_head_too_large_is_refused(size: int) -> None:
-    """A little over the cap or eight megabytes, in one header: 431, which its sender gets to read."""
+    """A header just over the limit or of eight megabytes is answered with 431, and its sender can read the answer."""
     async with _served() as served:
         assert await _refusal(served, GET + b"X: " + b"a" * size + b"\r\n\r\n") == TOO_LARGE
 
 
-async def test_many_headers_are_counted_as_they_came() -> None:
-    """10,000 headers of a letter each: what stands between names and values counts, though it is not kept."""
+async def test_separators_of_headers_are_counted() -> None:
+    """10,000 headers of one letter are refused: the separators between names and values count towards the limit."""
     async with _served() as served:
         assert await _refusal(served, GET + b"a:\r\n" * 10_000 + b"\r\n") == TOO_LARGE
 
 
 @pytest.mark.parametrize("sent", [b"", b"GET /li", GET, b"\r\n"], ids=["nothing", "half a line", "half a head", "CRLF"])
 async def test_a_slow_head_is_refused(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A socket that never finishes its head, or never begins, is told so and closed."""
+    """A connection that does not complete its head, or sends nothing, is answered with 408 and closed."""
     monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.05)
     async with _served() as served:
         assert await _refusal(served, sent) == TOO_SLOW
@@ -189,19 +189,19 @@ async def test_a_slow_head_is_refused(sent: bytes, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("sent", [b"GET /livez", b"\r\n"], ids=["half a line", "CRLF"])
 async def test_a_later_head_has_its_deadline_too(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Having sent one request buys no time for the next, nor does what is not even the beginning of one."""
+    """A second request on a connection has the same deadline as the first, also if only an empty line arrives."""
     monkeypatch.setattr(protocol, "HEAD_SECONDS", 0.2)
     async with _served() as served:
-        talk = await served.talk(GET + b"\r\n")
-        await talk.reply()
-        await talk.send(sent)
-        assert await talk.refusal() == TOO_SLOW
+        connection = await served.connect(GET + b"\r\n")
+        await connection.reply()
+        await connection.send(sent)
+        assert await connection.refusal() == TOO_SLOW
 
 
 async def test_endless_empty_lines_are_refused() -> None:
-    """Before a request an empty line is passed over; more of them than a head may be large are not."""
+    """Empty lines before a request are skipped, but refused once they exceed the size of a head."""
     async with _served() as served:
-        assert await _refusal(served, b"\r\n" * protocol.HEAD_MOST_BYTES) == TOO_LARGE
+        assert await _refusal(served, b"\r\n" * protocol.MAX_HEAD_BYTES) == TOO_LARGE
 
 
 # -- framing ------------------------------------------------------------------------------------------
@@ -218,79 +218,79 @@ async def test_endless_empty_lines_are_refused() -> None:
     ],
     ids=["no HTTP", "two framings", "two lengths", "negative length", "bad chunk"],
 )
-async def test_what_cannot_be_framed_is_refused(sent: bytes) -> None:
-    """What has no one meaning is answered 400 in the one shape, and nothing behind it is read."""
+async def test_ambiguous_framing_is_refused(sent: bytes) -> None:
+    """A request without one clear meaning is answered with a 400 rejection, and nothing behind it is read."""
     async with _served() as served:
         assert await _refusal(served, sent) == MALFORMED
 
 
-async def test_nobody_goes_on_waiting_for_a_refused_body(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A body that breaks off in nonsense has ended for whoever reads it, though the connection is still there."""
-    monkeypatch.setattr(protocol, "LEAVE_SECONDS", 60)
+async def test_a_refused_body_ends_for_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a body turns malformed, the application stops waiting for it, although the connection is still open."""
+    monkeypatch.setattr(protocol, "LINGER_SECONDS", 60)
     async with _served() as served:
-        talk = await served.talk(CHUNKED)
+        connection = await served.connect(CHUNKED)
         await _until(lambda: served.tasks == 1)
-        await talk.send(b"zz\r\n")
-        assert await talk.refusal() == MALFORMED
+        await connection.send(b"zz\r\n")
+        assert await connection.refusal() == MALFORMED
         await _until(lambda: served.tasks == 0)
         assert served.sockets == 1
 
 
 async def test_trailers_are_no_headers() -> None:
-    """What comes behind a body is not there for whoever reads the headers, though all of it came in one piece."""
+    """Trailers do not appear among the headers, even if the whole request arrives in one piece."""
     async with _served() as served:
-        answer = await _say(served, CHUNKED + b"1\r\na\r\n0\r\nStripe-Signature: t=1,v1=00\r\n\r\n")
+        answer = await _exchange(served, CHUNKED + b"1\r\na\r\n0\r\nStripe-Signature: t=1,v1=00\r\n\r\n")
     assert b"stripe-signature" not in answer
     assert b"\r\n\r\n[1," in answer
 
 
 @pytest.mark.parametrize("start", [b"1;x=", b"1\r\na\r\n0\r\nX: ", b"0\r\n"], ids=["extension", "trailer", "trailers"])
-async def test_what_frames_a_body_is_bounded_too(start: bytes) -> None:
-    """A chunk's extension without end, and trailers without end, are refused like a head of that size."""
+async def test_chunk_extensions_and_trailers_are_bounded(start: bytes) -> None:
+    """Endless chunk extensions and endless trailers are refused with the same limit as a head."""
     filling = b"X: y\r\n" if start.endswith(b"\n") else b"aaaaaa"
     async with _served() as served:
         assert await _refusal(served, CHUNKED, start, *[filling * 10_000] * 20) == TOO_LARGE
 
 
 async def test_an_upgrade_is_declined() -> None:
-    """Without a body it is answered as what it is besides; with one it is refused, for its body would be lost."""
+    """An upgrade without a body is served as a plain request; one with a body is refused, as its body would be lost."""
     upgrade = b"Connection: Upgrade\r\nUpgrade: h2c\r\n"
     async with _served() as served:
-        assert (await _say(served, GET + upgrade + b"\r\n")).startswith(b"HTTP/1.1 200 OK")
+        assert (await _exchange(served, GET + upgrade + b"\r\n")).startswith(b"HTTP/1.1 200 OK")
         sent = POST.replace(b"Connection: close\r\n", upgrade) + b"Content-Length: 5\r\n\r\n"
         assert await _refusal(served, sent, b"hello") == (400, "Protocol upgrades are not supported")
 
 
-# -- a body's time ------------------------------------------------------------------------------------
+# -- the body's deadline ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("body", [b"", b"4\r\nhalf\r\n"], ids=["nothing", "half of it"])
 async def test_a_slow_body_is_refused(body: bytes) -> None:
-    """A body that does not come in its time is given up, also by whoever reads it."""
+    """A body that misses its deadline is answered with 408, and the application stops waiting for it."""
     async with _served(body_seconds=0.05) as served:
         assert await _refusal(served, CHUNKED + body) == BODY_TOO_SLOW
         await _until(lambda: served.tasks == 0)
 
 
-async def test_a_drip_does_not_buy_time() -> None:
-    """The time is for the whole body, not from one byte to the next."""
+async def test_a_drip_does_not_extend_the_deadline() -> None:
+    """The deadline is for the whole body, and does not start again with each byte."""
     async with _served(body_seconds=0.2) as served:
-        talk = await served.talk(CHUNKED)
-        await _until_cut(lambda: talk.send(b"1\r\nx\r\n"))
+        connection = await served.connect(CHUNKED)
+        await _until_cut(lambda: connection.send(b"1\r\nx\r\n"))
         await _until(lambda: served.tasks == 0)
 
 
-async def test_a_body_in_time_is_not_held_against_what_follows() -> None:
-    """Whoever works on a request for longer than its body may take has nothing to fear, nor has the next request."""
+async def test_the_bodys_deadline_ends_with_the_body() -> None:
+    """Once the body is complete, its deadline affects neither a longer running request nor the next request."""
     async with _served(body_seconds=0.2) as served:
-        talk = await served.talk(b"POST /held HTTP/1.1\r\nContent-Length: 2\r\n\r\n", b"x")
+        connection = await served.connect(b"POST /held HTTP/1.1\r\nContent-Length: 2\r\n\r\n", b"x")
         await _until(lambda: served.held == 1)
-        await talk.send(b"x")
-        assert await _refusal(served, CHUNKED) == BODY_TOO_SLOW  # so long have we waited now
+        await connection.send(b"x")
+        assert await _refusal(served, CHUNKED) == BODY_TOO_SLOW  # the deadline has passed by now
         served.gate.set()
-        assert (await talk.reply()).body == b"held"
-        await talk.send(GET + b"\r\n")
-        assert (await talk.reply()).status == 200
+        assert (await connection.reply()).body == b"held"
+        await connection.send(GET + b"\r\n")
+        assert (await connection.reply()).status == 200
 
 
 # -- one request at a time ----------------------------------------------------------------------------
@@ -298,56 +298,56 @@ async def test_a_body_in_time_is_not_held_against_what_follows() -> None:
 
 @pytest.mark.parametrize("behind", [GET + b"\r\n", GET, b"nonsense\r\n\r\n", b"\0" * 1_000_000])
 async def test_nothing_behind_an_unanswered_request_is_read(behind: bytes) -> None:
-    """A second request, half a one or garbage: the first is answered, as the last on its connection."""
+    """A second request, half of one or garbage is not read: the first request's answer is the connection's last."""
     async with _served() as served:
-        talk = await served.talk(b"GET /held HTTP/1.1\r\nHost: x\r\n\r\n" + behind)
+        connection = await served.connect(b"GET /held HTTP/1.1\r\nHost: x\r\n\r\n" + behind)
         await _until(lambda: served.held == 1)
-        await talk.send(GET + b"\r\n")
+        await connection.send(GET + b"\r\n")
         served.gate.set()
-        assert (await talk.reply()).body == b"held"
-        assert await talk.rest() == b""
+        assert (await connection.reply()).body == b"held"
+        assert await connection.rest() == b""
 
 
-async def test_requests_in_great_number_are_not_queued() -> None:
-    """200,000 requests in one go cost the service no more than the first."""
+async def test_pipelined_requests_are_not_queued() -> None:
+    """200,000 requests sent at once cost the service no more than the first one."""
     async with _served() as served:
-        talk = await served.talk(*[b"GET /held HTTP/1.1\r\n\r\n" * 10_000] * 20)
+        connection = await served.connect(*[b"GET /held HTTP/1.1\r\n\r\n" * 10_000] * 20)
         await _until(lambda: served.held == 1)
-        [connection] = served.server.server_state.connections
-        assert isinstance(connection, HttpProtocol)
-        assert not connection.pipeline
+        [handled] = served.server.server_state.connections
+        assert isinstance(handled, HttpProtocol)
+        assert not handled.pipeline
         served.gate.set()
-        assert (await talk.rest()).count(b"HTTP/1.1") == 1
+        assert (await connection.rest()).count(b"HTTP/1.1") == 1
         assert served.held == 1
 
 
 async def test_who_still_sends_gets_to_read_the_answer() -> None:
-    """The connection is to be closed, and the body still coming: it is taken, though not read, and nothing is reset."""
+    """If the body still arrives when the connection closes, it is received and discarded, and nothing is reset."""
     sent = b"POST /nowhere HTTP/1.1\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
     async with _served() as served:
-        talk = await served.talk(sent)
+        connection = await served.connect(sent)
         await _until(lambda: served.answered == 1)
-        await talk.send(*[b"10000\r\n" + b" " * 65_536 + b"\r\n"] * 64)
-        assert (await talk.reply()).status == 404
-        assert await talk.rest() == b""
+        await connection.send(*[b"10000\r\n" + b" " * 65_536 + b"\r\n"] * 64)
+        assert (await connection.reply()).status == 404
+        assert await connection.rest() == b""
 
 
 async def test_an_answer_before_the_bodys_end_is_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Who goes on sending to where nothing is read gets the 404, and a short time to notice."""
-    monkeypatch.setattr(protocol, "LEAVE_SECONDS", 0.2)
+    """A client that goes on sending an unwanted body gets the 404, and is disconnected a short time later."""
+    monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.2)
     async with _served() as served:
-        talk = await served.talk(b"POST /nowhere HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
-        assert (await talk.reply()).status == 404
-        await _until_cut(lambda: talk.send(b"1\r\na\r\n"))
+        connection = await served.connect(b"POST /nowhere HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert (await connection.reply()).status == 404
+        await _until_cut(lambda: connection.send(b"1\r\na\r\n"))
         await _until(lambda: served.sockets == 0)
 
 
-# -- who does not read --------------------------------------------------------------------------------
+# -- clients that do not read -------------------------------------------------------------------------
 
 
 @contextmanager
 def _deaf_client(served: Served) -> Iterator[Callable[[bytes], Awaitable[None]]]:
-    """A client with next to no buffers who never reads; hands out how it sends."""
+    """A client with minimal buffers that never reads. Yields its function to send."""
     [listener] = served.server.servers[0].sockets
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
     with socket.socket() as client:
@@ -357,8 +357,8 @@ def _deaf_client(served: Served) -> Iterator[Callable[[bytes], Awaitable[None]]]
         yield partial(asyncio.get_running_loop().sock_sendall, client)
 
 
-async def test_nobody_waits_for_who_does_not_read() -> None:
-    """Request after request and not one answer read: the connection is cut, and no task waits for it."""
+async def test_a_client_that_reads_nothing_is_disconnected() -> None:
+    """A client that sends requests and reads no answer is disconnected, and no task waits for it."""
     async with _served() as served:
         with _deaf_client(served) as send:
             await _until_cut(lambda: send(b"GET /large HTTP/1.1\r\n\r\n"))
@@ -366,8 +366,8 @@ async def test_nobody_waits_for_who_does_not_read() -> None:
 
 
 async def test_a_last_answer_is_not_waited_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection that is to be closed, and whose last answer nobody reads, is cut."""
-    monkeypatch.setattr(protocol, "LEAVE_SECONDS", 0.2)
+    """A closing connection whose last answer is not read is aborted after a short time."""
+    monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.2)
     async with _served() as served:
         with _deaf_client(served) as send:
             await send(b"GET /large HTTP/1.1\r\nConnection: close\r\n\r\n")
@@ -375,62 +375,62 @@ async def test_a_last_answer_is_not_waited_for_long(monkeypatch: pytest.MonkeyPa
             await _until(lambda: served.sockets == 0)
 
 
-async def test_who_does_not_read_makes_room_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An idle connection with an answer that nobody reads is closed like any other, and then cut."""
-    monkeypatch.setattr(protocol, "LEAVE_SECONDS", 0.2)
-    async with _served(connections_most=1) as served:
+async def test_an_evicted_client_that_does_not_read_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle connection with an unread answer is evicted like any other, and aborted after a short time."""
+    monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.2)
+    async with _served(max_connections=1) as served:
         with _deaf_client(served) as send:
             await send(b"GET /large HTTP/1.1\r\n\r\n")
             await _until(lambda: served.answered == 1)
-            assert (await _say(served, GET + b"Connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200 OK")
+            assert (await _exchange(served, GET + b"Connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200 OK")
             await _until(lambda: served.sockets == 0)
 
 
-# -- a full house -------------------------------------------------------------------------------------
+# -- the connection limit -----------------------------------------------------------------------------
 
 
-async def test_the_one_who_waits_longest_makes_room() -> None:
-    """When all places are taken by sockets whose requests do not come, the first of them is told so and goes."""
-    async with _served(connections_most=3) as served:
-        slow = [await served.talk(sent) for sent in (b"", GET, CHUNKED + b"1\r\n")]
+async def test_the_longest_incomplete_connection_is_evicted() -> None:
+    """At the limit, the connection whose request has been incomplete for longest is answered with 503 and closed."""
+    async with _served(max_connections=3) as served:
+        slow = [await served.connect(sent) for sent in (b"", GET, CHUNKED + b"1\r\n")]
         await _until(lambda: served.sockets == 3)
-        assert (await _say(served, GET + b"Connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200 OK")
-        assert await slow[0].refusal() == CROWDED
-        assert (await _say(served, GET + b"Connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200 OK")
-        await slow[1].send(b"\r\n")  # two places are free again: nobody else had to go
+        assert (await _exchange(served, GET + b"Connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200 OK")
+        assert await slow[0].refusal() == OVERLOADED
+        assert (await _exchange(served, GET + b"Connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200 OK")
+        await slow[1].send(b"\r\n")  # two places are free again: no other connection was evicted
         assert (await slow[1].reply()).status == 200
 
 
-async def test_an_idle_connection_makes_room_without_a_word() -> None:
-    """A kept connection waits for nothing: it is closed as it would be when its time is over."""
-    async with _served(connections_most=1) as served:
-        kept = await served.talk(GET + b"\r\n")
+async def test_an_idle_connection_is_evicted_without_an_answer() -> None:
+    """An idle keep-alive connection is evicted without an answer, as at its timeout."""
+    async with _served(max_connections=1) as served:
+        kept = await served.connect(GET + b"\r\n")
         await kept.reply()
-        assert (await _say(served, GET + b"Connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200 OK")
+        assert (await _exchange(served, GET + b"Connection: close\r\n\r\n")).startswith(b"HTTP/1.1 200 OK")
         assert await kept.rest() == b""
 
 
-async def test_a_full_house_at_work_says_so() -> None:
-    """Nobody whose request is being worked on has to go: the newcomer is told at once to come again."""
-    async with _served(connections_most=2) as served:
-        busy = [await served.talk(b"GET /held HTTP/1.1\r\n\r\n") for _ in range(2)]
+async def test_a_new_connection_is_refused_while_all_are_busy() -> None:
+    """No connection with a request in progress is evicted: the new connection gets a 503 with Retry-After at once."""
+    async with _served(max_connections=2) as served:
+        busy = [await served.connect(b"GET /held HTTP/1.1\r\n\r\n") for _ in range(2)]
         await _until(lambda: served.held == 2)
-        head = await _say(served)
+        head = await _exchange(served)
         assert head.startswith(b"HTTP/1.1 503 ")
         assert b"retry-after: 5\r\n" in head
-        assert await _refusal(served, GET + b"\r\n") == CROWDED
+        assert await _refusal(served, GET + b"\r\n") == OVERLOADED
         served.gate.set()
         for each in busy:
             assert (await each.reply()).body == b"held"
 
 
-async def test_bodies_that_do_not_end_share_a_bounded_memory() -> None:
-    """More of them than fit: whose body has been coming for longest goes, the others are read."""
+async def test_incomplete_bodies_share_a_bounded_memory() -> None:
+    """When incomplete bodies exceed the limit, the longest incomplete one is evicted and the others are read."""
     body = b"Content-Length: 60000\r\n\r\n" + b"x" * 59_999
-    async with _served(bytes_most=150_000) as served:
-        first, second = [await served.talk(POST + body) for _ in range(2)]
-        third = await served.talk(POST + body)
-        assert await first.refusal() == CROWDED
-        for talk in (second, third):
-            await talk.send(b"x")
-            assert b"\r\n\r\n[60000," in await talk.rest()
+    async with _served(max_bytes=150_000) as served:
+        first, second = [await served.connect(POST + body) for _ in range(2)]
+        third = await served.connect(POST + body)
+        assert await first.refusal() == OVERLOADED
+        for connection in (second, third):
+            await connection.send(b"x")
+            assert b"\r\n\r\n[60000," in await connection.rest()

@@ -1,4 +1,4 @@
-"""Who has to go when a process is full, and how many sockets its limit on open files allows."""
+"""Which connection is evicted at a limit, and how many connections the limit on open files allows."""
 
 import resource
 
@@ -8,97 +8,97 @@ from firstclaim.server.connection_limiter import ConnectionLimiter, affordable_c
 from firstclaim.settings import Settings
 
 
-class Visitor:
-    """Remembers that it was shown out, and leaves as a connection does."""
+class FakeConnection:
+    """Remembers that it was evicted, and calls the limiter as a connection does."""
 
-    def __init__(self, house: ConnectionLimiter) -> None:
-        self.house = house
-        self.gone = False
+    def __init__(self, limiter: ConnectionLimiter) -> None:
+        self.limiter = limiter
+        self.evicted = False
 
     def evict(self) -> None:
-        assert not self.gone
-        self.gone = True
-        self.house.expect(self)  # as a connection that still says why; it must not count again
-        self.house.leave(self)
+        assert not self.evicted
+        self.evicted = True
+        self.limiter.request_awaited(self)  # as a connection does that lingers; it must not count again
+        self.limiter.closed(self)
 
 
-def visitors(house: ConnectionLimiter, count: int) -> list[Visitor]:
-    """So many newcomers, all of whom may stay."""
-    found = [Visitor(house) for _ in range(count)]
-    assert [house.arrive(each) for each in found] == [True] * count
-    return found
+def opened(limiter: ConnectionLimiter, count: int) -> list[FakeConnection]:
+    """`count` new connections, for all of which there is capacity."""
+    connections = [FakeConnection(limiter) for _ in range(count)]
+    assert [limiter.opened(each) for each in connections] == [True] * count
+    return connections
 
 
-def gone(found: list[Visitor]) -> list[bool]:
-    return [each.gone for each in found]
+def evicted(connections: list[FakeConnection]) -> list[bool]:
+    return [each.evicted for each in connections]
 
 
-def test_the_longest_arriving_goes_first() -> None:
-    """Each newcomer above the most takes the place of whoever has waited longest, one for one."""
-    house = ConnectionLimiter(3, 1000)
-    first, second, third = visitors(house, 3)
-    visitors(house, 2)
-    assert gone([first, second, third]) == [True, True, False]
+def test_the_longest_incomplete_is_evicted_first() -> None:
+    """Each new connection above the limit evicts one: the connection that has been incomplete for longest."""
+    limiter = ConnectionLimiter(3, 1000)
+    first, second, third = opened(limiter, 3)
+    opened(limiter, 2)
+    assert evicted([first, second, third]) == [True, True, False]
 
 
-def test_a_request_that_is_here_is_safe() -> None:
-    """Whose request has arrived does not go; with its answer it begins to wait anew, behind all others."""
-    house = ConnectionLimiter(2, 1000)
-    first, second = visitors(house, 2)
-    house.complete(first)
-    visitors(house, 1)
-    assert gone([first, second]) == [False, True]
-    house.expect(first)
-    visitors(house, 1)
-    assert not first.gone  # the third waited longer
+def test_a_complete_request_is_not_evicted() -> None:
+    """A connection with a complete request is not evicted; once answered, it is the last in line for eviction."""
+    limiter = ConnectionLimiter(2, 1000)
+    first, second = opened(limiter, 2)
+    limiter.request_complete(first)
+    opened(limiter, 1)
+    assert evicted([first, second]) == [False, True]
+    limiter.request_awaited(first)
+    opened(limiter, 1)
+    assert not first.evicted  # the third was incomplete for longer
 
 
-def test_with_everyone_at_work_the_newcomer_goes() -> None:
-    """Then nobody makes room: the newcomer is told so, and the next one takes its place, not an extra one."""
-    house = ConnectionLimiter(2, 1000)
-    for each in visitors(house, 2):
-        house.complete(each)
-    refused = Visitor(house)
-    assert not house.arrive(refused)
-    assert not refused.gone
-    assert not house.arrive(Visitor(house))
-    assert refused.gone
+def test_with_all_requests_complete_the_new_connection_is_refused() -> None:
+    """If no connection can be evicted, the new one is refused, and the next one takes its place, not an extra one."""
+    limiter = ConnectionLimiter(2, 1000)
+    for each in opened(limiter, 2):
+        limiter.request_complete(each)
+    refused = FakeConnection(limiter)
+    assert not limiter.opened(refused)
+    assert not refused.evicted
+    assert not limiter.opened(FakeConnection(limiter))
+    assert refused.evicted
 
 
-def test_who_has_gone_leaves_a_place() -> None:
-    """A place that was left is free, whether or not its request had come, and is left once."""
-    house = ConnectionLimiter(2, 1000)
-    first, second = visitors(house, 2)
-    house.complete(first)
+def test_a_closed_connection_frees_its_place() -> None:
+    """A closed connection frees one place, once, whether or not its request was complete."""
+    limiter = ConnectionLimiter(2, 1000)
+    first, second = opened(limiter, 2)
+    limiter.request_complete(first)
     for each in (first, first, second):
-        house.leave(each)
-    assert not any(gone(visitors(house, 2)))
+        limiter.closed(each)
+    assert not any(evicted(opened(limiter, 2)))
 
 
 def test_bytes_are_bounded() -> None:
-    """Too many bytes of requests that have not arrived: the longest arriving go until it is enough, no further."""
-    house = ConnectionLimiter(10, 100)
-    first, second, third, fourth = found = visitors(house, 4)
+    """Too many bytes of incomplete requests evict the connections that were incomplete for longest, and no more."""
+    limiter = ConnectionLimiter(10, 100)
+    first, second, third, fourth = connections = opened(limiter, 4)
     for each, count in ((first, 30), (second, 30), (third, 40)):
-        house.bring(each, count)
-    assert not any(gone(found))
-    house.bring(fourth, 31)
-    assert gone(found) == [True, True, False, False]
-    house.complete(third)  # what has arrived is another's to bound
-    house.bring(fourth, 69)
-    assert not fourth.gone
-    house.bring(fourth, 1)
-    assert fourth.gone
+        limiter.received(each, count)
+    assert not any(evicted(connections))
+    limiter.received(fourth, 31)
+    assert evicted(connections) == [True, True, False, False]
+    limiter.request_complete(third)  # the bytes of a complete request are bounded elsewhere
+    limiter.received(fourth, 69)
+    assert not fourth.evicted
+    limiter.received(fourth, 1)
+    assert fourth.evicted
 
 
-def test_one_too_large_goes_itself() -> None:
-    """Who alone brings too much has to go too, and what it brings after that counts for nobody."""
-    house = ConnectionLimiter(10, 100)
-    [only] = visitors(house, 1)
-    house.bring(only, 101)
-    house.bring(only, 101)
-    assert only.gone
-    assert not any(gone(visitors(house, 10)))
+def test_one_too_large_is_evicted_itself() -> None:
+    """A connection that exceeds the limit alone is evicted too, and its later bytes are not counted."""
+    limiter = ConnectionLimiter(10, 100)
+    [only] = opened(limiter, 1)
+    limiter.received(only, 101)
+    limiter.received(only, 101)
+    assert only.evicted
+    assert not any(evicted(opened(limiter, 10)))
 
 
 @pytest.mark.parametrize(
@@ -112,10 +112,10 @@ def test_one_too_large_goes_itself() -> None:
         (20, 20, 1, 20),
     ],
 )
-def test_the_limit_on_files_is_raised_or_kept_to(
+def test_the_limit_on_files_is_raised_or_respected(
     soft: int, hard: int, affordable: int, raised: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The soft limit goes up as far as is needed and allowed; sockets get what the stores' connections leave."""
+    """The soft limit is raised as far as needed and allowed; clients get the files that the stores do not need."""
     limits: list[tuple[int, int]] = []
     monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, hard))
     monkeypatch.setattr(resource, "setrlimit", lambda _, wanted: limits.append(wanted))

@@ -1,10 +1,10 @@
-"""Who is at the door of one process, and what happens when it is full.
+"""Limits on the connections of one process, and on the bytes that it buffers for incomplete requests.
 
-Guarantees: no more than `connections_most` sockets are open, and no more than `bytes_most` of requests that
-have not arrived whole are held. When either is reached, the socket whose request has been arriving for longest
-makes room (one that is idle between requests too): whoever sends at an ordinary pace is here and gone in
-milliseconds, so sockets opened to be slow push out each other. Only when every socket's request is here and
-being worked on is the newcomer the one who has to come again.
+Guarantees: at most `max_connections` connections are open, and at most `max_bytes` of incomplete requests are buffered.
+When a limit is reached, the connection whose request has been incomplete for longest is evicted, which includes
+connections that are idle between requests. A client at an ordinary pace completes its request within milliseconds, so
+connections that are slow on purpose evict each other. A new connection is refused only if every open connection has a
+complete request that is not answered yet.
 """
 
 import resource
@@ -18,76 +18,81 @@ from firstclaim.settings import Settings
 
 log = structlog.get_logger(__name__)
 
-_WARN_SECONDS = 10.0  # a line for the operator, not one for every socket of a flood
-_OTHER_FILES = 200  # 64 connections to Redis; the listener, the log, pipes to the supervisor, modules, name look-ups
+_WARN_SECONDS = 10.0  # at most one log line per interval, not one per connection of a flood
+_OTHER_FILES = 200  # 64 connections to Redis; the listener, the log, pipes to the supervisor, modules, DNS look-ups
 
 
 class LimitedConnection(Protocol):
-    """One connection."""
+    """A connection that the limiter may evict."""
 
     def evict(self) -> None:
-        """Leave now: the place is needed."""
+        """Close the connection now."""
 
 
 @dataclass(slots=True)
 class ConnectionLimiter:
-    """The sockets of this process; of those whose request has not arrived whole, the one that waits longest first."""
+    """The open connections of this process, and those of them whose request is incomplete, longest first."""
 
-    connections_most: int
-    bytes_most: int
-    _present: set[LimitedConnection] = field(default_factory=set)
-    _arriving: dict[LimitedConnection, int] = field(default_factory=dict)  # with the bytes that came of it
+    max_connections: int
+    max_bytes: int
+    _open: set[LimitedConnection] = field(default_factory=set)
+    _incomplete: dict[LimitedConnection, int] = field(default_factory=dict)  # with the bytes received so far
     _bytes: int = 0
     _warn_at: float = 0.0
 
-    def arrive(self, guest: LimitedConnection) -> bool:
-        """A new socket; whether it may stay, another having made room for it if need be."""
-        room = True
-        while room and len(self._present) >= self.connections_most:
-            room = self._make_room()
-        self._present.add(guest)
-        self._arriving[guest] = 0  # also if it has to go: its place is the first to be given away
-        return room
+    def opened(self, connection: LimitedConnection) -> bool:
+        """Add a new connection, evicting another one if necessary. Returns whether there is capacity for it."""
+        capacity = True
+        while capacity and len(self._open) >= self.max_connections:
+            capacity = self._evict_longest()
+        self._open.add(connection)
+        self._incomplete[connection] = 0  # also if it is refused: it is then the next one to be evicted
+        return capacity
 
-    def expect(self, guest: LimitedConnection) -> None:
-        """A next request of it has yet to arrive."""
-        if guest in self._present:
-            self._arriving.setdefault(guest, 0)
+    def request_awaited(self, connection: LimitedConnection) -> None:
+        """The connection waits for its next request."""
+        if connection in self._open:
+            self._incomplete.setdefault(connection, 0)
 
-    def bring(self, guest: LimitedConnection, count: int) -> None:
-        """More bytes of its request came; whoever waits longest goes if they are too many."""
-        if guest in self._arriving:
-            self._arriving[guest] += count
+    def received(self, connection: LimitedConnection, count: int) -> None:
+        """Count `count` more bytes of an incomplete request, and evict connections while there are too many bytes."""
+        if connection in self._incomplete:
+            self._incomplete[connection] += count
             self._bytes += count
-            while self._bytes > self.bytes_most:
-                self._make_room()
+            while self._bytes > self.max_bytes:
+                self._evict_longest()
 
-    def complete(self, guest: LimitedConnection) -> None:
-        """Its request is here: it is not sent away before that is answered."""
-        self._bytes -= self._arriving.pop(guest, 0)
+    def request_complete(self, connection: LimitedConnection) -> None:
+        """The request is complete: the connection is not evicted before the request is answered."""
+        self._bytes -= self._incomplete.pop(connection, 0)
 
-    def leave(self, guest: LimitedConnection) -> None:
-        """It has gone."""
-        self.complete(guest)
-        self._present.discard(guest)
+    def closed(self, connection: LimitedConnection) -> None:
+        """Remove a connection."""
+        self.request_complete(connection)
+        self._open.discard(connection)
 
-    def _make_room(self) -> bool:
-        longest = next(iter(self._arriving), None)
+    def _evict_longest(self) -> bool:
+        longest = next(iter(self._incomplete), None)
         if time.monotonic() >= self._warn_at:
             self._warn_at = time.monotonic() + _WARN_SECONDS
-            log.warning("lobby_full", sockets=len(self._present), arriving=len(self._arriving), bytes=self._bytes)
+            log.warning(
+                "connection_limit_reached",
+                connections=len(self._open),
+                incomplete=len(self._incomplete),
+                bytes=self._bytes,
+            )
         if longest is None:
             return False
-        self.leave(longest)
+        self.closed(longest)
         longest.evict()
         return True
 
 
 def affordable_connections(settings: Settings) -> int:
-    """How many sockets this process may have: fewer than the setting says where its limit on open files is lower.
+    """How many connections this process may accept: fewer than the setting if the limit on open files is too low.
 
-    Raises the soft limit as far as that takes and the hard one lets it. What the stores need comes first: a process
-    whose every file is a socket of somebody else's can record nothing.
+    Raises the soft limit as far as needed and as the hard limit allows. The connections to the stores come first: a
+    process that spends all its files on clients could record nothing.
     """
     wanted = settings.connections_most
     needed = wanted + settings.postgres_connections + _OTHER_FILES

@@ -1,20 +1,20 @@
-"""The HTTP protocol of the server, with what uvicorn's leaves open closed: how much, how long, how many.
+"""The HTTP protocol of one connection: uvicorn's, plus limits on size, time and number.
 
 Guarantees, for every connection:
 
-- A request whose line and headers are larger than `HEAD_MOST_BYTES` or have not arrived within `HEAD_SECONDS` is
-  refused, and so is a socket that sends nothing, or nothing of a next request; so are trailers and extensions of
-  chunks of that size. What comes in trailers is never taken for a header. A body that has not arrived within its
-  seconds is refused too. (uvicorn has no limit for any of it: slow heads and idle sockets were still open after 8 s,
-  and a header of 1 MB was accepted.) The body's size is the webhook's own. A request that comes in one piece, as
-  nearly all do, arms no timer.
-- One request at a time: what a client sends behind a request that is not answered yet is not looked at, and that
-  answer is the last on the connection. (uvicorn queues a request for each 20 bytes it reads, without limit, and
-  answers the garbage behind a delivery before the delivery.)
-- Nobody is waited for who does not read: at `pause_writing` there are hundreds of answers unread.
-- When the process is full, the `ConnectionLimiter` says who leaves.
+- A request is refused if its request line and headers exceed `MAX_HEAD_BYTES` or take longer than `HEAD_SECONDS`. The
+  same limits hold for a connection that sends nothing, or no next request, and for trailers and chunk extensions. A
+  body that takes longer than its limit is refused too. (uvicorn limits none of this: slow heads and idle sockets were
+  still open after 8 s, and a header of 1 MB was accepted.) The webhook limits the size of the body.
+- Trailers are never treated as headers.
+- A request that arrives in one piece, as nearly all do, starts no timer.
+- One request at a time. Bytes that arrive behind an unanswered request are not parsed, and the answer to that request
+  is the last one on the connection. (uvicorn queues a request for each 20 bytes that it reads, without limit, and
+  answers garbage that follows a delivery before it answers the delivery.)
+- A client that does not read its answers is disconnected: at `pause_writing`, hundreds of answers are unread.
+- When the process has too many connections or buffered bytes, the `ConnectionLimiter` decides which one is evicted.
 
-What is refused is answered in the one JSON shape, and its sender gets to see the answer.
+A refused request is answered in the same JSON form as all others, and its sender can read that answer.
 """
 
 import asyncio
@@ -38,19 +38,19 @@ from firstclaim.web.webhook import answer, rejection
 
 log = structlog.get_logger(__name__)
 
-HEAD_MOST_BYTES = 32 * 1024  # Stripe's heads are under 2 kB, proxies add some; common servers allow 8 to 64 kB
-HEAD_SECONDS = 10.0  # a slow mobile link needs one or two, and no sender of webhooks is on one
-LEAVE_SECONDS = 2.0  # to read the last answer; closing at once would reset the connection under whoever still sends
+MAX_HEAD_BYTES = 32 * 1024  # Stripe's heads are under 2 kB, and proxies add some; common servers allow 8 to 64 kB
+HEAD_SECONDS = 10.0  # a slow mobile link needs one or two, and no sender of webhooks uses one
+LINGER_SECONDS = 2.0  # for the client to read the last answer; closing at once would reset a client that still sends
 _BETWEEN_HEADER_BYTES = 4  # the colon, a space, the end of the line
 _FRAMING = (b"content-length", b"transfer-encoding")
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """One connection, in one of these states: a head is due, a body is due, being answered, idle, leaving."""
+    """One connection. Its states: awaiting a head, awaiting a body, answering, idle, lingering before it closes."""
 
     def __init__(
         self,
-        lobby: ConnectionLimiter,
+        limiter: ConnectionLimiter,
         body_seconds: float,
         config: Config,
         server_state: ServerState,
@@ -58,207 +58,207 @@ class HttpProtocol(HttpToolsProtocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
-        self._lobby = lobby
+        self._limiter = limiter
         self._body_seconds = body_seconds
         self._timer: asyncio.TimerHandle | None = None
-        self._seen_bytes = 0  # of the request, since it began or since something of its body came
-        self._deaf = False  # nothing that comes is looked at any more
+        self._received_bytes = 0  # of this request, since its first byte or since the last piece of its body
+        self._ignoring_input = False  # once true, received bytes are discarded
 
-    # -- what the transport tells ---------------------------------------------------------------------
+    # -- callbacks of the transport -------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A new socket: its first head is due, if there is room for it."""
+        """A new connection: await its first head, or refuse it if there is no capacity."""
         super().connection_made(transport)
-        self._exit = _Exit(self, transport)
-        self._expect_head()
-        if not self._lobby.arrive(self):
-            self._send_away()
+        self._answer_transport = _AnswerTransport(self, transport)
+        self._await_head()
+        if not self._limiter.opened(self):
+            self._refuse_overload()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Gone: nothing is due any more."""
-        self._disarm()
-        self._lobby.leave(self)
+        """The connection is closed."""
+        self._clear_timer()
+        self._limiter.closed(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Bytes of a head, of a body, or of both."""
+        """Received bytes: of a head, of a body, or of both."""
         self._unset_keepalive_if_required()
-        if not self._deaf:
-            self._seen_bytes += len(data)
-            self._lobby.bring(self, len(data))
-        if self._deaf:
+        if not self._ignoring_input:
+            self._received_bytes += len(data)
+            self._limiter.received(self, len(data))
+        if self._ignoring_input:
             return
         try:
             self.parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
-            # An upgrade is declined by an ordinary answer.
+            # A request to upgrade gets an ordinary answer.
             self._stop_reading(error.__context__)
         else:
             self._check_progress()
 
     def pause_writing(self) -> None:
-        """So much of our answers is unread that nobody reads them."""
+        """The client has left so many answers unread that it must have stopped reading."""
         self.transport.abort()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Idle for too long."""
+        """The connection was idle for too long."""
         super().timeout_keep_alive_handler()
-        self._within(LEAVE_SECONDS, self.transport.abort)
+        self._set_timer(LINGER_SECONDS, self.transport.abort)
 
-    # -- what the parser finds ------------------------------------------------------------------------
+    # -- callbacks of the parser ----------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        """The first byte of a request, also of a later one on the same connection."""
+        """The first byte of a request: the first on this connection, or a later one."""
         if self._unanswered:
-            raise Rejected("pipelined", "One request at a time")  # ends the parsing; see _stop_reading
+            raise Rejected("pipelined", "One request at a time")  # stops the parser; see _stop_reading
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """The head is here; it may still be too large, if it came in one piece."""
-        self._disarm()
-        if self._seen_bytes > HEAD_MOST_BYTES and self._head_bytes() > HEAD_MOST_BYTES:
+        """The head is complete. It may still be too large, if it arrived in one piece."""
+        self._clear_timer()
+        if self._received_bytes > MAX_HEAD_BYTES and self._head_bytes() > MAX_HEAD_BYTES:
             raise _too_large()
         if self.parser.should_upgrade() and any(name in _FRAMING for name, _ in self.headers):
-            raise Rejected("upgrade", "Protocol upgrades are not supported")  # the parser skips the body of one
+            raise Rejected("upgrade", "Protocol upgrades are not supported")  # the parser would skip its body
         super().on_headers_complete()
-        self.cycle.transport = self._exit
-        self.headers = []  # the request has the list there was; trailers come in here, and go nowhere
+        self.cycle.transport = self._answer_transport
+        self.headers = []  # the request keeps the old list; trailers are appended to this one, which nobody reads
 
     def on_body(self, body: bytes) -> None:
-        """Part of a body."""
-        self._seen_bytes = 0
+        """A piece of the body."""
+        self._received_bytes = 0
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        """All of a request is here."""
-        self._disarm()
+        """The request is complete."""
+        self._clear_timer()
         super().on_message_complete()
-        self._lobby.complete(self)
+        self._limiter.request_complete(self)
 
     def on_response_complete(self) -> None:
-        """Answered: the connection is idle, or was the client's for the last time."""
+        """The answer is sent: the connection becomes idle, or closes."""
         super().on_response_complete()
-        self._seen_bytes = 0
+        self._received_bytes = 0
         if self.transport.is_closing():
-            self._within(LEAVE_SECONDS, self.transport.abort)
-        elif self._deaf or self.cycle.more_body:  # a body that is still on its way is of no use now
-            self._leave()
+            self._set_timer(LINGER_SECONDS, self.transport.abort)
+        elif self._ignoring_input or self.cycle.more_body:  # nobody reads the rest of that body
+            self._linger()
         else:
-            self._lobby.expect(self)
+            self._limiter.request_awaited(self)
 
-    def close_when_heard(self) -> None:
-        """The answer is the connection's last; who is still sending gets to read it."""
+    def close_after_answer(self) -> None:
+        """Close after the last answer. A client that is still sending its body gets time to read the answer."""
         if self.cycle.more_body:
-            self._leave()
+            self._linger()
         else:
             self.transport.close()
 
-    # -- who has to go --------------------------------------------------------------------------------
+    # -- eviction and refusal -------------------------------------------------------------------------
 
     def evict(self) -> None:
-        """Make room for another: at once, and saying so to whoever has a request on the way."""
-        if self.cycle is None or self._unanswered or self._seen_bytes:
-            self._send_away()
+        """Close this connection at once, because the process is at a limit. A client that is mid-request gets a 503."""
+        if self.cycle is None or self._unanswered or self._received_bytes:
+            self._refuse_overload()
         self.transport.close()
-        self._within(LEAVE_SECONDS, self.transport.abort)
+        self._set_timer(LINGER_SECONDS, self.transport.abort)
 
-    def _send_away(self) -> None:
-        self._say(answer(None, outcomes.unavailable("Too many connections")))
+    def _refuse_overload(self) -> None:
+        self._send_last(answer(None, outcomes.unavailable("Too many connections")))
 
     def _check_progress(self) -> None:
-        """Asked after parsing: the chunk may have ended the head and begun a large body."""
-        if self._unanswered_whole:
+        """Check the limits. Called after parsing, because the bytes may have ended the head and begun a large body."""
+        if self._unanswered_complete:
             return
-        if self._seen_bytes > HEAD_MOST_BYTES:
+        if self._received_bytes > MAX_HEAD_BYTES:
             self._refuse(_too_large())
         elif self._timer is None:
             if self._unanswered:
-                self._within(self._body_seconds, self._body_too_slow)
+                self._set_timer(self._body_seconds, self._body_timed_out)
             else:
-                self._expect_head()
+                self._await_head()
 
     def _stop_reading(self, cause: object) -> None:
-        if self._unanswered_whole:
-            self._deaf = True  # it was sent behind a request, whose answer is now the last
+        if self._unanswered_complete:
+            self._ignoring_input = True  # sent behind an unanswered request, whose answer is now the last
         else:
             malformed = Rejected("malformed", "Malformed HTTP request")
             self._refuse(cause if isinstance(cause, Rejected) else malformed)
 
-    def _head_too_slow(self) -> None:
+    def _head_timed_out(self) -> None:
         self._refuse(Rejected("head_too_slow", "Headers took too long to arrive", HTTPStatus.REQUEST_TIMEOUT))
 
-    def _body_too_slow(self) -> None:
+    def _body_timed_out(self) -> None:
         self._refuse(Rejected("body_too_slow", "Body took too long to arrive", HTTPStatus.REQUEST_TIMEOUT))
 
     def _refuse(self, error: Rejected) -> None:
         log.info("rejected", kind=error.kind, status=int(error.status))
         metrics.rejected[error.kind].inc()
-        self._say(rejection(error))
+        self._send_last(rejection(error))
 
-    def _say(self, response: Response) -> None:
-        """The last answer, outside of any request's own."""
-        if self._deaf or self.transport.is_closing():
+    def _send_last(self, response: Response) -> None:
+        """Send the last answer of the connection, outside of a request's own answer."""
+        if self._ignoring_input or self.transport.is_closing():
             return
         response.headers["Connection"] = "close"
         head = b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
         line = f"HTTP/1.1 {response.status_code} {HTTPStatus(response.status_code).phrase}\r\n".encode()
         self.transport.write(line + head + b"\r\n" + bytes(response.body))
-        self._leave()
+        self._linger()
 
-    def _leave(self) -> None:
-        """Nothing more is read or said; the socket stays until the other side has read, and not for long."""
-        self._deaf = True
+    def _linger(self) -> None:
+        """Stop reading and writing. The socket stays open for a short time, so that the client can read the answer."""
+        self._ignoring_input = True
         if self._unanswered:
-            self.cycle.disconnected = True  # to whoever still reads its body
+            self.cycle.disconnected = True  # tells the application, which may still read the body
             self.cycle.message_event.set()
         self._unset_keepalive_if_required()
         self.transport.write_eof()
-        self._lobby.expect(self)
-        self._within(LEAVE_SECONDS, self.transport.abort)
+        self._limiter.request_awaited(self)
+        self._set_timer(LINGER_SECONDS, self.transport.abort)
 
-    # -- where it stands ------------------------------------------------------------------------------
+    # -- state ----------------------------------------------------------------------------------------
 
     @property
     def _unanswered(self) -> bool:
-        """Whether a request has begun to be handled, and has no answer yet."""
+        """Whether a request was passed to the application and is not answered yet."""
         return self.cycle is not None and not self.cycle.response_complete
 
     @property
-    def _unanswered_whole(self) -> bool:
-        """Whether it is here to its end as well."""
+    def _unanswered_complete(self) -> bool:
+        """Whether that request is complete."""
         return self._unanswered and not self.cycle.more_body
 
     def _head_bytes(self) -> int:
         lines = (len(name) + len(value) + _BETWEEN_HEADER_BYTES for name, value in self.headers)
         return len(self.url) + sum(lines)
 
-    def _expect_head(self) -> None:
-        self._within(HEAD_SECONDS, self._head_too_slow)
+    def _await_head(self) -> None:
+        self._set_timer(HEAD_SECONDS, self._head_timed_out)
 
-    def _within(self, seconds: float, otherwise: Callable[[], None]) -> None:
-        """One thing is due at a time."""
-        self._disarm()
-        self._timer = self.loop.call_later(seconds, otherwise)
+    def _set_timer(self, seconds: float, on_expiry: Callable[[], None]) -> None:
+        """Set the connection's only timer, in place of the one that runs."""
+        self._clear_timer()
+        self._timer = self.loop.call_later(seconds, on_expiry)
 
-    def _disarm(self) -> None:
+    def _clear_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
 
-class _Exit(asyncio.Transport):
-    """The transport for whoever answers: uvicorn closes it with the last answer, also in the face of a body."""
+class _AnswerTransport(asyncio.Transport):
+    """The transport that answers are written to. uvicorn closes it after the last one, even over an unread body."""
 
-    def __init__(self, door: HttpProtocol, transport: asyncio.Transport) -> None:
+    def __init__(self, protocol: HttpProtocol, transport: asyncio.Transport) -> None:
         super().__init__()
-        self._door = weakref.ref(door)  # it holds us: a circle would keep its buffers until the collector comes
+        self._protocol = weakref.ref(protocol)  # weak: a cycle would keep the buffers until the next collection
         self.write = transport.write  # type: ignore[method-assign]
         self.is_closing = transport.is_closing  # type: ignore[method-assign]
 
     def close(self) -> None:
-        """A socket closed over unread bytes is reset, and the answer is often lost with it."""
-        if (door := self._door()) is not None:
-            door.close_when_heard()
+        """Leave closing to the protocol: a socket closed over unread bytes is reset, which often loses the answer."""
+        if (protocol := self._protocol()) is not None:
+            protocol.close_after_answer()
 
 
 def _too_large() -> Rejected:

@@ -1,7 +1,7 @@
 """uvicorn as `serve` runs it: one process, or several workers under a supervisor.
 
-Guarantees: the port is bound before anything else starts, so a port in use costs nothing; several workers count into
-one folder, so that each of them reports the sum.
+Guarantees: the port is bound before anything else starts, so a port in use fails early. Several workers write their
+metrics to one folder, so that each of them reports the sum.
 """
 
 import asyncio
@@ -25,15 +25,15 @@ from firstclaim.server.connection_limiter import ConnectionLimiter, affordable_c
 from firstclaim.server.protocol import HttpProtocol
 from firstclaim.settings import Settings
 
-# How long a worker may be silent before its supervisor kills it. uvicorn's 5 s also killed workers that were still
-# starting, on a busy machine again and again; but a SIGTERM waits behind this, so not much longer than a start takes.
+# How long a worker may be silent before its supervisor kills it. With uvicorn's 5 s, a busy machine killed workers that
+# were still starting, again and again. A SIGTERM waits behind this check, so it is not much longer than a start takes.
 _WORKER_SILENT_SECONDS = 20
-_BODIES_ARRIVING_MOST = 64  # of the largest size, at once in memory; of an ordinary one some ten thousand
-_KEEP_ALIVE_SECONDS = 75  # longer than a load balancer's idle timeout (60 s is common), or it meets closed sockets
+_MAX_BUFFERED_BODIES = 64  # of the maximum size, in memory at once; of an ordinary size, some ten thousand
+_KEEP_ALIVE_SECONDS = 75  # longer than a load balancer's idle timeout (60 s is common), or it would use closed sockets
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, which workers inherit. Raises `ConfigurationError`: the port is taken, the host unknown."""
+    """A listening socket, which workers inherit. Raises `ConfigurationError`: port in use, unknown host."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=2048)
@@ -44,28 +44,28 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def exit_on_signals() -> None:
-    """Leave through every `finally`: the embedded servers stop with the service, also on SIGTERM."""
+    """Exit through every `finally` on SIGTERM and SIGINT, so that the embedded servers stop with the service."""
 
-    def leave(_signum: int, _frame: FrameType | None) -> None:
+    def exit_once(_signum: int, _frame: FrameType | None) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # once is enough: the second must not interrupt the stopping
+            signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the shutdown
         raise SystemExit(0)
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, leave)
+        signal.signal(number, exit_once)
 
 
 def server_config(application: Callable[[], Starlette], settings: Settings, workers: int) -> uvicorn.Config:
-    """uvicorn as `serve` runs it, whatever `application` makes."""
-    lobby = ConnectionLimiter(affordable_connections(settings), _BODIES_ARRIVING_MOST * settings.body_most_bytes)
-    reading_and_answering = settings.body_timeout_seconds + settings.answer_budget_seconds + 1
+    """The configuration that `serve` runs uvicorn with, for the application that `application` creates."""
+    limiter = ConnectionLimiter(affordable_connections(settings), _MAX_BUFFERED_BODIES * settings.body_most_bytes)
+    request_seconds = settings.body_timeout_seconds + settings.answer_budget_seconds + 1
     return uvicorn.Config(
         application,
         factory=True,
         workers=workers,
         loop="uvloop",
-        # All that is asked of it is to make one.
-        http=cast(type[asyncio.Protocol], partial(HttpProtocol, lobby, settings.body_timeout_seconds)),
+        # uvicorn only calls it, to create a protocol.
+        http=cast(type[asyncio.Protocol], partial(HttpProtocol, limiter, settings.body_timeout_seconds)),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -74,12 +74,12 @@ def server_config(application: Callable[[], Starlette], settings: Settings, work
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_worker_healthcheck=_WORKER_SILENT_SECONDS,
-        timeout_graceful_shutdown=max(1, int(min(reading_and_answering, settings.shutdown_seconds / 2))),
+        timeout_graceful_shutdown=max(1, int(min(request_seconds, settings.shutdown_seconds / 2))),
     )
 
 
 def run(create_app: Callable[[Settings], Starlette], settings: Settings, listener: socket.socket, workers: int) -> None:
-    """Serve until a signal."""
+    """Serve until a signal is received."""
     config = server_config(partial(create_app, settings), settings, workers)
     if workers > 1:
         with _shared_metrics():
@@ -90,7 +90,7 @@ def run(create_app: Callable[[Settings], Starlette], settings: Settings, listene
 
 @contextmanager
 def _shared_metrics() -> Iterator[None]:
-    """Where the workers count, so that each of them can tell the sum."""
+    """The folder that the workers write their metrics to, so that each of them can report the sum."""
     try:
         folder = tempfile.TemporaryDirectory(prefix="firstclaim-metrics-", ignore_cleanup_errors=True)
     except OSError as error:
