@@ -1,206 +1,210 @@
 """Mutants of the changes of state: each guarded by status and attempt, and what it charges."""
 
-from tests.mutants.mutant import Mutant
-
-GUARD = "WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt"
-ANY_ATTEMPT = "WHERE event_id = :event_id AND status = 'processing' AND :attempt > 0"
-ANY_STATUS = "WHERE event_id = :event_id AND attempt = :attempt"
+from tests.mutants.mutant import Mutant, TextMutant
 
 MUTANTS = (
     # -- guarded: no state is changed by id alone
-    Mutant(
+    TextMutant(
         "held-without-a-lock",
         "The first statement of a handler's transaction locks its row.",
-        "inbox/statements.py",
-        f"{GUARD}\n   FOR UPDATE SKIP LOCKED",
-        GUARD,
+        "HOLD",
+        "FOR UPDATE SKIP LOCKED",
+        "",
         "integration/test_ledger.py::test_the_row_is_held_and_completed_in_one_transaction",
     ),
-    Mutant(
+    TextMutant(
         "hold-waits",
         "A row in another's hands is not waited for: stop.",
-        "inbox/statements.py",
-        f"{GUARD}\n   FOR UPDATE SKIP LOCKED",
-        f"{GUARD}\n   FOR UPDATE",
+        "HOLD",
+        "FOR UPDATE SKIP LOCKED",
+        "FOR UPDATE",
         "integration/test_ledger.py::test_a_row_in_anothers_hands_is_not_held",
     ),
-    Mutant(
+    TextMutant(
         "held-at-any-attempt",
         "Whoever was taken over does not begin.",
-        "inbox/statements.py",
-        f"{GUARD}\n   FOR UPDATE",
-        f"{ANY_ATTEMPT}\n   FOR UPDATE",
+        "HOLD",
+        "AND attempt = :attempt",
+        "AND :attempt > 0",
         "integration/test_ledger.py::test_nothing_is_held_that_is_not_ours[None]",
     ),
-    Mutant(
+    TextMutant(
         "held-in-any-status",
         "What is settled or waiting is not begun.",
-        "inbox/statements.py",
-        f"{GUARD}\n   FOR UPDATE",
-        f"{ANY_STATUS}\n   FOR UPDATE",
+        "HOLD",
+        "event_id = :event_id AND status = 'processing'",
+        "event_id = :event_id",
         "integration/test_ledger.py::test_nothing_is_held_that_is_not_ours",
     ),
-    Mutant(
+    TextMutant(
         "no-idle-timeout",
         "The server ends a transaction whose process froze.",
-        "inbox/statements.py",
+        "HOLD",
         "set_config('idle_in_transaction_session_timeout', :timeout_ms, true)",
         "set_config('idle_in_transaction_session_timeout', '0', true)",
         "integration/test_ledger.py::test_the_row_is_held_and_completed_in_one_transaction",
     ),
-    Mutant(
+    TextMutant(
         "no-statement-timeout",
         "The server ends a statement that outlives its handler.",
-        "inbox/statements.py",
+        "HOLD",
         "set_config('statement_timeout', :timeout_ms, true)",
         "set_config('statement_timeout', '0', true)",
         "integration/test_ledger.py::test_the_row_is_held_and_completed_in_one_transaction",
     ),
-    Mutant(
+    TextMutant(
         "completed-at-any-attempt",
         "The completion mark names the attempt.",
-        "inbox/statements.py",
-        f"{GUARD}\n   AND pg_current_xact_id()",
-        f"{ANY_ATTEMPT}\n   AND pg_current_xact_id()",
+        "COMPLETE",
+        "AND attempt = :attempt",
+        "AND :attempt > 0",
         "integration/test_ledger.py::test_nothing_is_held_that_is_not_ours[None]",
     ),
-    Mutant(
+    TextMutant(
         "completed-in-any-status",
         "The completion mark names the status.",
-        "inbox/statements.py",
-        f"{GUARD}\n   AND pg_current_xact_id()",
-        f"{ANY_STATUS}\n   AND pg_current_xact_id()",
+        "COMPLETE",
+        "event_id = :event_id AND status = 'processing'",
+        "event_id = :event_id",
         "integration/test_ledger.py::test_nothing_is_held_that_is_not_ours",
     ),
-    Mutant(
+    TextMutant(
         "completed-in-any-transaction",
         "The completion mark belongs to the transaction that holds the row.",
-        "inbox/statements.py",
+        "COMPLETE",
         "pg_current_xact_id()::text = :xid",
         "CAST(:xid AS text) IS NOT NULL",
         "integration/test_ledger.py::test_no_other_transaction_can_complete",
     ),
-    Mutant(
+    TextMutant(
         "failed-at-any-attempt",
         "A failure names the attempt: whoever was taken over changes nothing.",
-        "inbox/statements.py",
-        f"\n       due_at = clock_timestamp() + make_interval(secs => :due_in)\n {GUARD}",
-        f"\n       due_at = clock_timestamp() + make_interval(secs => :due_in)\n {ANY_ATTEMPT}",
+        "statements.FAIL",
+        "AND attempt = :attempt",
+        "AND :attempt > 0",
         "integration/test_ledger.py::test_whoever_was_taken_over_changes_nothing[fail]",
     ),
-    Mutant(
+    TextMutant(
         "failed-in-any-status",
         "A failure names the status: what is completed stays so.",
-        "inbox/statements.py",
-        f"\n       due_at = clock_timestamp() + make_interval(secs => :due_in)\n {GUARD}",
-        f"\n       due_at = clock_timestamp() + make_interval(secs => :due_in)\n {ANY_STATUS}",
+        "statements.FAIL",
+        "event_id = :event_id AND status = 'processing'",
+        "event_id = :event_id",
         "integration/test_ledger.py::test_only_what_is_held_can_be_changed[fail-completed]",
     ),
-    Mutant(
+    TextMutant(
         "killed-at-any-attempt",
         "So does a death.",
-        "inbox/statements.py",
-        f'settled_at = clock_timestamp()\n {GUARD}\n""")\n)\n\nRELEASE',
-        f'settled_at = clock_timestamp()\n {ANY_ATTEMPT}\n""")\n)\n\nRELEASE',
+        "KILL",
+        "AND attempt = :attempt",
+        "AND :attempt > 0",
         "integration/test_ledger.py::test_whoever_was_taken_over_changes_nothing[kill]",
     ),
-    Mutant(
+    TextMutant(
         "released-at-any-attempt",
         "So does a release.",
-        "inbox/statements.py",
-        f"SET status = 'pending', due_at = clock_timestamp() + make_interval(secs => :due_in)\n {GUARD}",
-        f"SET status = 'pending', due_at = clock_timestamp() + make_interval(secs => :due_in)\n {ANY_ATTEMPT}",
+        "RELEASE",
+        "AND attempt = :attempt",
+        "AND :attempt > 0",
         "integration/test_ledger.py::test_whoever_was_taken_over_changes_nothing[release]",
     ),
-    Mutant(
+    TextMutant(
         "ignored-at-any-attempt",
         "So does settling what nothing here wants.",
-        "inbox/statements.py",
-        f"action = 'ignored', settled_at = clock_timestamp()\n {GUARD}",
-        f"action = 'ignored', settled_at = clock_timestamp()\n {ANY_ATTEMPT}",
+        "IGNORE",
+        "AND attempt = :attempt",
+        "AND :attempt > 0",
         "integration/test_ledger.py::test_whoever_was_taken_over_changes_nothing[ignore]",
     ),
     Mutant(
         "given-up-on-and-silent",
         "A holder that was given up on and is alive has the last word, as long as nobody else has begun.",
-        "inbox/ledger.py",
-        "if not rows and await self._run(",
-        "if False and await self._run(",
+        "Ledger._settle",
+        "not rows",
+        "False",
         "integration/test_ledger.py::test_a_holder_that_was_given_up_on_and_is_alive_has_the_last_word",
     ),
-    Mutant(
+    TextMutant(
         "taken-back-at-any-attempt",
         "It has none once another has begun.",
-        "inbox/statements.py",
-        "IN ('pending', 'dead') AND attempt = :attempt AND abandoned",
-        "IN ('pending', 'dead') AND :attempt > 0 AND abandoned",
+        "TAKE_BACK",
+        "AND attempt = :attempt",
+        "AND :attempt > 0",
         "integration/test_ledger.py::test_a_holder_that_was_taken_over_has_nothing_to_say",
     ),
     # -- failures, releases, replays
-    Mutant(
+    TextMutant(
         "failure-is-not-charged",
         "`failures` counts the attempts that failed.",
-        "inbox/statements.py",
+        "statements.FAIL",
         "SET failures = failures + 1, last_error",
         "SET last_error",
         "integration/test_ledger.py::test_a_failure_is_counted_and_tried_again",
     ),
-    Mutant(
+    TextMutant(
         "failures-alone-kill",
         "A count of failures alone never kills: a dependency may be down for hours.",
-        "inbox/statements.py",
-        "       status = CASE WHEN clock_timestamp() >= give_up_at THEN 'dead' ELSE 'failed' END,\n"
-        "       settled_at = CASE WHEN clock_timestamp() >= give_up_at",
-        "       status = CASE WHEN failures >= 100 OR clock_timestamp() >= give_up_at THEN 'dead' ELSE 'failed' END,\n"
-        "       settled_at = CASE WHEN failures >= 100 OR clock_timestamp() >= give_up_at",
+        "statements.FAIL",
+        (
+            "status = CASE WHEN clock_timestamp() >= give_up_at THEN 'dead' ELSE 'failed' END, settled_at = CASE "
+            "WHEN clock_timestamp() >= give_up_at"
+        ),
+        (
+            "status = CASE WHEN failures >= 100 OR clock_timestamp() >= give_up_at THEN 'dead' ELSE 'failed' "
+            "END, settled_at = CASE WHEN failures >= 100 OR clock_timestamp() >= give_up_at"
+        ),
         "integration/test_ledger.py::test_a_failure_after_three_days_is_the_last",
     ),
-    Mutant(
+    TextMutant(
         "failing-for-ever",
         "What still fails when Stripe itself has given up is dead.",
-        "inbox/statements.py",
-        "       status = CASE WHEN clock_timestamp() >= give_up_at THEN 'dead' ELSE 'failed' END,\n"
-        "       settled_at = CASE WHEN clock_timestamp() >= give_up_at",
-        "       status = 'failed',\n       settled_at = CASE WHEN false",
+        "statements.FAIL",
+        (
+            "status = CASE WHEN clock_timestamp() >= give_up_at THEN 'dead' ELSE 'failed' END, settled_at = CASE "
+            "WHEN clock_timestamp() >= give_up_at"
+        ),
+        "status = 'failed', settled_at = CASE WHEN false",
         "integration/test_ledger.py::test_a_failure_after_three_days_is_the_last",
     ),
-    Mutant(
+    TextMutant(
         "release-charges",
         "What was not begun, or interrupted by us, is released uncharged.",
-        "inbox/statements.py",
+        "RELEASE",
         "SET status = 'pending', due_at = clock_timestamp() + make_interval(secs => :due_in)",
-        "SET status = 'pending', failures = failures + 1,\n"
-        "       due_at = clock_timestamp() + make_interval(secs => :due_in)",
+        (
+            "SET status = 'pending', failures = failures + 1, due_at = clock_timestamp() + make_interval(secs => "
+            ":due_in)"
+        ),
         "integration/test_ledger.py::test_released_is_pending_and_nothing_is_charged",
     ),
-    Mutant(
+    TextMutant(
         "a-failure-is-not-noted",
         "Each attempt that did not succeed is noted, in the statement that charges it.",
-        "inbox/statements.py",
+        "_noting",
         "clock_timestamp(), last_error FROM changed",
         "clock_timestamp(), last_error FROM changed WHERE false",
         "integration/test_ledger.py::test_each_attempt_that_did_not_succeed_is_noted",
     ),
-    Mutant(
+    TextMutant(
         "taken-back-and-noted",
         "Who takes its row back was not abandoned: the note goes with the charge.",
-        "inbox/statements.py",
+        "TAKE_BACK",
         "AND a.outcome = 'abandoned'",
         "AND a.outcome = 'none'",
         "integration/test_ledger.py::test_who_takes_its_row_back_was_not_abandoned",
     ),
-    Mutant(
+    TextMutant(
         "replay-resets-the-attempt",
         "A replay leaves the attempt as it is: it fences.",
-        "operations/commands.py",
+        "_REPLAY",
         "SET status = 'pending', failures = 0,",
         "SET status = 'pending', attempt = 0, failures = 0,",
         "integration/test_commands.py::test_a_replay_begins_anew",
     ),
-    Mutant(
+    TextMutant(
         "replay-keeps-the-counts",
         "A replay begins anew: failures and abandonments are 0.",
-        "operations/commands.py",
+        "_REPLAY",
         "failures = 0, abandoned = 0, settled_at",
         "settled_at",
         "integration/test_commands.py::test_a_replay_begins_anew",
@@ -208,31 +212,31 @@ MUTANTS = (
     Mutant(
         "replay-of-what-runs",
         "What is being handled is not replayed.",
-        "operations/commands.py",
-        "statuses = {*REPLAYABLE, *(",
-        "statuses = {Status.PROCESSING, *REPLAYABLE, *(",
+        "Commands.replay",
+        "{*REPLAYABLE, *...}",
+        "{Status.PROCESSING, *REPLAYABLE, *...}",
         "integration/test_commands.py::test_a_replay_never_doubles[processing]",
     ),
     Mutant(
         "replay-of-what-is-done",
         "What is completed is not replayed.",
-        "operations/commands.py",
-        "REPLAYABLE = (Status.PENDING,",
-        "REPLAYABLE = (Status.COMPLETED, Status.PENDING,",
+        "REPLAYABLE",
+        "(Status.PENDING, Status.FAILED, Status.DEAD, Status.IGNORED)",
+        "(Status.COMPLETED, Status.PENDING, Status.FAILED, Status.DEAD, Status.IGNORED)",
         "integration/test_commands.py::test_a_replay_never_doubles[completed]",
     ),
-    Mutant(
+    TextMutant(
         "replay-of-what-has-ended-since",
         "What was completed since it was chosen is not replayed.",
-        "operations/commands.py",
+        "_REPLAY",
         "e.status = c.status AND e.attempt",
         "e.attempt",
         "integration/test_commands.py::test_what_changed_since_it_was_chosen_is_left[ended]",
     ),
-    Mutant(
+    TextMutant(
         "replay-of-what-was-tried-since",
         "What was tried again since it was chosen is not replayed.",
-        "operations/commands.py",
+        "_REPLAY",
         "e.status = c.status AND e.attempt = c.attempt",
         "e.status = c.status",
         "integration/test_commands.py::test_what_changed_since_it_was_chosen_is_left[tried]",
@@ -241,15 +245,15 @@ MUTANTS = (
     Mutant(
         "reconciled-newest-first",
         "What Stripe has and the ledger has not is recorded oldest first.",
-        "operations/reconcile.py",
-        "missing = window.missing[::-1]",
-        "missing = window.missing[:]",
+        "Reconciliation.run",
+        "window.missing[::-1]",
+        "window.missing[:]",
         "integration/test_reconcile.py::test_the_oldest_first_through_windows_pages_and_ties",
     ),
     Mutant(
         "reconciled-at-one-instant",
         "What is recorded together is due one after the other: recovery takes it up in that order.",
-        "operations/commands.py",
+        "Commands.recording",
         "first + number * _MICROSECOND",
         "first",
         "integration/test_reconcile.py::test_the_oldest_first_through_windows_pages_and_ties",
@@ -257,16 +261,16 @@ MUTANTS = (
     Mutant(
         "reconciled-in-part",
         "A list that breaks off is read again, never taken for all there is.",
-        "operations/reconcile.py",
-        "if page is None and divisible:\n                return None",
-        "if page is None:\n                return window",
+        "Reconciliation._read",
+        "if page is None and divisible:\n    return None",
+        "if page is None:\n    return window",
         "integration/test_reconcile.py::test_a_cursor_that_has_gone_is_no_end",
     ),
     # -- the backoff
     Mutant(
         "backoff-without-jitter",
         "The backoff is jittered between half and whole.",
-        "backoff.py",
+        "Backoff.after",
         "whole * random.uniform(0.5, 1)",
         "whole",
         "unit/test_backoff.py::test_it_spreads",
@@ -274,7 +278,7 @@ MUTANTS = (
     Mutant(
         "backoff-without-a-cap",
         "The backoff stops doubling at an hour.",
-        "backoff.py",
+        "Backoff.after",
         "min(self.first_seconds * 2.0 ** min(count - 1, 60), self.most_seconds)",
         "self.first_seconds * 2.0 ** min(count - 1, 60)",
         "unit/test_backoff.py::test_it_doubles_up_to_the_cap",
@@ -282,9 +286,9 @@ MUTANTS = (
     Mutant(
         "backoff-does-not-double",
         "The backoff doubles from failure to failure.",
-        "backoff.py",
-        "self.first_seconds * 2.0 ** min(count - 1, 60)",
-        "self.first_seconds * count",
+        "Backoff.after",
+        "2.0 ** min(count - 1, 60)",
+        "count",
         "unit/test_backoff.py::test_it_doubles_up_to_the_cap",
     ),
 )

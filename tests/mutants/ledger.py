@@ -1,102 +1,102 @@
 """Mutants of the second claim: the ledger's statements, who wins a row, who takes it over, who gives up on it."""
 
-from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import Mutant, TextMutant
 
 MUTANTS = (
     # -- claim and record
     Mutant(
         "a-known-id-is-claimed",
         "The first insert wins the right to dispatch, and no other.",
-        "inbox/ledger.py",
-        "if event_id in new and first[event_id] is arrival:",
-        "if first[event_id] is arrival:",
+        "Ledger._insert",
+        "event_id in new and first[event_id] is arrival",
+        "first[event_id] is arrival",
         "integration/test_ledger.py::test_a_second_claim_finds_the_row[completed]",
     ),
-    Mutant(
+    TextMutant(
         "insert-queues-behind-the-handler",
         "`ON CONFLICT DO UPDATE` is never used: it waits for a running handler's row lock.",
-        "inbox/statements.py",
-        "ON CONFLICT (event_id) DO NOTHING\n    RETURNING event_id",
-        "ON CONFLICT (event_id) DO UPDATE SET type = excluded.type WHERE false\n    RETURNING event_id",
+        "INSERT",
+        "DO NOTHING RETURNING event_id",
+        "DO UPDATE SET type = excluded.type WHERE false RETURNING event_id",
         "integration/test_ledger.py::test_an_insert_does_not_wait_for_a_running_handler",
     ),
     Mutant(
         "claim-without-a-lease",
         "A claim is due again when its lease is over.",
-        "inbox/ledger.py",
-        "Status.PROCESSING, 1, self._lease_seconds)",
-        "Status.PROCESSING, 1, 0)",
+        "Ledger.claim",
+        "NewRow(delivery, Status.PROCESSING, 1, self._lease_seconds)",
+        "NewRow(delivery, Status.PROCESSING, 1, 0)",
         "integration/test_ledger.py::test_the_first_claim_wins",
     ),
     Mutant(
         "recorded-as-an-attempt",
         "A recorded event is `pending` with attempt 0: nobody has begun.",
-        "inbox/ledger.py",
-        "Status.PENDING, 0, due_in_seconds",
-        "Status.PENDING, 1, due_in_seconds",
+        "Ledger.record",
+        "NewRow(delivery, Status.PENDING, 0, due_in_seconds)",
+        "NewRow(delivery, Status.PENDING, 1, due_in_seconds)",
         "integration/test_ledger.py::test_a_record_waits_for_recovery",
     ),
-    Mutant(
+    TextMutant(
         "a-record-changes-the-row",
         "Whoever finds a row changes nothing of it.",
-        "inbox/statements.py",
-        "ON CONFLICT (event_id) DO NOTHING\n    RETURNING event_id",
-        "ON CONFLICT (event_id) DO UPDATE SET due_at = excluded.due_at\n    RETURNING event_id",
+        "INSERT",
+        "DO NOTHING RETURNING event_id",
+        "DO UPDATE SET due_at = excluded.due_at RETURNING event_id",
         "integration/test_ledger.py::test_a_record_changes_nothing_that_is_there",
     ),
     Mutant(
         "body-made-valid",
         "The body is stored byte for byte.",
-        "inbox/ledger.py",
-        "bodies=[arrival.delivery.body for",
-        "bodies=[arrival.delivery.body.strip() for",
+        "insert",
+        "arrival.delivery.body",
+        "arrival.delivery.body.strip()",
         "integration/test_ledger.py::test_a_hostile_body_is_stored_byte_for_byte[white space around]",
     ),
     # -- coalescing
     Mutant(
         "all-copies-in-a-batch-win",
         "Of the copies in a batch exactly one wins.",
-        "inbox/ledger.py",
-        "if event_id in new and first[event_id] is arrival:",
-        "if event_id in new:",
+        "Ledger._insert",
+        "event_id in new and first[event_id] is arrival",
+        "event_id in new",
         "integration/test_coalescing.py::test_each_new_id_of_a_batch_has_one_winner",
     ),
     Mutant(
         "a-recorder-goes-first",
         "In a batch, who may dispatch goes before who only records.",
-        "inbox/ledger.py",
-        "in sorted(arrivals, key=lambda arrival: arrival.status is Status.PENDING):",
-        "in arrivals:",
+        "Ledger._insert",
+        "sorted(arrivals, key=lambda arrival: arrival.status is Status.PENDING)",
+        "arrivals",
         "integration/test_coalescing.py::test_who_may_dispatch_goes_before_who_only_records",
     ),
-    Mutant(
+    TextMutant(
         "batch-in-any-order",
         "A batch is sorted: two processes that insert the same ids in opposite order deadlock.",
-        "inbox/statements.py",
-        '     ORDER BY d.event_id COLLATE "C"\n',
+        "INSERT",
+        'ORDER BY d.event_id COLLATE "C"',
         "",
         "integration/test_coalescing.py::test_a_batch_is_in_the_order_of_its_ids",
     ),
     Mutant(
         "one-bad-row-fails-all",
         "One bad row fails alone.",
-        "inbox/ledger.py",
-        "if len(arrivals) == 1:\n                        return [LedgerUnavailable(describe(error))]",
-        "if True:\n                        return [LedgerUnavailable(describe(error))] * len(arrivals)",
+        "Ledger._arrive",
+        "if len(arrivals) == 1:\n    return [LedgerUnavailable(describe(error))]",
+        "if True:\n    return [LedgerUnavailable(describe(error))] * len(arrivals)",
         "integration/test_coalescing.py::test_one_bad_row_fails_alone",
     ),
-    Mutant(
+    TextMutant(
         "an-id-outlives-its-server",
         "A server that was started since cannot tell what became of a transaction: it gives ids out again.",
-        "inbox/statements.py",
+        "XACT_STATUS",
         "WHEN pg_postmaster_start_time() = :server AND",
         "WHEN CAST(:server AS timestamptz) IS NOT NULL AND",
         "integration/test_ledger.py::test_a_server_that_was_started_or_crashed_since_cannot_tell",
     ),
-    Mutant(
+    TextMutant(
         "an-id-outlives-a-crash",
         "Nor can one that crashed since, and recovered in place.",
-        "inbox/statements.py",
+        "XACT_STATUS",
         "AND stats_reset < :began",
         "AND CAST(:began AS timestamptz) IS NOT NULL",
         "integration/test_ledger.py::test_a_server_that_was_started_or_crashed_since_cannot_tell",
@@ -104,129 +104,132 @@ MUTANTS = (
     Mutant(
         "each-batch-times-out",
         "A server that does not answer costs one timeout, however many wait behind it.",
-        "inbox/ledger.py",
-        "if isinstance(error.__cause__, TimeoutError):",
-        "if False:",
+        "Ledger._arrive",
+        "isinstance(error.__cause__, TimeoutError)",
+        "False",
         "integration/test_coalescing.py::test_a_server_that_does_not_answer_costs_one_timeout",
     ),
     Mutant(
         "who-waits-needs-another-call",
         "A delivery that waits behind a late insert goes past it by itself.",
-        "inbox/batcher.py",
+        "Batcher._look",
         "self._look_again = loop.call_at(late_at, self._look)",
-        "pass",
+        "",
         "unit/test_batcher.py::test_who_waits_goes_past_a_batch_when_it_becomes_late",
     ),
-    Mutant(
+    TextMutant(
         "a-batch-waits-for-ever",
         "A row that is waited for holds up its batch only for so long.",
-        "inbox/statements.py",
+        "INSERT",
         "set_config('lock_timeout', :patience_ms, true)",
         "CAST(:patience_ms AS text)",
         "integration/test_coalescing.py::test_a_row_that_is_waited_for_holds_up_no_mates",
     ),
     # -- take-over
-    Mutant(
+    TextMutant(
         "taken-over-when-due",
-        "A delivery takes over at once what is pending or failed, whatever its `due_at`: Stripe paces its own retries.",
-        "inbox/statements.py",
-        "= ANY(:event_ids) AND status IN ('pending', 'failed')\n",
-        "= ANY(:event_ids) AND status IN ('pending', 'failed') AND due_at <= clock_timestamp()\n",
+        (
+            "A delivery takes over at once what is pending or failed, whatever its `due_at`: Stripe paces its "
+            "own retries."
+        ),
+        "TAKE_OVER",
+        "status IN ('pending', 'failed')",
+        "status IN ('pending', 'failed') AND due_at <= clock_timestamp()",
         "integration/test_ledger.py::test_what_nobody_works_on_is_taken_over",
     ),
-    Mutant(
+    TextMutant(
         "processing-is-taken-over",
         "What is `processing` is somebody's, even past its lease: only who was given up on is not.",
-        "inbox/statements.py",
-        "= ANY(:event_ids) AND status IN ('pending', 'failed')\n",
-        "= ANY(:event_ids) AND status IN ('pending', 'failed', 'processing')\n",
+        "TAKE_OVER",
+        "status IN ('pending', 'failed')",
+        "status IN ('pending', 'failed', 'processing')",
         "integration/test_ledger.py::test_what_is_owned_or_settled_is_not_taken_over[processing]",
     ),
-    Mutant(
+    TextMutant(
         "settled-is-taken-over",
         "What is settled stays settled.",
-        "inbox/statements.py",
-        "= ANY(:event_ids) AND status IN ('pending', 'failed')\n",
-        "= ANY(:event_ids) AND status <> 'processing'\n",
+        "TAKE_OVER",
+        "status IN ('pending', 'failed')",
+        "status <> 'processing'",
         "integration/test_ledger.py::test_what_is_owned_or_settled_is_not_taken_over[completed]",
     ),
-    Mutant(
+    TextMutant(
         "take-over-waits",
         "A take-over skips a locked row (`SKIP LOCKED`): its handler is alive, however slow.",
-        "inbox/statements.py",
-        "AND status IN ('pending', 'failed')\n       FOR UPDATE SKIP LOCKED",
-        "AND status IN ('pending', 'failed')\n       FOR UPDATE",
+        "TAKE_OVER",
+        "FOR UPDATE SKIP LOCKED",
+        "FOR UPDATE",
         "integration/test_ledger.py::test_a_locked_row_is_skipped",
     ),
-    Mutant(
+    TextMutant(
         "attempt-does-not-rise",
         "The attempt, which is the fencing token, rises with each take-over.",
-        "inbox/statements.py",
+        "TAKE_OVER",
         "attempt = attempt + 1",
         "attempt = greatest(attempt, 1)",
         "integration/test_ledger.py::test_what_nobody_works_on_is_taken_over",
     ),
-    Mutant(
+    TextMutant(
         "take-over-charges",
         "A take-over charges nothing.",
-        "inbox/statements.py",
+        "TAKE_OVER",
         "attempt = attempt + 1,",
         "attempt = attempt + 1, failures = failures + 1,",
         "integration/test_ledger.py::test_what_nobody_works_on_is_taken_over",
     ),
     # -- what is due, and who vanished
-    Mutant(
+    TextMutant(
         "due-before-its-time",
         "What is not due yet waits.",
-        "inbox/statements.py",
-        "AND due_at <= (SELECT clock_timestamp()) AND (abandoned",
-        "AND (abandoned",
+        "DUE",
+        "AND due_at <= (SELECT clock_timestamp())",
+        "",
         "integration/test_ledger.py::test_due_is_the_oldest_first",
     ),
-    Mutant(
+    TextMutant(
         "due-by-another-clock",
         "The clock is the database's `clock_timestamp()`.",
-        "inbox/statements.py",
-        "AND due_at <= (SELECT clock_timestamp()) AND (abandoned",
-        "AND due_at <= (SELECT now()) AND (abandoned",
+        "DUE",
+        "clock_timestamp()",
+        "now()",
         "integration/test_clock.py::test_a_recorded_event_is_due_when_the_clock_says_so",
     ),
-    Mutant(
+    TextMutant(
         "newest-first",
         "What is due the longest comes first.",
-        "inbox/statements.py",
-        ":abandoned\n ORDER BY due_at LIMIT",
-        ":abandoned\n ORDER BY due_at DESC LIMIT",
+        "DUE",
+        "ORDER BY due_at",
+        "ORDER BY due_at DESC",
         "integration/test_ledger.py::test_due_is_the_oldest_first",
     ),
-    Mutant(
+    TextMutant(
         "suspects-among-the-others",
         "Events that were abandoned before are fetched apart.",
-        "inbox/statements.py",
-        " AND (abandoned > 0) = :abandoned",
-        " AND (:abandoned OR true)",
+        "DUE",
+        "AND (abandoned > 0) = :abandoned",
+        "AND (:abandoned OR true)",
         "integration/test_ledger.py::test_those_abandoned_before_are_due_apart",
     ),
-    Mutant(
+    TextMutant(
         "abandoned-within-the-lease",
         "A holder within its lease is left alone.",
-        "inbox/statements.py",
-        "WHERE status = 'processing' AND due_at <= (SELECT clock_timestamp())",
-        "WHERE status = 'processing'",
+        "RETURN_ABANDONED",
+        "AND due_at <= (SELECT clock_timestamp())",
+        "",
         "integration/test_ledger.py::test_a_holder_within_its_lease_is_left_alone",
     ),
-    Mutant(
+    TextMutant(
         "abandoned-while-it-runs",
         "While a handler runs its row lock is the lease, however late it is.",
-        "inbox/statements.py",
-        "LIMIT :limit\n       FOR UPDATE SKIP LOCKED",
-        "LIMIT :limit",
+        "RETURN_ABANDONED",
+        "FOR UPDATE SKIP LOCKED",
+        "",
         "integration/test_ledger.py::test_a_slow_handler_is_not_abandoned",
     ),
-    Mutant(
+    TextMutant(
         "abandoned-is-not-counted",
         "`abandoned` counts the attempts whose holder vanished.",
-        "inbox/statements.py",
+        "RETURN_ABANDONED",
         "SET abandoned = abandoned + 1,",
         "SET abandoned = greatest(abandoned, 1),",
         "integration/test_ledger.py::test_a_poison_event_is_dead_at_the_eighth",
@@ -234,28 +237,28 @@ MUTANTS = (
     Mutant(
         "abandoned-for-ever",
         "An event whose holder vanished eight times is dead: it kills its process.",
-        "app.py",
-        "abandoned_most=settings.abandoned_most",
-        "abandoned_most=10**6",
+        "assemble",
+        "settings.abandoned_most",
+        "10**6",
         "integration/test_ledger.py::test_a_poison_event_is_dead_at_the_eighth",
     ),
-    Mutant(
+    TextMutant(
         "abandoned-is-due-at-once",
         "An abandoned event is due again after a jittered backoff.",
-        "inbox/statements.py",
+        "RETURN_ABANDONED",
         "secs => least(:first * power",
         "secs => 0 * least(:first * power",
         "integration/test_ledger.py::test_every_abandonment_doubles_the_wait",
     ),
-    Mutant(
+    TextMutant(
         "as-many-as-the-plan-likes",
         "As many rows as asked are claimed, under every plan: the ids come from a CTE of their own.",
-        "inbox/statements.py",
-        "      FROM due\n     WHERE e.event_id = due.event_id\n    RETURNING e.*",
-        "     WHERE e.event_id IN (SELECT event_id FROM stripe_events\n"
-        "                       WHERE status = 'processing' AND due_at <= (SELECT clock_timestamp())\n"
-        "                       ORDER BY due_at LIMIT :limit FOR UPDATE SKIP LOCKED)\n"
-        "    RETURNING e.*",
+        "RETURN_ABANDONED",
+        "FROM due WHERE e.event_id = due.event_id RETURNING e.*",
+        (
+            "WHERE e.event_id IN (SELECT event_id FROM stripe_events WHERE status = 'processing' AND due_at <= "
+            "(SELECT clock_timestamp()) ORDER BY due_at LIMIT :limit FOR UPDATE SKIP LOCKED) RETURNING e.*"
+        ),
         "integration/test_ledger.py::test_as_many_as_asked_the_oldest_first",
     ),
 )

@@ -59,8 +59,9 @@ def copy(folder: Path) -> None:
 
 def break_rule(mutant: Mutant, folder: Path) -> None:
     """Apply the mutant to the copy; no compiled code of the unbroken file is left beside it."""
-    path = folder / "service" / "firstclaim" / mutant.file
-    path.write_text(mutant.applied(folder))
+    file, source = mutant.applied()
+    path = folder / "service" / "firstclaim" / file
+    path.write_text(source)
     for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
         compiled.unlink()
 
@@ -176,8 +177,9 @@ def test_unbroken_they_are_green(lanes: Lanes) -> None:
 
 @ids
 def test_the_mutant_fits(mutant: Mutant) -> None:
-    """Its text is in the service exactly once, so that what it takes out is the rule and nothing else."""
-    compile(mutant.applied(REPOSITORY), mutant.file, "exec")
+    """The service has exactly once what the mutant changes, and the result is valid Python."""
+    file, source = mutant.applied()
+    compile(source, file, "exec")
 
 
 def test_every_test_named_exists() -> None:
