@@ -8,15 +8,10 @@ from pathlib import Path
 
 import httpx
 import orjson
-import pytest
-from typer.testing import CliRunner
 
-from firstclaim.cli import commands as cli
-from firstclaim.passwords import Password
 from firstclaim.status import Status
 from firstclaim.web.webhook import WEBHOOK_PATH
-from tests.acceptance.command import Command
-from tests.acceptance.harness import PROCESSED, PYTHON_PATH, Ground, Overrides, Service, eventually, sample
+from tests.acceptance.harness import PROCESSED, Ground, Overrides, Service, eventually, sample
 from tests.acceptance.test_events_command import dead_event
 from tests.canaries import EMAIL, TEXT, assert_silent, metadata
 from tests.pages import HASHED, PASSWORD, Visitor
@@ -148,27 +143,3 @@ async def test_the_overview_counts_what_was_delivered(ground: Ground) -> None:
     assert "1 completed" in text
     assert f"1 {Status.DEAD}" in text
     assert "last good round" in text
-
-
-async def test_a_weak_password_is_refused_at_start(ground: Ground, tmp_path: Path) -> None:
-    """With a sentence, before anything listens, and without the value."""
-    folder = tmp_path / "operator"
-    folder.mkdir()
-    command = Command(folder, {"PATH": "/usr/bin:/bin", "PYTHONPATH": PYTHON_PATH})
-    run = await command("serve", "--port", "0", FIRSTCLAIM_ADMIN_PASSWORD="hunter2")
-    assert run.code == 2
-    run.says("FIRSTCLAIM_ADMIN_PASSWORD", "too short", "12 characters")
-    assert "hunter2" not in run.said
-
-
-def test_the_command_makes_a_hash(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked for twice and not shown; the last line is what to set, and the password opens it."""
-    runner = CliRunner()
-    done = runner.invoke(cli.app, ["admin-password"], input=f"{PASSWORD}\n{PASSWORD}\n")
-    assert done.exit_code == 0, done.output
-    assert Password.read(done.stdout.splitlines()[-1]).matches(PASSWORD)
-    assert PASSWORD not in done.output
-    short = runner.invoke(cli.app, ["admin-password"], input="hunter2\nhunter2\n")
-    assert short.exit_code == 2
-    assert "too short" in short.output
-    assert "hunter2" not in short.output

@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ from importlib import resources
 from pathlib import Path
 
 import httpx
-import orjson
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -27,7 +25,6 @@ from tests.acceptance.harness import (
     DEAD,
     DEFERRED,
     FAILED,
-    PYTHON_PATH,
     SHORT_LEASE,
     Ground,
     Overrides,
@@ -38,6 +35,7 @@ from tests.acceptance.harness import (
 )
 from tests.fixtures import signed
 from tests.proxy import Mode, Proxy, before_postgres, before_redis
+from tests.unit.test_cli_admin import printed, queries_of
 
 MONITORING = resources.files("firstclaim").joinpath("observability")
 ALERTS = set(re.findall(r"- alert: (\w+)", MONITORING.joinpath("alerts.yaml").read_text()))
@@ -255,42 +253,3 @@ async def test_every_metric_that_is_asked_for_exists(ground: Ground) -> None:
         asked = set(re.findall(r"\bfirstclaim_\w+", text))
         assert asked
         assert asked <= told
-
-
-def test_the_dashboard_can_be_imported() -> None:
-    """Every panel has its place, a title, and a number of its own."""
-    board = orjson.loads(printed())
-    taken: set[tuple[int, int]] = set()
-    for panel in board["panels"]:
-        place = panel["gridPos"]
-        cells = {
-            (x, y)
-            for x in range(place["x"], place["x"] + place["w"])
-            for y in range(place["y"], place["y"] + place["h"])
-        }
-        assert not cells & taken, panel["title"]
-        taken |= cells
-        assert panel["title"]
-        assert max(x for x, _ in cells) < 24
-    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
-
-
-def test_without_the_word_nothing_is_printed() -> None:
-    """A usage error that says which word."""
-    done = subprocess.run([*COMMAND, "dashboard"], capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "--print" in done.stderr
-
-
-COMMAND = [sys.executable, "-m", "firstclaim"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHON_PATH}  # this checkout's code, as the services import it
-
-
-def printed(*options: str) -> str:
-    """What the command prints."""
-    return subprocess.check_output([*COMMAND, "dashboard", "--print", *options], text=True, env=ENVIRONMENT)
-
-
-def queries_of(board: str) -> list[str]:
-    """Every query of the dashboard's panels."""
-    return [target["expr"] for panel in orjson.loads(board)["panels"] for target in panel["targets"]]

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from firstclaim.status import Status
-from tests.acceptance.command import SECRET, Command, Run
+from tests.acceptance.command import Command, Run
 from tests.acceptance.harness import PROCESSED, PYTHON_PATH, Ground, Sample, eventually, sample
 from tests.canaries import API_KEY, STORY, assert_silent, metadata
 from tests.fixtures import event_body
@@ -167,29 +167,6 @@ async def test_an_event_that_is_none_is_named(ground: Ground, command: Command, 
     assert content["refusals"] == [{"event_id": "evt_broken", "reason": '"livemode" must be true or false'}]
     assert await ground.row(good) is not None
     assert await ground.row(broken) is None
-
-
-async def test_a_wrong_command_line_is_a_usage_error(command: Command, api: StripeApi) -> None:
-    """What was wrong, and what would be right: exit 2, and nobody was asked anything."""
-    for since, changes, words in (
-        ("31d", {}, ["--since", "at most 30d", "Stripe lists no older events"]),
-        ("1d", {"STRIPE_API_KEY": None}, ["STRIPE_API_KEY is missing", "may read Events"]),
-        ("1d", {"STRIPE_API_KEY": SECRET}, ["STRIPE_API_KEY: expected a secret key"]),
-        ("1d", {"STRIPE_LOG": "debug"}, ["STRIPE_LOG", "payloads"]),
-    ):
-        run = await command("reconcile", "--since", since, **changes, COLUMNS="200")
-        assert run.code == 2, run.said
-        run.says(*words)
-    assert api.asked == []
-
-
-async def test_a_ledger_that_is_away_is_named(command: Command, api: StripeApi, unused_tcp_port: int) -> None:
-    """Exit 3, and Stripe was not asked: nothing could be recorded."""
-    away = f"postgresql://nobody@127.0.0.1:{unused_tcp_port}/x"
-    run = await command("reconcile", "--since", "1d", DATABASE_URL=away)
-    assert run.code == 3, run.said
-    run.says("Postgres")
-    assert api.asked == []
 
 
 async def test_nothing_says_the_key_or_a_payload(command: Command, api: StripeApi) -> None:

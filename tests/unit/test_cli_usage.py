@@ -1,0 +1,207 @@
+"""What the command refuses before it connects to anything: the exit code, the name of what is wrong, and no secret.
+
+The command runs in this process. One real process for each kind of exit is in `tests/acceptance`.
+"""
+
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from firstclaim.cli.commands import app
+from firstclaim.errors import ConfigurationError
+from firstclaim.operations.stripe_api import StripeEvents
+from firstclaim.settings import Settings, environment_name
+from tests.stripe_api import KEY
+
+PASSWORD = "pa55w0rd-in-a-url"
+SECRET = "whsec_must_not_be_printed"
+USAGE, UNAVAILABLE = 2, 3
+
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
+    """Runs a command in an empty folder without any setting; returns the exit code and everything it wrote."""
+    for field in Settings.model_fields:
+        monkeypatch.delenv(environment_name(field), raising=False)
+    monkeypatch.delenv("STRIPE_LOG", raising=False)
+    monkeypatch.chdir(tmp_path)
+    # The runner closes its standard error, which loggers of this process would keep.
+    monkeypatch.setattr("firstclaim.observability.logging.configure", lambda *_: None)
+
+    def invoke(*arguments: str, **environment: str | None) -> tuple[int, str]:
+        done = CliRunner().invoke(app, arguments, env={"COLUMNS": "200", **environment})
+        assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+        assert PASSWORD not in done.output
+        assert SECRET not in done.output
+        return done.exit_code, done.output
+
+    return invoke
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    """A port of the loopback on which connections wait to be accepted."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        yield listener
+
+
+def connections(listener: socket.socket) -> int:
+    """How many clients connected."""
+    try:
+        listener.accept()[0].close()
+    except BlockingIOError:
+        return 0
+    return 1
+
+
+def assert_refused(outcome: tuple[int, str], *words: str, code: int = USAGE) -> None:
+    """The command ended with this exit code and named all of these words."""
+    found, output = outcome
+    assert found == code, output
+    for word in words:
+        assert word in output
+
+
+# -- exit code 2: the command line --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["list", "--older-than", "3 days"], ["--older-than", "90s, 15m, 2h, 3d"]),
+        (["list", "--status", "stuck"], ["--status", "pending"]),
+        (["list", "--limit", "0"], ["--limit"]),
+        (["list", "--type", ""], ["--type", "printable characters"]),
+        (["show", "evt_\n"], ["printable characters"]),
+        (["replay"], ["name events by id"]),
+        (["prune", "--row-days", "34"], ["--row-days", "35"]),
+        (["prune", "--payload-days", "99999999999"], ["--payload-days", "36500"]),
+    ],
+)
+def test_an_impossible_filter(run: Run, arguments: list[str], words: list[str]) -> None:
+    """An option of `events` that cannot be meant: exit 2, with what was wrong and what would be right."""
+    assert_refused(run("events", *arguments), *words)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["--duplicates", "101"], "--duplicates"),
+        (["--users", "500"], "2500 connections at once"),
+        (["--html", "no/such/folder/r.html"], "--html"),
+        (["--database-url", f"mysql://user:{PASSWORD}@localhost/shop"], "mysql"),
+    ],
+)
+def test_an_impossible_load_test(run: Run, arguments: list[str], word: str) -> None:
+    """An option of `load` that cannot work: exit 2, the option is named, nothing is sent."""
+    outcome = run("load", "--secret", SECRET, *arguments)
+    assert_refused(outcome, word)
+    assert "deliveries of" not in outcome[1]
+
+
+def test_a_url_that_is_none(run: Run) -> None:
+    """`send` to what cannot be an address: exit 2, and the option is named."""
+    assert_refused(run("send", "invoice.paid", "--url", "localhost:8000"), "--url")
+
+
+def test_nothing_to_print(run: Run) -> None:
+    """`dashboard` without --print: exit 2, and the option is named."""
+    assert_refused(run("dashboard"), "--print")
+
+
+@pytest.mark.parametrize(
+    ("since", "settings", "words"),
+    [
+        ("31d", {}, ["--since", "at most 30d", "Stripe lists no older events"]),
+        ("1d", {"STRIPE_API_KEY": None}, ["STRIPE_API_KEY is missing", "may read Events"]),
+        ("1d", {"STRIPE_API_KEY": SECRET}, ["STRIPE_API_KEY: expected a secret key"]),
+    ],
+)
+def test_a_reconciliation_that_cannot_start(
+    run: Run, listener: socket.socket, since: str, settings: dict[str, str | None], words: list[str]
+) -> None:
+    """A period that Stripe does not list, or a bad key: exit 2, and no request reaches Stripe."""
+    stripe = {"STRIPE_API_KEY": KEY, "STRIPE_API_BASE": f"http://127.0.0.1:{listener.getsockname()[1]}"}
+    postgres = "postgresql://nobody@127.0.0.1:9/x"
+    assert_refused(run("reconcile", "--since", since, **{**stripe, "DATABASE_URL": postgres, **settings}), *words)
+    assert connections(listener) == 0
+
+
+async def test_a_log_that_would_show_payloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """STRIPE_LOG has Stripe's library print payloads: `reconcile` refuses it, with exit 2."""
+    monkeypatch.setenv("STRIPE_LOG", "debug")
+    with pytest.raises(ConfigurationError, match=r"STRIPE_LOG.*payloads") as refused:
+        async with StripeEvents.connect("https://api.stripe.com", KEY):
+            pytest.fail("it would have printed payloads")
+    assert refused.value.exit_code == USAGE
+
+
+# -- exit code 2: settings and handler modules --------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [["check"], ["serve", "--port", "0"]], ids=" ".join)
+@pytest.mark.parametrize("secrets", [None, " ", f"{SECRET},"], ids=["missing", "blank", "stray comma"])
+def test_no_signing_secret(run: Run, command: list[str], secrets: str | None) -> None:
+    """No secret, or a blank one among others, would accept any delivery: exit 2, and the variable is named."""
+    stores = {"DATABASE_URL": "postgresql://nobody@127.0.0.1:9/x", "REDIS_URL": "redis://127.0.0.1:9"}
+    assert_refused(run(*command, STRIPE_WEBHOOK_SECRETS=secrets, **stores), "STRIPE_WEBHOOK_SECRETS")
+
+
+@pytest.mark.parametrize("command", [["send", "invoice.paid"], ["load"]], ids=" ".join)
+def test_nothing_to_sign_with(run: Run, command: list[str]) -> None:
+    """`send` and `load` without a secret: exit 2, with both ways to get one."""
+    assert_refused(run(*command), "set STRIPE_WEBHOOK_SECRETS", "firstclaim serve")
+
+
+def test_a_weak_password(run: Run) -> None:
+    """A short password for the admin page: exit 2 with a sentence that does not show the value."""
+    outcome = run("serve", "--port", "0", FIRSTCLAIM_ADMIN_PASSWORD="hunter2")
+    assert_refused(outcome, "FIRSTCLAIM_ADMIN_PASSWORD", "too short", "12 characters")
+    assert "hunter2" not in outcome[1]
+
+
+def test_two_handlers_for_one_type(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A type that two modules handle: `check` ends with exit 2, although the stores fail too, and names both."""
+    code = 'from firstclaim import on\n@on("invoice.payment_failed")\nasync def act(event, context): return "acted"\n'
+    (tmp_path / "second_handlers.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    stores = {"DATABASE_URL": "postgresql://nobody@127.0.0.1:9/x", "REDIS_URL": "redis://127.0.0.1:9"}
+    modules = "firstclaim.handlers,second_handlers"
+    assert_refused(
+        run("check", STRIPE_WEBHOOK_SECRETS=SECRET, FIRSTCLAIM_HANDLERS=modules, **stores),
+        *('two handlers for "invoice.payment_failed"', "record_payment_failure", "act", "postgres", "redis"),
+    )
+
+
+# -- exit code 3: Postgres is unreachable -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["events", "list"],
+        ["events", "replay", "evt_1"],
+        ["stats"],
+        ["reconcile", "--since", "1d"],
+        ["load", "--secret", SECRET],
+        ["load", "--secret", SECRET, "--database-url", f"postgresql://user:{PASSWORD}@127.0.0.1:9/ledger"],
+    ],
+    ids=" ".join,
+)
+def test_a_ledger_that_is_unreachable(
+    run: Run, command: list[str], unused_tcp_port: int, listener: socket.socket
+) -> None:
+    """Nothing listens where Postgres should be: exit 3, Postgres is named, and no request is sent to Stripe."""
+    settings = {
+        "DATABASE_URL": f"postgresql://nobody:{PASSWORD}@127.0.0.1:{unused_tcp_port}/x",
+        "STRIPE_API_KEY": KEY,
+        "STRIPE_API_BASE": f"http://127.0.0.1:{listener.getsockname()[1]}",
+    }
+    assert_refused(run(*command, **settings), "Postgres", code=UNAVAILABLE)
+    assert connections(listener) == 0
