@@ -1,4 +1,4 @@
-"""Row 31: many at the door at once. The others are not slower for it, and the service not larger."""
+"""Row 31: many connections at once. Other deliveries do not become slower, and the process does not grow."""
 
 import asyncio
 import contextlib
@@ -26,72 +26,90 @@ from tests.raw_connection import RawConnection
 pytestmark = pytest.mark.timeout(600)
 
 SLOW = 500
-MANNERS = (b"", LIVEZ, request([HOST, ("Content-Length", "9000")], b"{"))  # nothing, half a head, half a body
+# What a slow connection sends: nothing, half a head, half a body.
+BEGINNINGS = (b"", LIVEZ, request([HOST, ("Content-Length", "9000")], b"{"))
 
 
 @dataclass(slots=True)
-class Crowd:
-    """`count` sockets that send next to nothing, each opened anew `pause_seconds` after it was closed."""
+class SlowConnections:
+    """`count` connections that send next to nothing; each is opened again `pause_seconds` after it was closed."""
 
     service: Service
     count: int
     pause_seconds: float = 0.0
-    statuses: Counter[int] = field(default_factory=Counter)  # that its members were answered
-    present: int = 0
-    leaving: bool = False
+    statuses: Counter[int] = field(default_factory=Counter)  # of the responses that they received
+    open: int = 0
+    _ending: bool = False
 
     @contextlib.asynccontextmanager
-    async def around(self, present: int) -> AsyncIterator[None]:
-        """So many are there when the block begins; after it each stays until the service has closed it."""
-        self.leaving = False
-        members = [asyncio.create_task(self._come(MANNERS[number % len(MANNERS)])) for number in range(self.count)]
+    async def running(self, open_least: int, *, until_closed: bool = False) -> AsyncIterator[None]:
+        """At least `open_least` are open when the block begins.
+
+        After it they hang up, or, with `until_closed`, wait until the service has closed them.
+        """
+        self._ending = False
+        tasks = [
+            asyncio.create_task(self._connect_again_and_again(BEGINNINGS[number % len(BEGINNINGS)]))
+            for number in range(self.count)
+        ]
         try:
-            await eventually(self.size, lambda size: size >= present)
+            await eventually(self._count_open, lambda count: count >= open_least)
             yield
         finally:
-            self.leaving = True
+            self._ending = True
+            if not until_closed:
+                for task in tasks:
+                    task.cancel()
             async with asyncio.timeout(HEAD_SECONDS + self.pause_seconds + LATE_SECONDS):
-                await asyncio.gather(*members)
+                ended = await asyncio.gather(*tasks, return_exceptions=True)
+        assert {type(each) for each in ended} <= {type(None), asyncio.CancelledError}, ended
 
-    async def size(self) -> int:
-        return self.present
+    async def count_503(self) -> int:
+        """How many responses were a 503."""
+        return self.statuses[503]
 
-    async def _come(self, first: bytes) -> None:
-        while not self.leaving:
+    async def _count_open(self) -> int:
+        return self.open
+
+    async def _connect_again_and_again(self, beginning: bytes) -> None:
+        while not self._ending:
             with contextlib.suppress(ConnectionError):
-                connection = await RawConnection.open(self.service.port, first)
-                await self._stay(connection)
+                connection = await RawConnection.open(self.service.port, beginning)
+                await self._wait_for_the_end(connection)
             await asyncio.sleep(self.pause_seconds)
 
-    async def _stay(self, connection: RawConnection) -> None:
-        self.present += 1
+    async def _wait_for_the_end(self, connection: RawConnection) -> None:
+        self.open += 1
         try:
-            said = await connection.rest(HEAD_SECONDS + LATE_SECONDS)
+            received = await connection.rest(HEAD_SECONDS + LATE_SECONDS)
         finally:
-            self.present -= 1
+            self.open -= 1
             connection.abort()
-        self.statuses.update(int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", said))
+        self.statuses.update(int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", received))
 
 
 # -- time ---------------------------------------------------------------------------------------------
 
 
+ROUNDS = 3
+
+
 async def test_row_31_slow_sockets_do_not_move_the_p99(history: History) -> None:
     """Deliveries with and without 500 slow sockets, in turn: the p99 is alike, and each delivery is answered."""
     service = await history.service().start()
-    await p99(history, service)  # the first of anything is slow
-    crowd = Crowd(service, SLOW)
+    await p99(history, service)  # the first deliveries of a process are slow
+    slow = SlowConnections(service, SLOW)
     alone: list[float] = []
     beside: list[float] = []
-    for _ in range(3):
+    for number in range(ROUNDS):
         alone.append(await p99(history, service))
-        async with crowd.around(present=SLOW):
+        async with slow.running(open_least=SLOW, until_closed=number == ROUNDS - 1):
             beside.append(await p99(history, service))
-            assert crowd.present >= SLOW * 0.9  # all but those that are just opened anew
-    told = f"p99 in seconds, alone: {alone}; beside {SLOW} slow sockets: {beside}"
-    assert statistics.median(beside) < 3 * statistics.median(alone) + 0.05, told
-    assert crowd.statuses.keys() == {408}
-    assert crowd.statuses[408] >= len(beside) * SLOW
+            assert slow.open >= SLOW * 0.9  # all but those that are being opened again
+    found = f"p99 in seconds, alone: {alone}; beside {SLOW} slow connections: {beside}"
+    assert statistics.median(beside) < 3 * statistics.median(alone) + 0.05, found
+    assert slow.statuses.keys() == {408}
+    assert slow.statuses[408] >= SLOW
     await verdict(history)
 
 
@@ -106,23 +124,23 @@ async def p99(history: History, service: Service) -> float:
 async def test_row_31_a_full_process_goes_on_serving(history: History) -> None:
     """Four times the allowed sockets, reopened again and again: deliveries are served, and files stay available."""
     service = await history.service({"connections_most": 100}).start()
-    files_before = files(service)
-    crowd = Crowd(service, 400, pause_seconds=1)
-    most_files = 0
+    files_before = open_files(service)
+    slow = SlowConnections(service, 400, pause_seconds=1)
+    files_most = 0
     at_once = 0
-    async with crowd.around(present=80):
+    async with slow.running(open_least=80):
         for _ in range(60):
             tries = await tries_until_processed(history, service, sample())
             at_once += tries == 1
-            most_files = max(most_files, files(service))
-    assert at_once > 30  # who sends at an ordinary pace is rarely the one who has to go
-    assert crowd.statuses[503] > 400  # those who have to go are told
-    assert most_files <= files_before + 100 + 60  # the stores' connections are opened as they are needed
+            files_most = max(files_most, open_files(service))
+        await eventually(slow.count_503, lambda count: count > 400)  # an evicted connection gets a response
+    assert at_once > 30  # a sender at an ordinary pace is rarely evicted
+    assert files_most <= files_before + 100 + 60  # the connections to the stores are opened when they are needed
     await verdict(history)
 
 
 async def tries_until_processed(history: History, service: Service, event: Sample) -> int:
-    """How often it had to be sent. In a crowd this large it may be shown out itself, and comes again."""
+    """How often it had to be sent: with so many connections its own may be evicted, and it is sent again."""
     tries = 0
 
     async def once() -> object:
@@ -135,8 +153,8 @@ async def tries_until_processed(history: History, service: Service, event: Sampl
     return tries
 
 
-def files(service: Service) -> int:
-    """How many it has open; 0 where nobody tells."""
+def open_files(service: Service) -> int:
+    """How many files the process has open; 0 on a system without /proc."""
     folder = Path(f"/proc/{service.pid}/fd")
     return len(list(folder.iterdir())) if sys.platform == "linux" else 0
 
@@ -159,7 +177,7 @@ async def test_row_31_memory_is_flat(history: History) -> None:
 
 
 async def refuse_again_and_again(service: Service, sent: bytes, times: int) -> None:
-    """On one connection."""
+    """Send the same request so many times on one connection."""
     connection = await RawConnection.open(service.port)
     for _ in range(times):
         await connection.send(sent)
@@ -183,7 +201,7 @@ async def test_row_31_unfinished_bodies_are_bounded(history: History) -> None:
     assert await tries_until_processed(history, service, sample()) == 1
     for connection in connections:
         connection.abort()
-    assert most - before > 32  # they were really held
+    assert most - before > 32  # the service did hold bodies in memory
     assert most - before < 150
     await verdict(history)
 
