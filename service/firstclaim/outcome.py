@@ -1,11 +1,11 @@
-"""The outcome of a delivery, as a closed set of values; `firstclaim.web.webhook` has the one table to HTTP."""
+"""The outcome of a delivery, as a closed set of values. `firstclaim.web.webhook` maps them to HTTP."""
 
 from dataclasses import dataclass
 from enum import StrEnum
 
 
 class Kind(StrEnum):
-    """Every way a delivery can end. Closed: metrics and logs use these as labels."""
+    """Every way that a delivery can end. The set is closed, because metrics and logs use it as labels."""
 
     PROCESSED = "processed"
     UNHANDLED = "unhandled"
@@ -18,7 +18,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """`action` and `reason` are the answer's; `attempt` is None when this delivery dispatched nothing."""
+    """`action` and `reason` are fields of the answer. `attempt` is None if this delivery dispatched no attempt."""
 
     kind: Kind
     action: str
@@ -27,40 +27,40 @@ class Outcome:
 
 
 def processed(action: str, attempt: int) -> Outcome:
-    """Both claims won, the handler's transaction committed."""
+    """Both claims succeeded, and the handler's transaction committed."""
     return Outcome(Kind.PROCESSED, action, None, attempt)
 
 
 def unhandled(reason: str, attempt: int | None) -> Outcome:
-    """The row says `ignored`: nothing here wants this event."""
+    """The row is `ignored`: no handler takes this event."""
     return Outcome(Kind.UNHANDLED, "ignored", reason, attempt)
 
 
 def duplicate(event_id: str) -> Outcome:
-    """A row exists and is owned; the original's words, which dashboards already search for."""
+    """A row exists and is owned. The reason is worded as in the original design: dashboards search for it."""
     return Outcome(Kind.DUPLICATE, "ignored", f"Event {event_id} handled by parallel worker (idempotency lock)")
 
 
-def already(event_id: str, state: str) -> Outcome:
-    """The ledger was asked and the row is settled: `state` finishes the sentence."""
+def settled(event_id: str, state: str) -> Outcome:
+    """The ledger has a settled row. `state` completes the sentence, for example "already completed"."""
     return Outcome(Kind.DUPLICATE, "ignored", f"Event {event_id} {state}")
 
 
 def deferred(reason: str, attempt: int | None = None) -> Outcome:
-    """The row is committed and will be worked on, but not within this answer."""
+    """The row is committed, and the event will be dispatched after this answer."""
     return Outcome(Kind.DEFERRED, "deferred", reason, attempt)
 
 
 def failed(attempt: int) -> Outcome:
-    """The attempt failed and its row says so; no details to the caller."""
-    return Outcome(Kind.FAILED, "failed", "The handler failed; the event is tried again", attempt)
+    """The attempt failed, and its row is updated. The caller gets no details."""
+    return Outcome(Kind.FAILED, "failed", "The handler failed; the event will be retried", attempt)
 
 
 def dead(event_id: str, attempt: int) -> Outcome:
-    """No retry will help; an operator has to look."""
+    """No retry will help. The event waits for an operator."""
     return Outcome(Kind.DEAD, "dead", f"Event {event_id} is dead: replay it", attempt)
 
 
 def unavailable(reason: str) -> Outcome:
-    """Nothing is promised; Stripe should send it again."""
+    """Nothing is guaranteed, so Stripe should send the event again."""
     return Outcome(Kind.UNAVAILABLE, "unavailable", reason)

@@ -62,7 +62,7 @@ async def test_a_handler_that_fails_and_then_works(event_type: str, shared_groun
     """Twice a 500 in effect, one effect in the end: recovery goes on where Stripe's retry is hours away."""
     event = sample("fail", event_type, until=2)
     answer = await shared_ground.deliver(service, event)
-    assert (answer.said, answer.reason) == (FAILED, "The handler failed; the event is tried again")
+    assert (answer.said, answer.reason) == (FAILED, "The handler failed; the event will be retried")
     row = await shared_ground.settled(event)
     assert row.counts == (3, 2, 0)
     assert row.last_error is None

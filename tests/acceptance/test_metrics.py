@@ -1,4 +1,4 @@
-"""`/metrics` of real processes: what happened is what is counted, and nobody outside can add a series."""
+"""`/metrics` of real processes: every event is counted in its series, and no request can add a series."""
 
 import re
 
@@ -24,7 +24,7 @@ Series = dict[tuple[str, ...], float]
 
 
 async def scraped(service: Service) -> Series:
-    """The value of each series by its name and its labels' values; the answer is well formed."""
+    """The value of each series, by its name and its label values. Fails unless the answer is well formed."""
     answer = await service.get("/metrics")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain; version=")
@@ -35,16 +35,16 @@ async def scraped(service: Service) -> Series:
 
 
 def grown(before: Series, after: Series) -> Series:
-    """What has changed but for durations and the looks of recovery; no series has come or gone."""
+    """The changes, without durations and recovery rounds. Fails if a series was added or removed."""
     assert before.keys() == after.keys()
-    restless = re.compile(r"_bucket$|_seconds_sum$|recovery_rounds|^firstclaim_(?:events|due|oldest|past)")
+    excluded = re.compile(r"_bucket$|_seconds_sum$|recovery_rounds|^firstclaim_(?:events|due|oldest|past)")
     return {
-        key: value - before[key] for key, value in after.items() if value != before[key] and not restless.search(key[0])
+        key: value - before[key] for key, value in after.items() if value != before[key] and not excluded.search(key[0])
     }
 
 
 async def test_what_happens_is_counted(ground: Ground) -> None:
-    """Each outcome, each way to tell a duplicate, each refusal in its own series; nothing else moves."""
+    """Each outcome and each way to detect a duplicate is counted in its own series, and nothing else changes."""
     service = await ground.service().start()
     before = await scraped(service)
 
@@ -92,8 +92,8 @@ async def test_what_happens_is_counted(ground: Ground) -> None:
     }
 
 
-async def test_nobody_outside_adds_a_series(ground: Ground) -> None:
-    """Odd types, paths, methods, signatures and bodies are counted in what is there already."""
+async def test_no_request_adds_a_series(ground: Ground) -> None:
+    """Unknown types, paths, methods, signatures and bodies are counted in series that exist already."""
     service = await ground.service().start()
     before = await scraped(service)
     for number in range(3):
@@ -111,7 +111,7 @@ async def test_nobody_outside_adds_a_series(ground: Ground) -> None:
 
 
 async def test_all_workers_are_one_sum(ground: Ground) -> None:
-    """Whichever of them is asked; and a worker that was killed takes nothing of what it counted with it."""
+    """Every worker reports the sum of all workers."""
     service = await ground.service(workers=2).start()
     for _ in range(20):
         assert (await ground.deliver(service, sample())).said == PROCESSED
@@ -119,18 +119,18 @@ async def test_all_workers_are_one_sum(ground: Ground) -> None:
     assert sums == {20}
 
 
-async def test_stores_that_are_away_show(ground: Ground) -> None:
-    """Down in `firstclaim_up` and counted; of a ledger that cannot be asked nothing is told, rather than the past."""
+async def test_unreachable_stores_are_reported(ground: Ground) -> None:
+    """An unreachable store is 0 in `firstclaim_up`, and an unreachable ledger's series are left out, not outdated."""
     async with (
         before_postgres(ground.database_url) as (postgres, database_url),
         before_redis(ground.redis_url) as (redis, redis_url),
     ):
         service = await ground.service({"DATABASE_URL": database_url, "REDIS_URL": redis_url}).start()
-        well = await scraped(service)
-        assert {key[1]: value for key, value in well.items() if key[0] == "firstclaim_up"} == dict.fromkeys(
+        healthy = await scraped(service)
+        assert {key[1]: value for key, value in healthy.items() if key[0] == "firstclaim_up"} == dict.fromkeys(
             ("process", "redis", "postgres", "schema", "recovery"), 1.0
         )
-        assert {key[1] for key in well if key[0] == "firstclaim_events"} == set(Status)
+        assert {key[1] for key in healthy if key[0] == "firstclaim_events"} == set(Status)
 
         redis.switch(Mode.REFUSE)
         assert (await ground.deliver(service, sample())).said == DEFERRED
@@ -141,10 +141,10 @@ async def test_stores_that_are_away_show(ground: Ground) -> None:
 
         postgres.switch(Mode.REFUSE)
 
-        async def away() -> Series:
+        async def current() -> Series:
             return await scraped(service)
 
-        gone = await eventually(away, lambda series: ("firstclaim_due_events",) not in series)
-        assert gone["firstclaim_up", "postgres"] == 0
+        unreachable = await eventually(current, lambda series: ("firstclaim_due_events",) not in series)
+        assert unreachable["firstclaim_up", "postgres"] == 0
         postgres.switch(Mode.OPEN)
-        await eventually(away, lambda series: ("firstclaim_due_events",) in series)
+        await eventually(current, lambda series: ("firstclaim_due_events",) in series)

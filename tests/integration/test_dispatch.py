@@ -47,7 +47,7 @@ async def fails(world: World, function: Function, error: str) -> dict[str, Any]:
     """Nothing of it is kept, one failure is charged, and it is tried again after the first backoff."""
     _, result, row = await ends(world, function, Kind.FAILED, Status.FAILED, effects=0, error=error)
     assert (row["failures"], row["abandoned"], row["settled_at"]) == (1, 0, None)
-    assert result.reason == "The handler failed; the event is tried again"
+    assert result.reason == "The handler failed; the event will be retried"
     await still_works(world)
     return row
 

@@ -1,4 +1,4 @@
-"""/livez and /readyz: what makes a process unready, and that a part that hangs cannot hang the answer."""
+"""/livez and /readyz: what makes a process unready, and that a check that hangs does not delay the answer."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ from firstclaim.errors import LedgerUnavailable
 from firstclaim.web import health
 from firstclaim.web.health import Finding, Health, HealthCheck, Probe, Readiness, livez
 
-NOBODY = cast(Request, None)
+NO_REQUEST = cast(Request, None)
 
 
 def finds(finding: Finding) -> Probe:
@@ -35,9 +35,9 @@ def raises(error: Exception) -> Probe:
 OK, DEGRADED, DOWN = (finds(Finding(each)) for each in Health)
 
 
-async def ask(*parts: HealthCheck) -> tuple[int, list[dict[str, object]]]:
-    """The status and the lines, their milliseconds checked and taken off."""
-    response = await Readiness(list(parts)).report(NOBODY)
+async def readyz(*checks: HealthCheck) -> tuple[int, list[dict[str, object]]]:
+    """The status and the lines, with their milliseconds checked and removed."""
+    response = await Readiness(list(checks)).report(NO_REQUEST)
     lines = [orjson.loads(line) for line in bytes(response.body).splitlines()]
     assert response.headers["cache-control"] == "no-store"
     assert all(line.pop("milliseconds") >= 0 for line in lines)
@@ -46,44 +46,44 @@ async def ask(*parts: HealthCheck) -> tuple[int, list[dict[str, object]]]:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A probe's deadline that a test can wait for."""
+    """A probe deadline that is short enough for a test."""
     monkeypatch.setattr(health, "PROBE_SECONDS", 0.02)
 
 
-async def test_livez_touches_nothing() -> None:
-    """As long as the event loop turns, the process is alive, whatever its stores do."""
+async def test_livez_uses_no_store() -> None:
+    """While the event loop runs, the process is alive, whatever the state of its stores."""
     app = Starlette(routes=[Route("/livez", livez)])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
         response = await client.get("/livez")
     assert (response.status_code, response.json()) == (200, {"status": "ok"})
 
 
-async def test_all_well_is_a_200() -> None:
-    """A line per part, in their order; a detail only where there is one."""
-    status, lines = await ask(HealthCheck("one", OK), HealthCheck("two", finds(Finding(Health.OK, "at 0001"))))
+async def test_all_healthy_is_a_200() -> None:
+    """There is one line per check, in their order, with a detail only if the finding has one."""
+    status, lines = await readyz(HealthCheck("one", OK), HealthCheck("two", finds(Finding(Health.OK, "at 0001"))))
     assert status == 200
     assert lines == [{"part": "one", "status": "ok"}, {"part": "two", "status": "ok", "detail": "at 0001"}]
 
 
 async def test_down_is_a_503() -> None:
-    """One part that is down makes the process unready, and its line says which."""
-    status, lines = await ask(HealthCheck("one", OK), HealthCheck("two", DOWN), HealthCheck("three", OK))
+    """One check that is down makes the process unready, and its line says which check it is."""
+    status, lines = await readyz(HealthCheck("one", OK), HealthCheck("two", DOWN), HealthCheck("three", OK))
     assert status == 503
     assert [line["status"] for line in lines] == ["ok", "down", "ok"]
 
 
 async def test_degraded_stays_ready() -> None:
-    """Without Redis events are still recorded: traffic must go on."""
-    status, lines = await ask(HealthCheck("one", OK), HealthCheck("two", DEGRADED))
+    """A degraded check leaves the process ready: without Redis, events are still recorded."""
+    status, lines = await readyz(HealthCheck("one", OK), HealthCheck("two", DEGRADED))
     assert (status, lines[1]["status"]) == (200, "degraded")
 
 
 @pytest.mark.parametrize(("failing", "status"), [(Health.DOWN, 503), (Health.DEGRADED, 200)])
-async def test_a_probe_that_raises_is_a_finding(failing: Health, status: int) -> None:
-    """It counts as that part counts; of a stranger's exception only the class is shown."""
+async def test_a_probe_that_raises_has_failed(failing: Health, status: int) -> None:
+    """It reports the check's `failing` health, and of an exception that is not ours only the class."""
     ours = HealthCheck("ours", raises(LedgerUnavailable("ConnectionRefusedError")), failing)
     theirs = HealthCheck("theirs", raises(RuntimeError("password=c4n4rypw")), failing)
-    found, lines = await ask(ours, theirs)
+    found, lines = await readyz(ours, theirs)
     assert found == status
     assert lines == [
         {"part": "ours", "status": failing, "detail": "ConnectionRefusedError"},
@@ -92,7 +92,7 @@ async def test_a_probe_that_raises_is_a_finding(failing: Health, status: int) ->
 
 
 class Hangs:
-    """A probe that answers when told to, and counts how often it was started."""
+    """A probe that returns once `answer` is set, and counts how often it was started."""
 
     def __init__(self) -> None:
         self.started = 0
@@ -105,54 +105,54 @@ class Hangs:
 
 
 @pytest.mark.usefixtures("short")
-async def test_a_hanging_part_is_answered_for() -> None:
-    """At its deadline it counts as failed, and the other parts are not kept waiting."""
+async def test_a_hanging_check_fails_at_its_deadline() -> None:
+    """A check that hangs counts as failed at its deadline, and does not delay the answer further."""
     probe = Hangs()
     began = time.monotonic()
-    status, lines = await ask(HealthCheck("hangs", probe), HealthCheck("well", OK))
-    assert time.monotonic() - began < 1  # the deadline is 0.02 s; a machine may be busy
+    status, lines = await readyz(HealthCheck("hangs", probe), HealthCheck("healthy", OK))
+    assert time.monotonic() - began < 1  # the deadline is 0.02 s; the machine may be busy
     assert status == 503
     assert lines == [
         {"part": "hangs", "status": "down", "detail": "no answer within 0.02 s"},
-        {"part": "well", "status": "ok"},
+        {"part": "healthy", "status": "ok"},
     ]
     probe.answer.set()
 
 
 @pytest.mark.usefixtures("short")
 async def test_a_hanging_probe_is_not_started_twice() -> None:
-    """However often a prober asks, a frozen store has one call of ours; once it has answered it is asked again."""
+    """However often /readyz is requested, a frozen store has one pending call; once it returns, the next one starts."""
     probe = Hangs()
-    part = HealthCheck("hangs", probe)
+    check = HealthCheck("hangs", probe)
     for _ in range(3):
-        assert (await ask(part))[0] == 503
+        assert (await readyz(check))[0] == 503
     assert probe.started == 1
     probe.answer.set()
-    assert await ask(part) == (200, [{"part": "hangs", "status": "ok"}])
-    assert await ask(part) == (200, [{"part": "hangs", "status": "ok"}])
+    assert await readyz(check) == (200, [{"part": "hangs", "status": "ok"}])
+    assert await readyz(check) == (200, [{"part": "hangs", "status": "ok"}])
     assert probe.started > 1
 
 
-async def test_parts_are_asked_side_by_side() -> None:
-    """Ten parts take as long as the slowest: all are asked before one has answered."""
+async def test_checks_run_concurrently() -> None:
+    """Ten checks take as long as the slowest one: all are started before the first one returns."""
     probes = [Hangs() for _ in range(10)]
-    asking = asyncio.ensure_future(ask(*(HealthCheck(str(number), probe) for number, probe in enumerate(probes))))
-    for _ in range(20):  # turns of the loop
+    request = asyncio.ensure_future(readyz(*(HealthCheck(str(number), probe) for number, probe in enumerate(probes))))
+    for _ in range(20):  # iterations of the event loop
         await asyncio.sleep(0)
     assert [probe.started for probe in probes] == [1] * 10
     for probe in probes:
         probe.answer.set()
-    assert (await asking)[0] == 200
+    assert (await request)[0] == 200
 
 
 async def test_a_finding_is_fresh() -> None:
-    """An answer is never older than the question: a part that went down is seen at once."""
+    """Findings are not cached: a check that starts to fail is reported by the next request."""
     found = Finding(Health.OK)
 
     async def probe() -> Finding:
         return found
 
-    part = HealthCheck("one", probe)
-    assert (await ask(part))[0] == 200
+    check = HealthCheck("one", probe)
+    assert (await readyz(check))[0] == 200
     found = Finding(Health.DOWN)
-    assert (await ask(part))[0] == 503
+    assert (await readyz(check))[0] == 503

@@ -1,4 +1,4 @@
-"""The signature check, with stripe-python's own generator and verifier as the oracle."""
+"""The verification of signatures, with stripe-python's own generator and verifier as the oracle."""
 
 import hashlib
 import hmac
@@ -17,7 +17,7 @@ SECRET, OTHER = "whsec_one", "whsec_two"
 
 
 def header(secret: str = SECRET, body: bytes = BODY, at: int = NOW) -> str:
-    """What Stripe's own library sends for `body`."""
+    """The header that Stripe's own library generates for `body`."""
     return str(stripe.WebhookSignature.generate_signature_header(body.decode(), secret, at))
 
 
@@ -28,7 +28,7 @@ def v1(secret: str = SECRET, body: bytes = BODY, at: int = NOW) -> str:
 def refusal(
     headers: Sequence[str], body: bytes = BODY, secrets: Sequence[str] = (SECRET,), now: float = NOW
 ) -> str | None:
-    """The kind of refusal, or None for accepted; any other exception fails the test."""
+    """The kind of rejection, or None if accepted. Any other exception fails the test."""
     try:
         verify(body, headers, secrets, tolerance_seconds=300, now=now)
     except Rejected as error:
@@ -44,36 +44,36 @@ def refusal(
 
 
 def test_what_stripe_signs_is_accepted() -> None:
-    """A header made by stripe-python with our secret passes."""
+    """A header that stripe-python generates with our secret is accepted."""
     assert refusal([header()]) is None
 
 
-def test_any_of_our_secrets_will_do() -> None:
-    """While a secret is rolled two are configured, in any order, and either may have signed."""
+def test_any_configured_secret_is_accepted() -> None:
+    """While a secret is rolled, two are configured, in any order, and a signature by either is accepted."""
     assert refusal([header(OTHER)], secrets=(SECRET, OTHER)) is None
     assert refusal([header(SECRET)], secrets=(SECRET, OTHER)) is None
 
 
-def test_any_of_several_signatures_will_do() -> None:
-    """While a secret is rolled Stripe sends one `v1` per secret; the one that is ours may be anywhere."""
+def test_any_of_several_signatures_is_accepted() -> None:
+    """While a secret is rolled, Stripe sends one `v1` per secret, and ours may be any of them."""
     for items in ([v1(), v1(OTHER)], [v1(OTHER), v1()], [v1("x"), v1("y"), v1()]):
         assert refusal([",".join([f"t={NOW}", *items])]) is None
 
 
-def test_other_schemes_are_passed_over() -> None:
-    """`v0` and what may come after `v1` neither help nor hurt."""
+def test_other_schemes_are_ignored() -> None:
+    """Items of the scheme `v0`, and of schemes that Stripe may add, do not change the result."""
     assert refusal([f"t={NOW},v0=dead,{v1()},v2=beef"]) is None
     assert refusal([f"{v1()},t={NOW}"]) is None
 
 
 @pytest.mark.parametrize("away", [-300, 0, 300])
 def test_the_tolerance_is_two_sided_and_inclusive(away: int) -> None:
-    """Exactly 300 s in either direction is within the tolerance."""
+    """A timestamp of exactly 300 s in either direction is within the tolerance."""
     assert refusal([header()], now=NOW + away) is None
 
 
 def test_a_body_beyond_ascii_is_verified_as_bytes() -> None:
-    """Names in a payload are UTF-8, and a BOM or a NUL is a byte like any other here."""
+    """UTF-8 text, a BOM and a NUL in the body are verified as the bytes that they are."""
     for body in ("{'name':'Zoë \N{EURO SIGN}'}".encode(), b"\xef\xbb\xbf{}", b"\0", b""):
         assert refusal([header(body=body)], body) is None
 
@@ -121,30 +121,30 @@ def test_a_body_beyond_ascii_is_verified_as_bytes() -> None:
     ],
 )
 def test_a_bad_header_is_refused(headers: list[str], kind: str) -> None:
-    """Missing, repeated, malformed, mismatching: always a 400, never an exception of stripe-python's."""
+    """A missing, repeated, malformed or mismatching header is a 400, and never an exception of stripe-python's."""
     assert refusal(headers) == kind
 
 
 @pytest.mark.parametrize("away", [-301, 301, -(10**9), 10**9])
 def test_stale_and_future_are_refused(away: int) -> None:
-    """A timestamp beyond the tolerance is refused on both sides; stripe-python lets the future pass."""
+    """A timestamp beyond the tolerance is refused in both directions; stripe-python accepts the future."""
     assert refusal([header()], now=NOW + away) == "signature_stale"
 
 
-def test_stripe_itself_would_take_the_future() -> None:
-    """The trap that our own check is for: when this fails, stripe-python has become two-sided too."""
+def test_stripe_python_accepts_the_future() -> None:
+    """Our own check is still needed: if this fails, stripe-python's tolerance has become two-sided too."""
     ahead = int(time.time()) + 10**6
     assert stripe.WebhookSignature.verify_header(BODY.decode(), header(at=ahead), SECRET, tolerance=300)
     assert refusal([header(at=ahead)], now=time.time()) == "signature_stale"
 
 
 def test_another_secret_is_refused() -> None:
-    """Signed, by someone else."""
+    """A signature made with a secret that is not configured is refused."""
     assert refusal([header("whsec_wrong")], secrets=(SECRET, OTHER)) == "signature_mismatch"
 
 
-def test_nobody_signs_without_a_secret() -> None:
-    """No secret, or a blank one, verifies nothing, not even what was signed with it."""
+def test_no_secret_verifies_nothing() -> None:
+    """With no secret or a blank one, every signature is refused, even one that was made with the blank secret."""
     blank = hmac.new(b"", b"%d.%b" % (NOW, BODY), hashlib.sha256).hexdigest()
     assert refusal([f"t={NOW},v1={blank}"], secrets=()) == "signature_mismatch"
     assert refusal([f"t={NOW},v1={blank}"], secrets=("",)) == "signature_mismatch"
@@ -152,19 +152,19 @@ def test_nobody_signs_without_a_secret() -> None:
 
 @pytest.mark.parametrize("body", [BODY + b" ", BODY[:-1], b"", BODY.replace(b"evt_1", b"evt_2")])
 def test_a_changed_body_is_refused(body: bytes) -> None:
-    """Not one byte of the body may differ from what was signed."""
+    """A body that differs from the signed one by a single byte is refused."""
     assert refusal([header()], body) == "signature_mismatch"
 
 
 @pytest.mark.parametrize("body", [b"\xff", b"\xed\xa0\x80", BODY + b"\xc0"])
 def test_a_body_that_is_not_utf8_is_refused(body: bytes) -> None:
-    """Bytes that Stripe cannot have sent are a 400, even under a digest that is right."""
+    """A body that is not UTF-8, which Stripe cannot have sent, is a 400 even if its digest is right."""
     digest = hmac.new(SECRET.encode(), b"%d.%b" % (NOW, body), hashlib.sha256).hexdigest()
     assert refusal([f"t={NOW},v1={digest}"], body) == "body_not_utf8"
 
 
 def test_ten_thousand_signatures_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A header of 10,000 signatures is refused before one digest is computed, though one of them is right."""
+    """A header of 10,000 signatures is refused before any digest is computed, even though one of them is right."""
     computed: list[str] = []
     right = v1()
     compute = stripe.WebhookSignature._compute_signature

@@ -1,6 +1,6 @@
-"""The signature check held to stripe-python's: it judges as that does, but for a list of intended differences.
+"""Our signature check compared with stripe-python's: both decide alike, except for a list of intended differences.
 
-stripe-python is asked as it is installed, with its clock standing still, so that the edges of the tolerance can be met.
+stripe-python is used as installed, with its clock stopped, so that the limits of the tolerance can be tested exactly.
 """
 
 import re
@@ -17,18 +17,18 @@ from tests.unit.test_signature import BODY, NOW, OTHER, SECRET, header, refusal,
 
 SECRETS: Final = (SECRET, OTHER)
 TOLERANCE: Final = 300  # both sides' default
-ANY: Final = st.text(alphabet=st.characters(codec="latin-1"))  # what a header can hold
+ANY: Final = st.text(alphabet=st.characters(codec="latin-1"))  # any header value
 
 
 class Difference(NamedTuple):
-    """What stripe-python takes and we refuse: whether headers are of this kind, and some that are."""
+    """Headers that stripe-python accepts and we refuse: a predicate for them, and an example."""
 
     applies: Callable[[Sequence[str]], bool]
     example: Sequence[str]
 
 
 def items(headers: Sequence[str]) -> list[str]:
-    """Of the first header, the only one that stripe-python is shown."""
+    """The items of the first header, which is the only one that stripe-python gets."""
     return headers[0].split(",")
 
 
@@ -36,26 +36,26 @@ def times(headers: Sequence[str]) -> list[str]:
     return [item.partition("=")[2] for item in items(headers) if item.partition("=")[0] == "t"]
 
 
-# For each: one good header, changed in this and in nothing else.
+# Each example is a valid header with only this change.
 DIFFERENCES: Final[Mapping[str, Difference]] = {
-    "a second header, which stripe-python is not shown": Difference(
+    "a second header, which stripe-python does not get": Difference(
         lambda headers: len(headers) > 1, [header(), header()]
     ),
-    "a time ahead by more than the tolerance": Difference(
+    "a time in the future by more than the tolerance": Difference(
         lambda headers: any(re.fullmatch("[0-9]+", at) and int(at) > NOW + TOLERANCE for at in times(headers)),
         [header(at=NOW + TOLERANCE + 1)],
     ),
-    "a second time, of which stripe-python takes the first": Difference(
+    "a second time, where stripe-python uses the first": Difference(
         lambda headers: len(times(headers)) > 1, [f"{header()},t={NOW}"]
     ),
-    "a time that is not 1 to 12 plain digits, and that int() takes": Difference(
+    "a time that is not 1 to 12 plain digits, but that int() accepts": Difference(
         lambda headers: any(not re.fullmatch("[0-9]{1,12}", at) for at in times(headers)), [f"t=+{NOW},{v1()}"]
     ),
-    "an item that is no pair": Difference(
+    "an item that is not a pair": Difference(
         lambda headers: any("=" not in item for item in items(headers)), [f"{header()},v2"]
     ),
     "more than 32 items": Difference(lambda headers: len(items(headers)) > 32, [header() + ",v0=00" * 31]),
-    "what is not ASCII, where stripe-python does not look": Difference(
+    "a non-ASCII character in an item that stripe-python ignores": Difference(
         lambda headers: not headers[0].isascii(), [f"{header()},v0=\xe9"]
     ),
 }
@@ -63,14 +63,14 @@ DIFFERENCES: Final[Mapping[str, Difference]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def stripes_clock() -> Iterator[None]:
-    """It stands at NOW."""
+    """stripe-python's clock, stopped at NOW."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stripe._webhook.time", SimpleNamespace(time=lambda: float(NOW)))
         yield
 
 
-def stripe_takes(headers: Sequence[str]) -> bool:
-    """What a receiver on stripe-python makes of the first header, with any of the secrets."""
+def stripe_accepts(headers: Sequence[str]) -> bool:
+    """Whether stripe-python accepts the first header with any of the secrets."""
     return any(_verifies(headers[0], secret) for secret in SECRETS) if headers else False
 
 
@@ -81,7 +81,7 @@ def _verifies(text: str, secret: str) -> bool:
         return False
 
 
-def we_take(headers: Sequence[str]) -> bool:
+def we_accept(headers: Sequence[str]) -> bool:
     return refusal(headers, secrets=SECRETS) is None
 
 
@@ -90,11 +90,11 @@ def differing(headers: Sequence[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
-def test_each_difference_is_one(name: str) -> None:
-    """stripe-python takes it, we do not, and it is for no other difference: none on the list is there in vain."""
+def test_each_difference_is_real(name: str) -> None:
+    """stripe-python accepts the example, we refuse it, and no other difference applies: each entry is needed."""
     headers = DIFFERENCES[name].example
-    assert stripe_takes(headers)
-    assert not we_take(headers)
+    assert stripe_accepts(headers)
+    assert not we_accept(headers)
     assert differing(headers) == [name]
 
 
@@ -118,7 +118,7 @@ COMPOSED: Final = st.lists(ITEMS, max_size=6).map(",".join)
 
 @st.composite
 def edited(draw: st.DrawFn) -> str:
-    """A good header of this moment with a few characters deleted, replaced or put in."""
+    """A valid header with the time NOW, and a few characters deleted, replaced or inserted."""
     text = header(draw(st.sampled_from(SECRETS)))
     for _ in range(draw(st.integers(0, 3))):
         place = draw(st.integers(0, len(text)))
@@ -128,7 +128,7 @@ def edited(draw: st.DrawFn) -> str:
 
 @st.composite
 def signed_then(draw: st.DrawFn) -> str:
-    """A signature that is right for its time, whenever that is, among other items."""
+    """A signature that is correct for its time, whatever that time is, among other items."""
     at = draw(MOMENTS)
     found = [f"t={at}", v1(draw(st.sampled_from(SECRETS)), BODY, at), *draw(st.lists(ITEMS, max_size=3))]
     return ",".join(draw(st.permutations(found)))
@@ -142,9 +142,9 @@ def signed_then(draw: st.DrawFn) -> str:
 @example([header(at=NOW + TOLERANCE)])
 @example([f"t=0{NOW},{v1()}"])
 @example([f"{header()}," + "v0=00," * 29 + v1(OTHER)])
-def test_we_judge_as_stripe_does(headers: list[str]) -> None:
-    """Whatever stands in the headers: what we take stripe-python takes, and the other way round but for the list."""
-    ours, theirs = we_take(headers), stripe_takes(headers)
+def test_we_decide_as_stripe_python_does(headers: list[str]) -> None:
+    """For any headers: what we accept stripe-python accepts, and the reverse, except for the listed differences."""
+    ours, theirs = we_accept(headers), stripe_accepts(headers)
     event(f"ours {ours}, theirs {theirs}")
     if ours:
         assert theirs

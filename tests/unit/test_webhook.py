@@ -1,4 +1,4 @@
-"""POST /webhooks/stripe without stores: every answer byte for byte, and what never reaches the pipeline."""
+"""POST /webhooks/stripe without stores: every answer byte for byte, and which requests never reach the pipeline."""
 
 import asyncio
 from collections.abc import AsyncIterator, MutableMapping
@@ -17,12 +17,12 @@ from firstclaim.outcome import Kind, Outcome
 from firstclaim.web.webhook import STATUS, WEBHOOK_PATH, Webhook, refuse_path
 from tests.fixtures import SECRET, event_body, signed
 
-BODY_MOST = 4096
+MAX_BODY_BYTES = 4096
 BODY = event_body("balance.available", "evt_1")
 
 
 class FakePipeline:
-    """Answers every delivery with one outcome, and remembers what it was handed."""
+    """Returns the same outcome for every delivery, and keeps the deliveries."""
 
     def __init__(self, result: Outcome | None = None) -> None:
         self.result = result or outcome.processed("handled", 1)
@@ -34,7 +34,7 @@ class FakePipeline:
 
 
 def webhook(pipeline: object) -> Webhook:
-    return Webhook(cast(Pipeline, pipeline), [SECRET], 300, BODY_MOST)
+    return Webhook(cast(Pipeline, pipeline), [SECRET], 300, MAX_BODY_BYTES)
 
 
 async def post(
@@ -45,7 +45,7 @@ async def post(
     method: str = "POST",
     path: str = WEBHOOK_PATH,
 ) -> httpx.Response:
-    """One request through the routes as the application has them."""
+    """One request through the same routes as the application's."""
     app = Starlette(
         routes=[Route(WEBHOOK_PATH, webhook(pipeline), methods=["POST"])],
         exception_handlers={404: refuse_path, 405: refuse_path},
@@ -57,7 +57,7 @@ async def post(
 
 
 def shape(response: httpx.Response) -> dict[str, Any]:
-    """The answer's content, which has the four fields in this order and no other, whatever happened."""
+    """The answer's content. Fails unless it has exactly the four fields, in this order."""
     assert response.headers["content-type"] == "application/json"
     content: dict[str, Any] = orjson.loads(response.content)
     assert list(content) == ["event_id", "processed", "action", "reason"]
@@ -70,7 +70,7 @@ def shape(response: httpx.Response) -> dict[str, Any]:
 
 
 def test_every_kind_has_a_status() -> None:
-    """The one table from outcomes to HTTP is complete, and `processed` goes with 200 only."""
+    """`STATUS` has every kind of outcome, and only a 200 says `processed`."""
     assert set(STATUS) == set(Kind)
     assert all(status == 200 for status, processed in STATUS.values() if processed)
 
@@ -96,7 +96,7 @@ def test_every_kind_has_a_status() -> None:
             b'"reason":"Event evt_1 handled by parallel worker (idempotency lock)"}',
         ),
         (
-            outcome.already("evt_1", "already completed"),
+            outcome.settled("evt_1", "already completed"),
             200,
             b'{"event_id":"evt_1","processed":false,"action":"ignored","reason":"Event evt_1 already completed"}',
         ),
@@ -109,7 +109,7 @@ def test_every_kind_has_a_status() -> None:
             outcome.failed(1),
             500,
             b'{"event_id":null,"processed":false,"action":"failed",'
-            b'"reason":"The handler failed; the event is tried again"}',
+            b'"reason":"The handler failed; the event will be retried"}',
         ),
         (
             outcome.dead("evt_1", 1),
@@ -124,15 +124,15 @@ def test_every_kind_has_a_status() -> None:
     ],
 )
 async def test_an_outcome_is_answered(result: Outcome, status: int, content: bytes) -> None:
-    """Each outcome, byte for byte as protocol.md has it; errors name no event, a 503 says when to come again."""
+    """Each outcome has its answer, byte for byte; errors name no event, and a 503 has a Retry-After."""
     response = await post(FakePipeline(result))
     assert (response.status_code, response.content) == (status, content)
     assert response.headers.get("retry-after") == ("5" if status == 503 else None)
     shape(response)
 
 
-async def test_the_pipeline_gets_the_very_bytes() -> None:
-    """What is stored is what was signed, byte for byte, and the event parsed from it."""
+async def test_the_pipeline_gets_the_signed_bytes() -> None:
+    """The pipeline gets the body as it was signed, byte for byte, and the event that was parsed from it."""
     pipeline = FakePipeline()
     body = b" \r\n" + BODY + b"\n"
     await post(pipeline, body)
@@ -140,8 +140,8 @@ async def test_the_pipeline_gets_the_very_bytes() -> None:
     assert (delivery.body, delivery.event.id) == (body, "evt_1")
 
 
-async def test_a_cancelled_delivery_promises_nothing() -> None:
-    """The server gives up on its requests when it stops: 503, while the work goes on in a task of its own."""
+async def test_a_cancelled_delivery_is_a_503() -> None:
+    """A delivery that the server cancels at shutdown is answered with 503, and its work continues in its own task."""
 
     class Hangs:
         async def deliver(self, _: Delivery) -> Outcome:
@@ -157,14 +157,14 @@ async def test_a_cancelled_delivery_promises_nothing() -> None:
     assert (response.status_code, shape(response)["reason"]) == (503, "Shutting down")
 
 
-# -- refused ------------------------------------------------------------------------------------------
+# -- rejections ---------------------------------------------------------------------------------------
 
 REJECTED = b'{"event_id":null,"processed":false,"action":"rejected","reason":"%b"}'
 SIGNATURE = b"Signature is missing, malformed, outside the tolerance, or does not match"
 
 
 async def refused(*arguments: Any, **more: Any) -> httpx.Response:
-    """The response to a request that must not reach the pipeline."""
+    """The response to a request. Fails if the request reaches the pipeline."""
     pipeline = FakePipeline()
     response = await post(pipeline, *arguments, **more)
     assert not pipeline.deliveries
@@ -186,77 +186,77 @@ async def refused(*arguments: Any, **more: Any) -> httpx.Response:
     ],
 )
 async def test_a_bad_signature_is_a_400(headers: Any) -> None:
-    """Missing, empty, wrong, of another body, stale, future, given twice: one generic answer, nothing asked."""
+    """Every kind of bad signature gets the same generic answer, and does not reach the pipeline."""
     response = await refused(BODY, headers)
     assert (response.status_code, response.content) == (400, REJECTED % SIGNATURE)
 
 
 async def test_the_signature_comes_before_the_content() -> None:
-    """Unsigned garbage learns nothing about what we parse."""
+    """The sender of an unsigned body learns nothing about how it would be parsed."""
     response = await refused(b"\xff{", {"Stripe-Signature": "t=1,v1=00"})
     assert response.content == REJECTED % SIGNATURE
 
 
 async def test_signed_garbage_is_a_400() -> None:
-    """A right signature over what is no event: refused with a generic reason."""
+    """A valid signature over a body that is not an event is refused with a generic reason."""
     response = await refused(b"{")
     assert (response.status_code, response.content) == (400, REJECTED % b"body is not valid JSON")
 
 
-async def test_the_largest_body_is_taken() -> None:
-    """Exactly the cap is not over it, declared or streamed."""
-    body = BODY + b" " * (BODY_MOST - len(BODY))
+async def test_a_body_of_the_maximum_size_is_accepted() -> None:
+    """A body of exactly the maximum size is accepted, with or without a Content-Length."""
+    body = BODY + b" " * (MAX_BODY_BYTES - len(BODY))
     for content in (body, pieces(body)):
         response = await post(FakePipeline(), content, signed(body))
         assert response.status_code == 200
 
 
 async def test_a_body_declared_too_large_is_not_read() -> None:
-    """By its Content-Length alone it is a 413, and the connection ends: nobody reads the rest."""
+    """A too large Content-Length is a 413 before the body is read, and the connection is closed."""
     read: list[bytes] = []
 
     async def body() -> AsyncIterator[bytes]:
         read.append(b"")
         yield b" "
 
-    response = await refused(body(), {"Content-Length": str(BODY_MOST + 1)})
+    response = await refused(body(), {"Content-Length": str(MAX_BODY_BYTES + 1)})
     assert (response.status_code, response.headers["connection"]) == (413, "close")
     assert response.content == REJECTED % b"Body is larger than 4096 bytes"
     assert not read
 
 
 async def test_a_long_body_is_cut_off() -> None:
-    """Without a declared length it is read up to the cap, and no further."""
+    """A body without a Content-Length is read up to the maximum size, and no further."""
     sent = 0
 
     async def long() -> AsyncIterator[bytes]:
         nonlocal sent
-        for _ in range(10 * BODY_MOST // 1000):
+        for _ in range(10 * MAX_BODY_BYTES // 1000):
             sent += 1000
             yield b" " * 1000
 
     response = await refused(long(), {})
     assert (response.status_code, response.headers["connection"]) == (413, "close")
-    assert BODY_MOST < sent <= BODY_MOST + 2000
+    assert MAX_BODY_BYTES < sent <= MAX_BODY_BYTES + 2000
 
 
 @pytest.mark.parametrize("declared", [b"-1", b"1e3", b"", b"+5", b"0x10", b"\xb2", b"\xb9\xb3", b"9" * 5000, b"1, 1"])
 async def test_an_odd_content_length_is_refused(declared: bytes) -> None:
-    """Also what int() would raise for; a server in front of us may be more lenient than ours."""
+    """A malformed Content-Length is a 413, also where int() would raise: a proxy in front of us may let it pass."""
     status, content = await raw([(b"content-length", declared)], {"type": "http.request", "body": BODY})
     assert (status, content) == (413, REJECTED % b"Body is larger than 4096 bytes")
 
 
-async def test_a_client_that_hangs_up_early_is_no_error() -> None:
-    """A connection lost within the body ends the request quietly: nothing is logged as broken, nothing recorded."""
+async def test_a_client_that_disconnects_early_is_no_error() -> None:
+    """A connection lost within the body ends the request without an error, and nothing is recorded."""
     pipeline = FakePipeline()
     status, _ = await raw([], {"type": "http.disconnect"}, pipeline)
     assert status == 400
     assert not pipeline.deliveries
 
 
-async def test_a_stop_during_the_body_is_a_503() -> None:
-    """The server gives up on a stalled upload when it stops: the sender is told to come again."""
+async def test_a_shutdown_during_the_body_is_a_503() -> None:
+    """A stalled upload that the server cancels at shutdown is answered with 503 and a Retry-After."""
 
     async def stalls() -> AsyncIterator[bytes]:
         yield BODY[:10]
@@ -275,8 +275,8 @@ async def test_a_stop_during_the_body_is_a_503() -> None:
     ("method", "path", "status"),
     [("GET", WEBHOOK_PATH, 405), ("PUT", WEBHOOK_PATH, 405), ("POST", "/", 404), ("POST", WEBHOOK_PATH + "s", 404)],
 )
-async def test_another_place_is_refused_in_the_same_shape(method: str, path: str, status: int) -> None:
-    """A wrong path or method is told so in the one shape; 405 keeps its Allow."""
+async def test_a_wrong_path_or_method_is_rejected(method: str, path: str, status: int) -> None:
+    """A wrong path or method gets the same JSON fields as every rejection, and a 405 keeps its header Allow."""
     response = await refused(method=method, path=path)
     assert (response.status_code, shape(response)["action"]) == (status, "rejected")
     assert ("allow" in response.headers) == (status == 405)
@@ -285,7 +285,7 @@ async def test_another_place_is_refused_in_the_same_shape(method: str, path: str
 async def raw(
     headers: list[tuple[bytes, bytes]], message: dict[str, Any], pipeline: object = None
 ) -> tuple[int, bytes]:
-    """The status and content for a request that no well-behaved client would send."""
+    """The status and content of the answer to a malformed request."""
 
     async def receive() -> dict[str, Any]:
         return message
@@ -301,6 +301,6 @@ async def raw(
 
 
 async def pieces(body: bytes) -> AsyncIterator[bytes]:
-    """In pieces, so without a Content-Length."""
+    """The body in pieces, and therefore without a Content-Length."""
     for place in range(0, len(body), 1000):
         yield body[place : place + 1000]

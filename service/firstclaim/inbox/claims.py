@@ -181,4 +181,4 @@ def shared(event_id: str, won: Claim | Outcome) -> Outcome:
 def _answer(event_id: str, found: ExistingRow) -> Outcome:
     """By a row that is owned or settled."""
     state = _STATES.get(found.status)
-    return outcome.duplicate(event_id) if state is None else outcome.already(event_id, state)
+    return outcome.duplicate(event_id) if state is None else outcome.settled(event_id, state)

@@ -1,1 +1,1 @@
-"""Where bytes come in: nothing behind this package ever sees an unverified byte."""
+"""The HTTP endpoints. No unverified byte gets past this package."""

@@ -1,8 +1,8 @@
 """GET /livez and /readyz.
 
-Guarantees: `/livez` touches nothing; `/readyz` asks every part side by side, each within its own deadline,
-and answers in that time even when a part hangs: a probe that does not come back is left alone and not
-started a second time. One JSON line per part.
+Guarantees: `/livez` uses no store. `/readyz` runs all health checks concurrently, each with a deadline, and answers
+within that deadline even if a check hangs. A check that hangs is neither cancelled nor started a second time. The body
+has one JSON line per check.
 """
 
 import asyncio
@@ -18,20 +18,20 @@ from starlette.responses import Response
 
 from firstclaim.errors import FirstclaimError
 
-PROBE_SECONDS = 1.0  # below the timeout of any prober; above what a store needs that is well
+PROBE_SECONDS = 1.0  # shorter than the timeout of any prober, longer than a healthy store needs
 
 
 class Health(StrEnum):
-    """How a part is."""
+    """The health that a check reports."""
 
     OK = "ok"
-    DEGRADED = "degraded"  # not well, and events are still recorded
+    DEGRADED = "degraded"  # something is wrong, but events are still recorded
     DOWN = "down"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What a probe found."""
+    """The result of a probe."""
 
     health: Health
     detail: str | None = None
@@ -42,7 +42,7 @@ Probe = Callable[[], Awaitable[Finding]]
 
 @dataclass(slots=True)
 class HealthCheck:
-    """One thing to ask. `failing` is what its failure means for readiness."""
+    """A named probe. `failing` is the health that is reported when the probe fails."""
 
     name: str
     probe: Probe
@@ -50,11 +50,11 @@ class HealthCheck:
     _running: asyncio.Task[Finding] | None = field(default=None, init=False)
 
     async def run(self) -> tuple[Finding, float]:
-        """The finding, and the milliseconds it took."""
+        """Run the probe. Returns its finding and how long it took, in milliseconds."""
         began = time.perf_counter()
         if self._running is None or self._running.done():
             self._running = asyncio.ensure_future(self._guarded())
-        # Not cancelled at the deadline: cancelling a call to a frozen store waits for that store.
+        # Not cancelled at the deadline, because cancelling a call to a frozen store waits for that store.
         await asyncio.wait({self._running}, timeout=PROBE_SECONDS)
         if not self._running.done():
             finding = Finding(self.failing, f"no answer within {PROBE_SECONDS:g} s")
@@ -67,29 +67,29 @@ class HealthCheck:
             return await self.probe()
         except FirstclaimError as error:
             return Finding(self.failing, str(error))
-        except Exception as error:  # noqa: BLE001  (a probe that breaks is a finding)
+        except Exception as error:  # noqa: BLE001  (a probe that raises has failed)
             return Finding(self.failing, type(error).__name__)
 
 
 async def livez(_request: Request) -> Response:
-    """200 as long as the event loop turns."""
+    """200 while the event loop runs."""
     return Response(b'{"status":"ok"}\n', media_type="application/json")
 
 
 class Readiness:
-    """`/readyz`: 200 while events can be recorded and finished, else 503."""
+    """`/readyz`: 200 while events can be recorded and finished, otherwise 503."""
 
-    def __init__(self, parts: list[HealthCheck]) -> None:
-        self._parts = parts
+    def __init__(self, checks: list[HealthCheck]) -> None:
+        self._checks = checks
 
     async def report(self, _request: Request) -> Response:
-        """Ask all parts side by side."""
-        answers = await asyncio.gather(*(part.run() for part in self._parts))
+        """Run all checks concurrently."""
+        results = await asyncio.gather(*(check.run() for check in self._checks))
         lines = [
-            _line(part.name, finding, milliseconds)
-            for part, (finding, milliseconds) in zip(self._parts, answers, strict=True)
+            _line(check.name, finding, milliseconds)
+            for check, (finding, milliseconds) in zip(self._checks, results, strict=True)
         ]
-        down = any(finding.health is Health.DOWN for finding, _ in answers)
+        down = any(finding.health is Health.DOWN for finding, _ in results)
         return Response(
             b"".join(lines),
             503 if down else 200,

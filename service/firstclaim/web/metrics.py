@@ -1,9 +1,9 @@
-"""GET /metrics: what was counted here, and how the ledger and the parts stand, in Prometheus' text format.
+"""GET /metrics: counters, health checks and the state of the ledger, in Prometheus' text format.
 
-Guarantees: the parts are asked as `/readyz` asks them; the ledger is asked on connections of its own, however often the
-scrape comes: what is open once in `_OPEN_SECONDS`, what is settled (counted row by row) once in `_SETTLED_SECONDS`,
-either for a twentieth of the time at most, and given up on after `_PATIENCE_SECONDS`. What could not be asked is left
-out, never told as it was: `firstclaim_up` says why.
+Guarantees: the health checks are those of `/readyz`. The ledger is read on connections of its own, and its results are
+cached, however often Prometheus scrapes: open events for `_OPEN_SECONDS`, settled events (counted row by row) for
+`_SETTLED_SECONDS`. Each query runs for at most a twentieth of the time, and times out after `_TIMEOUT_SECONDS`. If the
+ledger cannot be read, its series are left out rather than reported with old values; `firstclaim_up` then says why.
 """
 
 import asyncio
@@ -35,69 +35,73 @@ _OPEN = tuple(each for each in Status if each not in _SETTLED)
 
 _OPEN_SECONDS = 5.0
 _SETTLED_SECONDS = 60.0
-_PAUSES = 20  # an answer is kept for so many times what it took
-_PATIENCE_SECONDS = 5.0  # half of a scrape's usual timeout
+_CACHE_FACTOR = 20  # a result is cached for at least this many times the duration of its query
+_TIMEOUT_SECONDS = 5.0  # half of the usual timeout of a scrape
 
 
-class _Kept(Generic[T]):
-    """The answer to a question about the ledger, asked anew after `seconds`, or later if it took long."""
+class _CachedQuery(Generic[T]):
+    """The result of a query on the ledger, cached for `seconds`, or for longer if the query was slow."""
 
-    def __init__(self, pool: Pool, ask: Callable[[Queries], Awaitable[T]], seconds: float) -> None:
+    def __init__(self, pool: Pool, query: Callable[[Queries], Awaitable[T]], seconds: float) -> None:
         self._pool = pool
-        self._ask = ask
+        self._query = query
         self._seconds = seconds
-        self._kept_until = float("-inf")
-        self._asking = asyncio.Lock()
-        self._answer: T | None = None
+        self._expires_at = float("-inf")
+        self._lock = asyncio.Lock()
+        self._result: T | None = None
 
     async def get(self) -> T | None:
-        """None: the ledger cannot be asked."""
-        async with self._asking:
-            if (began := time.monotonic()) > self._kept_until:
+        """The result, or None if the ledger cannot be read."""
+        async with self._lock:
+            if (began := time.monotonic()) > self._expires_at:
                 try:
-                    async with self._pool.borrow(_PATIENCE_SECONDS) as connection:
-                        self._answer = await self._ask(Queries(connection))
+                    async with self._pool.borrow(_TIMEOUT_SECONDS) as connection:
+                        self._result = await self._query(Queries(connection))
                 except LedgerUnavailable as error:
                     log.debug("ledger_not_counted", error=str(error))
-                    self._answer = None
+                    self._result = None
                 now = time.monotonic()
-                self._kept_until = now + max(self._seconds, _PAUSES * (now - began))
-        return self._answer
+                self._expires_at = now + max(self._seconds, _CACHE_FACTOR * (now - began))
+        return self._result
 
 
-async def _ask_open(inspection: Queries) -> tuple[Backlog, dict[Status, int]]:
-    return await inspection.backlog(), await inspection.count_open()
+async def _read_open(queries: Queries) -> tuple[Backlog, dict[Status, int]]:
+    return await queries.backlog(), await queries.count_open()
+
+
+async def _read_settled(queries: Queries) -> dict[Status, int]:
+    return await queries.count(Selection(statuses=_SETTLED))
 
 
 class MetricsEndpoint:
-    """`/metrics`. `pool` is for these questions alone."""
+    """`/metrics`. `pool` is used for these queries only."""
 
-    def __init__(self, parts: Sequence[HealthCheck], pool: Pool) -> None:
-        self._parts = parts
-        self._open = _Kept(pool, _ask_open, _OPEN_SECONDS)
-        self._settled = _Kept(pool, lambda inspection: inspection.count(Selection(statuses=_SETTLED)), _SETTLED_SECONDS)
+    def __init__(self, checks: Sequence[HealthCheck], pool: Pool) -> None:
+        self._checks = checks
+        self._open = _CachedQuery(pool, _read_open, _OPEN_SECONDS)
+        self._settled = _CachedQuery(pool, _read_settled, _SETTLED_SECONDS)
 
     async def report(self, _request: Request) -> Response:
-        """All of it, as it is now."""
-        answers, opened, settled = await asyncio.gather(
-            asyncio.gather(*(part.run() for part in self._parts)), self._open.get(), self._settled.get()
+        """All metrics."""
+        results, opened, settled = await asyncio.gather(
+            asyncio.gather(*(check.run() for check in self._checks)), self._open.get(), self._settled.get()
         )
-        up = {part.name: finding.health for part, (finding, _) in zip(self._parts, answers, strict=True)}
-        now = CollectorRegistry()
-        backlog, counts = (None, None) if opened is None else opened
-        told = {
-            status: found.get(status, 0)
-            for statuses, found in ((_OPEN, counts), (_SETTLED, settled))
-            if found is not None
+        up = {check.name: finding.health for check, (finding, _) in zip(self._checks, results, strict=True)}
+        backlog, open_counts = (None, None) if opened is None else opened
+        by_status = {
+            status: counts.get(status, 0)
+            for statuses, counts in ((_OPEN, open_counts), (_SETTLED, settled))
+            if counts is not None
             for status in statuses
         }
-        now.register(_Now(up, backlog, told))
-        text = generate_latest(metrics.collected()) + generate_latest(now)
+        gauges = CollectorRegistry()
+        gauges.register(_Gauges(up, backlog, by_status))
+        text = generate_latest(metrics.collected()) + generate_latest(gauges)
         return Response(text, headers={"Cache-Control": "no-store", "Content-Type": CONTENT_TYPE_LATEST})
 
 
-class _Now(Collector):
-    """What is not counted but looked up."""
+class _Gauges(Collector):
+    """The values that are read at the time of the scrape."""
 
     def __init__(self, up: dict[str, Health], backlog: Backlog | None, counts: dict[Status, int]) -> None:
         self._up = up
@@ -105,21 +109,21 @@ class _Now(Collector):
         self._counts = counts
 
     def collect(self) -> Iterator[Metric]:
-        up = GaugeMetricFamily("firstclaim_up", "Whether the part is well, as /readyz sees it.", labels=["part"])
-        for part, health in self._up.items():
-            up.add_metric([part], float(health is Health.OK))
+        up = GaugeMetricFamily("firstclaim_up", "1 if the health check of /readyz passes, else 0.", labels=["part"])
+        for check, health in self._up.items():
+            up.add_metric([check], float(health is Health.OK))
         yield up
         if (backlog := self._backlog) is not None:
             for name, help_text, value in (
-                ("firstclaim_due_events", "Events that are due and not yet taken up.", backlog.due),
+                ("firstclaim_due_events", "Events that are due and not yet taken over.", backlog.due),
                 (
                     "firstclaim_oldest_due_seconds",
-                    "How long the oldest of them has been due; 0: none is.",
+                    "How long the oldest due event has been due; 0 if none is due.",
                     backlog.oldest_due_seconds or 0,
                 ),
                 (
                     "firstclaim_past_their_lease",
-                    "Claims past their lease that recovery has not yet given up on.",
+                    "Claims past their lease that recovery has not yet marked as abandoned.",
                     backlog.past_their_lease,
                 ),
             ):

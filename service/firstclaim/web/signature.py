@@ -1,9 +1,9 @@
-"""Who sent it: Stripe's signature over the raw body, before anything else is looked at.
+"""Verification of Stripe's signature over the raw body, before anything else is done with it.
 
-Guarantees: nothing is asked of Redis or Postgres for a body that does not verify, and no byte that a caller
-sends makes this raise anything but `Rejected`. On top of stripe-python's check, which takes one secret, lets
-the future pass, and raises UnicodeDecodeError or TypeError for bytes that anyone can send: exactly one
-header, its form checked first, several secrets, a tolerance in both directions.
+Guarantees: no store is contacted for a body whose signature is invalid, and no input raises anything but `Rejected`.
+stripe-python's own check takes one secret, accepts timestamps in the future, and raises UnicodeDecodeError or TypeError
+for some inputs. This one adds to it: exactly one header, whose form is checked first; several secrets; a tolerance in
+both directions.
 """
 
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ import stripe
 
 from firstclaim.errors import Rejected, RejectedKind
 
-_Signature = stripe.WebhookSignature  # once: the package imports it anew for each look
+_Signature = stripe.WebhookSignature  # resolved once: the package imports it on every access
 
-_ITEMS_MOST = 32  # more than all the secrets that are ever being rolled; it bounds the comparisons
+_MAX_ITEMS = 32  # more than the secrets that are ever rolled at once; it bounds the comparisons
 
 
 def verify(body: bytes, headers: Sequence[str], secrets: Sequence[str], *, tolerance_seconds: int, now: float) -> None:
-    """Raise `Rejected` unless one of `secrets` signed `body` within `tolerance_seconds` of `now` (unix).
+    """Raise `Rejected` unless one of `secrets` signed `body` within `tolerance_seconds` of `now` (unix seconds).
 
-    `headers` are all values of `Stripe-Signature`. See docs.stripe.com/webhooks#verify-manually.
+    `headers` holds all values of `Stripe-Signature`. See docs.stripe.com/webhooks#verify-manually.
     """
     if len(headers) != 1:
         raise _rejected("signature_missing" if not headers else "signature_repeated")
@@ -36,10 +36,10 @@ def verify(body: bytes, headers: Sequence[str], secrets: Sequence[str], *, toler
 
 
 def _timestamp(header: str) -> int:
-    """The one `t` of a header `t=<unix>,v1=<hex>[,...]`; all other schemes pass unread."""
-    items = header.split(",", _ITEMS_MOST)
+    """The only `t` of a header `t=<unix>,v1=<hex>[,...]`. Items of other schemes are ignored."""
+    items = header.split(",", _MAX_ITEMS)
     times = [item[2:] for item in items if item.startswith("t=")]
-    well_formed = header.isascii() and len(items) <= _ITEMS_MOST and all("=" in item for item in items)
+    well_formed = header.isascii() and len(items) <= _MAX_ITEMS and all("=" in item for item in items)
     if not well_formed or len(times) != 1 or not times[0].isdigit() or len(times[0]) > 12:
         raise _rejected("signature_malformed")
     return int(times[0])
@@ -48,7 +48,7 @@ def _timestamp(header: str) -> int:
 def _signed_by(secret: str, body: str, header: str) -> bool:
     try:
         return bool(_Signature.verify_header(body, header, secret, tolerance=None))
-    except stripe.SignatureVerificationError:  # holds the body and the header: it goes no further
+    except stripe.SignatureVerificationError:  # not chained: it holds the body and the header
         return False
 
 

@@ -1,8 +1,8 @@
-"""POST /webhooks/stripe: bytes in, one honest answer out.
+"""POST /webhooks/stripe: reads a delivery, passes it to the pipeline, and answers with the outcome.
 
-Guarantees: the signature is checked over the raw bytes before they are parsed; the body is capped in size (its
-time is the door's business); every answer has the one JSON shape; the table `STATUS` is the only place where an
-outcome becomes a status code. A 500 or 503 is always safe to retry.
+Guarantees: the signature is verified over the raw bytes before they are parsed. The size of the body is limited here
+(its time is limited by the HTTP protocol). Every answer has the same JSON fields. The table `STATUS` is the only place
+that turns an outcome into a status code. A 500 or 503 is always safe to retry.
 """
 
 import asyncio
@@ -38,20 +38,20 @@ STATUS: dict[Kind, tuple[int, bool]] = {  # (HTTP status, processed)
     Kind.DEAD: (200, False),
     Kind.UNAVAILABLE: (503, False),
 }
-_RETRY_AFTER_SECONDS = "5"  # an outage shorter than this is not worth a retry; Stripe has its own pace anyway
+_RETRY_AFTER_SECONDS = "5"  # shorter outages are not worth a retry; Stripe retries on its own schedule
 
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """The endpoint."""
+    """The endpoint, an ASGI application of its own."""
 
     pipeline: Pipeline
     secrets: Sequence[str]
     tolerance_seconds: int
-    body_most_bytes: int
+    max_body_bytes: int
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Verify, parse, hand to the pipeline, answer: an ASGI application of its own."""
+        """Verify, parse, deliver to the pipeline, answer."""
         headers = Headers(scope=scope)
         with tracing.delivery_span(headers):
             response = await self._receive(headers, receive)
@@ -75,8 +75,8 @@ class Webhook:
             tracing.note(error=error.kind)
             return rejection(error)
         except ClientDisconnect:
-            return Response(status_code=400)  # nobody reads it
-        except asyncio.CancelledError:  # the server gave up waiting for this body: it is shutting down
+            return Response(status_code=400)  # the client is gone and does not read it
+        except asyncio.CancelledError:  # the server is shutting down and no longer waits for this body
             return answer(None, outcomes.unavailable("Shutting down"))
         result = await self._deliver(Delivery(event, body))
         metrics.deliveries[result.kind].inc()
@@ -94,12 +94,12 @@ class Webhook:
     async def _deliver(self, delivery: Delivery) -> Outcome:
         try:
             return await self.pipeline.deliver(delivery)
-        except asyncio.CancelledError:  # shutting down; the work goes on in its own task
+        except asyncio.CancelledError:  # shutting down; the work continues in its own task
             return outcomes.unavailable("Shutting down")
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
-        """The raw body, within the cap; raises `Rejected` (413), and `ClientDisconnect`."""
-        if not _is_at_most(headers.get("content-length", "0").strip(" \t"), self.body_most_bytes):
+        """The raw body, up to its maximum size. Raises `Rejected` (413) and `ClientDisconnect`."""
+        if not _is_at_most(headers.get("content-length", "0").strip(" \t"), self.max_body_bytes):
             raise self._too_large()
         body, more = bytearray(), True
         while more:
@@ -107,35 +107,35 @@ class Webhook:
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             body += message.get("body", b"")
-            if len(body) > self.body_most_bytes:
+            if len(body) > self.max_body_bytes:
                 raise self._too_large()
             more = message.get("more_body", False)
         return bytes(body)
 
     def _too_large(self) -> Rejected:
-        return Rejected("body_too_large", f"Body is larger than {self.body_most_bytes} bytes", 413)
+        return Rejected("body_too_large", f"Body is larger than {self.max_body_bytes} bytes", 413)
 
 
-def _is_at_most(declared: str, most: int) -> bool:
-    """Whether a Content-Length is a number, and one of up to `most`; a server before us may let odd ones pass."""
-    return declared.isascii() and declared.isdigit() and len(declared) < 12 and int(declared) <= most
+def _is_at_most(declared: str, limit: int) -> bool:
+    """Whether a Content-Length is a number of at most `limit`. A proxy in front of us may let malformed ones pass."""
+    return declared.isascii() and declared.isdigit() and len(declared) < 12 and int(declared) <= limit
 
 
 def answer(event_id: str | None, result: Outcome) -> Response:
-    """The response for an outcome; errors name no event."""
+    """The response for an outcome. The response for an error names no event."""
     status, processed = STATUS[result.kind]
     headers = {"Retry-After": _RETRY_AFTER_SECONDS} if status == 503 else {}
     return _respond(status, event_id if status < 400 else None, processed, result.action, result.reason, headers)
 
 
 def rejection(error: Rejected) -> Response:
-    """The response for what was refused; the connection is closed when its body was not read to the end."""
+    """The response for a refused request. A 413 closes the connection, because the body was not read to its end."""
     headers = {"Connection": "close"} if error.status == 413 else {}
     return _respond(error.status, None, False, "rejected", error.reason, headers)
 
 
 async def refuse_path(_request: Request, error: Exception) -> Response:
-    """404 and 405 in the one shape, the header `Allow` kept."""
+    """The responses for 404 and 405, with the same JSON fields as all others. A 405 keeps its header `Allow`."""
     status = error.status_code if isinstance(error, HTTPException) else 404
     reason = "Method not allowed" if status == 405 else f"No such path: webhooks go to POST {WEBHOOK_PATH}"
     metrics.rejected["path"].inc()
