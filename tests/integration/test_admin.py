@@ -550,8 +550,13 @@ async def test_one_event_has_a_timeline(world: World, admin: Visitor) -> None:
         """
     )
     _, page = await admin.get("/admin/events/evt_1")
-    told = ["received", "attempt 1 failed after 10.00 s, by web-1:7: ValueError: no", "attempt 2 abandoned: vanished"]
-    places = [page.text.index(words) for words in (*told, "due in")]
+    entries = [
+        "received",
+        "attempt 1 on web-1:7: failed after 10.00 s: ValueError: no",
+        "attempt 2: abandoned: vanished",
+        "due in",
+    ]
+    places = [page.text.index(text) for text in entries]
     assert places == sorted(places)
     response, page = await admin.get("/admin/events/evt_unknown")
     assert response.status_code == 404

@@ -1,4 +1,4 @@
-"""What an operator asks of the ledger and changes in it, on a real server."""
+"""What an operator reads from the ledger and changes in it, on a real server."""
 
 from collections.abc import AsyncIterator
 
@@ -18,14 +18,14 @@ DAY = 86_400.0
 
 @pytest.fixture
 async def operations(world: World, module_database: str) -> AsyncIterator[Commands]:
-    """On a connection of their own, with nothing noted yet."""
+    """On a connection of its own, with an empty audit."""
     await world.database.execute("DELETE FROM operator_actions")
     async with Commands.connect(module_database, 5) as operations:
         yield operations
 
 
 async def event(world: World, status: Status, *, settled_days: float = 0) -> str:
-    """The id of an event in that status, settled so many days ago if it is."""
+    """The id of a new event in that status, settled so many days ago if it is settled."""
     given = await world.state_of(delivery(), status)
     if settled_days:
         await world.change(given.event.id, settled_at=-settled_days * DAY)
@@ -45,17 +45,17 @@ async def pruned(operations: Commands, payload_days: int, row_days: int, *, incl
     return [sum(column) for column in zip((0, 0), *[batch async for batch in batches], strict=True)]
 
 
-async def noted(world: World) -> list[tuple[str, str, str, int | None]]:
+async def audit(world: World) -> list[tuple[str, str, str, int | None]]:
     """The audit."""
     rows = await world.database.fetch("SELECT operator, action, selection, changed FROM operator_actions ORDER BY at")
     return [tuple(row) for row in rows]
 
 
-# -- asking -------------------------------------------------------------------------------------------
+# -- queries -------------------------------------------------------------------------------------------
 
 
-async def test_all_that_is_given_has_to_hold(world: World, operations: Commands) -> None:
-    """By id, status, type, prefix, account and age, alone and together; the newest first."""
+async def test_every_condition_must_hold(world: World, operations: Commands) -> None:
+    """Id, status, type, prefix, account and age select events, alone and together; the newest is first."""
     old, dead, other = [await event(world, each) for each in (Status.COMPLETED, Status.DEAD, Status.COMPLETED)]
     await world.change(old, received_at=-3600.0, account="acct_1")
     await world.change(dead, received_at=-60.0, type="invoice_paid")
@@ -80,7 +80,7 @@ async def test_all_that_is_given_has_to_hold(world: World, operations: Commands)
 
 
 async def test_one_event_is_found_with_its_payload(world: World, operations: Commands) -> None:
-    """The row as it is and the very bytes; None for what the ledger does not have."""
+    """The row and the signed bytes are returned, and None for an event that the ledger does not have."""
     given = await world.state_of(delivery(), Status.DEAD)
     found = await operations.find(given.event.id)
     assert found is not None
@@ -90,8 +90,8 @@ async def test_one_event_is_found_with_its_payload(world: World, operations: Com
     assert await operations.payload("evt_unknown") is None
 
 
-async def test_the_backlog_tells_what_is_due(world: World, operations: Commands) -> None:
-    """Nothing at first; then events by status, what is due and for how long, and whose holder is late."""
+async def test_the_backlog_counts_what_is_due(world: World, operations: Commands) -> None:
+    """It counts due events, the age of the oldest, claims past their lease, and events that were abandoned before."""
     empty = await operations.backlog()
     assert (empty.due, empty.oldest_due_seconds) == (0, None)
     late, later, processing = [await event(world, s) for s in (Status.FAILED, Status.PENDING, Status.PROCESSING)]
@@ -112,7 +112,7 @@ async def test_the_backlog_tells_what_is_due(world: World, operations: Commands)
 
 @pytest.mark.parametrize("status", [Status.PENDING, Status.FAILED, Status.DEAD, Status.IGNORED])
 async def test_a_replay_begins_anew(world: World, status: Status) -> None:
-    """Due now, counts 0, three days again; the attempt is left as it is, for it fences."""
+    """It is due now, with counts of 0 and three days to succeed; the attempt, the fencing token, is kept."""
     given = await world.state_of(delivery(), status)
     await world.change(
         given.event.id, attempt=9, failures=4, abandoned=8, due_at=3600.0, give_up_at=-3600.0, last_error="why"
@@ -127,7 +127,7 @@ async def test_a_replay_begins_anew(world: World, status: Status) -> None:
 
 @pytest.mark.parametrize("status", [Status.PROCESSING, Status.COMPLETED])
 async def test_a_replay_never_doubles(world: World, status: Status) -> None:
-    """What is being handled, or was, is not touched."""
+    """An event that is being handled, or that is completed, is not changed."""
     given = await world.state_of(delivery(), status)
     before = await world.row(given.event.id)
     assert await replay(world.url, [given.event.id]) == []
@@ -136,7 +136,7 @@ async def test_a_replay_never_doubles(world: World, status: Status) -> None:
 
 @pytest.mark.parametrize("what", ["ended", "tried"])
 async def test_what_changed_since_it_was_chosen_is_left(world: World, operations: Commands, what: str) -> None:
-    """A count was confirmed for what was there then: what came to its end meanwhile, or came in, is not meant."""
+    """An event that ended, was tried again, or was received after the selection is not replayed."""
     given, other = await event(world, Status.FAILED), await event(world, Status.FAILED)
     selection = Selection(type="invoice.*")
     chosen = await operations.select_candidates(selection)
@@ -152,15 +152,15 @@ async def test_what_changed_since_it_was_chosen_is_left(world: World, operations
 
 
 async def test_a_replay_waits_for_nobody(world: World, operations: Commands) -> None:
-    """A row that another holds is left, the others are done at once."""
-    held, other = [await event(world, Status.DEAD) for _ in range(2)]
-    async with world.locked(held):
+    """A locked row is skipped, and the others are replayed at once."""
+    locked, other = [await event(world, Status.DEAD) for _ in range(2)]
+    async with world.locked(locked):
         assert await replayed(operations, Selection(statuses=[Status.DEAD])) == [other]
-    assert await world.status(held) is Status.DEAD
+    assert await world.status(locked) is Status.DEAD
 
 
 async def test_a_prune_beside_a_replay(world: World, operations: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What loses its payload before its batch comes is left as it is: it could not be handled."""
+    """An event whose payload is pruned before its batch runs is not changed, because it could not be handled."""
     monkeypatch.setattr(operations_module, "BATCH", 1)
     old = [await event(world, Status.IGNORED, settled_days=100) for _ in range(3)]
     selection = Selection(old)
@@ -175,7 +175,7 @@ async def test_a_prune_beside_a_replay(world: World, operations: Commands, monke
 
 
 async def test_a_replay_by_selection(world: World, operations: Commands) -> None:
-    """Only what is selected, only what may be; and it is noted who did it, with which selection, to how many."""
+    """Only selected events that may be replayed are, and the audit has the operator, the selection and the number."""
     dead = [await event(world, Status.DEAD) for _ in range(3)]
     others = [await event(world, each) for each in (Status.FAILED, Status.COMPLETED, Status.PROCESSING)]
     before = [await world.row(each) for each in others]
@@ -183,11 +183,11 @@ async def test_a_replay_by_selection(world: World, operations: Commands) -> None
     assert {await world.status(each) for each in dead} == {Status.PENDING}
     for row in before:
         assert (await world.row(row["event_id"]))["status"] == row["status"]
-    assert await noted(world) == [(OPERATOR, "replay", "status=dead", 3)]
+    assert await audit(world) == [(OPERATOR, "replay", "status=dead", 3)]
 
 
-async def test_completed_events_are_repeated_only_when_told(world: World, operations: Commands) -> None:
-    """Without the word nothing happens to them; with it they are due; what is being handled never is."""
+async def test_completed_events_are_replayed_only_with_repeat_completed(world: World, operations: Commands) -> None:
+    """They are replayed only with `repeat_completed`; an event that is being handled never is."""
     completed, processing = await event(world, Status.COMPLETED), await event(world, Status.PROCESSING)
     assert await replayed(operations, Selection()) == []
     assert await replayed(operations, Selection(), repeat_completed=True) == [completed]
@@ -196,7 +196,7 @@ async def test_completed_events_are_repeated_only_when_told(world: World, operat
 
 
 async def test_what_has_no_payload_is_not_replayed(world: World, operations: Commands) -> None:
-    """It could not be dispatched, and would be dead for another reason than it is."""
+    """An event without its payload could not be dispatched, and would be dead for a new reason."""
     dead = await event(world, Status.DEAD)
     await world.database.execute("DELETE FROM stripe_event_payloads")
     assert await replayed(operations, Selection([dead])) == []
@@ -204,7 +204,7 @@ async def test_what_has_no_payload_is_not_replayed(world: World, operations: Com
 
 
 async def test_many_are_replayed_in_batches(world: World, operations: Commands) -> None:
-    """More than fit into one transaction: each once, none left."""
+    """More events than one transaction takes are each replayed once."""
     template = await event(world, Status.DEAD)
     for table, columns in (
         (
@@ -226,8 +226,8 @@ async def test_many_are_replayed_in_batches(world: World, operations: Commands) 
     assert await operations.count(Selection()) == {Status.PENDING: BATCH * 2 + 1}
 
 
-async def test_what_was_done_to_an_event_by_its_id_is_told(world: World, operations: Commands) -> None:
-    """Its own, not that of an event whose id begins alike."""
+async def test_actions_on_an_event_are_found_by_its_id(world: World, operations: Commands) -> None:
+    """Actions that named the event are found, and none that named an id with the same beginning."""
     dead = await event(world, Status.DEAD)
     await replayed(operations, Selection([dead, "evt_other"]))
     [action] = await operations.actions_on(dead)
@@ -236,7 +236,7 @@ async def test_what_was_done_to_an_event_by_its_id_is_told(world: World, operati
 
 
 async def test_nothing_named_is_nothing(world: World, operations: Commands) -> None:
-    """An empty list of ids is none of the events, not all of them."""
+    """An empty list of ids selects no event, not every event."""
     await event(world, Status.DEAD)
     assert await operations.count(Selection([])) == {}
     assert Selection().is_empty
@@ -247,7 +247,7 @@ async def test_nothing_named_is_nothing(world: World, operations: Commands) -> N
 
 
 async def test_a_ledger_that_is_not_migrated_is_left_alone(world: World) -> None:
-    """Where the audit has no table yet nothing is changed; the error names the command to run."""
+    """Without the audit's table nothing is changed, and the error names the command to run."""
     before = await world.database.fetchval("SELECT id FROM ledger_epoch")
     version = await world.database.fetchval("SELECT version_num FROM alembic_version")
     await world.database.execute("UPDATE alembic_version SET version_num = '0002'")
@@ -263,7 +263,7 @@ async def test_a_ledger_that_is_not_migrated_is_left_alone(world: World) -> None
 
 
 async def test_old_payloads_go_and_older_rows(world: World, operations: Commands) -> None:
-    """By the day of settling; what is younger stays whole, and the audit has the count."""
+    """Payloads and rows are pruned by their age since they were settled, and the audit has the count."""
     ages = {days: await event(world, Status.COMPLETED, settled_days=days) for days in (1, 40, 100)}
     for days in (40, 100):
         await world.database.execute(
@@ -276,12 +276,12 @@ async def test_old_payloads_go_and_older_rows(world: World, operations: Commands
     assert await operations.payload(ages[1]) is not None
     assert await world.database.fetchval("SELECT count(*) FROM stripe_event_payloads") == 1
     assert await world.database.fetchval("SELECT array_agg(event_id) FROM stripe_event_attempts") == [ages[40]]
-    assert await noted(world) == [(OPERATOR, "prune", "payloads=30d rows=90d", 2)]
+    assert await audit(world) == [(OPERATOR, "prune", "payloads=30d rows=90d", 2)]
     assert await pruned(operations, 30, 90) == [0, 0]
 
 
 async def test_what_is_unfinished_is_never_pruned(world: World, operations: Commands) -> None:
-    """However old; what is dead waits for an operator, and goes only when told."""
+    """An unfinished event is kept at any age, and a dead one unless `include_dead` is given."""
     kept = {each: await event(world, each) for each in (Status.PENDING, Status.PROCESSING, Status.FAILED)}
     for each in kept.values():
         await world.change(each, received_at=-1000 * DAY, due_at=-900 * DAY, give_up_at=-900 * DAY)
@@ -296,15 +296,15 @@ async def test_what_is_unfinished_is_never_pruned(world: World, operations: Comm
 
 
 async def test_rows_are_kept_while_stripe_may_resend(operations: Commands) -> None:
-    """35 days at least: a row that is gone tells no duplicate."""
+    """Rows are kept for at least 35 days, because a deleted row detects no duplicate."""
     with pytest.raises(ValueError, match="at least 35 days"):
         await pruned(operations, 1, 34)
 
 
 async def test_what_another_has_locked_is_left(world: World, operations: Commands) -> None:
-    """A row that is being replayed at this very moment keeps its payload, and nobody waits for it."""
-    held, other = [await event(world, Status.COMPLETED, settled_days=100) for _ in range(2)]
-    async with world.locked(held):
+    """A locked row keeps its payload, and the prune does not wait for it."""
+    locked, other = [await event(world, Status.COMPLETED, settled_days=100) for _ in range(2)]
+    async with world.locked(locked):
         assert await pruned(operations, 1, 35) == [0, 1]
     assert await operations.find(other) is None
-    assert await operations.payload(held) is not None
+    assert await operations.payload(locked) is not None

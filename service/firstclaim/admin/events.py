@@ -19,7 +19,7 @@ from firstclaim.admin.rendering import laid_out
 from firstclaim.admin.request import PATH, AdminRequest, Refused
 from firstclaim.errors import StatementTimeout
 from firstclaim.operations.queries import Selection
-from firstclaim.operations.search import UNSUCCESSFUL, Place, Search
+from firstclaim.operations.search import UNSUCCESSFUL, Cursor, Search
 from firstclaim.status import Status
 
 log = structlog.get_logger(__name__)
@@ -105,7 +105,7 @@ class Events:
             filters=filters,
             found=found,
             place=place,
-            older=None if found.more is None else filters.address(**{"from": _told(found.more)}),
+            older=None if found.next_cursor is None else filters.address(**{"from": _told(found.next_cursor)}),
             newest=filters.address(),
             all_ticked=filters.address(tick="all", **({} if place is None else {"from": _told(place)})),
             ticked=visit.word("tick") == "all",
@@ -113,7 +113,7 @@ class Events:
             replayed_most=REPLAYED_MOST,
             can_be_replayed=UNSUCCESSFUL,
             ages=AGES,
-            looked_at=filters.search.most_looked_at,
+            looked_at=filters.search.scan_limit,
         )
 
     async def show(self, visit: AdminRequest) -> Response:
@@ -125,8 +125,8 @@ class Events:
             event = await ledger.find(event_id)
             if event is None:
                 raise _unknown()
-            moments = await ledger.timeline(event)
-        return visit.page("event.html", event=event, moments=moments, can_be_replayed=UNSUCCESSFUL)
+            timeline = await ledger.timeline(event)
+        return visit.page("event.html", event=event, timeline=timeline, can_be_replayed=UNSUCCESSFUL)
 
     async def show_payload(self, visit: AdminRequest) -> Response:
         """The event's payload; a form's answer."""
@@ -147,15 +147,15 @@ def _unknown() -> Refused:
     return Refused(404, "No such event", "The ledger does not have it: it never came, or it has been pruned.")
 
 
-def _told(place: Place) -> str:
+def _told(place: Cursor) -> str:
     return f"{place.received_at.isoformat()}~{place.event_id}"
 
 
-def _place(text: str | None) -> Place | None:
+def _place(text: str | None) -> Cursor | None:
     """Where a page begins; what is no place is the beginning."""
     at, _, event_id = (text or "").partition("~")
     try:
         parsed = datetime.fromisoformat(at)
     except ValueError:
         return None
-    return Place(parsed, event_id) if parsed.tzinfo is not None and event_id else None
+    return Cursor(parsed, event_id) if parsed.tzinfo is not None and event_id else None

@@ -1,10 +1,10 @@
 """What an operator changes in the ledger.
 
-Guarantees: nothing here dispatches: a replay makes events due, and the running services take them up. What is being
-handled right now is never changed, what is unfinished never pruned. Every change is noted in `operator_actions`
-before it begins (who, what, which events) and closed with the number of events that it changed; one that was
-interrupted shows by having no number. Changes come in small batches, a transaction each, and skip rows that are
-locked: no delivery waits for them.
+Guarantees: nothing here dispatches. A replay makes events due, and the running services take them up. An event that is
+being handled is never changed, and an unfinished event is never pruned. Every change is recorded in `operator_actions`
+before it begins (who, what, which events), and completed with the number of events that it changed. An interrupted
+change has no number. Changes are made in small batches, one transaction each, and skip rows that are locked, so that
+no delivery waits for them.
 """
 
 import asyncio
@@ -22,19 +22,20 @@ from firstclaim.operations.queries import SELECTED, Queries, Selection
 from firstclaim.postgres.connection import UNAVAILABLE, describe, open_connection, read_epoch
 from firstclaim.status import Status
 
-BATCH = 500  # events in one transaction: some ten milliseconds, so that nobody waits long for a row
-_RECORD_SECONDS = 60.0  # for a batch, bodies and all, over a slow line
-_PATIENCE_SECONDS = 5.0  # a delivery of the same event at the same moment commits in milliseconds
+BATCH = 500  # events in one transaction: about ten milliseconds, so that no row is locked for long
+_RECORD_SECONDS = 60.0  # for a batch with its bodies over a slow connection
+_PATIENCE_SECONDS = 5.0  # a concurrent delivery of the same event commits in milliseconds
 _MICROSECOND = 1e-6
-REPLAYABLE = (Status.PENDING, Status.FAILED, Status.DEAD, Status.IGNORED)  # without repeating any effect
+REPLAYABLE = (Status.PENDING, Status.FAILED, Status.DEAD, Status.IGNORED)  # a replay of these repeats no effect
 
-_CHOOSE = statement(f"""
+_SELECT_CANDIDATES = statement(f"""
 SELECT event_id, status, attempt, p.event_id IS NOT NULL AS has_payload
   FROM stripe_events e LEFT JOIN stripe_event_payloads p USING (event_id)
  WHERE {SELECTED} ORDER BY due_at
 """)
-# Only as it was chosen: what has changed since may have had its effects. With its payload, for without one an event
-# cannot be dispatched; that is locked too, or a prune that runs beside this one deletes it.
+# An event is replayed only if its status and its attempt are those that were selected: if they changed, its effects may
+# have happened. It needs its payload, because an event without one cannot be dispatched. The payload is locked too,
+# because a concurrent prune could delete it.
 _REPLAY = statement("""
 WITH chosen AS MATERIALIZED (
     SELECT e.event_id
@@ -58,14 +59,14 @@ VALUES (clock_timestamp(), :operator, :action, :selection) RETURNING action_id
 """)
 _END_ACTION = statement("UPDATE operator_actions SET changed = :changed WHERE action_id = :action_id")
 
-# Payloads of what was settled so long ago, in the order of the ids, from where the last batch ended. The event's row is
-# locked first: one that is replayed meanwhile needs its payload.
+# Payloads of events that were settled so long ago, in the order of the ids, from the end of the last batch on. The
+# event's row is locked first, because an event that is being replayed needs its payload.
 _PRUNE_PAYLOADS = statement("""
 WITH old AS MATERIALIZED (
     SELECT event_id FROM stripe_events JOIN stripe_event_payloads USING (event_id)
      WHERE event_id > :after AND status = ANY(:statuses)
        AND settled_at < clock_timestamp() - make_interval(days => :days)
-     ORDER BY event_id LIMIT :most
+     ORDER BY event_id LIMIT :limit
        FOR UPDATE OF stripe_events SKIP LOCKED
 )
 DELETE FROM stripe_event_payloads p USING old WHERE p.event_id = old.event_id RETURNING p.event_id
@@ -75,11 +76,11 @@ WITH old AS MATERIALIZED (
     SELECT event_id FROM stripe_events
      WHERE event_id > :after AND status = ANY(:statuses)
        AND settled_at < clock_timestamp() - make_interval(days => :days)
-     ORDER BY event_id LIMIT :most
+     ORDER BY event_id LIMIT :limit
        FOR UPDATE SKIP LOCKED
-), body AS (
+), payloads AS (
     DELETE FROM stripe_event_payloads p USING old WHERE p.event_id = old.event_id
-), tried AS (
+), attempts AS (
     DELETE FROM stripe_event_attempts a USING old WHERE a.event_id = old.event_id
 )
 DELETE FROM stripe_events e USING old WHERE e.event_id = old.event_id RETURNING e.event_id
@@ -95,7 +96,7 @@ SELECT count(*) FILTER (WHERE p.event_id IS NOT NULL
 
 @dataclass(frozen=True, slots=True)
 class ReplayCandidate:
-    """An event as it was when it was chosen for a replay; what it is by then is not touched if it differs."""
+    """An event as it was when it was selected for a replay. It is not replayed if it has changed since."""
 
     event_id: str
     status: Status
@@ -104,8 +105,8 @@ class ReplayCandidate:
 
 
 @dataclass(slots=True)
-class Change:
-    """One change by hand, while it goes on."""
+class OperatorAction:
+    """A change by an operator, while it is being made."""
 
     operator: str
     action: str
@@ -114,12 +115,12 @@ class Change:
 
 
 class Commands(Queries):
-    """What can be asked, and changed, on one connection."""
+    """Queries and changes on one connection."""
 
     @classmethod
     @asynccontextmanager
     async def connect(cls, dsn: str, timeout_seconds: float) -> AsyncIterator["Commands"]:
-        """Connected for as long as the block runs; whatever Postgres says in it is a `LedgerUnavailable`.
+        """A connection for the duration of the block. An error of Postgres in the block becomes a `LedgerUnavailable`.
 
         Raises `SchemaOutdated` before anything is changed.
         """
@@ -137,7 +138,7 @@ class Commands(Queries):
             raise LedgerUnavailable(describe(error)) from error
 
     async def count_prunable(self, payload_days: int, row_days: int, *, include_dead: bool) -> tuple[int, int]:
-        """How many payloads and rows `prune` would take."""
+        """The number of payloads and the number of rows that `prune` would delete."""
         statuses = _prunable(include_dead)
         [row] = await self._fetch(
             _COUNT_PRUNABLE, payload_days=payload_days, row_days=row_days, statuses=list(statuses)
@@ -145,38 +146,38 @@ class Commands(Queries):
         return row["payloads"], row["rows"]
 
     async def recorded_ids(self, event_ids: Sequence[str]) -> set[str]:
-        """Those of them that the ledger has, in whatever status."""
+        """Those of the ids that the ledger has, in any status."""
         return {row["event_id"] for row in await self._fetch(FIND, event_ids=list(event_ids))}
 
     # -- changing -------------------------------------------------------------------------------------
 
     async def select_candidates(self, selection: Selection) -> list[ReplayCandidate]:
-        """For a replay: all that are selected, in whatever status, the longest due first."""
-        rows = await self._fetch(_CHOOSE, **selection.values())
+        """The selected events, in any status; the event that has been due longest is first."""
+        rows = await self._fetch(_SELECT_CANDIDATES, **selection.parameters())
         return [ReplayCandidate(**{**row, "status": Status(row["status"])}) for row in rows]
 
     async def replay(
         self,
-        chosen: Sequence[ReplayCandidate],
+        candidates: Sequence[ReplayCandidate],
         selection: Selection,
         operator: str,
         *,
         give_up_seconds: float,
         repeat_completed: bool = False,
     ) -> AsyncIterator[list[str]]:
-        """Make them due now, failures reset, attempt untouched; yields the ids of each batch that it changed.
+        """Make the events due now, reset their failures, keep their attempt; yields the ids that each batch changed.
 
-        Not what is locked or has changed since it was chosen, not what is being handled right now, and not what has
-        no payload any more. `selection` is what they were chosen by, for the audit.
+        Skips events that are locked, that have changed since they were selected, that are being handled, or whose
+        payload has been pruned. `selection` is what they were selected by, for the audit.
 
-        `repeat_completed`: also what is completed; its effects will happen a second time.
+        `repeat_completed`: also replay completed events. Their effects will happen a second time.
         """
         statuses = {*REPLAYABLE, *([Status.COMPLETED] if repeat_completed else [])}
-        left = [each for each in chosen if each.status in statuses]
-        change = Change(operator, "replay", str(selection))
-        async with self._noted(change):
-            while left:
-                batch, left = left[:BATCH], left[BATCH:]
+        remaining = [each for each in candidates if each.status in statuses]
+        action = OperatorAction(operator, "replay", str(selection))
+        async with self._audited(action):
+            while remaining:
+                batch, remaining = remaining[:BATCH], remaining[BATCH:]
                 rows = await self._fetch(
                     _REPLAY,
                     event_ids=[each.event_id for each in batch],
@@ -184,49 +185,50 @@ class Commands(Queries):
                     attempts=[each.attempt for each in batch],
                     give_up_in=give_up_seconds,
                 )
-                change.changed += len(rows)
+                action.changed += len(rows)
                 yield [row["event_id"] for row in rows]
 
     async def prune(
         self, operator: str, payload_days: int, row_days: int, *, include_dead: bool
     ) -> AsyncIterator[tuple[int, int]]:
-        """Delete old payloads, then old rows with theirs; yields (payloads, rows) deleted, batch by batch."""
+        """Delete old rows with their payloads, then old payloads; yields (payloads, rows) deleted by each batch."""
         if row_days < ROW_DAYS_LEAST:
-            raise ValueError(f"rows are kept for at least {ROW_DAYS_LEAST} days: until then they tell duplicates")
-        days = f"payloads={payload_days}d rows={row_days}d" + (" dead" if include_dead else "")
-        change = Change(operator, "prune", days)
-        async with self._noted(change):
-            for prune, kept_days, is_row in ((_PRUNE_ROWS, row_days, 1), (_PRUNE_PAYLOADS, payload_days, 0)):
+            raise ValueError(f"rows are kept for at least {ROW_DAYS_LEAST} days: until then they detect duplicates")
+        selection = f"payloads={payload_days}d rows={row_days}d" + (" dead" if include_dead else "")
+        action = OperatorAction(operator, "prune", selection)
+        async with self._audited(action):
+            for query, kept_days, is_row in ((_PRUNE_ROWS, row_days, 1), (_PRUNE_PAYLOADS, payload_days, 0)):
                 after = ""
                 while True:
                     rows = await self._fetch(
-                        prune, after=after, statuses=_prunable(include_dead), days=kept_days, most=BATCH
+                        query, after=after, statuses=_prunable(include_dead), days=kept_days, limit=BATCH
                     )
                     if not rows:
                         break
                     after = max(row["event_id"] for row in rows)
-                    change.changed += len(rows)
+                    action.changed += len(rows)
                     yield (0, len(rows)) if is_row else (len(rows), 0)
 
     async def rotate_epoch(self, operator: str) -> tuple[str | None, str | None]:
-        """Give the ledger a new epoch; returns the one before and the one after."""
+        """Give the ledger a new epoch; returns the previous one and the new one."""
         before = self._connection.epoch
-        change = Change(operator, "rotate", f"epoch {before}")
-        async with self._noted(change):
+        action = OperatorAction(operator, "rotate", f"epoch {before}")
+        async with self._audited(action):
             await self._fetch(_ROTATE)
-            change.changed = 1
+            action.changed = 1
         return before, await read_epoch(self._connection)
 
     @asynccontextmanager
     async def recording(
         self, operator: str, selection: str, *, give_up_seconds: float
     ) -> AsyncIterator[Callable[[Sequence[Delivery]], Awaitable[int]]]:
-        """One reconciliation, noted as a whole: record with what this yields, `BATCH` events at most in a call.
+        """One reconciliation, audited as one action; yields the function that records at most `BATCH` events per call.
 
-        They are entered as a delivery that may not dispatch enters them: `pending`, attempt 0, due now, a microsecond
-        apart, because what is due the longest is taken up first. Returns how many were new; no other row is touched.
+        They are recorded as a delivery that may not dispatch records them: `pending`, attempt 0, due now. They are due
+        a microsecond apart, because recovery takes up first what has been due longest. The function returns how many
+        were new; no other row is changed.
         """
-        change = Change(operator, "reconcile", selection)
+        action = OperatorAction(operator, "reconcile", selection)
 
         async def record(deliveries: Sequence[Delivery]) -> int:
             first = -len(deliveries) * _MICROSECOND
@@ -240,23 +242,23 @@ class Commands(Queries):
                 give_up_seconds=give_up_seconds,
                 timeout_seconds=_RECORD_SECONDS,
             )
-            change.changed += len(new)
+            action.changed += len(new)
             return len(new)
 
-        async with self._noted(change):
+        async with self._audited(action):
             yield record
 
     @asynccontextmanager
-    async def _noted(self, change: Change) -> AsyncIterator[None]:
+    async def _audited(self, action: OperatorAction) -> AsyncIterator[None]:
         [row] = await self._fetch(
-            _BEGIN_ACTION, operator=change.operator, action=change.action, selection=change.selection
+            _BEGIN_ACTION, operator=action.operator, action=action.action, selection=action.selection
         )
         try:
             yield
-        except OperatorError:  # somebody else's failure: what was changed here until then is known
-            await self._fetch(_END_ACTION, action_id=row["action_id"], changed=change.changed)
+        except OperatorError:  # not a failure of the ledger: the number changed until then is known
+            await self._fetch(_END_ACTION, action_id=row["action_id"], changed=action.changed)
             raise
-        await self._fetch(_END_ACTION, action_id=row["action_id"], changed=change.changed)
+        await self._fetch(_END_ACTION, action_id=row["action_id"], changed=action.changed)
 
 
 def _prunable(include_dead: bool) -> list[Status]:

@@ -1,4 +1,4 @@
-"""Limits of the operators' commands, apart from what carries them out: the command line's help needs no driver."""
+"""Limits of the operators' commands, in a module of their own: the help of the command line imports no driver."""
 
-ROW_DAYS_LEAST = 35  # Stripe resends by hand for 30 days: until then only the row tells a duplicate
-LISTED_DAYS_MOST = 30  # for how long Stripe lists an event
+ROW_DAYS_LEAST = 35  # Stripe can resend an event for 30 days: until then only the row detects the duplicate
+LISTED_DAYS_MOST = 30  # how long Stripe lists an event

@@ -1,6 +1,6 @@
-"""What an operator asks of the ledger.
+"""What an operator reads from the ledger.
 
-Guarantees: nothing here changes anything, or waits for anybody; no statement runs for longer than a minute.
+Guarantees: nothing here changes a row or waits for a lock, and no statement runs for longer than a minute.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,10 @@ from firstclaim.inbox.statements import Statement, statement
 from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.status import Status
 
-_STATEMENT_SECONDS = 60.0  # a count over millions of rows
+_STATEMENT_SECONDS = 60.0  # enough to count millions of rows
 
-# Of `Selection`, on `stripe_events e`. The clock in a subquery: a bare volatile function is no index condition.
+# The conditions of a `Selection`, on `stripe_events e`. The clock is read in a subquery, because a volatile function by
+# itself cannot be an index condition.
 SELECTED = """
       (CAST(:event_ids AS text[]) IS NULL OR e.event_id = ANY(CAST(:event_ids AS text[])))
   AND (CAST(:statuses AS text[]) IS NULL OR e.status = ANY(CAST(:statuses AS text[])))
@@ -29,9 +30,9 @@ SELECTED = """
 COLUMNS = """event_id, type, account, livemode, object_id, api_version, status, attempt, failures, abandoned, action,
        last_error, created_at, received_at, due_at, give_up_at, settled_at, claimed_at, claimed_by"""
 
-_LIST = statement(f"SELECT {COLUMNS} FROM stripe_events e WHERE {SELECTED} ORDER BY received_at DESC LIMIT :most")
+_LIST = statement(f"SELECT {COLUMNS} FROM stripe_events e WHERE {SELECTED} ORDER BY received_at DESC LIMIT :limit")
 _COUNT = statement(f"SELECT status, count(*) AS events FROM stripe_events e WHERE {SELECTED} GROUP BY status")
-# Each part by an index of just these rows.
+# Each half reads a partial index: `stripe_events_due`, and `stripe_events_unsuccessful`.
 _COUNT_OPEN = statement("""
 SELECT status, count(*) AS events FROM stripe_events WHERE status IN ('pending', 'processing', 'failed') GROUP BY status
 UNION ALL
@@ -59,7 +60,7 @@ SELECT count(*) FILTER (WHERE status IN ('pending', 'failed') AND due_at <= now)
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which events are meant: all that is given has to hold. `type` may be `prefix.*`; ages count from the arrival."""
+    """Selects events: every given condition must hold. `type` may be `prefix.*`; ages count from `received_at`."""
 
     event_ids: Sequence[str] | None = None
     statuses: Sequence[Status] | None = None
@@ -70,11 +71,11 @@ class Selection:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it means all events that there are."""
+        """Whether it selects all events."""
         return self == Selection()
 
     def __str__(self) -> str:
-        """In the words of the command line, for the audit."""
+        """As options of the command line, for the audit."""
         given = {
             "status": None if self.statuses is None else ",".join(self.statuses),
             "type": self.type,
@@ -85,8 +86,8 @@ class Selection:
         words = [f"{name}={value}" for name, value in given.items() if value is not None]
         return " ".join((*(self.event_ids or ()), *words)) or "all"
 
-    def values(self) -> dict[str, Any]:
-        """The parameters of a statement that selects by it."""
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of a statement with `SELECTED`."""
         pattern = None if self.type is None else self.type.replace("\\", "\\\\").replace("_", "\\_").replace("%", "\\%")
         if pattern is not None and pattern.endswith(".*"):
             pattern = pattern[:-1] + "%"
@@ -102,7 +103,7 @@ class Selection:
 
 @dataclass(frozen=True, slots=True)
 class EventRow:
-    """An event as the ledger has it."""
+    """An event as the ledger stores it."""
 
     event_id: str
     type: str
@@ -127,9 +128,10 @@ class EventRow:
 
 @dataclass(frozen=True, slots=True)
 class AttemptRow:
-    """An attempt that did not succeed: `failed`, `dead` (its failure was the last) or `abandoned`.
+    """An attempt that did not succeed: `failed`, `dead` (its failure was final) or `abandoned`.
 
-    `began_at` is when it was claimed, `process` by whom (`host:pid`); None: by a build that did not say.
+    `began_at` is when it was claimed, and `process` (`host:pid`) what claimed it; None if an older build did not record
+    it.
     """
 
     attempt: int
@@ -142,16 +144,16 @@ class AttemptRow:
 
 @dataclass(frozen=True, slots=True)
 class TimelineEntry:
-    """Something that happened to an event. `what`: `received`, a status, `claimed`, an attempt's outcome, an action."""
+    """What happened to an event. `kind`: `received`, a status, `claimed`, an attempt's outcome, or an action."""
 
     at: datetime
-    what: str
+    kind: str
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """What is unfinished. Ages in seconds; `oldest_due_seconds` None: nothing is due."""
+    """The unfinished events. `oldest_due_seconds` is None if no event is due."""
 
     due: int
     oldest_due_seconds: float | None
@@ -160,49 +162,49 @@ class Backlog:
 
 
 class Queries:
-    """What can be asked, on one connection."""
+    """Queries on one connection."""
 
     def __init__(self, connection: PinnedConnection) -> None:
         self._connection = connection
 
-    async def list_events(self, selection: Selection, most: int) -> list[EventRow]:
-        """The newest `most` of them."""
-        rows = await self._fetch(_LIST, **selection.values(), most=most)
-        return [listed(row) for row in rows]
+    async def list_events(self, selection: Selection, limit: int) -> list[EventRow]:
+        """The selected events, the newest first, at most `limit`."""
+        rows = await self._fetch(_LIST, **selection.parameters(), limit=limit)
+        return [event_row(row) for row in rows]
 
     async def count(self, selection: Selection) -> dict[Status, int]:
-        """How many there are in each status that has any."""
-        rows = await self._fetch(_COUNT, **selection.values())
+        """The number of selected events in each status that has any."""
+        rows = await self._fetch(_COUNT, **selection.parameters())
         return {Status(row["status"]): row["events"] for row in rows}
 
     async def count_open(self) -> dict[Status, int]:
-        """How many are unfinished or dead, in each status that has any; quick, however many events there are."""
+        """The number of unfinished and dead events in each status that has any. Fast in a ledger of any size."""
         return {Status(row["status"]): row["events"] for row in await self._fetch(_COUNT_OPEN)}
 
     async def find(self, event_id: str) -> EventRow | None:
-        """The event, or None: the ledger does not have it."""
+        """The event, or None if the ledger does not have it."""
         return next(iter(await self.list_events(Selection([event_id]), 1)), None)
 
     async def payload(self, event_id: str) -> bytes | None:
-        """The very bytes that were signed; None: pruned."""
+        """The bytes that were signed, or None if they have been pruned."""
         rows = await self._fetch(_PAYLOAD, event_id=event_id)
         return rows[0]["body"] if rows else None
 
     async def attempts(self, event_id: str) -> list[AttemptRow]:
-        """Those that did not succeed, oldest first."""
+        """The attempts that did not succeed, the oldest first."""
         return [AttemptRow(**row) for row in await self._fetch(_ATTEMPTS, event_id=event_id)]
 
     async def actions_on(self, event_id: str) -> list[dict[str, Any]]:
-        """What was done to the event by its id, oldest first: `at`, `operator`, `action`."""
-        found = await self._fetch(_ACTIONS_ON, event_id=event_id)
-        return [dict(row) for row in found if event_id in row["selection"].split(" ")]
+        """The actions of operators that named the event's id, the oldest first: `at`, `operator`, `action`."""
+        rows = await self._fetch(_ACTIONS_ON, event_id=event_id)
+        return [dict(row) for row in rows if event_id in row["selection"].split(" ")]
 
     async def timeline(self, event: EventRow) -> list[TimelineEntry]:
-        """What happened to it and when, oldest first; see `timeline`."""
+        """What happened to the event and when, the oldest first: the function `timeline` on what the ledger has."""
         return timeline(event, await self.attempts(event.event_id), await self.actions_on(event.event_id))
 
     async def backlog(self) -> Backlog:
-        """What is unfinished; by an index, however many events there are."""
+        """The unfinished events, by an index. Fast in a ledger of any size."""
         [row] = await self._fetch(_BACKLOG)
         return Backlog(**row)
 
@@ -210,27 +212,32 @@ class Queries:
         return await query.fetch(self._connection, timeout_seconds=_STATEMENT_SECONDS, **values)
 
 
-def listed(row: Mapping[str, Any]) -> EventRow:
-    """An event from a row of `COLUMNS`."""
+def event_row(row: Mapping[str, Any]) -> EventRow:
+    """The event in a row of `COLUMNS`."""
     return EventRow(**{**row, "status": Status(row["status"])})
 
 
 def timeline(
     event: EventRow, attempts: Sequence[AttemptRow], actions: Sequence[Mapping[str, Any]]
 ) -> list[TimelineEntry]:
-    """What happened to it and when, as far as the ledger keeps it: a success leaves its last claim and its end."""
-    told = [TimelineEntry(event.received_at, "received", "received")]
+    """What happened to the event and when, as far as the ledger keeps it.
+
+    Of an attempt that succeeds, the ledger keeps the claim and the end.
+    """
+    entries = [TimelineEntry(event.received_at, "received", "received")]
     for each in attempts:
         lasted = "" if each.began_at is None else f" after {(each.ended_at - each.began_at).total_seconds():.2f} s"
-        by = "" if each.process is None else f", by {each.process}"
-        words = f"attempt {each.attempt} {each.outcome}{lasted}{by}: {each.error}"
-        told.append(TimelineEntry(each.ended_at, each.outcome, words))
-    told += [TimelineEntry(each["at"], each["action"], f"{each['action']} by {each['operator']}") for each in actions]
+        process = "" if each.process is None else f" on {each.process}"
+        text = f"attempt {each.attempt}{process}: {each.outcome}{lasted}: {each.error}"
+        entries.append(TimelineEntry(each.ended_at, each.outcome, text))
+    entries += [
+        TimelineEntry(each["at"], each["action"], f"{each['action']} by {each['operator']}") for each in actions
+    ]
     if event.status in (Status.PROCESSING, Status.COMPLETED) and event.claimed_at is not None:
-        told.append(
+        entries.append(
             TimelineEntry(event.claimed_at, "claimed", f"attempt {event.attempt} claimed by {event.claimed_by}")
         )
-    # Of an attempt that was the last one its own line says so.
+    # A final failure already has an entry: its attempt.
     if event.settled_at is not None and not any((e.attempt, e.outcome) == (event.attempt, "dead") for e in attempts):
-        told.append(TimelineEntry(event.settled_at, event.status, event.status))
-    return sorted(told, key=lambda each: each.at)
+        entries.append(TimelineEntry(event.settled_at, event.status, event.status))
+    return sorted(entries, key=lambda each: each.at)

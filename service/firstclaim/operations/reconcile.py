@@ -1,13 +1,13 @@
-"""Reconciliation: what Stripe's list of events has and the ledger has not is recorded, as a delivery would have been.
+"""Reconciliation: records the events that Stripe lists and the ledger does not have, as a delivery would record them.
 
-Guarantees: nothing here dispatches, and no row that is there is touched: what is missing becomes `pending`, and the
-running services take it up. Oldest first, because they take up first what is due the longest. No progress is kept
-anywhere: a run that was interrupted is simply made again, finds what it recorded already here, and goes on.
+Guarantees: nothing here dispatches, and no existing row is changed. A missing event becomes `pending`, and the running
+services take it up. The oldest is recorded first, because services take up first what has been due longest. No
+progress is stored: an interrupted run is started again, finds that what it recorded exists, and continues.
 
-Stripe lists the newest first, so time is walked in windows from old to new, and each is read to its end before it is
-recorded. Only what is missing is held meanwhile, and a window that has more of it than may be held is read again as a
-shorter one: 30 days of millions of events need no more memory than a day of thousands. The last window is open: what
-is created while the run goes on is in it, or is left to its delivery and to the next run.
+Stripe lists the newest event first. Therefore the time is split into windows, from old to new, and each window is read
+to its end before it is recorded. Only missing events are buffered, and a window with more of them than may be buffered
+is read again as a shorter one: 30 days of millions of events need no more memory than a day of thousands. The last
+window is open: an event that is created during the run is in it, or is left to its delivery and to the next run.
 """
 
 import time
@@ -19,31 +19,31 @@ from firstclaim.errors import Rejected, StripeUnavailable
 from firstclaim.event import Delivery, parse_event
 from firstclaim.observability.redaction import redact
 from firstclaim.operations.commands import BATCH, Commands
-from firstclaim.operations.stripe_api import Item, Page, StripeEvents
+from firstclaim.operations.stripe_api import EventPage, ListedEvent, StripeEvents
 
 REFUSED_NAMED_MOST = 100
-_HELD_MOST_BYTES = 32 * 1024 * 1024  # of missing events' bodies: some thousands of them
+_BUFFER_MOST_BYTES = 32 * 1024 * 1024  # bodies of missing events: some thousands of them
 _FIRST_WINDOW_SECONDS = 3600
-_WINDOW_MOST_SECONDS = 86_400  # bounds what is read twice where many missing events follow on none
+_WINDOW_MOST_SECONDS = 86_400  # limits what is read twice when many missing events follow a time without any
 
 
 @dataclass(frozen=True, slots=True)
 class ReconcileOptions:
-    """What is to be reconciled. `undelivered`: only what some endpoint has not taken yet, as Stripe sees it."""
+    """What to reconcile. `undelivered`: only events that, as Stripe sees it, some endpoint has not accepted yet."""
 
     since_seconds: int
     undelivered: bool = False
 
     def __str__(self) -> str:
-        """In the words of the command line, for the audit."""
+        """As options of the command line, for the audit."""
         return f"since={self.since_seconds}s" + (" undelivered" if self.undelivered else "")
 
 
 @dataclass(slots=True)
 class ReconcileProgress:
-    """How far it has come: `found` = already here + missing + refused; `covered` is the share of the time, 0 to 1.
+    """The progress of a run: `found` = already here + missing + refused; `covered` is the share of the time, 0 to 1.
 
-    `refused` names the first of those that no delivery could have brought in either, each with the reason.
+    `refused` has the id and the reason of the first events that would be refused as a delivery too.
     """
 
     found: int = 0
@@ -55,46 +55,46 @@ class ReconcileProgress:
 
     @property
     def already_here(self) -> int:
-        """In the ledger before, or brought by a delivery in the moment before they were recorded."""
+        """Events that were in the ledger, or that a delivery recorded just before this run would have."""
         return self.found - self.refused_events - self.missing
 
 
 @dataclass(slots=True)
 class _Window:
-    """All that Stripe has of a stretch of time: how many events, and those of them that the ledger has not."""
+    """A stretch of time: how many events Stripe lists in it, and those that the ledger does not have."""
 
     found: int = 0
     missing: list[Delivery] = field(default_factory=list)  # the newest first
     refused: list[tuple[str, str]] = field(default_factory=list)
-    held_bytes: int = 0
+    missing_bytes: int = 0
 
 
 class Reconciliation:
-    """One run over a ledger and a list; what came of it stands in `progress`, also when it did not come to its end."""
+    """One run. `progress` has its result, also if the run was interrupted."""
 
     def __init__(
         self,
         operations: Commands,
         events: StripeEvents,
-        asked: ReconcileOptions,
+        options: ReconcileOptions,
         *,
         body_most_bytes: int,
         give_up_seconds: float,
     ) -> None:
         self._operations = operations
         self._events = events
-        self._asked = asked
+        self._options = options
         self._body_most_bytes = body_most_bytes
         self._give_up_seconds = give_up_seconds
         self.progress = ReconcileProgress()
 
     async def run(self, operator: str, *, dry_run: bool = False) -> AsyncIterator[ReconcileProgress]:
-        """Go through the time that was asked for; yields whenever `progress` has changed.
+        """Reconcile the time that the options name; yields whenever `progress` has changed.
 
-        `operator` is noted in the audit; `dry_run`: nothing is noted and nothing recorded. Raises `StripeRefused`,
-        `StripeUnavailable` and what Postgres raises; what was recorded until then stays.
+        `operator` is written to the audit. `dry_run`: nothing is audited and nothing recorded. Raises `StripeRefused`,
+        `StripeUnavailable`, and the errors of Postgres; what was recorded until then stays recorded.
         """
-        recording = self._operations.recording(operator, str(self._asked), give_up_seconds=self._give_up_seconds)
+        recording = self._operations.recording(operator, str(self._options), give_up_seconds=self._give_up_seconds)
         async with nullcontext() if dry_run else recording as record:
             async for window in self._windows():
                 missing = window.missing[::-1]
@@ -106,14 +106,14 @@ class Reconciliation:
                     batch, missing = missing[:BATCH], missing[BATCH:]
                     new = await record(batch)
                     self.progress.recorded += new
-                    self.progress.missing -= len(batch) - new  # a delivery of it was faster
+                    self.progress.missing -= len(batch) - new  # a delivery of them was faster
                     yield self.progress
                 yield self.progress
 
     async def _windows(self) -> AsyncIterator[_Window]:
-        """All the time that was asked for, from old to new."""
+        """Windows over the whole time, from old to new."""
         now = int(time.time())
-        start, length = now - self._asked.since_seconds, _FIRST_WINDOW_SECONDS
+        start, length = now - self._options.since_seconds, _FIRST_WINDOW_SECONDS
         while start < now:
             end = min(start + length, now)
             window = await self._read(start, None if end == now else end, divisible=end - start > 1)
@@ -121,43 +121,45 @@ class Reconciliation:
                 length = max(1, (end - start) // 4)
                 continue
             start = end
-            self.progress.covered = 1 - (now - start) / self._asked.since_seconds
-            if window.held_bytes < _HELD_MOST_BYTES // 4:
+            self.progress.covered = 1 - (now - start) / self._options.since_seconds
+            if window.missing_bytes < _BUFFER_MOST_BYTES // 4:
                 length = min(length * 2, _WINDOW_MOST_SECONDS)
             yield window
 
     async def _read(self, start: int, end: int | None, *, divisible: bool) -> _Window | None:
-        """All of a window, page by page; None: it has to be read again, as a shorter one."""
+        """A whole window, page by page; None if it must be read again as a shorter one."""
         window, cursor, cursors = _Window(), None, set[str]()
         while True:
-            page = await self._events.page(start, end, cursor, undelivered=self._asked.undelivered)
+            page = await self._events.page(start, end, cursor, undelivered=self._options.undelivered)
             if page is None and divisible:
                 return None
             if page is None or page.cursor in cursors:
-                raise StripeUnavailable("Stripe's list of events changes under our hands or repeats itself: try again")
-            await self._take(page, window)
+                raise StripeUnavailable(
+                    "Stripe's list of events changed while it was read, or repeats itself: try again"
+                )
+            await self._add_page(page, window)
             if page.cursor is None:
                 return window
-            if divisible and window.held_bytes > _HELD_MOST_BYTES:
+            if divisible and window.missing_bytes > _BUFFER_MOST_BYTES:
                 return None
             cursor = page.cursor
             cursors.add(cursor)
 
-    async def _take(self, page: Page, window: _Window) -> None:
+    async def _add_page(self, page: EventPage, window: _Window) -> None:
         deliveries: list[Delivery] = []
-        for item in page.items:
+        for listed in page.events:
             try:
-                deliveries.append(self._delivery(item))
+                deliveries.append(self._delivery(listed))
             except Rejected as rejected:
-                window.refused.append((redact(item.event_id), rejected.reason))
-        known = await self._operations.recorded_ids([each.event.id for each in deliveries])
-        missing = [each for each in deliveries if each.event.id not in known]
-        window.found += len(page.items)
+                window.refused.append((redact(listed.event_id), rejected.reason))
+        recorded = await self._operations.recorded_ids([each.event.id for each in deliveries])
+        missing = [each for each in deliveries if each.event.id not in recorded]
+        window.found += len(page.events)
         window.missing += missing
-        window.held_bytes += sum(len(each.body) for each in missing)
+        window.missing_bytes += sum(len(each.body) for each in missing)
 
-    def _delivery(self, item: Item) -> Delivery:
-        """As the webhook's path would have taken it in; raises `Rejected`."""
-        if len(item.body) > self._body_most_bytes:
+    def _delivery(self, listed: ListedEvent) -> Delivery:
+        """The event as the webhook would parse it; raises `Rejected`."""
+        if len(listed.body) > self._body_most_bytes:
             raise Rejected("content", "larger than FIRSTCLAIM_BODY_MOST_BYTES", 413)
-        return Delivery(parse_event(item.body), item.body)
+        return Delivery(parse_event(listed.body), listed.body)

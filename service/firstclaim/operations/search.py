@@ -1,9 +1,9 @@
-"""Looking through the ledger page by page, however large it is.
+"""Search in the ledger, page by page, for a ledger of any size.
 
-Guarantees: nothing here changes anything, or waits for anybody. A page goes on where the last one ended, by
-(received_at, event_id), so that what comes in meanwhile moves nothing. What no index can find is looked for among so
-many of the newest events only, and told so, with where to go on; and on a connection of `PINS` Postgres ends every
-statement after `STATEMENT_SECONDS`, on one core.
+Guarantees: nothing here changes a row or waits for a lock. A page starts after the last event of the previous page, by
+(received_at, event_id), so that new events do not shift it. A search that no index supports reads a limited number of
+the newest events; its result says how far back it read, and where it can continue. On a connection with `PINS`,
+Postgres uses one core for a statement, and ends it after `STATEMENT_SECONDS`.
 """
 
 import asyncio
@@ -17,33 +17,33 @@ import asyncpg
 from firstclaim.errors import StatementTimeout
 from firstclaim.inbox.statements import Statement, statement
 from firstclaim.operations.commands import Commands
-from firstclaim.operations.queries import COLUMNS, SELECTED, EventRow, Selection, listed
+from firstclaim.operations.queries import COLUMNS, SELECTED, EventRow, Selection, event_row
 from firstclaim.status import Status
 
-STATEMENT_SECONDS: Final = 3  # who looks waits no longer; a delivery shares the server with it
+STATEMENT_SECONDS: Final = 3  # a person waits no longer for a page, and deliveries share the server with it
 PINS: Final[Mapping[str, str]] = {
     "statement_timeout": f"{STATEMENT_SECONDS}s",
-    "max_parallel_workers_per_gather": "0",  # a heavy search has one core, and the deliveries the others
+    "max_parallel_workers_per_gather": "0",  # a heavy search has one core, and deliveries have the others
     "jit": "off",
-    # A plan for these very values: one for all values would not dare to use the index of what is failed or dead.
+    # A plan for the actual values: a generic plan does not use the index of failed and dead events.
     "plan_cache_mode": "force_custom_plan",
 }
-_FROZEN_SECONDS: Final = 1
-OBJECTS_MOST: Final = 500_000  # events looked at for an object's id: some tenths of a second
-PAYLOADS_MOST: Final = 20_000  # payloads looked into for a customer's id: about as long, for they are packed
+_FROZEN_SECONDS: Final = 1  # a frozen server ends no statement: this much later, we do
+OBJECTS_MOST: Final = 500_000  # events read for an object's id: some tenths of a second
+PAYLOADS_MOST: Final = 20_000  # payloads read for a customer's id: about as long, because they are compressed
 UNSUCCESSFUL: Final = (Status.FAILED, Status.DEAD)
 
 _NEWEST_FIRST = "ORDER BY e.received_at DESC, e.event_id DESC"
-_FROM_HERE = f"""
+_FROM_CURSOR = f"""
   FROM stripe_events e
  WHERE {SELECTED}
    AND (CAST(:at AS timestamptz) IS NULL OR (e.received_at, e.event_id) < (CAST(:at AS timestamptz), :id))
  {_NEWEST_FIRST}
 """
-# Beside a `Selection`, the object, or a string in the payload. That is looked for as bytes: of nine hostile but signed
-# bodies `jsonb` refused seven. As a scalar subquery it is asked for one event at a time; of an EXISTS the planner would
-# make a hash of all payloads there are.
-_FOUND = """
+# In addition to a `Selection`: the object's id, or a string in the payload. The string is compared as bytes, because
+# `jsonb` refused seven of nine hostile but signed bodies. A scalar subquery reads the payload of one event at a time;
+# for an EXISTS, the planner would build a hash of all payloads.
+_MATCHES = """
        e.object_id = CAST(:object_id AS text)
     OR CAST(:in_payload AS bytea) IS NOT NULL
    AND position(CAST(:in_payload AS bytea) IN
@@ -51,22 +51,22 @@ _FOUND = """
 """
 
 
-def _selected(columns: str) -> Statement:
-    """The newest that a selection has."""
-    return statement(f"SELECT {columns} {_FROM_HERE} LIMIT :most")
+def _newest(columns: str) -> Statement:
+    """The newest events of a selection."""
+    return statement(f"SELECT {columns} {_FROM_CURSOR} LIMIT :limit")
 
 
-def _looked_for(columns: str) -> Statement:
-    """Of the newest that a selection has, those with the object or the string."""
+def _newest_matching(columns: str) -> Statement:
+    """Those of the newest events of a selection that have the object or the string."""
     return statement(f"""
-SELECT {columns} FROM (SELECT * {_FROM_HERE} LIMIT :looked) e WHERE {_FOUND} {_NEWEST_FIRST} LIMIT :most
+SELECT {columns} FROM (SELECT * {_FROM_CURSOR} LIMIT :scan_limit) e WHERE {_MATCHES} {_NEWEST_FIRST} LIMIT :limit
 """)
 
 
-_PAGE, _PAGE_LOOKED_FOR = _selected(COLUMNS), _looked_for(COLUMNS)
-_IDS, _IDS_LOOKED_FOR = _selected("event_id"), _looked_for("event_id")
-_LOOKED_UNTIL = statement(f"SELECT received_at, event_id {_FROM_HERE} OFFSET :looked - 1 LIMIT 1")
-_ARRIVALS = statement("""
+_PAGE, _PAGE_MATCHING = _newest(COLUMNS), _newest_matching(COLUMNS)
+_IDS, _IDS_MATCHING = _newest("event_id"), _newest_matching("event_id")
+_LAST_SCANNED = statement(f"SELECT received_at, event_id {_FROM_CURSOR} OFFSET :scan_limit - 1 LIMIT 1")
+_HOURLY_COUNTS = statement("""
 SELECT date_trunc('hour', received_at, 'UTC') AS began_at, status, count(*) AS events
   FROM stripe_events
  WHERE received_at >= :since
@@ -76,8 +76,8 @@ _NOW = statement("SELECT clock_timestamp() AS now")
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Behind an event in the list."""
+class Cursor:
+    """The position after an event in the list."""
 
     received_at: datetime
     event_id: str
@@ -85,28 +85,28 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What is looked for. `customer`: also in the payloads, as a string that is exactly this."""
+    """What to search for. `customer`: also search the payloads, for a string that equals `object_id`."""
 
     selection: Selection = field(default_factory=Selection)
     object_id: str | None = None
     customer: bool = False
 
     @property
-    def most_looked_at(self) -> int | None:
-        """Of so many of the newest that the selection has; None: an index finds it, or none is needed."""
+    def scan_limit(self) -> int | None:
+        """How many of the newest selected events are read; None if there is no object id to compare."""
         if self.object_id is None:
             return None
         return PAYLOADS_MOST if self.customer else OBJECTS_MOST
 
-    def values(self, place: Place | None) -> dict[str, Any]:
-        """The parameters of a statement that looks for it from `place` on."""
+    def parameters(self, cursor: Cursor | None) -> dict[str, Any]:
+        """The parameters of a statement that searches from `cursor` on."""
         return {
-            **self.selection.values(),
-            "at": None if place is None else place.received_at,
-            "id": "" if place is None else place.event_id,
+            **self.selection.parameters(),
+            "at": None if cursor is None else cursor.received_at,
+            "id": "" if cursor is None else cursor.event_id,
             "object_id": self.object_id,
             "in_payload": f'"{self.object_id}"'.encode() if self.customer else None,
-            "looked": self.most_looked_at,
+            "scan_limit": self.scan_limit,
         }
 
 
@@ -114,59 +114,60 @@ class Search:
 class SearchPage:
     """A page of events, the newest first.
 
-    `more`: where to go on; `looked_until`: how far was looked, where that was not to the end of the ledger.
+    `next_cursor`: where the next page starts, None if there is none. `scanned_until`: how far back the search read,
+    None if it read to the end of the ledger, or if the page is full.
     """
 
     events: list[EventRow]
-    more: Place | None
-    looked_until: datetime | None
+    next_cursor: Cursor | None
+    scanned_until: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
 class HourlyCounts:
-    """Events by the hour in which they came in and by what they are now; hours without any are there too."""
+    """Events by the hour in which they were received and by their current status; includes the hours without events."""
 
     hours: list[tuple[datetime, dict[Status, int]]]
 
 
 class LedgerSearch(Commands):
-    """What the page asks, on one connection with `PINS`; what takes longer than these allow is a `StatementTimeout`."""
+    """Queries of the admin page, on a connection with `PINS`. A query that takes too long is a `StatementTimeout`."""
 
-    async def page(self, search: Search, place: Place | None, most: int) -> SearchPage:
-        """The newest `most` that were found behind `place`; None: behind the beginning."""
-        values = search.values(place)
-        query = _PAGE if search.object_id is None else _PAGE_LOOKED_FOR
-        rows = await self._fetch(query, **values, most=most + 1)
-        events = [listed(row) for row in rows[:most]]
-        if len(rows) > most:
-            return SearchPage(events, Place(events[-1].received_at, events[-1].event_id), None)
-        if search.most_looked_at is not None and (last := await self._fetch(_LOOKED_UNTIL, **values)):
-            return SearchPage(events, Place(**last[0]), last[0]["received_at"])
+    async def page(self, search: Search, cursor: Cursor | None, limit: int) -> SearchPage:
+        """The newest events that match, at most `limit`, from `cursor` on; None: from the newest event on."""
+        parameters = search.parameters(cursor)
+        query = _PAGE if search.object_id is None else _PAGE_MATCHING
+        rows = await self._fetch(query, **parameters, limit=limit + 1)
+        events = [event_row(row) for row in rows[:limit]]
+        if len(rows) > limit:
+            return SearchPage(events, Cursor(events[-1].received_at, events[-1].event_id), None)
+        if search.scan_limit is not None and (last := await self._fetch(_LAST_SCANNED, **parameters)):
+            return SearchPage(events, Cursor(**last[0]), last[0]["received_at"])
         return SearchPage(events, None, None)
 
-    async def replayable(self, search: Search, most: int) -> list[str]:
-        """The ids of those that were found and are failed or dead, the newest `most`."""
-        asked = search.selection.statuses
-        statuses = [each for each in UNSUCCESSFUL if asked is None or each in asked]
+    async def replayable(self, search: Search, limit: int) -> list[str]:
+        """The ids of the failed and dead events that match, the newest first, at most `limit`."""
+        wanted = search.selection.statuses
+        statuses = [each for each in UNSUCCESSFUL if wanted is None or each in wanted]
         narrowed = replace(search, selection=replace(search.selection, statuses=statuses))
-        query = _IDS if search.object_id is None else _IDS_LOOKED_FOR
-        return [row["event_id"] for row in await self._fetch(query, **narrowed.values(None), most=most)]
+        query = _IDS if search.object_id is None else _IDS_MATCHING
+        return [row["event_id"] for row in await self._fetch(query, **narrowed.parameters(None), limit=limit)]
 
     async def hourly_counts(self, hours: int) -> HourlyCounts:
-        """Those of the last `hours`, the running one included, by the database's clock; whole hours of UTC."""
+        """Events of the last `hours`, the current hour included: whole hours of UTC, by the database's clock."""
         [clock] = await self._fetch(_NOW)
-        running = clock["now"].astimezone(UTC).replace(minute=0, second=0, microsecond=0)
-        counted: dict[datetime, dict[Status, int]] = {
-            running - timedelta(hours=back): {} for back in reversed(range(hours))
+        current = clock["now"].astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+        counts: dict[datetime, dict[Status, int]] = {
+            current - timedelta(hours=back): {} for back in reversed(range(hours))
         }
-        # The instant as a value: of one that is yet to be computed the planner thinks that a third of all is later.
-        for row in await self._fetch(_ARRIVALS, since=min(counted)):
-            counted.setdefault(row["began_at"], {})[Status(row["status"])] = row["events"]
-        return HourlyCounts(sorted(counted.items()))
+        # The start is a value: for an expression, the planner assumes that a third of all rows is later.
+        for row in await self._fetch(_HOURLY_COUNTS, since=min(counts)):
+            counts.setdefault(row["began_at"], {})[Status(row["status"])] = row["events"]
+        return HourlyCounts(sorted(counts.items()))
 
     async def _fetch(self, query: Statement, **values: object) -> list[Any]:
         try:
-            async with asyncio.timeout(STATEMENT_SECONDS + _FROZEN_SECONDS):  # a frozen server ends nothing
+            async with asyncio.timeout(STATEMENT_SECONDS + _FROZEN_SECONDS):
                 return await super()._fetch(query, **values)
         except asyncpg.QueryCanceledError as error:
             raise StatementTimeout(f"ended after {STATEMENT_SECONDS} s") from error
