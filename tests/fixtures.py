@@ -9,7 +9,8 @@ from typing import Any, Final
 
 import orjson
 
-from firstclaim.sending import build_event, sign
+from firstclaim.sending.client import sign
+from firstclaim.sending.events import build_event
 
 SECRET: Final = "whsec_test"
 MISSING: Final = object()

@@ -28,7 +28,8 @@ from rich.table import Table
 
 from firstclaim.loadtest.plan import AnswerKind, Plan
 from firstclaim.loadtest.runner import generate
-from firstclaim.sending import marked_event, sign
+from firstclaim.sending.client import sign
+from firstclaim.sending.events import marked_event
 
 COPIES = 20
 CONNECTIONS = 32

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from firstclaim.event import THIN, Event
-from firstclaim.sending import build_event, shipped_types
+from firstclaim.sending.events import build_event, shipped_types
 from tests.fixtures import MISSING, SECRET, event_body, signed
 from tests.hostile import JSON, NEARLY, bodies
 from tests.unit.test_event import parse

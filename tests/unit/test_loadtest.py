@@ -34,7 +34,7 @@ from firstclaim.loadtest.plan import (
 from firstclaim.loadtest.runner import live_line, report, report_verdict
 from firstclaim.loadtest.verdict import BROKEN, EventRecord, Fate, fate_of, judge
 from firstclaim.outcome import Kind, Outcome
-from firstclaim.sending import shipped_types
+from firstclaim.sending.events import shipped_types
 from firstclaim.status import UNFINISHED, Status
 from firstclaim.web.webhook import answer, rejection
 

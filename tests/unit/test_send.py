@@ -18,19 +18,9 @@ from rich.console import Console
 import firstclaim
 from firstclaim.event import parse_event
 from firstclaim.handlers.invoices import payment_failure
-from firstclaim.sending import (
-    Answer,
-    _client,
-    build_event,
-    exit_code,
-    marked_event,
-    progress,
-    read_event,
-    report,
-    send,
-    shipped_types,
-    sign,
-)
+from firstclaim.sending.client import Answer, _client, send, sign
+from firstclaim.sending.events import build_event, marked_event, read_event, shipped_types
+from firstclaim.sending.report import exit_code, report
 from tests.fixtures import SECRET, event_body, old_shape_payment_failed, signed
 
 URL = "http://localhost:8000/webhooks/stripe"
@@ -190,7 +180,7 @@ def test_references_within_an_event_stay_consistent() -> None:
 def test_only_ids_and_instants_are_renewed(event_type: str) -> None:
     """Amounts, types and every other word stay as the template has them."""
     instants = rb'\b[12]\d{9}\b|(?<="created": )"20[^"]+"'
-    template = (Path(firstclaim.__file__).parent / "templates" / f"{event_type}.json").read_bytes()
+    template = (Path(firstclaim.__file__).parent / "sending" / "templates" / f"{event_type}.json").read_bytes()
     built = (ID.sub(b"*", re.sub(instants, b"*", body)) for body in (build_event(event_type) + b"\n", template))
     assert next(built) == next(built)
 
@@ -452,11 +442,11 @@ def test_the_latency_is_of_answered_copies() -> None:
     ("answers", "verdict"),
     [
         ([DONE], "Processed once, of 1 copy."),
-        ([DONE, DONE, DUPLICATE], "Processed 2 times: 3 copies of one event may be processed once at most."),
-        ([DUPLICATE] * 2, "Not processed, of 2 copies; most were answered 200 ignored."),
+        ([DONE, DONE, DUPLICATE], "Processed 2 times: of 3 copies of one event, at most one may be processed."),
+        ([DUPLICATE] * 2, "Not processed, of 2 copies. Most frequent answer: 200 ignored."),
         (
             [Answer(404, None, None, 0.1, None)],
-            "Not processed, of 1 copy; most were answered 404 without an action.",
+            "Not processed, of 1 copy. Most frequent answer: 404 without an action.",
         ),
         ([REFUSED] * 2, "No copy was answered: ConnectError: All connection attempts failed"),
         ([], "No copy was answered: none was sent"),
@@ -472,24 +462,6 @@ def test_what_a_server_says_cannot_write_on_the_terminal() -> None:
     text = said([Answer(200, "[bold]x[/nope] \x1b[2J", False, 0.1, None)])
     assert "[bold]x[/nope]" in text
     assert "\x1b" not in text
-
-
-def test_the_bar_is_silent_where_there_is_no_terminal() -> None:
-    """Piped output holds the report and no trace of a progress bar."""
-    out = io.StringIO()
-    with progress(2, Console(file=out)) as on_answer:
-        on_answer(DONE)
-        on_answer(DUPLICATE)
-    assert out.getvalue() == ""
-
-
-def test_the_bar_counts_on_a_terminal() -> None:
-    """On a terminal every answer moves the bar."""
-    out = io.StringIO()
-    with progress(2, Console(file=out, force_terminal=True, width=80)) as on_answer:
-        on_answer(DONE)
-        on_answer(DUPLICATE)
-    assert "2/2" in out.getvalue()
 
 
 def test_templates_are_pretty_printed_as_stripes_are() -> None:

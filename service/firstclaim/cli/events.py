@@ -12,8 +12,7 @@ import getpass
 import re
 import socket
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -24,11 +23,11 @@ from rich.text import Text
 from firstclaim.cli.terminal import database, dsn_of, fail, out, reported
 from firstclaim.formatting import ago, instant
 from firstclaim.operations.limits import ROW_DAYS_LEAST
+from firstclaim.progress import progress_bar
 from firstclaim.status import Status
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.progress import Progress, TaskID
 
     from firstclaim.operations.commands import Commands, ReplayCandidate
     from firstclaim.operations.queries import AttemptRow, Backlog, EventRow, Selection
@@ -239,12 +238,12 @@ def prune(
 
         async def work(operations: Commands) -> tuple[int, int]:
             deleted_payloads = deleted_rows = 0
-            with progress_bar("pruning", max(payloads, rows)) as (bar, task):
+            with progress_bar(out, "pruning", max(payloads, rows)) as bar:
                 async for some_payloads, some_rows in operations.prune(
                     operator(), payload_days, row_days, include_dead=include_dead
                 ):
                     deleted_payloads, deleted_rows = deleted_payloads + some_payloads, deleted_rows + some_rows
-                    bar.advance(task, some_payloads + some_rows)
+                    bar.advance(some_payloads + some_rows)
             return deleted_payloads, deleted_rows
 
         deleted_payloads, deleted_rows = asyncio.run(on(settings, work))
@@ -317,12 +316,12 @@ async def _replay(
     operations: Commands, chosen: list[ReplayCandidate], selection: Selection, give_up_seconds: float, force: bool
 ) -> list[str]:
     replayed: list[str] = []
-    with progress_bar("replaying", len(chosen)) as (bar, task):
+    with progress_bar(out, "replaying", len(chosen)) as bar:
         async for batch in operations.replay(
             chosen, selection, operator(), give_up_seconds=give_up_seconds, repeat_completed=force
         ):
             replayed += batch
-            bar.advance(task, len(batch))
+            bar.advance(len(batch))
     return replayed
 
 
@@ -331,24 +330,14 @@ async def _follow(operations: Commands, event_ids: list[str]) -> dict[Status, in
     from firstclaim.operations.queries import Selection
 
     waiting = (Status.PENDING, Status.PROCESSING)
-    with progress_bar("settled", len(event_ids)) as (bar, task):
+    with progress_bar(out, "settled", len(event_ids)) as bar:
         while True:
             found = await operations.count(Selection(event_ids))
             left = sum(found.get(each, 0) for each in waiting)
-            bar.update(task, completed=len(event_ids) - left)
+            bar.update(len(event_ids) - left)
             if not left:
                 return found
             await asyncio.sleep(_POLL_SECONDS)
-
-
-@contextmanager
-def progress_bar(what: str, total: int) -> Iterator[tuple[Progress, TaskID]]:
-    """A progress bar; none where the output is no terminal."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as bar:
-        yield bar, bar.add_task(what, total=total)
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -49,10 +49,10 @@ def load(
 
     Exit code 1 if an event was lost or doubled, is not settled in time, or if none was accepted.
     """
-    from firstclaim import sending
     from firstclaim.embedded.data_folder import running_database
     from firstclaim.loadtest import runner
     from firstclaim.loadtest.plan import Plan
+    from firstclaim.sending.events import shipped_types
     from firstclaim.urls import postgres_dsn
 
     with reported():
@@ -60,7 +60,7 @@ def load(
         plan = Plan(
             url=url,
             secret=secret or signing_secret(),
-            types=tuple(types or sending.shipped_types()),
+            types=tuple(types or shipped_types()),
             users=users,
             deliveries_per_second=rate,
             duration_seconds=duration,

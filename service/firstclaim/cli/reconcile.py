@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from firstclaim.cli.events import AsJson, duration, on, operator, print_json, progress_bar
+from firstclaim.cli.events import AsJson, duration, on, operator, print_json
 from firstclaim.cli.terminal import database, fail, out, reported
 from firstclaim.errors import ConfigurationError
 from firstclaim.operations.limits import LISTED_DAYS_MOST
+from firstclaim.progress import progress_bar
 
 if TYPE_CHECKING:
     from firstclaim.operations.commands import Commands
@@ -72,9 +73,9 @@ def reconcile(
                     give_up_seconds=settings.give_up_seconds,
                 )
                 progress = run.progress
-                with progress_bar("reconciling, percent", 100) as (bar, task):
+                with progress_bar(out, "reconciling, percent", 100) as bar:
                     async for _ in run.run(operator(), dry_run=dry_run):
-                        bar.update(task, completed=int(100 * progress.covered))
+                        bar.update(int(100 * progress.covered))
 
         complete = False
         try:

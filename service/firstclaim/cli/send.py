@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from firstclaim.cli.terminal import WEBHOOK_URL, arguments, out, reported, signing_secret
+from firstclaim.progress import progress_bar
 
 
 def send(
@@ -19,23 +20,23 @@ def send(
     file: Annotated[Path | None, typer.Option(help="Send this event instead of a template.")] = None,
 ) -> None:
     """Sign and send an event as Stripe would; exit 1 if more than one copy was processed."""
-    from firstclaim import sending
+    from firstclaim.sending import client, report
 
     if bool(event_type) == (file is not None):
         raise typer.BadParameter("name an event TYPE, or give one with --file")
     with reported():
         with arguments():
-            sending.check_url(url)
+            client.check_url(url)
             body = _event(event_type, event_id, file)
-        with sending.progress(copies, out) as on_answer:
-            answers = asyncio.run(sending.send(url, body, signing_secret(), copies, on_answer))
-        sending.report(answers, out)
-        raise typer.Exit(sending.exit_code(answers))
+        with progress_bar(out, "sending", copies) as bar:
+            answers = asyncio.run(client.send(url, body, signing_secret(), copies, lambda _: bar.advance()))
+        report.report(answers, out)
+        raise typer.Exit(report.exit_code(answers))
 
 
 def _event(event_type: str, event_id: str, file: Path | None) -> bytes:
-    from firstclaim import sending
+    from firstclaim.sending import events
 
     if file is not None:
-        return sending.read_event(file, event_id or None)
-    return sending.build_event(event_type, event_id or None)
+        return events.read_event(file, event_id or None)
+    return events.build_event(event_type, event_id or None)

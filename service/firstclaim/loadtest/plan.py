@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from enum import IntFlag, StrEnum
 from urllib.parse import urlsplit
 
-from firstclaim.sending import check_url, marked_event, outcome_of, shipped_types
+from firstclaim.sending.client import check_url, outcome_of
+from firstclaim.sending.events import marked_event, shipped_types
 
 # Connections at once, of all users together: under the usual limit of 1024 open files.
 IN_FLIGHT_MOST = 900

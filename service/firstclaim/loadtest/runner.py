@@ -18,15 +18,14 @@ from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
 from firstclaim.errors import ConfigurationError, OperatorError
 from firstclaim.loadtest import verdict
-from firstclaim.loadtest.plan import AnswerKind, Latencies, Observed, Plan, Result, entries
-from firstclaim.loadtest.plan import Progress as SoFar
+from firstclaim.loadtest.plan import AnswerKind, Latencies, Observed, Plan, Progress, Result, entries
 from firstclaim.loadtest.verdict import BROKEN, Fate, judge
+from firstclaim.progress import progress_bar
 
 _NAMED_MOST = 20  # event ids of one fate; more help nobody
 _CPU_OF_ITS_OWN = 0.9  # of a core: a generator that needs this much is what was measured
@@ -107,9 +106,7 @@ def _ended_early_by_signals(process: BaseProcess) -> Iterator[None]:
 
 
 def _watch(plan: Plan, pipe: Connection, console: Console) -> Result | None:
-    columns = BarColumn(bar_width=20), TextColumn("{task.description}")
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as line:
-        task = line.add_task("starting", total=plan.duration_seconds)
+    with progress_bar(console, "starting", plan.duration_seconds, counted=False) as bar:
         before = 0.0, 0
         while True:
             try:
@@ -118,11 +115,11 @@ def _watch(plan: Plan, pipe: Connection, console: Console) -> Result | None:
                 return None
             if isinstance(said, Result):
                 return said
-            line.update(task, completed=said.seconds, description=live_line(said, *before))
+            bar.update(said.seconds, live_line(said, *before))
             before = said.seconds, said.deliveries
 
 
-def live_line(now: SoFar, seconds_before: float, deliveries_before: int) -> str:
+def live_line(now: Progress, seconds_before: float, deliveries_before: int) -> str:
     """How it goes: the rate since the last look, and all deliveries by what they were told."""
     rate = (now.deliveries - deliveries_before) / max(now.seconds - seconds_before, 0.001)
     kinds = [f"{each} {now.counts[each]:,}" for each in AnswerKind if now.counts.get(each)]

@@ -27,7 +27,7 @@ from locust.env import Environment
 from locust.html import get_html_report
 
 from firstclaim.loadtest.plan import AnswerKind, Bodies, Journal, Latencies, Mix, Pace, Plan, Progress, Result, kind_of
-from firstclaim.sending import sign
+from firstclaim.sending.client import sign
 
 _TIMEOUT_SECONDS = 30.0  # as `firstclaim send`: past this the server is hanging, and that is the answer
 _PROGRESS_SECONDS = 0.5

@@ -1,0 +1,1 @@
+"""`firstclaim send`: builds an event, signs and sends it, and reports the answers."""

@@ -1,0 +1,104 @@
+"""The events that `firstclaim send` and `firstclaim load` send: from a shipped template, or from a file.
+
+Guarantees: `build_event` never returns the same event twice. Each id in a template is replaced by a new one, by the
+same new one wherever it recurs, and the instants move to now. So a second run is not a duplicate of the first.
+
+Snapshot templates are whole objects as API version 2026-10-28 renders them, and a test compares their fields with
+those that stripe-python declares. The people and the ids in them are made up.
+"""
+
+import difflib
+import re
+import secrets
+import string
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+# `in_1Sca5RKdVq2Wn7RtLxQt0Jx7`, `cs_test_a1...`, `pi_..._secret_...`: lower-case words, then at least 14
+# letters and digits of which one is a digit, so that no enum value (`subscription_cycle`) is taken for an id.
+_ID = re.compile(r"(?<![A-Za-z0-9])((?:[a-z]+_)+)(?=[A-Za-z]*\d)([A-Za-z0-9]{14,})(?![A-Za-z0-9])")
+
+# An integer this close to the template's own `created` is an instant, and moves with it.
+_NEAR_SECONDS = 400 * 86_400
+
+
+def shipped_types() -> list[str]:
+    """The event types that have a template."""
+    names = (entry.name for entry in _templates().iterdir())
+    return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
+
+
+def build_event(event_type: str, event_id: str | None = None) -> bytes:
+    """A new event of a shipped type, pretty-printed as Stripe's are. Raises `ValueError` for any other type."""
+    types = shipped_types()
+    if event_type not in types:
+        near = difflib.get_close_matches(event_type, types, n=1)
+        raise ValueError(
+            f"no template for {event_type!r}{f'; did you mean {near[0]}?' if near else '.'}\n"
+            f"Templates: {', '.join(types)}.\nTo send any other event: --file event.json"
+        )
+    template = orjson.loads((_templates() / f"{event_type}.json").read_bytes())
+    now = datetime.now(UTC)
+    thin = isinstance(template["created"], str)
+    seconds = int(now.timestamp())
+    event = _renewed(template, seconds if thin else template["created"], seconds, {})
+    if thin:
+        event["created"] = now.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return _dump(event, event_id)
+
+
+def marked_event(event_type: str, id_head: str, mark: bytes) -> bytes:
+    """A new event of a shipped type. Its id is `id_head` and `mark`, and each of its other ids ends in `mark`.
+
+    Replacing the mark by as many letters or digits gives another event about other objects, without building one.
+    """
+    stand_in = id_head + string.ascii_letters[: len(mark)]
+    body = re.sub(_ID.pattern.encode(), lambda found: found[0][: -len(mark)] + mark, build_event(event_type, stand_in))
+    return body.replace(stand_in.encode(), id_head.encode() + mark)  # if it is too short to look like an id
+
+
+def read_event(path: Path, event_id: str | None = None) -> bytes:
+    """The event in a file, byte for byte unless `event_id` replaces its id. Raises `ValueError`."""
+    try:
+        body = path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"--file {path}: {error.strerror}") from None
+    try:
+        event = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ValueError(f"--file {path}: not JSON: {error}") from None
+    if not isinstance(event, dict):
+        raise ValueError(f"--file {path}: expected an event, which is a JSON object")
+    return body if event_id is None else _dump(event, event_id)
+
+
+def _templates() -> Any:
+    return resources.files("firstclaim") / "sending" / "templates"
+
+
+def _dump(event: dict[str, Any], event_id: str | None) -> bytes:
+    if event_id is not None and not (event_id.isascii() and event_id.isprintable() and event_id):
+        raise ValueError("--id: expected printable ASCII, e.g. evt_123")
+    return orjson.dumps(event if event_id is None else event | {"id": event_id}, option=orjson.OPT_INDENT_2)
+
+
+def _renewed(value: Any, created: int, now: int, ids: dict[str, str]) -> Any:
+    """`value` with each id replaced (`ids` maps old to new) and each instant moved from `created` to `now`."""
+    if isinstance(value, dict):
+        return {name: _renewed(each, created, now, ids) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_renewed(each, created, now, ids) for each in value]
+    if isinstance(value, str):
+        return _ID.sub(lambda found: ids.setdefault(found[0], found[1] + _random_like(found[2])), value)
+    if isinstance(value, int) and abs(value - created) < _NEAR_SECONDS:
+        return value - created + now
+    return value
+
+
+def _random_like(old: str) -> str:
+    """A letter for a letter, a digit for a digit: without a digit the result would not match `_ID` again."""
+    return old[:2] + "".join(secrets.choice(string.digits if c.isdigit() else string.ascii_letters) for c in old[2:])
