@@ -1,4 +1,4 @@
-"""Fixtures of the acceptance suite: the ground a test stands on, its own or its module's."""
+"""Fixtures of the acceptance suite: a sandbox for one test, or for one module."""
 
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -6,25 +6,25 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from tests.acceptance.harness import Ground
+from tests.acceptance.harness import Sandbox
 from tests.stores import Stores
 
 
 @pytest.fixture
-async def ground(stores: Stores, tmp_path: Path) -> AsyncIterator[Ground]:
+async def sandbox(stores: Stores, tmp_path: Path) -> AsyncIterator[Sandbox]:
     """For a test that starts, kills or stops services of its own."""
-    ground = await Ground.prepare(stores, tmp_path)
+    sandbox = await Sandbox.prepare(stores, tmp_path)
     try:
-        yield ground
+        yield sandbox
     finally:
-        await ground.leave()
+        await sandbox.leave()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared_ground(stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Ground]:
+async def shared_sandbox(stores: Stores, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Sandbox]:
     """For a module whose tests share services."""
-    ground = await Ground.prepare(stores, tmp_path_factory.mktemp("acceptance"))
+    sandbox = await Sandbox.prepare(stores, tmp_path_factory.mktemp("acceptance"))
     try:
-        yield ground
+        yield sandbox
     finally:
-        await ground.leave()
+        await sandbox.leave()

@@ -1,6 +1,6 @@
 """Real `serve` processes, driven over HTTP and watched from outside.
 
-Guarantees: a `Service` ends no process that it did not start, and leaves none behind; what `Ground.deliver`
+Guarantees: a `Service` ends no process that it did not start, and leaves none behind; what `Sandbox.deliver`
 returns was honest (it asks the ledger the moment an answer is in: invariants I1 and I6 of faults.md); what
 happened is read from the stores directly, never through a proxy or the service itself; every wait is a poll
 with a deadline that says what it saw last.
@@ -396,7 +396,7 @@ def _alive_in_group(group: int) -> list[int]:
     return found
 
 
-# -- the ground it stands on --------------------------------------------------------------------------
+# -- the sandbox of a test ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,7 +438,7 @@ SELECT coalesce(e.event_id, f.event_id) AS event_id, e.status, coalesce(f.effect
 
 
 @dataclass(slots=True)
-class Ground:
+class Sandbox:
     """A database and a Redis key prefix of a test's own, and every service it started on them."""
 
     database_url: str
@@ -449,7 +449,7 @@ class Ground:
     _services: list[Service] = field(default_factory=list)
 
     @classmethod
-    async def prepare(cls, stores: Stores, folder: Path) -> "Ground":
+    async def prepare(cls, stores: Stores, folder: Path) -> "Sandbox":
         """On a fresh clone of the template database."""
         return cls(await clone(stores), stores.redis_url, f"test:{secrets.token_hex(6)}:", folder)
 
@@ -470,7 +470,7 @@ class Ground:
             print(service.tail)
 
     def service(self, overrides: Overrides | None = None, *options: str, workers: int = 1) -> Service:
-        """A service on this ground, not started yet; `overrides` are settings by their field's name.
+        """A service on this sandbox, not started yet; `overrides` are settings by their field's name.
 
         A name in capitals is a variable of its own (`TEST_FAILPOINT`); `options` are the command's (`--migrate`).
         """
@@ -581,14 +581,14 @@ class Ground:
                 client.hset(key, "another", "type")
 
     def empty_redis(self) -> int:
-        """Delete every key of this ground; returns how many there were."""
+        """Delete every key of this sandbox; returns how many there were."""
         with redis.Redis.from_url(self.redis_url) as client:
             keys = list(client.scan_iter(f"{self.redis_prefix}*", count=1000))
             return sum(client.delete(key) for key in keys)
 
 
-async def recovery_has_passed(ground: Ground, service: Service) -> None:
+async def recovery_has_passed(sandbox: Sandbox, service: Service) -> None:
     """Prove it by an event that came later than now, failed, and was completed by recovery."""
     later = sample("fail", until=1)
-    assert (await ground.deliver(service, later)).said == FAILED
-    await ground.settled(later)
+    assert (await sandbox.deliver(service, later)).said == FAILED
+    await sandbox.settled(later)

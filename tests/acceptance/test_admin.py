@@ -11,7 +11,7 @@ import orjson
 
 from firstclaim.status import Status
 from firstclaim.web.webhook import WEBHOOK_PATH
-from tests.acceptance.harness import PROCESSED, Ground, Overrides, Service, eventually, sample
+from tests.acceptance.harness import PROCESSED, Overrides, Sandbox, Service, eventually, sample
 from tests.acceptance.test_events_command import dead_event
 from tests.canaries import EMAIL, TEXT, assert_silent, metadata
 from tests.pages import HASHED, PASSWORD, Visitor
@@ -29,9 +29,9 @@ async def at(service: Service) -> AsyncIterator[Visitor]:
         yield Visitor(client)
 
 
-async def test_it_is_off_by_default(ground: Ground) -> None:
+async def test_it_is_off_by_default(sandbox: Sandbox) -> None:
     """Without a password there is no such path: the answer is that of any other, in the one shape."""
-    service = await ground.service().start()
+    service = await sandbox.service().start()
     for method, path in (
         ("GET", "/admin"),
         ("GET", "/admin/login"),
@@ -49,11 +49,11 @@ async def test_it_is_off_by_default(ground: Ground) -> None:
         assert "set-cookie" not in response.headers
 
 
-async def test_several_workers_are_one_page(ground: Ground, tmp_path: Path) -> None:
+async def test_several_workers_are_one_page(sandbox: Sandbox, tmp_path: Path) -> None:
     """A login at one holds at all and after a restart; a dead event is replayed, and any worker completes it."""
-    service = await ground.service(ON, workers=2).start()
+    service = await sandbox.service(ON, workers=2).start()
     mended = tmp_path / "mended"
-    event = await dead_event(ground, service, mended)
+    event = await dead_event(sandbox, service, mended)
     async with at(service) as admin:
         assert (await admin.log_in()).status_code == 303
         processes = set()
@@ -68,7 +68,7 @@ async def test_several_workers_are_one_page(ground: Ground, tmp_path: Path) -> N
         _, page = await admin.submit(page.form("/admin/replay"))
         response, _ = await admin.submit(page.form("/admin/replay/confirmed"))
         assert "1 made due." in (await admin.follow(response))[1].text
-        await ground.settled(event)
+        await sandbox.settled(event)
         _, page = await admin.get(f"/admin/events/{event.id}")
         assert "completed" in page.text
         assert "replay by admin page from 127.0.0.1" in page.text
@@ -78,15 +78,15 @@ async def test_several_workers_are_one_page(ground: Ground, tmp_path: Path) -> N
     async with at(service) as admin:
         admin.client.cookies.update(cookies)
         assert (await admin.get("/admin"))[0].status_code == 200
-    [(operator, changed)] = await ground.fetch("SELECT operator, changed FROM operator_actions")
+    [(operator, changed)] = await sandbox.fetch("SELECT operator, changed FROM operator_actions")
     assert (operator, changed) == ("admin page from 127.0.0.1", 1)
 
 
-async def test_nothing_of_a_payload_or_a_password_is_logged(ground: Ground) -> None:
+async def test_nothing_of_a_payload_or_a_password_is_logged(sandbox: Sandbox) -> None:
     """By whatever is done at the page, at the most talkative level; a payload stands on no page but its own."""
-    service = await ground.service(ON).start()
+    service = await sandbox.service(ON).start()
     event = sample("permanent", **metadata())
-    await ground.deliver(service, event)
+    await sandbox.deliver(service, event)
     async with at(service) as admin:
         await admin.log_in(f"{TEXT} is not it")
         await admin.log_in()
@@ -107,9 +107,9 @@ async def test_nothing_of_a_payload_or_a_password_is_logged(ground: Ground) -> N
     assert HASHED not in said
 
 
-async def test_the_door_and_the_webhook_are_as_before(ground: Ground) -> None:
+async def test_the_door_and_the_webhook_are_as_before(sandbox: Sandbox) -> None:
     """A form over the cap is told so though it is not read to its end, and deliveries go on beside the page."""
-    service = await ground.service(ON).start()
+    service = await sandbox.service(ON).start()
     async with at(service) as admin:
         await admin.log_in()
         _, page = await admin.get("/admin")
@@ -120,19 +120,19 @@ async def test_the_door_and_the_webhook_are_as_before(ground: Ground) -> None:
         events = [sample() for _ in range(20)]
         pages = asyncio.gather(*(admin.get("/admin") for _ in range(20)))
         for event in events:
-            assert (await ground.deliver(service, event)).said == PROCESSED
+            assert (await sandbox.deliver(service, event)).said == PROCESSED
         assert {response.status_code for response, _ in await pages} <= {200}
     response = await service.get("/readyz")
     assert {orjson.loads(line)["status"] for line in response.content.splitlines()} == {"ok"}
 
 
-async def test_the_overview_counts_what_was_delivered(ground: Ground) -> None:
+async def test_the_overview_counts_what_was_delivered(sandbox: Sandbox) -> None:
     """Deliveries by outcome as `/metrics` has them, and the ledger's events by status."""
-    service = await ground.service(ON, workers=2).start()
+    service = await sandbox.service(ON, workers=2).start()
     event = sample()
     for _ in range(3):
-        await ground.deliver(service, event)
-    await ground.deliver(service, sample("permanent"))
+        await sandbox.deliver(service, event)
+    await sandbox.deliver(service, sample("permanent"))
     async with at(service) as admin:
         await admin.log_in()
 

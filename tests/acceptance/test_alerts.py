@@ -26,8 +26,8 @@ from tests.acceptance.harness import (
     DEFERRED,
     FAILED,
     SHORT_LEASE,
-    Ground,
     Overrides,
+    Sandbox,
     Service,
     eventually,
     post,
@@ -100,7 +100,7 @@ def check(folder: Path, before: Scrape, after: Scrape, expected: set[str]) -> No
 class Scene:
     """A service that reaches both stores through proxies."""
 
-    ground: Ground
+    sandbox: Sandbox
     postgres: Proxy
     redis: Proxy
     overrides: Overrides
@@ -108,7 +108,7 @@ class Scene:
 
     async def another(self) -> Service:
         """One more, started."""
-        return await self.ground.service(self.overrides).start()
+        return await self.sandbox.service(self.overrides).start()
 
     async def seen(self, so: Callable[[Scrape], object]) -> Scrape:
         """The first scrape that shows it."""
@@ -124,7 +124,7 @@ def up(scrape: Scrape, part: str) -> float:
 
 
 async def well(scene: Scene) -> Scrape:
-    await scene.ground.deliver(scene.service, sample())
+    await scene.sandbox.deliver(scene.service, sample())
     return await scraped(scene.service)
 
 
@@ -138,25 +138,25 @@ async def postgres_away(scene: Scene) -> Scrape:
 
 async def redis_away(scene: Scene) -> Scrape:
     scene.redis.switch(Mode.REFUSE)
-    assert (await scene.ground.deliver(scene.service, sample())).said == DEFERRED
+    assert (await scene.sandbox.deliver(scene.service, sample())).said == DEFERRED
     return await scene.seen(lambda scrape: not up(scrape, "redis"))
 
 
 async def overdue(scene: Scene) -> Scrape:
     scene.redis.switch(Mode.REFUSE)  # so that nobody takes it up
     event = sample()
-    assert (await scene.ground.deliver(scene.service, event)).said == DEFERRED
-    await scene.ground.fetch("UPDATE stripe_events SET due_at = due_at - interval '1 hour'")
+    assert (await scene.sandbox.deliver(scene.service, event)).said == DEFERRED
+    await scene.sandbox.fetch("UPDATE stripe_events SET due_at = due_at - interval '1 hour'")
     return await scene.seen(lambda scrape: scrape['firstclaim_oldest_due_seconds{instance="a"}'] > 3000)
 
 
 async def recovery_stopped(scene: Scene) -> Scrape:
-    await scene.ground.fetch("ALTER TABLE stripe_events RENAME abandoned TO renamed")  # only recovery asks for it
+    await scene.sandbox.fetch("ALTER TABLE stripe_events RENAME abandoned TO renamed")  # only recovery asks for it
     return await scene.seen(lambda scrape: not up(scrape, "recovery"))
 
 
 async def schema_outdated(scene: Scene) -> Scrape:
-    await scene.ground.fetch("UPDATE alembic_version SET version_num = '0001'")
+    await scene.sandbox.fetch("UPDATE alembic_version SET version_num = '0001'")
     return await scene.seen(lambda scrape: not up(scrape, "schema"))
 
 
@@ -169,20 +169,20 @@ async def secret_rolled(scene: Scene) -> Scrape:
 
 async def handlers_failing(scene: Scene) -> Scrape:
     for _ in range(3):
-        assert (await scene.ground.deliver(scene.service, sample("fail", until=1))).said == FAILED
+        assert (await scene.sandbox.deliver(scene.service, sample("fail", until=1))).said == FAILED
     return await scraped(scene.service)
 
 
 async def dead(scene: Scene) -> Scrape:
-    assert (await scene.ground.deliver(scene.service, sample("permanent"))).said == DEAD
+    assert (await scene.sandbox.deliver(scene.service, sample("permanent"))).said == DEAD
     scene.service = await scene.another()  # its first scrape counts all rows
     return await scene.seen(lambda scrape: scrape.get('firstclaim_events{status="dead",instance="a"}'))
 
 
 async def abandoned(scene: Scene) -> Scrape:
-    event = sample("hold", gate=str(scene.ground.folder / "gate"))
+    event = sample("hold", gate=str(scene.sandbox.folder / "gate"))
     delivering = asyncio.create_task(post(scene.service.url, event.body))
-    await scene.ground.settled(event, Status.PROCESSING)
+    await scene.sandbox.settled(event, Status.PROCESSING)
     await scene.service.kill()
     with suppress(httpx.HTTPError):
         await delivering
@@ -218,18 +218,18 @@ def test_each_alert_has_a_state() -> None:
 @needs_promtool
 @pytest.mark.parametrize("state", STATES, ids=lambda state: state.__name__)
 async def test_an_alert_fires_in_its_state_and_no_other(
-    ground: Ground, tmp_path: Path, state: Callable[[Scene], Awaitable[Scrape]]
+    sandbox: Sandbox, tmp_path: Path, state: Callable[[Scene], Awaitable[Scrape]]
 ) -> None:
     """From real scrapes of a service that is well, and then is not."""
     async with (
-        before_postgres(ground.database_url) as (postgres, database_url),
-        before_redis(ground.redis_url) as (redis, redis_url),
+        before_postgres(sandbox.database_url) as (postgres, database_url),
+        before_redis(sandbox.redis_url) as (redis, redis_url),
     ):
-        scene = Scene(ground, postgres, redis, SHORT_LEASE | {"DATABASE_URL": database_url, "REDIS_URL": redis_url})
+        scene = Scene(sandbox, postgres, redis, SHORT_LEASE | {"DATABASE_URL": database_url, "REDIS_URL": redis_url})
         scene.service = await scene.another()
         before = await scraped(scene.service)
         after = await state(scene)
-        ground.waived.update(row["event_id"] for row in await ground.fetch("SELECT event_id FROM stripe_events"))
+        sandbox.waived.update(row["event_id"] for row in await sandbox.fetch("SELECT event_id FROM stripe_events"))
         check(tmp_path, before, after, {f"Firstclaim{name}" for name in STATES[state]})
 
 
@@ -245,9 +245,9 @@ def test_prometheus_takes_the_rules_and_the_dashboard(tmp_path: Path) -> None:
     promtool("check", "rules", str(tmp_path / "queries.yaml"))
 
 
-async def test_every_metric_that_is_asked_for_exists(ground: Ground) -> None:
+async def test_every_metric_that_is_asked_for_exists(sandbox: Sandbox) -> None:
     """In the rules and on the dashboard: no series is named there that a service does not tell."""
-    service = await ground.service().start()
+    service = await sandbox.service().start()
     told = {name.partition("{")[0] for name in await scraped(service)}
     for text in (printed(), printed("--alerts")):
         asked = set(re.findall(r"\bfirstclaim_\w+", text))

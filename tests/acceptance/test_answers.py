@@ -6,7 +6,7 @@ import httpx
 import pytest
 import pytest_asyncio
 
-from tests.acceptance.harness import REJECTED, Ground, Service, post
+from tests.acceptance.harness import REJECTED, Sandbox, Service, post
 from tests.fixtures import event_body, signed
 
 BODY = event_body()
@@ -14,16 +14,16 @@ MEBIBYTE = 1024 * 1024
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def service(shared_ground: Ground) -> Service:
+async def service(shared_sandbox: Sandbox) -> Service:
     """One service for the whole module."""
-    return await shared_ground.service().start()
+    return await shared_sandbox.service().start()
 
 
 @pytest_asyncio.fixture(autouse=True)
-async def no_row_is_written(shared_ground: Ground) -> AsyncIterator[None]:
+async def no_row_is_written(shared_sandbox: Sandbox) -> AsyncIterator[None]:
     """Nothing that is sent here may leave a row behind."""
     yield
-    assert await shared_ground.rows() == 0
+    assert await shared_sandbox.rows() == 0
 
 
 async def test_a_body_over_the_cap_is_refused(service: Service) -> None:

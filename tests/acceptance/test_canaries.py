@@ -10,7 +10,7 @@ import orjson
 from firstclaim.status import Status
 from firstclaim.web.webhook import WEBHOOK_PATH
 from tests.acceptance import telltales
-from tests.acceptance.harness import Ground, Overrides, Sample, Service, eventually
+from tests.acceptance.harness import Overrides, Sample, Sandbox, Service, eventually
 from tests.canaries import (
     CARD,
     EMAIL,
@@ -56,12 +56,12 @@ def signed_request(body: bytes) -> bytes:
 # -- what handlers say --------------------------------------------------------------------------------
 
 
-async def test_what_a_handler_says_stays_in_the_ledger(ground: Ground) -> None:
+async def test_what_a_handler_says_stays_in_the_ledger(sandbox: Sandbox) -> None:
     """However it fails: its words are in no log and no answer, and in the ledger without secrets and people."""
-    service = await ground.service(LOUD).start()
+    service = await sandbox.service(LOUD).start()
     events = {f"async {how}": told(how) for how in telltales.ASYNC}
     events |= {f"sync {how}": told(how, SYNC) for how in telltales.SYNC}
-    ground.waived |= {event.id for event in events.values()}  # those that work leave no effect here
+    sandbox.waived |= {event.id for event in events.values()}  # those that work leave no effect here
     replies = dict(
         zip(events, await asyncio.gather(*(deliver(service, each) for each in events.values())), strict=True)
     )
@@ -72,12 +72,12 @@ async def test_what_a_handler_says_stays_in_the_ledger(ground: Ground) -> None:
         expected = "handled" if name in works else "dead" if name == "async permanent" else "failed"
         assert said["action"] == expected, name
     for name, event in events.items():
-        row = await ground.row(event)
+        row = await sandbox.row(event)
         assert row is not None
         assert (row.last_error is None) == (name in works), name
         for canary in REDACTED:
             assert canary not in (row.last_error or ""), (name, canary)
-    kept = await ground.row(events["async raise"])
+    kept = await sandbox.row(events["async raise"])
     assert kept is not None
     assert (kept.last_error or "").startswith(f"RuntimeError: {TEXT} [redacted] paid with [redacted], [redacted]")
     await eventually(lambda: _said(service, "never retrieved"))
@@ -138,14 +138,14 @@ def refused_requests() -> dict[str, bytes]:
     return several | {f"content {number}": signed_request(each) for number, each in enumerate(refused_bodies())}
 
 
-async def test_what_a_caller_says_is_not_repeated(ground: Ground) -> None:
+async def test_what_a_caller_says_is_not_repeated(sandbox: Sandbox) -> None:
     """In its path, query, headers or body, refused or accepted: no answer has it, and no log at any level."""
-    service = await ground.service(LOUD).start()
+    service = await sandbox.service(LOUD).start()
     for name, sent in refused_requests().items():
         reply = await one_answer(service, [sent])
         assert 400 <= reply.status < 500, name
         assert_silent(reply.head + reply.body)
-    assert await ground.rows() == 0
+    assert await sandbox.rows() == 0
     accepted = told(
         "raise", "payment_intent.succeeded", account=f"{TEXT} {EMAIL}", api_version=STORY[:200], request={"id": STORY}
     )
@@ -153,7 +153,7 @@ async def test_what_a_caller_says_is_not_repeated(ground: Ground) -> None:
         reply = await deliver(service, accepted)
         assert reply.status == expected
         assert_silent(reply.head + reply.body)
-    await ground.settled(accepted, Status.IGNORED)
+    await sandbox.settled(accepted, Status.IGNORED)
     assert_silent((await service.get(f"/readyz?{TEXT}={EMAIL}")).content)
     await service.stop()
     assert service.output.count('"event":"rejected"') > 30

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tests.acceptance.harness import IGNORED, PROCESSED, Ground, Overrides, Service, post, sample, volley
+from tests.acceptance.harness import IGNORED, PROCESSED, Overrides, Sandbox, Service, post, sample, volley
 from tests.chaos.sessions import counted
 from tests.fixtures import signed
 from tests.proxy import Tap, before_postgres
@@ -73,7 +73,7 @@ class Statements(Tap):
 class Costs:
     """A service, and what it asks of the stores while a block runs."""
 
-    ground: Ground
+    sandbox: Sandbox
     service: Service
     statements: list[str]
     commands: dict[str, int] = field(default_factory=dict)
@@ -81,35 +81,35 @@ class Costs:
     @contextmanager
     def counting(self) -> Iterator[None]:
         self.statements.clear()
-        with counted(self.ground) as self.commands:
+        with counted(self.sandbox) as self.commands:
             yield
 
 
 @asynccontextmanager
-async def costs(ground: Ground, workers: int = 1) -> AsyncIterator[Costs]:
+async def costs(sandbox: Sandbox, workers: int = 1) -> AsyncIterator[Costs]:
     """Of a service that has its connections open and its statements prepared."""
     executed: list[str] = []
-    async with before_postgres(ground.database_url) as (proxy, database_url):
+    async with before_postgres(sandbox.database_url) as (proxy, database_url):
         proxy.tap = lambda: Statements(executed)
-        service = await ground.service({**_CALM, "DATABASE_URL": database_url}, workers=workers).start()
+        service = await sandbox.service({**_CALM, "DATABASE_URL": database_url}, workers=workers).start()
         for answer in await volley([(service.url, sample().body) for _ in range(200)]):
             assert answer.said == PROCESSED
-        yield Costs(ground, service, executed)
+        yield Costs(sandbox, service, executed)
         await service.stop()
 
 
-async def test_a_fresh_event(ground: Ground) -> None:
+async def test_a_fresh_event(sandbox: Sandbox) -> None:
     """One insert, and one transaction of BEGIN, lock, the handler's SQL, mark, COMMIT; lock and marker in Redis."""
-    async with costs(ground) as cost:
+    async with costs(sandbox) as cost:
         with cost.counting():
             assert (await post(cost.service.url, sample().body)).said == PROCESSED
         assert cost.statements == FRESH
         assert cost.commands == {"cmdstat_set": 2, "cmdstat_eval": 1, "cmdstat_get": 1}  # the script's own among them
 
 
-async def test_fresh_events_share_their_insert(ground: Ground) -> None:
+async def test_fresh_events_share_their_insert(sandbox: Sandbox) -> None:
     """200 at once: each has a transaction of its own, and all of them together a few inserts."""
-    async with costs(ground) as cost:
+    async with costs(sandbox) as cost:
         with cost.counting():
             answers = await volley([(cost.service.url, sample().body) for _ in range(200)])
         assert Counter(answer.said for answer in answers) == {PROCESSED: 200}
@@ -119,9 +119,9 @@ async def test_fresh_events_share_their_insert(ground: Ground) -> None:
         assert inserts <= 40, inserts
 
 
-async def test_a_duplicate_of_a_completed_event(ground: Ground) -> None:
+async def test_a_duplicate_of_a_completed_event(sandbox: Sandbox) -> None:
     """One command of Redis, no statement of Postgres."""
-    async with costs(ground) as cost:
+    async with costs(sandbox) as cost:
         event = sample()
         assert (await post(cost.service.url, event.body)).said == PROCESSED
         with cost.counting():
@@ -130,9 +130,9 @@ async def test_a_duplicate_of_a_completed_event(ground: Ground) -> None:
         assert (cost.statements, cost.commands) == ([], {"cmdstat_set": 20})
 
 
-async def test_an_invalid_signature(ground: Ground) -> None:
+async def test_an_invalid_signature(sandbox: Sandbox) -> None:
     """Neither store hears of it."""
-    async with costs(ground) as cost:
+    async with costs(sandbox) as cost:
         event = sample()
         with cost.counting():
             for headers in ({}, signed(event.body, "whsec_other")):
@@ -141,14 +141,14 @@ async def test_an_invalid_signature(ground: Ground) -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-async def test_a_thousand_copies_of_a_new_event(ground: Ground, workers: int) -> None:
+async def test_a_thousand_copies_of_a_new_event(sandbox: Sandbox, workers: int) -> None:
     """All of them at the same moment: one dispatch, statements in single digits and one batch for each worker."""
-    async with costs(ground, workers) as cost:
+    async with costs(sandbox, workers) as cost:
         event = sample()
         with cost.counting():
             answers = await volley([(cost.service.url, event.body)] * 1000)
         assert Counter(answer.said for answer in answers) == {PROCESSED: 1, IGNORED: 999}
-        assert (await ground.settled(event)).counts == (1, 0, 0)
+        assert (await sandbox.settled(event)).counts == (1, 0, 0)
         found = Counter(cost.statements)
         assert {name: found[name] for name in FRESH[1:]} == dict.fromkeys(FRESH[1:], 1)
         assert len(cost.statements) <= 9 + workers, found

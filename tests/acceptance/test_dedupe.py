@@ -7,15 +7,15 @@ import pytest
 import pytest_asyncio
 
 from firstclaim.status import Status
-from tests.acceptance.harness import IGNORED, PROCESSED, Answer, Ground, Sample, Service, parallel, sample, volley
+from tests.acceptance.harness import IGNORED, PROCESSED, Answer, Sample, Sandbox, Service, parallel, sample, volley
 
 PAIRS = 50
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def both(shared_ground: Ground) -> tuple[Service, Service]:
+async def both(shared_sandbox: Sandbox) -> tuple[Service, Service]:
     """Two services with two workers each, on the same stores."""
-    one, other = shared_ground.service(workers=2), shared_ground.service(workers=2)
+    one, other = shared_sandbox.service(workers=2), shared_sandbox.service(workers=2)
     await asyncio.gather(one.start(), other.start())
     return one, other
 
@@ -27,37 +27,39 @@ def assert_one_processed(event: Sample, answers: list[Answer]) -> None:
 
 
 async def test_two_copies_at_once_are_processed_once_for_each_of_many_events(
-    shared_ground: Ground, both: tuple[Service, Service]
+    shared_sandbox: Sandbox, both: tuple[Service, Service]
 ) -> None:
     """For 50 events, each delivered to two services at the same moment, the two never both process it."""
     for _ in range(PAIRS):
         event = sample()
         assert_one_processed(event, await volley([(service.url, event.body) for service in both]))
-        assert (await shared_ground.settled(event)).counts == (1, 0, 0)
+        assert (await shared_sandbox.settled(event)).counts == (1, 0, 0)
 
 
-async def test_many_pairs_at_once_are_processed_once_each(shared_ground: Ground, both: tuple[Service, Service]) -> None:
+async def test_many_pairs_at_once_are_processed_once_each(
+    shared_sandbox: Sandbox, both: tuple[Service, Service]
+) -> None:
     """50 events in two copies each, all 100 deliveries in flight together: each is processed once."""
     events = [sample() for _ in range(PAIRS)]
     answers = await volley([(service.url, event.body) for event in events for service in both])
     for number, event in enumerate(events):
         assert_one_processed(event, answers[2 * number : 2 * number + 2])
-        assert (await shared_ground.settled(event)).counts == (1, 0, 0)
+        assert (await shared_sandbox.settled(event)).counts == (1, 0, 0)
 
 
 async def test_who_meets_anothers_lock_records_and_never_dispatches(
-    shared_ground: Ground, both: tuple[Service, Service]
+    shared_sandbox: Sandbox, both: tuple[Service, Service]
 ) -> None:
     """A lock is held and there is no row yet: recorded, ignored, attempt 0; recovery's once the lock has run out."""
     event = sample()
-    await shared_ground.put(event, "claimed:another", ttl_seconds=1.5)
-    answer = await shared_ground.deliver(both[0], event)
+    await shared_sandbox.put(event, "claimed:another", ttl_seconds=1.5)
+    answer = await shared_sandbox.deliver(both[0], event)
     assert (answer.said, answer.reason) == (IGNORED, parallel(event.id))
-    row = await shared_ground.row(event)
+    row = await shared_sandbox.row(event)
     assert row is not None
     assert (row.status, row.counts) == (Status.PENDING, (0, 0, 0))
     assert 0 < row.due_in_seconds <= 2, "due when the longest lock has run out"
-    assert (await shared_ground.settled(event)).counts == (1, 0, 0)
+    assert (await shared_sandbox.settled(event)).counts == (1, 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -71,11 +73,11 @@ async def test_who_meets_anothers_lock_records_and_never_dispatches(
     ],
 )
 async def test_what_is_left_over_in_redis_delays_nothing(
-    value: str, ttl_seconds: float | None, shared_ground: Ground, both: tuple[Service, Service]
+    value: str, ttl_seconds: float | None, shared_sandbox: Sandbox, both: tuple[Service, Service]
 ) -> None:
     """A value that no live service can have written is taken over: the first delivery is processed."""
     event = sample()
-    await shared_ground.put(event, value, ttl_seconds)
-    assert (await shared_ground.deliver(both[0], event)).said == PROCESSED
-    assert (await shared_ground.deliver(both[1], event)).reason == parallel(event.id)
-    assert (await shared_ground.settled(event)).counts == (1, 0, 0)
+    await shared_sandbox.put(event, value, ttl_seconds)
+    assert (await shared_sandbox.deliver(both[0], event)).said == PROCESSED
+    assert (await shared_sandbox.deliver(both[1], event)).reason == parallel(event.id)
+    assert (await shared_sandbox.settled(event)).counts == (1, 0, 0)

@@ -10,22 +10,22 @@ import pytest
 
 from firstclaim.status import Status
 from tests.acceptance.command import SECRET, Command, Run
-from tests.acceptance.harness import PROCESSED, PYTHON_PATH, Ground, Sample, Service, sample
+from tests.acceptance.harness import PROCESSED, PYTHON_PATH, Sample, Sandbox, Service, sample
 
 
 @pytest.fixture
-def command(ground: Ground, tmp_path: Path) -> Command:
-    """On the ground's database alone: no Redis, no handlers."""
+def command(sandbox: Sandbox, tmp_path: Path) -> Command:
+    """On the sandbox's database alone: no Redis, no handlers."""
     folder = tmp_path / "operator"
     folder.mkdir()
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": PYTHON_PATH, "STRIPE_WEBHOOK_SECRETS": SECRET}
-    return Command(folder, {**environment, "DATABASE_URL": ground.database_url, "COLUMNS": "200"})
+    return Command(folder, {**environment, "DATABASE_URL": sandbox.database_url, "COLUMNS": "200"})
 
 
-async def dead_event(ground: Ground, service: Service, mended: Path) -> Sample:
+async def dead_event(sandbox: Sandbox, service: Service, mended: Path) -> Sample:
     """One whose handler gives up for good, until that file is there."""
     event = sample("permanent", mended=str(mended))
-    assert (await ground.deliver(service, event)).content["action"] == "dead"
+    assert (await sandbox.deliver(service, event)).content["action"] == "dead"
     return event
 
 
@@ -35,13 +35,15 @@ def objects(run: Run) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in run.said.splitlines()]
 
 
-async def test_a_dead_event_is_found_understood_and_replayed(ground: Ground, command: Command, tmp_path: Path) -> None:
+async def test_a_dead_event_is_found_understood_and_replayed(
+    sandbox: Sandbox, command: Command, tmp_path: Path
+) -> None:
     """List, show, a dry run, the replay that is followed to its end, and what the ledger says of it afterwards."""
-    service = await ground.service().start()
+    service = await sandbox.service().start()
     mended = tmp_path / "mended"
-    event = await dead_event(ground, service, mended)
+    event = await dead_event(sandbox, service, mended)
     good = sample()
-    assert (await ground.deliver(service, good)).said == PROCESSED
+    assert (await sandbox.deliver(service, good)).said == PROCESSED
 
     run = await command("events", "list", "--status", "dead")
     run.says(event.id, "dead", "never")
@@ -61,13 +63,13 @@ async def test_a_dead_event_is_found_understood_and_replayed(ground: Ground, com
     run = await command("events", "replay", "--status", "dead", "--dry-run")
     assert run.code == 0, run.said
     run.says("1 event: 1 dead")
-    await ground.settled(event, Status.DEAD)
+    await sandbox.settled(event, Status.DEAD)
 
     mended.touch()
     run = await command("events", "replay", event.id, "--count", "1", "--wait")
     assert run.code == 0, run.said
     run.says("1 event replayed: due now", "1 completed")
-    row = await ground.settled(event)
+    row = await sandbox.settled(event)
     assert (row.status, row.counts) == (Status.COMPLETED, (2, 0, 0))
     [shown] = objects(await command("events", "show", event.id, "--json"))
     [action] = shown["actions"]
@@ -79,22 +81,22 @@ async def test_a_dead_event_is_found_understood_and_replayed(ground: Ground, com
     (await command("stats")).says("completed          2")
 
 
-async def test_a_replay_that_fails_again_says_so(ground: Ground, command: Command, tmp_path: Path) -> None:
+async def test_a_replay_that_fails_again_says_so(sandbox: Sandbox, command: Command, tmp_path: Path) -> None:
     """Followed to its end, which is the same one as before: exit 1."""
-    service = await ground.service().start()
-    event = await dead_event(ground, service, tmp_path / "never")
+    service = await sandbox.service().start()
+    event = await dead_event(sandbox, service, tmp_path / "never")
     run = await command("events", "replay", event.id, "--count", "1", "--wait")
     assert run.code == 1, run.said
     run.says("1 dead")
 
 
-async def test_what_may_not_be_replayed(ground: Ground, command: Command, tmp_path: Path) -> None:
+async def test_what_may_not_be_replayed(sandbox: Sandbox, command: Command, tmp_path: Path) -> None:
     """Unknown, completed, or being handled right now: refused with the reason, exit 1, and nothing is changed."""
-    service = await ground.service().start()
+    service = await sandbox.service().start()
     done, held = sample(), sample("hold", gate=str(tmp_path / "gate"))
-    assert (await ground.deliver(service, done)).said == PROCESSED
-    answer = asyncio.create_task(ground.deliver(service, held))
-    await ground.settled(held, Status.PROCESSING)
+    assert (await sandbox.deliver(service, done)).said == PROCESSED
+    answer = asyncio.create_task(sandbox.deliver(service, held))
+    await sandbox.settled(held, Status.PROCESSING)
     for arguments, words in (
         (["evt_unknown", done.id], ["not in the ledger", "evt_unknown"]),
         ([done.id], ["1 of them are completed", "--force", "second time"]),
@@ -108,17 +110,17 @@ async def test_what_may_not_be_replayed(ground: Ground, command: Command, tmp_pa
     run = await command("events", "replay", "--type", "invoice.*", "--status", "completed", "--force", "--count", "7")
     assert run.code == 1, run.said
     run.says("AGAIN", "the selection matches 1 event, not 7: nothing was changed")
-    assert (await ground.settled(done)).counts == (1, 0, 0)
+    assert (await sandbox.settled(done)).counts == (1, 0, 0)
 
-    ground.waived.add(done.id)
+    sandbox.waived.add(done.id)
     run = await command("events", "replay", done.id, "--force", "--count", "1", "--wait")
     assert run.code == 0, run.said
-    row = await ground.row(done)
+    row = await sandbox.row(done)
     assert row is not None
-    assert (row.counts, await ground.effects(done)) == ((2, 0, 0), 2)
+    assert (row.counts, await sandbox.effects(done)) == ((2, 0, 0), 2)
     (tmp_path / "gate").touch()
     await answer
-    await ground.settled(held)
+    await sandbox.settled(held)
 
 
 async def test_an_id_that_cannot_be_one(command: Command) -> None:
@@ -135,59 +137,59 @@ async def test_an_unknown_event(command: Command) -> None:
     run.says("no event 'evt_unknown'")
 
 
-async def test_what_comes_from_outside_is_printed_as_it_is(ground: Ground, command: Command) -> None:
+async def test_what_comes_from_outside_is_printed_as_it_is(sandbox: Sandbox, command: Command) -> None:
     """Brackets are no markup, however they stand; nothing moves the cursor; into a pipe no id is cut."""
-    service = await ground.service().start()
+    service = await sandbox.service().start()
     event = sample()
-    assert (await ground.deliver(service, event)).said == PROCESSED
+    assert (await sandbox.deliver(service, event)).said == PROCESSED
     kind, error = "v2.core.account[configuration.merchant].updated", "PatternError: \\[/x] in [bold]"
-    await ground.fetch("UPDATE stripe_events SET type = $1, last_error = $2", kind, error + "\x1b[2J")
+    await sandbox.fetch("UPDATE stripe_events SET type = $1, last_error = $2", kind, error + "\x1b[2J")
     for arguments in (["list"], ["show", event.id]):
         run = await command("events", *arguments, COLUMNS="40")
         assert run.code == 0, run.said
         run.says(event.id, kind, error + " [2J")
 
 
-async def test_what_cannot_be_handled_is_not_replayed(ground: Ground, command: Command) -> None:
+async def test_what_cannot_be_handled_is_not_replayed(sandbox: Sandbox, command: Command) -> None:
     """Without its payload, or locked by another: it says so and exits with 1, and follows nothing else."""
-    service = await ground.service().start()
+    service = await sandbox.service().start()
     event = sample()
-    assert (await ground.deliver(service, event)).said == PROCESSED
-    ground.waived.add(event.id)
-    await ground.fetch("UPDATE stripe_events SET status = 'ignored'")
-    async with ground.locked(event):
+    assert (await sandbox.deliver(service, event)).said == PROCESSED
+    sandbox.waived.add(event.id)
+    await sandbox.fetch("UPDATE stripe_events SET status = 'ignored'")
+    async with sandbox.locked(event):
         run = await command("events", "replay", event.id, "--count", "1", "--wait")
         assert run.code == 1, run.said
         run.says("0 events replayed: due now", "1 not replayed, because they changed meanwhile or are locked")
-    await ground.fetch("DELETE FROM stripe_event_payloads")
+    await sandbox.fetch("DELETE FROM stripe_event_payloads")
     for arguments in ([event.id], ["--status", "ignored"]):
         run = await command("events", "replay", *arguments, "--count", "1", "--wait")
         assert run.code == 1, run.said
         run.says("0 events: none", "1 more cannot be replayed: their payloads have been pruned")
 
 
-async def test_old_events_are_pruned(ground: Ground, command: Command) -> None:
+async def test_old_events_are_pruned(sandbox: Sandbox, command: Command) -> None:
     """What a dry run announces is what goes then."""
-    service = await ground.service().start()
+    service = await sandbox.service().start()
     old, young = sample(), sample()
     for event in (old, young):
-        assert (await ground.deliver(service, event)).said == PROCESSED
-        ground.waived.add(event.id)
-    await ground.fetch("UPDATE stripe_events SET settled_at = now() - interval '500 days' WHERE event_id = $1", old.id)
+        assert (await sandbox.deliver(service, event)).said == PROCESSED
+        sandbox.waived.add(event.id)
+    await sandbox.fetch("UPDATE stripe_events SET settled_at = now() - interval '500 days' WHERE event_id = $1", old.id)
     run = await command("events", "prune", "--dry-run")
     run.says("would delete 1 events with their payloads, and 0 payloads more")
-    assert await ground.row(old) is not None
+    assert await sandbox.row(old) is not None
     run = await command("events", "prune")
     assert run.code == 0, run.said
     run.says("deleted 1 events with their payloads, and 0 payloads more")
-    assert await ground.row(old) is None
-    assert await ground.row(young) is not None
+    assert await sandbox.row(old) is None
+    assert await sandbox.row(young) is not None
 
 
-async def test_a_rotation_is_noted(ground: Ground, command: Command) -> None:
+async def test_a_rotation_is_noted(sandbox: Sandbox, command: Command) -> None:
     """Who rotated the epoch, and from which to which."""
     run = await command("epoch", "rotate")
     assert run.code == 0, run.said
-    [row] = await ground.fetch("SELECT action, selection FROM operator_actions")
+    [row] = await sandbox.fetch("SELECT action, selection FROM operator_actions")
     assert row["action"] == "rotate"
     assert row["selection"] in run.said

@@ -10,12 +10,12 @@ import pytest
 import pytest_asyncio
 
 from tests.acceptance.command import Command, Run
-from tests.acceptance.harness import PYTHON_PATH, Ground, Overrides, Service, eventually
+from tests.acceptance.harness import PYTHON_PATH, Overrides, Sandbox, Service, eventually
 from tests.fixtures import SECRET
 
 PROBE: Overrides = {"handlers": "firstclaim.handlers.load_probe"}
 
-# The ground checks at its end, by itself, that effects and completions agree: let it see the probe's.
+# The sandbox checks at its end, by itself, that effects and completions agree: let it see the probe's.
 _PROBE_EFFECTS = """
 DROP TABLE effects;
 CREATE VIEW effects AS SELECT event_id, attempt, 0 AS pid, xid, recorded_at AS at FROM load_effects
@@ -52,17 +52,17 @@ CREATE TRIGGER gate BEFORE INSERT ON load_effects FOR EACH ROW EXECUTE FUNCTION 
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def service(shared_ground: Ground) -> Service:
+async def service(shared_sandbox: Sandbox) -> Service:
     """A service with the probe, for the tests that change nothing of it."""
-    await execute(shared_ground, _PROBE_EFFECTS)
-    return await shared_ground.service(PROBE).start()
+    await execute(shared_sandbox, _PROBE_EFFECTS)
+    return await shared_sandbox.service(PROBE).start()
 
 
 @pytest.fixture
-async def probed(ground: Ground) -> Ground:
-    """A test's own ground, whose effects are those of the probe."""
-    await execute(ground, _PROBE_EFFECTS)
-    return ground
+async def probed(sandbox: Sandbox) -> Sandbox:
+    """A test's own sandbox, whose effects are those of the probe."""
+    await execute(sandbox, _PROBE_EFFECTS)
+    return sandbox
 
 
 @pytest.fixture
@@ -73,13 +73,13 @@ def command(tmp_path: Path) -> Command:
     return Command(folder, {"PATH": os.environ["PATH"], "PYTHONPATH": PYTHON_PATH, "COLUMNS": "120"})
 
 
-def known(ground: Ground) -> dict[str, str]:
+def known(sandbox: Sandbox) -> dict[str, str]:
     """The settings that name the service's database and its secret."""
-    return {"DATABASE_URL": ground.database_url, "STRIPE_WEBHOOK_SECRETS": SECRET}
+    return {"DATABASE_URL": sandbox.database_url, "STRIPE_WEBHOOK_SECRETS": SECRET}
 
 
-async def execute(ground: Ground, statement: str) -> None:
-    connection = await asyncpg.connect(ground.database_url)
+async def execute(sandbox: Sandbox, statement: str) -> None:
+    connection = await asyncpg.connect(sandbox.database_url)
     try:
         await connection.execute(statement)
     finally:
@@ -102,15 +102,15 @@ def event_id(run: Run, number: int) -> str:
     return f"{head[1]}{number:08}"
 
 
-async def test_a_load_with_duplicates_is_judged(shared_ground: Ground, service: Service, command: Command) -> None:
+async def test_a_load_with_duplicates_is_judged(shared_sandbox: Sandbox, service: Service, command: Command) -> None:
     """Each event's effect once, and no more answers `processed` than events; table, ledger and report agree."""
-    before = await shared_ground.rows()
+    before = await shared_sandbox.rows()
     arguments = ("--url", service.url, "--users", "6", "--duration", "3", "--duplicates", "40", "--html", "r.html")
-    run = await command("load", *arguments, **known(shared_ground))
+    run = await command("load", *arguments, **known(shared_sandbox))
     assert run.code == 0, run.said
     run.says("Nothing lost, nothing doubled.")
     sent = count(run, "sent")
-    assert sent == count(run, "effects once") == await shared_ground.rows() - before
+    assert sent == count(run, "effects once") == await shared_sandbox.rows() - before
     assert (count(run, "lost"), count(run, "doubled")) == (0, 0)
     assert count(run, "all") > sent
     assert count(run, "ignored") > 0
@@ -129,30 +129,32 @@ async def test_without_a_database_the_verdict_is_unknown(service: Service, comma
     assert count(run, "processed") > 0
 
 
-async def test_a_rejected_load_has_nothing_to_judge(shared_ground: Ground, service: Service, command: Command) -> None:
+async def test_a_rejected_load_has_nothing_to_judge(
+    shared_sandbox: Sandbox, service: Service, command: Command
+) -> None:
     """Signed with another secret: every delivery is rejected, no row is there, exit 1."""
     arguments = ("--url", service.url, "--duration", "1", "--secret", "whsec_another")
-    run = await command("load", *arguments, **known(shared_ground))
+    run = await command("load", *arguments, **known(shared_sandbox))
     assert run.code == 1, run.said
     assert count(run, "rejected") == count(run, "all")
     run.says("Nothing was accepted")
 
 
 async def test_an_interrupted_load_still_has_its_verdict(
-    shared_ground: Ground, service: Service, command: Command
+    shared_sandbox: Sandbox, service: Service, command: Command
 ) -> None:
     """Ctrl-C ends the load early; what was sent by then is counted and judged."""
-    before = await shared_ground.rows()
+    before = await shared_sandbox.rows()
     arguments = ("--url", service.url, "--duration", "600")
-    async with command.running("load", *arguments, **known(shared_ground)) as running:
-        await eventually(shared_ground.rows, lambda rows: rows > before + 10, 60)
+    async with command.running("load", *arguments, **known(shared_sandbox)) as running:
+        await eventually(shared_sandbox.rows, lambda rows: rows > before + 10, 60)
         running.interrupt()
         run = await running.ended()
     assert run.code == 0, run.said
     assert count(run, "effects once") == count(run, "sent") > 10
 
 
-async def test_doubled_and_dropped_effects_are_named(probed: Ground, command: Command) -> None:
+async def test_doubled_and_dropped_effects_are_named(probed: Sandbox, command: Command) -> None:
     """One effect there twice, one not there, one gone with its row: exit 1, all three by their ids, and no other."""
     await execute(probed, _TAMPER)
     service = await probed.service(PROBE).start()
@@ -166,7 +168,7 @@ async def test_doubled_and_dropped_effects_are_named(probed: Ground, command: Co
 
 
 @pytest_asyncio.fixture
-async def gate(probed: Ground) -> AsyncIterator[asyncpg.Connection]:
+async def gate(probed: Sandbox) -> AsyncIterator[asyncpg.Connection]:
     """Holds back some events' handlers until it is closed."""
     await execute(probed, _GATE)
     connection = await asyncpg.connect(probed.database_url)
@@ -176,7 +178,7 @@ async def gate(probed: Ground) -> AsyncIterator[asyncpg.Connection]:
 
 
 async def test_the_verdict_waits_for_what_was_deferred(
-    probed: Ground, gate: asyncpg.Connection, command: Command
+    probed: Sandbox, gate: asyncpg.Connection, command: Command
 ) -> None:
     """Events still in their handlers at the end are waited for, and judged once they are done."""
     service = await probed.service({**PROBE, "answer_budget_seconds": 0.5}).start()
@@ -190,7 +192,7 @@ async def test_the_verdict_waits_for_what_was_deferred(
     assert count(run, "effects once") == count(run, "sent")
 
 
-async def test_the_wait_is_bounded(probed: Ground, gate: asyncpg.Connection, command: Command) -> None:
+async def test_the_wait_is_bounded(probed: Sandbox, gate: asyncpg.Connection, command: Command) -> None:
     """What is not settled in time is neither lost nor done: it is named as that, and the exit code is 1."""
     service = await probed.service({**PROBE, "answer_budget_seconds": 0.5}).start()
     arguments = ("--url", service.url, "--users", "4", "--duration", "5", "--settle", "0.5")
@@ -202,9 +204,9 @@ async def test_the_wait_is_bounded(probed: Ground, gate: asyncpg.Connection, com
     await service.kill()  # its handlers end with it, and leave no effect
 
 
-async def test_a_database_that_is_not_the_services_is_refused(command: Command, ground: Ground) -> None:
+async def test_a_database_that_is_not_the_services_is_refused(command: Command, sandbox: Sandbox) -> None:
     """It lacks the probe's table: exit 3 before anything is sent, and the command to run."""
-    await execute(ground, "DROP TABLE load_effects")
-    run = await command("load", **known(ground))
+    await execute(sandbox, "DROP TABLE load_effects")
+    run = await command("load", **known(sandbox))
     assert run.code == 3, run.said
     run.says("load_effects", "firstclaim migrate")

@@ -12,7 +12,7 @@ from tests.acceptance.harness import (
     IGNORED,
     PROCESSED,
     UNHANDLED,
-    Ground,
+    Sandbox,
     Service,
     eventually,
     post,
@@ -43,9 +43,9 @@ def grown(before: Series, after: Series) -> Series:
     }
 
 
-async def test_what_happens_is_counted(ground: Ground) -> None:
+async def test_what_happens_is_counted(sandbox: Sandbox) -> None:
     """Each outcome and each way to detect a duplicate is counted in its own series, and nothing else changes."""
-    service = await ground.service().start()
+    service = await sandbox.service().start()
     before = await scraped(service)
 
     async def since() -> Series:
@@ -55,30 +55,30 @@ async def test_what_happens_is_counted(ground: Ground) -> None:
         return changes
 
     event = sample()
-    assert (await ground.deliver(service, event)).said == PROCESSED
+    assert (await sandbox.deliver(service, event)).said == PROCESSED
     handled = ("firstclaim_handler_seconds_count", "invoice.payment_failed")
     assert await since() == {("firstclaim_deliveries_total", "processed"): 1, handled: 1}
 
     assert 0 < before["firstclaim_handler_seconds_sum", "invoice.payment_failed"] < 10
 
-    assert (await ground.deliver(service, event)).said == IGNORED
+    assert (await sandbox.deliver(service, event)).said == IGNORED
     assert await since() == {
         ("firstclaim_deliveries_total", "duplicate"): 1,
         ("firstclaim_duplicates_total", "redis"): 1,
     }
-    ground.empty_redis()
-    assert (await ground.deliver(service, event)).said == IGNORED
+    sandbox.empty_redis()
+    assert (await sandbox.deliver(service, event)).said == IGNORED
     assert await since() == {
         ("firstclaim_deliveries_total", "duplicate"): 1,
         ("firstclaim_duplicates_total", "ledger"): 1,
     }
 
-    assert (await ground.deliver(service, sample(type="charge.refunded"))).said == UNHANDLED
+    assert (await sandbox.deliver(service, sample(type="charge.refunded"))).said == UNHANDLED
     assert await since() == {("firstclaim_deliveries_total", "unhandled"): 1}
 
     failing = sample("fail", until=1)
-    assert (await ground.deliver(service, failing)).said == FAILED
-    await ground.settled(failing, Status.COMPLETED)
+    assert (await sandbox.deliver(service, failing)).said == FAILED
+    await sandbox.settled(failing, Status.COMPLETED)
 
     async def recovered() -> float:
         return (await scraped(service))["firstclaim_recovered_total", "processed"]
@@ -92,9 +92,9 @@ async def test_what_happens_is_counted(ground: Ground) -> None:
     }
 
 
-async def test_no_request_adds_a_series(ground: Ground) -> None:
+async def test_no_request_adds_a_series(sandbox: Sandbox) -> None:
     """Unknown types, paths, methods, signatures and bodies are counted in series that exist already."""
-    service = await ground.service().start()
+    service = await sandbox.service().start()
     before = await scraped(service)
     for number in range(3):
         await post(service.url, sample().body.replace(b"invoice.payment_failed", b"made.up.by.%d" % number))
@@ -110,22 +110,22 @@ async def test_no_request_adds_a_series(ground: Ground) -> None:
     }
 
 
-async def test_all_workers_are_one_sum(ground: Ground) -> None:
+async def test_all_workers_are_one_sum(sandbox: Sandbox) -> None:
     """Every worker reports the sum of all workers."""
-    service = await ground.service(workers=2).start()
+    service = await sandbox.service(workers=2).start()
     for _ in range(20):
-        assert (await ground.deliver(service, sample())).said == PROCESSED
+        assert (await sandbox.deliver(service, sample())).said == PROCESSED
     sums = {(await scraped(service))["firstclaim_deliveries_total", "processed"] for _ in range(10)}
     assert sums == {20}
 
 
-async def test_unreachable_stores_are_reported(ground: Ground) -> None:
+async def test_unreachable_stores_are_reported(sandbox: Sandbox) -> None:
     """An unreachable store is 0 in `firstclaim_up`, and an unreachable ledger's series are left out, not outdated."""
     async with (
-        before_postgres(ground.database_url) as (postgres, database_url),
-        before_redis(ground.redis_url) as (redis, redis_url),
+        before_postgres(sandbox.database_url) as (postgres, database_url),
+        before_redis(sandbox.redis_url) as (redis, redis_url),
     ):
-        service = await ground.service({"DATABASE_URL": database_url, "REDIS_URL": redis_url}).start()
+        service = await sandbox.service({"DATABASE_URL": database_url, "REDIS_URL": redis_url}).start()
         healthy = await scraped(service)
         assert {key[1]: value for key, value in healthy.items() if key[0] == "firstclaim_up"} == dict.fromkeys(
             ("process", "redis", "postgres", "schema", "recovery"), 1.0
@@ -133,7 +133,7 @@ async def test_unreachable_stores_are_reported(ground: Ground) -> None:
         assert {key[1] for key in healthy if key[0] == "firstclaim_events"} == set(Status)
 
         redis.switch(Mode.REFUSE)
-        assert (await ground.deliver(service, sample())).said == DEFERRED
+        assert (await sandbox.deliver(service, sample())).said == DEFERRED
         found = await scraped(service)
         assert (found["firstclaim_up", "redis"], found["firstclaim_redis_outages_total",]) == (0, 1)
         assert found["firstclaim_up", "postgres"] == 1

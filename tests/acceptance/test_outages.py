@@ -12,8 +12,8 @@ from tests.acceptance.harness import (
     PROCESSED,
     SHORT_LEASE,
     UNAVAILABLE,
-    Ground,
     Overrides,
+    Sandbox,
     Service,
     eventually,
     post,
@@ -43,14 +43,14 @@ class Proxied:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def proxied_service(shared_ground: Ground) -> AsyncIterator[Proxied]:
+async def proxied_service(shared_sandbox: Sandbox) -> AsyncIterator[Proxied]:
     """One service for the whole module."""
     async with (
-        before_postgres(shared_ground.database_url) as (postgres, database_url),
-        before_redis(shared_ground.redis_url) as (redis, redis_url),
+        before_postgres(shared_sandbox.database_url) as (postgres, database_url),
+        before_redis(shared_sandbox.redis_url) as (redis, redis_url),
     ):
         addresses: Overrides = {"DATABASE_URL": database_url, "REDIS_URL": redis_url}
-        service = shared_ground.service(SHORT_LEASE | AS_SHIPPED | addresses)
+        service = shared_sandbox.service(SHORT_LEASE | AS_SHIPPED | addresses)
         await service.start()
         yield Proxied(service, postgres, redis, redis_url)
         await service.kill()
@@ -65,11 +65,11 @@ async def proxied(proxied_service: Proxied) -> AsyncIterator[Proxied]:
     await eventually(proxied_service.service.parts, lambda parts: parts[0] == 200 and set(parts[1].values()) == {"ok"})
 
 
-async def test_no_marker_answers_for_a_ledger_that_cannot_be_asked(proxied: Proxied, shared_ground: Ground) -> None:
+async def test_no_marker_answers_for_a_ledger_that_cannot_be_asked(proxied: Proxied, shared_sandbox: Sandbox) -> None:
     """While Postgres is away, perhaps being restored, a duplicate of what it held is promised nothing for long."""
     event = sample()
-    assert (await shared_ground.deliver(proxied.service, event)).said == PROCESSED
-    assert (await shared_ground.deliver(proxied.service, event)).said == IGNORED
+    assert (await shared_sandbox.deliver(proxied.service, event)).said == PROCESSED
+    assert (await shared_sandbox.deliver(proxied.service, event)).said == IGNORED
     proxied.postgres.switch(Mode.REFUSE)
 
     async def said() -> tuple[int, bool, str]:
@@ -78,24 +78,24 @@ async def test_no_marker_answers_for_a_ledger_that_cannot_be_asked(proxied: Prox
     await eventually(said, lambda said: said == UNAVAILABLE)
     proxied.postgres.switch(Mode.OPEN)
     await eventually(said, lambda said: said == IGNORED)
-    assert (await shared_ground.settled(event)).counts == (1, 0, 0)
+    assert (await shared_sandbox.settled(event)).counts == (1, 0, 0)
 
 
-async def test_a_start_without_redis(proxied: Proxied, shared_ground: Ground) -> None:
+async def test_a_start_without_redis(proxied: Proxied, shared_sandbox: Sandbox) -> None:
     """Redis away is no reason not to start: the service is ready, degraded, records, and dispatches later."""
     proxied.redis.switch(Mode.REFUSE)
-    service = await shared_ground.service(AS_SHIPPED | {"REDIS_URL": proxied.redis_url}).start()
+    service = await shared_sandbox.service(AS_SHIPPED | {"REDIS_URL": proxied.redis_url}).start()
     status, parts = await service.parts()
     assert (status, parts["redis"]) == (200, "degraded")
     event = sample()
-    assert (await shared_ground.deliver(service, event)).said == DEFERRED
+    assert (await shared_sandbox.deliver(service, event)).said == DEFERRED
     proxied.redis.switch(Mode.OPEN)
-    assert (await shared_ground.settled(event)).counts == (1, 0, 0)
+    assert (await shared_sandbox.settled(event)).counts == (1, 0, 0)
     assert await service.stop() == 0
 
 
 @pytest.mark.smoke
-async def test_both_away(proxied: Proxied, shared_ground: Ground) -> None:
+async def test_both_away(proxied: Proxied, shared_sandbox: Sandbox) -> None:
     """With neither store nothing can be promised, and the answer says so; both back, the retry is processed."""
     proxied.redis.switch(Mode.REFUSE)
     proxied.postgres.switch(Mode.REFUSE)
@@ -104,4 +104,4 @@ async def test_both_away(proxied: Proxied, shared_ground: Ground) -> None:
     proxied.postgres.switch(Mode.OPEN)
     assert (await eventually(lambda: post(proxied.service.url, event.body), lambda a: a.status != 503)).said == DEFERRED
     proxied.redis.switch(Mode.OPEN)
-    assert (await shared_ground.settled(event)).counts == (1, 0, 0)
+    assert (await shared_sandbox.settled(event)).counts == (1, 0, 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.acceptance.harness import PYTHON_PATH, Ground, sample
+from tests.acceptance.harness import PYTHON_PATH, Sandbox, sample
 
 HELPERS = """
 ACTION = "billed_by_our_own_service"
@@ -34,10 +34,10 @@ def shop(tmp_path: Path) -> Path:
 
 
 @pytest.mark.smoke
-async def test_handlers_are_served_from_a_package_named_service(ground: Ground, shop: Path) -> None:
+async def test_handlers_are_served_from_a_package_named_service(sandbox: Sandbox, shop: Path) -> None:
     """The handler module and what it imports are the application's own, and its handler processes the event."""
     path = os.pathsep.join((str(shop), PYTHON_PATH))
-    service = await ground.service({"PYTHONPATH": path, "handlers": "service.billing"}).start()
-    answer = await ground.deliver(service, sample())
+    service = await sandbox.service({"PYTHONPATH": path, "handlers": "service.billing"}).start()
+    answer = await sandbox.deliver(service, sample())
     assert answer.said == (200, True, "billed_by_our_own_service")
     assert await service.stop() == 0

@@ -11,7 +11,7 @@ import pytest
 
 from firstclaim.status import Status
 from tests.acceptance.command import Command, Run
-from tests.acceptance.harness import PROCESSED, PYTHON_PATH, Ground, Sample, eventually, sample
+from tests.acceptance.harness import PROCESSED, PYTHON_PATH, Sample, Sandbox, eventually, sample
 from tests.canaries import API_KEY, STORY, assert_silent, metadata
 from tests.fixtures import event_body
 from tests.stripe_api import FROZEN, KEY, StripeApi, answer, error
@@ -28,11 +28,11 @@ async def api() -> AsyncIterator[StripeApi]:
 
 
 @pytest.fixture
-def command(ground: Ground, api: StripeApi, tmp_path: Path) -> Command:
-    """On the ground's database and Stripe's API alone: no Redis, no signing secret, no handlers."""
+def command(sandbox: Sandbox, api: StripeApi, tmp_path: Path) -> Command:
+    """On the sandbox's database and Stripe's API alone: no Redis, no signing secret, no handlers."""
     folder = tmp_path / "operator"
     folder.mkdir()
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": PYTHON_PATH, "DATABASE_URL": ground.database_url}
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": PYTHON_PATH, "DATABASE_URL": sandbox.database_url}
     return Command(folder, {**environment, "STRIPE_API_KEY": KEY, "STRIPE_API_BASE": api.base})
 
 
@@ -49,40 +49,40 @@ def told(run: Run, code: int = 0) -> dict[str, Any]:
     return content
 
 
-async def test_a_lost_ledger_is_repaired(ground: Ground, command: Command, api: StripeApi) -> None:
+async def test_a_lost_ledger_is_repaired(sandbox: Sandbox, command: Command, api: StripeApi) -> None:
     """Rows and effects that a restore took are there again, completed once; what was there is not done again.
 
     Redis still has the markers of the lost rows, and events of other types than the endpoint's are in the list too.
     """
-    service = await ground.service().start()
+    service = await sandbox.service().start()
     events = [sample() for _ in range(8)]
     for age, event in zip(range(8 * 3600, 0, -3600), events, strict=True):
-        assert (await ground.deliver(service, event)).said == PROCESSED
+        assert (await sandbox.deliver(service, event)).said == PROCESSED
         add(api, event, age, delivered=True)
     unhandled = sample(type=UNHANDLED)
     add(api, unhandled)
     lost = events[1:7]
     for table in ("stripe_events", "stripe_event_payloads", "effects"):
-        await ground.fetch(f"DELETE FROM {table} WHERE event_id = ANY($1)", [each.id for each in lost])
+        await sandbox.fetch(f"DELETE FROM {table} WHERE event_id = ANY($1)", [each.id for each in lost])
 
     run = await command("reconcile", "--since", "3d", "--dry-run")
     assert run.code == 0, run.said
     run.says("9 events found at Stripe: 2 already here, 7 would be recorded")
-    assert await ground.rows() == 2
+    assert await sandbox.rows() == 2
 
     run = await command("reconcile", "--since", "3d")
     assert run.code == 0, run.said
     run.says("9 events found at Stripe: 2 already here, 7 recorded")
     for event in events:
-        row = await ground.settled(event)
+        row = await sandbox.settled(event)
         assert row.counts == (1, 0, 0)
-    await ground.settled(unhandled, Status.IGNORED)
+    await sandbox.settled(unhandled, Status.IGNORED)
 
     again = told(await command("reconcile", "--since", "3d", "--json"))
     assert (again["found"], again["already_here"], again["recorded"], again["missing"]) == (9, 9, 0, 0)
     assert (again["complete"], again["dry_run"], again["refusals"]) == (True, False, [])
-    assert await ground.statuses() == {Status.COMPLETED: 8, Status.IGNORED: 1}
-    rows = await ground.fetch("SELECT operator, action, selection, changed FROM operator_actions ORDER BY at")
+    assert await sandbox.statuses() == {Status.COMPLETED: 8, Status.IGNORED: 1}
+    rows = await sandbox.fetch("SELECT operator, action, selection, changed FROM operator_actions ORDER BY at")
     assert [tuple(row)[1:] for row in rows] == [
         ("reconcile", "since=259200s", 7),
         ("reconcile", "since=259200s", 0),
@@ -90,23 +90,23 @@ async def test_a_lost_ledger_is_repaired(ground: Ground, command: Command, api: 
     assert "@" in rows[0]["operator"]
 
 
-async def test_an_outage_is_made_up_for(ground: Ground, command: Command, api: StripeApi) -> None:
+async def test_an_outage_is_made_up_for(sandbox: Sandbox, command: Command, api: StripeApi) -> None:
     """`--undelivered` finds only what Stripe could not deliver, and a late delivery of it is a duplicate."""
-    service = await ground.service().start()
+    service = await sandbox.service().start()
     failed = sample()
     add(api, sample(), delivered=True)
     add(api, failed)
     found = told(await command("reconcile", "--since", "2h", "--undelivered", "--json"))
     assert (found["found"], found["already_here"], found["recorded"]) == (1, 0, 1)
-    await ground.settled(failed)
-    assert not (await ground.deliver(service, failed)).processed
-    assert await ground.effects(failed) == 1
-    assert await ground.rows() == 1
+    await sandbox.settled(failed)
+    assert not (await sandbox.deliver(service, failed)).processed
+    assert await sandbox.effects(failed) == 1
+    assert await sandbox.rows() == 1
 
 
-async def test_an_interrupted_run_is_run_again(ground: Ground, command: Command, api: StripeApi) -> None:
+async def test_an_interrupted_run_is_run_again(sandbox: Sandbox, command: Command, api: StripeApi) -> None:
     """Stripe fails after the second page, then somebody presses Ctrl-C: what was recorded is told, and is done once."""
-    await ground.service().start()
+    await sandbox.service().start()
     events = [sample() for _ in range(12)]
     for age, event in zip(range(36 * 3600, 0, -3 * 3600), events, strict=True):
         add(api, event, age)
@@ -133,7 +133,7 @@ async def test_an_interrupted_run_is_run_again(ground: Ground, command: Command,
     assert (last["found"], last["complete"]) == (12, True)
     assert last["already_here"] > first["recorded"]
     for event in events:
-        assert (await ground.settled(event)).counts == (1, 0, 0)
+        assert (await sandbox.settled(event)).counts == (1, 0, 0)
 
 
 async def _asked_in_vain(api: StripeApi) -> bool:
@@ -155,7 +155,7 @@ async def test_what_stripe_says(command: Command, api: StripeApi) -> None:
     assert "wr0ng" not in run.said
 
 
-async def test_an_event_that_is_none_is_named(ground: Ground, command: Command, api: StripeApi) -> None:
+async def test_an_event_that_is_none_is_named(sandbox: Sandbox, command: Command, api: StripeApi) -> None:
     """It is not recorded, its id and the reason are told, the exit code is 1; the others are recorded."""
     good, broken = sample(), Sample("evt_broken", event_body(id="evt_broken", type="invoice.paid", livemode="no"))
     for event in (good, broken):
@@ -165,8 +165,8 @@ async def test_an_event_that_is_none_is_named(ground: Ground, command: Command, 
     run.says('evt_broken is not recorded, it would be refused as a delivery too: "livemode" must be true or false')
     assert (content["recorded"], content["refused"], content["complete"]) == (1, 1, True)
     assert content["refusals"] == [{"event_id": "evt_broken", "reason": '"livemode" must be true or false'}]
-    assert await ground.row(good) is not None
-    assert await ground.row(broken) is None
+    assert await sandbox.row(good) is not None
+    assert await sandbox.row(broken) is None
 
 
 async def test_nothing_says_the_key_or_a_payload(command: Command, api: StripeApi) -> None:

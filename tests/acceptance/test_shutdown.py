@@ -14,8 +14,8 @@ from firstclaim.status import Status
 from tests.acceptance.harness import (
     DEFERRED,
     PROCESSED,
-    Ground,
     Overrides,
+    Sandbox,
     Service,
     eventually,
     sample,
@@ -25,38 +25,38 @@ HASTY: Overrides = {"answer_budget_seconds": 1.5, "shutdown_seconds": 4, "lock_t
 
 
 @pytest.mark.smoke
-async def test_the_drain_delay_keeps_serving(ground: Ground) -> None:
+async def test_the_drain_delay_keeps_serving(sandbox: Sandbox) -> None:
     """During FIRSTCLAIM_DRAIN_SECONDS /readyz says 503 and deliveries are still processed; then it exits with 0."""
     drain_seconds = 3
-    service = await ground.service({"drain_seconds": drain_seconds}).start()
+    service = await sandbox.service({"drain_seconds": drain_seconds}).start()
     service.terminate()
     ends = time.monotonic() + drain_seconds
     await eventually(service.parts, lambda parts: parts[0] == 503)
     status, parts = await service.parts()
     assert (status, [name for name, found in parts.items() if found != "ok"]) == (503, ["process"])
     while time.monotonic() < ends - 0.5:
-        assert (await ground.deliver(service, sample())).said == PROCESSED
+        assert (await sandbox.deliver(service, sample())).said == PROCESSED
     assert await service.ended() == 0, service.output
     with pytest.raises(httpx.TransportError):
         await service.get("/livez")
 
 
-async def test_a_second_signal_skips_the_drain_delay(ground: Ground) -> None:
+async def test_a_second_signal_skips_the_drain_delay(sandbox: Sandbox) -> None:
     """Ctrl-C twice, or an impatient operator: the delay is cut short, and the exit is still a clean one."""
-    service = await ground.service({"drain_seconds": 60, "shutdown_seconds": 90}).start()
+    service = await sandbox.service({"drain_seconds": 60, "shutdown_seconds": 90}).start()
     service.terminate()
     await eventually(service.parts, lambda parts: parts[0] == 503)
     service.terminate()
     assert await service.ended() == 0, service.output
 
 
-async def test_workers_leave_with_their_killed_supervisor(ground: Ground, tmp_path: Path) -> None:
+async def test_workers_leave_with_their_killed_supervisor(sandbox: Sandbox, tmp_path: Path) -> None:
     """kill -9 of the supervisor: its workers end their work and leave by themselves, and the port is free again."""
-    service = await ground.service(HASTY, workers=2).start()
+    service = await sandbox.service(HASTY, workers=2).start()
     gate = tmp_path / "gate"
     event = sample("hold", gate=str(gate))
-    answer = asyncio.create_task(ground.deliver(service, event))
-    await ground.settled(event, Status.PROCESSING)
+    answer = asyncio.create_task(sandbox.deliver(service, event))
+    await sandbox.settled(event, Status.PROCESSING)
     assert len(await service.members()) >= 3
 
     service.kill_supervisor()
@@ -65,7 +65,7 @@ async def test_workers_leave_with_their_killed_supervisor(ground: Ground, tmp_pa
     gate.touch()
     await eventually(service.members, lambda members: not members)
     assert (await answer).said in (PROCESSED, DEFERRED)
-    assert (await ground.settled(event)).counts == (1, 0, 0)
+    assert (await sandbox.settled(event)).counts == (1, 0, 0)
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", service.port))

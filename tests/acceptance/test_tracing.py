@@ -15,8 +15,8 @@ from tests.acceptance.harness import (
     IGNORED,
     PROCESSED,
     PYTHON_PATH,
-    Ground,
     Overrides,
+    Sandbox,
     eventually,
     post,
     sample,
@@ -97,10 +97,10 @@ def exporting(port: int) -> Overrides:
     return {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}", "OTEL_BSP_SCHEDULE_DELAY": "50"}
 
 
-async def test_the_path_of_a_delivery_is_a_trace(ground: Ground) -> None:
+async def test_the_path_of_a_delivery_is_a_trace(sandbox: Sandbox) -> None:
     """Lock, claim, attempt and handler in it, below the span of a proxy before us; a duplicate's is the lock alone."""
     async with collecting() as collector:
-        service = await ground.service(exporting(collector.port)).start()
+        service = await sandbox.service(exporting(collector.port)).start()
         event = sample()
         headers = signed(event.body) | {"traceparent": f"00-{TRACE}-{PARENT}-01"}
         assert (await post(service.url, event.body, list(headers.items()))).said == PROCESSED
@@ -123,20 +123,20 @@ async def test_the_path_of_a_delivery_is_a_trace(ground: Ground) -> None:
             "attempt": "1",
         }
         assert text(spans["handler"]) == {"handler": "invoice.payment_failed"}
-        assert (await ground.deliver(service, event)).said == IGNORED
+        assert (await sandbox.deliver(service, event)).said == IGNORED
         assert collector.services == {"firstclaim"}
         assert await service.stop() == 0
         about = [span for span in collector.spans if text(span).get("outcome") == "duplicate"]
         assert [len([s for s in collector.spans if s.trace_id == span.trace_id]) for span in about] == [2]
 
 
-async def test_an_error_shows_by_its_class_alone(ground: Ground) -> None:
+async def test_an_error_shows_by_its_class_alone(sandbox: Sandbox) -> None:
     """The attempt is marked as failed, recovery's is a trace of its own, and nothing of the message is in them."""
     async with collecting() as collector:
-        service = await ground.service(exporting(collector.port)).start()
+        service = await sandbox.service(exporting(collector.port)).start()
         event = sample("fail", until=1)
-        assert (await ground.deliver(service, event)).said == FAILED
-        await ground.settled(event)
+        assert (await sandbox.deliver(service, event)).said == FAILED
+        await sandbox.settled(event)
         assert await service.stop() == 0
     failed, good = [span for span in collector.spans if span.name == "firstclaim.attempt"]
     assert (failed.status.code, failed.status.message) == (Status.STATUS_CODE_ERROR, "RuntimeError")
@@ -149,20 +149,20 @@ async def test_an_error_shows_by_its_class_alone(ground: Ground) -> None:
     assert b"told to fail" not in collector.raw
 
 
-async def test_a_collector_that_is_away_costs_nothing(ground: Ground, unused_tcp_port: int) -> None:
+async def test_a_collector_that_is_away_costs_nothing(sandbox: Sandbox, unused_tcp_port: int) -> None:
     """Deliveries are as they were, and the stop does not wait for it."""
-    service = await ground.service(exporting(unused_tcp_port)).start()
-    assert (await ground.deliver(service, sample())).said == PROCESSED
+    service = await sandbox.service(exporting(unused_tcp_port)).start()
+    assert (await sandbox.deliver(service, sample())).said == PROCESSED
     async with asyncio.timeout(10):
         assert await service.stop() == 0
 
 
-async def test_without_the_package_there_are_no_spans(ground: Ground) -> None:
+async def test_without_the_package_there_are_no_spans(sandbox: Sandbox) -> None:
     """The service is the same without OpenTelemetry, also where its variables are set."""
-    (ground.folder / "opentelemetry.py").write_text("raise ImportError('not installed')\n")
+    (sandbox.folder / "opentelemetry.py").write_text("raise ImportError('not installed')\n")
     async with collecting() as collector:
-        path: Overrides = {"PYTHONPATH": f"{ground.folder}:{PYTHON_PATH}"}
-        service = await ground.service(exporting(collector.port) | path).start()
-        assert (await ground.deliver(service, sample())).said == PROCESSED
+        path: Overrides = {"PYTHONPATH": f"{sandbox.folder}:{PYTHON_PATH}"}
+        service = await sandbox.service(exporting(collector.port) | path).start()
+        assert (await sandbox.deliver(service, sample())).said == PROCESSED
         assert await service.stop() == 0
     assert collector.spans == []

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.acceptance.harness import PROCESSED, PYTHON_PATH, Ground, sample
+from tests.acceptance.harness import PROCESSED, PYTHON_PATH, Sandbox, sample
 
 # Run by every interpreter that starts with it on its path; only workers are spawned.
 LATE = """
@@ -12,10 +12,10 @@ if any("spawn_main" in argument for argument in sys.orig_argv):
 """
 
 
-async def test_workers_that_start_slowly(ground: Ground, tmp_path: Path) -> None:
+async def test_workers_that_start_slowly(sandbox: Sandbox, tmp_path: Path) -> None:
     """Workers that need 6 s to come up, as on a busy machine, come up: their supervisor does not kill them for it."""
     (tmp_path / "sitecustomize.py").write_text(LATE)
-    service = await ground.service({"PYTHONPATH": f"{tmp_path}:{PYTHON_PATH}"}, workers=2).start()
-    assert (await ground.deliver(service, sample())).said == PROCESSED
+    service = await sandbox.service({"PYTHONPATH": f"{tmp_path}:{PYTHON_PATH}"}, workers=2).start()
+    assert (await sandbox.deliver(service, sample())).said == PROCESSED
     assert "died" not in service.output
     assert await service.stop() == 0

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.async_api import ConsoleMessage, Page, Request, ViewportSize, async_playwright, expect
 
-from tests.acceptance.harness import Ground, Sample, Service, sample
+from tests.acceptance.harness import Sample, Sandbox, Service, sample
 from tests.pages import HASHED, PASSWORD
 from tests.stores import Stores
 
@@ -40,13 +40,13 @@ def chromium() -> str:
 
 
 @pytest.fixture
-async def ground(stores: Stores, tmp_path: Path) -> AsyncIterator[Ground]:
+async def sandbox(stores: Stores, tmp_path: Path) -> AsyncIterator[Sandbox]:
     """For the services that a test looks at."""
-    ground = await Ground.prepare(stores, tmp_path)
+    sandbox = await Sandbox.prepare(stores, tmp_path)
     try:
-        yield ground
+        yield sandbox
     finally:
-        await ground.leave()
+        await sandbox.leave()
 
 
 @dataclass
@@ -96,9 +96,9 @@ class Window:
 
 
 @pytest.fixture
-async def served(ground: Ground) -> Service:
+async def served(sandbox: Sandbox) -> Service:
     """A service with the page switched on."""
-    return await ground.service({"admin_password": HASHED}).start()
+    return await sandbox.service({"admin_password": HASHED}).start()
 
 
 @pytest.fixture(
@@ -124,22 +124,22 @@ async def window(request: pytest.FixtureRequest, chromium: str, served: Service)
     assert window.problems == []
 
 
-async def failed_event(ground: Ground, service: Service, mended: Path) -> Sample:
+async def failed_event(sandbox: Sandbox, service: Service, mended: Path) -> Sample:
     """One whose handler fails until that file is there, and whose metadata tries to be code."""
     event = sample("permanent", mended=str(mended), note=XSS)
-    assert (await ground.deliver(service, event)).content["action"] == "dead"
+    assert (await sandbox.deliver(service, event)).content["action"] == "dead"
     return event
 
 
 async def test_an_operator_finds_replays_and_sees_it_completed(
-    window: Window, ground: Ground, served: Service, tmp_path: Path
+    window: Window, sandbox: Sandbox, served: Service, tmp_path: Path
 ) -> None:
     """Log in, find it among the others, look at its payload, replay it by its page, and see the end of it."""
     mended = tmp_path / "mended"
-    event = await failed_event(ground, served, mended)
-    others = [await failed_event(ground, served, mended) for _ in range(2)]
+    event = await failed_event(sandbox, served, mended)
+    others = [await failed_event(sandbox, served, mended) for _ in range(2)]
     for _ in range(12):
-        await ground.deliver(served, sample())
+        await sandbox.deliver(served, sample())
     page = window.page
 
     await window.go(f"/admin/events?q={event.id}")
@@ -178,7 +178,7 @@ async def test_an_operator_finds_replays_and_sees_it_completed(
     await page.get_by_role("button", name="Replay it").click()
     await expect(page.get_by_role("status")).to_have_text("1 made due.")
     await window.look("replayed")
-    await ground.settled(event)
+    await sandbox.settled(event)
     await page.get_by_role("link", name="Refresh").click()
     await expect(page.get_by_role("heading").locator(".pill")).to_have_text("completed")
     await expect(page.get_by_text("replay by admin page from 127.0.0.1")).to_be_visible()
@@ -193,7 +193,7 @@ async def test_an_operator_finds_replays_and_sees_it_completed(
     await page.get_by_role("button", name="Replay them").click()
     await expect(page.get_by_role("status")).to_have_text("2 made due.")
     for other in others:
-        await ground.settled(other)
+        await sandbox.settled(other)
 
     await window.go(f"/admin/events/evt_{secrets.token_hex(4)}")
     await expect(page.get_by_role("heading", name="No such event")).to_be_visible()
@@ -203,9 +203,9 @@ async def test_an_operator_finds_replays_and_sees_it_completed(
     await expect(page.get_by_label("Password")).to_be_visible()
 
 
-async def test_it_can_be_used_by_keys_alone(window: Window, ground: Ground, served: Service, tmp_path: Path) -> None:
+async def test_it_can_be_used_by_keys_alone(window: Window, sandbox: Sandbox, served: Service, tmp_path: Path) -> None:
     """From the login to the list: the first key leads past the bar, focus is seen, the space bar ticks."""
-    event = await failed_event(ground, served, tmp_path / "mended")
+    event = await failed_event(sandbox, served, tmp_path / "mended")
     page = window.page
     await window.go("/admin/events")
     await expect(page.get_by_label("Password")).to_be_focused()

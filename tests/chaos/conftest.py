@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import clock as clocks
-from tests.acceptance.harness import Ground
+from tests.acceptance.harness import Sandbox
 from tests.chaos.history import History
 from tests.chaos.own import Own
 from tests.chaos.servers import Servers, make_template, own_servers
@@ -17,18 +17,18 @@ from tests.stores import Stores
 
 @pytest.fixture
 async def history(stores: Stores, tmp_path: Path) -> AsyncIterator[History]:
-    """Of a test's own ground on the servers that all share: for what breaks processes, and no server."""
-    ground = await Ground.prepare(stores, tmp_path)
+    """Of a test's own sandbox on the servers that all share: for what breaks processes, and no server."""
+    sandbox = await Sandbox.prepare(stores, tmp_path)
     try:
-        yield History(ground)
+        yield History(sandbox)
     finally:
-        await ground.leave()
+        await sandbox.leave()
 
 
 @pytest.fixture
 async def clock(history: History) -> AsyncIterator[clocks.Clock]:
     """The clock of the history's database: it runs, and can be put forward."""
-    async with clocks.installed(history.ground.database_url) as clock:
+    async with clocks.installed(history.sandbox.database_url) as clock:
         yield clock
 
 
@@ -50,8 +50,8 @@ async def servers(template: Path) -> AsyncIterator[Servers]:
 async def own(servers: Servers, tmp_path: Path) -> AsyncIterator[Own]:
     """A history whose Postgres and Redis are its own."""
     postgres, redis = await servers.postgres(), await servers.redis()
-    own = Own(History(Ground(postgres.url, redis.url, "chaos:", tmp_path)), postgres, redis)
+    own = Own(History(Sandbox(postgres.url, redis.url, "chaos:", tmp_path)), postgres, redis)
     try:
         yield own
     finally:
-        await own.history.ground.end_services()
+        await own.history.sandbox.end_services()

@@ -146,7 +146,7 @@ async def fail_redis_over(bench: Bench, fault: Fault) -> None:
     await bench.redis.kill()
     await bench.spare.promote()
     bench.redis, bench.spare = bench.spare, bench.redis
-    bench.history.ground.redis_url = bench.redis.url
+    bench.history.sandbox.redis_url = bench.redis.url
     for line in bench.redis_lines:
         line.upstream = Upstream("127.0.0.1", bench.redis.port)
         line.cut()

@@ -17,7 +17,7 @@ from typing import Final
 import httpx
 
 from firstclaim.postgres.connection import UNAVAILABLE
-from tests.acceptance.harness import HANDLERS, Answer, Ground, Overrides, Row, Sample, Service, post
+from tests.acceptance.harness import HANDLERS, Answer, Overrides, Row, Sample, Sandbox, Service, post
 from tests.chaos import witness
 
 WITNESSED_HANDLERS: Final = f"tests.chaos.witness,{HANDLERS}"
@@ -54,9 +54,9 @@ class Delivery:
 
 @dataclass(slots=True)
 class History:
-    """Of one run on `ground`; `witness` is the file that its services write, `look` how the ledger is asked."""
+    """Of one run on `sandbox`; `witness` is the file that its services write, `look` how the ledger is asked."""
 
-    ground: Ground
+    sandbox: Sandbox
     witness: Path = field(init=False)
     look: Callable[[Sample], Awaitable[Row | None]] = field(init=False)
     deliveries: list[Delivery] = field(default_factory=list, init=False)
@@ -65,15 +65,15 @@ class History:
     _postgres_away: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        self.witness = self.ground.folder / f"witness-{secrets.token_hex(4)}.jsonl"
-        self.look = self.ground.row
+        self.witness = self.sandbox.folder / f"witness-{secrets.token_hex(4)}.jsonl"
+        self.look = self.sandbox.row
 
     def service(self, overrides: Overrides | None = None, *options: str, workers: int = 1) -> Service:
-        """A service on the ground, not started yet, that is witnessed; as `Ground.service` has it."""
+        """A service on the sandbox, not started yet, that is witnessed; as `Sandbox.service` has it."""
         witnessed: Overrides = {"handlers": WITNESSED_HANDLERS, witness.VARIABLE: str(self.witness)}
         chosen = witnessed | (overrides or {})
         self.abandoned_most = min(self.abandoned_most, int(chosen.get("abandoned_most", ABANDONED_MOST)))
-        return self.ground.service(chosen, *options, workers=workers)
+        return self.sandbox.service(chosen, *options, workers=workers)
 
     async def deliver(self, service: Service, event: Sample) -> Answer | None:
         """POST it, ask the ledger at once, note both; None when the connection ended without an answer."""

@@ -175,7 +175,7 @@ async def repeated(act: Callable[[], Awaitable[object]], every_seconds: float) -
 @asynccontextmanager
 async def looking(history: History) -> AsyncIterator[None]:
     """Ask the ledger on connections that are kept: one anew for each answer costs more than the delivery."""
-    pool = await asyncpg.create_pool(history.ground.database_url, min_size=0, max_size=8, timeout=10)
+    pool = await asyncpg.create_pool(history.sandbox.database_url, min_size=0, max_size=8, timeout=10)
 
     async def look(event: Sample) -> Row | None:
         found = await pool.fetchrow(ROW, event.id)

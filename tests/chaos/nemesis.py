@@ -18,7 +18,7 @@ from typing import Final
 import httpx
 
 from firstclaim.status import Status
-from tests.acceptance.harness import Ground, Overrides, Row, Service, eventually
+from tests.acceptance.harness import Overrides, Row, Sandbox, Service, eventually
 from tests.chaos.bench import Bench
 from tests.chaos.checker import Evidence, Violation, check
 from tests.chaos.faults import LANES
@@ -127,7 +127,7 @@ async def _build(folder: Path, stack: AsyncExitStack) -> Bench:
     """Servers, lines, and services that are ready; `stack` ends them."""
     servers = await stack.enter_async_context(own_servers())
     postgres, redis, spare = await servers.postgres(), await servers.redis(), await servers.redis()
-    history = History(Ground(postgres.url, redis.url, "nemesis:", folder))
+    history = History(Sandbox(postgres.url, redis.url, "nemesis:", folder))
     bench = Bench(history, postgres, redis, spare)
     for workers in _WORKERS:
         postgres_line, postgres_url = await stack.enter_async_context(before_postgres(postgres.url))

@@ -20,7 +20,7 @@ class Own:
     @property
     def command(self) -> Command:
         """Runs `firstclaim` on these servers."""
-        folder = self.history.ground.folder / "command"
+        folder = self.history.sandbox.folder / "command"
         folder.mkdir(exist_ok=True)
         addresses = {"DATABASE_URL": self.postgres.url, "REDIS_URL": self.redis.url, "STRIPE_WEBHOOK_SECRETS": SECRET}
         return Command(folder, {"PATH": os.environ["PATH"], "PYTHONPATH": PYTHON_PATH, **addresses})

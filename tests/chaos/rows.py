@@ -10,9 +10,9 @@ from tests import operator
 from tests.acceptance.harness import (
     UNAVAILABLE,
     Answer,
-    Ground,
     Overrides,
     Sample,
+    Sandbox,
     Service,
     eventually,
     volley,
@@ -97,6 +97,6 @@ async def killed(service: Service) -> None:
 # -- what an operator does ----------------------------------------------------------------------------
 
 
-async def replay(ground: Ground, event: Sample) -> None:
+async def replay(sandbox: Sandbox, event: Sample) -> None:
     """It is due again, as after the command."""
-    assert await operator.replay(ground.database_url, [event.id]) == [event.id]
+    assert await operator.replay(sandbox.database_url, [event.id]) == [event.id]

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import asyncpg
 import redis
 
-from tests.acceptance.harness import Ground, eventually
+from tests.acceptance.harness import Sandbox, eventually
 from tests.stores import with_database
 
 _ALIVE = "SELECT count(*) FROM pg_stat_activity WHERE datname = $1 AND backend_type = 'client backend'"
@@ -29,18 +29,18 @@ _DEADLOCKS = "SELECT deadlocks FROM pg_stat_database WHERE datname = $1"
 
 @dataclass(frozen=True, slots=True)
 class Sessions:
-    """Of a ground's database. What the server counts of a session is there to see once that has ended."""
+    """Of a sandbox's database. What the server counts of a session is there to see once that has ended."""
 
     _database: str
     _elsewhere: asyncpg.Connection
 
     @classmethod
     @asynccontextmanager
-    async def of(cls, ground: Ground) -> AsyncIterator[Self]:
+    async def of(cls, sandbox: Sandbox) -> AsyncIterator[Self]:
         """For as long as the block runs."""
-        connection = await asyncpg.connect(with_database(ground.database_url, "postgres"))
+        connection = await asyncpg.connect(with_database(sandbox.database_url, "postgres"))
         try:
-            yield cls(urlsplit(ground.database_url).path.strip("/"), connection)
+            yield cls(urlsplit(sandbox.database_url).path.strip("/"), connection)
         finally:
             await connection.close()
 
@@ -72,10 +72,10 @@ class Sessions:
 
 
 @contextmanager
-def counted(ground: Ground) -> Iterator[dict[str, int]]:
+def counted(sandbox: Sandbox) -> Iterator[dict[str, int]]:
     """The commands that Redis ran meanwhile, filled in when the block ends."""
     found: dict[str, int] = {}
-    with redis.Redis.from_url(ground.redis_url) as client:
+    with redis.Redis.from_url(sandbox.redis_url) as client:
         before = client.info("commandstats")
         yield found
         after = client.info("commandstats")

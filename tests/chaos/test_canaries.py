@@ -145,7 +145,7 @@ async def test_what_is_said_of_stores_that_let_nobody_in(own: Own) -> None:
                 "postgres_timeout_seconds": 1,
             }
         ).start()
-        run = command(own.history.ground.folder, guarded.database_url, guarded.redis_url)
+        run = command(own.history.sandbox.folder, guarded.database_url, guarded.redis_url)
         assert (await run("check")).code == 0
         for breaks, mends, commands in (
             (guarded.refuse, guarded.mend, ["check"]),
@@ -163,7 +163,7 @@ async def test_what_is_said_of_stores_that_let_nobody_in(own: Own) -> None:
             for each in (*said, *(each.said for each in runs)):
                 assert_silent(each)
             assert (await retried(own.history, service, event)).status in (200, 202)
-            await own.history.ground.settled(event)
+            await own.history.sandbox.settled(event)
         await service.stop()
         assert_silent(service.output)
         assert "ledger_unavailable" in service.output

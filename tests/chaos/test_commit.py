@@ -55,7 +55,7 @@ class Cut:
 
     async def seen(self, event: Sample, status: Status) -> Row:
         """Wait until the ledger, asked past the proxy, says so."""
-        row = await eventually(lambda: self.history.ground.row(event), lambda row: row and row.status is status)
+        row = await eventually(lambda: self.history.sandbox.row(event), lambda row: row and row.status is status)
         assert row is not None
         return row
 
@@ -63,7 +63,7 @@ class Cut:
 @pytest.fixture
 async def cut(history: History) -> AsyncIterator[Cut]:
     """One service; what nobody holds is taken over within a second."""
-    async with before_postgres(history.ground.database_url) as (proxy, through):
+    async with before_postgres(history.sandbox.database_url) as (proxy, through):
         service = await history.service(SHORT_LEASE | {"DATABASE_URL": through}).start()
         yield Cut(history, service, proxy)
         await service.kill()
@@ -75,10 +75,10 @@ async def test_row_17_insert_cut_before_the_server_saw_it(cut: Cut) -> None:
     met = cut.at(lambda sent: event.id.encode() in sent, Mode.REFUSE)
     assert (await answered(cut.history, cut.service, event)).said == UNAVAILABLE
     assert met.is_set()
-    assert await cut.history.ground.row(event) is None
+    assert await cut.history.sandbox.row(event) is None
     cut.mend()
     assert (await retried(cut.history, cut.service, event)).said == PROCESSED
-    assert (await cut.history.ground.settled(event)).counts == (1, 0, 0)
+    assert (await cut.history.sandbox.settled(event)).counts == (1, 0, 0)
     await verdict(cut.history)
 
 
@@ -92,7 +92,7 @@ async def test_row_17_insert_cut_after_the_server_saw_it(cut: Cut) -> None:
     cut.mend()
     assert (await delivery).said == UNAVAILABLE
     assert (await retried(cut.history, cut.service, event)).said in (PROCESSED, IGNORED)
-    row = await cut.history.ground.settled(event)
+    row = await cut.history.sandbox.settled(event)
     assert row.failures == 0
     assert dispatched(cut.history, event) == [row.attempt]
     await verdict(cut.history)
@@ -126,6 +126,6 @@ async def test_row_18_completion_cut_and_the_ledger_gone(cut: Cut) -> None:
 
 async def completed_once(cut: Cut, event: Sample) -> None:
     """One attempt, one effect, and no failure: failing it was a no-op."""
-    assert (await cut.history.ground.settled(event)).counts == (1, 0, 0)
+    assert (await cut.history.sandbox.settled(event)).counts == (1, 0, 0)
     assert dispatched(cut.history, event) == [1]
     await verdict(cut.history)

@@ -172,7 +172,7 @@ async def test_row_31_memory_is_flat(history: History) -> None:
             assert (await one_answer(service, refused.chunks)).status == refused.status
         await asyncio.gather(*(refuse_again_and_again(service, unsigned, 150) for _ in range(4)))
         sizes.append(resident_mebibytes(service))
-    assert await history.ground.rows() == 0
+    assert await history.sandbox.rows() == 0
     assert max(sizes[2:]) - sizes[1] < 8, sizes
 
 

@@ -14,8 +14,8 @@ from tests.acceptance.harness import (
     PROCESSED,
     REJECTED,
     Answer,
-    Ground,
     Sample,
+    Sandbox,
     Service,
     eventually,
     parallel,
@@ -35,8 +35,8 @@ async def test_row_30_hostile_content(history: History) -> None:
     assert {name: answer.said for name, answer in answers.items()} == {
         name: PROCESSED if name in ACCEPTED else REJECTED for name in sent
     }
-    assert await stored(history.ground) == {event.id: event.body for event in events(sent).values()}
-    assert await history.ground.rows() == len(ACCEPTED)
+    assert await stored(history.sandbox) == {event.id: event.body for event in events(sent).values()}
+    assert await history.sandbox.rows() == len(ACCEPTED)
     assert_quiet(service)
     await verdict(history)
 
@@ -48,10 +48,10 @@ async def test_row_30_hostile_content_is_a_duplicate_the_second_time(history: Hi
     for name, body in sent.items():
         assert (await delivered(history, service, name, body)).said == PROCESSED
         assert (await delivered(history, service, name, body)).said == IGNORED
-    history.ground.empty_redis()
+    history.sandbox.empty_redis()
     for name, body in sent.items():
         assert (await delivered(history, service, name, body)).said == IGNORED
-    assert await stored(history.ground) == {event.id: event.body for event in events(sent).values()}
+    assert await stored(history.sandbox) == {event.id: event.body for event in events(sent).values()}
     await verdict(history)
 
 
@@ -60,10 +60,10 @@ async def test_row_30_recovery_reads_hostile_content_from_the_ledger(history: Hi
     service = await history.service().start()
     sent = {name: body for name, body in bodies().items() if name in ACCEPTED}
     for name, event in events(sent).items():
-        await history.ground.put(event, "claimed:another", ttl_seconds=2)
+        await history.sandbox.put(event, "claimed:another", ttl_seconds=2)
         answer = await delivered(history, service, name, event.body)
         assert (answer.said, answer.reason) == (IGNORED, parallel(event.id))
-    for row in await history.ground.all_settled(events(sent).values()):
+    for row in await history.sandbox.all_settled(events(sent).values()):
         assert row.counts == (1, 0, 0)
     assert_quiet(service)
     await verdict(history)
@@ -71,16 +71,16 @@ async def test_row_30_recovery_reads_hostile_content_from_the_ledger(history: Hi
 
 async def test_row_30_the_shipped_handler(history: History) -> None:
     """The shipped handler accepts it too: it stores what it can, or raises Permanent, and never fails."""
-    service = await history.ground.service({"handlers": "firstclaim.handlers"}).start()
+    service = await history.sandbox.service({"handlers": "firstclaim.handlers"}).start()
     sent = bodies()
     for name, body in sent.items():
         answer = await raw_request(service.url, request(service, body))
         assert answer.said in (DEAD, (200, True, "payment_failure_recorded")) if name in ACCEPTED else REJECTED, name
         assert (answer.said == DEAD) == (name == "NUL in the object's id")
-    statuses = await eventually(history.ground.statuses)
+    statuses = await eventually(history.sandbox.statuses)
     assert statuses == {Status.COMPLETED: len(ACCEPTED) - 1, Status.DEAD: 1}
     assert_quiet(service, "handler_failed")
-    history.ground.waived |= {event.id for event in events(sent).values()}  # its effects are in a table of its own
+    history.sandbox.waived |= {event.id for event in events(sent).values()}  # its effects are in a table of its own
 
 
 # -- sent, stored, said -------------------------------------------------------------------------------
@@ -109,9 +109,9 @@ def events(sent: Mapping[str, bytes]) -> dict[str, Sample]:
     return {name: Sample(parse_event(body).id, body) for name, body in sent.items() if name in ACCEPTED}
 
 
-async def stored(ground: Ground) -> dict[str, bytes]:
+async def stored(sandbox: Sandbox) -> dict[str, bytes]:
     """Every body that the ledger holds, by its event's id."""
-    connection = await asyncpg.connect(ground.database_url)
+    connection = await asyncpg.connect(sandbox.database_url)
     try:
         return dict(map(tuple, await connection.fetch("SELECT event_id, body FROM stripe_event_payloads")))
     finally:

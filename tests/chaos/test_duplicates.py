@@ -25,7 +25,7 @@ async def test_row_01_no_fault(history: History) -> None:
     events = [sample(type=each) for each in types for _ in range(10)]
     answers = await asyncio.gather(*(history.deliver(service, event) for event in events))
     assert Counter(answer and answer.said for answer in answers) == {PROCESSED: len(events)}
-    for row in await history.ground.all_settled(events):
+    for row in await history.sandbox.all_settled(events):
         assert row.counts == (1, 0, 0)
     await verdict(history)
 
@@ -40,7 +40,7 @@ async def test_row_02_duplicates_at_once(history: History) -> None:
     assert Counter(answer.said for answer in answers) == {PROCESSED: 1, IGNORED: DUPLICATES - 1}
     reasons = {answer.reason for answer in answers if not answer.processed}
     assert reasons <= {parallel(event.id), f"Event {event.id} already completed"}
-    assert (await history.ground.settled(event)).counts == (1, 0, 0)
+    assert (await history.sandbox.settled(event)).counts == (1, 0, 0)
     assert dispatched(history, event) == [1]
     await verdict(history)
 
@@ -53,10 +53,10 @@ async def test_row_03_what_a_duplicate_costs(history: History) -> None:
     event = sample()
     assert (await answered(history, service, event)).said == PROCESSED
 
-    async with Sessions.of(history.ground) as sessions:
+    async with Sessions.of(history.sandbox) as sessions:
         before = await sessions.last_statements()
         assert before
-        with counted(history.ground) as commands:
+        with counted(history.sandbox) as commands:
             answers = [await post(service.url, event.body) for _ in range(RESENT)]
         assert await sessions.last_statements() == before
         assert commands == {"cmdstat_set": RESENT}
@@ -67,27 +67,27 @@ async def test_row_03_what_a_duplicate_costs(history: History) -> None:
         fresh = sample()
         await history.note(service, fresh, await post(service.url, fresh.body))
         assert await sessions.last_statements() != before  # what asks the ledger is seen
-    assert (await history.ground.settled(fresh)).counts == (1, 0, 0)
+    assert (await history.sandbox.settled(fresh)).counts == (1, 0, 0)
     await verdict(history)
 
 
 async def test_row_04_a_duplicate_after_redis_was_emptied(servers: Servers, history: History) -> None:
     """After FLUSHALL the ledger answers: 200, still one effect. The marker is restored, so the next is cheap."""
     server = await servers.redis()
-    history.ground.redis_url = server.url
+    history.sandbox.redis_url = server.url
     service = await history.service().start()
     event = sample()
     assert (await answered(history, service, event)).said == PROCESSED
     assert (await answered(history, service, event)).reason == parallel(event.id)
-    marker = await history.ground.key(event)
+    marker = await history.sandbox.key(event)
     assert marker is not None
     assert marker.startswith(b"recorded:")
 
     await server.call("FLUSHALL")
     again = await answered(history, service, event)
     assert (again.said, again.reason) == (IGNORED, f"Event {event.id} already completed")
-    assert await history.ground.key(event) == marker
+    assert await history.sandbox.key(event) == marker
     assert (await answered(history, service, event)).reason == parallel(event.id)
-    assert (await history.ground.settled(event)).counts == (1, 0, 0)
+    assert (await history.sandbox.settled(event)).counts == (1, 0, 0)
     assert dispatched(history, event) == [1]
     await verdict(history)

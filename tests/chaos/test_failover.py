@@ -40,7 +40,7 @@ async def test_row_16_failed_over_without_the_last_writes(servers: Servers, hist
                 address.cut()
                 await load.more(DELIVERIES)
                 primary, replica = replica, await primary.start()
-    history.ground.redis_url = primary.url
+    history.sandbox.redis_url = primary.url
     print(load.counts)
     assert set(load.said) <= {PROCESSED, IGNORED, DEFERRED}
     assert load.said[PROCESSED]

@@ -41,7 +41,7 @@ AS_SHIPPED: Overrides = {"backoff_first_seconds": FIRST_SECONDS, "backoff_most_s
 @pytest.fixture
 async def standing(history: History) -> AsyncIterator[Clock]:
     """The history's database has a clock that stands: nothing is due but by the test's doing."""
-    async with clocks.installed(history.ground.database_url, standing=True) as clock:
+    async with clocks.installed(history.sandbox.database_url, standing=True) as clock:
         yield clock
 
 
@@ -61,11 +61,11 @@ async def tried(history: History, events: Sequence[Sample]) -> list[Row]:
     """Wait until recovery has tried whatever is due; returns the rows."""
 
     async def to_do() -> int:
-        count: int = (await history.ground.fetch(_TO_DO))[0][0]
+        count: int = (await history.sandbox.fetch(_TO_DO))[0][0]
         return count
 
     await eventually(to_do, lambda count: count == 0)
-    return [row for event in events if (row := await history.ground.row(event)) is not None]
+    return [row for event in events if (row := await history.sandbox.row(event)) is not None]
 
 
 async def test_row_25_fails_and_then_works(history: History, standing: Clock) -> None:
@@ -82,7 +82,7 @@ async def test_row_25_fails_and_then_works(history: History, standing: Clock) ->
         assert all(whole / 2 <= wait <= whole for wait in waits), waits
         assert len(set(waits)) > len(waits) / 2, "they are not to come back together"
         await standing.advance(whole)
-    for row in await history.ground.all_settled(events):
+    for row in await history.sandbox.all_settled(events):
         assert row.counts == (failures + 1, failures, 0)
     assert await deliver_all(history, service, events) == {IGNORED: len(events)}
     await verdict(history)
@@ -103,7 +103,7 @@ async def test_row_25_a_dependency_down_for_two_hours(history: History, standing
 
     mended.touch()
     await standing.advance(LONGEST_SECONDS)
-    for row, before in zip(await history.ground.all_settled(events), rows, strict=True):
+    for row, before in zip(await history.sandbox.all_settled(events), rows, strict=True):
         assert row.counts == (before.failures + 1, before.failures, 0)
     assert await deliver_all(history, service, events) == {IGNORED: len(events)}
     await verdict(history)
@@ -125,7 +125,7 @@ async def test_row_26_fails_for_three_days(history: History, standing: Clock, tm
     assert (last.status, last.abandoned) == (Status.FAILED, 0)
 
     await standing.advance(LONGEST_SECONDS)
-    dead = await history.ground.settled(event, Status.DEAD)
+    dead = await history.sandbox.settled(event, Status.DEAD)
     assert dead.counts == (last.attempt + 1, last.failures + 1, 0)
     assert (await answered(history, service, event)).said == IGNORED
 
@@ -133,12 +133,12 @@ async def test_row_26_fails_for_three_days(history: History, standing: Clock, tm
     later = sample("fail", until=1)
     assert (await answered(history, service, later)).said == FAILED
     await standing.advance(FIRST_SECONDS)
-    await history.ground.settled(later)
-    assert await history.ground.settled(event, Status.DEAD) == dead
+    await history.sandbox.settled(later)
+    assert await history.sandbox.settled(event, Status.DEAD) == dead
 
     mended.touch()
-    await replay(history.ground, event)
-    assert (await history.ground.settled(event)).counts == (dead.attempt + 1, 0, 0)
+    await replay(history.sandbox, event)
+    assert (await history.sandbox.settled(event)).counts == (dead.attempt + 1, 0, 0)
     await verdict(history)
 
 
@@ -149,15 +149,15 @@ async def test_row_26_permanent(history: History, tmp_path: Path) -> None:
     event = sample("permanent", mended=str(mended))
     answer = await answered(history, service, event)
     assert (answer.said, answer.reason) == (DEAD, f"Event {event.id} is dead: replay it")
-    dead = await history.ground.settled(event, Status.DEAD)
+    dead = await history.sandbox.settled(event, Status.DEAD)
     assert (dead.counts, dead.last_error) == ((1, 1, 0), "Permanent: never")
     assert (await answered(history, service, event)).said == IGNORED
-    await recovery_has_passed(history.ground, service)
-    assert await history.ground.settled(event, Status.DEAD) == dead
+    await recovery_has_passed(history.sandbox, service)
+    assert await history.sandbox.settled(event, Status.DEAD) == dead
 
     mended.touch()
-    await replay(history.ground, event)
-    assert (await history.ground.settled(event)).counts == (2, 0, 0)
+    await replay(history.sandbox, event)
+    assert (await history.sandbox.settled(event)).counts == (2, 0, 0)
     await verdict(history)
 
 
@@ -175,22 +175,22 @@ async def test_row_26_an_event_that_aborts_its_process(history: History, tmp_pat
 
     # Each time a worker has to be started anew.
     await eventually(
-        lambda: history.ground.row(poison), lambda row: row and row.status is Status.DEAD, RESTARTS_SECONDS
+        lambda: history.sandbox.row(poison), lambda row: row and row.status is Status.DEAD, RESTARTS_SECONDS
     )
-    dead = await history.ground.settled(poison, Status.DEAD)
+    dead = await history.sandbox.settled(poison, Status.DEAD)
     assert dead.counts == (ABANDONED_MOST, 0, ABANDONED_MOST)
     assert "abandoned" in (dead.last_error or "")
-    rows = await history.ground.all_settled(good)
+    rows = await history.sandbox.all_settled(good)
     assert {row.failures for row in rows} == {0}
     # Found abandoned, they are dispatched one at a time: the poison's later deaths drag no crowd along again.
     assert max(row.abandoned for row in rows) <= 2, Counter(row.counts for row in rows)
 
     assert (await answered(history, service, sample())).said == PROCESSED, "the supervisor restarted its workers"
-    history.ground.empty_redis()  # or the marker answers, and the ledger is not asked
+    history.sandbox.empty_redis()  # or the marker answers, and the ledger is not asked
     again = await answered(history, service, poison)
     assert (again.said, again.reason) == (IGNORED, f"Event {poison.id} is dead: replay it")
 
     mended.touch()
-    await replay(history.ground, poison)
-    assert (await history.ground.settled(poison)).counts == (ABANDONED_MOST + 1, 0, 0)
+    await replay(history.sandbox, poison)
+    assert (await history.sandbox.settled(poison)).counts == (ABANDONED_MOST + 1, 0, 0)
     await verdict(history)

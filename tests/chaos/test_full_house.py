@@ -11,8 +11,8 @@ from firstclaim.status import Status
 from tests.acceptance.harness import (
     DEFERRED,
     UNHANDLED,
-    Ground,
     Overrides,
+    Sandbox,
     Service,
     eventually,
     sample,
@@ -35,12 +35,12 @@ HOUSE: Overrides = {"handler_slots": SLOTS, "handler_deadline_seconds": 60, "idl
 
 @pytest.fixture
 async def quiet(stores: Stores, tmp_path: Path) -> AsyncIterator[Service]:
-    """A service as any other, on a ground of its own, that has nothing to do."""
-    ground = await Ground.prepare(stores, tmp_path)
+    """A service as any other, on a sandbox of its own, that has nothing to do."""
+    sandbox = await Sandbox.prepare(stores, tmp_path)
     try:
-        yield await ground.service(HOUSE).start()
+        yield await sandbox.service(HOUSE).start()
     finally:
-        await ground.leave()
+        await sandbox.leave()
 
 
 async def test_row_24_slow_handlers(history: History, quiet: Service, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ async def test_row_24_slow_handlers(history: History, quiet: Service, tmp_path: 
     slow = [sample("hold", gate=str(gate)) for _ in range(SLOW)]
     answers = await asyncio.gather(*(history.deliver(service, event) for event in slow))
     assert Counter(answer and answer.said for answer in answers) == {DEFERRED: SLOW}
-    assert (await history.ground.statuses())[Status.PROCESSING] >= SLOTS
+    assert (await history.sandbox.statuses())[Status.PROCESSING] >= SLOTS
 
     seen = []
     for _ in range(ROUNDS):
@@ -89,7 +89,7 @@ async def test_row_37_a_full_house(history: History, tmp_path: Path) -> None:
     answers = await fire(history, [(service, event) for event in crowd])
     assert Counter(answer.said for answer in answers) == {DEFERRED: CROWD}
     released = {Status.PROCESSING: SLOTS, Status.PENDING: CROWD - SLOTS}
-    await eventually(history.ground.statuses, lambda seen: seen == released)
+    await eventually(history.sandbox.statuses, lambda seen: seen == released)
     gate.touch()
     rows = (await verdict(history, seconds=60)).rows
     assert {(row.status, row.failures, row.abandoned) for row in rows.values()} == {(Status.COMPLETED, 0, 0)}

@@ -1,6 +1,6 @@
 """Rows 5 to 9: kill -9 at the worst moments. Whatever was promised is kept, and nothing is done twice.
 
-Two services share the ground, and the one that a delivery reaches dies of it at a chosen point. The ledger's leases
+Two services share the sandbox, and the one that a delivery reaches dies of it at a chosen point. The ledger's leases
 run on a clock that the test puts forward: until then nothing is recovered, so each moment can be looked at.
 """
 
@@ -48,16 +48,16 @@ async def test_row_05_killed_after_the_lock(history: History, tmp_path: Path) ->
     """Killed between lock and row: no retry is ignored before there is a row, and each event completes."""
     retried, silent = sample(), sample()
     survivor = await died_at("lock", history, tmp_path, retried, silent)
-    assert (await history.ground.key(silent) or b"").startswith(b"claimed:"), "it was to die with the lock held"
-    assert await history.ground.rows() == 0
+    assert (await history.sandbox.key(silent) or b"").startswith(b"claimed:"), "it was to die with the lock held"
+    assert await history.sandbox.rows() == 0
 
     # While the dead one's lock lasts a retry is recorded, and then ignored; afterwards it is processed.
     assert (await answered(history, survivor, retried)).said in (IGNORED, PROCESSED)
-    assert (await history.ground.settled(retried)).counts == (1, 0, 0)
-    await eventually(lambda: history.ground.key(silent), lambda value: value is None)
-    assert await history.ground.row(silent) is None
+    assert (await history.sandbox.settled(retried)).counts == (1, 0, 0)
+    await eventually(lambda: history.sandbox.key(silent), lambda value: value is None)
+    assert await history.sandbox.row(silent) is None
     assert (await answered(history, survivor, silent)).said == PROCESSED
-    assert (await history.ground.settled(silent)).counts == (1, 0, 0)
+    assert (await history.sandbox.settled(silent)).counts == (1, 0, 0)
     await verdict(history)
 
 
@@ -77,14 +77,14 @@ async def test_row_07_killed_in_the_handler(point: str, history: History, clock:
 async def dead_before_the_commit(point: str, history: History, clock: Clock, folder: Path) -> None:
     event = sample()
     survivor = await died_at(point, history, folder, event)
-    held = await history.ground.settled(event, Status.PROCESSING)  # and no effect is there
+    held = await history.sandbox.settled(event, Status.PROCESSING)  # and no effect is there
     assert held.counts == (1, 0, 0)
     assert (await answered(history, survivor, event)).said == IGNORED
-    assert await history.ground.row(event) == held, "nobody takes it over while its lease lasts"
+    assert await history.sandbox.row(event) == held, "nobody takes it over while its lease lasts"
 
     await clock.advance(LEASE_SECONDS)
     # A vanished holder is no failure of its handler: it is counted apart.
-    assert (await history.ground.settled(event)).counts == (2, 0, 1)
+    assert (await history.sandbox.settled(event)).counts == (2, 0, 1)
     assert dispatched(history, event)[-1] == 2
     await verdict(history)
 
@@ -93,13 +93,13 @@ async def test_row_08_killed_after_the_completion(history: History, clock: Clock
     """Killed between the commit and the answer: the one effect stays, the retry is ignored, recovery does nothing."""
     event = sample()
     survivor = await died_at("commit", history, tmp_path, event)
-    completed = await history.ground.settled(event)
+    completed = await history.sandbox.settled(event)
     retry = await answered(history, survivor, event)
     assert (retry.said, retry.reason) == (IGNORED, parallel(event.id))
 
     await clock.advance(LEASE_SECONDS)
-    await recovery_has_passed(history.ground, survivor)
-    assert await history.ground.settled(event) == completed
+    await recovery_has_passed(history.sandbox, survivor)
+    assert await history.sandbox.settled(event) == completed
     assert dispatched(history, event) == [1]
     await verdict(history)
 
@@ -124,7 +124,7 @@ async def test_row_09_killed_three_times_running(points: str, history: History, 
         return len(list(folder.iterdir()))
 
     await eventually(kills, lambda kills: kills == KILLS)
-    for event, row in zip(events, await history.ground.all_settled(events), strict=True):
+    for event, row in zip(events, await history.sandbox.all_settled(events), strict=True):
         assert row.failures == 0
         assert row.attempt == row.abandoned + 1 == (1 if points in ("lock", "commit") else KILLS + 1)
         assert (await answered(history, service, event)).said == IGNORED

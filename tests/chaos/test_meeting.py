@@ -36,7 +36,7 @@ ONE_OF_TWO = [IGNORED, PROCESSED]
 
 
 async def two(history: History) -> tuple[Service, Service]:
-    """Two services on the same ground."""
+    """Two services on the same sandbox."""
     one, other = history.service(), history.service()
     await asyncio.gather(one.start(), other.start())
     return one, other
@@ -65,7 +65,7 @@ async def test_row_33_no_insert_waits_for_a_handler(history: History, tmp_path: 
         return dispatched(history, held)
 
     await eventually(holders)
-    history.ground.empty_redis()
+    history.sandbox.empty_redis()
     fresh = [sample() for _ in range(30)]
     shots = [(service, event) for each in fresh for event in (each, held) for service in services]
     answers = await fire(history, shots)
@@ -75,7 +75,7 @@ async def test_row_33_no_insert_waits_for_a_handler(history: History, tmp_path: 
 
     gate.touch()
     assert said(await holding) == PROCESSED
-    for row in await history.ground.all_settled([held, *fresh]):
+    for row in await history.sandbox.all_settled([held, *fresh]):
         assert row.counts == (1, 0, 0)
     await verdict(history)
 
@@ -90,8 +90,8 @@ CREATE TRIGGER slowly BEFORE INSERT ON stripe_events FOR EACH ROW EXECUTE FUNCTI
 
 async def test_row_34_opposite_orders(history: History) -> None:
     """The same 40 ids reach two services at once, ascending and descending, five times: no deadlock, one each."""
-    async with Sessions.of(history.ground) as sessions:
-        await history.ground.execute(_SLOW_INSERTS)
+    async with Sessions.of(history.sandbox) as sessions:
+        await history.sandbox.execute(_SLOW_INSERTS)
         one, other = await two(history)
         for _ in range(ROUNDS):
             up = sorted((sample() for _ in range(IDS)), key=lambda event: event.id)
@@ -131,7 +131,7 @@ async def recorded_behind(holder: Service, other: Service, history: History, eve
     for event in events:
         answer = await answered(history, other, event)
         assert (answer.said, answer.reason) == (IGNORED, parallel(event.id))
-        row = await history.ground.row(event)
+        row = await history.sandbox.row(event)
         assert row is not None
         assert (row.status, row.counts) == (Status.PENDING, (0, 0, 0))
         assert row.due_in_seconds > 0, "not due for recovery while the lock may last"
@@ -140,12 +140,12 @@ async def recorded_behind(holder: Service, other: Service, history: History, eve
 
 async def locks_run_out(history: History, clock: Clock) -> None:
     """As they do by themselves after their time: gone from Redis, and what was recorded behind them is due."""
-    history.ground.empty_redis()
+    history.sandbox.empty_redis()
     await clock.advance(LOCK_SECONDS)
 
 
 async def completed_once(history: History, events: list[Sample]) -> None:
-    for event, row in zip(events, await history.ground.all_settled(events), strict=True):
+    for event, row in zip(events, await history.sandbox.all_settled(events), strict=True):
         assert row.counts == (1, 0, 0)
         assert dispatched(history, event) == [1]
     await verdict(history)
@@ -179,7 +179,7 @@ async def test_row_35_recovery_comes_first(points: str, history: History, clock:
         resume(holder)
         await stopped(holder)
     await locks_run_out(history, clock)
-    await history.ground.settled(event)
+    await history.sandbox.settled(event)
     resume(holder)
     assert said(await delivery) == IGNORED
     await completed_once(history, [event])

@@ -52,10 +52,10 @@ async def test_row_19_postgres_down(own: Own) -> None:
         assert (await service.get("/livez")).status_code == 200
         await own.postgres.start()
     for event in events:
-        assert await history.ground.row(event) is None
+        assert await history.sandbox.row(event) is None
     for event in events:
         assert (await retried(history, service, event)).said == PROCESSED
-    for row in await history.ground.all_settled(events):
+    for row in await history.sandbox.all_settled(events):
         assert row.counts == (1, 0, 0)
     await verdict(history)
 
@@ -85,7 +85,7 @@ async def test_row_20_restarted_under_load(own: Own) -> None:
         await eventually(service.parts, lambda parts: parts == (200, {**parts[1], "recovery": "ok"}))
     late = sample("fail", until=1)  # and what its handler fails, recovery completes
     assert (await answered(history, services[0], late)).said == FAILED
-    assert (await history.ground.settled(late)).counts == (2, 1, 0)
+    assert (await history.sandbox.settled(late)).counts == (2, 1, 0)
 
 
 @pytest.mark.parametrize("how", ["restarted", "recovered in place"])
@@ -111,7 +111,7 @@ async def test_row_20_ids_given_out_again(how: str, own: Own, tmp_path: Path) ->
         assert await own.postgres.execute("SELECT WHERE pg_xact_status($1::text::xid8) = 'committed'", held["xid"])
         gate.touch()
         assert (await delivery).said in (FAILED, UNAVAILABLE, DEFERRED)
-    assert (await history.ground.settled(event)).attempt == 2
+    assert (await history.sandbox.settled(event)).attempt == 2
     assert (await answered(history, service, event)).said == IGNORED
     await verdict(history)
 
@@ -152,11 +152,11 @@ async def test_row_21_a_frozen_backend_under_a_handler(own: Own, tmp_path: Path)
     assert answer.said in (UNAVAILABLE, DEFERRED)  # the latter when the machine is slow: the row is there
     assert answer.seconds < DEADLINE_SECONDS
     assert (await answered(history, service, sample())).said == PROCESSED
-    row = await history.ground.row(event)
+    row = await history.sandbox.row(event)
     assert row is not None
     assert row.status is Status.PROCESSING
     own.postgres.resume(pid)
-    row = await history.ground.settled(event)
+    row = await history.sandbox.settled(event)
     assert row.attempt == 1 + row.failures + row.abandoned == 2  # noted in time as a failure, or left to recovery
     await verdict(history)
 
@@ -178,6 +178,6 @@ async def test_row_21_a_frozen_server(own: Own) -> None:
         # Thawed, it may yet run what it was sent while frozen: then the row is there, and recovery's.
         for event in events:
             assert (await retried(history, service, event)).said in (PROCESSED, IGNORED)
-    for row in await history.ground.all_settled(events):
+    for row in await history.sandbox.all_settled(events):
         assert row.failures == 0
     await verdict(history)

@@ -33,17 +33,17 @@ _NO_UPKEEP: Final[Overrides] = {"recovery_interval_seconds": 60, "body_timeout_s
 @contextlib.asynccontextmanager
 async def nothing_asked(history: History, service: Service) -> AsyncIterator[None]:
     """The block costs no command of Redis and no statement of Postgres and leaves no row; a delivery costs both."""
-    async with Sessions.of(history.ground) as sessions:
+    async with Sessions.of(history.sandbox) as sessions:
         await sessions.end()
         before = await sessions.begun()
-        with counted(history.ground) as commands:
+        with counted(history.sandbox) as commands:
             yield
         assert await sessions.alive() == 0
         assert await sessions.begun() == before
         assert commands == {}
-        assert await history.ground.rows() == 0
+        assert await history.sandbox.rows() == 0
         await sessions.end()
-        with counted(history.ground) as commands:
+        with counted(history.sandbox) as commands:
             event = sample()
             answer = await post(service.url, event.body)
         assert answer.said == PROCESSED
@@ -84,10 +84,10 @@ async def test_row_31_one_request_at_a_time(history: History) -> None:
     service = await history.service().start()
     several = (good(), good() * 1000, b"nonsense\r\n\r\n", b"GET /livez HTTP/1.1\r\nHost: x\r\n", b"\0" * MEBIBYTE)
     for number, behind in enumerate(several):
-        gate = history.ground.folder / f"gate-{number}"
+        gate = history.sandbox.folder / f"gate-{number}"
         event = sample("hold", gate=str(gate))
         connection = await RawConnection.open(service.port, delivery(event) + behind)
-        await history.ground.settled(event, Status.PROCESSING)
+        await history.sandbox.settled(event, Status.PROCESSING)
         gate.touch()
         reply = await connection.reply()
         answer = Answer(reply.status, orjson.loads(reply.body), httpx.Headers(), 0)
@@ -95,7 +95,7 @@ async def test_row_31_one_request_at_a_time(history: History) -> None:
         assert answer.said == PROCESSED
         assert await connection.rest() == b""
         connection.abort()
-    assert await history.ground.rows() == len(several)
+    assert await history.sandbox.rows() == len(several)
     await verdict(history)
 
 

@@ -68,7 +68,7 @@ Act = Callable[[RedisServer, Proxy], Awaitable[None]]
 async def test_row_12_redis_away(break_it: Act, mend_it: Act, servers: Servers, history: History) -> None:
     """Every new event is recorded and deferred within a second, a known one is ignored; later all of them settle."""
     server = await servers.redis()
-    history.ground.redis_url = server.url
+    history.sandbox.redis_url = server.url
     async with before_redis(server.url) as (proxy, through):
         service = await history.service(PATIENCE | {"REDIS_URL": through}).start()
         known = sample()
@@ -96,7 +96,7 @@ async def test_row_12_redis_away(break_it: Act, mend_it: Act, servers: Servers, 
 async def test_row_12_one_timeout_per_breaker_window(servers: Servers, history: History) -> None:
     """A frozen Redis gets one command per breaker window, after the commands that were in flight together."""
     server = await servers.redis()
-    history.ground.redis_url = server.url
+    history.sandbox.redis_url = server.url
     service = await history.service(PATIENCE | {"redis_timeout_seconds": BREAKER_SECONDS / 5}).start()
     load = Load(history, [service], senders=SENDERS, copies=2)
     await load.deliver(SENDERS)  # so that connections stand
@@ -153,7 +153,7 @@ REFUSALS: Final[Mapping[str, Refusal]] = {
 async def test_row_13_redis_refuses(servers: Servers, history: History) -> None:
     """OOM, READONLY, NOAUTH, NOPERM: deferred, never a 500. Once Redis accepts commands again, all events settle."""
     server = await servers.redis()
-    history.ground.redis_url = server.url
+    history.sandbox.redis_url = server.url
     service = await history.service().start()
     for name, refusal in REFUSALS.items():
         await eventually(service.parts, lambda parts: parts[1]["redis"] == "ok")
@@ -179,8 +179,8 @@ async def test_row_13_a_key_of_another_type(history: History) -> None:
     service = await history.service().start()
     for _ in range(3):
         event = sample()
-        await history.ground.put(event, "")
+        await history.sandbox.put(event, "")
         assert (await answered(history, service, event)).said == PROCESSED
-        assert (await history.ground.key(event) or b"").startswith(b"recorded:")
+        assert (await history.sandbox.key(event) or b"").startswith(b"recorded:")
         assert (await answered(history, service, sample())).said == PROCESSED
     await verdict(history)

@@ -44,7 +44,7 @@ async def loaded(history: History, deliveries: int) -> tuple[Load, Evidence]:
 async def test_row_14_flushed_under_load(servers: Servers, history: History) -> None:
     """FLUSHALL every 50 ms under load: of all events, delivered three times each, none is lost or processed twice."""
     server = await servers.redis()
-    history.ground.redis_url = server.url
+    history.sandbox.redis_url = server.url
     async with repeated(lambda: server.call("FLUSHALL"), FLUSH_SECONDS):
         load, _ = await loaded(history, DELIVERIES)
     flushed = (await server.call("INFO", "commandstats"))["cmdstat_flushall"]["calls"]
@@ -62,7 +62,7 @@ for number = 1, 200 do redis.call('SET', 'neighbour:' .. ARGV[1] .. ':' .. numbe
 async def test_row_15_evicted_under_load(servers: Servers, history: History) -> None:
     """`maxmemory 2mb allkeys-lru`: locks and markers are evicted under load, and no event is lost or doubled."""
     server = await servers.redis(maxmemory="2mb", maxmemory_policy="allkeys-lru")
-    history.ground.redis_url = server.url
+    history.sandbox.redis_url = server.url
     rounds = itertools.count()
     async with repeated(lambda: server.call("EVAL", NEIGHBOUR, 0, next(rounds)), FLUSH_SECONDS):
         load, evidence = await loaded(history, DELIVERIES // 4)

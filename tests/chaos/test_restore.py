@@ -32,7 +32,7 @@ async def processed(own: Own, service: Service) -> list[Sample]:
     events = [sample() for _ in range(EVENTS)]
     for event in events:
         assert (await answered(own.history, service, event)).said == PROCESSED
-        assert (await own.history.ground.key(event) or b"").startswith(b"recorded:")
+        assert (await own.history.sandbox.key(event) or b"").startswith(b"recorded:")
     return events
 
 
@@ -53,7 +53,7 @@ async def test_row_22_recovered_to_a_point_in_time(own: Own) -> None:
         assert (await retried(own.history, service, event)).said == PROCESSED
     for event in kept:
         assert (await answered(own.history, service, event)).said == IGNORED
-    for row in await own.history.ground.all_settled([*kept, *lost]):
+    for row in await own.history.sandbox.all_settled([*kept, *lost]):
         assert row.counts == (1, 0, 0)
     await verdict(own.history)
 
@@ -77,7 +77,7 @@ async def test_row_22_restored_from_a_plain_backup(own: Own) -> None:
         assert (await answered(own.history, service, event)).said == PROCESSED
     for event in kept:
         assert (await answered(own.history, service, event)).said == IGNORED
-    for row in await own.history.ground.all_settled([*kept, *lost]):
+    for row in await own.history.sandbox.all_settled([*kept, *lost]):
         assert row.counts == (1, 0, 0)
     await verdict(own.history)
 
@@ -96,11 +96,11 @@ async def test_row_22_rotated_under_a_running_service(own: Own) -> None:
     # This is the hole that the step closes: by the invariants it is one, so the history is not told.
     for event in lost:
         assert (await said(service, event, UNAVAILABLE)).said == IGNORED
-        assert await own.history.ground.row(event) is None
+        assert await own.history.sandbox.row(event) is None
     assert (await own.command("epoch", "rotate")).code == 0
     for event in lost:
         await own.history.note(service, event, await said(service, event, IGNORED))
-    for row in await own.history.ground.all_settled(lost):
+    for row in await own.history.sandbox.all_settled(lost):
         assert row.counts == (1, 0, 0)
     await verdict(own.history)
 

@@ -17,17 +17,17 @@ async def test_row_27_a_handler_that_ends_its_transaction(behaviour: str, histor
     service = await history.service().start()
     event = sample(behaviour)
     assert (await answered(history, service, event)).said == FAILED
-    row = await history.ground.row(event)
+    row = await history.sandbox.row(event)
     assert row is not None
     assert (row.status, row.counts) == (Status.DEAD, (1, 1, 0))
     assert "rule broken: a handler must not commit" in (row.last_error or "")
 
-    await recovery_has_passed(history.ground, service)
+    await recovery_has_passed(history.sandbox, service)
     assert (await answered(history, service, event)).said == IGNORED
-    assert await history.ground.row(event) == row
-    assert await history.ground.effects(event) == 1, "what it committed is kept, and not doubled"
+    assert await history.sandbox.row(event) == row
+    assert await history.sandbox.effects(event) == 1, "what it committed is kept, and not doubled"
     assert dispatched(history, event) == [1]
-    history.ground.waived.add(event.id)
+    history.sandbox.waived.add(event.id)
     await verdict(history)
 
 
@@ -39,11 +39,11 @@ async def test_row_32_a_handler_that_swallows_an_sql_error(history: History, tmp
     event = sample("swallow", mended=str(mended))
     for failures in (1, 2):
         assert (await answered(history, service, event)).said == FAILED
-        row = await history.ground.settled(event, Status.FAILED)
+        row = await history.sandbox.settled(event, Status.FAILED)
         assert row.counts == (failures, failures, 0)
         assert "rule broken: the handler swallowed an SQL error" in (row.last_error or "")
 
     mended.touch()
     assert (await answered(history, service, event)).said == PROCESSED
-    assert (await history.ground.settled(event)).counts == (3, 2, 0)
+    assert (await history.sandbox.settled(event)).counts == (3, 2, 0)
     await verdict(history)

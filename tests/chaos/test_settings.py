@@ -31,7 +31,7 @@ async def test_row_23_synchronous_commit_off(own: Own) -> None:
         await own.postgres.kill()
         await own.postgres.start()
     assert not await own.postgres.execute("SELECT FROM effects WHERE event_id = 'not_pinned'")
-    for row in await own.history.ground.all_settled(events):
+    for row in await own.history.sandbox.all_settled(events):
         assert row.counts == (1, 0, 0)
     assert (await retried(own.history, service, sample())).said == PROCESSED
     await verdict(own.history)

@@ -26,13 +26,13 @@ HASTY: Overrides = {"answer_budget_seconds": 1.5, "shutdown_seconds": SHUTDOWN_S
 @pytest.mark.parametrize("workers", [1, 2])
 async def test_row_28_sigterm_with_work_in_flight(workers: int, history: History, tmp_path: Path) -> None:
     """Work that can end does, other work is released uncharged, new work is refused; exit 0 in the grace period."""
-    ground, service = history.ground, await history.service(HASTY, workers=workers).start()
+    sandbox, service = history.sandbox, await history.service(HASTY, workers=workers).start()
     gate = tmp_path / "gate"
     ending, stuck, unsent, late = sample("hold", gate=str(gate)), sample("hang", until=1), sample(), sample()
     answers = [asyncio.create_task(history.deliver(service, event)) for event in (ending, stuck)]
     stalled = await StalledDelivery.begin(service.url, unsent.body)
     for event in (ending, stuck):
-        await ground.settled(event, Status.PROCESSING)
+        await sandbox.settled(event, Status.PROCESSING)
 
     async def shutting_down() -> int:
         return service.output.count("Shutting down")
@@ -52,11 +52,11 @@ async def test_row_28_sigterm_with_work_in_flight(workers: int, history: History
     assert deferred is not None
     assert deferred.said in (DEFERRED, UNAVAILABLE)
     assert (await stalled.answer()).said == UNAVAILABLE
-    assert [await ground.row(event) for event in (unsent, late)] == [None, None]
+    assert [await sandbox.row(event) for event in (unsent, late)] == [None, None]
     answer = await refused
     assert answer is None or answer.said == UNAVAILABLE
-    assert (await ground.settled(ending)).counts == (1, 0, 0)
-    row = await ground.row(stuck)
+    assert (await sandbox.settled(ending)).counts == (1, 0, 0)
+    row = await sandbox.row(stuck)
     assert row is not None
     assert (row.failures, row.abandoned) == (0, 0)
     if workers == 1:  # of two, the one that stops last may have taken over what the first released
@@ -64,6 +64,6 @@ async def test_row_28_sigterm_with_work_in_flight(workers: int, history: History
         assert row.due_in_seconds <= 0
 
     await history.service().start()
-    row = await ground.settled(stuck)
+    row = await sandbox.settled(stuck)
     assert (row.failures, row.abandoned) == (0, 0)
     await verdict(history)

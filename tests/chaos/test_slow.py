@@ -42,7 +42,7 @@ async def test_row_10_frozen_for_three_leases(history: History, tmp_path: Path) 
         await stopped(service)
     stopped_at = time.monotonic()
 
-    rows = {point: await history.ground.settled(event) for point, event in events.items()}
+    rows = {point: await history.sandbox.settled(event) for point, event in events.items()}
     assert {row.counts for row in rows.values()} == {(2, 0, 1)}
 
     async def leases() -> float:
@@ -55,7 +55,7 @@ async def test_row_10_frozen_for_three_leases(history: History, tmp_path: Path) 
     assert said == [UNAVAILABLE, DEFERRED, DEFERRED], "it is deferred by whoever knows that its row is committed"
     for point, service in frozen.items():
         assert (await answered(history, service, sample())).said == PROCESSED, "it is well again"
-        assert await history.ground.settled(events[point]) == rows[point]
+        assert await history.sandbox.settled(events[point]) == rows[point]
     await verdict(history)
 
 
@@ -69,15 +69,15 @@ async def test_row_11_a_sync_handler_longer_than_its_lease(history: History, tmp
     assert (await answered(history, service, blocking)).said == DEFERRED
 
     row = await eventually(
-        lambda: history.ground.row(blocking), lambda row: row and row.due_in_seconds < -2 * LEASE_SECONDS
+        lambda: history.sandbox.row(blocking), lambda row: row and row.due_in_seconds < -2 * LEASE_SECONDS
     )
     assert row is not None
     assert (row.status, row.counts) == (Status.PROCESSING, (1, 0, 0))
     for event in [sample(type=each) for each in ("invoice.paid", "invoice.payment_failed") for _ in range(5)]:
         assert (await answered(history, service, event)).said == PROCESSED
-    assert await history.ground.row(blocking) == row
+    assert await history.sandbox.row(blocking) == row
     gate.touch()
-    assert (await history.ground.settled(blocking)).counts == (1, 0, 0)
+    assert (await history.sandbox.settled(blocking)).counts == (1, 0, 0)
     assert dispatched(history, blocking) == [1]
     await verdict(history)
 
@@ -92,7 +92,7 @@ async def test_row_11_a_sync_handler_over_its_deadline(history: History, tmp_pat
     assert (await answered(history, service, blocking)).said == DEFERRED
     assert (await answered(history, service, sample())).said == PROCESSED
 
-    row = await history.ground.settled(blocking, Status.FAILED)
+    row = await history.sandbox.settled(blocking, Status.FAILED)
     assert row.counts == (1, 1, 0)
     assert "ran longer than its deadline of 1.5 s" in (row.last_error or "")
     assert (await answered(history, service, sample())).said == PROCESSED
@@ -104,7 +104,7 @@ async def test_row_11_a_sync_handler_over_its_deadline(history: History, tmp_pat
         return word.exists()
 
     await eventually(left)
-    assert await history.ground.settled(blocking, Status.FAILED) == row
+    assert await history.sandbox.settled(blocking, Status.FAILED) == row
     assert (await answered(history, service, blocking)).said == PROCESSED
-    assert (await history.ground.settled(blocking)).counts == (2, 1, 0)
+    assert (await history.sandbox.settled(blocking)).counts == (2, 1, 0)
     await verdict(history)

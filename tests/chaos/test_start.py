@@ -32,10 +32,10 @@ async def held_up(url: str) -> AsyncIterator[None]:
 async def test_row_29_eight_first_starts_at_once(own: Own) -> None:
     """One creates the schema, all serve, no traceback; of one event in eight copies, one is processed."""
     await own.postgres.execute("CREATE DATABASE empty")
-    ground = own.history.ground
-    ground.database_url = with_database(own.postgres.url, "empty")
+    sandbox = own.history.sandbox
+    sandbox.database_url = with_database(own.postgres.url, "empty")
     services = [own.history.service(None, "--migrate") for _ in range(PROCESSES)]
-    async with held_up(ground.database_url):
+    async with held_up(sandbox.database_url):
         starting = [asyncio.create_task(service.start()) for service in services]
         await eventually(lambda: own.postgres.execute(WAITING), lambda rows: len(rows) == PROCESSES, START_SECONDS)
     await asyncio.gather(*starting)
@@ -44,7 +44,7 @@ async def test_row_29_eight_first_starts_at_once(own: Own) -> None:
         assert (await service.parts())[1]["schema"] == "ok"
 
     assert sum("up to date" in service.output for service in services) == PROCESSES - 1, "one of them was to migrate"
-    connection = await asyncpg.connect(ground.database_url)
+    connection = await asyncpg.connect(sandbox.database_url)
     try:
         assert [row[0] for row in await connection.fetch("SELECT version_num FROM alembic_version")] == [head()]
         assert await connection.fetchval("SELECT count(*) FROM ledger_epoch") == 1

@@ -1,6 +1,6 @@
 """The end of every chaos test: collect what a run left behind, check it, and tell the story of what went wrong.
 
-history = History(ground)
+history = History(sandbox)
 service = await history.service(SHORT_LEASE).start()
 ...                                            # deliver through the history, break things, mend them
 await verdict(history)
@@ -50,7 +50,7 @@ async def verdict(
 
 async def settle(history: History, seconds: float) -> None:
     """Wait until every row has settled, `seconds` at most: those that have not are I4's business."""
-    connection = await asyncpg.connect(history.ground.database_url, timeout=SETTLE_SECONDS)
+    connection = await asyncpg.connect(history.sandbox.database_url, timeout=SETTLE_SECONDS)
     try:
         with contextlib.suppress(AssertionError):
             await eventually(lambda: connection.fetchval(_UNSETTLED), lambda left: left == 0, seconds)
@@ -63,9 +63,9 @@ async def collect(history: History, *, waived: Collection[str] = ()) -> Evidence
 
     The markers first: a row never goes away, so one that is missing afterwards was missing then.
     """
-    ground = history.ground
-    markers = _markers(ground.redis_url, ground.redis_prefix)
-    connection = await asyncpg.connect(ground.database_url, timeout=SETTLE_SECONDS)
+    sandbox = history.sandbox
+    markers = _markers(sandbox.redis_url, sandbox.redis_prefix)
+    connection = await asyncpg.connect(sandbox.database_url, timeout=SETTLE_SECONDS)
     try:
         async with connection.transaction(isolation="repeatable_read"):  # one moment for mark and effects
             rows = [dict(row) for row in await connection.fetch(_ROWS)]
@@ -83,7 +83,7 @@ async def collect(history: History, *, waived: Collection[str] = ()) -> Evidence
         markers=markers,
         epoch=epoch,
         given_up=given_up,
-        waived={*waived, *ground.waived},
+        waived={*waived, *sandbox.waived},
         abandoned_most=history.abandoned_most,
     )
 

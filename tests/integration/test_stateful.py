@@ -16,9 +16,9 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from firstclaim.outcome import Kind
 from firstclaim.status import Status
-from tests.stateful.ground import Ground, prepared
 from tests.stateful.machine import DELIVERY, ENDING, FAILING, RECOVERY, Machine
 from tests.stateful.oracle import Plan
+from tests.stateful.system import System, prepared
 from tests.stateful.wire import POSTGRES, REDIS, Effect, Fault
 from tests.stores import Stores
 
@@ -35,40 +35,40 @@ CHOSEN = settings(
 
 
 @pytest.fixture(scope="module")
-def ground(stores: Stores) -> Iterator[Ground]:
+def system(stores: Stores) -> Iterator[System]:
     """One for the module: each run finds it empty."""
     before = structlog.get_config()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
-    with prepared(stores) as ground:
-        yield ground
+    with prepared(stores) as system:
+        yield system
     structlog.configure(**before)
 
 
-def play(ground: Ground, examples: int, chosen: settings) -> None:
-    """Run the machine over this ground."""
+def play(system: System, examples: int, chosen: settings) -> None:
+    """Run the machine over this system."""
 
     class Played(Machine):
         def __init__(self) -> None:
-            super().__init__(ground)
+            super().__init__(system)
 
     many = int(os.environ.get("TEST_STATEFUL_EXAMPLES", examples))
     run_state_machine_as_test(Played, settings=settings(chosen, max_examples=many))
 
 
 @pytest.mark.timeout(1200)
-def test_whatever_happens_in_any_order(ground: Ground) -> None:
+def test_whatever_happens_in_any_order(system: System) -> None:
     """A few hundred steps of deliveries, crashes, lost replies and recoveries: no invariant breaks, all settles."""
-    play(ground, SHORT_EXAMPLES, settings(CHOSEN, derandomize=True))
+    play(system, SHORT_EXAMPLES, settings(CHOSEN, derandomize=True))
 
 
 @pytest.mark.chaos
 @pytest.mark.timeout(3000)
-def test_whatever_happens_for_long(ground: Ground) -> None:
+def test_whatever_happens_for_long(system: System) -> None:
     """Thousands of steps, others each time; and something happened at every message that there is."""
-    ground.happened.clear()
-    play(ground, LONG_EXAMPLES, CHOSEN)
-    print(ground.happened)
-    met = {what.partition(" ")[2] for what in ground.happened}
+    system.happened.clear()
+    play(system, LONG_EXAMPLES, CHOSEN)
+    print(system.happened)
+    met = {what.partition(" ")[2] for what in system.happened}
     assert {*REDIS, *POSTGRES} <= met
 
 
@@ -100,24 +100,24 @@ PLACES = [
 
 @pytest.mark.parametrize(("message", "heard", "status", "locked", "_"), PLACES)
 def test_a_death_happens_at_its_message(
-    ground: Ground, message: str, heard: bool, status: Status | None, locked: bool, _: Kind
+    system: System, message: str, heard: bool, status: Status | None, locked: bool, _: Kind
 ) -> None:
     """The stores are left with what they had heard by then, and nobody was answered."""
-    machine = Machine(ground)
-    ground.happened.clear()
-    event_id = ground.new_story(wanted=True)
+    machine = Machine(system)
+    system.happened.clear()
+    event_id = system.new_story(wanted=True)
     machine.deliver(0, event_id, Plan.WORK, Fault(message, heard, Effect.DIE))
-    row, key = ground.seen.rows.get(event_id), ground.seen.keys.get(event_id)
+    row, key = system.seen.rows.get(event_id), system.seen.keys.get(event_id)
     assert (row and row.status, key is not None and key.claimed) == (status, locked)
-    assert ground.happened == {f"DIE {message}": 1}
+    assert system.happened == {f"DIE {message}": 1}
 
 
 @pytest.mark.parametrize(("message", "heard", "_", "__", "says"), PLACES)
 def test_a_cut_happens_at_its_message(
-    ground: Ground, message: str, heard: bool, _: Status | None, __: bool, says: Kind
+    system: System, message: str, heard: bool, _: Status | None, __: bool, says: Kind
 ) -> None:
     """The process lives, and answers by what it can know."""
-    machine = Machine(ground)
-    ground.happened.clear()
-    machine.deliver(0, ground.new_story(wanted=True), Plan.WORK, Fault(message, heard, Effect.CUT))
-    assert ground.happened == {f"CUT {message}": 1, f"answer {says}": 1}
+    machine = Machine(system)
+    system.happened.clear()
+    machine.deliver(0, system.new_story(wanted=True), Plan.WORK, Fault(message, heard, Effect.CUT))
+    assert system.happened == {f"CUT {message}": 1, f"answer {says}": 1}

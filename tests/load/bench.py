@@ -16,12 +16,12 @@ from pathlib import Path
 import asyncpg
 
 from firstclaim.settings import Settings
-from tests.acceptance.harness import QUICK, Ground, Service
+from tests.acceptance.harness import QUICK, Sandbox, Service
 from tests.stores import Stores, running
 
 _SHIPPED = {name: Settings.model_fields[name].default for name in QUICK}
 
-# The ground's own check at the end reads `effects`: let it see the probe's.
+# The sandbox's own check at the end reads `effects`: let it see the probe's.
 _PROBE_EFFECTS = """
 DROP TABLE effects;
 CREATE VIEW effects AS SELECT event_id, attempt, 0 AS pid, xid, recorded_at AS at FROM load_effects
@@ -29,27 +29,27 @@ CREATE VIEW effects AS SELECT event_id, attempt, 0 AS pid, xid, recorded_at AS a
 
 
 @asynccontextmanager
-async def served(stores: Stores, folder: Path) -> AsyncIterator[tuple[Ground, Service]]:
+async def served(stores: Stores, folder: Path) -> AsyncIterator[tuple[Sandbox, Service]]:
     """One process of `serve` on an empty database of its own."""
-    ground = await Ground.prepare(stores, folder)
+    sandbox = await Sandbox.prepare(stores, folder)
     try:
-        await execute(ground, _PROBE_EFFECTS)
-        yield ground, await ground.service({**_SHIPPED, "handlers": "firstclaim.handlers.load_probe"}).start()
+        await execute(sandbox, _PROBE_EFFECTS)
+        yield sandbox, await sandbox.service({**_SHIPPED, "handlers": "firstclaim.handlers.load_probe"}).start()
     finally:
         with contextlib.redirect_stdout(io.StringIO()):  # a service's log, which a test would show
-            await ground.leave()
+            await sandbox.leave()
 
 
-async def execute(ground: Ground, statement: str) -> None:
-    """Run SQL on a ground's database, however long it takes."""
-    connection = await asyncpg.connect(ground.database_url)
+async def execute(sandbox: Sandbox, statement: str) -> None:
+    """Run SQL on a sandbox's database, however long it takes."""
+    connection = await asyncpg.connect(sandbox.database_url)
     try:
         await connection.execute(statement)
     finally:
         await connection.close()
 
 
-def on_servers(count: int, measure: Callable[[list[tuple[Ground, Service]]], Awaitable[None]]) -> None:
+def on_servers(count: int, measure: Callable[[list[tuple[Sandbox, Service]]], Awaitable[None]]) -> None:
     """Run `measure` with `count` services, on TEST_DATABASE_URL and TEST_REDIS_URL or on embedded servers."""
 
     async def run(stores: Stores, folder: Path) -> None:

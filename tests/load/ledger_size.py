@@ -9,7 +9,7 @@ import argparse
 
 from rich.console import Console
 
-from tests.acceptance.harness import Ground, Service
+from tests.acceptance.harness import Sandbox, Service
 from tests.fixtures import SECRET
 from tests.load.bench import execute, on_servers
 from tests.load.driver import Driver, Ids, Kind, side_by_side
@@ -29,12 +29,12 @@ SELECT 'evt_1' || left(md5(n::text), 24), 1, '1', now() FROM generate_series({fi
 """
 
 
-async def fill(ground: Ground, rows: int) -> None:
+async def fill(sandbox: Sandbox, rows: int) -> None:
     """Put so many completed events into the ledger, as if they had come at one a second."""
     for first in range(1, rows + 1, _BATCH):
-        await execute(ground, _FILL.format(first=first, last=min(first + _BATCH - 1, rows)))
+        await execute(sandbox, _FILL.format(first=first, last=min(first + _BATCH - 1, rows)))
     for table in ("stripe_events", "stripe_event_payloads"):
-        await execute(ground, f"VACUUM (ANALYZE) {table}")
+        await execute(sandbox, f"VACUUM (ANALYZE) {table}")
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--ids", type=Ids, choices=[*Ids], default=Ids.RANDOM, help="of the events that are sent")
     asked = parser.parse_args()
 
-    async def measure(services: list[tuple[Ground, Service]]) -> None:
+    async def measure(services: list[tuple[Sandbox, Service]]) -> None:
         (full, on_full), (_, on_empty) = services
         await fill(full, asked.rows)
         sides = {

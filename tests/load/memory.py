@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.acceptance.harness import Ground, Service
+from tests.acceptance.harness import Sandbox, Service
 from tests.fixtures import SECRET
 from tests.load.bench import on_servers
 from tests.load.driver import Driver, Kind
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5, help="of one round; half of them are fresh events")
     asked = parser.parse_args()
 
-    async def measure(services: list[tuple[Ground, Service]]) -> None:
+    async def measure(services: list[tuple[Sandbox, Service]]) -> None:
         [(_, service)] = services
         driver = Driver(service.url, SECRET, asked.seconds)
         table = Table("deliveries")

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, initialize, rule
 
 from firstclaim.status import Status
-from tests.stateful.ground import PROCESSES
 from tests.stateful.oracle import SETTLED, Plan
 from tests.stateful.process import Process, Run
 from tests.stateful.steps import Steps
+from tests.stateful.system import PROCESSES
 from tests.stateful.wire import Effect, Fault
 
 # Which messages a step may come to, and how many handlers end by each plan.
@@ -67,13 +67,13 @@ class Machine(Steps):
 
     @initialize(target=events, number=numbers, turn=deliveries)
     def deliver_first(self, number: int, turn: Turn) -> str:
-        event_id = self.ground.new_story(wanted=True)
+        event_id = self.system.new_story(wanted=True)
         self.deliver(number, event_id, *turn)
         return event_id
 
     @rule(target=events, number=numbers, turn=deliveries, wanted=st.sampled_from([True, True, True, False]))
     def deliver_new(self, number: int, turn: Turn, wanted: bool) -> str:
-        event_id = self.ground.new_story(wanted=wanted)
+        event_id = self.system.new_story(wanted=wanted)
         self.deliver(number, event_id, *turn)
         return event_id
 
@@ -89,16 +89,16 @@ class Machine(Steps):
         turn=deliveries,
     )
     def deliver_many(self, copies: list[int], others: list[tuple[int, str]], number: int, turn: Turn) -> str:
-        new = self.ground.new_story(wanted=True)
+        new = self.system.new_story(wanted=True)
         shots = [*((at, new) for at in copies), *others]
-        self.deliver_at_once(new, [(self.ground.awake(at), each) for at, each in shots], number, *turn)
+        self.deliver_at_once(new, [(self.system.awake(at), each) for at, each in shots], number, *turn)
         return new
 
     # -- handlers that are held -----------------------------------------------------------------------
 
     @property
     def held(self) -> list[Run]:
-        return [run for process in self.ground.processes for run in process.runs if run.held is not None]
+        return [run for process in self.system.processes for run in process.runs if run.held is not None]
 
     @rule(which=st.integers(0, 9), number=numbers, turn=endings)
     def a_handler_goes_on(self, which: int, number: int, turn: Turn) -> None:
@@ -117,18 +117,18 @@ class Machine(Steps):
     )
     def recover(self, after_seconds: float, chosen: tuple[int, ...], turn: Turn) -> None:
         plan, fault = turn
-        self.run(self.ground.clock.advance(after_seconds))
+        self.run(self.system.clock.advance(after_seconds))
         self.arm(chosen[0], fault)
-        self.begin_recovery({self.ground.awake(number): None for number in chosen})
+        self.begin_recovery({self.system.awake(number): None for number in chosen})
         self.settle(plan)
 
     # -- processes ------------------------------------------------------------------------------------
 
     @rule(number=numbers, fate=st.sampled_from(["thaws", "thaws", "crashes", "is stopped", "loses its sessions"]))
     def a_process(self, number: int, fate: str) -> None:
-        process = self.ground.processes[number]
+        process = self.system.processes[number]
         if fate == "is stopped":
-            self._stop(self.ground.awake(number))
+            self._stop(self.system.awake(number))
         elif fate == "thaws":
             self._thaw()
         else:
@@ -136,18 +136,18 @@ class Machine(Steps):
             self.settle()
 
     def _thaw(self) -> None:
-        for process in self.ground.frozen:
+        for process in self.system.frozen:
             self.act(process.thaw)
             self.settle()
 
     def _stop(self, process: Process) -> None:
         """Gracefully, and without time to finish: what was begun is released, and nothing is charged."""
         mine = {run.event_id for run in process.runs if not run.severed}
-        before = self.ground.seen.rows
-        self.run(self.ground.replace(self.ground.processes.index(process)))
+        before = self.system.seen.rows
+        self.run(self.system.replace(self.system.processes.index(process)))
         self.settle()
         for event_id in mine:
-            row, was = self.ground.seen.rows[event_id], before[event_id]
+            row, was = self.system.seen.rows[event_id], before[event_id]
             charged = (row.failures, row.abandoned, row.attempt) != (was.failures, was.abandoned, was.attempt)
             self.check(row.status is Status.PENDING and not charged, f"{event_id} was not released: {was}, {row}")
 
@@ -156,19 +156,19 @@ class Machine(Steps):
     @rule(number=numbers, what=st.sampled_from(["Redis flushed", "locks expire", "redis", "redis", "postgres"]))
     def a_store(self, number: int, what: str) -> None:
         """`redis`, `postgres`: away for one process, or back."""
-        process = self.ground.awake(number)
+        process = self.system.awake(number)
         if what == "Redis flushed":
-            self.run(self.ground.flush())
+            self.run(self.system.flush())
         elif what == "locks expire":
-            self.run(self.ground.expire_locks())
+            self.run(self.system.expire_locks())
         else:
             self.act(lambda: process.reach(what, again=what in process.away))
         self.settle()
 
     @rule(event_id=events)
     def replay(self, event_id: str) -> None:
-        before = self.ground.seen.rows.get(event_id)
-        replayed = self.run(self.ground.replay([event_id]))
+        before = self.system.seen.rows.get(event_id)
+        replayed = self.run(self.system.replay([event_id]))
         self.settle()
         expected = before is not None and before.status not in (Status.PROCESSING, Status.COMPLETED)
         self.check(replayed == [event_id] * expected, f"replayed {replayed}: {before}")
@@ -177,11 +177,11 @@ class Machine(Steps):
     def rotate(self, event_ids: set[str]) -> None:
         """A new epoch. With events: the ledger is restored to before it heard of them; nobody tells Redis."""
         if event_ids:
-            for number, process in enumerate(self.ground.processes):
+            for number, process in enumerate(self.system.processes):
                 self.act(process.die)
-                self.run(self.ground.replace(number))
-            self.run(self.ground.forget(sorted(event_ids)))
-        self.run(self.ground.rotate())
+                self.run(self.system.replace(number))
+            self.run(self.system.forget(sorted(event_ids)))
+        self.run(self.system.rotate())
         self.settle()
 
     # -- the end --------------------------------------------------------------------------------------
@@ -191,11 +191,11 @@ class Machine(Steps):
             self._heal()
             self._all_settle()
             self._all_are_known()
-            self.ground.happened["a run to its end"] += 1
+            self.system.happened["a run to its end"] += 1
 
     def _heal(self) -> None:
         self._thaw()
-        for process in self.ground.processes:
+        for process in self.system.processes:
             for store in list(process.away):
                 self.act(partial(process.reach, store, again=True))
         for run in self.held:
@@ -204,19 +204,19 @@ class Machine(Steps):
 
     def _all_settle(self) -> None:
         """I4. Abandoned events come one at a time, so as many rounds as there are events are fair, and a few."""
-        for _ in range(len(self.ground.stories) + 3):
-            if all(row.status in SETTLED for row in self.ground.seen.rows.values()):
+        for _ in range(len(self.system.stories) + 3):
+            if all(row.status in SETTLED for row in self.system.seen.rows.values()):
                 return
-            self.run(self.ground.expire_locks())
-            self.run(self.ground.clock.advance(7200))
-            for process in self.ground.processes:
+            self.run(self.system.expire_locks())
+            self.run(self.system.clock.advance(7200))
+            for process in self.system.processes:
                 self.begin_recovery([process])
                 self.settle()
-        self.check(False, f"I4: not settled: {self.ground.seen.rows}")
+        self.check(False, f"I4: not settled: {self.system.seen.rows}")
 
     def _all_are_known(self) -> None:
         """Sent once more: what is there stays as it is, and what was never promised is processed."""
-        self.run(self.ground.expire_locks())
+        self.run(self.system.expire_locks())
         self.settle()
-        for event_id in self.ground.stories:
+        for event_id in self.system.stories:
             self.deliver(0, event_id, Plan.WORK, None)

@@ -7,39 +7,39 @@ from hypothesis.stateful import RuleBasedStateMachine
 
 from firstclaim.outcome import Kind
 from firstclaim.status import TAKEABLE, Status
-from tests.stateful.ground import Answer, Ground
 from tests.stateful.oracle import Plan, Row, foreseen
 from tests.stateful.process import Process, Run
+from tests.stateful.system import Answer, System
 from tests.stateful.wire import Effect, Fault
 
 T = TypeVar("T")
 
 
 class Steps(RuleBasedStateMachine):
-    """Over a ground that outlives it. `sound` until something was wrong: then the end is not played any more."""
+    """Over a system that outlives it. `sound` until something was wrong: then the end is not played any more."""
 
-    def __init__(self, ground: Ground) -> None:
+    def __init__(self, system: System) -> None:
         super().__init__()
-        self.ground = ground
+        self.system = system
         self.sound = True
-        self.run(ground.begin())
+        self.run(system.begin())
 
     # -- a step ---------------------------------------------------------------------------------------
 
     def arm(self, number: int, fault: Fault | None) -> None:
         """Have a fault happen to one process in this step, if it comes to that."""
-        alone = len(self.ground.processes) - len(self.ground.frozen) == 1
+        alone = len(self.system.processes) - len(self.system.frozen) == 1
         if fault is not None and fault.effect is Effect.FREEZE and alone:
             return  # somebody has to be awake
-        self.ground.awake(number).switch.armed = fault
+        self.system.awake(number).switch.armed = fault
 
     def begin_deliveries(self, shots: Iterable[tuple[Process, str]]) -> None:
         """All at the same moment."""
-        self.act(lambda: [process.begin(self.ground.deliver(process, event_id)) for process, event_id in shots])
+        self.act(lambda: [process.begin(self.system.deliver(process, event_id)) for process, event_id in shots])
 
     def begin_recovery(self, processes: Iterable[Process]) -> None:
         """A round of each at the same moment."""
-        self.act(lambda: [process.begin(self.ground.recover(process)) for process in processes])
+        self.act(lambda: [process.begin(self.system.recover(process)) for process in processes])
 
     def let_go(self, run: Run, ending: Plan) -> None:
         """A handler that is held goes on, and ends so."""
@@ -49,26 +49,26 @@ class Steps(RuleBasedStateMachine):
 
     def settle(self, plan: Plan = Plan.WORK) -> list[Answer]:
         """The end of every step; `plan` is for the handlers that it starts."""
-        self.ground.plan = plan
+        self.system.plan = plan
         try:
-            return self.run(self.ground.settle())
+            return self.run(self.system.settle())
         finally:
-            self.ground.plan = Plan.WORK
-            for process in self.ground.processes:
+            self.system.plan = Plan.WORK
+            for process in self.system.processes:
                 process.switch.armed = None
 
     # -- whole deliveries -----------------------------------------------------------------------------
 
     def deliver(self, number: int, event_id: str, plan: Plan, fault: Fault | None) -> None:
         """One delivery to one process; where nothing stands in its way it comes to what the model foresees."""
-        ground, process = self.ground, self.ground.awake(number)
-        before, key = ground.seen.rows.get(event_id), ground.seen.keys.get(event_id)
+        system, process = self.system, self.system.awake(number)
+        before, key = system.seen.rows.get(event_id), system.seen.keys.get(event_id)
         dispatcher = process.world.dispatcher
         room = dispatcher.free_slots > 0 and (
             before is None or before.abandoned == 0 or dispatcher.previously_abandoned_slot_free
         )
         epoch = process.world.claims.epoch.current
-        kind, status = foreseen(ground.stories[event_id], before, key, epoch=epoch, plan=plan, room=room)
+        kind, status = foreseen(system.stories[event_id], before, key, epoch=epoch, plan=plan, room=room)
         self.arm(number, fault)
         self.begin_deliveries([(process, event_id)])
         said = [answer.outcome.kind for answer in self.settle(plan) if answer.event_id == event_id]
@@ -77,7 +77,7 @@ class Steps(RuleBasedStateMachine):
             self._compare(event_id, before, kind, status)
 
     def _compare(self, event_id: str, before: Row | None, kind: Kind | None, status: Status | None) -> None:
-        row, key = self.ground.seen.rows.get(event_id), self.ground.seen.keys.get(event_id)
+        row, key = self.system.seen.rows.get(event_id), self.system.seen.keys.get(event_id)
         if status is None:
             self.check(row == before, f"{event_id}: {row} was changed from {before}")
             return
@@ -104,7 +104,7 @@ class Steps(RuleBasedStateMachine):
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Until it is done."""
         try:
-            return self.ground.run(work)
+            return self.system.run(work)
         except BaseException as error:
             self._fails(error)
             raise

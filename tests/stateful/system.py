@@ -53,7 +53,7 @@ class Answer:
     replayed: bool
 
 
-class Ground:
+class System:
     """Use `prepared`. The witness of what handlers do, and the only one to touch the stores beside the service."""
 
     limits: Limits
@@ -264,12 +264,12 @@ class Ground:
 
 
 @contextlib.contextmanager
-def prepared(stores: Stores) -> Iterator[Ground]:
-    """A ground on its own loop, which is kept for as long as the block runs."""
+def prepared(stores: Stores) -> Iterator[System]:
+    """A system on its own loop, which is kept for as long as the block runs."""
     with asyncio.Runner() as runner:
-        ground = Ground(runner, stores)
-        runner.run(ground.open())
+        system = System(runner, stores)
+        runner.run(system.open())
         try:
-            yield ground
+            yield system
         finally:
-            runner.run(ground.close())
+            runner.run(system.close())
