@@ -1,7 +1,7 @@
-"""The alert rules and the dashboard against real scrapes: each alert fires in the state it is for, and in no other.
+"""The alert rules and the dashboard against real scrapes: each alert fires in its own state, and in no other.
 
-A service is brought into a bad state and scraped before and after; promtool then runs the rules over an hour in which
-it stays so. Needs promtool (Debian's package prometheus).
+A service is brought into a bad state, and scraped before and after. promtool then evaluates the rules over a period in
+which the state lasts. Needs promtool (Debian's package prometheus).
 """
 
 import asyncio
@@ -39,7 +39,7 @@ from tests.unit.test_cli_admin import printed, queries_of
 
 MONITORING = resources.files("firstclaim").joinpath("observability")
 ALERTS = set(re.findall(r"- alert: (\w+)", MONITORING.joinpath("alerts.yaml").read_text()))
-WELL_MINUTES, BAD_MINUTES = 5, 40
+HEALTHY_MINUTES, BAD_MINUTES = 5, 40
 
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None and not os.environ.get("CI"), reason="promtool is not installed"
@@ -49,7 +49,7 @@ Scrape = dict[str, float]
 
 
 async def scraped(service: Service) -> Scrape:
-    """The value of each series as Prometheus writes it, of the instance `a`."""
+    """The value of each series in Prometheus' notation, with the instance label `a`."""
     text = (await service.get("/metrics")).text
     found = {}
     for family in text_string_to_metric_families(text):
@@ -60,28 +60,28 @@ async def scraped(service: Service) -> Scrape:
 
 
 def promtool(*arguments: str) -> str:
-    """What it says; fails when it does."""
+    """The output of promtool. Fails if promtool fails."""
     done = subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def check(folder: Path, before: Scrape, after: Scrape, expected: set[str]) -> None:
-    """Exactly these fire after the service was in the first state for a while, and in the second for longer.
+    """Exactly the `expected` alerts fire after some minutes in the first state and more in the second.
 
-    What is not told afterwards has no value then. A counter that rose goes on rising as it did.
+    A series that is missing in a scrape has no value in that state. A counter that rose continues to rise.
     """
     series = []
     for name in before | after:
-        well, bad = before.get(name), after.get(name)
+        healthy, bad = before.get(name), after.get(name)
         counter = re.match(r"\w+_(?:total|count|sum|bucket)\{", name) is not None
-        step = bad - well if counter and well is not None and bad is not None else 0
+        step = bad - healthy if counter and healthy is not None and bad is not None else 0
         values = [
-            f"_x{WELL_MINUTES}" if well is None else f"{well:g}x{WELL_MINUTES}",
+            f"_x{HEALTHY_MINUTES}" if healthy is None else f"{healthy:g}x{HEALTHY_MINUTES}",
             f"_x{BAD_MINUTES}" if bad is None else f"{bad:g}+{step:g}x{BAD_MINUTES}",
         ]
         series.append({"series": name, "values": " ".join(values)})
-    looks = [
+    expectations = [
         {
             "expr": f'count(ALERTS{{alertstate="firing",alertname="{alert}"}}) > bool 0 or vector(0)',
             "eval_time": f"{BAD_MINUTES}m",
@@ -90,7 +90,7 @@ def check(folder: Path, before: Scrape, after: Scrape, expected: set[str]) -> No
         for alert in sorted(ALERTS)
     ]
     (folder / "alerts.yaml").write_text(MONITORING.joinpath("alerts.yaml").read_text())
-    test = {"interval": "1m", "input_series": series, "promql_expr_test": looks}
+    test = {"interval": "1m", "input_series": series, "promql_expr_test": expectations}
     content = {"rule_files": ["alerts.yaml"], "evaluation_interval": "1m", "tests": [test]}
     (folder / "test.yaml").write_text(json.dumps(content))
     promtool("test", "rules", str(folder / "test.yaml"))
@@ -107,28 +107,28 @@ class Scene:
     service: Service = field(init=False)
 
     async def another(self) -> Service:
-        """One more, started."""
+        """Another service, started."""
         return await self.sandbox.service(self.overrides).start()
 
-    async def seen(self, so: Callable[[Scrape], object]) -> Scrape:
-        """The first scrape that shows it."""
-        return await eventually(lambda: scraped(self.service), so)
+    async def seen(self, condition: Callable[[Scrape], object]) -> Scrape:
+        """The first scrape that meets the condition."""
+        return await eventually(lambda: scraped(self.service), condition)
 
 
-def up(scrape: Scrape, part: str) -> float:
-    """Whether that part is well."""
-    return scrape[f'firstclaim_up{{part="{part}",instance="a"}}']
+def up(scrape: Scrape, check_name: str) -> float:
+    """Whether that health check passes."""
+    return scrape[f'firstclaim_up{{part="{check_name}",instance="a"}}']
 
 
 # -- the bad states -----------------------------------------------------------------------------------
 
 
-async def well(scene: Scene) -> Scrape:
+async def healthy(scene: Scene) -> Scrape:
     await scene.sandbox.deliver(scene.service, sample())
     return await scraped(scene.service)
 
 
-async def postgres_away(scene: Scene) -> Scrape:
+async def postgres_unreachable(scene: Scene) -> Scrape:
     scene.postgres.switch(Mode.REFUSE)
     await scene.seen(lambda scrape: not up(scrape, "postgres"))
     for _ in range(3):
@@ -136,14 +136,14 @@ async def postgres_away(scene: Scene) -> Scrape:
     return await scraped(scene.service)
 
 
-async def redis_away(scene: Scene) -> Scrape:
+async def redis_unreachable(scene: Scene) -> Scrape:
     scene.redis.switch(Mode.REFUSE)
     assert (await scene.sandbox.deliver(scene.service, sample())).said == DEFERRED
     return await scene.seen(lambda scrape: not up(scrape, "redis"))
 
 
 async def overdue(scene: Scene) -> Scrape:
-    scene.redis.switch(Mode.REFUSE)  # so that nobody takes it up
+    scene.redis.switch(Mode.REFUSE)  # so that recovery does not take it over
     event = sample()
     assert (await scene.sandbox.deliver(scene.service, event)).said == DEFERRED
     await scene.sandbox.fetch("UPDATE stripe_events SET due_at = due_at - interval '1 hour'")
@@ -151,7 +151,9 @@ async def overdue(scene: Scene) -> Scrape:
 
 
 async def recovery_stopped(scene: Scene) -> Scrape:
-    await scene.sandbox.fetch("ALTER TABLE stripe_events RENAME abandoned TO renamed")  # only recovery asks for it
+    await scene.sandbox.fetch(
+        "ALTER TABLE stripe_events RENAME abandoned TO renamed"
+    )  # only recovery reads this column
     return await scene.seen(lambda scrape: not up(scrape, "recovery"))
 
 
@@ -190,16 +192,16 @@ async def abandoned(scene: Scene) -> Scrape:
     return await scene.seen(lambda scrape: scrape['firstclaim_abandoned_total{instance="a"}'])
 
 
-async def gone(scene: Scene) -> Scrape:
+async def stopped(scene: Scene) -> Scrape:
     await scene.service.stop()
     return {}
 
 
 STATES: dict[Callable[[Scene], Awaitable[Scrape]], set[str]] = {
-    well: set(),
-    gone: {"Absent"},
-    postgres_away: {"PostgresAway", "Refusing"},
-    redis_away: {"RedisAway"},
+    healthy: set(),
+    stopped: {"Absent"},
+    postgres_unreachable: {"PostgresAway", "Refusing"},
+    redis_unreachable: {"RedisAway"},
     overdue: {"RedisAway", "Overdue"},
     recovery_stopped: {"RecoveryStopped"},
     schema_outdated: {"SchemaOutdated"},
@@ -211,7 +213,7 @@ STATES: dict[Callable[[Scene], Awaitable[Scrape]], set[str]] = {
 
 
 def test_each_alert_has_a_state() -> None:
-    """None of them is shipped without having been seen to fire."""
+    """Every shipped alert has a state in which it is seen to fire."""
     assert {f"Firstclaim{name}" for names in STATES.values() for name in names} == ALERTS
 
 
@@ -220,7 +222,7 @@ def test_each_alert_has_a_state() -> None:
 async def test_an_alert_fires_in_its_state_and_no_other(
     sandbox: Sandbox, tmp_path: Path, state: Callable[[Scene], Awaitable[Scrape]]
 ) -> None:
-    """From real scrapes of a service that is well, and then is not."""
+    """On real scrapes of a service before and in a bad state, exactly that state's alerts fire."""
     async with (
         before_postgres(sandbox.database_url) as (postgres, database_url),
         before_redis(sandbox.redis_url) as (redis, redis_url),
@@ -234,8 +236,8 @@ async def test_an_alert_fires_in_its_state_and_no_other(
 
 
 @needs_promtool
-def test_prometheus_takes_the_rules_and_the_dashboard(tmp_path: Path) -> None:
-    """What is printed is what Prometheus loads; each query of the dashboard is one that it can run."""
+def test_prometheus_accepts_the_rules_and_the_dashboard(tmp_path: Path) -> None:
+    """Prometheus can load the printed rules, and can run each query of the dashboard."""
     rules = tmp_path / "alerts.yaml"
     rules.write_text(printed("--alerts"))
     promtool("check", "rules", str(rules))
@@ -245,11 +247,11 @@ def test_prometheus_takes_the_rules_and_the_dashboard(tmp_path: Path) -> None:
     promtool("check", "rules", str(tmp_path / "queries.yaml"))
 
 
-async def test_every_metric_that_is_asked_for_exists(sandbox: Sandbox) -> None:
-    """In the rules and on the dashboard: no series is named there that a service does not tell."""
+async def test_every_queried_metric_exists(sandbox: Sandbox) -> None:
+    """The rules and the dashboard query only series that a service reports."""
     service = await sandbox.service().start()
-    told = {name.partition("{")[0] for name in await scraped(service)}
+    reported = {name.partition("{")[0] for name in await scraped(service)}
     for text in (printed(), printed("--alerts")):
-        asked = set(re.findall(r"\bfirstclaim_\w+", text))
-        assert asked
-        assert asked <= told
+        queried = set(re.findall(r"\bfirstclaim_\w+", text))
+        assert queried
+        assert queried <= reported

@@ -1,4 +1,4 @@
-"""Spans of a real process, as a collector of OpenTelemetry's protocol receives them."""
+"""The spans of a real process, as an OTLP collector receives them."""
 
 import asyncio
 import gzip
@@ -28,7 +28,7 @@ TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 
 @dataclass(slots=True)
 class Collector:
-    """Takes what is exported to it."""
+    """Receives the exported spans."""
 
     port: int = 0
     spans: list[Span] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Collector:
         writer.close()
 
     async def of(self, event_id: str, wanted: int) -> dict[str, Span]:
-        """The spans of that event's trace by their name, once there are so many of them."""
+        """The spans of that event's trace by name, once there are `wanted` of them."""
 
         async def found() -> list[Span]:
             about = [span for span in self.spans if text(span).get("event_id") == event_id]
@@ -61,7 +61,7 @@ class Collector:
 
 
 class _Request:
-    """What httptools calls."""
+    """Callbacks for httptools."""
 
     def __init__(self) -> None:
         self.body = b""
@@ -75,7 +75,7 @@ class _Request:
 
 
 def text(span: Span) -> dict[str, str]:
-    """Its attributes."""
+    """The span's attributes."""
     return {
         each.key.removeprefix("firstclaim."): each.value.string_value or str(each.value.int_value)
         for each in span.attributes
@@ -84,7 +84,7 @@ def text(span: Span) -> dict[str, str]:
 
 @asynccontextmanager
 async def collecting() -> AsyncIterator[Collector]:
-    """On a port of its own."""
+    """A collector on a port of its own."""
     collector = Collector()
     server = await asyncio.start_server(collector.serve, "127.0.0.1", 0)
     collector.port = server.sockets[0].getsockname()[1]
@@ -93,12 +93,12 @@ async def collecting() -> AsyncIterator[Collector]:
 
 
 def exporting(port: int) -> Overrides:
-    """The variables that say so, with a batch every moment."""
+    """Settings that export spans to this port, with a short batch delay."""
     return {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}", "OTEL_BSP_SCHEDULE_DELAY": "50"}
 
 
 async def test_the_path_of_a_delivery_is_a_trace(sandbox: Sandbox) -> None:
-    """Lock, claim, attempt and handler in it, below the span of a proxy before us; a duplicate's is the lock alone."""
+    """Lock, claim, attempt and handler are spans below the proxy's span; a duplicate's trace has only the lock."""
     async with collecting() as collector:
         service = await sandbox.service(exporting(collector.port)).start()
         event = sample()
@@ -130,8 +130,8 @@ async def test_the_path_of_a_delivery_is_a_trace(sandbox: Sandbox) -> None:
         assert [len([s for s in collector.spans if s.trace_id == span.trace_id]) for span in about] == [2]
 
 
-async def test_an_error_shows_by_its_class_alone(sandbox: Sandbox) -> None:
-    """The attempt is marked as failed, recovery's is a trace of its own, and nothing of the message is in them."""
+async def test_a_span_has_only_the_class_of_an_error(sandbox: Sandbox) -> None:
+    """A failed attempt is marked with the error's class only, and recovery's attempt has a trace of its own."""
     async with collecting() as collector:
         service = await sandbox.service(exporting(collector.port)).start()
         event = sample("fail", until=1)
@@ -149,8 +149,8 @@ async def test_an_error_shows_by_its_class_alone(sandbox: Sandbox) -> None:
     assert b"told to fail" not in collector.raw
 
 
-async def test_a_collector_that_is_away_costs_nothing(sandbox: Sandbox, unused_tcp_port: int) -> None:
-    """Deliveries are as they were, and the stop does not wait for it."""
+async def test_an_unreachable_collector_delays_nothing(sandbox: Sandbox, unused_tcp_port: int) -> None:
+    """With an unreachable collector, deliveries are processed as usual, and the shutdown does not wait for it."""
     service = await sandbox.service(exporting(unused_tcp_port)).start()
     assert (await sandbox.deliver(service, sample())).said == PROCESSED
     async with asyncio.timeout(10):
@@ -158,7 +158,7 @@ async def test_a_collector_that_is_away_costs_nothing(sandbox: Sandbox, unused_t
 
 
 async def test_without_the_package_there_are_no_spans(sandbox: Sandbox) -> None:
-    """The service is the same without OpenTelemetry, also where its variables are set."""
+    """Without the package OpenTelemetry the service works as usual, even if its variables are set."""
     (sandbox.folder / "opentelemetry.py").write_text("raise ImportError('not installed')\n")
     async with collecting() as collector:
         path: Overrides = {"PYTHONPATH": f"{sandbox.folder}:{PYTHON_PATH}"}

@@ -1,4 +1,4 @@
-"""Logs: what never gets in, and that no line can be forged."""
+"""Logs: what they never contain, and that no value can forge a line."""
 
 import asyncio
 import gc
@@ -18,7 +18,7 @@ CANARY = "c4n4rypw"
 
 @contextmanager
 def configured(log_format: str = "json") -> Iterator[None]:
-    """Our logging while the block runs; pytest exchanges its own handlers between a fixture and its test."""
+    """Use our logging while the block runs. Not a fixture: pytest replaces its handlers between fixture and test."""
     root = logging.getLogger()
     handlers, level, ours = root.handlers, root.level, structlog.get_config()
     configure(log_format, "info")
@@ -31,14 +31,14 @@ def configured(log_format: str = "json") -> Iterator[None]:
 
 
 def written(capsys: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
-    """The lines on standard error, read as JSON."""
+    """The lines on standard error, parsed as JSON."""
     text = capsys.readouterr().err
     assert text.isascii()
     return [json.loads(line) for line in text.splitlines()]
 
 
 def test_one_json_object_per_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """Ours and any library's lines have one shape, with level and a UTC instant."""
+    """Our own records and those of libraries have the same form, with a level and a UTC time."""
     with configured():
         structlog.get_logger("ours").info("delivery", event_id="evt_1", milliseconds=1.5)
         logging.getLogger("theirs").warning("it %s", "happened")
@@ -51,8 +51,8 @@ def test_one_json_object_per_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert theirs["timestamp"].endswith("Z")
 
 
-def test_an_exception_leaves_neither_message_nor_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    """What an exception says may quote a payload: its class and place are logged, whoever logs it."""
+def test_an_exception_is_logged_without_message_and_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an exception only the class and the place are logged, through any logger: its message may quote a payload."""
     with configured():
         for logger in (structlog.get_logger("ours"), logging.getLogger("theirs")):
             try:
@@ -68,8 +68,8 @@ def test_an_exception_leaves_neither_message_nor_traceback(capsys: pytest.Captur
         assert CANARY not in json.dumps(line)
 
 
-async def test_a_forgotten_tasks_exception_leaves_no_message(capsys: pytest.CaptureFixture[str]) -> None:
-    """asyncio's own complaint about a task that nobody awaited shows its exception's class only."""
+async def test_an_unretrieved_exception_is_logged_without_message(capsys: pytest.CaptureFixture[str]) -> None:
+    """asyncio's own record of a task's exception that was never retrieved holds only its class and place."""
 
     async def breaks() -> None:
         raise RuntimeError(CANARY)
@@ -87,7 +87,7 @@ async def test_a_forgotten_tasks_exception_leaves_no_message(capsys: pytest.Capt
 
 @pytest.mark.parametrize("log_format", ["json", "console"])
 def test_no_value_can_forge_a_line(capsys: pytest.CaptureFixture[str], log_format: str) -> None:
-    """Line breaks and terminal escapes of a value, wherever it stands, are written as escapes."""
+    """Line breaks and terminal escapes in any value, also a nested one, are written as escape sequences."""
     nasty = 'evt\n{"event":"forged"}\r\x1b[2J\u2028\u202e\ud800'
     with configured(log_format):
         structlog.get_logger("ours").info(nasty, event_id=nasty, nested=[nasty, {"a": nasty}])
@@ -97,12 +97,12 @@ def test_no_value_can_forge_a_line(capsys: pytest.CaptureFixture[str], log_forma
     assert not set("\r\x1b\u2028\u202e\ud800") & set(text)
 
 
-def test_levels_hold(capsys: pytest.CaptureFixture[str]) -> None:
-    """What is below the level is not written; chatty libraries speak from warning on."""
+def test_records_below_the_level_are_dropped(capsys: pytest.CaptureFixture[str]) -> None:
+    """Records below the level are not written; verbose libraries are limited to warnings."""
     with configured():
         structlog.get_logger("ours").debug("quiet")
-        for chatty in ("uvicorn.access", "asyncio", "httpx", "alembic"):
-            logging.getLogger(chatty).info("quiet")
+        for verbose in ("uvicorn.access", "asyncio", "httpx", "alembic"):
+            logging.getLogger(verbose).info("quiet")
         logging.getLogger("uvicorn.error").info("started", extra={"color_message": "\x1b[1mstarted"})
     [line] = written(capsys)
     assert line["event"] == "started"

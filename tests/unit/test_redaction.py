@@ -1,4 +1,4 @@
-"""What is said of an error: what is masked, what is cut off, and that telling it never fails."""
+"""Redaction of errors: what is masked, what is cut off, and that it never raises."""
 
 import time
 
@@ -30,31 +30,31 @@ CANARY = "c4n4rypw"
         ("at 1793610041 (10 digits)", "at 1793610041 (10 digits)"),
     ],
 )
-def test_secrets_and_people_are_masked(text: str, masked: str) -> None:
-    """Stripe's secrets, e-mail addresses, card numbers and credentials of URLs go, ids and instants stay."""
+def test_secrets_and_personal_data_are_masked(text: str, masked: str) -> None:
+    """Stripe's secrets, e-mail addresses, card numbers and credentials in URLs are masked; ids and times are kept."""
     assert redact(text) == masked
 
 
 @pytest.mark.parametrize("character", ["\n", "\r", "\t", "\0", "\x1b", "\x7f", "\x9b", "\u2028", "\u202e", "\ud800"])
 def test_one_printable_line(character: str) -> None:
-    """No line break, terminal escape, override of direction or lone surrogate is kept."""
+    """Line breaks, terminal escapes, direction overrides and lone surrogates are replaced."""
     assert redact(f"a{character}b") == "a b"
 
 
 def test_it_is_short() -> None:
-    """500 characters at most, whatever was given; a short text is kept whole."""
+    """The result has at most 500 characters, and a shorter text is kept whole."""
     assert redact("word " * 1000) == ("word " * 100)
     assert len(redact("x" * 1000)) == 500
     assert redact("x" * 500) == "x" * 500
     assert redact("") == ""
 
 
-def test_nothing_hides_behind_the_cut() -> None:
-    """Neither cut leaves the half of a secret standing whose other half, by which it is known, was cut off first."""
+def test_a_cut_leaves_no_half_of_a_secret() -> None:
+    """A secret that either cut would split is masked or removed, although the pattern does not match its first half."""
     secret = f" postgresql://me:{CANARY}@db.internal/shop"
     for place in range(450, 501):
         assert CANARY not in redact("x" * place + secret)
-    for place in range(1950, 2001):  # masked itself, it brings what stands at the first cut before the second
+    for place in range(1950, 2001):  # masking shortens this text, which moves the first cut in front of the second
         masked = redact("sk_" + "x" * (place - 3) + secret)
         assert masked.startswith("[redacted]")
         assert CANARY not in masked
@@ -62,14 +62,14 @@ def test_nothing_hides_behind_the_cut() -> None:
 
 @pytest.mark.parametrize("text", ["x" * 10**6, "x@" * 10**6, "1 " * 10**6, "://" * 10**6, "sk_" * 10**6])
 def test_a_huge_message_costs_nothing(text: str) -> None:
-    """A handler that raises with a whole payload in its message does not hold up the event loop."""
+    """A handler that raises with a whole payload in its message does not block the event loop."""
     began = time.process_time()
     assert len(redact(text)) <= 500
-    assert time.process_time() - began < 0.25  # it is 2 ms; searching all of it was hours
+    assert time.process_time() - began < 0.25  # it takes 2 ms; searching the whole text took hours
 
 
 def test_an_error_is_described_without_its_message() -> None:
-    """Class and place, which say where to look, and nothing that a payload may have put into the message."""
+    """The description is the class and the place, and holds nothing of the message."""
     try:
         raise Permanent(CANARY)
     except Permanent as error:
@@ -78,8 +78,8 @@ def test_an_error_is_described_without_its_message() -> None:
     assert describe_error(ValueError(CANARY)) == "ValueError"
 
 
-def test_an_error_is_told_without_secrets() -> None:
-    """To the operator: class and first line, redacted; of a database's error the driver's own words."""
+def test_a_redacted_error_holds_no_secrets() -> None:
+    """The operator gets the class and the redacted first line; of a database error, the driver's message."""
     assert redacted_error(ValueError("a@example.com\nDETAIL: all of the row")) == "ValueError: [redacted]"
     assert redacted_error(ValueError()) == "ValueError: "
     original = RuntimeError("duplicate key\nDETAIL: Key (email)=(a@example.com)")
@@ -87,12 +87,12 @@ def test_an_error_is_told_without_secrets() -> None:
     assert redacted_error(wrapped) == "DBAPIError: duplicate key"
 
 
-def test_an_error_that_cannot_be_told_is_named() -> None:
-    """An exception whose message raises is an exception like any other: what follows on it goes on."""
+def test_an_error_whose_str_raises_is_named() -> None:
+    """An exception whose `str()` raises is described by its class, and raises nothing here."""
 
-    class MuteError(Exception):
+    class UnreadableError(Exception):
         def __str__(self) -> str:
             raise RuntimeError(CANARY)
 
-    assert redacted_error(MuteError()) == "MuteError: its message cannot be told"
-    assert describe_error(MuteError()) == "MuteError"
+    assert redacted_error(UnreadableError()) == "UnreadableError: its message cannot be read"
+    assert describe_error(UnreadableError()) == "UnreadableError"

@@ -1,1 +1,1 @@
-"""Logging, metrics, tracing, and what may be said of an error."""
+"""Logging, metrics, tracing, and the redaction of error messages."""

@@ -1,7 +1,7 @@
 """Logs: one JSON object per line, or readable lines on a terminal; never a payload, never a secret.
 
-Guarantees: every record, uvicorn's and any library's too, goes through one renderer that escapes control
-characters; an exception is logged as its class and the place it was raised, never with its message (see
+Guarantees: every record, also of uvicorn and of any library, goes through one renderer that escapes control characters.
+An exception is logged as its class and the place where it was raised, never with its message (see
 `firstclaim.observability.redaction`).
 """
 
@@ -33,7 +33,7 @@ def configure(log_format: str, level: str) -> None:
         if console
         else structlog.processors.JSONRenderer(serializer=_json)
     )
-    # Our own records are a line per delivery: straight to the stream, past the standard library's machinery.
+    # Our own records, one per delivery, go straight to the stream, without the overhead of the standard library.
     structlog.configure(
         processors=[*processors, renderer],
         logger_factory=structlog.WriteLoggerFactory(sys.stderr),
@@ -50,15 +50,15 @@ def configure(log_format: str, level: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    for chatty in ("uvicorn.access", "asyncio", "httpx", "httpcore", "alembic", "stripe"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for verbose in ("uvicorn.access", "asyncio", "httpx", "httpcore", "alembic", "stripe"):
+        logging.getLogger(verbose).setLevel(logging.WARNING)
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
 
 
 def _json(record: EventDict, **_: object) -> str:
-    """In ASCII: what is no plain text in a nested value is escaped too."""
+    """The record as JSON in ASCII, so that special characters in nested values are escaped too."""
     try:
         line = orjson.dumps(record, default=repr).decode()
     except TypeError:  # a lone surrogate, an odd key
@@ -67,16 +67,16 @@ def _json(record: EventDict, **_: object) -> str:
 
 
 def _plain(_: WrappedLogger, __: str, record: EventDict) -> EventDict:
-    """Of a library's record what we want of it: uvicorn's has every line a second time, in colours."""
+    """Remove what we do not want from a library's record: uvicorn's holds every message a second time, in colours."""
     record.pop("color_message", None)
     if getattr(record.get("_record"), "name", None) == "asyncio":
-        # Of an exception that nobody retrieved, the lines after the first show the message, and even locals.
+        # For an exception that was never retrieved, the lines after the first hold the message, and even locals.
         record["event"] = str(record["event"]).partition("\n")[0]
     return record
 
 
 def _place_of_exception(_: WrappedLogger, __: str, record: EventDict) -> EventDict:
-    """No traceback and no message: what an exception says may quote what a payload said."""
+    """Replace an exception by its class and place: its message and traceback may quote the payload."""
     info = record.pop("exc_info", None)
     if info is True:
         info = sys.exc_info()
@@ -87,7 +87,7 @@ def _place_of_exception(_: WrappedLogger, __: str, record: EventDict) -> EventDi
 
 
 def _printable(_: WrappedLogger, __: str, record: EventDict) -> EventDict:
-    """An id or a path from outside cannot forge a line or move a terminal's cursor."""
+    """Escape unprintable characters, so that an id or a path of a request cannot forge a line or control a terminal."""
     for name, value in record.items():
         if isinstance(value, str) and not value.isprintable():
             record[name] = value.encode("unicode_escape").decode("ascii")

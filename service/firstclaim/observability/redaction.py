@@ -1,17 +1,17 @@
-"""What may be said of an error, and to whom.
+"""Redaction of errors, for the log and for the operator.
 
-Guarantees: what is logged of one holds no word of its message, which may quote anything that a payload held; what
-the operator gets to read of it, on the terminal and in the ledger's `last_error`, is one line in which secrets,
-addresses and card numbers are masked. An exception that cannot even be told does not raise here.
+Guarantees: the log gets nothing of an error's message, because the message may quote any part of a payload. The
+operator gets, on the terminal and in the ledger's `last_error`, one line in which secrets, e-mail addresses and card
+numbers are masked. An exception whose `str()` raises does not raise here.
 """
 
 import re
 from types import TracebackType
 
-_ERROR_MOST_CHARACTERS = 500
-_READ_MOST_CHARACTERS = 2000  # of a longer text nothing beyond is looked at: a search of 60 kB took 20 s
+_MAX_CHARACTERS = 500
+_MAX_SEARCHED_CHARACTERS = 2000  # a longer text is cut before the search: searching 60 kB took 20 s
 
-# What must not be kept of an error's message: credentials in URLs, Stripe's secrets, addresses, card numbers.
+# Credentials in URLs, Stripe's secrets, e-mail addresses, card numbers.
 _SECRET = re.compile(
     r"(?P<url>(?<=://)[^/\s@]+(?=@))"
     r"|\b(?:sk|rk|pk|whsec)_[A-Za-z0-9_]+"
@@ -22,11 +22,11 @@ _SECRET = re.compile(
 
 def redact(text: str) -> str:
     """`text` with secrets, e-mail addresses and card numbers masked, one printable line, at most 500 characters."""
-    read = text[:_READ_MOST_CHARACTERS]
-    if len(text) > len(read):  # the cut may go through a secret, whose first half the pattern would not know
-        read = read.rpartition(" ")[0] or read
-    line = "".join(character if character.isprintable() else " " for character in read)
-    return _SECRET.sub("[redacted]", line)[:_ERROR_MOST_CHARACTERS]
+    searched = text[:_MAX_SEARCHED_CHARACTERS]
+    if len(text) > len(searched):  # the cut may split a secret, and the pattern would not match its first half
+        searched = searched.rpartition(" ")[0] or searched
+    line = "".join(character if character.isprintable() else " " for character in searched)
+    return _SECRET.sub("[redacted]", line)[:_MAX_CHARACTERS]
 
 
 def describe_error(error: BaseException) -> str:
@@ -35,15 +35,15 @@ def describe_error(error: BaseException) -> str:
 
 
 def redacted_error(error: BaseException) -> str:
-    """The class of `error` and the first line of its message, redacted: for the operator and the ledger, not to log.
+    """The class of `error` and the first line of its message, redacted. For the operator and the ledger, not the log.
 
-    Only the first line, for a database's error goes on with the row and the parameters.
+    Only the first line, because a database error continues with the row and the parameters.
     """
     original = getattr(error, "orig", None) or error
     try:
         message = (str(original).splitlines() or [""])[0]
-    except Exception:  # noqa: BLE001  (what was being told about has to be settled all the same)
-        message = "its message cannot be told"
+    except Exception:  # noqa: BLE001  (the event must be settled even if str() raises)
+        message = "its message cannot be read"
     return redact(f"{type(error).__name__}: {message}")
 
 

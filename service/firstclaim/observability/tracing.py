@@ -1,8 +1,8 @@
-"""Spans over an event's path, by OpenTelemetry (extra `firstclaim[otel]`).
+"""Traces of deliveries, through OpenTelemetry (extra `firstclaim[otel]`).
 
-Guarantees: without the package, or where spans go nowhere, a span costs a call. Else they are exported
-where OpenTelemetry's own variables say (`OTEL_EXPORTER_OTLP_ENDPOINT` and its kin; without it nowhere). A span holds
-the event's id and type, the attempt, the outcome and an error's class: no payload, no message, no secret.
+Guarantees: without the package, or if no exporter is configured, a span costs one function call. Otherwise spans are
+exported to where OpenTelemetry's own variables point (`OTEL_EXPORTER_OTLP_ENDPOINT` and related ones). A span holds the
+event's id and type, the attempt, the outcome and the class of an error: no payload, no message, no secret.
 """
 
 import os
@@ -19,25 +19,25 @@ else:
 
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 _NOTHING: Final = nullcontext()
-_tracer: "trace.Tracer | None" = None  # from `start` on, if spans go anywhere: one that goes nowhere costs as much
+_tracer: "trace.Tracer | None" = None  # set by `start` if spans are exported: a span that is not costs just as much
 
 Value = str | int | None
 
 
 def span(name: str, **attributes: Value) -> AbstractContextManager[object]:
-    """A child of the span that is open, for as long as the block runs; attributes that are None are left out."""
+    """Open a child of the current span while the block runs. Attributes that are None are left out."""
     if _tracer is None:
         return _NOTHING
     return _tracer.start_as_current_span(
         f"firstclaim.{name}",
-        attributes=_told(attributes),
-        record_exception=False,  # its message may hold what a payload held
+        attributes=_named(attributes),
+        record_exception=False,  # the message may quote the payload
         set_status_on_exception=False,
     )
 
 
 def delivery_span(headers: Mapping[str, str]) -> AbstractContextManager[object]:
-    """The span of a delivery, a child of the one that `headers` name, if a proxy before us has begun one."""
+    """The span of a delivery. It is a child of the span that `headers` name, if a proxy in front of us started one."""
     if _tracer is None:
         return _NOTHING
     return _tracer.start_as_current_span(
@@ -50,19 +50,20 @@ def delivery_span(headers: Mapping[str, str]) -> AbstractContextManager[object]:
 
 
 def note(*, error: str | None = None, **attributes: Value) -> None:
-    """Say more of the span that is open; `error` is a class's name, and marks it as failed."""
+    """Add attributes to the current span. `error` is the name of a class, and marks the span as failed."""
     if _tracer is None:
         return
     current = trace.get_current_span()
-    current.set_attributes(_told(attributes))
+    current.set_attributes(_named(attributes))
     if error is not None:
         current.set_status(trace.StatusCode.ERROR, error)
 
 
 def start() -> Callable[[], None]:
-    """Export spans from now on, if the environment says where to; returns what ends it and sends the last ones.
+    """Start to export spans, if the environment configures a destination.
 
-    Leaves alone what is configured already, by `opentelemetry-instrument` for one.
+    Returns a function that stops the export and sends the last spans. Changes nothing if a tracer provider is already
+    configured, for example by `opentelemetry-instrument`.
     """
     global _tracer
     if not _available:
@@ -77,13 +78,13 @@ def start() -> Callable[[], None]:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor as Batched
 
-    named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: "firstclaim"}
-    provider = TracerProvider(resource=Resource.create(named), shutdown_on_exit=False)
+    defaults = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: "firstclaim"}
+    provider = TracerProvider(resource=Resource.create(defaults), shutdown_on_exit=False)
     provider.add_span_processor(Batched(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
     _tracer = trace.get_tracer("firstclaim")
     return provider.shutdown
 
 
-def _told(attributes: Mapping[str, Value]) -> dict[str, str | int]:
+def _named(attributes: Mapping[str, Value]) -> dict[str, str | int]:
     return {f"firstclaim.{name}": value for name, value in attributes.items() if value is not None}
