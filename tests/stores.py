@@ -4,6 +4,7 @@ Every test gets a database of its own, cloned from a migrated template, and a Re
 """
 
 import asyncio
+import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,6 +60,9 @@ def running(folder: Path, postgres_url: str | None, redis_url: str | None) -> It
         assert ready.database_url is not None
         assert ready.redis_url is not None
         url = postgres_dsn(ready.database_url.get_secret_value())
+        if template := os.environ.get("TEST_TEMPLATE"):  # of the run that this one is a part of
+            yield Stores(url, ready.redis_url.get_secret_value(), template)
+            return
         template = f"firstclaim_template_{secrets.token_hex(4)}"
         asyncio.run(_make_template(url, template))
         try:
