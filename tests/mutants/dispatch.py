@@ -14,7 +14,7 @@ MUTANTS = (
     ),
     Mutant(
         "lost-claim-is-begun",
-        "A handler is not started when the row could not be held.",
+        "A handler is not started when its row could not be locked.",
         "Attempt.run",
         "if self.held is None:\n    return TakenOver()",
         "",
@@ -30,7 +30,7 @@ MUTANTS = (
     ),
     Mutant(
         "unmarked-is-success",
-        "Exactly one row is marked, or the attempt has not succeeded.",
+        "An attempt succeeds only if exactly one row was marked.",
         "Attempt._mark",
         "not marked",
         "marked is None",
@@ -38,7 +38,7 @@ MUTANTS = (
     ),
     Mutant(
         "row-is-changed-first",
-        "The row is changed last: an insert of its id waits for an uncommitted update, not for a lock.",
+        "The row is updated last: an insert of its id waits for an uncommitted update, not for a lock.",
         "Attempt.run",
         "action = _checked_action(...)",
         (
@@ -59,7 +59,7 @@ MUTANTS = (
     ),
     Mutant(
         "handler-may-roll-back",
-        "It refuses `rollback()` as well.",
+        "The handler's connection refuses `rollback()`.",
         "HandlerConnections.__init__",
         'event.listen(self._engine.sync_engine, "rollback", _refuse_in_handler)',
         "",
@@ -67,7 +67,7 @@ MUTANTS = (
     ),
     Mutant(
         "swallowed-refusal-is-success",
-        "A handler that swallowed the refusal fails: it takes for done what is not.",
+        "A handler that swallowed the refusal fails: it takes for committed what is not.",
         "Attempt.run",
         "seat.check_not_refused()",
         "",
@@ -83,7 +83,7 @@ MUTANTS = (
     ),
     Mutant(
         "own-commit-and-late-is-tried-again",
-        "It is found out however its attempt ended: at the deadline too.",
+        "The handler's own commit is detected at its deadline too.",
         "Dispatcher._committed_all_the_same",
         "attempt.held is not None and await self._ledger.committed(attempt.held)",
         "False",
@@ -91,7 +91,7 @@ MUTANTS = (
     ),
     Mutant(
         "own-commit-and-stopped-is-tried-again",
-        "And when we stop: it is not released.",
+        "It is detected during a shutdown too: the event is not released.",
         "Dispatcher.run",
         "await self._committed_all_the_same(attempt)",
         "False",
@@ -99,7 +99,7 @@ MUTANTS = (
     ),
     Mutant(
         "written-after-an-own-rollback",
-        "What was written outside of any transaction is committed: dead, however the handler ended.",
+        "What a handler writes outside of any transaction is committed: the event is dead, however the handler ended.",
         "Attempt.run",
         "isinstance(error, TransactionEnded) or self._in_no_transaction(seat)",
         "isinstance(error, TransactionEnded)",
@@ -107,15 +107,15 @@ MUTANTS = (
     ),
     Mutant(
         "written-after-an-own-rollback-and-late",
-        "At its deadline, and when we stop, too.",
+        "The same holds at the handler's deadline and during a shutdown.",
         "Attempt.run",
         "self.ended_by_handler = self._in_no_transaction(seat)",
         "",
-        ("integration/test_dispatch.py::test_an_own_end_before_the_deadline_is_found_out[writes_in_no_transaction]"),
+        "integration/test_dispatch.py::test_an_own_end_before_the_deadline_is_found_out[writes_in_no_transaction]",
     ),
     Mutant(
-        "writes-on-elsewhere",
-        ("A handler whose connection is lost cannot go on on another one: what it writes there is in no transaction."),
+        "lost-connection-is-replaced",
+        "A handler whose connection is lost gets no other one: its writes there would be in no transaction.",
         "HandlerConnection._around",
         "Connection(self._engine.sync_engine, connection=self._pooled, _allow_revalidate=False)",
         "Connection(self._engine.sync_engine, connection=self._pooled)",
@@ -123,7 +123,7 @@ MUTANTS = (
     ),
     Mutant(
         "failed-handler-keeps-its-lock",
-        "A handler that failed leaves nothing: no rollback frees a session's locks.",
+        "A failed handler keeps no session-level lock: a rollback does not release those.",
         "HandlerConnection.roll_back",
         'await raw.execute("SELECT pg_advisory_unlock_all()")',
         "",
@@ -131,7 +131,7 @@ MUTANTS = (
     ),
     Mutant(
         "kept-after-its-own-end",
-        "Where it had ended its transaction the connection is closed.",
+        "The connection of a handler that ended its transaction is closed.",
         "HandlerConnection.vacate",
         "not self._raw.is_closed() and self._raw.handling is None",
         "not self._raw.is_closed()",
@@ -139,15 +139,15 @@ MUTANTS = (
     ),
     Mutant(
         "ended-handler-writes-on",
-        "A handler that has ended reaches nothing: its connection is another's by then.",
+        "A handler that has ended cannot use its connection: another handler may have it by then.",
         "HandlerConnection.stop",
         "self._over = True",
         "",
         "integration/test_handler_connections.py::test_who_has_ended_reaches_nothing",
     ),
     Mutant(
-        "commit-asked-on-an-old-connection",
-        "What became of a COMMIT is asked on a new connection.",
+        "commit-checked-on-an-old-connection",
+        "The result of a COMMIT is checked on a new connection.",
         "Dispatcher._settle_unknown",
         "self._ledger.connect_anew()",
         "",
@@ -156,7 +156,7 @@ MUTANTS = (
     # -- the deadline
     Mutant(
         "deadline-ignored",
-        "At its deadline an attempt has failed.",
+        "An attempt fails at its deadline.",
         "Attempt._call",
         "asyncio.wait({work}, timeout=self.deadline_seconds)",
         "asyncio.wait({work}, timeout=None)",
@@ -164,7 +164,7 @@ MUTANTS = (
     ),
     Mutant(
         "backend-outlives-the-deadline",
-        "At the deadline the handler's server process is ended, whatever statement it is in.",
+        "At the deadline the handler's backend is terminated, whatever statement it runs.",
         "Attempt._end",
         "await self.ledger.end(self.held)",
         "",
@@ -172,7 +172,7 @@ MUTANTS = (
     ),
     Mutant(
         "connection-outlives-the-deadline",
-        "A sync handler's later calls raise: its transaction has gone.",
+        "A sync handler's later calls raise: its transaction has ended.",
         "Context.execute",
         "self._deadline - self._loop.time()",
         "600.0",
@@ -187,7 +187,7 @@ MUTANTS = (
         "integration/test_dispatch.py::test_effects_and_mark_commit_together[handles_in_thread]",
     ),
     Mutant(
-        "late-handler-is-not-told",
+        "late-handler-is-not-cancelled",
         "An async handler is cancelled at its deadline.",
         "_stop",
         "work.cancel()",
@@ -196,16 +196,16 @@ MUTANTS = (
     ),
     # -- slots
     Mutant(
-        "full-house-keeps-its-claim",
-        "A claim that gets no slot in half its lease is released.",
+        "no-slot-keeps-its-claim",
+        "A claim that gets no slot within half its lease is released.",
         "Dispatcher.run",
         "await self._release(claim)\nreturn outcome.deferred(..., claim.attempt)",
         "return outcome.deferred(..., claim.attempt)",
         "integration/test_dispatch.py::test_a_full_house_charges_nothing",
     ),
     Mutant(
-        "suspects-run-together",
-        "Events that were abandoned before run one at a time: a poison event drags no neighbours along.",
+        "previously-abandoned-run-together",
+        "Previously abandoned events run one at a time: one that kills its process takes no others with it.",
         "Dispatcher._enter",
         "[self._suspects, self._slots] if claim.abandoned else [self._slots]",
         "[self._slots]",
@@ -213,7 +213,7 @@ MUTANTS = (
     ),
     Mutant(
         "handlers-and-ledger-share-a-pool",
-        "Two pools: slow handlers never starve recording.",
+        "Handlers and the ledger have separate pools: slow handlers do not starve recording.",
         "Attempt.run",
         "seat = await self.seats.take()",
         "await self.ledger._pool._places.acquire()\nseat = await self.seats.take()",
@@ -222,7 +222,7 @@ MUTANTS = (
     # -- how it ended
     Mutant(
         "failure-keeps-the-marker",
-        "A failed attempt deletes its marker: the next delivery reaches the ledger.",
+        "A failed attempt deletes its marker, so that the next delivery reaches the ledger.",
         "Claims.forget",
         'await self.lock.forget(claim.event_id, "", claim.epoch)',
         "",
@@ -230,7 +230,7 @@ MUTANTS = (
     ),
     Mutant(
         "permanent-is-tried-again",
-        "`Permanent` is dead at once.",
+        "`Permanent` makes an event dead at once.",
         "Dispatcher._fail",
         "isinstance(error, Permanent)",
         "False",
@@ -238,7 +238,7 @@ MUTANTS = (
     ),
     Mutant(
         "retry-waits-as-usual",
-        "`Retry(after)` comes when it asked.",
+        "`Retry(after)` sets the time of the next attempt.",
         "Dispatcher._fail",
         "error.after if isinstance(error, Retry) else None",
         "None",
@@ -246,7 +246,7 @@ MUTANTS = (
     ),
     Mutant(
         "backoff-forgets-earlier-failures",
-        "The backoff is that of all the failures so far.",
+        "The backoff counts all failures so far.",
         "Dispatcher._fail",
         "claim.failures + 1",
         "1",
@@ -263,7 +263,7 @@ MUTANTS = (
     # -- a connection lost during COMMIT
     Mutant(
         "unknown-commit-is-success",
-        "A COMMIT whose answer was lost is not taken for done.",
+        "A COMMIT whose answer was lost does not count as a success.",
         "Attempt._commit",
         "CommitUnknown(action, describe(error))",
         "action",
@@ -279,7 +279,7 @@ MUTANTS = (
     ),
     Mutant(
         "unknown-commit-is-only-read",
-        "What became of it the guarded update says, which waits for the old backend; a read would not.",
+        "The guarded update decides the result of a lost COMMIT: it waits for the old backend, a read would not.",
         "Dispatcher._settle_unknown",
         "await self._ledger.fail_if_held(claim, str(error), due_in_seconds=wait) is not None",
         "(await self._ledger.find(claim.event_id)).status == Status.PROCESSING",
@@ -287,7 +287,7 @@ MUTANTS = (
     ),
     Mutant(
         "unknown-commit-of-another-is-ours",
-        "What another attempt completed is not this one's success.",
+        "An event that another attempt completed is not this attempt's success.",
         "Dispatcher._settle_unknown",
         "(found.status, found.attempt) == (Status.COMPLETED, claim.attempt)",
         "found.status != Status.FAILED",
@@ -296,7 +296,7 @@ MUTANTS = (
     # -- we stop
     Mutant(
         "stopping-keeps-the-claim",
-        "What we interrupt is released.",
+        "A claim that a shutdown interrupts is released.",
         "Dispatcher.run",
         "if await self._committed_all_the_same(attempt):\n    ...\nelse:\n    await self._release(claim)",
         "if await self._committed_all_the_same(attempt):\n    ...",

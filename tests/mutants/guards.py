@@ -14,7 +14,7 @@ MUTANTS = (
     ),
     TextMutant(
         "hold-waits",
-        "A row in another's hands is not waited for: stop.",
+        "An attempt does not wait for a row that another transaction has locked: it ends.",
         "HOLD",
         "FOR UPDATE SKIP LOCKED",
         "FOR UPDATE",
@@ -22,7 +22,7 @@ MUTANTS = (
     ),
     TextMutant(
         "held-at-any-attempt",
-        "Whoever was taken over does not begin.",
+        "An attempt that was taken over does not begin.",
         "HOLD",
         "AND attempt = :attempt",
         "AND :attempt > 0",
@@ -30,7 +30,7 @@ MUTANTS = (
     ),
     TextMutant(
         "held-in-any-status",
-        "What is settled or waiting is not begun.",
+        "An attempt whose row is not `processing` does not begin.",
         "HOLD",
         "event_id = :event_id AND status = 'processing'",
         "event_id = :event_id",
@@ -38,7 +38,7 @@ MUTANTS = (
     ),
     TextMutant(
         "no-idle-timeout",
-        "The server ends a transaction whose process froze.",
+        "The server ends the transaction of a process that froze.",
         "HOLD",
         "set_config('idle_in_transaction_session_timeout', :timeout_ms, true)",
         "set_config('idle_in_transaction_session_timeout', '0', true)",
@@ -78,7 +78,7 @@ MUTANTS = (
     ),
     TextMutant(
         "failed-at-any-attempt",
-        "A failure names the attempt: whoever was taken over changes nothing.",
+        "A failure names the attempt: an attempt that was taken over changes nothing.",
         "statements.FAIL",
         "AND attempt = :attempt",
         "AND :attempt > 0",
@@ -86,7 +86,7 @@ MUTANTS = (
     ),
     TextMutant(
         "failed-in-any-status",
-        "A failure names the status: what is completed stays so.",
+        "A failure names the status: a completed event stays completed.",
         "statements.FAIL",
         "event_id = :event_id AND status = 'processing'",
         "event_id = :event_id",
@@ -94,7 +94,7 @@ MUTANTS = (
     ),
     TextMutant(
         "killed-at-any-attempt",
-        "So does a death.",
+        "A kill names the attempt.",
         "KILL",
         "AND attempt = :attempt",
         "AND :attempt > 0",
@@ -102,7 +102,7 @@ MUTANTS = (
     ),
     TextMutant(
         "released-at-any-attempt",
-        "So does a release.",
+        "A release names the attempt.",
         "RELEASE",
         "AND attempt = :attempt",
         "AND :attempt > 0",
@@ -110,15 +110,15 @@ MUTANTS = (
     ),
     TextMutant(
         "ignored-at-any-attempt",
-        "So does settling what nothing here wants.",
+        "Settling an event as `ignored` names the attempt.",
         "IGNORE",
         "AND attempt = :attempt",
         "AND :attempt > 0",
         "integration/test_ledger.py::test_whoever_was_taken_over_changes_nothing[ignore]",
     ),
     Mutant(
-        "given-up-on-and-silent",
-        "A holder that was given up on and is alive has the last word, as long as nobody else has begun.",
+        "returned-claim-has-no-say",
+        "A process whose claim was returned as abandoned can still settle it while no other attempt has begun.",
         "Ledger._settle",
         "not rows",
         "False",
@@ -126,7 +126,7 @@ MUTANTS = (
     ),
     TextMutant(
         "taken-back-at-any-attempt",
-        "It has none once another has begun.",
+        "It cannot once another attempt has begun.",
         "TAKE_BACK",
         "AND attempt = :attempt",
         "AND :attempt > 0",
@@ -156,8 +156,8 @@ MUTANTS = (
         "integration/test_ledger.py::test_a_failure_after_three_days_is_the_last",
     ),
     TextMutant(
-        "failing-for-ever",
-        "What still fails when Stripe itself has given up is dead.",
+        "fails-without-limit",
+        "An event that still fails when Stripe itself has given up is dead.",
         "statements.FAIL",
         (
             "status = CASE WHEN clock_timestamp() >= give_up_at THEN 'dead' ELSE 'failed' END, settled_at = CASE "
@@ -168,7 +168,7 @@ MUTANTS = (
     ),
     TextMutant(
         "release-charges",
-        "What was not begun, or interrupted by us, is released uncharged.",
+        "An attempt that did not begin, or that a shutdown interrupted, is released without a charge.",
         "RELEASE",
         "SET status = 'pending', due_at = clock_timestamp() + make_interval(secs => :due_in)",
         (
@@ -179,7 +179,7 @@ MUTANTS = (
     ),
     TextMutant(
         "a-failure-is-not-noted",
-        "Each attempt that did not succeed is noted, in the statement that charges it.",
+        "Each attempt that did not succeed is noted in the statement that charges it.",
         "_noting",
         "clock_timestamp(), last_error FROM changed",
         "clock_timestamp(), last_error FROM changed WHERE false",
@@ -187,7 +187,7 @@ MUTANTS = (
     ),
     TextMutant(
         "taken-back-and-noted",
-        "Who takes its row back was not abandoned: the note goes with the charge.",
+        "A claim that is taken back was not abandoned: its note is deleted with its charge.",
         "TAKE_BACK",
         "AND a.outcome = 'abandoned'",
         "AND a.outcome = 'none'",
@@ -195,7 +195,7 @@ MUTANTS = (
     ),
     TextMutant(
         "replay-resets-the-attempt",
-        "A replay leaves the attempt as it is: it fences.",
+        "A replay keeps the attempt: it is the fencing token.",
         "_REPLAY",
         "SET status = 'pending', failures = 0,",
         "SET status = 'pending', attempt = 0, failures = 0,",
@@ -203,7 +203,7 @@ MUTANTS = (
     ),
     TextMutant(
         "replay-keeps-the-counts",
-        "A replay begins anew: failures and abandonments are 0.",
+        "A replay sets failures and abandonments to 0.",
         "_REPLAY",
         "failures = 0, abandoned = 0, settled_at",
         "settled_at",
@@ -211,7 +211,7 @@ MUTANTS = (
     ),
     Mutant(
         "replay-of-what-runs",
-        "What is being handled is not replayed.",
+        "An event that is `processing` is not replayed.",
         "Commands.replay",
         "{*REPLAYABLE, *...}",
         "{Status.PROCESSING, *REPLAYABLE, *...}",
@@ -219,7 +219,7 @@ MUTANTS = (
     ),
     Mutant(
         "replay-of-what-is-done",
-        "What is completed is not replayed.",
+        "A completed event is not replayed.",
         "REPLAYABLE",
         "(Status.PENDING, Status.FAILED, Status.DEAD, Status.IGNORED)",
         "(Status.COMPLETED, Status.PENDING, Status.FAILED, Status.DEAD, Status.IGNORED)",
@@ -227,7 +227,7 @@ MUTANTS = (
     ),
     TextMutant(
         "replay-of-what-has-ended-since",
-        "What was completed since it was chosen is not replayed.",
+        "An event that was completed after it was chosen is not replayed.",
         "_REPLAY",
         "e.status = c.status AND e.attempt",
         "e.attempt",
@@ -235,7 +235,7 @@ MUTANTS = (
     ),
     TextMutant(
         "replay-of-what-was-tried-since",
-        "What was tried again since it was chosen is not replayed.",
+        "An event that was tried again after it was chosen is not replayed.",
         "_REPLAY",
         "e.status = c.status AND e.attempt = c.attempt",
         "e.status = c.status",
@@ -244,7 +244,7 @@ MUTANTS = (
     # -- reconciliation
     Mutant(
         "reconciled-newest-first",
-        "What Stripe has and the ledger has not is recorded oldest first.",
+        "Events that only Stripe has are recorded oldest first.",
         "Reconciliation.run",
         "window.missing[::-1]",
         "window.missing[:]",
@@ -252,7 +252,7 @@ MUTANTS = (
     ),
     Mutant(
         "reconciled-at-one-instant",
-        "What is recorded together is due one after the other: recovery takes it up in that order.",
+        "Events that are recorded together are due one after the other, in that order.",
         "Commands.recording",
         "first + number * _MICROSECOND",
         "first",
@@ -260,7 +260,7 @@ MUTANTS = (
     ),
     Mutant(
         "reconciled-in-part",
-        "A list that breaks off is read again, never taken for all there is.",
+        "A list that breaks off is read again, never taken for the whole.",
         "Reconciliation._read",
         "if page is None and divisible:\n    return None",
         "if page is None:\n    return window",

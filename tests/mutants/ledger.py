@@ -6,7 +6,7 @@ MUTANTS = (
     # -- claim and record
     Mutant(
         "a-known-id-is-claimed",
-        "The first insert wins the right to dispatch, and no other.",
+        "Only the first insert of an id wins the right to dispatch.",
         "Ledger._insert",
         "event_id in new and first[event_id] is arrival",
         "first[event_id] is arrival",
@@ -22,7 +22,7 @@ MUTANTS = (
     ),
     Mutant(
         "claim-without-a-lease",
-        "A claim is due again when its lease is over.",
+        "A claim is due again when its lease expires.",
         "Ledger.claim",
         "NewRow(delivery, Status.PROCESSING, 1, self._lease_seconds)",
         "NewRow(delivery, Status.PROCESSING, 1, 0)",
@@ -30,7 +30,7 @@ MUTANTS = (
     ),
     Mutant(
         "recorded-as-an-attempt",
-        "A recorded event is `pending` with attempt 0: nobody has begun.",
+        "A recorded event is `pending` with attempt 0: no attempt has begun.",
         "Ledger.record",
         "NewRow(delivery, Status.PENDING, 0, due_in_seconds)",
         "NewRow(delivery, Status.PENDING, 1, due_in_seconds)",
@@ -38,14 +38,14 @@ MUTANTS = (
     ),
     TextMutant(
         "a-record-changes-the-row",
-        "Whoever finds a row changes nothing of it.",
+        "An insert that finds a row does not change it.",
         "INSERT",
         "DO NOTHING RETURNING event_id",
         "DO UPDATE SET due_at = excluded.due_at RETURNING event_id",
         "integration/test_ledger.py::test_a_record_changes_nothing_that_is_there",
     ),
     Mutant(
-        "body-made-valid",
+        "body-is-stripped",
         "The body is stored byte for byte.",
         "insert",
         "arrival.delivery.body",
@@ -63,7 +63,7 @@ MUTANTS = (
     ),
     Mutant(
         "a-recorder-goes-first",
-        "In a batch, who may dispatch goes before who only records.",
+        "In a batch, claims are inserted before records of the same event.",
         "Ledger._insert",
         "sorted(arrivals, key=lambda arrival: arrival.status is Status.PENDING)",
         "arrivals",
@@ -87,7 +87,7 @@ MUTANTS = (
     ),
     TextMutant(
         "an-id-outlives-its-server",
-        "A server that was started since cannot tell what became of a transaction: it gives ids out again.",
+        "A server that has restarted cannot tell the result of a transaction: it assigns ids again.",
         "XACT_STATUS",
         "WHEN pg_postmaster_start_time() = :server AND",
         "WHEN CAST(:server AS timestamptz) IS NOT NULL AND",
@@ -95,7 +95,7 @@ MUTANTS = (
     ),
     TextMutant(
         "an-id-outlives-a-crash",
-        "Nor can one that crashed since, and recovered in place.",
+        "Nor can a server that has crashed since and recovered in place.",
         "XACT_STATUS",
         "AND stats_reset < :began",
         "AND CAST(:began AS timestamptz) IS NOT NULL",
@@ -103,23 +103,23 @@ MUTANTS = (
     ),
     Mutant(
         "each-batch-times-out",
-        "A server that does not answer costs one timeout, however many wait behind it.",
+        "A server that does not answer costs one timeout, however many calls wait.",
         "Ledger._arrive",
         "isinstance(error.__cause__, TimeoutError)",
         "False",
         "integration/test_coalescing.py::test_a_server_that_does_not_answer_costs_one_timeout",
     ),
     Mutant(
-        "who-waits-needs-another-call",
-        "A delivery that waits behind a late insert goes past it by itself.",
+        "waiting-needs-another-call",
+        "A delivery that waits behind a late insert is sent past it without a further call.",
         "Batcher._look",
         "self._look_again = loop.call_at(late_at, self._look)",
         "",
         "unit/test_batcher.py::test_who_waits_goes_past_a_batch_when_it_becomes_late",
     ),
     TextMutant(
-        "a-batch-waits-for-ever",
-        "A row that is waited for holds up its batch only for so long.",
+        "batch-waits-without-limit",
+        "A row that is locked delays its batch only for a limited time.",
         "INSERT",
         "set_config('lock_timeout', :patience_ms, true)",
         "CAST(:patience_ms AS text)",
@@ -128,10 +128,7 @@ MUTANTS = (
     # -- take-over
     TextMutant(
         "taken-over-when-due",
-        (
-            "A delivery takes over at once what is pending or failed, whatever its `due_at`: Stripe paces its "
-            "own retries."
-        ),
+        "A delivery takes over a pending or failed row at once, whatever its `due_at`: Stripe paces its retries.",
         "TAKE_OVER",
         "status IN ('pending', 'failed')",
         "status IN ('pending', 'failed') AND due_at <= clock_timestamp()",
@@ -139,7 +136,7 @@ MUTANTS = (
     ),
     TextMutant(
         "processing-is-taken-over",
-        "What is `processing` is somebody's, even past its lease: only who was given up on is not.",
+        "A row that is `processing` is owned, even past its lease: first it is returned as abandoned.",
         "TAKE_OVER",
         "status IN ('pending', 'failed')",
         "status IN ('pending', 'failed', 'processing')",
@@ -147,7 +144,7 @@ MUTANTS = (
     ),
     TextMutant(
         "settled-is-taken-over",
-        "What is settled stays settled.",
+        "A settled row stays settled.",
         "TAKE_OVER",
         "status IN ('pending', 'failed')",
         "status <> 'processing'",
@@ -180,7 +177,7 @@ MUTANTS = (
     # -- what is due, and who vanished
     TextMutant(
         "due-before-its-time",
-        "What is not due yet waits.",
+        "An event that is not due yet waits.",
         "DUE",
         "AND due_at <= (SELECT clock_timestamp())",
         "",
@@ -196,15 +193,15 @@ MUTANTS = (
     ),
     TextMutant(
         "newest-first",
-        "What is due the longest comes first.",
+        "The event that has been due for longest is the first.",
         "DUE",
         "ORDER BY due_at",
         "ORDER BY due_at DESC",
         "integration/test_ledger.py::test_due_is_the_oldest_first",
     ),
     TextMutant(
-        "suspects-among-the-others",
-        "Events that were abandoned before are fetched apart.",
+        "previously-abandoned-among-the-others",
+        "Previously abandoned events are fetched separately.",
         "DUE",
         "AND (abandoned > 0) = :abandoned",
         "AND (:abandoned OR true)",
@@ -212,7 +209,7 @@ MUTANTS = (
     ),
     TextMutant(
         "abandoned-within-the-lease",
-        "A holder within its lease is left alone.",
+        "A claim within its lease is not abandoned.",
         "RETURN_ABANDONED",
         "AND due_at <= (SELECT clock_timestamp())",
         "",
@@ -220,7 +217,7 @@ MUTANTS = (
     ),
     TextMutant(
         "abandoned-while-it-runs",
-        "While a handler runs its row lock is the lease, however late it is.",
+        "While a handler runs, its row lock is the lease, however late it is.",
         "RETURN_ABANDONED",
         "FOR UPDATE SKIP LOCKED",
         "",
@@ -228,15 +225,15 @@ MUTANTS = (
     ),
     TextMutant(
         "abandoned-is-not-counted",
-        "`abandoned` counts the attempts whose holder vanished.",
+        "`abandoned` counts the attempts whose process vanished.",
         "RETURN_ABANDONED",
         "SET abandoned = abandoned + 1,",
         "SET abandoned = greatest(abandoned, 1),",
         "integration/test_ledger.py::test_a_poison_event_is_dead_at_the_eighth",
     ),
     Mutant(
-        "abandoned-for-ever",
-        "An event whose holder vanished eight times is dead: it kills its process.",
+        "abandoned-without-limit",
+        "An event that was abandoned eight times is dead: it kills its process.",
         "assemble",
         "settings.abandoned_most",
         "10**6",
@@ -251,8 +248,8 @@ MUTANTS = (
         "integration/test_ledger.py::test_every_abandonment_doubles_the_wait",
     ),
     TextMutant(
-        "as-many-as-the-plan-likes",
-        "As many rows as asked are claimed, under every plan: the ids come from a CTE of their own.",
+        "limit-in-a-subquery",
+        "The limit holds under every query plan: the ids come from a CTE of their own.",
         "RETURN_ABANDONED",
         "FROM due WHERE e.event_id = due.event_id RETURNING e.*",
         (

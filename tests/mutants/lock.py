@@ -5,15 +5,15 @@ from tests.mutants.mutant import Mutant, TextMutant
 MUTANTS = (
     Mutant(
         "lock-overwrites",
-        "The lock is taken by `SET NX`: what is there stays.",
+        "The lock is taken by `SET NX`: an existing value stays.",
         "Lock._set_if_absent",
         'self._call("SET", key, value, "NX", "GET", "PX", self._lock_ttl_ms)',
         'self._call("SET", key, value, "GET", "PX", self._lock_ttl_ms)',
         "integration/test_lock.py::test_a_marker_of_this_epoch_answers",
     ),
     Mutant(
-        "lock-without-a-life",
-        "The lock has a TTL: one of a process that died delays its event by no more.",
+        "lock-without-a-ttl",
+        "The lock has a TTL: the lock of a dead process delays its event by no more.",
         "Lock._set_if_absent",
         'self._call("SET", key, value, "NX", "GET", "PX", self._lock_ttl_ms)',
         'self._call("SET", key, value, "NX", "GET")',
@@ -21,7 +21,7 @@ MUTANTS = (
     ),
     Mutant(
         "one-token-for-all",
-        "The token is fresh for each attempt to lock.",
+        "Each lock attempt has a fresh token.",
         "Lock.new_token",
         "secrets.token_hex(8)",
         '"0" * 16',
@@ -29,7 +29,7 @@ MUTANTS = (
     ),
     Mutant(
         "our-own-token-is-anothers",
-        "Our own token means that we hold the lock.",
+        "A reply with our own token means that we hold the lock.",
         "Lock.acquire",
         "seen is None or seen == ours",
         "seen is None",
@@ -44,16 +44,16 @@ MUTANTS = (
         "integration/test_lock.py::test_anothers_live_lock_is_left_alone",
     ),
     Mutant(
-        "a-lock-for-ever-counts",
-        "A `claimed:` without a TTL is left over: it is taken.",
+        "a-lock-without-a-ttl-counts",
+        "A `claimed:` without a TTL is left over and is taken.",
         "Lock._left_over",
         "remaining == -1 or remaining > self._lock_ttl_ms",
         "remaining > self._lock_ttl_ms",
         "integration/test_lock.py::test_a_lock_that_would_outlive_every_lock_is_taken[None]",
     ),
     Mutant(
-        "a-lock-too-long-counts",
-        "A `claimed:` that would outlive every lock of ours is left over: it is taken.",
+        "a-lock-with-a-long-ttl-counts",
+        "A `claimed:` with a TTL above the lock's is left over and is taken.",
         "Lock._left_over",
         "remaining == -1 or remaining > self._lock_ttl_ms",
         "remaining == -1",
@@ -61,7 +61,7 @@ MUTANTS = (
     ),
     Mutant(
         "any-epochs-marker-counts",
-        "A marker of another epoch is left over: the ledger it spoke of is not this one.",
+        "A marker of another epoch is left over: it was written for another ledger.",
         "Lock.acquire",
         "seen == _RECORDED + epoch.encode()",
         "seen.startswith(_RECORDED)",
@@ -69,7 +69,7 @@ MUTANTS = (
     ),
     Mutant(
         "a-marker-counts-without-an-epoch",
-        "While the epoch is not known, no marker counts.",
+        "While the epoch is unknown, no marker counts.",
         "Lock.acquire",
         "epoch is not None and seen == _RECORDED + epoch.encode() and ...",
         "seen.startswith(_RECORDED + (epoch or '').encode()) and ...",
@@ -77,7 +77,7 @@ MUTANTS = (
     ),
     Mutant(
         "an-old-epoch-is-current",
-        "An epoch that was not confirmed lately is not known: Postgres may be being restored.",
+        "An epoch that was not confirmed recently is unknown: Postgres may be in a restore.",
         "Epoch.current",
         "self._value if time.monotonic() - self._confirmed <= self._fresh_seconds else None",
         "self._value",
@@ -93,7 +93,7 @@ MUTANTS = (
     ),
     TextMutant(
         "swapped-without-comparing",
-        "A lock or a marker is replaced only by whoever knows its exact value.",
+        "A lock or a marker is replaced only by a caller that knows its exact value.",
         "_SWAP",
         "if redis.call('GET', KEYS[1]) == ARGV[1] then",
         "if true then",
@@ -101,7 +101,7 @@ MUTANTS = (
     ),
     Mutant(
         "a-lost-swap-is-held",
-        "Who lost the compare-and-set does not hold the lock.",
+        "A caller that loses the compare-and-set does not hold the lock.",
         "Lock.acquire",
         "LockReply.HELD if swapped else ...",
         "LockReply.HELD if swapped is not None else ...",
@@ -117,15 +117,15 @@ MUTANTS = (
     ),
     TextMutant(
         "deleted-without-comparing",
-        "A lock or a marker is deleted only by whoever knows its exact value.",
+        "A lock or a marker is deleted only by a caller that knows its exact value.",
         "_DROP",
         "if seen == ARGV[1] or seen == ARGV[2] then",
         "if seen then",
         "integration/test_lock.py::test_anothers_value_is_never_released",
     ),
     Mutant(
-        "marker-with-the-locks-life",
-        "The marker outlives Stripe's retries, not just a lock.",
+        "marker-with-the-locks-ttl",
+        "The marker has a TTL of its own, longer than Stripe's retries.",
         "Lock.mark_recorded",
         'self._call("EVAL", _SWAP, 1, key, ours, marker, self._marker_ttl_ms)',
         'self._call("EVAL", _SWAP, 1, key, ours, marker, self._lock_ttl_ms)',
@@ -133,7 +133,7 @@ MUTANTS = (
     ),
     Mutant(
         "wrong-type-is-an-outage",
-        "WRONGTYPE concerns one key: Redis is not away.",
+        "WRONGTYPE concerns one key: Redis is reachable.",
         "Lock._call",
         'str(error).startswith("WRONGTYPE")',
         "False",
@@ -141,15 +141,15 @@ MUTANTS = (
     ),
     Mutant(
         "wrong-type-is-kept",
-        "A key of the wrong type is deleted, or its event would never be locked again.",
+        "A key of the wrong type is deleted, or its event could never be locked again.",
         "Lock._set_if_absent",
         'await self._call("DEL", key)',
         "",
         "integration/test_lock.py::test_a_key_of_the_wrong_type_is_deleted",
     ),
     Mutant(
-        "a-lost-reply-is-asked-for-again",
-        "A lost command is not sent again: our own lock would look like another's.",
+        "a-lost-command-is-sent-again",
+        "A command whose reply was lost is not sent again: our own lock would look like another's.",
         "Lock._send",
         "return [await self._reply() for _ in commands]",
         (
@@ -165,7 +165,7 @@ MUTANTS = (
     ),
     Mutant(
         "a-command-is-cancelled",
-        "An awaited command is never cancelled: its reply would be taken for the next one's.",
+        "An awaited command is never cancelled: the next command would get its reply.",
         "Lock._call",
         "reply = await self._commands.call(hiredis.pack_command(command))",
         "[reply] = await self._send([hiredis.pack_command(command)])",
@@ -173,7 +173,7 @@ MUTANTS = (
     ),
     Mutant(
         "only-a-refusal-is-an-outage",
-        "A lost connection and a timeout are `away`.",
+        "After a lost connection or a timeout Redis counts as unreachable.",
         "_AWAY_ERRORS",
         "(RedisError, OSError, TimeoutError)",
         "(ResponseError,)",
@@ -181,7 +181,7 @@ MUTANTS = (
     ),
     Mutant(
         "a-refusal-is-no-outage",
-        "OOM, READONLY, NOPERM and every other error reply is `away`, not only a lost connection.",
+        "OOM, READONLY, NOPERM and every other error reply count as an outage, like a lost connection.",
         "Lock._call",
         "if ...:\n    raise _WrongTypeError from error\nraise ... from error",
         "if ...:\n    raise _WrongTypeError from error\nraise",
@@ -189,7 +189,7 @@ MUTANTS = (
     ),
     Mutant(
         "redis-without-a-timeout",
-        "A Redis that does not answer is away after its timeout.",
+        "A Redis that does not answer is unreachable after the timeout.",
         "Lock._send",
         "asyncio.timeout(self._timeout_seconds)",
         "asyncio.timeout(None)",
@@ -197,7 +197,7 @@ MUTANTS = (
     ),
     Mutant(
         "connecting-is-one-round-trip",
-        "Each step of connecting may take the timeout, not all of them together.",
+        "The timeout is that of each step of connecting, not of all steps together.",
         "Lock._send",
         "await self._connect()\nasync with asyncio.timeout(self._timeout_seconds):\n    ...",
         "async with asyncio.timeout(self._timeout_seconds):\n    await self._connect()\n    ...",
@@ -205,7 +205,7 @@ MUTANTS = (
     ),
     Mutant(
         "each-batch-waits",
-        "An outage costs those who asked at once one timeout, however many batches they are.",
+        "An outage costs all concurrent callers one timeout together, however many batches they are.",
         "Lock._send",
         "self._commands.refuse_waiting(error)",
         "",
@@ -213,15 +213,15 @@ MUTANTS = (
     ),
     Mutant(
         "a-late-reply-is-taken",
-        "A reply that comes too late is nobody's: its connection is given up.",
+        "After a timeout the connection is closed: a late reply would go to another command.",
         "Lock._send",
         "await self._connection.disconnect(nowait=True)",
         "",
         "integration/test_lock.py::test_a_late_reply_is_nobodys",
     ),
     Mutant(
-        "closed-while-idle-is-away",
-        "A connection that was closed while it was idle is opened again.",
+        "closed-while-idle-is-an-outage",
+        "A connection that was closed while idle is opened again.",
         "Lock._connect",
         "connection.is_connected and await connection.can_read()",
         "False",
@@ -236,8 +236,8 @@ MUTANTS = (
         "integration/test_lock.py::test_an_outage_costs_one_timeout_per_window",
     ),
     Mutant(
-        "all-ask-after-the-window",
-        "When the breaker's window is over, one finds out for all.",
+        "all-probe-after-the-window",
+        "When the breaker's window is over, one call probes Redis for all.",
         "Lock._call",
         "if self._tripped:\n    self._away_until = ...",
         "if False:\n    self._away_until = ...",
@@ -245,7 +245,7 @@ MUTANTS = (
     ),
     Mutant(
         "breaker-stays-open",
-        "One good reply, and everybody asks again.",
+        "One good reply closes the breaker.",
         "Lock._call",
         "self._tripped, self._away_until = False, 0.0",
         "self._tripped = False",

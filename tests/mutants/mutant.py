@@ -1,8 +1,8 @@
 """What a mutant is: one rule of the claim protocol, broken by one small change in one place of the service.
 
-Guarantees: a mutant is found by the name of its function and by its syntax, never by how the text is laid out. Moving
-a function to another file, reformatting, and comments do not concern it. Where it is not found exactly once the error
-says what was looked for, and what is there instead.
+Guarantees: a mutant is found by the name of its function and by its syntax. Moving a function to another file,
+reformatting and comments do not affect it. If it is not found exactly once, the error says what was looked for, and
+what is there instead.
 """
 
 import ast
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 PACKAGE = Path(__file__).parents[2] / "service" / "firstclaim"
+Replacement = Callable[[], None]
 _Node = TypeVar("_Node", bound=ast.AST)
 
 
@@ -26,13 +27,13 @@ class DoesNotFitError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A change of Python code: in `scope`, `old` becomes `new`, and `red` is the test that must fail.
+    """A change of Python code: in `scope`, `old` becomes `new`, and the test `red` must fail.
 
-    `scope` is a function (`Ledger._insert`), a class or a constant of a module (`STATUS`), in whichever file of the
-    package it is. If several have this name it begins with the module's: `web.health.check`.
+    `scope` is a function (`Ledger.claim`), a class, or a constant of a module (`STATUS`), in any file of the package.
+    If several have that name, it begins with the module's: `webhook.answer`.
 
-    `old` and `new` are source code: an expression, or statements. `...` in `old` is any expression, or all statements
-    of a block; in `new` it is the same again. An empty `new` is `pass`.
+    `old` and `new` are source code: an expression, or statements. `...` in `old` stands for any expression, or for all
+    statements of a block; in `new` it stands for the same code again. An empty `new` is `pass`.
     """
 
     name: str
@@ -52,42 +53,43 @@ class Mutant:
 
         Raises DoesNotFitError.
         """
-        path = self._find_file()
+        path = self._file()
         tree = ast.parse((PACKAGE / path).read_text())
-        [scope] = (node for name, node in named(tree, module_of(path)) if is_called(name, self.scope))
-        replacements = list(self._find(scope))
-        if len(replacements) != 1:
-            raise DoesNotFitError(self._explained(path, scope, len(replacements)))
-        replacements[0]()
+        [scope] = (node for name, node in scopes(tree, module_of(path)) if is_called(name, self.scope))
+        places = list(self._places(scope))
+        if len(places) != 1:
+            raise DoesNotFitError(self._explanation(path, scope, len(places)))
+        places[0]()
         return path, ast.unparse(ast.fix_missing_locations(tree))
 
-    def _find_file(self) -> Path:
-        found = [(name, path) for name, path in names() if is_called(name, self.scope)]
+    def _file(self) -> Path:
+        names = names_in(PACKAGE)
+        found = [name for name in names if is_called(name, self.scope)]
         if len(found) == 1:
-            return found[0][1]
+            return names[found[0]]
         if found:
-            reason = f"several have its name: {', '.join(name for name, _ in found)}"
+            reason = f"these have its name: {', '.join(found)}"
         else:
-            parts = self.scope.count(".") + 1
-            ends = {".".join(name.split(".")[-parts:]): name for name, _ in names()}
-            near = [ends[end] for end in difflib.get_close_matches(self.scope, ends, 3, 0)]
-            reason = f"there is none of this name; the nearest are {', '.join(near)}"
-        raise DoesNotFitError(f"{self.name}: the service's {self.scope} is not found: {reason}")
+            dots = self.scope.count(".")
+            ends = {".".join(name.split(".")[-dots - 1 :]): name for name in names}
+            near = difflib.get_close_matches(self.scope, ends, 3, 0)
+            reason = f"the nearest names are {', '.join(ends[end] for end in near)}"
+        raise DoesNotFitError(f"the mutant {self.name} no longer fits: {self.scope} is not found once: {reason}")
 
-    def _explained(self, path: Path, scope: ast.AST, count: int) -> str:
-        reason = f"{self.name}: {self.scope} ({path}) has this {count} times instead of once:\n\n{self.old}\n\n"
-        if not count:
-            near = difflib.get_close_matches(self._normal(self.old), self._candidates(scope), 1, 0)
-            reason += f"What comes nearest is\n\n{near[0] if near else ast.unparse(scope)}\n\n"
-        return f"{reason}Find where the service keeps the rule now, and break it there: {self.rule}"
+    def _explanation(self, path: Path, scope: ast.AST, count: int) -> str:
+        near = difflib.get_close_matches(self._normal(self.old), self._candidates(scope), 1, 0)
+        instead = f"The nearest code that is there is\n\n{near[0]}\n\n" if near and not count else ""
+        return (
+            f"the mutant {self.name} no longer fits: {self.scope} ({path}) has this {count} times instead of once:\n\n"
+            f"{self.old}\n\n{instead}Find where the rule is implemented now, and break it there: {self.rule}"
+        )
 
-    def _find(self, scope: ast.AST) -> Iterator[Callable[[], None]]:
-        """A replacement for each place in `scope` that is `old`."""
-        old, new = ast.parse(self.old).body, ast.parse(self.new or "pass").body
-        match old, new:
-            case [ast.Expr(wanted)], [ast.Expr(value)]:
-                return find_expression(scope, wanted, value)
-            case _:
+    def _places(self, scope: ast.AST) -> Iterator[Replacement]:
+        """A replacement for each place in `scope` that matches `old`."""
+        match ast.parse(self.old).body, ast.parse(self.new or "pass").body:
+            case [ast.Expr(old)], [ast.Expr(new)]:
+                return find_expression(scope, old, new)
+            case old, new:
                 return find_statements(scope, old, new)
 
     def _normal(self, source: str) -> str:
@@ -99,9 +101,9 @@ class Mutant:
 
 @dataclass(frozen=True, slots=True)
 class TextMutant(Mutant):
-    """A change inside of a string of `scope`: of SQL, or of Lua. Only how words are spaced does not count."""
+    """A change inside a string of `scope`, which is SQL or Lua. The white space between words does not matter."""
 
-    def _find(self, scope: ast.AST) -> Iterator[Callable[[], None]]:
+    def _places(self, scope: ast.AST) -> Iterator[Replacement]:
         pattern = r"\s+".join(re.escape(word) for word in self.old.split())
         for node, text in strings(scope):
             for found in re.finditer(pattern, text):
@@ -119,106 +121,64 @@ class TextMutant(Mutant):
 
 
 def module_of(path: Path) -> str:
-    """A file's module, as the service imports it."""
-    return ".".join(("firstclaim", *path.with_suffix("").parts)).removesuffix(".__init__")
+    """The module of a file of the package."""
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
 
 
 def is_called(name: str, scope: str) -> bool:
-    """Whether the full name is that of `scope`, which leaves out any beginning."""
+    """Whether the full name ends with `scope`."""
     return f".{name}".endswith(f".{scope}")
 
 
 @functools.cache
-def names() -> tuple[tuple[str, Path], ...]:
-    """The full names of everything in the package that a mutant may have as its scope, each with its file."""
-    paths = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py"))]
-    return tuple(
-        (name, path) for path in paths for name, _ in named(ast.parse((PACKAGE / path).read_text()), module_of(path))
-    )
+def names_in(package: Path) -> dict[str, Path]:
+    """The full name of everything in the package that can be a scope, with its file."""
+    paths = [path.relative_to(package) for path in sorted(package.rglob("*.py"))]
+    trees = ((path, ast.parse((package / path).read_text())) for path in paths)
+    return {name: path for path, tree in trees for name, _ in scopes(tree, module_of(path))}
 
 
-def named(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AST]]:
-    """The functions and classes below `node`, however deep, and the constants of a module or class."""
+def scopes(node: ast.AST, prefix: str) -> Iterator[tuple[str, ast.AST]]:
+    """All functions and classes below `node`, and the constants of modules and classes, with their full names."""
     for child in ast.iter_child_nodes(node):
         match child:
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 yield f"{prefix}.{name}", child
-                yield from named(child, f"{prefix}.{name}")
+                yield from scopes(child, f"{prefix}.{name}")
             case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
                 if isinstance(node, ast.Module | ast.ClassDef):
                     yield f"{prefix}.{name}", child
             case _:
-                yield from named(child, prefix)
+                yield from scopes(child, prefix)
 
 
 # -- places ---------------------------------------------------------------------------------------------
 
 
-def find_expression(scope: ast.AST, wanted: ast.expr, new: ast.expr) -> Iterator[Callable[[], None]]:
-    """A replacement for each expression in `scope` that is as wanted."""
+def find_expression(scope: ast.AST, old: ast.expr, new: ast.expr) -> Iterator[Replacement]:
+    """A replacement for each expression in `scope` that matches `old`."""
     for node, field, value in fields(scope):
-        if isinstance(value, ast.expr) and (left := matched(wanted, value)) is not None:
-            yield functools.partial(setattr, node, field, filled(new, left))
+        if isinstance(value, ast.expr) and (kept := match_code(old, value)) is not None:
+            yield functools.partial(setattr, node, field, fill(new, kept))
         for number, each in enumerate(value if isinstance(value, list) else ()):
-            if isinstance(each, ast.expr) and (left := matched(wanted, each)) is not None:
-                yield functools.partial(value.__setitem__, number, filled(new, left))
+            if isinstance(each, ast.expr) and (kept := match_code(old, each)) is not None:
+                yield functools.partial(value.__setitem__, number, fill(new, kept))
 
 
-def find_statements(scope: ast.AST, wanted: list[ast.stmt], new: list[ast.stmt]) -> Iterator[Callable[[], None]]:
-    """A replacement for each run of statements in `scope` that is as wanted."""
+def find_statements(scope: ast.AST, old: list[ast.stmt], new: list[ast.stmt]) -> Iterator[Replacement]:
+    """A replacement for each sequence of statements in `scope` that matches `old`."""
     for _, _, value in fields(scope):
         if not isinstance(value, list) or not value or not isinstance(value[0], ast.stmt):
             continue
-        for number in range(len(value) - len(wanted) + 1):
-            run = slice(number, number + len(wanted))
-            if (left := matched(wanted, value[run])) is not None:
-                statements = filled(ast.Module(new, []), left).body
-                yield functools.partial(value.__setitem__, run, statements)
+        for number in range(len(value) - len(old) + 1):
+            part = slice(number, number + len(old))
+            if (kept := match_code(old, value[part])) is not None:
+                yield functools.partial(value.__setitem__, part, fill(ast.Module(new, []), kept).body)
 
 
 def fields(scope: ast.AST) -> Iterator[tuple[ast.AST, str, Any]]:
-    """Each field of each node below `scope`, and of `scope` itself."""
+    """Each field of `scope` and of each node below it."""
     return ((node, field, value) for node in ast.walk(scope) for field, value in ast.iter_fields(node))
-
-
-def matched(wanted: object, found: object) -> list[object] | None:
-    """What stands where `wanted` has `...`, in that order; None: `found` is something else."""
-    match wanted:
-        case ast.Constant(value=builtins.Ellipsis) if isinstance(found, ast.expr):
-            return [found]
-        case [ast.Expr(ast.Constant(value=builtins.Ellipsis))] if isinstance(found, list):
-            return [found]
-        case ast.AST():
-            if type(wanted) is not type(found):
-                return None
-            pairs = [(value, getattr(found, field, None)) for field, value in ast.iter_fields(wanted)]
-        case list():
-            if not isinstance(found, list) or len(found) != len(wanted):
-                return None
-            pairs = list(zip(wanted, found, strict=True))
-        case _:
-            return [] if wanted == found else None
-    lists = [matched(*pair) for pair in pairs]
-    return None if None in lists else [each for some in lists for each in some or ()]
-
-
-class _Filling(ast.NodeTransformer):
-    """Puts back, in their order, what stood where the pattern has `...`."""
-
-    def __init__(self, left: list[object]) -> None:
-        self._left = left
-
-    def visit_Constant(self, node: ast.Constant) -> Any:
-        return self._left.pop(0) if node.value is ... else node
-
-    def visit_Expr(self, node: ast.Expr) -> Any:
-        new = self.visit(node.value)
-        return new if isinstance(new, list) else ast.Expr(new)
-
-
-def filled(new: _Node, left: list[object]) -> _Node:
-    """`new`, with what is left put where it has `...`."""
-    return cast(_Node, _Filling(left[:]).visit(copy.deepcopy(new)))
 
 
 def strings(scope: ast.AST) -> Iterator[tuple[ast.Constant, str]]:
@@ -226,3 +186,41 @@ def strings(scope: ast.AST) -> Iterator[tuple[ast.Constant, str]]:
     for node in ast.walk(scope):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield node, node.value
+
+
+def match_code(pattern: object, found: object) -> list[object] | None:
+    """The code that each `...` of the pattern stands for, in order; None if `found` does not match."""
+    match pattern:
+        case ast.Constant(value=builtins.Ellipsis) if isinstance(found, ast.expr):
+            return [found]
+        case [ast.Expr(ast.Constant(value=builtins.Ellipsis))] if isinstance(found, list):
+            return [found]
+        case ast.AST() if type(pattern) is type(found):
+            pairs = [(value, getattr(found, field)) for field, value in ast.iter_fields(pattern)]
+        case list() if isinstance(found, list) and len(found) == len(pattern):
+            pairs = list(zip(pattern, found, strict=True))
+        case _:
+            return [] if pattern == found else None
+    kept: list[object] = []
+    for pair in pairs:
+        if (more := match_code(*pair)) is None:
+            return None
+        kept += more
+    return kept
+
+
+def fill(code: _Node, kept: list[object]) -> _Node:
+    """A copy of `code` with the kept code in place of each `...`, in order."""
+    return cast(_Node, _Filling(kept[:]).visit(copy.deepcopy(code)))
+
+
+class _Filling(ast.NodeTransformer):
+    def __init__(self, kept: list[object]) -> None:
+        self._kept = kept
+
+    def visit_Constant(self, node: ast.Constant) -> Any:
+        return self._kept.pop(0) if node.value is ... else node
+
+    def visit_Expr(self, node: ast.Expr) -> Any:
+        new = self.visit(node.value)
+        return new if isinstance(new, list) else ast.Expr(new)

@@ -1,6 +1,15 @@
-"""All mutants, in the order of README.md."""
+"""All mutants, by the headings of README.md and in its order."""
 
-from tests.mutants import dispatch, guards, ledger, lock, pipeline, protocol, recovery, stores
+from tests.mutants import dispatch, guards, ledger, lock, pipeline, postgres, recovery, web
 
-PARTS = (pipeline, lock, ledger, guards, dispatch, recovery, stores, protocol)
-MUTANTS = tuple(mutant for part in PARTS for mutant in part.MUTANTS)
+SECTIONS = {
+    "Both claims, and the answer": pipeline.MUTANTS,
+    "The lock": lock.MUTANTS,
+    "The ledger: claim, record, take over": ledger.MUTANTS,
+    "The ledger: changes of state": guards.MUTANTS,
+    "Dispatch": dispatch.MUTANTS,
+    "Recovery and shutdown": recovery.MUTANTS,
+    "Postgres": postgres.MUTANTS,
+    "Requests and responses": web.MUTANTS,
+}
+MUTANTS = tuple(mutant for section in SECTIONS.values() for mutant in section)

@@ -5,16 +5,16 @@ from tests.mutants.mutant import Mutant
 MUTANTS = (
     # -- nothing is promised that is not so
     Mutant(
-        "promised-before-the-commit",
-        "Past its budget an answer is 202 only if the row's COMMIT is known.",
+        "accepted-before-the-commit",
+        "After its budget, a delivery is answered 202 only if the row's COMMIT is known.",
         "Pipeline.deliver",
         "if progress.recorded:\n    ...",
         "if not done:\n    ...",
         "integration/test_pipeline.py::test_past_its_budget_nothing_unrecorded_is_promised",
     ),
     Mutant(
-        "promised-without-a-ledger",
-        "What Postgres cannot record is not promised.",
+        "accepted-without-a-ledger",
+        "An event that Postgres cannot record is not answered with a 2xx.",
         "Pipeline._process",
         'outcome.unavailable("The ledger cannot be reached")',
         'outcome.deferred("")',
@@ -22,7 +22,7 @@ MUTANTS = (
     ),
     Mutant(
         "busy-is-answered-unrecorded",
-        "Another's `claimed:` is no promise: record, then answer.",
+        "Another delivery's `claimed:` promises nothing: the event is recorded before the answer.",
         "Claims._win",
         "if reply is LockReply.BUSY:\n    ...",
         "if reply is LockReply.BUSY:\n    return outcome.duplicate(event_id)",
@@ -37,8 +37,8 @@ MUTANTS = (
         "integration/test_pipeline.py::test_a_type_without_a_handler_is_ignored",
     ),
     Mutant(
-        "a-fault-of-ours-is-a-2xx",
-        "Whatever breaks on the way, nothing is promised.",
+        "an-internal-error-is-a-2xx",
+        "An internal error is not answered with a 2xx.",
         "Pipeline._process",
         'outcome.unavailable("Internal error")',
         'outcome.deferred("Internal error")',
@@ -47,15 +47,15 @@ MUTANTS = (
     # -- both claims, in this order
     Mutant(
         "busy-dispatches",
-        "Who did not get the lock records, and dispatches nothing.",
+        "A delivery that did not get the lock records the event and does not dispatch it.",
         "Claims._win",
         "reply is LockReply.BUSY",
         "False",
         "integration/test_pipeline.py::test_while_another_is_at_it_the_event_is_recorded",
     ),
     Mutant(
-        "away-dispatches",
-        "While Redis is away a delivery records, and dispatches nothing.",
+        "dispatched-without-redis",
+        "While Redis is unreachable a delivery records the event and does not dispatch it.",
         "Claims._win",
         "reply is LockReply.AWAY",
         "False",
@@ -63,15 +63,15 @@ MUTANTS = (
     ),
     Mutant(
         "due-before-the-lock-has-run-out",
-        "What was recorded beside another's lock is due when that has run out: its holder takes it over.",
+        "An event recorded beside another's lock is due when that lock expires: its holder takes it over.",
         "Claims._win",
         "self._record(delivery, due_in_seconds=self.lock_ttl_seconds, otherwise=...)",
         "self._record(delivery, due_in_seconds=0, otherwise=...)",
         "integration/test_pipeline.py::test_while_another_is_at_it_the_event_is_recorded",
     ),
     Mutant(
-        "due-later-though-redis-is-away",
-        "What was recorded while Redis was away is due now.",
+        "due-later-without-redis",
+        "An event recorded while Redis is unreachable is due now.",
         "Claims._win",
         "self._record(delivery, due_in_seconds=0, otherwise=...)",
         "self._record(delivery, due_in_seconds=self.lock_ttl_seconds, otherwise=...)",
@@ -79,7 +79,7 @@ MUTANTS = (
     ),
     Mutant(
         "a-settled-row-is-deferred",
-        "A recorder that finds a row answers by it: settled, dead or owned is a 200.",
+        "A recorder that finds a row answers by its status: settled, dead or owned is a 200.",
         "Claims._record",
         "found is None or found.status in TAKEABLE",
         "True",
@@ -87,7 +87,7 @@ MUTANTS = (
     ),
     Mutant(
         "waiting-is-not-taken-over",
-        "The lock holder takes over a row that waits.",
+        "The lock holder takes over a row that is `pending` or `failed`.",
         "Claims._claim",
         "isinstance(won, ExistingRow) and won.status in TAKEABLE",
         "False",
@@ -104,7 +104,7 @@ MUTANTS = (
     ),
     Mutant(
         "marker-over-a-lost-commit",
-        "When the row's COMMIT is not known there is no marker.",
+        "While the row's COMMIT is unknown, no marker is written.",
         "Claims._win",
         "self.lock.forget(event_id, token, None)",
         "self.lock.mark_recorded(event_id, token, self.epoch.latest)",
@@ -112,7 +112,7 @@ MUTANTS = (
     ),
     Mutant(
         "lock-kept-over-a-lost-commit",
-        "When we cannot go on our lock is deleted: the next delivery reaches the ledger.",
+        "A delivery that cannot continue deletes its lock, so that the next one reaches the ledger.",
         "Claims._win",
         "await self.lock.forget(event_id, token, None)",
         "",
@@ -120,7 +120,7 @@ MUTANTS = (
     ),
     Mutant(
         "no-marker",
-        "A duplicate after completion costs one command of Redis and no statement of Postgres.",
+        "A duplicate after completion costs one Redis command and no Postgres statement.",
         "Claims._claim",
         "await self.lock.mark_recorded(event_id, token, won.epoch)",
         "",
@@ -145,7 +145,7 @@ MUTANTS = (
     # -- the answer's time
     Mutant(
         "budget-ignored",
-        "The answer comes within its budget.",
+        "The answer is sent within its budget.",
         "Pipeline.deliver",
         "asyncio.wait({task}, timeout=self._budget_seconds)",
         "asyncio.wait({task}, timeout=None)",
@@ -153,7 +153,7 @@ MUTANTS = (
     ),
     Mutant(
         "budget-ends-the-work",
-        "Past the budget the work goes on.",
+        "After the budget the work continues.",
         "Pipeline.deliver",
         "if progress.recorded:\n    ...",
         "task.cancel()\nif progress.recorded:\n    ...",
@@ -161,7 +161,7 @@ MUTANTS = (
     ),
     Mutant(
         "work-in-the-requests-task",
-        "The work is not the request's: a client that hangs up cancels nothing.",
+        "The work runs in a task of its own: a client that disconnects cancels nothing.",
         "Pipeline.deliver",
         "done, _ = await asyncio.wait({task}, timeout=self._budget_seconds)",
         "done = {task} if await task else set()",
@@ -170,7 +170,7 @@ MUTANTS = (
     # -- copies in one process
     Mutant(
         "a-copy-is-answered-early",
-        "A copy of what is being recorded is promised nothing before that is.",
+        "A copy of an event that is being recorded gets no 2xx before the event is recorded.",
         "Pipeline._share",
         'outcome.unavailable("Not recorded in time")',
         "outcome.duplicate(event_id)",
@@ -178,7 +178,7 @@ MUTANTS = (
     ),
     Mutant(
         "a-copy-of-a-lost-record-is-a-2xx",
-        "A copy of what could not be recorded is a 503 as well.",
+        "A copy of an event that could not be recorded is a 503 as well.",
         "Pipeline._share",
         'outcome.unavailable("The ledger cannot be reached")',
         'outcome.deferred("The ledger cannot be reached")',

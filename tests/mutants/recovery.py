@@ -13,8 +13,8 @@ MUTANTS = (
         "integration/test_pipeline.py::test_recovery_leaves_anothers_live_lock_alone",
     ),
     Mutant(
-        "recovery-while-redis-is-away",
-        "While Redis is away dispatch waits: recovery claims nothing.",
+        "recovery-without-redis",
+        "While Redis is unreachable recovery claims nothing.",
         "Claims.recover",
         "reply is LockReply.HELD",
         "reply in (LockReply.HELD, LockReply.AWAY)",
@@ -30,7 +30,7 @@ MUTANTS = (
     ),
     Mutant(
         "recovery-keeps-its-lock",
-        "What recovery locked and did not get in the ledger it unlocks again.",
+        "Recovery deletes its lock on an event that it did not get in the ledger.",
         "Claims.recover",
         "self.lock.forget(event_id, token, None)",
         "asyncio.sleep(0)",
@@ -38,7 +38,7 @@ MUTANTS = (
     ),
     Mutant(
         "recovery-takes-more-than-it-can-run",
-        "Recovery never fetches more than there are free handler slots.",
+        "Recovery never fetches more events than there are free handler slots.",
         "Pipeline.recover",
         "ledger.due(slots, abandoned=False)",
         "ledger.due(100, abandoned=False)",
@@ -46,7 +46,7 @@ MUTANTS = (
     ),
     Mutant(
         "abandoned-waits-for-the-backlog",
-        "An abandoned event is looked for also while a backlog fills every slot.",
+        "Recovery looks for a previously abandoned event even while a backlog fills every slot.",
         "Pipeline.recover",
         "thorough and self._dispatcher.previously_abandoned_slot_free",
         "thorough and not full and self._dispatcher.previously_abandoned_slot_free",
@@ -54,7 +54,7 @@ MUTANTS = (
     ),
     Mutant(
         "stopped-while-it-claims",
-        "A stop while recovery claims leaves nothing claimed.",
+        "A shutdown while recovery claims leaves nothing claimed.",
         "Pipeline.recover",
         "asyncio.shield(self._spawn(self._take_up(due)))",
         "self._take_up(due)",
@@ -62,15 +62,15 @@ MUTANTS = (
     ),
     Mutant(
         "recovery-pauses-though-it-was-full",
-        "After a full round the next follows at once.",
+        "After a full round the next one follows at once.",
         "Pipeline.recover",
         "full and claimed > 0",
         "False",
         "integration/test_pipeline.py::test_recovery_fetches_no_more_than_it_has_slots",
     ),
     Mutant(
-        "abandoned-is-never-looked-for",
-        "Each round looks for holders that vanished.",
+        "abandoned-is-never-returned",
+        "Each round returns the claims of processes that vanished.",
         "Recovery._round",
         "await self._pipeline.return_abandoned(self._batch)",
         "",
@@ -78,7 +78,7 @@ MUTANTS = (
     ),
     Mutant(
         "epoch-not-read-by-recovery",
-        "The epoch is read in every round of recovery.",
+        "Each round of recovery reads the epoch.",
         "Recovery._round",
         "self._epoch.confirm(await self._ledger.read_epoch())",
         "",
@@ -86,7 +86,7 @@ MUTANTS = (
     ),
     Mutant(
         "a-bad-round-ends-recovery",
-        "The loop is supervised: a bug on its way does not end it.",
+        "An unexpected error in a round does not end recovery.",
         "Recovery._round",
         "Exception",
         "ZeroDivisionError",
@@ -94,7 +94,7 @@ MUTANTS = (
     ),
     Mutant(
         "an-outage-ends-recovery",
-        "Nor does a restarted server.",
+        "Nor does a restart of Postgres.",
         "Recovery._round",
         "self._note_failure(str(error))\nreturn False",
         "raise",
@@ -102,7 +102,7 @@ MUTANTS = (
     ),
     Mutant(
         "expired-payload-is-skipped",
-        "What cannot be dispatched any more is dead, and holds up nobody.",
+        "An event that can no longer be dispatched is dead and does not block others.",
         "Pipeline._dispatch_recovered",
         "if claim.body is None:\n    ...",
         "if claim.body is None:\n    return outcome.dead(claim.event_id, claim.attempt)",
@@ -110,8 +110,8 @@ MUTANTS = (
     ),
     # -- the graceful stop
     Mutant(
-        "draining-takes-more",
-        "While it drains, a delivery is answered 503.",
+        "draining-accepts-deliveries",
+        "While a process drains, it answers deliveries with 503.",
         "Pipeline.deliver",
         "if self._stopping:\n    return ...",
         "if False:\n    return ...",
@@ -119,15 +119,15 @@ MUTANTS = (
     ),
     Mutant(
         "draining-recovers-more",
-        "While it drains, recovery claims nothing.",
+        "While a process drains, its recovery claims nothing.",
         "Pipeline.recover",
         "self._claims.lock.away or self._stopping",
         "self._claims.lock.away",
         "integration/test_pipeline.py::test_draining_waits_for_what_runs",
     ),
     Mutant(
-        "draining-waits-for-nobody",
-        "Work in flight has its time to end.",
+        "draining-does-not-wait",
+        "A drain waits for the work in flight.",
         "Pipeline.drain",
         "time.monotonic() + seconds",
         "time.monotonic()",
@@ -143,7 +143,7 @@ MUTANTS = (
     ),
     Mutant(
         "ready-while-it-drains",
-        "While it drains, `/readyz` says 503.",
+        "While a process drains, `/readyz` returns 503.",
         "readiness_checks",
         'Finding(Health.DOWN, "draining") if shutdown.requested else Finding(Health.OK)',
         "Finding(Health.OK)",

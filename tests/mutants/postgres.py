@@ -4,7 +4,7 @@ from tests.mutants.mutant import Mutant, TextMutant
 
 MUTANTS = (
     TextMutant(
-        "synchronous-commit-as-it-comes",
+        "synchronous-commit-not-pinned",
         "`synchronous_commit` is pinned on every connection.",
         "_PIN",
         "set_config('synchronous_commit', 'on', false) AS",
@@ -12,7 +12,7 @@ MUTANTS = (
         "integration/test_postgres.py::test_synchronous_commit_is_pinned",
     ),
     TextMutant(
-        "isolation-as-it-comes",
+        "isolation-not-pinned",
         "READ COMMITTED is pinned on every connection.",
         "_PIN",
         "set_config('default_transaction_isolation', 'read committed', false) AS",
@@ -21,7 +21,7 @@ MUTANTS = (
     ),
     Mutant(
         "pins-not-checked",
-        "A connection on which the pins do not hold is not worked on.",
+        "A connection on which a pinned setting does not hold is refused.",
         "open_connection",
         '(pinned["synchronous_commit"], pinned["isolation"]) != ("on", "read committed")',
         '(pinned["synchronous_commit"], pinned["isolation"]) == ("", "")',
@@ -29,15 +29,15 @@ MUTANTS = (
     ),
     Mutant(
         "read-only-accepted",
-        "A read-only server is refused: a standby, or the losing side of a failover.",
+        "A read-only server is refused: it is a standby, or the losing side of a failover.",
         "open_connection",
         'pinned is None or pinned["read_only"]',
         "pinned is None",
         "integration/test_postgres.py::test_a_read_only_server_is_refused",
     ),
     Mutant(
-        "fsync-off-goes-unnamed",
-        "`fsync = off` is named.",
+        "fsync-off-is-not-reported",
+        "`fsync = off` is reported at the start.",
         "_ask_postgres",
         'await _setting(connection, name) == "off"',
         'await _setting(connection, name) == "never"',
@@ -45,31 +45,31 @@ MUTANTS = (
     ),
     Mutant(
         "frozen-connection-goes-back",
-        "A connection that timed out is terminated before it goes back to its pool.",
+        "A connection that timed out is terminated before it returns to its pool.",
         "Pool.borrow",
         "connection.terminate()",
         "",
         "integration/test_postgres.py::test_a_connection_that_timed_out_does_not_go_back",
     ),
     Mutant(
-        "goodbye-to-a-frozen-server",
-        "A connection to a frozen server is given up: nobody waits for its goodbye.",
+        "closing-waits-for-a-frozen-server",
+        "Closing a connection to a frozen server does not wait for the server.",
         "PinnedConnection.close",
         "min(timeout or _GOODBYE_SECONDS, _GOODBYE_SECONDS)",
         "timeout",
         "integration/test_postgres.py::test_closing_does_not_wait_for_a_frozen_server",
     ),
     Mutant(
-        "transaction-goes-back",
-        "A connection goes back to its pool without a transaction.",
+        "handler-connection-keeps-a-transaction",
+        "A handler's connection returns to its pool without a transaction.",
         "_end_transaction",
         "connection.handling is not None",
         "False",
         "integration/test_handler_connections.py::test_what_a_handler_gives_back_by_itself_is_not_kept",
     ),
     Mutant(
-        "transaction-is-lent",
-        "Nor does one of the ledger's own.",
+        "pool-keeps-a-transaction",
+        "So does a connection of the ledger.",
         "Pool._give_back",
         "self._closed or connection.is_in_transaction()",
         "self._closed",
@@ -93,7 +93,7 @@ MUTANTS = (
     ),
     Mutant(
         "connections-keep-an-old-epoch",
-        "After a rotation nothing is marked with the old epoch: connections that read it are renewed.",
+        "After a rotation no marker carries the old epoch: connections that have read it are replaced.",
         "connection.is_current",
         "not connection.is_closed() and connection.epoch == epoch.latest",
         "not connection.is_closed()",
@@ -101,7 +101,7 @@ MUTANTS = (
     ),
     Mutant(
         "a-lost-connection-is-no-doubt",
-        "The epoch is in doubt as soon as a connection is lost.",
+        "A lost connection puts the epoch in doubt at once.",
         "open_connection",
         "connection.add_termination_listener(epoch.doubt)",
         "",

@@ -5,7 +5,7 @@ from tests.mutants.mutant import Mutant
 MUTANTS = (
     Mutant(
         "signature-mismatch-passes",
-        "An event that none of our secrets signed is refused.",
+        "An event that none of the secrets signed is refused.",
         "verify",
         'raise _rejected("signature_mismatch")',
         "return",
@@ -13,7 +13,7 @@ MUTANTS = (
     ),
     Mutant(
         "future-signature-passes",
-        "A timestamp of the future is refused like a stale one.",
+        "A timestamp in the future is refused like a stale one.",
         "verify",
         "abs(now - _timestamp(header))",
         "now - _timestamp(header)",
@@ -21,7 +21,7 @@ MUTANTS = (
     ),
     Mutant(
         "stale-signature-passes",
-        "A signature is good for its tolerance and no longer.",
+        "A signature is valid within its tolerance only.",
         "verify",
         "abs(now - _timestamp(header))",
         "_timestamp(header) - now",
@@ -29,7 +29,7 @@ MUTANTS = (
     ),
     Mutant(
         "first-of-two-headers-counts",
-        "Exactly one signature header is allowed.",
+        "A request with two signature headers is refused.",
         "verify",
         "len(headers) != 1",
         "not headers",
@@ -37,7 +37,7 @@ MUTANTS = (
     ),
     Mutant(
         "only-the-first-secret",
-        "While a secret is rolled, either of the two may have signed.",
+        "During a secret's rotation either secret may have signed.",
         "verify",
         "(_signed_by(secret, text, header) for secret in secrets)",
         "(_signed_by(secret, text, header) for secret in secrets[:1])",
@@ -53,7 +53,7 @@ MUTANTS = (
     ),
     Mutant(
         "parsed-before-it-is-verified",
-        "Nothing is parsed of a body that does not verify.",
+        "A body that does not verify is not parsed.",
         "Webhook._receive",
         "body = await self._read(headers, receive)",
         "body = await self._read(headers, receive)\nparse_event(body)",
@@ -61,7 +61,7 @@ MUTANTS = (
     ),
     Mutant(
         "delivered-before-it-is-verified",
-        "An invalid signature costs no command of Redis and none of Postgres.",
+        "An invalid signature costs no Redis and no Postgres command.",
         "Webhook._receive",
         "body = await self._read(headers, receive)",
         "body = await self._read(headers, receive)\nawait self._deliver(Delivery(parse_event(body), body))",
@@ -69,7 +69,7 @@ MUTANTS = (
     ),
     Mutant(
         "body-kept-as-parsed",
-        "What is handed on, and stored, is the very bytes that were signed.",
+        "The bytes that are delivered and stored are the bytes that were signed.",
         "Webhook._receive",
         "Delivery(event, body)",
         "Delivery(event, orjson.dumps(event.payload))",
@@ -77,7 +77,7 @@ MUTANTS = (
     ),
     Mutant(
         "body-without-a-cap",
-        "A body over the cap is refused.",
+        "A body over the maximum size is refused.",
         "Webhook._read",
         "len(body) > self.max_body_bytes",
         "False",
@@ -85,15 +85,15 @@ MUTANTS = (
     ),
     Mutant(
         "body-without-a-deadline",
-        "A body that arrives too slowly is given up.",
+        "A body that arrives too slowly is refused.",
         "HttpProtocol._check_progress",
         "self._set_timer(self._body_seconds, self._body_timed_out)",
         "",
         "integration/test_protocol.py::test_a_slow_body_is_refused",
     ),
     Mutant(
-        "closed-over-a-body",
-        "Who still sends a body gets to read the answer.",
+        "closed-during-a-body",
+        "A client that is still sending its body can read the answer.",
         "HttpProtocol.close_after_answer",
         "self._linger()",
         "self.transport.close()",
@@ -101,7 +101,7 @@ MUTANTS = (
     ),
     Mutant(
         "failure-is-a-2xx",
-        "A handler that failed is a 500: Stripe's clock runs beside ours.",
+        "A failed handler is a 500, so that Stripe retries too.",
         "webhook.answer",
         "STATUS[...]",
         "{**STATUS, Kind.FAILED: (200, False)}[...]",
@@ -109,7 +109,7 @@ MUTANTS = (
     ),
     Mutant(
         "permanent-is-a-5xx",
-        "An event that no retry will help is a 200: a poison event does not get the endpoint disabled.",
+        "A dead event is a 200: no retry helps, and failures would get the endpoint disabled.",
         "webhook.answer",
         "STATUS[...]",
         "{**STATUS, Kind.DEAD: (500, False)}[...]",
@@ -117,7 +117,7 @@ MUTANTS = (
     ),
     Mutant(
         "unavailable-is-a-2xx",
-        "What Postgres cannot record is a 503.",
+        "An event that Postgres cannot record is a 503.",
         "webhook.answer",
         "STATUS[...]",
         "{**STATUS, Kind.UNAVAILABLE: (202, False)}[...]",
@@ -125,7 +125,7 @@ MUTANTS = (
     ),
     Mutant(
         "unavailable-without-retry-after",
-        "A 503 says when to come again.",
+        "A 503 has a `Retry-After` header.",
         "webhook.answer",
         "status == 503",
         "status == 429",
@@ -133,7 +133,7 @@ MUTANTS = (
     ),
     Mutant(
         "duplicate-is-processed",
-        "Only the delivery whose handler committed says `processed`.",
+        "Only the delivery whose handler committed is answered with `processed: true`.",
         "webhook.answer",
         "STATUS[...]",
         "{**STATUS, Kind.DUPLICATE: (200, True)}[...]",
@@ -141,7 +141,7 @@ MUTANTS = (
     ),
     Mutant(
         "error-names-the-event",
-        "An error's answer names no event.",
+        "The answer to an error names no event.",
         "webhook.answer",
         "event_id if status < 400 else None",
         "event_id",
@@ -149,7 +149,7 @@ MUTANTS = (
     ),
     Mutant(
         "lease-over-the-deadline",
-        "Lease < handler deadline < idle-in-transaction timeout, or it does not start.",
+        "The service starts only if lease < handler deadline < idle-in-transaction timeout.",
         "Settings._numbers_agree",
         "not self.lease_seconds < self.handler_deadline_seconds < self.idle_in_transaction_seconds",
         "self.lease_seconds > self.idle_in_transaction_seconds",
