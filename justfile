@@ -19,11 +19,15 @@ format:
     {{bin}}/ruff format service tests
 
 # The long run: the rest of the acceptance suite, the fault matrix, the browser, the model, the mutants
-long: acceptance mutants
+long: acceptance alone mutants
 
-# Real processes, real servers broken on purpose, the model and the browser
+# Real processes, real servers broken on purpose, the model and the browser, in two lanes
 acceptance *arguments:
-    {{bin}}/python -m pytest -m 'acceptance or chaos or model or browser' {{arguments}}
+    {{bin}}/python -m pytest -n 2 --dist worksteal -m '(acceptance or chaos or model or browser) and not alone' {{arguments}}
+
+# Those of them that measure time, one after the other
+alone *arguments:
+    {{bin}}/python -m pytest -m alone {{arguments}}
 
 # Every rule of the protocol broken in a copy of the code, and the test that must fail (two at once by itself)
 mutants *arguments:

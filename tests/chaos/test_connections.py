@@ -94,6 +94,7 @@ class SlowConnections:
 ROUNDS = 3
 
 
+@pytest.mark.alone
 async def test_row_31_slow_sockets_do_not_move_the_p99(history: History) -> None:
     """Deliveries with and without 500 slow sockets, in turn: the p99 is alike, and each delivery is answered."""
     service = await history.service().start()

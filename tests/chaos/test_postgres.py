@@ -33,6 +33,7 @@ DEADLINES: Overrides = {"postgres_timeout_seconds": 1.5, "answer_budget_seconds"
 DEADLINE_SECONDS = 5 + 1.5  # the answer's budget, and what a busy machine adds
 
 
+@pytest.mark.alone
 async def test_row_19_postgres_down(own: Own) -> None:
     """503 with Retry-After within 2 s, and no row; once Postgres is back, the retry is processed on attempt 1."""
     history = own.history
@@ -116,6 +117,7 @@ async def test_row_20_ids_given_out_again(how: str, own: Own, tmp_path: Path) ->
     await verdict(history)
 
 
+@pytest.mark.alone
 async def test_row_21_frozen_backends(own: Own) -> None:
     """All pooled connections are frozen: 503 by the deadline; meanwhile new connections serve."""
     history = own.history
@@ -138,6 +140,7 @@ async def test_row_21_frozen_backends(own: Own) -> None:
     await verdict(history)
 
 
+@pytest.mark.alone
 async def test_row_21_a_frozen_backend_under_a_handler(own: Own, tmp_path: Path) -> None:
     """Frozen in a handler's transaction: 503 by the deadline, other events are served; thawed, it commits nothing."""
     history = own.history
@@ -161,6 +164,7 @@ async def test_row_21_a_frozen_backend_under_a_handler(own: Own, tmp_path: Path)
     await verdict(history)
 
 
+@pytest.mark.alone
 async def test_row_21_a_frozen_server(own: Own) -> None:
     """All of Postgres is frozen: 503 by the deadline every time; thawed, a retry is answered and all events settle."""
     history = own.history

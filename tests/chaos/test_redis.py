@@ -60,6 +60,7 @@ async def pass_packets(_: RedisServer, proxy: Proxy) -> None:
 Act = Callable[[RedisServer, Proxy], Awaitable[None]]
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("break_it", "mend_it"),
     [(stop, start), (freeze, thaw), (lose_packets, pass_packets)],
@@ -93,6 +94,7 @@ async def test_row_12_redis_away(break_it: Act, mend_it: Act, servers: Servers, 
         assert (await answered(history, service, sample())).said == PROCESSED
 
 
+@pytest.mark.alone
 async def test_row_12_one_timeout_per_breaker_window(servers: Servers, history: History) -> None:
     """A frozen Redis gets one command per breaker window, after the commands that were in flight together."""
     server = await servers.redis()

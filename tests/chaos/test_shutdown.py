@@ -23,6 +23,7 @@ SHUTDOWN_SECONDS = 4
 HASTY: Overrides = {"answer_budget_seconds": 1.5, "shutdown_seconds": SHUTDOWN_SECONDS, "lock_ttl_seconds": 1}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("workers", [1, 2])
 async def test_row_28_sigterm_with_work_in_flight(workers: int, history: History, tmp_path: Path) -> None:
     """Work that can end does, other work is released uncharged, new work is refused; exit 0 in the grace period."""

@@ -43,6 +43,7 @@ async def quiet(stores: Stores, tmp_path: Path) -> AsyncIterator[Service]:
         await sandbox.leave()
 
 
+@pytest.mark.alone
 async def test_row_24_slow_handlers(history: History, quiet: Service, tmp_path: Path) -> None:
     """50 slow handlers for 5 slots: all are accepted; the p99 of accepting stays under twice an idle service's."""
     service = await history.service(HOUSE | {"answer_budget_seconds": 1}).start()
