@@ -29,7 +29,7 @@ def answer(
     given = {"Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close"}
     given |= headers or {}
     lines = "".join(f"{name}: {value}\r\n" for name, value in given.items())
-    return f"HTTP/1.1 {status} Said\r\n{lines}\r\n".encode() + body
+    return f"HTTP/1.1 {status} AnswerResult\r\n{lines}\r\n".encode() + body
 
 
 def error(

@@ -1,6 +1,6 @@
-"""`firstclaim` as an operator runs it: a process in a folder of its own, and all that it said.
+"""`firstclaim` as an operator runs it: a process in a folder of its own, and everything that it wrote.
 
-Guarantees: no run leaves a process behind; none may show a traceback, or one of the two secrets here.
+Guarantees: no run leaves a process behind, and none may show a traceback or one of the two secrets below.
 """
 
 import asyncio
@@ -21,47 +21,47 @@ SECRET = "whsec_must_not_be_printed"
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """How a command ended; `said` is everything it wrote."""
+    """The exit code of a command, and everything that it wrote."""
 
     code: int
-    said: str
+    output: str
 
-    def says(self, *words: str) -> None:
-        """Every one of `words` was said, and none of what must never be."""
+    def shows(self, *words: str) -> None:
+        """Assert that the output contains every one of `words`."""
         for word in words:
-            assert word in self.said, f"{word!r} is missing in:\n{self.said}"
+            assert word in self.output, f"{word!r} is missing in:\n{self.output}"
 
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A command that has not ended, or only just."""
+    """A command that is running, or has just ended."""
 
     process: asyncio.subprocess.Process
     output: Path
 
-    async def says(self, word: str) -> None:
-        """Wait until it has said `word`."""
+    async def shows(self, word: str) -> None:
+        """Wait until the output contains `word`."""
 
-        async def said() -> str:
+        async def text_so_far() -> str:
             text = self.output.read_text(errors="replace")
             assert self.process.returncode is None or word in text, text
             return text
 
-        await eventually(said, lambda text: word in text, RUN_SECONDS)
+        await eventually(text_so_far, lambda text: word in text, RUN_SECONDS)
 
     def interrupt(self) -> None:
-        """What Ctrl-C sends."""
+        """Send SIGINT, as Ctrl-C does."""
         self.process.send_signal(signal.SIGINT)
 
-    async def ended(self) -> Run:
-        """Wait for its end."""
+    async def wait_for_exit(self) -> Run:
+        """Wait until it has ended. Its output may hold no traceback and none of the two secrets."""
         async with asyncio.timeout(RUN_SECONDS):
             await self.process.wait()
         assert self.process.returncode is not None
         run = Run(self.process.returncode, self.output.read_text())
-        assert "Traceback" not in run.said, run.said
-        assert PASSWORD not in run.said
-        assert SECRET not in run.said
+        assert "Traceback" not in run.output, run.output
+        assert PASSWORD not in run.output
+        assert SECRET not in run.output
         return run
 
 
@@ -74,13 +74,13 @@ class Command:
 
     async def __call__(self, *arguments: str, **changes: str | None) -> Run:
         async with self.running(*arguments, **changes) as running:
-            return await running.ended()
+            return await running.wait_for_exit()
 
     @asynccontextmanager
     async def running(self, *arguments: str, **changes: str | None) -> AsyncIterator[Running]:
-        """A run that is watched; it is killed if it is still there when the block ends."""
+        """Start a command; kill it if it is still running when the block ends."""
         environment = {**self.environment, **changes}
-        output = self.folder.with_name(f"{self.folder.name}-{secrets.token_hex(4)}.said")  # the folder is the run's own
+        output = self.folder.with_name(f"{self.folder.name}-{secrets.token_hex(4)}.log")  # the folder is the run's own
         with output.open("wb") as file:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "firstclaim", *arguments),

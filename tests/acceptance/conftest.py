@@ -17,7 +17,7 @@ async def sandbox(stores: Stores, tmp_path: Path) -> AsyncIterator[Sandbox]:
     try:
         yield sandbox
     finally:
-        await sandbox.leave()
+        await sandbox.close()
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -27,4 +27,4 @@ async def shared_sandbox(stores: Stores, tmp_path_factory: pytest.TempPathFactor
     try:
         yield sandbox
     finally:
-        await sandbox.leave()
+        await sandbox.close()

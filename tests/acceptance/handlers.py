@@ -1,7 +1,7 @@
 """The handlers of the processes under test: every one leaves a row in `effects`, calls outside, does as its event says.
 
 The event chooses: `data.object.metadata.behaviour` names a function of `ASYNC` or `SYNC`, the other metadata
-are its parameters: `until` is the last attempt on which it misbehaves, `mended` a file whose existence ends
+are its parameters: `until` is the last attempt on which it misbehaves, `fixed` a file whose existence ends
 that instead, `gate` a file that it waits for, `seconds` how long a slow one takes.
 """
 
@@ -20,7 +20,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
 from firstclaim import Context, Event, Permanent, Retry, on
-from tests.chaos.witness import outside
+from tests.chaos.trace import outside
 
 ACTION = "effect_recorded"
 _POLL_SECONDS = 0.01
@@ -44,8 +44,8 @@ class _Wish:
         return str(self.of.get("behaviour", "plain"))
 
     def misbehaves(self, context: Context) -> bool:
-        if "mended" in self.of:
-            return not Path(str(self.of["mended"])).exists()
+        if "fixed" in self.of:
+            return not Path(str(self.of["fixed"])).exists()
         return context.attempt <= int(self.of.get("until", _FOR_EVER))
 
     @property

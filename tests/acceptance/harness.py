@@ -124,7 +124,7 @@ class Answer:
         return bool(self.content["processed"])
 
     @property
-    def said(self) -> tuple[int, bool, str]:
+    def result(self) -> tuple[int, bool, str]:
         """Status, processed, action."""
         return self.status, self.processed, self.content["action"]
 
@@ -144,7 +144,7 @@ UNAVAILABLE: Final = (503, False, "unavailable")
 REJECTED: Final = (400, False, "rejected")
 
 
-def parallel(event_id: str) -> str:
+def parallel_reason(event_id: str) -> str:
     """What a duplicate is told that met the lock, its marker or an owned row."""
     return f"Event {event_id} handled by parallel worker (idempotency lock)"
 
@@ -167,11 +167,11 @@ async def raw_request(url: str, request: bytes) -> Answer:
     return await _receive(reader, writer, time.monotonic())
 
 
-async def volley(shots: Sequence[tuple[str, bytes]]) -> list[Answer]:
+async def post_at_once(posts: Sequence[tuple[str, bytes]]) -> list[Answer]:
     """POST each body to its URL at the same moment: every connection stands, and lacks only its last byte."""
-    lines = await asyncio.gather(*(_aim(url, body) for url, body in shots))
+    lines = await asyncio.gather(*(_aim(url, body) for url, body in posts))
     began = time.monotonic()
-    for (_, writer), (_, body) in zip(lines, shots, strict=True):
+    for (_, writer), (_, body) in zip(lines, posts, strict=True):
         writer.write(body[-1:])
     return list(await asyncio.gather(*(_receive(reader, writer, began) for reader, writer in lines)))
 
@@ -305,13 +305,13 @@ class Service:
             headers = signed(body) if body else {}
             return await client.request(method, self._origin + path, content=body, headers=headers)
 
-    async def parts(self) -> tuple[int, dict[str, str]]:
+    async def components(self) -> tuple[int, dict[str, str]]:
         """The status of `/readyz`, and each part's."""
         response = await self.get("/readyz")
         lines = [orjson.loads(line) for line in response.content.splitlines()]
         return response.status_code, {line["part"]: line["status"] for line in lines}
 
-    async def members(self) -> list[int]:
+    async def pids(self) -> list[int]:
         """The pids of its process group that are alive."""
         return _alive_in_group(self.pid)
 
@@ -325,7 +325,7 @@ class Service:
         assert self._process is not None
         self._process.kill()
 
-    async def ended(self, seconds: float = SETTLE_SECONDS) -> int:
+    async def wait_for_exit(self, seconds: float = SETTLE_SECONDS) -> int:
         """Wait for the end of the process that was started; returns its exit code (negative: the signal)."""
         process = self._process
         assert process is not None
@@ -340,8 +340,8 @@ class Service:
     async def stop(self, seconds: float = SETTLE_SECONDS) -> int:
         """SIGTERM, then the exit code once every process of it has left."""
         self.terminate()
-        code = await self.ended(seconds)
-        await eventually(self.members, lambda members: not members, seconds)
+        code = await self.wait_for_exit(seconds)
+        await eventually(self.pids, lambda members: not members, seconds)
         return code
 
     async def kill(self) -> None:
@@ -350,8 +350,8 @@ class Service:
             return
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        await self.ended()
-        await eventually(self.members, lambda members: not members)
+        await self.wait_for_exit()
+        await eventually(self.pids, lambda members: not members)
 
     def _spawn(self) -> None:
         self._origin = ""
@@ -453,7 +453,7 @@ class Sandbox:
         """On a fresh clone of the template database."""
         return cls(await clone(stores), stores.redis_url, f"test:{secrets.token_hex(6)}:", folder)
 
-    async def leave(self) -> None:
+    async def close(self) -> None:
         """Kill what runs, check that effects and completions agree to the last row, take everything away."""
         await self.end_services()
         try:
@@ -590,5 +590,5 @@ class Sandbox:
 async def recovery_has_passed(sandbox: Sandbox, service: Service) -> None:
     """Prove it by an event that came later than now, failed, and was completed by recovery."""
     later = sample("fail", until=1)
-    assert (await sandbox.deliver(service, later)).said == FAILED
+    assert (await sandbox.deliver(service, later)).result == FAILED
     await sandbox.settled(later)

@@ -52,8 +52,8 @@ async def test_it_is_off_by_default(sandbox: Sandbox) -> None:
 async def test_several_workers_are_one_page(sandbox: Sandbox, tmp_path: Path) -> None:
     """A login at one holds at all and after a restart; a dead event is replayed, and any worker completes it."""
     service = await sandbox.service(ON, workers=2).start()
-    mended = tmp_path / "mended"
-    event = await dead_event(sandbox, service, mended)
+    fixed = tmp_path / "fixed"
+    event = await dead_event(sandbox, service, fixed)
     async with at(service) as admin:
         assert (await admin.log_in()).status_code == 303
         processes = set()
@@ -63,7 +63,7 @@ async def test_several_workers_are_one_page(sandbox: Sandbox, tmp_path: Path) ->
             [process] = re.findall(r"answered by (\S+)", page.text)
             processes.add(process)
         assert len(processes) == 2
-        mended.touch()
+        fixed.touch()
         _, page = await admin.get(f"/admin/events/{event.id}")
         _, page = await admin.submit(page.form("/admin/replay"))
         response, _ = await admin.submit(page.form("/admin/replay/confirmed"))
@@ -120,7 +120,7 @@ async def test_the_door_and_the_webhook_are_as_before(sandbox: Sandbox) -> None:
         events = [sample() for _ in range(20)]
         pages = asyncio.gather(*(admin.get("/admin") for _ in range(20)))
         for event in events:
-            assert (await sandbox.deliver(service, event)).said == PROCESSED
+            assert (await sandbox.deliver(service, event)).result == PROCESSED
         assert {response.status_code for response, _ in await pages} <= {200}
     response = await service.get("/readyz")
     assert {orjson.loads(line)["status"] for line in response.content.splitlines()} == {"ok"}

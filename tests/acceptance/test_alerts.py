@@ -138,14 +138,14 @@ async def postgres_unreachable(scene: Scene) -> Scrape:
 
 async def redis_unreachable(scene: Scene) -> Scrape:
     scene.redis.switch(Mode.REFUSE)
-    assert (await scene.sandbox.deliver(scene.service, sample())).said == DEFERRED
+    assert (await scene.sandbox.deliver(scene.service, sample())).result == DEFERRED
     return await scene.seen(lambda scrape: not up(scrape, "redis"))
 
 
 async def overdue(scene: Scene) -> Scrape:
     scene.redis.switch(Mode.REFUSE)  # so that recovery does not take it over
     event = sample()
-    assert (await scene.sandbox.deliver(scene.service, event)).said == DEFERRED
+    assert (await scene.sandbox.deliver(scene.service, event)).result == DEFERRED
     await scene.sandbox.fetch("UPDATE stripe_events SET due_at = due_at - interval '1 hour'")
     return await scene.seen(lambda scrape: scrape['firstclaim_oldest_due_seconds{instance="a"}'] > 3000)
 
@@ -171,12 +171,12 @@ async def secret_rolled(scene: Scene) -> Scrape:
 
 async def handlers_failing(scene: Scene) -> Scrape:
     for _ in range(3):
-        assert (await scene.sandbox.deliver(scene.service, sample("fail", until=1))).said == FAILED
+        assert (await scene.sandbox.deliver(scene.service, sample("fail", until=1))).result == FAILED
     return await scraped(scene.service)
 
 
 async def dead(scene: Scene) -> Scrape:
-    assert (await scene.sandbox.deliver(scene.service, sample("permanent"))).said == DEAD
+    assert (await scene.sandbox.deliver(scene.service, sample("permanent"))).result == DEAD
     scene.service = await scene.another()  # its first scrape counts all rows
     return await scene.seen(lambda scrape: scrape.get('firstclaim_events{status="dead",instance="a"}'))
 

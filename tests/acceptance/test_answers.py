@@ -36,7 +36,7 @@ async def test_a_body_over_the_cap_is_refused(service: Service) -> None:
 async def test_a_body_at_the_cap_is_read(service: Service) -> None:
     """Exactly 1 MiB is read to its end: the cap is not a byte tighter than it says."""
     answer = await post(service.url, b" " * (MEBIBYTE - 2) + b"[]")
-    assert answer.said == REJECTED
+    assert answer.result == REJECTED
     assert "body is not an event" in (answer.reason or "")
 
 

@@ -9,7 +9,7 @@ import orjson
 
 from firstclaim.status import Status
 from firstclaim.web.webhook import WEBHOOK_PATH
-from tests.acceptance import telltales
+from tests.acceptance import leaking_handlers
 from tests.acceptance.harness import Overrides, Sample, Sandbox, Service, eventually
 from tests.canaries import (
     CARD,
@@ -21,17 +21,17 @@ from tests.canaries import (
     assert_silent,
     metadata,
 )
-from tests.chaos.refused import CLOSE, HOST, length, request
+from tests.chaos.invalid_requests import CLOSE, HOST, length, request
 from tests.chaos.test_protocol import one_answer
 from tests.fixtures import event_body, signed
 from tests.raw_connection import Reply
 
 LOUD: Overrides = {
     "STRIPE_WEBHOOK_SECRETS": SIGNING_SECRET,
-    "handlers": "tests.acceptance.telltales",
+    "handlers": "tests.acceptance.leaking_handlers",
     "log_level": "debug",  # all that any library has to say too
     "body_timeout_seconds": 1,
-    "handler_slots": len(telltales.ASYNC) + len(telltales.SYNC),
+    "handler_slots": len(leaking_handlers.ASYNC) + len(leaking_handlers.SYNC),
     "backoff_first_seconds": 600,  # each tells it once
     "backoff_most_seconds": 600,
 }
@@ -59,8 +59,8 @@ def signed_request(body: bytes) -> bytes:
 async def test_what_a_handler_says_stays_in_the_ledger(sandbox: Sandbox) -> None:
     """However it fails: its words are in no log and no answer, and in the ledger without secrets and people."""
     service = await sandbox.service(LOUD).start()
-    events = {f"async {how}": told(how) for how in telltales.ASYNC}
-    events |= {f"sync {how}": told(how, SYNC) for how in telltales.SYNC}
+    events = {f"async {how}": told(how) for how in leaking_handlers.ASYNC}
+    events |= {f"sync {how}": told(how, SYNC) for how in leaking_handlers.SYNC}
     sandbox.waived |= {event.id for event in events.values()}  # those that work leave no effect here
     replies = dict(
         zip(events, await asyncio.gather(*(deliver(service, each) for each in events.values())), strict=True)

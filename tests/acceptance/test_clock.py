@@ -13,7 +13,7 @@ async def test_an_hours_backoff_passes_in_a_moment(sandbox: Sandbox) -> None:
         service = sandbox.service({"backoff_first_seconds": HOUR_SECONDS, "backoff_most_seconds": HOUR_SECONDS})
         await service.start()
         event = sample("fail", until=1)
-        assert (await sandbox.deliver(service, event)).said == FAILED
+        assert (await sandbox.deliver(service, event)).result == FAILED
         row = await sandbox.row(event)
         assert row is not None
         assert (row.status, row.due_in_seconds > HOUR_SECONDS / 4) == (Status.FAILED, True)

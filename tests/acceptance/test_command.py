@@ -58,10 +58,10 @@ def unused_port() -> int:
 async def test_check_of_a_good_setup(command: Command) -> None:
     """Everything in order: exit 0, a line for each part, and no file left in the folder."""
     run = await command("check")
-    assert run.code == 0, run.said
+    assert run.code == 0, run.output
     assert list(command.folder.iterdir()) == []
-    run.says("configuration", "handlers", "invoice.payment_failed", "postgres", "schema", "redis")
-    assert not any(line.startswith(("warn", "fail")) for line in run.said.splitlines()), run.said
+    run.shows("configuration", "handlers", "invoice.payment_failed", "postgres", "schema", "redis")
+    assert not any(line.startswith(("warn", "fail")) for line in run.output.splitlines()), run.output
 
 
 async def test_all_faults_at_once(command: Command) -> None:
@@ -75,8 +75,8 @@ async def test_all_faults_at_once(command: Command) -> None:
         FIRSTCLAIM_DRAIN_SECONDS="100",
     )
     for run in runs:
-        assert run.code == 2, run.said
-        run.says(
+        assert run.code == 2, run.output
+        run.shows(
             "DATABASE_URL: scheme 'mysql' is not PostgreSQL",
             "REDIS_URL: Redis Sentinel",
             "FIRSTCLAIM_LEASE_SECOND is not a setting; did you mean FIRSTCLAIM_LEASE_SECONDS?",
@@ -88,24 +88,24 @@ async def test_all_faults_at_once(command: Command) -> None:
 async def test_handler_modules_that_cannot_work(command: Command) -> None:
     """Two modules that do not exist: exit 2, both named."""
     for run in await both(command, FIRSTCLAIM_HANDLERS="shop.handlers,billing.handlers"):
-        assert run.code == 2, run.said
-        run.says("cannot import shop.handlers", "cannot import billing.handlers")
+        assert run.code == 2, run.output
+        run.shows("cannot import shop.handlers", "cannot import billing.handlers")
 
 
 async def test_a_database_without_a_ledger(command: Command, empty_database: str) -> None:
     """The schema is not there: exit 3, and the words to type next."""
     for run in await both(command, DATABASE_URL=empty_database):
-        assert run.code == 3, run.said
-        run.says("firstclaim migrate")
+        assert run.code == 3, run.output
+        run.shows("firstclaim migrate")
 
 
 @pytest.mark.smoke
 async def test_migrate_makes_it_ready(command: Command, empty_database: str) -> None:
     """`migrate` from many processes at once: all exit 0, one schema; after it `check` is content."""
     runs = await asyncio.gather(*(command("migrate", DATABASE_URL=empty_database) for _ in range(3)))
-    assert [run.code for run in runs] == [0] * 3, [run.said for run in runs]
+    assert [run.code for run in runs] == [0] * 3, [run.output for run in runs]
     run = await command("check", DATABASE_URL=empty_database)
-    assert run.code == 0, run.said
+    assert run.code == 0, run.output
 
 
 async def test_a_newer_schema(command: Command, empty_database: str) -> None:
@@ -115,8 +115,8 @@ async def test_a_newer_schema(command: Command, empty_database: str) -> None:
     await connection.execute("UPDATE alembic_version SET version_num = '9999'")
     await connection.close()
     run = await command("check", DATABASE_URL=empty_database)
-    assert run.code == 0, run.said
-    run.says("9999", "newer firstclaim")
+    assert run.code == 0, run.output
+    run.shows("9999", "newer firstclaim")
 
 
 async def test_stores_that_cannot_be_reached(command: Command) -> None:
@@ -127,15 +127,15 @@ async def test_stores_that_cannot_be_reached(command: Command) -> None:
         DATABASE_URL=f"postgresql://user:{PASSWORD}@127.0.0.1:{port}/shop",
         REDIS_URL=f"redis://:{PASSWORD}@127.0.0.1:{port}/0",
     )
-    assert run.code == 3, run.said
-    run.says("postgres", "cannot connect", "check DATABASE_URL", "redis", "cannot be reached")
+    assert run.code == 3, run.output
+    run.shows("postgres", "cannot connect", "check DATABASE_URL", "redis", "cannot be reached")
 
 
 async def test_a_database_that_does_not_exist(command: Command, stores: Stores) -> None:
     """A wrong name at the end of DATABASE_URL: the server's own words."""
     run = await command("check", DATABASE_URL=stores.database("no_such_database"))
-    assert run.code == 3, run.said
-    run.says("no_such_database")
+    assert run.code == 3, run.output
+    run.shows("no_such_database")
 
 
 async def test_the_port_is_taken(command: Command) -> None:
@@ -145,5 +145,5 @@ async def test_the_port_is_taken(command: Command) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         run = await command("serve", "--port", port)
-    assert run.code == 2, run.said
-    run.says(f"cannot listen on 127.0.0.1 port {port}")
+    assert run.code == 2, run.output
+    run.shows(f"cannot listen on 127.0.0.1 port {port}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tests.acceptance.harness import IGNORED, PROCESSED, Overrides, Sandbox, Service, post, sample, volley
+from tests.acceptance.harness import IGNORED, PROCESSED, Overrides, Sandbox, Service, post, post_at_once, sample
 from tests.chaos.sessions import counted
 from tests.fixtures import signed
 from tests.proxy import Tap, before_postgres
@@ -92,8 +92,8 @@ async def costs(sandbox: Sandbox, workers: int = 1) -> AsyncIterator[Costs]:
     async with before_postgres(sandbox.database_url) as (proxy, database_url):
         proxy.tap = lambda: Statements(executed)
         service = await sandbox.service({**_CALM, "DATABASE_URL": database_url}, workers=workers).start()
-        for answer in await volley([(service.url, sample().body) for _ in range(200)]):
-            assert answer.said == PROCESSED
+        for answer in await post_at_once([(service.url, sample().body) for _ in range(200)]):
+            assert answer.result == PROCESSED
         yield Costs(sandbox, service, executed)
         await service.stop()
 
@@ -102,7 +102,7 @@ async def test_a_fresh_event(sandbox: Sandbox) -> None:
     """One insert, and one transaction of BEGIN, lock, the handler's SQL, mark, COMMIT; lock and marker in Redis."""
     async with costs(sandbox) as cost:
         with cost.counting():
-            assert (await post(cost.service.url, sample().body)).said == PROCESSED
+            assert (await post(cost.service.url, sample().body)).result == PROCESSED
         assert cost.statements == FRESH
         assert cost.commands == {"cmdstat_set": 2, "cmdstat_eval": 1, "cmdstat_get": 1}  # the script's own among them
 
@@ -111,8 +111,8 @@ async def test_fresh_events_share_their_insert(sandbox: Sandbox) -> None:
     """200 at once: each has a transaction of its own, and all of them together a few inserts."""
     async with costs(sandbox) as cost:
         with cost.counting():
-            answers = await volley([(cost.service.url, sample().body) for _ in range(200)])
-        assert Counter(answer.said for answer in answers) == {PROCESSED: 200}
+            answers = await post_at_once([(cost.service.url, sample().body) for _ in range(200)])
+        assert Counter(answer.result for answer in answers) == {PROCESSED: 200}
         found = Counter(cost.statements)
         inserts = found.pop("insert event")
         assert found == dict.fromkeys(FRESH[1:], 200)
@@ -123,10 +123,10 @@ async def test_a_duplicate_of_a_completed_event(sandbox: Sandbox) -> None:
     """One command of Redis, no statement of Postgres."""
     async with costs(sandbox) as cost:
         event = sample()
-        assert (await post(cost.service.url, event.body)).said == PROCESSED
+        assert (await post(cost.service.url, event.body)).result == PROCESSED
         with cost.counting():
             for _ in range(20):
-                assert (await post(cost.service.url, event.body)).said == IGNORED
+                assert (await post(cost.service.url, event.body)).result == IGNORED
         assert (cost.statements, cost.commands) == ([], {"cmdstat_set": 20})
 
 
@@ -146,8 +146,8 @@ async def test_a_thousand_copies_of_a_new_event(sandbox: Sandbox, workers: int) 
     async with costs(sandbox, workers) as cost:
         event = sample()
         with cost.counting():
-            answers = await volley([(cost.service.url, event.body)] * 1000)
-        assert Counter(answer.said for answer in answers) == {PROCESSED: 1, IGNORED: 999}
+            answers = await post_at_once([(cost.service.url, event.body)] * 1000)
+        assert Counter(answer.result for answer in answers) == {PROCESSED: 1, IGNORED: 999}
         assert (await sandbox.settled(event)).counts == (1, 0, 0)
         found = Counter(cost.statements)
         assert {name: found[name] for name in FRESH[1:]} == dict.fromkeys(FRESH[1:], 1)

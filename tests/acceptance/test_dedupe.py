@@ -7,7 +7,17 @@ import pytest
 import pytest_asyncio
 
 from firstclaim.status import Status
-from tests.acceptance.harness import IGNORED, PROCESSED, Answer, Sample, Sandbox, Service, parallel, sample, volley
+from tests.acceptance.harness import (
+    IGNORED,
+    PROCESSED,
+    Answer,
+    Sample,
+    Sandbox,
+    Service,
+    parallel_reason,
+    post_at_once,
+    sample,
+)
 
 PAIRS = 50
 
@@ -21,9 +31,9 @@ async def both(shared_sandbox: Sandbox) -> tuple[Service, Service]:
 
 
 def assert_one_processed(event: Sample, answers: list[Answer]) -> None:
-    assert Counter(answer.said for answer in answers) == {PROCESSED: 1, IGNORED: len(answers) - 1}
+    assert Counter(answer.result for answer in answers) == {PROCESSED: 1, IGNORED: len(answers) - 1}
     reasons = {answer.reason for answer in answers if not answer.processed}
-    assert reasons <= {parallel(event.id), f"Event {event.id} already completed"}
+    assert reasons <= {parallel_reason(event.id), f"Event {event.id} already completed"}
 
 
 async def test_two_copies_at_once_are_processed_once_for_each_of_many_events(
@@ -32,7 +42,7 @@ async def test_two_copies_at_once_are_processed_once_for_each_of_many_events(
     """For 50 events, each delivered to two services at the same moment, the two never both process it."""
     for _ in range(PAIRS):
         event = sample()
-        assert_one_processed(event, await volley([(service.url, event.body) for service in both]))
+        assert_one_processed(event, await post_at_once([(service.url, event.body) for service in both]))
         assert (await shared_sandbox.settled(event)).counts == (1, 0, 0)
 
 
@@ -41,7 +51,7 @@ async def test_many_pairs_at_once_are_processed_once_each(
 ) -> None:
     """50 events in two copies each, all 100 deliveries in flight together: each is processed once."""
     events = [sample() for _ in range(PAIRS)]
-    answers = await volley([(service.url, event.body) for event in events for service in both])
+    answers = await post_at_once([(service.url, event.body) for event in events for service in both])
     for number, event in enumerate(events):
         assert_one_processed(event, answers[2 * number : 2 * number + 2])
         assert (await shared_sandbox.settled(event)).counts == (1, 0, 0)
@@ -54,7 +64,7 @@ async def test_who_meets_anothers_lock_records_and_never_dispatches(
     event = sample()
     await shared_sandbox.put(event, "claimed:another", ttl_seconds=1.5)
     answer = await shared_sandbox.deliver(both[0], event)
-    assert (answer.said, answer.reason) == (IGNORED, parallel(event.id))
+    assert (answer.result, answer.reason) == (IGNORED, parallel_reason(event.id))
     row = await shared_sandbox.row(event)
     assert row is not None
     assert (row.status, row.counts) == (Status.PENDING, (0, 0, 0))
@@ -78,6 +88,6 @@ async def test_what_is_left_over_in_redis_delays_nothing(
     """A value that no live service can have written is taken over: the first delivery is processed."""
     event = sample()
     await shared_sandbox.put(event, value, ttl_seconds)
-    assert (await shared_sandbox.deliver(both[0], event)).said == PROCESSED
-    assert (await shared_sandbox.deliver(both[1], event)).reason == parallel(event.id)
+    assert (await shared_sandbox.deliver(both[0], event)).result == PROCESSED
+    assert (await shared_sandbox.deliver(both[1], event)).reason == parallel_reason(event.id)
     assert (await shared_sandbox.settled(event)).counts == (1, 0, 0)

@@ -22,17 +22,17 @@ def command(sandbox: Sandbox, tmp_path: Path) -> Command:
     return Command(folder, {**environment, "DATABASE_URL": sandbox.database_url, "COLUMNS": "200"})
 
 
-async def dead_event(sandbox: Sandbox, service: Service, mended: Path) -> Sample:
+async def dead_event(sandbox: Sandbox, service: Service, fixed: Path) -> Sample:
     """One whose handler gives up for good, until that file is there."""
-    event = sample("permanent", mended=str(mended))
+    event = sample("permanent", fixed=str(fixed))
     assert (await sandbox.deliver(service, event)).content["action"] == "dead"
     return event
 
 
 def objects(run: Run) -> list[dict[str, Any]]:
     """What a run with `--json` printed, a line each."""
-    assert run.code == 0, run.said
-    return [orjson.loads(line) for line in run.said.splitlines()]
+    assert run.code == 0, run.output
+    return [orjson.loads(line) for line in run.output.splitlines()]
 
 
 async def test_a_dead_event_is_found_understood_and_replayed(
@@ -40,19 +40,19 @@ async def test_a_dead_event_is_found_understood_and_replayed(
 ) -> None:
     """List, show, a dry run, the replay that is followed to its end, and what the ledger says of it afterwards."""
     service = await sandbox.service().start()
-    mended = tmp_path / "mended"
-    event = await dead_event(sandbox, service, mended)
+    fixed = tmp_path / "fixed"
+    event = await dead_event(sandbox, service, fixed)
     good = sample()
-    assert (await sandbox.deliver(service, good)).said == PROCESSED
+    assert (await sandbox.deliver(service, good)).result == PROCESSED
 
     run = await command("events", "list", "--status", "dead")
-    run.says(event.id, "dead", "never")
-    assert good.id not in run.said
+    run.shows(event.id, "dead", "never")
+    assert good.id not in run.output
     assert [each["event_id"] for each in objects(await command("events", "list", "--json"))] == [good.id, event.id]
 
     run = await command("events", "show", event.id)
-    run.says(event.id, "invoice.payment_failed", "received", "attempt 1 dead after", "Permanent: never")
-    assert "metadata" not in run.said  # the payload only when asked for
+    run.shows(event.id, "invoice.payment_failed", "received", "attempt 1 dead after", "Permanent: never")
+    assert "metadata" not in run.output  # the payload only when asked for
     [shown] = objects(await command("events", "show", event.id, "--payload", "--json"))
     assert shown["payload"].encode() == event.body  # the very bytes: numbers are not rounded on the way
     assert (shown["status"], shown["actions"]) == ("dead", [])
@@ -61,14 +61,14 @@ async def test_a_dead_event_is_found_understood_and_replayed(
     assert attempt["process"].endswith(f":{service.pid}")
 
     run = await command("events", "replay", "--status", "dead", "--dry-run")
-    assert run.code == 0, run.said
-    run.says("1 event: 1 dead")
+    assert run.code == 0, run.output
+    run.shows("1 event: 1 dead")
     await sandbox.settled(event, Status.DEAD)
 
-    mended.touch()
+    fixed.touch()
     run = await command("events", "replay", event.id, "--count", "1", "--wait")
-    assert run.code == 0, run.said
-    run.says("1 event replayed: due now", "1 completed")
+    assert run.code == 0, run.output
+    run.shows("1 event replayed: due now", "1 completed")
     row = await sandbox.settled(event)
     assert (row.status, row.counts) == (Status.COMPLETED, (2, 0, 0))
     [shown] = objects(await command("events", "show", event.id, "--json"))
@@ -78,7 +78,7 @@ async def test_a_dead_event_is_found_understood_and_replayed(
 
     [stats] = objects(await command("stats", "--json"))
     assert (stats["events"]["completed"], stats["events"]["dead"], stats["due"]) == (2, 0, 0)
-    (await command("stats")).says("completed          2")
+    (await command("stats")).shows("completed          2")
 
 
 async def test_a_replay_that_fails_again_says_so(sandbox: Sandbox, command: Command, tmp_path: Path) -> None:
@@ -86,15 +86,15 @@ async def test_a_replay_that_fails_again_says_so(sandbox: Sandbox, command: Comm
     service = await sandbox.service().start()
     event = await dead_event(sandbox, service, tmp_path / "never")
     run = await command("events", "replay", event.id, "--count", "1", "--wait")
-    assert run.code == 1, run.said
-    run.says("1 dead")
+    assert run.code == 1, run.output
+    run.shows("1 dead")
 
 
 async def test_what_may_not_be_replayed(sandbox: Sandbox, command: Command, tmp_path: Path) -> None:
     """Unknown, completed, or being handled right now: refused with the reason, exit 1, and nothing is changed."""
     service = await sandbox.service().start()
     done, held = sample(), sample("hold", gate=str(tmp_path / "gate"))
-    assert (await sandbox.deliver(service, done)).said == PROCESSED
+    assert (await sandbox.deliver(service, done)).result == PROCESSED
     answer = asyncio.create_task(sandbox.deliver(service, held))
     await sandbox.settled(held, Status.PROCESSING)
     for arguments, words in (
@@ -105,16 +105,16 @@ async def test_what_may_not_be_replayed(sandbox: Sandbox, command: Command, tmp_
         (["--status", "dead"], ["0 events: none"]),
     ):
         run = await command("events", "replay", *arguments, "--count", "1")
-        assert run.code == 1, run.said
-        run.says(*words)
+        assert run.code == 1, run.output
+        run.shows(*words)
     run = await command("events", "replay", "--type", "invoice.*", "--status", "completed", "--force", "--count", "7")
-    assert run.code == 1, run.said
-    run.says("AGAIN", "the selection matches 1 event, not 7: nothing was changed")
+    assert run.code == 1, run.output
+    run.shows("AGAIN", "the selection matches 1 event, not 7: nothing was changed")
     assert (await sandbox.settled(done)).counts == (1, 0, 0)
 
     sandbox.waived.add(done.id)
     run = await command("events", "replay", done.id, "--force", "--count", "1", "--wait")
-    assert run.code == 0, run.said
+    assert run.code == 0, run.output
     row = await sandbox.row(done)
     assert row is not None
     assert (row.counts, await sandbox.effects(done)) == ((2, 0, 0), 2)
@@ -126,46 +126,46 @@ async def test_what_may_not_be_replayed(sandbox: Sandbox, command: Command, tmp_
 async def test_an_id_that_cannot_be_one(command: Command) -> None:
     """Bytes that are no text: exit 2, as for every usage error (`tests/unit/test_cli_usage.py`)."""
     run = await command("events", "replay", os.fsdecode(b"evt_\xff"))
-    assert run.code == 2, run.said
-    run.says("printable characters")
+    assert run.code == 2, run.output
+    run.shows("printable characters")
 
 
 async def test_an_unknown_event(command: Command) -> None:
     """It is not in the ledger: exit 1, and the id is named."""
     run = await command("events", "show", "evt_unknown")
-    assert run.code == 1, run.said
-    run.says("no event 'evt_unknown'")
+    assert run.code == 1, run.output
+    run.shows("no event 'evt_unknown'")
 
 
 async def test_what_comes_from_outside_is_printed_as_it_is(sandbox: Sandbox, command: Command) -> None:
     """Brackets are no markup, however they stand; nothing moves the cursor; into a pipe no id is cut."""
     service = await sandbox.service().start()
     event = sample()
-    assert (await sandbox.deliver(service, event)).said == PROCESSED
+    assert (await sandbox.deliver(service, event)).result == PROCESSED
     kind, error = "v2.core.account[configuration.merchant].updated", "PatternError: \\[/x] in [bold]"
     await sandbox.fetch("UPDATE stripe_events SET type = $1, last_error = $2", kind, error + "\x1b[2J")
     for arguments in (["list"], ["show", event.id]):
         run = await command("events", *arguments, COLUMNS="40")
-        assert run.code == 0, run.said
-        run.says(event.id, kind, error + " [2J")
+        assert run.code == 0, run.output
+        run.shows(event.id, kind, error + " [2J")
 
 
 async def test_what_cannot_be_handled_is_not_replayed(sandbox: Sandbox, command: Command) -> None:
     """Without its payload, or locked by another: it says so and exits with 1, and follows nothing else."""
     service = await sandbox.service().start()
     event = sample()
-    assert (await sandbox.deliver(service, event)).said == PROCESSED
+    assert (await sandbox.deliver(service, event)).result == PROCESSED
     sandbox.waived.add(event.id)
     await sandbox.fetch("UPDATE stripe_events SET status = 'ignored'")
     async with sandbox.locked(event):
         run = await command("events", "replay", event.id, "--count", "1", "--wait")
-        assert run.code == 1, run.said
-        run.says("0 events replayed: due now", "1 not replayed, because they changed meanwhile or are locked")
+        assert run.code == 1, run.output
+        run.shows("0 events replayed: due now", "1 not replayed, because they changed meanwhile or are locked")
     await sandbox.fetch("DELETE FROM stripe_event_payloads")
     for arguments in ([event.id], ["--status", "ignored"]):
         run = await command("events", "replay", *arguments, "--count", "1", "--wait")
-        assert run.code == 1, run.said
-        run.says("0 events: none", "1 more cannot be replayed: their payloads have been pruned")
+        assert run.code == 1, run.output
+        run.shows("0 events: none", "1 more cannot be replayed: their payloads have been pruned")
 
 
 async def test_old_events_are_pruned(sandbox: Sandbox, command: Command) -> None:
@@ -173,15 +173,15 @@ async def test_old_events_are_pruned(sandbox: Sandbox, command: Command) -> None
     service = await sandbox.service().start()
     old, young = sample(), sample()
     for event in (old, young):
-        assert (await sandbox.deliver(service, event)).said == PROCESSED
+        assert (await sandbox.deliver(service, event)).result == PROCESSED
         sandbox.waived.add(event.id)
     await sandbox.fetch("UPDATE stripe_events SET settled_at = now() - interval '500 days' WHERE event_id = $1", old.id)
     run = await command("events", "prune", "--dry-run")
-    run.says("would delete 1 events with their payloads, and 0 payloads more")
+    run.shows("would delete 1 events with their payloads, and 0 payloads more")
     assert await sandbox.row(old) is not None
     run = await command("events", "prune")
-    assert run.code == 0, run.said
-    run.says("deleted 1 events with their payloads, and 0 payloads more")
+    assert run.code == 0, run.output
+    run.shows("deleted 1 events with their payloads, and 0 payloads more")
     assert await sandbox.row(old) is None
     assert await sandbox.row(young) is not None
 
@@ -189,7 +189,7 @@ async def test_old_events_are_pruned(sandbox: Sandbox, command: Command) -> None
 async def test_a_rotation_is_noted(sandbox: Sandbox, command: Command) -> None:
     """Who rotated the epoch, and from which to which."""
     run = await command("epoch", "rotate")
-    assert run.code == 0, run.said
+    assert run.code == 0, run.output
     [row] = await sandbox.fetch("SELECT action, selection FROM operator_actions")
     assert row["action"] == "rotate"
-    assert row["selection"] in run.said
+    assert row["selection"] in run.output

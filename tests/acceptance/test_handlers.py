@@ -15,7 +15,7 @@ from tests.acceptance.harness import (
     Sandbox,
     Service,
     eventually,
-    parallel,
+    parallel_reason,
     recovery_has_passed,
     sample,
 )
@@ -41,11 +41,11 @@ async def test_each_kind_of_handler_is_dispatched_once(
 ) -> None:
     """An async, a sync, a wildcard and a thin event's handler run once, and their action is the answer."""
     event = sample(type=event_type)
-    assert (await shared_sandbox.deliver(service, event)).said == PROCESSED
+    assert (await shared_sandbox.deliver(service, event)).result == PROCESSED
     row = await shared_sandbox.settled(event)
     assert (row.counts, row.action) == ((1, 0, 0), "effect_recorded")
     again = await shared_sandbox.deliver(service, event)
-    assert (again.said, again.reason) == (IGNORED, parallel(event.id))
+    assert (again.result, again.reason) == (IGNORED, parallel_reason(event.id))
     assert await shared_sandbox.settled(event) == await shared_sandbox.row(event)
 
 
@@ -53,7 +53,7 @@ async def test_a_type_that_nobody_handles_is_recorded_and_ignored(shared_sandbox
     """No handler for the type: processed, ignored, the reason names the type, and the row says so."""
     event = sample(type="customer.created")
     answer = await shared_sandbox.deliver(service, event)
-    assert (answer.said, answer.reason) == (UNHANDLED, "Event type customer.created not handled")
+    assert (answer.result, answer.reason) == (UNHANDLED, "Event type customer.created not handled")
     await shared_sandbox.settled(event, Status.IGNORED)
 
 
@@ -62,7 +62,7 @@ async def test_a_handler_that_fails_and_then_works(event_type: str, shared_sandb
     """Twice a 500 in effect, one effect in the end: recovery goes on where Stripe's retry is hours away."""
     event = sample("fail", event_type, until=2)
     answer = await shared_sandbox.deliver(service, event)
-    assert (answer.said, answer.reason) == (FAILED, "The handler failed; the event will be retried")
+    assert (answer.result, answer.reason) == (FAILED, "The handler failed; the event will be retried")
     row = await shared_sandbox.settled(event)
     assert row.counts == (3, 2, 0)
     assert row.last_error is None
@@ -71,20 +71,20 @@ async def test_a_handler_that_fails_and_then_works(event_type: str, shared_sandb
 async def test_stripes_retry_does_not_wait_for_our_backoff(shared_sandbox: Sandbox, service: Service) -> None:
     """Retry(after=60) leaves the row due in a minute, and a resent delivery takes it over at once."""
     event = sample("retry", until=1, after=60)
-    assert (await shared_sandbox.deliver(service, event)).said == FAILED
+    assert (await shared_sandbox.deliver(service, event)).result == FAILED
     row = await shared_sandbox.settled(event, Status.FAILED)
     assert row.counts == (1, 1, 0)
     assert 0 < row.due_in_seconds <= 60
     await recovery_has_passed(shared_sandbox, service)
     assert (await shared_sandbox.row(event) or row).counts == (1, 1, 0), "recovery came before it was due"
-    assert (await shared_sandbox.deliver(service, event)).said == PROCESSED
+    assert (await shared_sandbox.deliver(service, event)).result == PROCESSED
     assert (await shared_sandbox.settled(event)).counts == (2, 1, 0)
 
 
 async def test_a_short_retry_is_recoverys(shared_sandbox: Sandbox, service: Service) -> None:
     """Retry(after=0.1) is completed without any further delivery."""
     event = sample("retry", until=1, after=0.1)
-    assert (await shared_sandbox.deliver(service, event)).said == FAILED
+    assert (await shared_sandbox.deliver(service, event)).result == FAILED
     assert (await shared_sandbox.settled(event)).counts == (2, 1, 0)
 
 
@@ -104,16 +104,16 @@ async def test_a_broken_rule_fails_visibly(
     behaviour: str, rule: str, shared_sandbox: Sandbox, service: Service, tmp_path: Path
 ) -> None:
     """A rule broken: 500, the ledger names the rule, no effect; once the handler keeps it, one effect."""
-    mended = tmp_path / "mended"
-    event = sample(behaviour, mended=str(mended))
-    assert (await shared_sandbox.deliver(service, event)).said == FAILED
+    fixed = tmp_path / "fixed"
+    event = sample(behaviour, fixed=str(fixed))
+    assert (await shared_sandbox.deliver(service, event)).result == FAILED
     row = await shared_sandbox.row(event)
     assert row is not None
     assert row.failures >= 1
     assert row.last_error is not None
     assert rule in row.last_error
     assert await shared_sandbox.effects(event) == 0
-    mended.touch()
+    fixed.touch()
     row = await shared_sandbox.settled(event)
     assert row.attempt == row.failures + 1
     assert row.abandoned == 0
@@ -134,7 +134,7 @@ async def test_handlers_over_their_deadline_fail_without_effect(sandbox: Sandbox
     ]
     events = [*hanging, *late]
     answers = await asyncio.gather(*(sandbox.deliver(service, event) for event in events))
-    assert [answer.said for answer in answers] == [FAILED] * 4
+    assert [answer.result for answer in answers] == [FAILED] * 4
 
     gate.touch()  # two went on after their deadline: now they write, on a transaction that is gone
 

@@ -18,7 +18,7 @@ from tests.acceptance.harness import (
     Service,
     StalledDelivery,
     eventually,
-    parallel,
+    parallel_reason,
     sample,
 )
 
@@ -58,10 +58,10 @@ async def test_a_handler_slower_than_the_answers_budget(
     """Past the budget: 202, deferred, never before the row is there; the handler goes on, and its effect is one."""
     event = held(gate, event_type)
     answer = await shared_sandbox.deliver(service, event)
-    assert (answer.said, answer.reason) == (DEFERRED, "Recorded; still at work on it")
+    assert (answer.result, answer.reason) == (DEFERRED, "Recorded; still at work on it")
     assert answer.seconds < 5
     again = await shared_sandbox.deliver(service, event)
-    assert (again.said, again.reason) == (IGNORED, parallel(event.id))
+    assert (again.result, again.reason) == (IGNORED, parallel_reason(event.id))
     gate.touch()
     assert (await shared_sandbox.settled(event)).counts == (1, 0, 0)
 
@@ -69,7 +69,7 @@ async def test_a_handler_slower_than_the_answers_budget(
 async def test_a_live_handler_is_not_taken_over(shared_sandbox: Sandbox, service: Service, gate: Path) -> None:
     """A handler that runs for two leases keeps its event: its row's lock is the lease."""
     event = held(gate)
-    assert (await shared_sandbox.deliver(service, event)).said == DEFERRED
+    assert (await shared_sandbox.deliver(service, event)).result == DEFERRED
     await eventually(lambda: shared_sandbox.row(event), lambda row: row is not None and row.due_in_seconds < -1)
     gate.touch()
     assert (await shared_sandbox.settled(event)).counts == (1, 0, 0)
@@ -91,7 +91,7 @@ async def test_a_client_that_hangs_up_before_the_end_left_nothing(shared_sandbox
     event = sample(livemode=True)
     delivery = await StalledDelivery.begin(service.url, event.body)
     await delivery.hang_up()
-    assert (await shared_sandbox.deliver(service, sample(livemode=True))).said == PROCESSED
+    assert (await shared_sandbox.deliver(service, sample(livemode=True))).result == PROCESSED
     assert await shared_sandbox.row(event) is None
 
 
@@ -109,6 +109,6 @@ async def test_an_event_of_the_other_mode_is_ignored(shared_sandbox: Sandbox, se
     """A service for live mode records a test event as ignored, says why, and dispatches nothing."""
     event = sample(livemode=False)
     answer = await shared_sandbox.deliver(service, event)
-    assert answer.said == UNHANDLED
+    assert answer.result == UNHANDLED
     assert answer.reason == f"Event {event.id} is a test mode event; this service takes live mode only"
     await shared_sandbox.settled(event, Status.IGNORED)

@@ -88,7 +88,7 @@ async def execute(sandbox: Sandbox, statement: str) -> None:
 
 def cell(run: Run, name: str) -> str:
     """The first cell beside `name` in one of the tables."""
-    [line] = [line for line in run.said.splitlines() if re.match(rf"│ {re.escape(name)} +│", line)]
+    [line] = [line for line in run.output.splitlines() if re.match(rf"│ {re.escape(name)} +│", line)]
     return line.split("│")[2].strip()
 
 
@@ -97,8 +97,8 @@ def count(run: Run, name: str) -> int:
 
 
 def event_id(run: Run, number: int) -> str:
-    head = re.search(r"events (evt_load[0-9a-f]{8})", run.said)
-    assert head, run.said
+    head = re.search(r"events (evt_load[0-9a-f]{8})", run.output)
+    assert head, run.output
     return f"{head[1]}{number:08}"
 
 
@@ -107,8 +107,8 @@ async def test_a_load_with_duplicates_is_judged(shared_sandbox: Sandbox, service
     before = await shared_sandbox.rows()
     arguments = ("--url", service.url, "--users", "6", "--duration", "3", "--duplicates", "40", "--html", "r.html")
     run = await command("load", *arguments, **known(shared_sandbox))
-    assert run.code == 0, run.said
-    run.says("Nothing lost, nothing doubled.")
+    assert run.code == 0, run.output
+    run.shows("Nothing lost, nothing doubled.")
     sent = count(run, "sent")
     assert sent == count(run, "effects once") == await shared_sandbox.rows() - before
     assert (count(run, "lost"), count(run, "doubled")) == (0, 0)
@@ -124,7 +124,7 @@ async def test_a_load_with_duplicates_is_judged(shared_sandbox: Sandbox, service
 async def test_without_a_database_the_verdict_is_unknown(service: Service, command: Command) -> None:
     """Neither DATABASE_URL nor an embedded service: the load runs, and lost and doubled are unknown."""
     run = await command("load", "--url", service.url, "--duration", "1", "--secret", SECRET)
-    assert run.code == 0, run.said
+    assert run.code == 0, run.output
     assert [cell(run, name) for name in ("effects once", "lost", "doubled")] == ["unknown"] * 3
     assert count(run, "processed") > 0
 
@@ -135,9 +135,9 @@ async def test_a_rejected_load_has_nothing_to_judge(
     """Signed with another secret: every delivery is rejected, no row is there, exit 1."""
     arguments = ("--url", service.url, "--duration", "1", "--secret", "whsec_another")
     run = await command("load", *arguments, **known(shared_sandbox))
-    assert run.code == 1, run.said
+    assert run.code == 1, run.output
     assert count(run, "rejected") == count(run, "all")
-    run.says("Nothing was accepted")
+    run.shows("Nothing was accepted")
 
 
 async def test_an_interrupted_load_still_has_its_verdict(
@@ -149,8 +149,8 @@ async def test_an_interrupted_load_still_has_its_verdict(
     async with command.running("load", *arguments, **known(shared_sandbox)) as running:
         await eventually(shared_sandbox.rows, lambda rows: rows > before + 10, 60)
         running.interrupt()
-        run = await running.ended()
-    assert run.code == 0, run.said
+        run = await running.wait_for_exit()
+    assert run.code == 0, run.output
     assert count(run, "effects once") == count(run, "sent") > 10
 
 
@@ -161,9 +161,9 @@ async def test_doubled_and_dropped_effects_are_named(probed: Sandbox, command: C
     run = await command("load", "--url", service.url, "--duration", "3", **known(probed))
     dropped, gone, doubled = (event_id(run, number) for number in (3, 4, 5))
     probed.waived |= {dropped, doubled}
-    assert run.code == 1, run.said
-    run.says(f"lost: {dropped}", f"lost: {gone}", f"doubled: {doubled}", "Not as promised: 2 lost, 1 doubled.")
-    assert (run.said.count("lost: evt_"), run.said.count("doubled: evt_")) == (2, 1)
+    assert run.code == 1, run.output
+    run.shows(f"lost: {dropped}", f"lost: {gone}", f"doubled: {doubled}", "Not as promised: 2 lost, 1 doubled.")
+    assert (run.output.count("lost: evt_"), run.output.count("doubled: evt_")) == (2, 1)
     assert count(run, "effects once") == count(run, "sent") - 3
 
 
@@ -184,10 +184,10 @@ async def test_the_verdict_waits_for_what_was_deferred(
     service = await probed.service({**PROBE, "answer_budget_seconds": 0.5}).start()
     arguments = ("--url", service.url, "--users", "4", "--duration", "3")
     async with command.running("load", *arguments, "--settle", "100", **known(probed)) as running:
-        await running.says("not settled yet; waiting up to 100 s")
+        await running.shows("not settled yet; waiting up to 100 s")
         await gate.close()
-        run = await running.ended()
-    assert run.code == 0, run.said
+        run = await running.wait_for_exit()
+    assert run.code == 0, run.output
     assert count(run, "deferred") > 0
     assert count(run, "effects once") == count(run, "sent")
 
@@ -198,8 +198,8 @@ async def test_the_wait_is_bounded(probed: Sandbox, gate: asyncpg.Connection, co
     arguments = ("--url", service.url, "--users", "4", "--duration", "5", "--settle", "0.5")
     run = await command("load", *arguments, **known(probed))
     assert not gate.is_closed()
-    assert run.code == 1, run.said
-    run.says(f"not settled yet: {event_id(run, 7)}", "Not as promised")
+    assert run.code == 1, run.output
+    run.shows(f"not settled yet: {event_id(run, 7)}", "Not as promised")
     assert (count(run, "lost"), count(run, "doubled")) == (0, 0)
     await service.kill()  # its handlers end with it, and leave no effect
 
@@ -208,5 +208,5 @@ async def test_a_database_that_is_not_the_services_is_refused(command: Command, 
     """It lacks the probe's table: exit 3 before anything is sent, and the command to run."""
     await execute(sandbox, "DROP TABLE load_effects")
     run = await command("load", **known(sandbox))
-    assert run.code == 3, run.said
-    run.says("load_effects", "firstclaim migrate")
+    assert run.code == 3, run.output
+    run.shows("load_effects", "firstclaim migrate")

@@ -55,29 +55,29 @@ async def test_what_happens_is_counted(sandbox: Sandbox) -> None:
         return changes
 
     event = sample()
-    assert (await sandbox.deliver(service, event)).said == PROCESSED
+    assert (await sandbox.deliver(service, event)).result == PROCESSED
     handled = ("firstclaim_handler_seconds_count", "invoice.payment_failed")
     assert await since() == {("firstclaim_deliveries_total", "processed"): 1, handled: 1}
 
     assert 0 < before["firstclaim_handler_seconds_sum", "invoice.payment_failed"] < 10
 
-    assert (await sandbox.deliver(service, event)).said == IGNORED
+    assert (await sandbox.deliver(service, event)).result == IGNORED
     assert await since() == {
         ("firstclaim_deliveries_total", "duplicate"): 1,
         ("firstclaim_duplicates_total", "redis"): 1,
     }
     sandbox.empty_redis()
-    assert (await sandbox.deliver(service, event)).said == IGNORED
+    assert (await sandbox.deliver(service, event)).result == IGNORED
     assert await since() == {
         ("firstclaim_deliveries_total", "duplicate"): 1,
         ("firstclaim_duplicates_total", "ledger"): 1,
     }
 
-    assert (await sandbox.deliver(service, sample(type="charge.refunded"))).said == UNHANDLED
+    assert (await sandbox.deliver(service, sample(type="charge.refunded"))).result == UNHANDLED
     assert await since() == {("firstclaim_deliveries_total", "unhandled"): 1}
 
     failing = sample("fail", until=1)
-    assert (await sandbox.deliver(service, failing)).said == FAILED
+    assert (await sandbox.deliver(service, failing)).result == FAILED
     await sandbox.settled(failing, Status.COMPLETED)
 
     async def recovered() -> float:
@@ -114,7 +114,7 @@ async def test_all_workers_are_one_sum(sandbox: Sandbox) -> None:
     """Every worker reports the sum of all workers."""
     service = await sandbox.service(workers=2).start()
     for _ in range(20):
-        assert (await sandbox.deliver(service, sample())).said == PROCESSED
+        assert (await sandbox.deliver(service, sample())).result == PROCESSED
     sums = {(await scraped(service))["firstclaim_deliveries_total", "processed"] for _ in range(10)}
     assert sums == {20}
 
@@ -133,7 +133,7 @@ async def test_unreachable_stores_are_reported(sandbox: Sandbox) -> None:
         assert {key[1] for key in healthy if key[0] == "firstclaim_events"} == set(Status)
 
         redis.switch(Mode.REFUSE)
-        assert (await sandbox.deliver(service, sample())).said == DEFERRED
+        assert (await sandbox.deliver(service, sample())).result == DEFERRED
         found = await scraped(service)
         assert (found["firstclaim_up", "redis"], found["firstclaim_redis_outages_total",]) == (0, 1)
         assert found["firstclaim_up", "postgres"] == 1

@@ -62,18 +62,20 @@ async def proxied(proxied_service: Proxied) -> AsyncIterator[Proxied]:
     yield proxied_service
     for proxy in (proxied_service.postgres, proxied_service.redis):
         proxy.switch(Mode.OPEN)
-    await eventually(proxied_service.service.parts, lambda parts: parts[0] == 200 and set(parts[1].values()) == {"ok"})
+    await eventually(
+        proxied_service.service.components, lambda seen: seen[0] == 200 and set(seen[1].values()) == {"ok"}
+    )
 
 
 async def test_no_marker_answers_for_a_ledger_that_cannot_be_asked(proxied: Proxied, shared_sandbox: Sandbox) -> None:
     """While Postgres is away, perhaps being restored, a duplicate of what it held is promised nothing for long."""
     event = sample()
-    assert (await shared_sandbox.deliver(proxied.service, event)).said == PROCESSED
-    assert (await shared_sandbox.deliver(proxied.service, event)).said == IGNORED
+    assert (await shared_sandbox.deliver(proxied.service, event)).result == PROCESSED
+    assert (await shared_sandbox.deliver(proxied.service, event)).result == IGNORED
     proxied.postgres.switch(Mode.REFUSE)
 
     async def said() -> tuple[int, bool, str]:
-        return (await post(proxied.service.url, event.body)).said
+        return (await post(proxied.service.url, event.body)).result
 
     await eventually(said, lambda said: said == UNAVAILABLE)
     proxied.postgres.switch(Mode.OPEN)
@@ -85,10 +87,10 @@ async def test_a_start_without_redis(proxied: Proxied, shared_sandbox: Sandbox) 
     """Redis away is no reason not to start: the service is ready, degraded, records, and dispatches later."""
     proxied.redis.switch(Mode.REFUSE)
     service = await shared_sandbox.service(AS_SHIPPED | {"REDIS_URL": proxied.redis_url}).start()
-    status, parts = await service.parts()
-    assert (status, parts["redis"]) == (200, "degraded")
+    status, components = await service.components()
+    assert (status, components["redis"]) == (200, "degraded")
     event = sample()
-    assert (await shared_sandbox.deliver(service, event)).said == DEFERRED
+    assert (await shared_sandbox.deliver(service, event)).result == DEFERRED
     proxied.redis.switch(Mode.OPEN)
     assert (await shared_sandbox.settled(event)).counts == (1, 0, 0)
     assert await service.stop() == 0
@@ -100,8 +102,10 @@ async def test_both_away(proxied: Proxied, shared_sandbox: Sandbox) -> None:
     proxied.redis.switch(Mode.REFUSE)
     proxied.postgres.switch(Mode.REFUSE)
     event = sample()
-    assert (await post(proxied.service.url, event.body)).said == UNAVAILABLE
+    assert (await post(proxied.service.url, event.body)).result == UNAVAILABLE
     proxied.postgres.switch(Mode.OPEN)
-    assert (await eventually(lambda: post(proxied.service.url, event.body), lambda a: a.status != 503)).said == DEFERRED
+    assert (
+        await eventually(lambda: post(proxied.service.url, event.body), lambda a: a.status != 503)
+    ).result == DEFERRED
     proxied.redis.switch(Mode.OPEN)
     assert (await shared_sandbox.settled(event)).counts == (1, 0, 0)

@@ -39,5 +39,5 @@ async def test_handlers_are_served_from_a_package_named_service(sandbox: Sandbox
     path = os.pathsep.join((str(shop), PYTHON_PATH))
     service = await sandbox.service({"PYTHONPATH": path, "handlers": "service.billing"}).start()
     answer = await sandbox.deliver(service, sample())
-    assert answer.said == (200, True, "billed_by_our_own_service")
+    assert answer.result == (200, True, "billed_by_our_own_service")
     assert await service.stop() == 0

@@ -43,8 +43,8 @@ def add(api: StripeApi, event: Sample, age_seconds: int = 0, *, delivered: bool 
 
 def told(run: Run, code: int = 0) -> dict[str, Any]:
     """What a run with `--json` printed."""
-    assert run.code == code, run.said
-    [line] = [line for line in run.said.splitlines() if line.startswith("{")]
+    assert run.code == code, run.output
+    [line] = [line for line in run.output.splitlines() if line.startswith("{")]
     content: dict[str, Any] = orjson.loads(line)
     return content
 
@@ -57,7 +57,7 @@ async def test_a_lost_ledger_is_repaired(sandbox: Sandbox, command: Command, api
     service = await sandbox.service().start()
     events = [sample() for _ in range(8)]
     for age, event in zip(range(8 * 3600, 0, -3600), events, strict=True):
-        assert (await sandbox.deliver(service, event)).said == PROCESSED
+        assert (await sandbox.deliver(service, event)).result == PROCESSED
         add(api, event, age, delivered=True)
     unhandled = sample(type=UNHANDLED)
     add(api, unhandled)
@@ -66,13 +66,13 @@ async def test_a_lost_ledger_is_repaired(sandbox: Sandbox, command: Command, api
         await sandbox.fetch(f"DELETE FROM {table} WHERE event_id = ANY($1)", [each.id for each in lost])
 
     run = await command("reconcile", "--since", "3d", "--dry-run")
-    assert run.code == 0, run.said
-    run.says("9 events found at Stripe: 2 already here, 7 would be recorded")
+    assert run.code == 0, run.output
+    run.shows("9 events found at Stripe: 2 already here, 7 would be recorded")
     assert await sandbox.rows() == 2
 
     run = await command("reconcile", "--since", "3d")
-    assert run.code == 0, run.said
-    run.says("9 events found at Stripe: 2 already here, 7 recorded")
+    assert run.code == 0, run.output
+    run.shows("9 events found at Stripe: 2 already here, 7 recorded")
     for event in events:
         row = await sandbox.settled(event)
         assert row.counts == (1, 0, 0)
@@ -124,9 +124,9 @@ async def test_an_interrupted_run_is_run_again(sandbox: Sandbox, command: Comman
     async with command.running("reconcile", "--since", "2d") as running:
         await eventually(lambda: _asked_in_vain(api))
         running.interrupt()
-        run = await running.ended()
+        run = await running.wait_for_exit()
     assert run.code != 0
-    run.says("not finished: run it again, nothing is recorded twice")
+    run.shows("not finished: run it again, nothing is recorded twice")
 
     api.on_page = None
     last = told(await command("reconcile", "--since", "2d", "--json"))
@@ -147,12 +147,12 @@ async def test_what_stripe_says(command: Command, api: StripeApi) -> None:
     assert told(await command("reconcile", "--since", "15m", "--json", "--dry-run"))["missing"] == 1
     api.troubles += [error(429, headers=AT_ONCE)] * 6
     run = await command("reconcile", "--since", "15m")
-    assert run.code == 3, run.said
-    run.says("429", "later")
+    assert run.code == 3, run.output
+    run.shows("429", "later")
     run = await command("reconcile", "--since", "15m", STRIPE_API_KEY="sk_test_wr0ng")
-    assert run.code == 1, run.said
-    run.says("STRIPE_API_KEY")
-    assert "wr0ng" not in run.said
+    assert run.code == 1, run.output
+    run.shows("STRIPE_API_KEY")
+    assert "wr0ng" not in run.output
 
 
 async def test_an_event_that_is_none_is_named(sandbox: Sandbox, command: Command, api: StripeApi) -> None:
@@ -162,7 +162,7 @@ async def test_an_event_that_is_none_is_named(sandbox: Sandbox, command: Command
         add(api, event)
     run = await command("reconcile", "--since", "1h", "--json")
     content = told(run, 1)
-    run.says('evt_broken is not recorded, it would be refused as a delivery too: "livemode" must be true or false')
+    run.shows('evt_broken is not recorded, it would be refused as a delivery too: "livemode" must be true or false')
     assert (content["recorded"], content["refused"], content["complete"]) == (1, 1, True)
     assert content["refusals"] == [{"event_id": "evt_broken", "reason": '"livemode" must be true or false'}]
     assert await sandbox.row(good) is not None
@@ -185,7 +185,7 @@ async def test_nothing_says_the_key_or_a_payload(command: Command, api: StripeAp
     ):
         api.troubles = [trouble] * 6
         run = await command("reconcile", "--since", "1s", **loud)
-        assert run.code == code, run.said
-        assert_silent(run.said)
-    run.says("2 events found at Stripe: 0 already here, 1 recorded, 1 refused")
+        assert run.code == code, run.output
+        assert_silent(run.output)
+    run.shows("2 events found at Stripe: 0 already here, 1 recorded, 1 refused")
     assert api.keys == {f"Bearer {API_KEY}"}

@@ -31,12 +31,12 @@ async def test_the_drain_delay_keeps_serving(sandbox: Sandbox) -> None:
     service = await sandbox.service({"drain_seconds": drain_seconds}).start()
     service.terminate()
     ends = time.monotonic() + drain_seconds
-    await eventually(service.parts, lambda parts: parts[0] == 503)
-    status, parts = await service.parts()
-    assert (status, [name for name, found in parts.items() if found != "ok"]) == (503, ["process"])
+    await eventually(service.components, lambda seen: seen[0] == 503)
+    status, components = await service.components()
+    assert (status, [name for name, found in components.items() if found != "ok"]) == (503, ["process"])
     while time.monotonic() < ends - 0.5:
-        assert (await sandbox.deliver(service, sample())).said == PROCESSED
-    assert await service.ended() == 0, service.output
+        assert (await sandbox.deliver(service, sample())).result == PROCESSED
+    assert await service.wait_for_exit() == 0, service.output
     with pytest.raises(httpx.TransportError):
         await service.get("/livez")
 
@@ -45,9 +45,9 @@ async def test_a_second_signal_skips_the_drain_delay(sandbox: Sandbox) -> None:
     """Ctrl-C twice, or an impatient operator: the delay is cut short, and the exit is still a clean one."""
     service = await sandbox.service({"drain_seconds": 60, "shutdown_seconds": 90}).start()
     service.terminate()
-    await eventually(service.parts, lambda parts: parts[0] == 503)
+    await eventually(service.components, lambda seen: seen[0] == 503)
     service.terminate()
-    assert await service.ended() == 0, service.output
+    assert await service.wait_for_exit() == 0, service.output
 
 
 async def test_workers_leave_with_their_killed_supervisor(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -57,14 +57,14 @@ async def test_workers_leave_with_their_killed_supervisor(sandbox: Sandbox, tmp_
     event = sample("hold", gate=str(gate))
     answer = asyncio.create_task(sandbox.deliver(service, event))
     await sandbox.settled(event, Status.PROCESSING)
-    assert len(await service.members()) >= 3
+    assert len(await service.pids()) >= 3
 
     service.kill_supervisor()
-    assert await service.ended() == -signal.SIGKILL
+    assert await service.wait_for_exit() == -signal.SIGKILL
     await eventually(_says(service, "supervisor_vanished"))
     gate.touch()
-    await eventually(service.members, lambda members: not members)
-    assert (await answer).said in (PROCESSED, DEFERRED)
+    await eventually(service.pids, lambda members: not members)
+    assert (await answer).result in (PROCESSED, DEFERRED)
     assert (await sandbox.settled(event)).counts == (1, 0, 0)
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

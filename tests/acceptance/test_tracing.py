@@ -103,7 +103,7 @@ async def test_the_path_of_a_delivery_is_a_trace(sandbox: Sandbox) -> None:
         service = await sandbox.service(exporting(collector.port)).start()
         event = sample()
         headers = signed(event.body) | {"traceparent": f"00-{TRACE}-{PARENT}-01"}
-        assert (await post(service.url, event.body, list(headers.items()))).said == PROCESSED
+        assert (await post(service.url, event.body, list(headers.items()))).result == PROCESSED
         spans = await collector.of(event.id, 5)
         assert spans.keys() == {"delivery", "lock", "claim", "attempt", "handler"}
         assert {span.trace_id.hex() for span in spans.values()} == {TRACE}
@@ -123,7 +123,7 @@ async def test_the_path_of_a_delivery_is_a_trace(sandbox: Sandbox) -> None:
             "attempt": "1",
         }
         assert text(spans["handler"]) == {"handler": "invoice.payment_failed"}
-        assert (await sandbox.deliver(service, event)).said == IGNORED
+        assert (await sandbox.deliver(service, event)).result == IGNORED
         assert collector.services == {"firstclaim"}
         assert await service.stop() == 0
         about = [span for span in collector.spans if text(span).get("outcome") == "duplicate"]
@@ -135,7 +135,7 @@ async def test_a_span_has_only_the_class_of_an_error(sandbox: Sandbox) -> None:
     async with collecting() as collector:
         service = await sandbox.service(exporting(collector.port)).start()
         event = sample("fail", until=1)
-        assert (await sandbox.deliver(service, event)).said == FAILED
+        assert (await sandbox.deliver(service, event)).result == FAILED
         await sandbox.settled(event)
         assert await service.stop() == 0
     failed, good = [span for span in collector.spans if span.name == "firstclaim.attempt"]
@@ -152,7 +152,7 @@ async def test_a_span_has_only_the_class_of_an_error(sandbox: Sandbox) -> None:
 async def test_an_unreachable_collector_delays_nothing(sandbox: Sandbox, unused_tcp_port: int) -> None:
     """With an unreachable collector, deliveries are processed as usual, and the shutdown does not wait for it."""
     service = await sandbox.service(exporting(unused_tcp_port)).start()
-    assert (await sandbox.deliver(service, sample())).said == PROCESSED
+    assert (await sandbox.deliver(service, sample())).result == PROCESSED
     async with asyncio.timeout(10):
         assert await service.stop() == 0
 
@@ -163,6 +163,6 @@ async def test_without_the_package_there_are_no_spans(sandbox: Sandbox) -> None:
     async with collecting() as collector:
         path: Overrides = {"PYTHONPATH": f"{sandbox.folder}:{PYTHON_PATH}"}
         service = await sandbox.service(exporting(collector.port) | path).start()
-        assert (await sandbox.deliver(service, sample())).said == PROCESSED
+        assert (await sandbox.deliver(service, sample())).result == PROCESSED
         assert await service.stop() == 0
     assert collector.spans == []

@@ -16,6 +16,6 @@ async def test_workers_that_start_slowly(sandbox: Sandbox, tmp_path: Path) -> No
     """Workers that need 6 s to come up, as on a busy machine, come up: their supervisor does not kill them for it."""
     (tmp_path / "sitecustomize.py").write_text(LATE)
     service = await sandbox.service({"PYTHONPATH": f"{tmp_path}:{PYTHON_PATH}"}, workers=2).start()
-    assert (await sandbox.deliver(service, sample())).said == PROCESSED
+    assert (await sandbox.deliver(service, sample())).result == PROCESSED
     assert "died" not in service.output
     assert await service.stop() == 0

@@ -46,7 +46,7 @@ async def sandbox(stores: Stores, tmp_path: Path) -> AsyncIterator[Sandbox]:
     try:
         yield sandbox
     finally:
-        await sandbox.leave()
+        await sandbox.close()
 
 
 @dataclass
@@ -124,9 +124,9 @@ async def window(request: pytest.FixtureRequest, chromium: str, served: Service)
     assert window.problems == []
 
 
-async def failed_event(sandbox: Sandbox, service: Service, mended: Path) -> Sample:
+async def failed_event(sandbox: Sandbox, service: Service, fixed: Path) -> Sample:
     """One whose handler fails until that file is there, and whose metadata tries to be code."""
-    event = sample("permanent", mended=str(mended), note=XSS)
+    event = sample("permanent", fixed=str(fixed), note=XSS)
     assert (await sandbox.deliver(service, event)).content["action"] == "dead"
     return event
 
@@ -135,9 +135,9 @@ async def test_an_operator_finds_replays_and_sees_it_completed(
     window: Window, sandbox: Sandbox, served: Service, tmp_path: Path
 ) -> None:
     """Log in, find it among the others, look at its payload, replay it by its page, and see the end of it."""
-    mended = tmp_path / "mended"
-    event = await failed_event(sandbox, served, mended)
-    others = [await failed_event(sandbox, served, mended) for _ in range(2)]
+    fixed = tmp_path / "fixed"
+    event = await failed_event(sandbox, served, fixed)
+    others = [await failed_event(sandbox, served, fixed) for _ in range(2)]
     for _ in range(12):
         await sandbox.deliver(served, sample())
     page = window.page
@@ -171,7 +171,7 @@ async def test_an_operator_finds_replays_and_sees_it_completed(
     assert await page.title() == f"Payload of {event.id} · firstclaim"
     await page.get_by_role("link", name=event.id).click()
 
-    mended.touch()
+    fixed.touch()
     await page.get_by_role("button", name="Replay…").click()
     await expect(page.get_by_role("heading", name="Replay 1 event?")).to_be_visible()
     await window.look("replay")
@@ -205,7 +205,7 @@ async def test_an_operator_finds_replays_and_sees_it_completed(
 
 async def test_it_can_be_used_by_keys_alone(window: Window, sandbox: Sandbox, served: Service, tmp_path: Path) -> None:
     """From the login to the list: the first key leads past the bar, focus is seen, the space bar ticks."""
-    event = await failed_event(sandbox, served, tmp_path / "mended")
+    event = await failed_event(sandbox, served, tmp_path / "fixed")
     page = window.page
     await window.go("/admin/events")
     await expect(page.get_by_label("Password")).to_be_focused()

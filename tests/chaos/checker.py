@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 from firstclaim.status import Status
 from tests.acceptance.harness import Row
 from tests.chaos.history import ABANDONED_MOST, Delivery, Unseen
-from tests.chaos.witness import CLAIM, HOLD, LOCK, OUTSIDE, START, Line
+from tests.chaos.trace import CLAIM, HOLD, LOCK, OUTSIDE, START, Line
 
 _SETTLED: Final = (Status.COMPLETED, Status.IGNORED, Status.DEAD)
 _KILLED_AT_ONCE: Final = ("Permanent: ", "rule broken: ", "its payload ")  # what no retry helps
@@ -110,21 +110,23 @@ def _promises(evidence: Evidence) -> Iterator[Violation]:
         if not delivery.promised:
             continue
         if delivery.seen is Unseen.NO_ROW:
-            yield Violation("I1", delivery.event_id, f"answered {delivery.said}, and at that instant there was no row")
+            yield Violation(
+                "I1", delivery.event_id, f"answered {delivery.result}, and at that instant there was no row"
+            )
         elif delivery.event_id not in evidence.rows:
-            yield Violation("I1", delivery.event_id, f"answered {delivery.said}, and there is no row")
+            yield Violation("I1", delivery.event_id, f"answered {delivery.result}, and there is no row")
 
 
 def _answers(evidence: Evidence) -> Iterator[Violation]:
     for delivery in evidence.deliveries:
-        if delivery.said is None or delivery.seen is Unseen.NOT_ASKED:
+        if delivery.result is None or delivery.seen is Unseen.NOT_READ:
             continue
-        status, processed, action = delivery.said
+        status, processed, action = delivery.result
         seen = delivery.seen.status if isinstance(delivery.seen, Row) else None
         if processed and (status != 200 or seen not in (Status.COMPLETED, Status.IGNORED)):
-            yield Violation("I6", delivery.event_id, f"answered {delivery.said}, and its row was {seen}")
+            yield Violation("I6", delivery.event_id, f"answered {delivery.result}, and its row was {seen}")
         elif action == "ignored" and seen is None:
-            yield Violation("I6", delivery.event_id, f"answered {delivery.said} before there was a row")
+            yield Violation("I6", delivery.event_id, f"answered {delivery.result} before there was a row")
 
 
 # -- I2, I4: the ledger and the effects ---------------------------------------------------------------

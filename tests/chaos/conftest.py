@@ -22,7 +22,7 @@ async def history(stores: Stores, tmp_path: Path) -> AsyncIterator[History]:
     try:
         yield History(sandbox)
     finally:
-        await sandbox.leave()
+        await sandbox.close()
 
 
 @pytest.fixture

@@ -14,32 +14,32 @@ from typing import Final
 from firstclaim.errors import LedgerUnavailable
 from tests import operator
 from tests.acceptance.harness import eventually
-from tests.chaos.bench import Bench
 from tests.chaos.plan import Fault
 from tests.chaos.servers import RedisServer
+from tests.chaos.testbed import Testbed
 from tests.proxy import Mode, Proxy, Upstream
 
 _END_SECONDS: Final = 40.0
 _STORM_SECONDS: Final = 0.05
 
 
-Do = Callable[[Bench, Fault], Awaitable[None]]
+Do = Callable[[Testbed, Fault], Awaitable[None]]
 
 # -- services -----------------------------------------------------------------------------------------
 
 
-async def kill_service(bench: Bench, fault: Fault) -> None:
+async def kill_service(testbed: Testbed, fault: Fault) -> None:
     """kill -9 to all of it, and a new start a moment later."""
-    service = bench.service(fault.lane)
+    service = testbed.service(fault.lane)
     await service.kill()
-    bench.gone(service)
+    testbed.gone(service)
     await asyncio.sleep(fault.lasts_seconds)
-    await bench.start(service)
+    await testbed.start(service)
 
 
-async def freeze_worker(bench: Bench, fault: Fault) -> None:
+async def freeze_worker(testbed: Testbed, fault: Fault) -> None:
     """A process stands still for longer than any lease, some of them for longer than Postgres waits for it."""
-    for pid in _one_of(await bench.service(fault.lane).members(), fault):
+    for pid in _one_of(await testbed.service(fault.lane).pids(), fault):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
             try:
@@ -48,27 +48,27 @@ async def freeze_worker(bench: Bench, fault: Fault) -> None:
                 os.kill(pid, signal.SIGCONT)
 
 
-async def restart_service(bench: Bench, fault: Fault) -> None:
+async def restart_service(testbed: Testbed, fault: Fault) -> None:
     """SIGTERM with work in flight, as a rolling restart sends it."""
-    service = bench.service(fault.lane)
+    service = testbed.service(fault.lane)
     service.terminate()
-    await service.ended(_END_SECONDS)
-    await bench.start(service)
+    await service.wait_for_exit(_END_SECONDS)
+    await testbed.start(service)
 
 
-async def kill_supervisor(bench: Bench, fault: Fault) -> None:
+async def kill_supervisor(testbed: Testbed, fault: Fault) -> None:
     """Its workers notice, finish and leave by themselves."""
-    service = bench.service(fault.lane)
+    service = testbed.service(fault.lane)
     service.kill_supervisor()
-    bench.gone(service)
-    await eventually(service.members, lambda members: not members, _END_SECONDS)
-    await bench.start(service)
+    testbed.gone(service)
+    await eventually(service.pids, lambda members: not members, _END_SECONDS)
+    await testbed.start(service)
 
 
-async def kill_worker(bench: Bench, fault: Fault) -> None:
+async def kill_worker(testbed: Testbed, fault: Fault) -> None:
     """Its supervisor starts another."""
-    service = bench.service(fault.lane)
-    for pid in _one_of([pid for pid in await service.members() if pid != service.pid], fault):
+    service = testbed.service(fault.lane)
+    for pid in _one_of([pid for pid in await service.pids() if pid != service.pid], fault):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
@@ -81,48 +81,48 @@ def _one_of(pids: list[int], fault: Fault) -> list[int]:
 # -- Redis --------------------------------------------------------------------------------------------
 
 
-async def flush_redis(bench: Bench, _: Fault) -> None:
+async def flush_redis(testbed: Testbed, _: Fault) -> None:
     """Every lock and every marker is gone at once."""
-    await bench.redis.call("FLUSHALL")
+    await testbed.redis.call("FLUSHALL")
 
 
-async def flush_redis_on_and_on(bench: Bench, fault: Fault) -> None:
+async def flush_redis_on_and_on(testbed: Testbed, fault: Fault) -> None:
     """No lock lives for long."""
     for _ in range(round(fault.lasts_seconds / _STORM_SECONDS)):
-        await bench.redis.call("FLUSHALL")
+        await testbed.redis.call("FLUSHALL")
         await asyncio.sleep(_STORM_SECONDS)
 
 
-async def stop_redis(bench: Bench, fault: Fault) -> None:
+async def stop_redis(testbed: Testbed, fault: Fault) -> None:
     """Away for a while, and empty when it is back."""
-    await bench.redis.stop()
+    await testbed.redis.stop()
     await asyncio.sleep(fault.lasts_seconds)
-    await bench.redis.start()
+    await testbed.redis.start()
 
 
-async def restart_redis(bench: Bench, _: Fault) -> None:
+async def restart_redis(testbed: Testbed, _: Fault) -> None:
     """kill -9 and back at once, empty."""
-    await bench.redis.kill()
-    await bench.redis.start()
+    await testbed.redis.kill()
+    await testbed.redis.start()
 
 
-async def freeze_redis(bench: Bench, fault: Fault) -> None:
+async def freeze_redis(testbed: Testbed, fault: Fault) -> None:
     """It takes commands and answers none; afterwards it carries them all out, locks among them."""
-    bench.redis.pause()
+    testbed.redis.pause()
     try:
         await asyncio.sleep(fault.lasts_seconds)
     finally:
-        bench.redis.resume()
+        testbed.redis.resume()
 
 
-async def evict_from_redis(bench: Bench, fault: Fault) -> None:
+async def evict_from_redis(testbed: Testbed, fault: Fault) -> None:
     """Memory is short: each new key costs another its life."""
-    await _with_memory(bench.redis, "allkeys-lru", fault)
+    await _with_memory(testbed.redis, "allkeys-lru", fault)
 
 
-async def fill_redis(bench: Bench, fault: Fault) -> None:
+async def fill_redis(testbed: Testbed, fault: Fault) -> None:
     """Memory is short, and nothing may be evicted: OOM for every lock."""
-    await _with_memory(bench.redis, "noeviction", fault)
+    await _with_memory(testbed.redis, "noeviction", fault)
 
 
 async def _with_memory(redis: RedisServer, policy: str, fault: Fault) -> None:
@@ -132,88 +132,88 @@ async def _with_memory(redis: RedisServer, policy: str, fault: Fault) -> None:
     await redis.call("CONFIG", "SET", "maxmemory", 0)
 
 
-async def redis_read_only(bench: Bench, fault: Fault) -> None:
+async def redis_read_only(testbed: Testbed, fault: Fault) -> None:
     """READONLY for every write: it takes itself for the replica of a server that is away."""
-    await bench.redis.call("REPLICAOF", "127.0.0.1", 1)
+    await testbed.redis.call("REPLICAOF", "127.0.0.1", 1)
     await asyncio.sleep(fault.lasts_seconds)
-    await bench.redis.promote()
+    await testbed.redis.promote()
 
 
-async def fail_redis_over(bench: Bench, fault: Fault) -> None:
+async def fail_redis_over(testbed: Testbed, fault: Fault) -> None:
     """The primary dies with its last writes, and its replica takes its place."""
-    await bench.spare.replicate(bench.redis)
+    await testbed.spare.replicate(testbed.redis)
     await asyncio.sleep(fault.lasts_seconds)
-    await bench.redis.kill()
-    await bench.spare.promote()
-    bench.redis, bench.spare = bench.spare, bench.redis
-    bench.history.sandbox.redis_url = bench.redis.url
-    for line in bench.redis_lines:
-        line.upstream = Upstream("127.0.0.1", bench.redis.port)
+    await testbed.redis.kill()
+    await testbed.spare.promote()
+    testbed.redis, testbed.spare = testbed.spare, testbed.redis
+    testbed.history.sandbox.redis_url = testbed.redis.url
+    for line in testbed.redis_lines:
+        line.upstream = Upstream("127.0.0.1", testbed.redis.port)
         line.cut()
-    await bench.spare.start()
+    await testbed.spare.start()
 
 
 # -- Postgres -----------------------------------------------------------------------------------------
 
 
-async def crash_postgres(bench: Bench, _: Fault) -> None:
+async def crash_postgres(testbed: Testbed, _: Fault) -> None:
     """Ends at once without a checkpoint, and recovers."""
-    await bench.postgres.restart(signal.SIGQUIT)
+    await testbed.postgres.restart(signal.SIGQUIT)
 
 
-async def stop_postgres(bench: Bench, fault: Fault) -> None:
+async def stop_postgres(testbed: Testbed, fault: Fault) -> None:
     """Away for a while."""
-    await bench.postgres.stop()
+    await testbed.postgres.stop()
     await asyncio.sleep(fault.lasts_seconds)
-    await bench.postgres.start()
+    await testbed.postgres.start()
 
 
-async def freeze_postgres(bench: Bench, fault: Fault) -> None:
+async def freeze_postgres(testbed: Testbed, fault: Fault) -> None:
     """All of it stands still."""
-    bench.postgres.pause()
+    testbed.postgres.pause()
     try:
         await asyncio.sleep(fault.lasts_seconds)
     finally:
-        bench.postgres.resume()
+        testbed.postgres.resume()
 
 
-async def freeze_backends(bench: Bench, fault: Fault) -> None:
+async def freeze_backends(testbed: Testbed, fault: Fault) -> None:
     """Some connections stand still, with whatever they were doing; the others live."""
-    backends = await bench.postgres.backends()
+    backends = await testbed.postgres.backends()
     chosen = backends[:: 1 + fault.pick % 3]
     try:
         for pid in chosen:
-            bench.postgres.pause(pid)
+            testbed.postgres.pause(pid)
         await asyncio.sleep(fault.lasts_seconds)
     finally:
         for pid in chosen:
-            bench.postgres.resume(pid)
+            testbed.postgres.resume(pid)
 
 
-async def end_backends(bench: Bench, fault: Fault) -> None:
+async def end_backends(testbed: Testbed, fault: Fault) -> None:
     """An operator terminates connections."""
-    for pid in (await bench.postgres.backends())[:: 1 + fault.pick % 2]:
-        await bench.postgres.execute("SELECT pg_terminate_backend($1)", pid)
+    for pid in (await testbed.postgres.backends())[:: 1 + fault.pick % 2]:
+        await testbed.postgres.execute("SELECT pg_terminate_backend($1)", pid)
 
 
-async def lose_backend(bench: Bench, fault: Fault) -> None:
+async def lose_backend(testbed: Testbed, fault: Fault) -> None:
     """One dies as if for lack of memory: the server throws everyone off, and recovers in place."""
-    if backends := await bench.postgres.backends():
-        await bench.postgres.lose(backends[fault.pick % len(backends)])
+    if backends := await testbed.postgres.backends():
+        await testbed.postgres.lose(backends[fault.pick % len(backends)])
 
 
-async def rotate(bench: Bench, _: Fault) -> None:
+async def rotate(testbed: Testbed, _: Fault) -> None:
     """`firstclaim epoch rotate`: every marker is worthless from now on."""
     with suppress(LedgerUnavailable):  # Postgres is away: an operator would come back later
-        await operator.rotate(bench.postgres.url, 2)
+        await operator.rotate(testbed.postgres.url, 2)
 
 
 # -- the lines ----------------------------------------------------------------------------------------
 
 
 def _switched(lines: str, mode: Mode) -> Do:
-    async def switch(bench: Bench, fault: Fault) -> None:
-        line = _line(bench, lines, fault)
+    async def switch(testbed: Testbed, fault: Fault) -> None:
+        line = _line(testbed, lines, fault)
         line.switch(mode)
         try:
             await asyncio.sleep(fault.lasts_seconds)
@@ -225,8 +225,8 @@ def _switched(lines: str, mode: Mode) -> Do:
 
 
 def _cut(lines: str) -> Do:
-    async def cut(bench: Bench, fault: Fault) -> None:
-        _line(bench, lines, fault).cut()
+    async def cut(testbed: Testbed, fault: Fault) -> None:
+        _line(testbed, lines, fault).cut()
 
     return cut
 
@@ -234,8 +234,8 @@ def _cut(lines: str) -> Do:
 def _cut_at(word: bytes, mode: Mode) -> Do:
     """Cut a Postgres line at a message: FROZEN, before the server saw it; MUTE, after."""
 
-    async def cut_at(bench: Bench, fault: Fault) -> None:
-        line = _line(bench, "postgres", fault)
+    async def cut_at(testbed: Testbed, fault: Fault) -> None:
+        line = _line(testbed, "postgres", fault)
         seen = asyncio.Event()
 
         def look(sent: bytes) -> None:
@@ -257,8 +257,8 @@ def _cut_at(word: bytes, mode: Mode) -> Do:
     return cut_at
 
 
-def _line(bench: Bench, lines: str, fault: Fault) -> Proxy:
-    chosen = bench.redis_lines if lines == "redis" else bench.postgres_lines
+def _line(testbed: Testbed, lines: str, fault: Fault) -> Proxy:
+    chosen = testbed.redis_lines if lines == "redis" else testbed.postgres_lines
     return chosen[fault.pick % len(chosen)]
 
 

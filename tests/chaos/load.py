@@ -22,12 +22,12 @@ from tests.acceptance.harness import ROW, Answer, Row, Sample, Service, eventual
 from tests.chaos.history import History
 from tests.fixtures import signed
 
-_SPREAD = 24  # shots among which the next one is picked: how far apart an event's copies may be
+_SPREAD = 24  # posts among which the next one is picked: how far apart an event's copies may be
 _ANSWER_SECONDS = 60.0  # a hanging answer is for the test to judge
 _MORE_SECONDS = 120.0
 _PAUSE_SECONDS = 0.02  # after a connection was refused
 
-Said = tuple[int, bool, str]
+AnswerResult = tuple[int, bool, str]
 
 
 class Wire:
@@ -79,21 +79,21 @@ class Load:
     copies: int = 3
     pause_seconds: float = 0.0  # of each sender, after each answer
     events: list[Sample] = field(default_factory=list, init=False)
-    said: Counter[Said | None] = field(default_factory=Counter, init=False)
+    results: Counter[AnswerResult | None] = field(default_factory=Counter, init=False)
     seconds: list[float] = field(default_factory=list, init=False)  # how long each answer took
 
     async def deliver(self, deliveries: int) -> None:
         """Make so many of them."""
-        shots = self._shots()
-        await self._send(next(shots) for _ in range(deliveries))
+        posts = self._shots()
+        await self._send(next(posts) for _ in range(deliveries))
 
     async def more(self, deliveries: int) -> None:
         """Wait for so many more answers of what runs."""
 
         async def answered() -> int:
-            return self.said.total()
+            return self.results.total()
 
-        goal = self.said.total() + deliveries
+        goal = self.results.total() + deliveries
         await eventually(answered, lambda total: total >= goal, _MORE_SECONDS)
 
     def percentile(self, share: float) -> float:
@@ -103,39 +103,39 @@ class Load:
     @property
     def counts(self) -> str:
         """How many of each answer."""
-        return ", ".join(f"{times} {said and said[2]}" for said, times in self.said.most_common())
+        return ", ".join(f"{times} {said and said[2]}" for said, times in self.results.most_common())
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Deliver for as long as the block runs; what is on its way then still gets its answer."""
         stopping = asyncio.Event()
 
-        def shots() -> Iterator[Sample]:
+        def posts() -> Iterator[Sample]:
             for shot in self._shots():
                 if stopping.is_set():
                     return
                 yield shot
 
-        sending = asyncio.create_task(self._send(shots()))
+        sending = asyncio.create_task(self._send(posts()))
         try:
             yield
         finally:
             stopping.set()
             await sending
 
-    async def _send(self, shots: Iterator[Sample]) -> None:
+    async def _send(self, posts: Iterator[Sample]) -> None:
         async with looking(self.history):
-            await asyncio.gather(*(self._sender(shots) for _ in range(self.senders)))
+            await asyncio.gather(*(self._sender(posts) for _ in range(self.senders)))
 
-    async def _sender(self, shots: Iterator[Sample]) -> None:
+    async def _sender(self, posts: Iterator[Sample]) -> None:
         wires = [Wire(service) for service in self.services]
         try:
-            for event in shots:
+            for event in posts:
                 number = random.randrange(len(wires))
                 sent_at = time.monotonic_ns()
                 answer = await wires[number].post(event.body)
                 await self.history.note(self.services[number], event, answer, sent_at)
-                self.said[answer.said if answer else None] += 1
+                self.results[answer.result if answer else None] += 1
                 if answer:
                     self.seconds.append(answer.seconds)
                 await asyncio.sleep(self.pause_seconds)

@@ -19,16 +19,16 @@ import httpx
 
 from firstclaim.status import Status
 from tests.acceptance.harness import Overrides, Row, Sandbox, Service, eventually
-from tests.chaos.bench import Bench
 from tests.chaos.checker import Evidence, Violation, check
 from tests.chaos.faults import LANES
 from tests.chaos.history import History
 from tests.chaos.load import looking
 from tests.chaos.plan import faults, orders
-from tests.chaos.sender import Said, Sender
+from tests.chaos.sender import AnswerResult, Sender
 from tests.chaos.servers import own_servers
+from tests.chaos.testbed import Testbed
+from tests.chaos.trace import END, OUTSIDE, START, Line
 from tests.chaos.verdict import collect, report, settle
-from tests.chaos.witness import END, OUTSIDE, START, Line
 from tests.proxy import before_postgres, before_redis
 
 # Everything due comes soon, and the shipped order holds: lease < handler deadline < idle in transaction.
@@ -82,7 +82,7 @@ class Result:
             for order in self.sender.sent
         )
         yield "events by what became of them", _sorted(became)
-        yield "answers", _sorted(Counter({_words(said): times for said, times in self.sender.said.items()}))
+        yield "answers", _sorted(Counter({_words(said): times for said, times in self.sender.results.items()}))
         yield "faults", _sorted(self.faults)
         yield "counts", self._counts()
 
@@ -111,42 +111,42 @@ class Result:
 
 
 async def run(seed: int, minutes: float, folder: Path, say: Say = print) -> Result:
-    """One whole run; its services' logs and the witness's file go to `folder`."""
+    """One whole run; its services' logs and the trace's file go to `folder`."""
     async with AsyncExitStack() as stack:
-        bench = await _build(folder, stack)
-        history = bench.history
-        sender = Sender(history, bench.serving, orders(seed))
-        nemesis = _Nemesis(seed, bench, sender, say, ends_at=time.monotonic() + 60 * minutes)
+        testbed = await _build(folder, stack)
+        history = testbed.history
+        sender = Sender(history, testbed.serving, orders(seed))
+        nemesis = _Nemesis(seed, testbed, sender, say, ends_at=time.monotonic() + 60 * minutes)
         async with looking(history):
             await nemesis.run()
         evidence = await collect(history)
         return Result(seed, history, sender, evidence, nemesis.done, [*check(evidence), *_lost(sender, evidence)])
 
 
-async def _build(folder: Path, stack: AsyncExitStack) -> Bench:
+async def _build(folder: Path, stack: AsyncExitStack) -> Testbed:
     """Servers, lines, and services that are ready; `stack` ends them."""
     servers = await stack.enter_async_context(own_servers())
     postgres, redis, spare = await servers.postgres(), await servers.redis(), await servers.redis()
     history = History(Sandbox(postgres.url, redis.url, "nemesis:", folder))
-    bench = Bench(history, postgres, redis, spare)
+    testbed = Testbed(history, postgres, redis, spare)
     for workers in _WORKERS:
         postgres_line, postgres_url = await stack.enter_async_context(before_postgres(postgres.url))
         redis_line, redis_url = await stack.enter_async_context(before_redis(redis.url))
         addresses: Overrides = {"DATABASE_URL": postgres_url, "REDIS_URL": redis_url}
         service = history.service(SETTINGS | addresses, workers=workers)
         stack.push_async_callback(service.kill)
-        bench.postgres_lines.append(postgres_line)
-        bench.redis_lines.append(redis_line)
-        bench.services.append(service)
-    await asyncio.gather(*(service.start() for service in bench.services))
-    bench.serving += bench.services
-    return bench
+        testbed.postgres_lines.append(postgres_line)
+        testbed.redis_lines.append(redis_line)
+        testbed.services.append(service)
+    await asyncio.gather(*(service.start() for service in testbed.services))
+    testbed.serving += testbed.services
+    return testbed
 
 
 @dataclass(slots=True)
 class _Nemesis:
     seed: int
-    bench: Bench
+    testbed: Testbed
     sender: Sender
     say: Say
     ends_at: float
@@ -160,7 +160,7 @@ class _Nemesis:
         calm = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
             about = [tasks.create_task(self._tell()), *(tasks.create_task(self._keep(lane)) for lane in LANES)]
-            with self.bench.history.postgres_away():
+            with self.testbed.history.postgres_unreachable():
                 sending = tasks.create_task(self.sender.run(calm))
                 async with asyncio.TaskGroup() as lanes:
                     for lane in LANES:
@@ -168,7 +168,7 @@ class _Nemesis:
                 calm.set()
                 await self._healed()
                 await sending
-            await settle(self.bench.history, _SETTLE_SECONDS)
+            await settle(self.testbed.history, _SETTLE_SECONDS)
             for task in about:
                 task.cancel()
 
@@ -180,7 +180,7 @@ class _Nemesis:
             name = f"{lane}: {fault.kind}"
             async with self._hands[lane]:
                 self._now.add(name)
-                await LANES[lane][fault.kind](self.bench, fault)
+                await LANES[lane][fault.kind](self.testbed, fault)
                 self._now.discard(name)
             self.done[name] += 1
 
@@ -188,29 +188,29 @@ class _Nemesis:
         """Start a service again that ended of an event: those that kill their process come to the very end."""
         while lane.startswith("service"):
             async with self._hands[lane]:
-                service = self.bench.service(lane)
-                if not await service.members():
+                service = self.testbed.service(lane)
+                if not await service.pids():
                     self.done["died of an event"] += 1
-                    await self.bench.start(service)
+                    await self.testbed.start(service)
             await asyncio.sleep(_KEEP_SECONDS)
 
     async def _healed(self) -> None:
-        for service in self.bench.services:
+        for service in self.testbed.services:
 
-            async def parts(service: Service = service) -> set[str]:
+            async def components(service: Service = service) -> set[str]:
                 with suppress(httpx.TransportError):
-                    return set((await service.parts())[1].values())
+                    return set((await service.components())[1].values())
                 return set()
 
-            await eventually(parts, lambda parts: parts == {"ok"}, _SETTLE_SECONDS)
+            await eventually(components, lambda components: components == {"ok"}, _SETTLE_SECONDS)
 
     async def _tell(self) -> None:
         while True:
             sender = self.sender
-            accepted = sum(times for said, times in sender.said.items() if said is not None and said[0] < 300)
+            accepted = sum(times for said, times in sender.results.items() if said is not None and said[0] < 300)
             self.say(
                 f"{time.monotonic() - self._began_at:4.0f} s  {len(sender.sent)} events ({sender.on_their_way} on "
-                f"their way)  {sender.said.total()} deliveries, {accepted} accepted  {self.done.total()} faults; "
+                f"their way)  {sender.results.total()} deliveries, {accepted} accepted  {self.done.total()} faults; "
                 f"now {', '.join(sorted(self._now)) or 'none'}"
             )
             await asyncio.sleep(2)
@@ -235,7 +235,7 @@ def _overtaken(lines: Sequence[Line]) -> int:
     return sum(started.get((event_id, attempt + 1), at) < at for event_id, attempt, at in ended)
 
 
-def _words(said: Said | None) -> str:
+def _words(said: AnswerResult | None) -> str:
     if said is None:
         return "none: the connection ended"
     status, processed, action = said

@@ -22,7 +22,7 @@ _MOST_SECONDS: Final = 2.0
 _AT_ONCE_MOST: Final = 100  # events on their way; beyond that the next ones wait, as a sender's queue would
 _EXPLAINED: Final = {200, 202, 408, 500, 503}  # 408: frozen for longer than a body may take
 
-Said = tuple[int, bool, str]
+AnswerResult = tuple[int, bool, str]
 
 
 @dataclass(slots=True)
@@ -33,7 +33,7 @@ class Sender:
     services: Sequence[Service]
     orders: Iterator[Order]
     sent: list[Order] = field(default_factory=list, init=False)
-    said: Counter[Said | None] = field(default_factory=Counter, init=False)
+    results: Counter[AnswerResult | None] = field(default_factory=Counter, init=False)
     unexplained: list[tuple[Order, Answer]] = field(default_factory=list, init=False)
     _on_their_way: set[asyncio.Task[None]] = field(default_factory=set, init=False)
 
@@ -77,7 +77,7 @@ class Sender:
         answer = await self.history.deliver(await self._service(chance), order.event)
         if answer and answer.status not in _EXPLAINED:
             self.unexplained.append((order, answer))
-        self.said[answer.said if answer else None] += 1
+        self.results[answer.result if answer else None] += 1
         return answer
 
     async def _hang_up(self, order: Order, chance: random.Random) -> None:
@@ -88,7 +88,7 @@ class Sender:
                 client.finish()
                 await client.hang_up()
         await self.history.note(service, order.event, None, sent_at)
-        self.said[None] += 1
+        self.results[None] += 1
 
     async def _service(self, chance: random.Random) -> Service:
         while not self.services:  # noqa: ASYNC110  (all of them are being started)

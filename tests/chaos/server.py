@@ -70,13 +70,13 @@ class Server:
                     await self._gone(10)
             await self.kill()
 
-    def members(self) -> list[int]:
+    def pids(self) -> list[int]:
         """The pids of all its processes."""
         raise NotImplementedError
 
     def send(self, number: signal.Signals, pid: int | None = None) -> None:
         """Send a signal to all of it, or to one of its processes."""
-        for each in self.members() if pid is None else [pid]:
+        for each in self.pids() if pid is None else [pid]:
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(each, number)
 
@@ -103,7 +103,7 @@ class Server:
 
         async def left() -> list[int]:
             process.poll()
-            return self.members()
+            return self.pids()
 
         await eventually(left, lambda left: not left, seconds)
         await asyncio.to_thread(process.wait)  # it has ended, and is taken note of

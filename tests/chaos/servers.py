@@ -15,8 +15,8 @@ from pathlib import Path
 
 from firstclaim.embedded import data_folder
 from firstclaim.settings import Settings
-from tests.chaos.own_postgres import PostgresServer
-from tests.chaos.own_redis import RedisServer
+from tests.chaos.postgres_server import PostgresServer
+from tests.chaos.redis_server import RedisServer
 from tests.chaos.server import Server
 
 __all__ = ["PostgresServer", "RedisServer", "Server", "Servers", "make_template", "own_servers"]

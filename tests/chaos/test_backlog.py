@@ -44,7 +44,7 @@ async def test_row_36_a_backlog_with_live_traffic(own: Own) -> None:
     await own.redis.stop()
     backlog = Load(history, [service], senders=SENDERS, copies=1)
     await backlog.deliver(BACKLOG)
-    assert backlog.said == {DEFERRED: BACKLOG}
+    assert backlog.results == {DEFERRED: BACKLOG}
     await own.redis.start()
     busy = live_traffic(history, service)
     async with busy.running():
@@ -62,7 +62,7 @@ async def test_row_36_a_backlog_with_live_traffic(own: Own) -> None:
         assert evidence.rows[event].counts == (1, 0, 0)
     assert drain >= fresh / 2
     assert busy.percentile(0.99) < ANSWER_BUDGET_SECONDS / 2
-    assert set(busy.said) <= {PROCESSED, IGNORED, DEFERRED}  # the latter until the breaker has found Redis back
+    assert set(busy.results) <= {PROCESSED, IGNORED, DEFERRED}  # the latter until the breaker has found Redis back
 
 
 async def fresh_rate(history: History, service: Service) -> float:
@@ -70,7 +70,7 @@ async def fresh_rate(history: History, service: Service) -> float:
     load = Load(history, [service], senders=SENDERS, copies=1)
     began = time.monotonic()
     await load.deliver(FRESH)
-    assert load.said == {PROCESSED: FRESH}
+    assert load.results == {PROCESSED: FRESH}
     return FRESH / (time.monotonic() - began)
 
 

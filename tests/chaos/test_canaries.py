@@ -20,8 +20,8 @@ from tests.canaries import (
     assert_silent,
     metadata,
 )
+from tests.chaos.actions import retried
 from tests.chaos.own import Own
-from tests.chaos.rows import retried
 from tests.fixtures import SECRET
 from tests.proxy import Mode, Proxy, before_postgres, before_redis
 
@@ -66,10 +66,10 @@ async def test_what_the_command_is_given_it_does_not_show(tmp_path: Path) -> Non
     )
     assert [each.code for each in runs] == [3, 3, 3, 3, 2, 2, 1, 2, 2]
     for each in runs:
-        assert_silent(each.said)
+        assert_silent(each.output)
     assert broken.code == 2
-    broken.says("cannot import shop_broken", "RuntimeError", TEXT)  # why is for the operator to know
-    assert_silent(broken.said, allowed=(TEXT,))
+    broken.shows("cannot import shop_broken", "RuntimeError", TEXT)  # why is for the operator to know
+    assert_silent(broken.output, allowed=(TEXT,))
 
 
 # -- stores that want a password ----------------------------------------------------------------------
@@ -155,12 +155,12 @@ async def test_what_is_said_of_stores_that_let_nobody_in(own: Own) -> None:
         ):
             event = telling()
             await breaks()
-            with own.history.postgres_away():
+            with own.history.postgres_unreachable():
                 said = [await said_of(service, event)]
                 runs = await asyncio.gather(*(run(*each.split()) for each in commands))
             await mends()
             assert {each.code for each in runs} <= {3}
-            for each in (*said, *(each.said for each in runs)):
+            for each in (*said, *(each.output for each in runs)):
                 assert_silent(each)
             assert (await retried(own.history, service, event)).status in (200, 202)
             await own.history.sandbox.settled(event)

@@ -9,7 +9,7 @@ from firstclaim.status import Status
 from tests.acceptance.harness import DEFERRED, FAILED, IGNORED, PROCESSED, UNAVAILABLE, UNHANDLED, Row
 from tests.chaos.checker import Effect, Evidence, Vacuous, check
 from tests.chaos.history import Delivery, Unseen
-from tests.chaos.witness import CLAIM, END, HOLD, LOCK, OUTSIDE, START, Line
+from tests.chaos.trace import CLAIM, END, HOLD, LOCK, OUTSIDE, START, Line
 
 EPOCH = "0123456789abcdef"
 DISPATCH = (LOCK, CLAIM, HOLD, START, OUTSIDE, END)
@@ -33,7 +33,7 @@ def lines(event_id: str, attempt: int, pid: int, at: int, whats: Iterable[str] =
 
 DONE = row(Status.COMPLETED, 1)
 AGAIN = row(Status.COMPLETED, 2, failures=1)
-NO_ANSWER = delivery("once", 50, None, Unseen.NOT_ASKED)
+NO_ANSWER = delivery("once", 50, None, Unseen.NOT_READ)
 
 # `once` went through at once, `again` failed once and was completed by another process, `unwanted` has no handler,
 # `poison` killed its process until it was dead, `hopeless` raised Permanent, `unsure` was never recorded.
@@ -42,7 +42,7 @@ CLEAN = Evidence(
         NO_ANSWER,
         delivery("once", 100, PROCESSED, DONE),
         delivery("once", 101, IGNORED, row(Status.PROCESSING, 1)),
-        delivery("once", 200, IGNORED, Unseen.NOT_ASKED),
+        delivery("once", 200, IGNORED, Unseen.NOT_READ),
         delivery("again", 100, FAILED, row(Status.FAILED, 1, failures=1)),
         delivery("again", 400, IGNORED, AGAIN),
         delivery("unwanted", 100, UNHANDLED, row(Status.IGNORED, 1)),
@@ -282,7 +282,7 @@ def test_every_invariant_is_broken_here() -> None:
         [],
         [NO_ANSWER],
         [delivery("once", 100, UNAVAILABLE, Unseen.NO_ROW)],
-        [delivery("once", 100, PROCESSED, Unseen.NOT_ASKED)],
+        [delivery("once", 100, PROCESSED, Unseen.NOT_READ)],
     ],
     ids=["empty", "never answered", "nothing promised", "never looked"],
 )

@@ -22,8 +22,8 @@ from tests.acceptance.harness import (
     eventually,
     sample,
 )
+from tests.chaos.actions import answered, dispatched, retried
 from tests.chaos.history import History
-from tests.chaos.rows import answered, dispatched, retried
 from tests.chaos.verdict import verdict
 from tests.proxy import Mode, Proxy, before_postgres
 
@@ -73,11 +73,11 @@ async def test_row_17_insert_cut_before_the_server_saw_it(cut: Cut) -> None:
     """The INSERT never arrives: 503 and no row; the retry is processed, on the first attempt."""
     event = sample()
     met = cut.at(lambda sent: event.id.encode() in sent, Mode.REFUSE)
-    assert (await answered(cut.history, cut.service, event)).said == UNAVAILABLE
+    assert (await answered(cut.history, cut.service, event)).result == UNAVAILABLE
     assert met.is_set()
     assert await cut.history.sandbox.row(event) is None
     cut.mend()
-    assert (await retried(cut.history, cut.service, event)).said == PROCESSED
+    assert (await retried(cut.history, cut.service, event)).result == PROCESSED
     assert (await cut.history.sandbox.settled(event)).counts == (1, 0, 0)
     await verdict(cut.history)
 
@@ -90,8 +90,8 @@ async def test_row_17_insert_cut_after_the_server_saw_it(cut: Cut) -> None:
     await met.wait()
     await cut.seen(event, Status.PROCESSING)
     cut.mend()
-    assert (await delivery).said == UNAVAILABLE
-    assert (await retried(cut.history, cut.service, event)).said in (PROCESSED, IGNORED)
+    assert (await delivery).result == UNAVAILABLE
+    assert (await retried(cut.history, cut.service, event)).result in (PROCESSED, IGNORED)
     row = await cut.history.sandbox.settled(event)
     assert row.failures == 0
     assert dispatched(cut.history, event) == [row.attempt]
@@ -106,7 +106,7 @@ async def test_row_18_completion_cut_after_the_server_saw_it(cut: Cut) -> None:
     await met.wait()
     await cut.seen(event, Status.COMPLETED)
     cut.mend()
-    assert (await delivery).said == PROCESSED
+    assert (await delivery).result == PROCESSED
     await completed_once(cut, event)
 
 
@@ -118,9 +118,9 @@ async def test_row_18_completion_cut_and_the_ledger_gone(cut: Cut) -> None:
     await met.wait()
     await cut.seen(event, Status.COMPLETED)
     cut.proxy.switch(Mode.REFUSE)
-    assert (await delivery).said == UNAVAILABLE
+    assert (await delivery).result == UNAVAILABLE
     cut.mend()
-    assert (await retried(cut.history, cut.service, event)).said == IGNORED
+    assert (await retried(cut.history, cut.service, event)).result == IGNORED
     await completed_once(cut, event)
 
 

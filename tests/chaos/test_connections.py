@@ -16,8 +16,8 @@ import pytest
 from firstclaim.server.protocol import HEAD_SECONDS
 from tests.acceptance.harness import PROCESSED, Sample, Service, eventually, sample
 from tests.chaos.history import History
+from tests.chaos.invalid_requests import HOST, MEBIBYTE, length, request, requests
 from tests.chaos.load import Load
-from tests.chaos.refused import HOST, MEBIBYTE, length, request, requests
 from tests.chaos.test_protocol import LATE_SECONDS, LIVEZ, one_answer
 from tests.chaos.verdict import verdict
 from tests.fixtures import event_body
@@ -118,7 +118,7 @@ async def p99(history: History, service: Service) -> float:
     """In seconds, of so many deliveries of as many events; all of them are processed."""
     load = Load(history, [service], senders=4, copies=1)
     await load.deliver(200)
-    assert load.said == {PROCESSED: 200}, load.counts
+    assert load.results == {PROCESSED: 200}, load.counts
     return load.percentile(0.99)
 
 
@@ -148,7 +148,7 @@ async def tries_until_processed(history: History, service: Service, event: Sampl
         nonlocal tries
         tries += 1
         answer = await history.deliver(service, event)
-        return answer and answer.said
+        return answer and answer.result
 
     await eventually(once, lambda said: said == PROCESSED)
     return tries

@@ -18,7 +18,7 @@ from tests.acceptance.harness import (
     Sandbox,
     Service,
     eventually,
-    parallel,
+    parallel_reason,
     raw_request,
 )
 from tests.chaos.history import History
@@ -32,7 +32,7 @@ async def test_row_30_hostile_content(history: History) -> None:
     service = await history.service().start()
     sent = bodies()
     answers = {name: await delivered(history, service, name, body) for name, body in sent.items()}
-    assert {name: answer.said for name, answer in answers.items()} == {
+    assert {name: answer.result for name, answer in answers.items()} == {
         name: PROCESSED if name in ACCEPTED else REJECTED for name in sent
     }
     assert await stored(history.sandbox) == {event.id: event.body for event in events(sent).values()}
@@ -46,11 +46,11 @@ async def test_row_30_hostile_content_is_a_duplicate_the_second_time(history: Hi
     service = await history.service().start()
     sent = {name: body for name, body in bodies().items() if name in ACCEPTED}
     for name, body in sent.items():
-        assert (await delivered(history, service, name, body)).said == PROCESSED
-        assert (await delivered(history, service, name, body)).said == IGNORED
+        assert (await delivered(history, service, name, body)).result == PROCESSED
+        assert (await delivered(history, service, name, body)).result == IGNORED
     history.sandbox.empty_redis()
     for name, body in sent.items():
-        assert (await delivered(history, service, name, body)).said == IGNORED
+        assert (await delivered(history, service, name, body)).result == IGNORED
     assert await stored(history.sandbox) == {event.id: event.body for event in events(sent).values()}
     await verdict(history)
 
@@ -62,7 +62,7 @@ async def test_row_30_recovery_reads_hostile_content_from_the_ledger(history: Hi
     for name, event in events(sent).items():
         await history.sandbox.put(event, "claimed:another", ttl_seconds=2)
         answer = await delivered(history, service, name, event.body)
-        assert (answer.said, answer.reason) == (IGNORED, parallel(event.id))
+        assert (answer.result, answer.reason) == (IGNORED, parallel_reason(event.id))
     for row in await history.sandbox.all_settled(events(sent).values()):
         assert row.counts == (1, 0, 0)
     assert_quiet(service)
@@ -75,8 +75,8 @@ async def test_row_30_the_shipped_handler(history: History) -> None:
     sent = bodies()
     for name, body in sent.items():
         answer = await raw_request(service.url, request(service, body))
-        assert answer.said in (DEAD, (200, True, "payment_failure_recorded")) if name in ACCEPTED else REJECTED, name
-        assert (answer.said == DEAD) == (name == "NUL in the object's id")
+        assert answer.result in (DEAD, (200, True, "payment_failure_recorded")) if name in ACCEPTED else REJECTED, name
+        assert (answer.result == DEAD) == (name == "NUL in the object's id")
     statuses = await eventually(history.sandbox.statuses)
     assert statuses == {Status.COMPLETED: len(ACCEPTED) - 1, Status.DEAD: 1}
     assert_quiet(service, "handler_failed")

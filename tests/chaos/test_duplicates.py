@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 
-from tests.acceptance.harness import IGNORED, PROCESSED, eventually, parallel, post, sample
+from tests.acceptance.harness import IGNORED, PROCESSED, eventually, parallel_reason, post, sample
+from tests.chaos.actions import answered, dispatched, fire, rounds
 from tests.chaos.history import History
-from tests.chaos.rows import answered, dispatched, fire, rounds
 from tests.chaos.servers import Servers
 from tests.chaos.sessions import Sessions, counted
 from tests.chaos.verdict import verdict
@@ -24,7 +24,7 @@ async def test_row_01_no_fault(history: History) -> None:
     types = ["invoice.payment_failed", "invoice.paid", "customer.subscription.deleted"]
     events = [sample(type=each) for each in types for _ in range(10)]
     answers = await asyncio.gather(*(history.deliver(service, event) for event in events))
-    assert Counter(answer and answer.said for answer in answers) == {PROCESSED: len(events)}
+    assert Counter(answer and answer.result for answer in answers) == {PROCESSED: len(events)}
     for row in await history.sandbox.all_settled(events):
         assert row.counts == (1, 0, 0)
     await verdict(history)
@@ -37,9 +37,9 @@ async def test_row_02_duplicates_at_once(history: History) -> None:
     await asyncio.gather(*(service.start() for service in services))
     event = sample()
     answers = await fire(history, [(services[number % PROCESSES], event) for number in range(DUPLICATES)])
-    assert Counter(answer.said for answer in answers) == {PROCESSED: 1, IGNORED: DUPLICATES - 1}
+    assert Counter(answer.result for answer in answers) == {PROCESSED: 1, IGNORED: DUPLICATES - 1}
     reasons = {answer.reason for answer in answers if not answer.processed}
-    assert reasons <= {parallel(event.id), f"Event {event.id} already completed"}
+    assert reasons <= {parallel_reason(event.id), f"Event {event.id} already completed"}
     assert (await history.sandbox.settled(event)).counts == (1, 0, 0)
     assert dispatched(history, event) == [1]
     await verdict(history)
@@ -51,7 +51,7 @@ async def test_row_03_what_a_duplicate_costs(history: History) -> None:
     service = await history.service({"recovery_interval_seconds": 60}).start()
     await eventually(lambda: rounds(service))
     event = sample()
-    assert (await answered(history, service, event)).said == PROCESSED
+    assert (await answered(history, service, event)).result == PROCESSED
 
     async with Sessions.of(history.sandbox) as sessions:
         before = await sessions.last_statements()
@@ -62,7 +62,7 @@ async def test_row_03_what_a_duplicate_costs(history: History) -> None:
         assert commands == {"cmdstat_set": RESENT}
 
         for answer in answers:
-            assert (answer.said, answer.reason) == (IGNORED, parallel(event.id))
+            assert (answer.result, answer.reason) == (IGNORED, parallel_reason(event.id))
             await history.note(service, event, answer)
         fresh = sample()
         await history.note(service, fresh, await post(service.url, fresh.body))
@@ -77,17 +77,17 @@ async def test_row_04_a_duplicate_after_redis_was_emptied(servers: Servers, hist
     history.sandbox.redis_url = server.url
     service = await history.service().start()
     event = sample()
-    assert (await answered(history, service, event)).said == PROCESSED
-    assert (await answered(history, service, event)).reason == parallel(event.id)
+    assert (await answered(history, service, event)).result == PROCESSED
+    assert (await answered(history, service, event)).reason == parallel_reason(event.id)
     marker = await history.sandbox.key(event)
     assert marker is not None
     assert marker.startswith(b"recorded:")
 
     await server.call("FLUSHALL")
     again = await answered(history, service, event)
-    assert (again.said, again.reason) == (IGNORED, f"Event {event.id} already completed")
+    assert (again.result, again.reason) == (IGNORED, f"Event {event.id} already completed")
     assert await history.sandbox.key(event) == marker
-    assert (await answered(history, service, event)).reason == parallel(event.id)
+    assert (await answered(history, service, event)).reason == parallel_reason(event.id)
     assert (await history.sandbox.settled(event)).counts == (1, 0, 0)
     assert dispatched(history, event) == [1]
     await verdict(history)

@@ -42,7 +42,7 @@ async def test_row_16_failed_over_without_the_last_writes(servers: Servers, hist
                 primary, replica = replica, await primary.start()
     history.sandbox.redis_url = primary.url
     print(load.counts)
-    assert set(load.said) <= {PROCESSED, IGNORED, DEFERRED}
-    assert load.said[PROCESSED]
+    assert set(load.results) <= {PROCESSED, IGNORED, DEFERRED}
+    assert load.results[PROCESSED]
     evidence = await verdict(history)
     assert evidence.rows.keys() == {each.event_id for each in history.deliveries}

@@ -24,8 +24,8 @@ from tests.acceptance.harness import (
     recovery_has_passed,
     sample,
 )
+from tests.chaos.actions import answered, replay
 from tests.chaos.history import ABANDONED_MOST, History
-from tests.chaos.rows import answered, replay
 from tests.chaos.verdict import verdict
 from tests.clock import Clock
 
@@ -48,7 +48,7 @@ async def standing(history: History) -> AsyncIterator[Clock]:
 async def deliver_all(history: History, service: Service, events: Sequence[Sample]) -> Counter[object]:
     """What was said to a delivery of each of them."""
     answers = await asyncio.gather(*(history.deliver(service, event) for event in events))
-    return Counter(answer and answer.said for answer in answers)
+    return Counter(answer and answer.result for answer in answers)
 
 
 _TO_DO = """
@@ -91,8 +91,8 @@ async def test_row_25_fails_and_then_works(history: History, standing: Clock) ->
 async def test_row_25_a_dependency_down_for_two_hours(history: History, standing: Clock, tmp_path: Path) -> None:
     """Two hours of failures make no event dead, however many they are; an hour after the fix all are completed."""
     service = await history.service(AS_SHIPPED).start()
-    mended = tmp_path / "mended"
-    events = [sample("fail", mended=str(mended)) for _ in range(10)]
+    fixed = tmp_path / "fixed"
+    events = [sample("fail", fixed=str(fixed)) for _ in range(10)]
     assert await deliver_all(history, service, events) == {FAILED: len(events)}
     steps = 24
     for _ in range(steps):
@@ -101,7 +101,7 @@ async def test_row_25_a_dependency_down_for_two_hours(history: History, standing
     assert {row.status for row in rows} == {Status.FAILED}
     assert min(row.failures for row in rows) > 8, "more than the times that an event may be abandoned"
 
-    mended.touch()
+    fixed.touch()
     await standing.advance(LONGEST_SECONDS)
     for row, before in zip(await history.sandbox.all_settled(events), rows, strict=True):
         assert row.counts == (before.failures + 1, before.failures, 0)
@@ -112,14 +112,14 @@ async def test_row_25_a_dependency_down_for_two_hours(history: History, standing
 async def test_row_26_fails_for_three_days(history: History, standing: Clock, tmp_path: Path) -> None:
     """Dead after three days of failures, when Stripe gives up too, and not earlier; a replay then works."""
     service = await history.service(AS_SHIPPED).start()
-    mended = tmp_path / "mended"
-    event = sample("fail", mended=str(mended))
-    assert (await answered(history, service, event)).said == FAILED
+    fixed = tmp_path / "fixed"
+    event = sample("fail", fixed=str(fixed))
+    assert (await answered(history, service, event)).result == FAILED
     steps = 12
     for _ in range(steps - 1):
         await standing.advance(3 * DAY / steps)
         await tried(history, [event])
-        assert (await answered(history, service, event)).said == FAILED  # Stripe's own retry, at its own pace
+        assert (await answered(history, service, event)).result == FAILED  # Stripe's own retry, at its own pace
     await standing.advance(3 * DAY / steps - 1)
     (last,) = await tried(history, [event])
     assert (last.status, last.abandoned) == (Status.FAILED, 0)
@@ -127,16 +127,16 @@ async def test_row_26_fails_for_three_days(history: History, standing: Clock, tm
     await standing.advance(LONGEST_SECONDS)
     dead = await history.sandbox.settled(event, Status.DEAD)
     assert dead.counts == (last.attempt + 1, last.failures + 1, 0)
-    assert (await answered(history, service, event)).said == IGNORED
+    assert (await answered(history, service, event)).result == IGNORED
 
     # Recovery comes by, for an event that failed later, and leaves it alone.
     later = sample("fail", until=1)
-    assert (await answered(history, service, later)).said == FAILED
+    assert (await answered(history, service, later)).result == FAILED
     await standing.advance(FIRST_SECONDS)
     await history.sandbox.settled(later)
     assert await history.sandbox.settled(event, Status.DEAD) == dead
 
-    mended.touch()
+    fixed.touch()
     await replay(history.sandbox, event)
     assert (await history.sandbox.settled(event)).counts == (dead.attempt + 1, 0, 0)
     await verdict(history)
@@ -145,17 +145,17 @@ async def test_row_26_fails_for_three_days(history: History, standing: Clock, tm
 async def test_row_26_permanent(history: History, tmp_path: Path) -> None:
     """Permanent: 200, so that Stripe stops; dead at once and not retried; a replay works, and the attempt rises."""
     service = await history.service().start()
-    mended = tmp_path / "mended"
-    event = sample("permanent", mended=str(mended))
+    fixed = tmp_path / "fixed"
+    event = sample("permanent", fixed=str(fixed))
     answer = await answered(history, service, event)
-    assert (answer.said, answer.reason) == (DEAD, f"Event {event.id} is dead: replay it")
+    assert (answer.result, answer.reason) == (DEAD, f"Event {event.id} is dead: replay it")
     dead = await history.sandbox.settled(event, Status.DEAD)
     assert (dead.counts, dead.last_error) == ((1, 1, 0), "Permanent: never")
-    assert (await answered(history, service, event)).said == IGNORED
+    assert (await answered(history, service, event)).result == IGNORED
     await recovery_has_passed(history.sandbox, service)
     assert await history.sandbox.settled(event, Status.DEAD) == dead
 
-    mended.touch()
+    fixed.touch()
     await replay(history.sandbox, event)
     assert (await history.sandbox.settled(event)).counts == (2, 0, 0)
     await verdict(history)
@@ -165,8 +165,8 @@ async def test_row_26_permanent(history: History, tmp_path: Path) -> None:
 async def test_row_26_an_event_that_aborts_its_process(history: History, tmp_path: Path) -> None:
     """One of 51 events aborts each process that handles it: dead after eight; the other 50 complete, once each."""
     service = await history.service(SHORT_LEASE | {"handler_slots": 30}, workers=2).start()
-    mended = tmp_path / "mended"
-    poison = sample("abort", mended=str(mended))
+    fixed = tmp_path / "fixed"
+    poison = sample("abort", fixed=str(fixed))
     good = [sample("slow", seconds=0.2) for _ in range(50)]
     events = [*good[:10], poison, *good[10:]]
     await asyncio.gather(*(history.deliver(service, event) for event in events))
@@ -185,12 +185,12 @@ async def test_row_26_an_event_that_aborts_its_process(history: History, tmp_pat
     # Found abandoned, they are dispatched one at a time: the poison's later deaths drag no crowd along again.
     assert max(row.abandoned for row in rows) <= 2, Counter(row.counts for row in rows)
 
-    assert (await answered(history, service, sample())).said == PROCESSED, "the supervisor restarted its workers"
+    assert (await answered(history, service, sample())).result == PROCESSED, "the supervisor restarted its workers"
     history.sandbox.empty_redis()  # or the marker answers, and the ledger is not asked
     again = await answered(history, service, poison)
-    assert (again.said, again.reason) == (IGNORED, f"Event {poison.id} is dead: replay it")
+    assert (again.result, again.reason) == (IGNORED, f"Event {poison.id} is dead: replay it")
 
-    mended.touch()
+    fixed.touch()
     await replay(history.sandbox, poison)
     assert (await history.sandbox.settled(poison)).counts == (ABANDONED_MOST + 1, 0, 0)
     await verdict(history)

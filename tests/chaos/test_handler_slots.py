@@ -15,11 +15,11 @@ from tests.acceptance.harness import (
     Sandbox,
     Service,
     eventually,
+    post_at_once,
     sample,
-    volley,
 )
+from tests.chaos.actions import fire
 from tests.chaos.history import History
-from tests.chaos.rows import fire
 from tests.chaos.verdict import verdict
 from tests.stores import Stores
 
@@ -40,7 +40,7 @@ async def quiet(stores: Stores, tmp_path: Path) -> AsyncIterator[Service]:
     try:
         yield await sandbox.service(HOUSE).start()
     finally:
-        await sandbox.leave()
+        await sandbox.close()
 
 
 @pytest.mark.alone
@@ -50,7 +50,7 @@ async def test_row_24_slow_handlers(history: History, quiet: Service, tmp_path: 
     gate = tmp_path / "gate"
     slow = [sample("hold", gate=str(gate)) for _ in range(SLOW)]
     answers = await asyncio.gather(*(history.deliver(service, event) for event in slow))
-    assert Counter(answer and answer.said for answer in answers) == {DEFERRED: SLOW}
+    assert Counter(answer and answer.result for answer in answers) == {DEFERRED: SLOW}
     assert (await history.sandbox.statuses())[Status.PROCESSING] >= SLOTS
 
     seen = []
@@ -76,8 +76,8 @@ async def paired_p99_seconds(one: Service, other: Service) -> tuple[float, float
     seconds: dict[Service, list[float]] = {one: [], other: []}
     for number in range(PAIRS):
         for service in (one, other) if number % 2 else (other, one):
-            (answer,) = await volley([(service.url, sample(type="customer.created").body)])
-            assert answer.said == UNHANDLED
+            (answer,) = await post_at_once([(service.url, sample(type="customer.created").body)])
+            assert answer.result == UNHANDLED
             seconds[service].append(answer.seconds)
     return sorted(seconds[one])[P99], sorted(seconds[other])[P99]
 
@@ -88,7 +88,7 @@ async def test_row_37_a_full_house(history: History, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     crowd = [sample("hold", gate=str(gate)) for _ in range(CROWD)]
     answers = await fire(history, [(service, event) for event in crowd])
-    assert Counter(answer.said for answer in answers) == {DEFERRED: CROWD}
+    assert Counter(answer.result for answer in answers) == {DEFERRED: CROWD}
     released = {Status.PROCESSING: SLOTS, Status.PENDING: CROWD - SLOTS}
     await eventually(history.sandbox.statuses, lambda seen: seen == released)
     gate.touch()

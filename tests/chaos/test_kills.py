@@ -19,12 +19,12 @@ from tests.acceptance.harness import (
     Sample,
     Service,
     eventually,
-    parallel,
+    parallel_reason,
     recovery_has_passed,
     sample,
 )
+from tests.chaos.actions import answered, armed, dispatched, killed
 from tests.chaos.history import History
-from tests.chaos.rows import answered, armed, dispatched, killed
 from tests.chaos.verdict import verdict
 from tests.clock import Clock
 
@@ -52,11 +52,11 @@ async def test_row_05_killed_after_the_lock(history: History, tmp_path: Path) ->
     assert await history.sandbox.rows() == 0
 
     # While the dead one's lock lasts a retry is recorded, and then ignored; afterwards it is processed.
-    assert (await answered(history, survivor, retried)).said in (IGNORED, PROCESSED)
+    assert (await answered(history, survivor, retried)).result in (IGNORED, PROCESSED)
     assert (await history.sandbox.settled(retried)).counts == (1, 0, 0)
     await eventually(lambda: history.sandbox.key(silent), lambda value: value is None)
     assert await history.sandbox.row(silent) is None
-    assert (await answered(history, survivor, silent)).said == PROCESSED
+    assert (await answered(history, survivor, silent)).result == PROCESSED
     assert (await history.sandbox.settled(silent)).counts == (1, 0, 0)
     await verdict(history)
 
@@ -79,7 +79,7 @@ async def dead_before_the_commit(point: str, history: History, clock: Clock, fol
     survivor = await died_at(point, history, folder, event)
     held = await history.sandbox.settled(event, Status.PROCESSING)  # and no effect is there
     assert held.counts == (1, 0, 0)
-    assert (await answered(history, survivor, event)).said == IGNORED
+    assert (await answered(history, survivor, event)).result == IGNORED
     assert await history.sandbox.row(event) == held, "nobody takes it over while its lease lasts"
 
     await clock.advance(LEASE_SECONDS)
@@ -95,7 +95,7 @@ async def test_row_08_killed_after_the_completion(history: History, clock: Clock
     survivor = await died_at("commit", history, tmp_path, event)
     completed = await history.sandbox.settled(event)
     retry = await answered(history, survivor, event)
-    assert (retry.said, retry.reason) == (IGNORED, parallel(event.id))
+    assert (retry.result, retry.reason) == (IGNORED, parallel_reason(event.id))
 
     await clock.advance(LEASE_SECONDS)
     await recovery_has_passed(history.sandbox, survivor)
@@ -127,5 +127,5 @@ async def test_row_09_killed_three_times_running(points: str, history: History, 
     for event, row in zip(events, await history.sandbox.all_settled(events), strict=True):
         assert row.failures == 0
         assert row.attempt == row.abandoned + 1 == (1 if points in ("lock", "commit") else KILLS + 1)
-        assert (await answered(history, service, event)).said == IGNORED
+        assert (await answered(history, service, event)).result == IGNORED
     await verdict(history)

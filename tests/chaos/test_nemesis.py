@@ -22,6 +22,6 @@ async def test_every_fault_at_once(tmp_path: Path) -> None:
     assert {f"{lane}: {kind}" for lane, kinds in LANES.items() for kind in kinds} <= result.faults.keys()
     assert len(result.sender.sent) > 100
     assert result.looked > result.promised / 2
-    said = {said[:2] for said in result.sender.said if said is not None}
+    said = {said[:2] for said in result.sender.results if said is not None}
     assert {(200, True), (200, False), (202, False), (500, False)} <= said
     assert any(row.attempt > 1 for row in result.evidence.rows.values())

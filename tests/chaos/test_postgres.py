@@ -19,9 +19,9 @@ from tests.acceptance.harness import (
     post,
     sample,
 )
+from tests.chaos.actions import answered, retried
 from tests.chaos.load import Load
 from tests.chaos.own import Own
-from tests.chaos.rows import answered, retried
 from tests.chaos.verdict import verdict
 
 POOLED = 15  # connections of a process, as shipped
@@ -38,13 +38,13 @@ async def test_row_19_postgres_down(own: Own) -> None:
     """503 with Retry-After within 2 s, and no row; once Postgres is back, the retry is processed on attempt 1."""
     history = own.history
     service = await history.service(DEADLINES).start()
-    assert (await answered(history, service, sample())).said == PROCESSED
+    assert (await answered(history, service, sample())).result == PROCESSED
     events = [sample() for _ in range(5)]
-    with history.postgres_away():
+    with history.postgres_unreachable():
         await own.postgres.stop()
         for event in events:
             answer = await answered(history, service, event)
-            assert answer.said == UNAVAILABLE
+            assert answer.result == UNAVAILABLE
             assert int(answer.headers["retry-after"]) > 0
             assert answer.seconds < 2
         health = await service.get("/readyz")
@@ -55,7 +55,7 @@ async def test_row_19_postgres_down(own: Own) -> None:
     for event in events:
         assert await history.sandbox.row(event) is None
     for event in events:
-        assert (await retried(history, service, event)).said == PROCESSED
+        assert (await retried(history, service, event)).result == PROCESSED
     for row in await history.sandbox.all_settled(events):
         assert row.counts == (1, 0, 0)
     await verdict(history)
@@ -68,24 +68,24 @@ async def test_row_20_restarted_under_load(own: Own) -> None:
     services = [history.service(SHORT_LEASE) for _ in range(2)]
     await asyncio.gather(*(service.start() for service in services))
     load = Load(history, services, senders=8, copies=2)
-    with history.postgres_away():
+    with history.postgres_unreachable():
         async with load.running():
             for _ in range(ROUNDS):
                 await load.more(DELIVERIES)
                 await own.postgres.restart(signal.SIGQUIT)
             await load.more(DELIVERIES)
     print(load.counts)
-    assert load.said[PROCESSED]
-    assert load.said[UNAVAILABLE]
-    assert set(load.said) <= {PROCESSED, IGNORED, UNAVAILABLE}
+    assert load.results[PROCESSED]
+    assert load.results[UNAVAILABLE]
+    assert set(load.results) <= {PROCESSED, IGNORED, UNAVAILABLE}
     evidence = await verdict(history)
     promised = {each.event_id for each in history.deliveries if each.promised}
     print(f"{len(promised)} events promised, {len(evidence.rows)} rows")
     assert promised <= evidence.rows.keys()
     for service in services:
-        await eventually(service.parts, lambda parts: parts == (200, {**parts[1], "recovery": "ok"}))
+        await eventually(service.components, lambda seen: seen == (200, {**seen[1], "recovery": "ok"}))
     late = sample("fail", until=1)  # and what its handler fails, recovery completes
-    assert (await answered(history, services[0], late)).said == FAILED
+    assert (await answered(history, services[0], late)).result == FAILED
     assert (await history.sandbox.settled(late)).counts == (2, 1, 0)
 
 
@@ -96,7 +96,7 @@ async def test_row_20_ids_given_out_again(how: str, own: Own, tmp_path: Path) ->
     service = await history.service(SHORT_LEASE).start()
     gate = tmp_path / "gate"
     event = sample("hold", gate=str(gate))
-    with history.postgres_away():
+    with history.postgres_unreachable():
         delivery = asyncio.create_task(answered(history, service, event))
         [pid] = await eventually(lambda: own.postgres.backends(state="idle in transaction"))
         [held] = await own.postgres.execute("SELECT backend_xid::text AS xid FROM pg_stat_activity WHERE pid = $1", pid)
@@ -111,9 +111,9 @@ async def test_row_20_ids_given_out_again(how: str, own: Own, tmp_path: Path) ->
             given.append(row["xid"])
         assert await own.postgres.execute("SELECT WHERE pg_xact_status($1::text::xid8) = 'committed'", held["xid"])
         gate.touch()
-        assert (await delivery).said in (FAILED, UNAVAILABLE, DEFERRED)
+        assert (await delivery).result in (FAILED, UNAVAILABLE, DEFERRED)
     assert (await history.sandbox.settled(event)).attempt == 2
-    assert (await answered(history, service, event)).said == IGNORED
+    assert (await answered(history, service, event)).result == IGNORED
     await verdict(history)
 
 
@@ -127,11 +127,11 @@ async def test_row_21_frozen_backends(own: Own) -> None:
     for pid in frozen:
         own.postgres.pause(pid)
     answers = [await answered(history, service, sample())]
-    while answers[-1].said != PROCESSED and len(answers) < len(frozen):  # each gives up one at least
+    while answers[-1].result != PROCESSED and len(answers) < len(frozen):  # each gives up one at least
         answers.append(await answered(history, service, sample()))
-    assert answers[0].said == UNAVAILABLE
-    assert answers[-1].said == PROCESSED
-    assert {answer.said for answer in answers} == {UNAVAILABLE, PROCESSED}
+    assert answers[0].result == UNAVAILABLE
+    assert answers[-1].result == PROCESSED
+    assert {answer.result for answer in answers} == {UNAVAILABLE, PROCESSED}
     assert max(answer.seconds for answer in answers) < DEADLINE_SECONDS
     for pid in frozen:
         own.postgres.resume(pid)
@@ -152,9 +152,9 @@ async def test_row_21_a_frozen_backend_under_a_handler(own: Own, tmp_path: Path)
     own.postgres.pause(pid)
     gate.touch()
     answer = await delivery
-    assert answer.said in (UNAVAILABLE, DEFERRED)  # the latter when the machine is slow: the row is there
+    assert answer.result in (UNAVAILABLE, DEFERRED)  # the latter when the machine is slow: the row is there
     assert answer.seconds < DEADLINE_SECONDS
-    assert (await answered(history, service, sample())).said == PROCESSED
+    assert (await answered(history, service, sample())).result == PROCESSED
     row = await history.sandbox.row(event)
     assert row is not None
     assert row.status is Status.PROCESSING
@@ -169,19 +169,19 @@ async def test_row_21_a_frozen_server(own: Own) -> None:
     """All of Postgres is frozen: 503 by the deadline every time; thawed, a retry is answered and all events settle."""
     history = own.history
     service = await history.service(DEADLINES).start()
-    assert (await answered(history, service, sample())).said == PROCESSED
+    assert (await answered(history, service, sample())).result == PROCESSED
     events = [sample() for _ in range(3)]
-    with history.postgres_away():
+    with history.postgres_unreachable():
         own.postgres.pause()
         answers = await asyncio.gather(*(post(service.url, event.body) for event in events))
         own.postgres.resume()
         for event, answer in zip(events, answers, strict=True):
-            assert answer.said == UNAVAILABLE
+            assert answer.result == UNAVAILABLE
             assert answer.seconds < DEADLINE_SECONDS
             await history.note(service, event, answer)
         # Thawed, it may yet run what it was sent while frozen: then the row is there, and recovery's.
         for event in events:
-            assert (await retried(history, service, event)).said in (PROCESSED, IGNORED)
+            assert (await retried(history, service, event)).result in (PROCESSED, IGNORED)
     for row in await history.sandbox.all_settled(events):
         assert row.failures == 0
     await verdict(history)

@@ -15,7 +15,7 @@ from firstclaim.status import Status
 from firstclaim.web.webhook import WEBHOOK_PATH
 from tests.acceptance.harness import PROCESSED, Answer, Overrides, Sample, Service, post, sample
 from tests.chaos.history import History
-from tests.chaos.refused import HOST, MEBIBYTE, good, length, request, requests
+from tests.chaos.invalid_requests import HOST, MEBIBYTE, good, length, request, requests
 from tests.chaos.sessions import Sessions, counted
 from tests.chaos.verdict import verdict
 from tests.fixtures import event_body, signed
@@ -46,7 +46,7 @@ async def nothing_asked(history: History, service: Service) -> AsyncIterator[Non
         with counted(history.sandbox) as commands:
             event = sample()
             answer = await post(service.url, event.body)
-        assert answer.said == PROCESSED
+        assert answer.result == PROCESSED
         assert commands["cmdstat_set"] >= 1
         assert await sessions.alive() > 0
     await history.note(service, event, answer)
@@ -92,7 +92,7 @@ async def test_row_31_one_request_at_a_time(history: History) -> None:
         reply = await connection.reply()
         answer = Answer(reply.status, orjson.loads(reply.body), httpx.Headers(), 0)
         await history.note(service, event, answer)
-        assert answer.said == PROCESSED
+        assert answer.result == PROCESSED
         assert await connection.rest() == b""
         connection.abort()
     assert await history.sandbox.rows() == len(several)

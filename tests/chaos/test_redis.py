@@ -10,9 +10,9 @@ from typing import Final
 import pytest
 
 from tests.acceptance.harness import DEFERRED, IGNORED, PROCESSED, Overrides, eventually, sample
+from tests.chaos.actions import answered
 from tests.chaos.history import History
 from tests.chaos.load import Load
-from tests.chaos.rows import answered
 from tests.chaos.servers import RedisServer, Servers
 from tests.chaos.verdict import verdict
 from tests.proxy import Mode, Proxy, before_redis
@@ -73,25 +73,25 @@ async def test_row_12_redis_away(break_it: Act, mend_it: Act, servers: Servers, 
     async with before_redis(server.url) as (proxy, through):
         service = await history.service(PATIENCE | {"REDIS_URL": through}).start()
         known = sample()
-        assert (await answered(history, service, known)).said == PROCESSED
+        assert (await answered(history, service, known)).result == PROCESSED
 
         await break_it(server, proxy)
         fresh = await answered(history, service, sample())
-        assert (fresh.said, fresh.reason) == (DEFERRED, "Recorded; dispatched when the lock is back")
+        assert (fresh.result, fresh.reason) == (DEFERRED, "Recorded; dispatched when the lock is back")
         load = Load(history, [service], senders=SENDERS, copies=2)
         async with load.running():
             await asyncio.sleep(WINDOWS * BREAKER_SECONDS)  # the length of the outage: some windows of the breaker
-        assert set(load.said) == {DEFERRED}
+        assert set(load.results) == {DEFERRED}
         assert max(load.seconds) < 1
         duplicate = await answered(history, service, known)
-        assert (duplicate.said, duplicate.reason) == (IGNORED, f"Event {known.id} already completed")
-        status, parts = await service.parts()
-        assert (status, parts["redis"], parts["postgres"]) == (200, "degraded", "ok")
+        assert (duplicate.result, duplicate.reason) == (IGNORED, f"Event {known.id} already completed")
+        status, components = await service.components()
+        assert (status, components["redis"], components["postgres"]) == (200, "degraded", "ok")
         print(f"{len(load.seconds)} deferred, the slowest in {max(load.seconds):.3f} s")
 
         await mend_it(server, proxy)
         await verdict(history)
-        assert (await answered(history, service, sample())).said == PROCESSED
+        assert (await answered(history, service, sample())).result == PROCESSED
 
 
 @pytest.mark.alone
@@ -112,8 +112,8 @@ async def test_row_12_one_timeout_per_breaker_window(servers: Servers, history: 
     # A window's command asks for a lock on a connection that stands, or opens one: that is as far as it gets.
     times = await asked(server) - before
     assert WINDOWS // 2 <= times <= SENDERS + windows + 1
-    assert load.said[DEFERRED] > 5 * times
-    print(f"{load.said[DEFERRED]} deferred, Redis asked {times} times in {windows} windows")
+    assert load.results[DEFERRED] > 5 * times
+    print(f"{load.results[DEFERRED]} deferred, Redis asked {times} times in {windows} windows")
     await verdict(history)
 
 
@@ -158,19 +158,19 @@ async def test_row_13_redis_refuses(servers: Servers, history: History) -> None:
     history.sandbox.redis_url = server.url
     service = await history.service().start()
     for name, refusal in REFUSALS.items():
-        await eventually(service.parts, lambda parts: parts[1]["redis"] == "ok")
+        await eventually(service.components, lambda seen: seen[1]["redis"] == "ok")
         for command in refusal.begin:
             await server.call(*command.split())
         load = Load(history, [service], senders=SENDERS)
         await load.deliver(10 * SENDERS)
-        assert set(load.said) <= refusal.answers, name
-        assert load.said[DEFERRED], f"{name}: it did not refuse"
+        assert set(load.results) <= refusal.answers, name
+        assert load.results[DEFERRED], f"{name}: it did not refuse"
         for command in refusal.end:
             await server.call(*command.split())
         await verdict(history)
 
     async def said() -> tuple[int, bool, str]:
-        return (await answered(history, service, sample())).said
+        return (await answered(history, service, sample())).result
 
     # The last refusal may have opened a window of the breaker a moment before it ended.
     await eventually(said, lambda said: said == PROCESSED)
@@ -182,7 +182,7 @@ async def test_row_13_a_key_of_another_type(history: History) -> None:
     for _ in range(3):
         event = sample()
         await history.sandbox.put(event, "")
-        assert (await answered(history, service, event)).said == PROCESSED
+        assert (await answered(history, service, event)).result == PROCESSED
         assert (await history.sandbox.key(event) or b"").startswith(b"recorded:")
-        assert (await answered(history, service, sample())).said == PROCESSED
+        assert (await answered(history, service, sample())).result == PROCESSED
     await verdict(history)

@@ -9,8 +9,8 @@ import asyncpg
 
 from firstclaim.postgres.connection import read_epoch
 from tests.acceptance.harness import IGNORED, PROCESSED, UNAVAILABLE, Answer, Sample, Service, eventually, post, sample
+from tests.chaos.actions import answered, retried, rounds
 from tests.chaos.own import Own
-from tests.chaos.rows import answered, retried, rounds
 from tests.chaos.verdict import verdict
 
 EVENTS = 5
@@ -31,7 +31,7 @@ async def processed(own: Own, service: Service) -> list[Sample]:
     """Fresh events, each processed and with its marker in Redis."""
     events = [sample() for _ in range(EVENTS)]
     for event in events:
-        assert (await answered(own.history, service, event)).said == PROCESSED
+        assert (await answered(own.history, service, event)).result == PROCESSED
         assert (await own.history.sandbox.key(event) or b"").startswith(b"recorded:")
     return events
 
@@ -45,14 +45,14 @@ async def test_row_22_recovered_to_a_point_in_time(own: Own) -> None:
     lost = await processed(own, service)
     before = await epoch(own)
 
-    with own.history.postgres_away():
+    with own.history.postgres_unreachable():
         await own.postgres.restore(backup, until="here")
     own.history.restored(lost)
     assert await epoch(own) != before
     for event in lost:
-        assert (await retried(own.history, service, event)).said == PROCESSED
+        assert (await retried(own.history, service, event)).result == PROCESSED
     for event in kept:
-        assert (await answered(own.history, service, event)).said == IGNORED
+        assert (await answered(own.history, service, event)).result == IGNORED
     for row in await own.history.sandbox.all_settled([*kept, *lost]):
         assert row.counts == (1, 0, 0)
     await verdict(own.history)
@@ -74,9 +74,9 @@ async def test_row_22_restored_from_a_plain_backup(own: Own) -> None:
     assert await epoch(own) != before
     await service.start()
     for event in lost:
-        assert (await answered(own.history, service, event)).said == PROCESSED
+        assert (await answered(own.history, service, event)).result == PROCESSED
     for event in kept:
-        assert (await answered(own.history, service, event)).said == IGNORED
+        assert (await answered(own.history, service, event)).result == IGNORED
     for row in await own.history.sandbox.all_settled([*kept, *lost]):
         assert row.counts == (1, 0, 0)
     await verdict(own.history)
@@ -87,7 +87,7 @@ async def test_row_22_rotated_under_a_running_service(own: Own) -> None:
     service = await own.history.service().start()
     backup = await own.postgres.backup()
     lost = await processed(own, service)
-    with own.history.postgres_away():
+    with own.history.postgres_unreachable():
         await own.postgres.restore(backup)
     own.history.restored(lost)
     # Lost connections put the epoch in doubt, and a round of recovery finds it to be what it was.
@@ -95,7 +95,7 @@ async def test_row_22_rotated_under_a_running_service(own: Own) -> None:
     await eventually(lambda: rounds(service), lambda good: good > before + 1)
     # This is the hole that the step closes: by the invariants it is one, so the history is not told.
     for event in lost:
-        assert (await said(service, event, UNAVAILABLE)).said == IGNORED
+        assert (await said(service, event, UNAVAILABLE)).result == IGNORED
         assert await own.history.sandbox.row(event) is None
     assert (await own.command("epoch", "rotate")).code == 0
     for event in lost:
@@ -107,4 +107,4 @@ async def test_row_22_rotated_under_a_running_service(own: Own) -> None:
 
 async def said(service: Service, event: Sample, no_longer: tuple[int, bool, str]) -> Answer:
     """The first answer that says something else."""
-    return await eventually(lambda: post(service.url, event.body), lambda answer: answer.said != no_longer)
+    return await eventually(lambda: post(service.url, event.body), lambda answer: answer.result != no_longer)

@@ -6,8 +6,8 @@ import pytest
 
 from firstclaim.status import Status
 from tests.acceptance.harness import FAILED, IGNORED, PROCESSED, recovery_has_passed, sample
+from tests.chaos.actions import answered, dispatched
 from tests.chaos.history import History
-from tests.chaos.rows import answered, dispatched
 from tests.chaos.verdict import verdict
 
 
@@ -16,14 +16,14 @@ async def test_row_27_a_handler_that_ends_its_transaction(behaviour: str, histor
     """A raw COMMIT, or a raw ROLLBACK and then SQL: 500, dead with the rule's name, and not retried automatically."""
     service = await history.service().start()
     event = sample(behaviour)
-    assert (await answered(history, service, event)).said == FAILED
+    assert (await answered(history, service, event)).result == FAILED
     row = await history.sandbox.row(event)
     assert row is not None
     assert (row.status, row.counts) == (Status.DEAD, (1, 1, 0))
     assert "rule broken: a handler must not commit" in (row.last_error or "")
 
     await recovery_has_passed(history.sandbox, service)
-    assert (await answered(history, service, event)).said == IGNORED
+    assert (await answered(history, service, event)).result == IGNORED
     assert await history.sandbox.row(event) == row
     assert await history.sandbox.effects(event) == 1, "what it committed is kept, and not doubled"
     assert dispatched(history, event) == [1]
@@ -35,15 +35,15 @@ async def test_row_32_a_handler_that_swallows_an_sql_error(history: History, tmp
     """It returns normally on an aborted transaction: 500 and never processed, the rule is named, no effect."""
     # The next try is Stripe's here, so that each failure can be looked at.
     service = await history.service({"backoff_first_seconds": 60, "backoff_most_seconds": 60}).start()
-    mended = tmp_path / "mended"
-    event = sample("swallow", mended=str(mended))
+    fixed = tmp_path / "fixed"
+    event = sample("swallow", fixed=str(fixed))
     for failures in (1, 2):
-        assert (await answered(history, service, event)).said == FAILED
+        assert (await answered(history, service, event)).result == FAILED
         row = await history.sandbox.settled(event, Status.FAILED)
         assert row.counts == (failures, failures, 0)
         assert "rule broken: the handler swallowed an SQL error" in (row.last_error or "")
 
-    mended.touch()
-    assert (await answered(history, service, event)).said == PROCESSED
+    fixed.touch()
+    assert (await answered(history, service, event)).result == PROCESSED
     assert (await history.sandbox.settled(event)).counts == (3, 2, 0)
     await verdict(history)

@@ -33,7 +33,7 @@ async def test_nothing_of_them_stays(template: Path) -> None:
         frozen.pause()
         frozen_redis.pause()
         headless.send(signal.SIGKILL, headless.pid)  # its first process alone
-    assert [server.members() for server in made] == [[], [], []]
+    assert [server.pids() for server in made] == [[], [], []]
     assert not servers.folder.exists()
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import asyncpg
 
 from tests.acceptance.harness import PROCESSED, UNAVAILABLE, eventually, sample
+from tests.chaos.actions import answered, retried
 from tests.chaos.own import Own
-from tests.chaos.rows import answered, retried
 from tests.chaos.verdict import verdict
 
 EVENTS = 5
@@ -25,15 +25,15 @@ async def test_row_23_synchronous_commit_off(own: Own) -> None:
     service = await own.history.service().start()
     events = [sample() for _ in range(EVENTS)]
     for event in events:
-        assert (await answered(own.history, service, event)).said == PROCESSED
+        assert (await answered(own.history, service, event)).result == PROCESSED
     await own.postgres.execute("INSERT INTO effects VALUES ('not_pinned', 1, 1, '1')")  # not by the service
-    with own.history.postgres_away():
+    with own.history.postgres_unreachable():
         await own.postgres.kill()
         await own.postgres.start()
     assert not await own.postgres.execute("SELECT FROM effects WHERE event_id = 'not_pinned'")
     for row in await own.history.sandbox.all_settled(events):
         assert row.counts == (1, 0, 0)
-    assert (await retried(own.history, service, sample())).said == PROCESSED
+    assert (await retried(own.history, service, sample())).result == PROCESSED
     await verdict(own.history)
 
 
@@ -49,7 +49,7 @@ async def test_row_23_serializable_by_default(own: Own, tmp_path: Path) -> None:
     assert ours in serializable
     assert pid not in serializable
     gate.touch()
-    assert (await delivery).said == PROCESSED
+    assert (await delivery).result == PROCESSED
     await verdict(own.history)
 
 
@@ -68,16 +68,16 @@ async def own_transaction(own: Own) -> tuple[int, set[int]]:
 async def test_row_23_read_only(own: Own) -> None:
     """`default_transaction_read_only`: refused at start, by name; set under a running service: 503 until it is off."""
     service = await own.history.service().start()
-    assert (await answered(own.history, service, sample())).said == PROCESSED
+    assert (await answered(own.history, service, sample())).result == PROCESSED
     await own.postgres.configure(default_transaction_read_only="on")
     refused = await own.command("serve", "--port", "0")
-    assert refused.code == 3, refused.said
-    refused.says("writable", "read-only", "default_transaction_read_only")
+    assert refused.code == 3, refused.output
+    refused.shows("writable", "read-only", "default_transaction_read_only")
     event = sample()
-    answer = await eventually(lambda: answered(own.history, service, sample()), lambda a: a.said != PROCESSED)
-    assert answer.said == UNAVAILABLE
+    answer = await eventually(lambda: answered(own.history, service, sample()), lambda a: a.result != PROCESSED)
+    assert answer.result == UNAVAILABLE
     await own.postgres.configure(default_transaction_read_only="off")
-    assert (await retried(own.history, service, event)).said == PROCESSED
+    assert (await retried(own.history, service, event)).result == PROCESSED
     await verdict(own.history)
 
 
@@ -86,11 +86,11 @@ async def test_row_23_a_standby(own: Own) -> None:
     backup = await own.postgres.backup()
     await own.postgres.stand_by(backup)
     refused = await own.command("serve", "--port", "0")
-    assert refused.code == 3, refused.said
-    refused.says("writable", "standby")
+    assert refused.code == 3, refused.output
+    refused.shows("writable", "standby")
     await own.postgres.execute("SELECT pg_promote()")
     service = await own.history.service().start()
-    assert (await retried(own.history, service, sample())).said == PROCESSED
+    assert (await retried(own.history, service, sample())).result == PROCESSED
     await verdict(own.history)
 
 
@@ -99,8 +99,8 @@ async def test_row_23_fsync_off(own: Own) -> None:
     await own.postgres.configure(fsync="off")
     service = await own.history.service().start()
     assert "fsync = off" in service.output
-    assert (await answered(own.history, service, sample())).said == PROCESSED
+    assert (await answered(own.history, service, sample())).result == PROCESSED
     checked = await own.command("check")
-    assert checked.code == 0, checked.said
-    checked.says("fsync = off")
+    assert checked.code == 0, checked.output
+    checked.shows("fsync = off")
     await verdict(own.history)

@@ -43,19 +43,19 @@ async def test_row_28_sigterm_with_work_in_flight(workers: int, history: History
     await eventually(shutting_down, lambda times: times == workers)
     refused = asyncio.create_task(history.deliver(service, late))
     gate.touch()
-    assert await service.ended() == 0, service.output
+    assert await service.wait_for_exit() == 0, service.output
     assert time.monotonic() - asked_at < SHUTDOWN_SECONDS + 2
-    await eventually(service.members, lambda members: not members)
+    await eventually(service.pids, lambda members: not members)
 
     ended, deferred = await asyncio.gather(*answers)
     assert ended is not None
-    assert ended.said in (PROCESSED, DEFERRED)
+    assert ended.result in (PROCESSED, DEFERRED)
     assert deferred is not None
-    assert deferred.said in (DEFERRED, UNAVAILABLE)
-    assert (await stalled.answer()).said == UNAVAILABLE
+    assert deferred.result in (DEFERRED, UNAVAILABLE)
+    assert (await stalled.answer()).result == UNAVAILABLE
     assert [await sandbox.row(event) for event in (unsent, late)] == [None, None]
     answer = await refused
-    assert answer is None or answer.said == UNAVAILABLE
+    assert answer is None or answer.result == UNAVAILABLE
     assert (await sandbox.settled(ending)).counts == (1, 0, 0)
     row = await sandbox.row(stuck)
     assert row is not None

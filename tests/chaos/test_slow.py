@@ -14,8 +14,8 @@ from tests.acceptance.harness import (
     eventually,
     sample,
 )
+from tests.chaos.actions import answered, armed, dispatched, resume, stopped
 from tests.chaos.history import History
-from tests.chaos.rows import answered, armed, dispatched, resume, stopped
 from tests.chaos.verdict import verdict
 
 # The server frees the row of a frozen process when its transaction has idled for so long.
@@ -51,10 +51,10 @@ async def test_row_10_frozen_for_three_leases(history: History, tmp_path: Path) 
     await eventually(leases, lambda passed: passed > 3)
     for service in frozen.values():
         resume(service)
-    said = [answer and answer.said for answer in await asyncio.gather(*answers)]
+    said = [answer and answer.result for answer in await asyncio.gather(*answers)]
     assert said == [UNAVAILABLE, DEFERRED, DEFERRED], "it is deferred by whoever knows that its row is committed"
     for point, service in frozen.items():
-        assert (await answered(history, service, sample())).said == PROCESSED, "it is well again"
+        assert (await answered(history, service, sample())).result == PROCESSED, "it is well again"
         assert await history.sandbox.settled(events[point]) == rows[point]
     await verdict(history)
 
@@ -66,7 +66,7 @@ async def test_row_11_a_sync_handler_longer_than_its_lease(history: History, tmp
     await asyncio.gather(service.start(), other.start())
     gate = tmp_path / "gate"
     blocking = sample("hold", "invoice.paid", gate=str(gate))
-    assert (await answered(history, service, blocking)).said == DEFERRED
+    assert (await answered(history, service, blocking)).result == DEFERRED
 
     row = await eventually(
         lambda: history.sandbox.row(blocking), lambda row: row and row.due_in_seconds < -2 * LEASE_SECONDS
@@ -74,7 +74,7 @@ async def test_row_11_a_sync_handler_longer_than_its_lease(history: History, tmp
     assert row is not None
     assert (row.status, row.counts) == (Status.PROCESSING, (1, 0, 0))
     for event in [sample(type=each) for each in ("invoice.paid", "invoice.payment_failed") for _ in range(5)]:
-        assert (await answered(history, service, event)).said == PROCESSED
+        assert (await answered(history, service, event)).result == PROCESSED
     assert await history.sandbox.row(blocking) == row
     gate.touch()
     assert (await history.sandbox.settled(blocking)).counts == (1, 0, 0)
@@ -89,13 +89,13 @@ async def test_row_11_a_sync_handler_over_its_deadline(history: History, tmp_pat
     service = await history.service(BRIEF | {"recovery_interval_seconds": 30}).start()
     gate = tmp_path / "gate"
     blocking = sample("late", "invoice.paid", until=1, gate=str(gate))
-    assert (await answered(history, service, blocking)).said == DEFERRED
-    assert (await answered(history, service, sample())).said == PROCESSED
+    assert (await answered(history, service, blocking)).result == DEFERRED
+    assert (await answered(history, service, sample())).result == PROCESSED
 
     row = await history.sandbox.settled(blocking, Status.FAILED)
     assert row.counts == (1, 1, 0)
     assert "ran longer than its deadline of 1.5 s" in (row.last_error or "")
-    assert (await answered(history, service, sample())).said == PROCESSED
+    assert (await answered(history, service, sample())).result == PROCESSED
 
     gate.touch()  # now it writes, on a transaction that is gone
     word = gate.parent / blocking.id
@@ -105,6 +105,6 @@ async def test_row_11_a_sync_handler_over_its_deadline(history: History, tmp_pat
 
     await eventually(left)
     assert await history.sandbox.settled(blocking, Status.FAILED) == row
-    assert (await answered(history, service, blocking)).said == PROCESSED
+    assert (await answered(history, service, blocking)).result == PROCESSED
     assert (await history.sandbox.settled(blocking)).counts == (2, 1, 0)
     await verdict(history)

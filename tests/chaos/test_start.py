@@ -8,8 +8,8 @@ import asyncpg
 
 from firstclaim.migrations.schema import head
 from tests.acceptance.harness import IGNORED, PROCESSED, START_SECONDS, eventually, sample
+from tests.chaos.actions import answered
 from tests.chaos.own import Own
-from tests.chaos.rows import answered
 from tests.chaos.verdict import verdict
 from tests.stores import EFFECTS, with_database
 
@@ -41,7 +41,7 @@ async def test_row_29_eight_first_starts_at_once(own: Own) -> None:
     await asyncio.gather(*starting)
     for service in services:
         assert "Traceback" not in service.output
-        assert (await service.parts())[1]["schema"] == "ok"
+        assert (await service.components())[1]["schema"] == "ok"
 
     assert sum("up to date" in service.output for service in services) == PROCESSES - 1, "one of them was to migrate"
     connection = await asyncpg.connect(sandbox.database_url)
@@ -53,5 +53,5 @@ async def test_row_29_eight_first_starts_at_once(own: Own) -> None:
         await connection.close()
     event = sample()
     answers = await asyncio.gather(*(answered(own.history, service, event) for service in services))
-    assert sorted(answer.said for answer in answers) == sorted([PROCESSED] + [IGNORED] * (PROCESSES - 1))
+    assert sorted(answer.result for answer in answers) == sorted([PROCESSED] + [IGNORED] * (PROCESSES - 1))
     await verdict(own.history)

@@ -17,7 +17,7 @@ import redis
 from firstclaim.postgres.connection import read_epoch
 from firstclaim.status import Status
 from tests.acceptance.harness import SETTLE_SECONDS, Row, eventually
-from tests.chaos import witness
+from tests.chaos import trace
 from tests.chaos.checker import Effect, Evidence, Violation, check
 from tests.chaos.history import History
 
@@ -59,7 +59,7 @@ async def settle(history: History, seconds: float) -> None:
 
 
 async def collect(history: History, *, waived: Collection[str] = ()) -> Evidence:
-    """Read both stores and the witness's file; both stores must be there.
+    """Read both stores and the trace's file; both stores must be there.
 
     The markers first: a row never goes away, so one that is missing afterwards was missing then.
     """
@@ -79,7 +79,7 @@ async def collect(history: History, *, waived: Collection[str] = ()) -> Evidence
         deliveries=[each for each in history.deliveries if each.answered_at > since.get(each.event_id, 0)],
         rows={row.pop("event_id"): Row(**{**row, "status": Status(row["status"])}) for row in rows},
         effects=[Effect(*effect) for effect in effects],
-        lines=[line for line in witness.read(history.witness) if line.at > since.get(line.event_id, 0)],
+        lines=[line for line in trace.read(history.trace) if line.at > since.get(line.event_id, 0)],
         markers=markers,
         epoch=epoch,
         given_up=given_up,
@@ -115,8 +115,8 @@ def _happenings(history: History, event_id: str) -> Iterator[tuple[int, str]]:
         if each.event_id == event_id:
             yield each.sent_at, f"sent to {each.service}"
             seen = f"{each.seen.status} {each.seen.counts}" if isinstance(each.seen, Row) else each.seen.value
-            yield each.answered_at, f"{each.service} answered {each.said or 'nothing'}; the ledger then: {seen}"
-    for line in witness.read(history.witness):
+            yield each.answered_at, f"{each.service} answered {each.result or 'nothing'}; the ledger then: {seen}"
+    for line in trace.read(history.trace):
         if line.event_id == event_id:
             took = f" (took {(line.at - line.began) / 1e6:.1f} ms)" if line.at > line.began else ""
             yield line.at, f"process {line.pid}: {line.what} of attempt {line.attempt}{took}"

@@ -37,7 +37,7 @@ async def served(stores: Stores, folder: Path) -> AsyncIterator[tuple[Sandbox, S
         yield sandbox, await sandbox.service({**_SHIPPED, "handlers": "firstclaim.handlers.load_probe"}).start()
     finally:
         with contextlib.redirect_stdout(io.StringIO()):  # a service's log, which a test would show
-            await sandbox.leave()
+            await sandbox.close()
 
 
 async def execute(sandbox: Sandbox, statement: str) -> None:

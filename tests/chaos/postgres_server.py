@@ -139,7 +139,7 @@ class PostgresServer(Server):
         """Name this moment, for a recovery to it."""
         await self.execute("SELECT pg_create_restore_point($1)", name)
 
-    def members(self) -> list[int]:
+    def pids(self) -> list[int]:
         title = f"postgres: {self._mark}: "
         workers = [pid for pid, line in _command_lines() if title in line]
         return [self.pid, *workers] if self.running else workers

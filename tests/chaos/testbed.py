@@ -13,7 +13,7 @@ _STARTS_MOST: Final = 30  # `serve` refuses to start while Postgres is away; who
 
 
 @dataclass(slots=True)
-class Bench:
+class Testbed:
     """`spare` is the Redis that takes over; lines and services have the same order."""
 
     history: History

@@ -19,7 +19,7 @@ Headers = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class InvalidRequest:
     """What is sent, in these pieces, and the status of its one answer."""
 
     chunks: Sequence[bytes]
@@ -48,11 +48,11 @@ def chunked(body: bytes) -> bytes:
     return b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
 
 
-def requests() -> dict[str, Refused]:
+def requests() -> dict[str, InvalidRequest]:
     """All of them, fresh."""
     return {
-        **{f"signature: {name}": Refused([sent], 400) for name, sent in _signatures()},
-        **{f"framing: {name}": Refused([sent], 400) for name, sent in _framings()},
+        **{f"signature: {name}": InvalidRequest([sent], 400) for name, sent in _signatures()},
+        **{f"framing: {name}": InvalidRequest([sent], 400) for name, sent in _framings()},
         **{f"size: {name}": refused for name, refused in _sizes().items()},
         **{f"place: {name}": refused for name, refused in _places().items()},
         **{f"hidden: {name}": refused for name, refused in _hidden().items()},
@@ -185,35 +185,37 @@ def _framings() -> Iterator[tuple[str, bytes]]:
 # -- how much it is -----------------------------------------------------------------------------------
 
 
-def _sizes() -> dict[str, Refused]:
+def _sizes() -> dict[str, InvalidRequest]:
     body = event_body()
     large = body + b" " * (2 * MEBIBYTE - len(body))
     sign = list(signed(large).items())
     piece = b"10000\r\n" + b" " * 65_536 + b"\r\n"
     endless = request([HOST, ("Transfer-Encoding", "chunked")])
     return {
-        "2 MiB": Refused([request([HOST, *sign, length(large)], large)], 413),
-        "2 MiB in a chunk": Refused([request([HOST, *sign, ("Transfer-Encoding", "chunked")], chunked(large))], 413),
-        "one byte over": Refused([request([HOST, length(large[: MEBIBYTE + 1])], large[: MEBIBYTE + 1])], 413),
-        "100 GB declared": Refused([request([HOST, ("Content-Length", str(100 * 1024**3))])], 413),
-        "endless chunks": Refused([endless, *[piece] * 256], 413),
-        "endless chunks of a byte": Refused([endless, *[b"1\r\n \r\n" * 10_000] * 1_000], 413),
-        "an endless extension": Refused([endless, b"1;", *[b"x" * 65_536] * 16], 431),
-        "an endless trailer": Refused([endless, b"0\r\nX: ", *[b"x" * 65_536] * 16], 431),
-        "endless trailers": Refused([endless, b"0\r\n", *[b"X: y\r\n" * 10_000] * 16], 431),
-        "a header of 1 MB": Refused([request([HOST, ("X", "x" * 1_000_000), length(b"")])], 431),
-        "a target of 1 MB": Refused([request([HOST], line=f"POST /{'x' * 1_000_000} HTTP/1.1")], 431),
-        "10,000 signatures": Refused([request([HOST, ("Stripe-Signature", "v1=00," * 10_000)])], 431),
-        "20,000 headers": Refused([request([HOST, *[("X", "")] * 20_000])], 431),
-        "a name of 1 MB": Refused([request([HOST, ("x" * 1_000_000, "")])], 431),
-        "blank lines before it": Refused([b"\r\n" * 500_000], 431),
+        "2 MiB": InvalidRequest([request([HOST, *sign, length(large)], large)], 413),
+        "2 MiB in a chunk": InvalidRequest(
+            [request([HOST, *sign, ("Transfer-Encoding", "chunked")], chunked(large))], 413
+        ),
+        "one byte over": InvalidRequest([request([HOST, length(large[: MEBIBYTE + 1])], large[: MEBIBYTE + 1])], 413),
+        "100 GB declared": InvalidRequest([request([HOST, ("Content-Length", str(100 * 1024**3))])], 413),
+        "endless chunks": InvalidRequest([endless, *[piece] * 256], 413),
+        "endless chunks of a byte": InvalidRequest([endless, *[b"1\r\n \r\n" * 10_000] * 1_000], 413),
+        "an endless extension": InvalidRequest([endless, b"1;", *[b"x" * 65_536] * 16], 431),
+        "an endless trailer": InvalidRequest([endless, b"0\r\nX: ", *[b"x" * 65_536] * 16], 431),
+        "endless trailers": InvalidRequest([endless, b"0\r\n", *[b"X: y\r\n" * 10_000] * 16], 431),
+        "a header of 1 MB": InvalidRequest([request([HOST, ("X", "x" * 1_000_000), length(b"")])], 431),
+        "a target of 1 MB": InvalidRequest([request([HOST], line=f"POST /{'x' * 1_000_000} HTTP/1.1")], 431),
+        "10,000 signatures": InvalidRequest([request([HOST, ("Stripe-Signature", "v1=00," * 10_000)])], 431),
+        "20,000 headers": InvalidRequest([request([HOST, *[("X", "")] * 20_000])], 431),
+        "a name of 1 MB": InvalidRequest([request([HOST, ("x" * 1_000_000, "")])], 431),
+        "blank lines before it": InvalidRequest([b"\r\n" * 500_000], 431),
     }
 
 
 # -- where it goes ------------------------------------------------------------------------------------
 
 
-def _places() -> dict[str, Refused]:
+def _places() -> dict[str, InvalidRequest]:
     body = event_body()
     headers = [HOST, CLOSE, *signed(body).items(), length(body)]
     lines = {
@@ -229,29 +231,37 @@ def _places() -> dict[str, Refused]:
         f"POST {WEBHOOK_PATH.upper()}": 404,
         "POST /livez": 405,
     }
-    return {line: Refused([request(headers, body, f"{line} HTTP/1.1")], status) for line, status in lines.items()}
+    return {
+        line: InvalidRequest([request(headers, body, f"{line} HTTP/1.1")], status) for line, status in lines.items()
+    }
 
 
 # -- what is hidden in it -----------------------------------------------------------------------------
 
 
-def _hidden() -> dict[str, Refused]:
+def _hidden() -> dict[str, InvalidRequest]:
     inner = good()
     as_chunks = ("Transfer-Encoding", "chunked")
     return {
-        "behind an unsigned delivery": Refused([request([HOST, length(b"{}")], b"{}") + inner], 400),
-        "behind one that closes": Refused([request([HOST, CLOSE, length(b"{}")], b"{}") + inner], 400),
-        "behind the end of chunks": Refused([request([HOST, length(inner), as_chunks], b"0\r\n\r\n" + inner)], 400),
-        "in the body of a GET": Refused([request([HOST, length(inner)], inner, f"GET {WEBHOOK_PATH} HTTP/1.1")], 405),
-        "in an unsigned body": Refused([request([HOST, CLOSE, length(inner)], inner)], 400),
-        "behind a length of nothing": Refused([request([HOST, ("Content-Length", "0")], inner)], 400),
-        "behind no length": Refused([request([HOST], inner)], 400),
-        "behind nonsense": Refused([b"nonsense\r\n\r\n" + inner], 400),
-        "behind a head that is too large": Refused([request([HOST, ("X", "x" * 40_000)], inner)], 431),
-        "in the body of an upgrade": Refused(
+        "behind an unsigned delivery": InvalidRequest([request([HOST, length(b"{}")], b"{}") + inner], 400),
+        "behind one that closes": InvalidRequest([request([HOST, CLOSE, length(b"{}")], b"{}") + inner], 400),
+        "behind the end of chunks": InvalidRequest(
+            [request([HOST, length(inner), as_chunks], b"0\r\n\r\n" + inner)], 400
+        ),
+        "in the body of a GET": InvalidRequest(
+            [request([HOST, length(inner)], inner, f"GET {WEBHOOK_PATH} HTTP/1.1")], 405
+        ),
+        "in an unsigned body": InvalidRequest([request([HOST, CLOSE, length(inner)], inner)], 400),
+        "behind a length of nothing": InvalidRequest([request([HOST, ("Content-Length", "0")], inner)], 400),
+        "behind no length": InvalidRequest([request([HOST], inner)], 400),
+        "behind nonsense": InvalidRequest([b"nonsense\r\n\r\n" + inner], 400),
+        "behind a head that is too large": InvalidRequest([request([HOST, ("X", "x" * 40_000)], inner)], 431),
+        "in the body of an upgrade": InvalidRequest(
             [request([HOST, ("Connection", "upgrade"), ("Upgrade", "h2c"), length(inner)]), inner], 400
         ),
-        "behind an upgrade": Refused([request([HOST, ("Connection", "upgrade"), ("Upgrade", "h2c")], inner)], 400),
-        "in a trailer": Refused([request([HOST, CLOSE, as_chunks], b"0\r\nX: ") + inner], 400),
-        "in 10,000 of them": Refused([request([HOST, length(b"{}")], b"{}") + inner * 10_000], 400),
+        "behind an upgrade": InvalidRequest(
+            [request([HOST, ("Connection", "upgrade"), ("Upgrade", "h2c")], inner)], 400
+        ),
+        "in a trailer": InvalidRequest([request([HOST, CLOSE, as_chunks], b"0\r\nX: ") + inner], 400),
+        "in 10,000 of them": InvalidRequest([request([HOST, length(b"{}")], b"{}") + inner * 10_000], 400),
     }

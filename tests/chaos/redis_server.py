@@ -71,7 +71,7 @@ class RedisServer(Server):
         found: dict[str, Any] = await self.call("INFO", "replication")
         return found
 
-    def members(self) -> list[int]:
+    def pids(self) -> list[int]:
         # Its own child, that copies for a replica, is in its group.
         return [] if self._process is None else _alive_in_group(self.pid)
 

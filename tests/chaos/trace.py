@@ -1,7 +1,7 @@
 """Writes down what a service's process does, as it does it: a test-only module, named in FIRSTCLAIM_HANDLERS.
 
 The service holds no switch for any of this. Imported as if it held handlers, this module wraps four methods, and
-only when TEST_WITNESS names a file. Guarantees: a line is one write to a file opened for appending, so several
+only when TEST_TRACE names a file. Guarantees: a line is one write to a file opened for appending, so several
 processes share it and kill -9 tears none; it is on file before what it announces can have an effect (a handler
 runs after its `start`), and what it reports has happened (a `claim` is committed). Both clocks of a line are the
 machine's monotonic one, the same in every process: what is reported happened between `began` and `at`.
@@ -22,7 +22,7 @@ from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.postgres.handler_connections import HandlerConnection
 
-VARIABLE: Final = "TEST_WITNESS"
+VARIABLE: Final = "TEST_TRACE"
 
 # What a line can say, in the order of a dispatch.
 LOCK: Final = "lock"  # the Redis lock is HELD

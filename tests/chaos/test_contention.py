@@ -22,11 +22,11 @@ from tests.acceptance.harness import (
     Sample,
     Service,
     eventually,
-    parallel,
+    parallel_reason,
     sample,
 )
+from tests.chaos.actions import answered, armed, dispatched, fire, resume, stopped
 from tests.chaos.history import History
-from tests.chaos.rows import answered, armed, dispatched, fire, resume, stopped
 from tests.chaos.sessions import Sessions
 from tests.chaos.verdict import verdict
 from tests.clock import Clock
@@ -43,14 +43,14 @@ async def two(history: History) -> tuple[Service, Service]:
 
 
 def said(answer: Answer | None) -> tuple[int, bool, str] | None:
-    return None if answer is None else answer.said
+    return None if answer is None else answer.result
 
 
-def said_of(events: Iterable[Sample], shots: Iterable[tuple[Service, Sample]], answers: list[Answer]) -> list[object]:
+def said_of(events: Iterable[Sample], posts: Iterable[tuple[Service, Sample]], answers: list[Answer]) -> list[object]:
     """For each of `events` in turn, what its deliveries were answered, sorted."""
     found: dict[str, list[tuple[int, bool, str]]] = {}
-    for (_, event), answer in zip(shots, answers, strict=True):
-        found.setdefault(event.id, []).append(answer.said)
+    for (_, event), answer in zip(posts, answers, strict=True):
+        found.setdefault(event.id, []).append(answer.result)
     return [sorted(found[event.id]) for event in events]
 
 
@@ -67,11 +67,11 @@ async def test_row_33_no_insert_waits_for_a_handler(history: History, tmp_path: 
     await eventually(holders)
     history.sandbox.empty_redis()
     fresh = [sample() for _ in range(30)]
-    shots = [(service, event) for each in fresh for event in (each, held) for service in services]
-    answers = await fire(history, shots)
+    posts = [(service, event) for each in fresh for event in (each, held) for service in services]
+    answers = await fire(history, posts)
     assert not gate.exists(), "the handler holds its row all the while"
-    assert said_of(fresh, shots, answers) == [ONE_OF_TWO] * len(fresh)
-    assert said_of([held], shots, answers) == [[IGNORED] * len(fresh) * 2]
+    assert said_of(fresh, posts, answers) == [ONE_OF_TWO] * len(fresh)
+    assert said_of([held], posts, answers) == [[IGNORED] * len(fresh) * 2]
 
     gate.touch()
     assert said(await holding) == PROCESSED
@@ -95,9 +95,9 @@ async def test_row_34_opposite_orders(history: History) -> None:
         one, other = await two(history)
         for _ in range(ROUNDS):
             up = sorted((sample() for _ in range(IDS)), key=lambda event: event.id)
-            shots = list(chain(*(((one, low), (other, high)) for low, high in zip(up, reversed(up), strict=True))))
-            answers = await fire(history, shots)
-            assert said_of(up, shots, answers) == [ONE_OF_TWO] * IDS
+            posts = list(chain(*(((one, low), (other, high)) for low, high in zip(up, reversed(up), strict=True))))
+            answers = await fire(history, posts)
+            assert said_of(up, posts, answers) == [ONE_OF_TWO] * IDS
         rows = (await verdict(history)).rows.values()
         assert Counter((row.status, row.counts) for row in rows) == {(Status.COMPLETED, (1, 0, 0)): ROUNDS * IDS}
         await asyncio.gather(one.kill(), other.kill())
@@ -130,7 +130,7 @@ async def recorded_behind(holder: Service, other: Service, history: History, eve
     await stopped(holder)
     for event in events:
         answer = await answered(history, other, event)
-        assert (answer.said, answer.reason) == (IGNORED, parallel(event.id))
+        assert (answer.result, answer.reason) == (IGNORED, parallel_reason(event.id))
         row = await history.sandbox.row(event)
         assert row is not None
         assert (row.status, row.counts) == (Status.PENDING, (0, 0, 0))

@@ -15,9 +15,9 @@ from tests.acceptance.harness import (
     Sandbox,
     Service,
     eventually,
-    volley,
+    post_at_once,
 )
-from tests.chaos import witness
+from tests.chaos import trace
 from tests.chaos.history import History
 
 
@@ -30,20 +30,20 @@ async def answered(history: History, service: Service, event: Sample) -> Answer:
 
 async def retried(history: History, service: Service, event: Sample) -> Answer:
     """The first answer that is not 503: connections are made anew."""
-    return await eventually(lambda: answered(history, service, event), lambda answer: answer.said != UNAVAILABLE)
+    return await eventually(lambda: answered(history, service, event), lambda answer: answer.result != UNAVAILABLE)
 
 
-async def fire(history: History, shots: Sequence[tuple[Service, Sample]]) -> list[Answer]:
+async def fire(history: History, posts: Sequence[tuple[Service, Sample]]) -> list[Answer]:
     """Deliver all of them at the same moment, and note what came back."""
-    answers = await volley([(service.url, event.body) for service, event in shots])
-    await history.note_volley(shots, answers)
+    answers = await post_at_once([(service.url, event.body) for service, event in posts])
+    await history.note_all(posts, answers)
     return answers
 
 
 def dispatched(history: History, event: Sample) -> list[int]:
     """The attempts on which the event's handler was called, in that order."""
-    lines = witness.read(history.witness)
-    return [line.attempt for line in lines if (line.what, line.event_id) == (witness.START, event.id)]
+    lines = trace.read(history.trace)
+    return [line.attempt for line in lines if (line.what, line.event_id) == (trace.START, event.id)]
 
 
 async def rounds(service: Service) -> int:
@@ -91,7 +91,7 @@ def resume(service: Service) -> None:
 
 async def killed(service: Service) -> None:
     """Wait until a service without workers has killed itself."""
-    assert await service.ended() == -signal.SIGKILL
+    assert await service.wait_for_exit() == -signal.SIGKILL
 
 
 # -- what an operator does ----------------------------------------------------------------------------
