@@ -1,9 +1,10 @@
-"""Real `serve` processes, driven over HTTP and watched from outside.
+"""Real `serve` processes, driven over HTTP and observed from outside.
 
-Guarantees: a `Service` ends no process that it did not start, and leaves none behind; what `Sandbox.deliver`
-returns was honest (it asks the ledger the moment an answer is in: invariants I1 and I6 of faults.md); what
-happened is read from the stores directly, never through a proxy or the service itself; every wait is a poll
-with a deadline that says what it saw last.
+Guarantees:
+- A `Service` ends no process that it did not start, and leaves none behind.
+- `Sandbox.deliver` checks every answer against the ledger as soon as it arrives (invariants I1 and I6).
+- Results are read from the stores directly, never through a proxy or the service itself.
+- Every wait is a poll with a deadline, and its failure shows the value that was seen last.
 """
 
 import asyncio
@@ -33,20 +34,20 @@ from tests.fixtures import SECRET, event_body, signed
 from tests.stores import Stores, clone, drop
 
 REPOSITORY: Final = Path(__file__).parents[2]
-# For a process that must import this checkout, which may be a copy, and not what is installed.
+# For a process that must import this checkout, which may be a copy, and not the installed package.
 PYTHON_PATH: Final = os.pathsep.join((str(REPOSITORY / "service"), str(REPOSITORY)))
 HANDLERS: Final = "tests.acceptance.handlers,tests.failpoints"
 
-# Twice to ten times what a busy two-core machine was seen to need: waits end when the thing happens.
+# Two to ten times what a busy machine with two cores needed. A wait ends as soon as its condition holds.
 START_SECONDS: Final = 60.0
 SETTLE_SECONDS: Final = 30.0
 _POLL_SECONDS: Final = 0.02
-_CLIENT_SECONDS: Final = 60.0  # a hanging answer is for the test to judge, never for the client to cut short
+_CLIENT_SECONDS: Final = 60.0  # the test judges an answer that hangs: the client must not end it before
 
 Overrides = dict[str, str | float]
 
-# Everything due comes at once. The lease and the answer budget stay long: a test that is about neither must
-# not meet them because the machine was busy.
+# Retries and recovery follow at once. The lease and the answer budget stay long: a test of something else must
+# not run into them because the machine is busy.
 QUICK: Final[Overrides] = {
     "lock_ttl_seconds": 2,
     "lease_seconds": 10,
@@ -63,7 +64,7 @@ QUICK: Final[Overrides] = {
     "log_level": "info",
 }
 
-# A vanished holder is noticed within a second.
+# An abandoned claim is detected within a second.
 SHORT_LEASE: Final[Overrides] = {"lease_seconds": 1, "lock_ttl_seconds": 1}
 
 T = TypeVar("T")
@@ -72,7 +73,7 @@ T = TypeVar("T")
 async def eventually(
     look: Callable[[], Awaitable[T]], until: Callable[[T], object] = bool, seconds: float = SETTLE_SECONDS
 ) -> T:
-    """Look again and again until what is seen is so; returns it. Fails with what was seen last."""
+    """Call `look` until its result satisfies `until`, and return that. Fails with the result that was seen last."""
     deadline = time.monotonic() + seconds
     while not until(seen := await look()):
         assert time.monotonic() < deadline, f"not within {seconds:g} s; seen last: {seen!r}"
@@ -80,12 +81,12 @@ async def eventually(
     return seen
 
 
-# -- what is sent, what comes back --------------------------------------------------------------------
+# -- events and answers -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One event of the test's own."""
+    """One event that a test has made up."""
 
     id: str
     body: bytes = field(repr=False)
@@ -98,18 +99,18 @@ def sample(
     livemode: bool = False,
     **metadata: str | float,
 ) -> Sample:
-    """A fresh event whose handler behaves as told (see `tests.acceptance.handlers`)."""
-    wish = {"behaviour": behaviour, **metadata}
+    """A new event whose handler behaves as `behaviour` says (see `tests.acceptance.handlers`)."""
+    instructions = {"behaviour": behaviour, **metadata}
     changes: dict[str, Any] = {"livemode": livemode}
     if not type.startswith("v1."):  # a thin event carries no data
-        changes["data"] = {"object": {"metadata": wish}}
+        changes["data"] = {"object": {"metadata": instructions}}
     event_id = f"evt_{secrets.token_hex(12)}"
     return Sample(event_id, event_body(type, event_id, **changes))
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer of the webhook's path."""
+    """One answer of the webhook endpoint."""
 
     status: int
     content: dict[str, Any]
@@ -145,12 +146,12 @@ REJECTED: Final = (400, False, "rejected")
 
 
 def parallel_reason(event_id: str) -> str:
-    """What a duplicate is told that met the lock, its marker or an owned row."""
+    """The reason in the answer to a duplicate that found the lock, the marker or a claimed row."""
     return f"Event {event_id} handled by parallel worker (idempotency lock)"
 
 
 async def post(url: str, body: bytes, headers: Sequence[tuple[str, str]] | None = None) -> Answer:
-    """POST on a connection of its own; signed with the service's secret unless headers are given."""
+    """POST on a new connection; signed with the service's secret unless headers are given."""
     began = time.monotonic()
     chosen = signed(body).items() if headers is None else headers
     encoded = [(name.encode(), value.encode("latin-1")) for name, value in chosen]
@@ -160,7 +161,7 @@ async def post(url: str, body: bytes, headers: Sequence[tuple[str, str]] | None 
 
 
 async def raw_request(url: str, request: bytes) -> Answer:
-    """Send these very bytes; the answer must close the connection."""
+    """Send exactly these bytes; the answer must close the connection."""
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     writer.write(request)
@@ -168,19 +169,19 @@ async def raw_request(url: str, request: bytes) -> Answer:
 
 
 async def post_at_once(posts: Sequence[tuple[str, bytes]]) -> list[Answer]:
-    """POST each body to its URL at the same moment: every connection stands, and lacks only its last byte."""
-    lines = await asyncio.gather(*(_aim(url, body) for url, body in posts))
+    """POST each body to its URL at the same moment: all connections are open and have sent all but the last byte."""
+    streams = await asyncio.gather(*(_send_all_but_one_byte(url, body) for url, body in posts))
     began = time.monotonic()
-    for (_, writer), (_, body) in zip(lines, posts, strict=True):
+    for (_, writer), (_, body) in zip(streams, posts, strict=True):
         writer.write(body[-1:])
-    return list(await asyncio.gather(*(_receive(reader, writer, began) for reader, writer in lines)))
+    return list(await asyncio.gather(*(_receive(reader, writer, began) for reader, writer in streams)))
 
 
-Line = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-async def _aim(url: str, body: bytes) -> Line:
-    """A connection on which all of the request but its body's last byte was sent."""
+async def _send_all_but_one_byte(url: str, body: bytes) -> Streams:
+    """A connection that has sent the whole request but the last byte of its body."""
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
     headers = {**signed(body), "Host": parts.netloc, "Content-Length": str(len(body)), "Connection": "close"}
@@ -203,7 +204,7 @@ async def _receive(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, b
 
 @dataclass(slots=True)
 class StalledDelivery:
-    """A delivery whose last byte is held back, on a raw connection."""
+    """A delivery on a raw connection that has sent all but its last byte."""
 
     _reader: asyncio.StreamReader
     _writer: asyncio.StreamWriter
@@ -211,7 +212,7 @@ class StalledDelivery:
 
     @classmethod
     async def begin(cls, url: str, body: bytes) -> "StalledDelivery":
-        reader, writer = await _aim(url, body)
+        reader, writer = await _send_all_but_one_byte(url, body)
         return cls(reader, writer, body[-1:])
 
     def finish(self) -> None:
@@ -219,17 +220,17 @@ class StalledDelivery:
         self._writer.write(self._last_byte)
 
     async def answer(self) -> Answer:
-        """What came back, once the service has closed the connection."""
+        """The answer, once the service has closed the connection."""
         return await _receive(self._reader, self._writer, time.monotonic())
 
     async def hang_up(self) -> None:
-        """Leave without waiting for an answer."""
+        """Close the connection without waiting for an answer."""
         await self._writer.drain()
         self._writer.transport.abort()
 
 
 def _client() -> httpx.AsyncClient:
-    # No proxy of the environment's between us and this machine; no certificates to load for plain HTTP.
+    # No proxy from the environment on the way to this machine. Plain HTTP needs no certificates to be loaded.
     return httpx.AsyncClient(trust_env=False, verify=False, timeout=_CLIENT_SECONDS)  # noqa: S501
 
 
@@ -250,42 +251,42 @@ class Service:
 
     @property
     def name(self) -> str:
-        """The same through every restart."""
+        """Stays the same through every restart."""
         return self._output.stem
 
     @property
     def url(self) -> str:
-        """Where events go."""
+        """The URL of the webhook endpoint."""
         return f"{self._origin}{WEBHOOK_PATH}"
 
     @property
     def port(self) -> int:
-        """The port it listens on; another after each start, because it takes a free one."""
+        """The port that it listens on; each start takes another free one."""
         port = urlsplit(self._origin).port
         assert port is not None
         return port
 
     @property
     def pid(self) -> int:
-        """Of the process that was started: the supervisor, if there are workers."""
+        """The pid of the process that was started: with workers, the supervisor."""
         assert self._process is not None
         return self._process.pid
 
     @property
     def output(self) -> str:
-        """What it said since it was last started."""
+        """Everything that it has written since it was last started."""
         with self._output.open(errors="replace") as file:
             file.seek(self._began_at)
             return file.read()
 
     @property
     def tail(self) -> str:
-        """The last lines that it ever wrote."""
+        """The last lines that it has written, of any start."""
         lines = self._output.read_text(errors="replace").splitlines() if self._output.exists() else []
         return "\n".join([f"--- {self._output.name}, the last of {len(lines)} lines:", *lines[-60:]])
 
     async def start(self) -> "Service":
-        """Start, and wait until `/readyz` says 200; fails with the output if the process ends instead."""
+        """Start, and wait until `/readyz` answers 200. Fails with the output if the process ends before that."""
         self._spawn()
         deadline = time.monotonic() + START_SECONDS
         while not await self._is_ready():
@@ -306,13 +307,13 @@ class Service:
             return await client.request(method, self._origin + path, content=body, headers=headers)
 
     async def components(self) -> tuple[int, dict[str, str]]:
-        """The status of `/readyz`, and each part's."""
+        """The HTTP status of `/readyz`, and the status of each component."""
         response = await self.get("/readyz")
         lines = [orjson.loads(line) for line in response.content.splitlines()]
         return response.status_code, {line["part"]: line["status"] for line in lines}
 
     async def pids(self) -> list[int]:
-        """The pids of its process group that are alive."""
+        """The pids of the live processes in its process group."""
         return _alive_in_group(self.pid)
 
     def terminate(self) -> None:
@@ -321,12 +322,12 @@ class Service:
         self._process.send_signal(signal.SIGTERM)
 
     def kill_supervisor(self) -> None:
-        """SIGKILL to the process that was started, and to none of its workers."""
+        """SIGKILL to the process that was started, but not to its workers."""
         assert self._process is not None
         self._process.kill()
 
     async def wait_for_exit(self, seconds: float = SETTLE_SECONDS) -> int:
-        """Wait for the end of the process that was started; returns its exit code (negative: the signal)."""
+        """Wait for the end of the process that was started; returns its exit code (minus the signal's number)."""
         process = self._process
         assert process is not None
 
@@ -338,14 +339,14 @@ class Service:
         return ended
 
     async def stop(self, seconds: float = SETTLE_SECONDS) -> int:
-        """SIGTERM, then the exit code once every process of it has left."""
+        """SIGTERM; returns the exit code once all of its processes have ended."""
         self.terminate()
         code = await self.wait_for_exit(seconds)
         await eventually(self.pids, lambda members: not members, seconds)
         return code
 
     async def kill(self) -> None:
-        """kill -9 to all of it at once."""
+        """kill -9 to all of its processes at once."""
         if self._process is None:
             return
         with suppress(ProcessLookupError):
@@ -370,19 +371,19 @@ class Service:
 
     async def _is_ready(self) -> bool:
         if not self._origin:
-            # It takes a free port and says which: nobody can take one that we had picked in between.
-            if (said := re.search(r"POST (http://127\.0\.0\.1:\d+)/", self.output)) is None:
+            # The service takes a free port and prints it. A port chosen here could be taken by another process first.
+            if (printed := re.search(r"POST (http://127\.0\.0\.1:\d+)/", self.output)) is None:
                 return False
-            self._origin = said[1]
+            self._origin = printed[1]
         if self.output.count("Application startup complete") < self._workers:
-            return False  # one worker's readiness is not the others'
+            return False  # the other workers may not be ready yet
         with suppress(httpx.TransportError):
             return (await self.get("/readyz")).status_code == 200
         return False
 
 
 def _alive_in_group(group: int) -> list[int]:
-    """Zombies are not: in a container nobody may ever reap an adopted one."""
+    """Without zombies: in a container, nobody may ever reap an orphaned one."""
     if sys.platform != "linux":
         table = subprocess.check_output(["/bin/ps", "-axo", "pid=,pgid=,stat="], text=True)
         rows = [row.split() for row in table.splitlines()]
@@ -401,7 +402,7 @@ def _alive_in_group(group: int) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What the ledger says of an event."""
+    """The ledger's row of an event."""
 
     status: Status
     attempt: int
@@ -413,7 +414,7 @@ class Row:
 
     @classmethod
     def of(cls, record: asyncpg.Record) -> "Row":
-        """As `ROW` found it."""
+        """From a result of `ROW`."""
         return cls(**{**record, "status": Status(record["status"])})
 
     @property
@@ -428,7 +429,7 @@ SELECT status, attempt, failures, abandoned, action, last_error,
   FROM stripe_events WHERE event_id = $1
 """
 
-# One statement sees the mark and the effects of one moment, whatever runs.
+# One statement reads the status and the effects in one snapshot, whatever else is running.
 _BROKEN = """
 SELECT coalesce(e.event_id, f.event_id) AS event_id, e.status, coalesce(f.effects, 0) AS effects
   FROM stripe_events e
@@ -439,22 +440,22 @@ SELECT coalesce(e.event_id, f.event_id) AS event_id, e.status, coalesce(f.effect
 
 @dataclass(slots=True)
 class Sandbox:
-    """A database and a Redis key prefix of a test's own, and every service it started on them."""
+    """A database and a Redis key prefix for one test, and every service that it has started on them."""
 
     database_url: str
     redis_url: str
     redis_prefix: str
     folder: Path
-    waived: set[str] = field(default_factory=set)  # events whose handler broke the rule that keeps I2
+    waived: set[str] = field(default_factory=set)  # events for which I2 does not hold: their handler broke its rule
     _services: list[Service] = field(default_factory=list)
 
     @classmethod
     async def prepare(cls, stores: Stores, folder: Path) -> "Sandbox":
-        """On a fresh clone of the template database."""
+        """With a fresh clone of the template database."""
         return cls(await clone(stores), stores.redis_url, f"test:{secrets.token_hex(6)}:", folder)
 
     async def close(self) -> None:
-        """Kill what runs, check that effects and completions agree to the last row, take everything away."""
+        """Kill the services, check that effects and completions agree for every row, and remove all data."""
         await self.end_services()
         try:
             broken = await self.fetch(_BROKEN)
@@ -464,15 +465,15 @@ class Sandbox:
             await drop(self.database_url)
 
     async def end_services(self) -> None:
-        """Kill what runs, and print what it wrote last: pytest shows it where a test failed."""
+        """Kill the services, and print the end of their output: pytest shows it if the test failed."""
         await asyncio.gather(*(service.kill() for service in self._services))
         for service in self._services:
             print(service.tail)
 
     def service(self, overrides: Overrides | None = None, *options: str, workers: int = 1) -> Service:
-        """A service on this sandbox, not started yet; `overrides` are settings by their field's name.
+        """A service on this sandbox, not started yet. `overrides` are settings by the name of their field.
 
-        A name in capitals is a variable of its own (`TEST_FAILPOINT`); `options` are the command's (`--migrate`).
+        A name in capitals is an environment variable (`TEST_FAILPOINT`). `options` are those of `serve` (`--migrate`).
         """
         environment = {"PATH": os.environ["PATH"], "PYTHONPATH": PYTHON_PATH}
         environment |= {"DATABASE_URL": self.database_url, "REDIS_URL": self.redis_url}
@@ -487,13 +488,13 @@ class Sandbox:
     # -- deliveries -----------------------------------------------------------------------------------
 
     async def deliver(self, service: Service, event: Sample) -> Answer:
-        """POST it, and check at once that the answer was honest."""
+        """POST it, and check at once that the answer is true."""
         answer = await post(service.url, event.body)
-        await self.check_honest(event, answer)
+        await self.check_answer(event, answer)
         return answer
 
-    async def check_honest(self, event: Sample, answer: Answer) -> None:
-        """I1: a 2xx has a row. I6: `processed: true` is completed or ignored. An error names no event."""
+    async def check_answer(self, event: Sample, answer: Answer) -> None:
+        """I1: a 2xx has a row. I6: after `processed: true` it is completed or ignored. An error names no event."""
         if answer.status >= 400:
             assert answer.content["event_id"] is None
             assert not answer.processed
@@ -504,20 +505,20 @@ class Sandbox:
         if answer.processed:
             assert row.status in (Status.COMPLETED, Status.IGNORED), (answer, row)
 
-    # -- what became of them --------------------------------------------------------------------------
+    # -- the ledger -----------------------------------------------------------------------------------
 
     async def row(self, event: Sample) -> Row | None:
-        """The event's row as it is now."""
+        """The event's current row."""
         found = await self.fetch(ROW, event.id)
         return Row.of(found[0]) if found else None
 
     async def effects(self, event: Sample) -> int:
-        """How many effects of the event are committed."""
+        """The number of committed effects of the event."""
         counted: int = (await self.fetch("SELECT count(*) FROM effects WHERE event_id = $1", event.id))[0][0]
         return counted
 
     async def settled(self, event: Sample, status: Status = Status.COMPLETED) -> Row:
-        """Wait until the event has `status`, and check its effects: one if completed, else none."""
+        """Wait until the event has `status`, and check its effects: one if it is completed, else none."""
         row = await eventually(lambda: self.row(event), lambda row: row is not None and row.status is status)
         assert row is not None
         assert await self.effects(event) == (1 if status is Status.COMPLETED else 0)
@@ -528,12 +529,12 @@ class Sandbox:
         return [await self.settled(event) for event in events]
 
     async def rows(self) -> int:
-        """How many events the ledger holds."""
+        """The number of events in the ledger."""
         counted: int = (await self.fetch("SELECT count(*) FROM stripe_events"))[0][0]
         return counted
 
     async def statuses(self) -> Counter[Status]:
-        """How many events there are of each status."""
+        """The number of events of each status."""
         found = await self.fetch("SELECT status, count(*) FROM stripe_events GROUP BY status")
         return Counter({Status(status): count for status, count in found})
 
@@ -543,13 +544,13 @@ class Sandbox:
             return await connection.fetch(query, *arguments)
 
     async def execute(self, script: str) -> None:
-        """Run some statements in this database."""
+        """Run several statements in this database."""
         async with self._connection() as connection:
             await connection.execute(script)
 
     @asynccontextmanager
     async def locked(self, event: Sample) -> AsyncIterator[None]:
-        """Another transaction holds the row while the block runs."""
+        """Another transaction holds the row's lock while the block runs."""
         async with self._connection() as connection, connection.transaction():
             await connection.execute("SELECT FROM stripe_events WHERE event_id = $1 FOR UPDATE", event.id)
             yield
@@ -565,14 +566,14 @@ class Sandbox:
     # -- Redis ----------------------------------------------------------------------------------------
 
     async def key(self, event: Sample) -> bytes | None:
-        """What Redis holds for the event."""
+        """The value of the event's key in Redis."""
         with redis.Redis.from_url(self.redis_url) as client:
             value = client.get(self.redis_prefix + event.id)
         assert value is None or isinstance(value, bytes)
         return value
 
     async def put(self, event: Sample, value: str, ttl_seconds: float | None = None) -> None:
-        """Have Redis hold `value` for the event; an empty one stands for a key of another type."""
+        """Set the event's key in Redis to `value`; an empty value makes it a key of another type."""
         with redis.Redis.from_url(self.redis_url) as client:
             key = self.redis_prefix + event.id
             if value:
@@ -581,14 +582,14 @@ class Sandbox:
                 client.hset(key, "another", "type")
 
     def empty_redis(self) -> int:
-        """Delete every key of this sandbox; returns how many there were."""
+        """Delete every key of this sandbox; returns their number."""
         with redis.Redis.from_url(self.redis_url) as client:
             keys = list(client.scan_iter(f"{self.redis_prefix}*", count=1000))
             return sum(client.delete(key) for key in keys)
 
 
 async def recovery_has_passed(sandbox: Sandbox, service: Service) -> None:
-    """Prove it by an event that came later than now, failed, and was completed by recovery."""
+    """Wait until recovery has completed an event that fails from now on: it has also seen everything older."""
     later = sample("fail", until=1)
     assert (await sandbox.deliver(service, later)).result == FAILED
     await sandbox.settled(later)
