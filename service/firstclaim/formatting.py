@@ -1,4 +1,4 @@
-"""How the page and the command line write durations and instants: one form for both."""
+"""How the admin page and the command line write durations, instants and numbers: one form for both."""
 
 from datetime import UTC, datetime
 from typing import Final
@@ -21,3 +21,13 @@ def ago(at: datetime) -> str:
 def instant(at: datetime) -> str:
     """An instant to the second, in UTC. The text does not name the zone."""
     return f"{at.astimezone(UTC):%Y-%m-%d %H:%M:%S}"
+
+
+def thousands(number: int) -> str:
+    """A number with a thin space between thousands, which most programs drop when the number is copied."""
+    return f"{number:,}".replace(",", "\u2009")
+
+
+def number_of_events(number: int) -> str:
+    """A number of events: `1 event`, `12 events`."""
+    return "1 event" if number == 1 else f"{number} events"

@@ -60,14 +60,14 @@ async def test_several_workers_are_one_page(sandbox: Sandbox, tmp_path: Path) ->
         for _ in range(30):
             response, page = await admin.get("/admin")
             assert response.status_code == 200
-            [process] = re.findall(r"answered by (\S+)", page.text)
+            [process] = re.findall(r"served by (\S+)", page.text)
             processes.add(process)
         assert len(processes) == 2
         fixed.touch()
         _, page = await admin.get(f"/admin/events/{event.id}")
         _, page = await admin.submit(page.form("/admin/replay"))
         response, _ = await admin.submit(page.form("/admin/replay/confirmed"))
-        assert "1 made due." in (await admin.follow(response))[1].text
+        assert "1 event is due now." in (await admin.follow(response))[1].text
         await sandbox.settled(event)
         _, page = await admin.get(f"/admin/events/{event.id}")
         assert "completed" in page.text
@@ -116,7 +116,7 @@ async def test_the_door_and_the_webhook_are_as_before(sandbox: Sandbox) -> None:
         token = page.form("/admin/logout").token
         response, page = await admin.post("/admin/replay", {"token": token, "x": "y" * 5_000_000})
         assert response.status_code == 413
-        assert "Too much" in page.text
+        assert "The form is too large" in page.text
         events = [sample() for _ in range(20)]
         pages = asyncio.gather(*(admin.get("/admin") for _ in range(20)))
         for event in events:

@@ -268,7 +268,7 @@ async def test_every_change_needs_the_session_s_token(
     """Without it, with a wrong one or with another session's, nothing happens."""
     await world.state_of(delivery("evt_1"), Status.DEAD)
     before = await everything(world)
-    fields = {"event": "evt_1", "password": PASSWORD, "question": "x"}
+    fields = {"event": "evt_1", "password": PASSWORD, "confirmation": "x"}
     if token == "another's":
         async with visitor(site).client as client:
             await Visitor(client).log_in()
@@ -367,7 +367,7 @@ async def test_unknown_paths(admin: Visitor, path: str) -> None:
     """A page that says so, with all headers; no folder and no module is ever handed out."""
     response, page = await admin.get(path)
     assert response.status_code == 404
-    assert "There is nothing here" in page.text
+    assert "This address does not exist" in page.text
 
 
 async def test_giant_and_odd_forms(admin: Visitor) -> None:
@@ -424,7 +424,7 @@ async def test_nothing_from_outside_is_code(world: World, admin: Visitor) -> Non
     for page in pages[:4]:
         assert "<img src=x onerror=alert(1)>" in page.text  # as words
     quoted = httpx.QueryParams(
-        {"q": XSS, "type": XSS, "account": XSS, "age": XSS, "status": XSS, "from": XSS, "tick": XSS}
+        {"q": XSS, "type": XSS, "account": XSS, "age": XSS, "status": XSS, "from": XSS, "select": XSS}
     )
     response, page = await admin.get(f"/admin/events?{quoted}")
     assert response.status_code == 200
@@ -494,16 +494,16 @@ async def test_the_overview(world: World) -> None:
         await Visitor(client).log_in()
         _, page = await Visitor(client).get("/admin")
     for words in (
-        "7 events by the hour",
+        "7 events by hour",
         "due for 2 h",
         "redis is degraded: refused <b>",
-        "Deliveries since the start",
+        "Deliveries since the process started",
     ):
         assert words in page.html.replace("&lt;", "<").replace("&gt;", ">") or words in page.text, words
-    assert f"answered by {world.ledger._process}" in page.text
+    assert f"served by {world.ledger._process}" in page.text
     tiles = [given["href"] for tag, given in page.tags if tag == "a" and "tile" in (given.get("class") or "")]
     assert tiles == [f"/admin/events?status={each}" for each in Status]
-    assert len([tag for tag, given in page.tags if tag == "rect" and "piece" in (given.get("class") or "")]) == 6
+    assert len([tag for tag, given in page.tags if tag == "rect" and "segment" in (given.get("class") or "")]) == 6
 
 
 async def test_the_list_is_filtered_and_goes_on(world: World, admin: Visitor) -> None:
@@ -515,7 +515,7 @@ async def test_the_list_is_filtered_and_goes_on(world: World, admin: Visitor) ->
     _, page = await admin.get("/admin/events")
     first = [link for link in page.links if link.startswith("/admin/events/")]
     assert len(first) == 50
-    [older] = {link for link in page.links if "from=" in link and "tick" not in link}
+    [older] = {link for link in page.links if "from=" in link and "select" not in link}
     _, page = await admin.get(older)
     assert sorted({*first, *(link for link in page.links if link.startswith("/admin/events/"))}) == [
         f"/admin/events/evt_{number:02}" for number in range(60)
@@ -560,7 +560,7 @@ async def test_one_event_has_a_timeline(world: World, admin: Visitor) -> None:
     assert places == sorted(places)
     response, page = await admin.get("/admin/events/evt_unknown")
     assert response.status_code == 404
-    assert "ledger does not have it" in page.text
+    assert "ledger does not have the event" in page.text
 
 
 # -- when the ledger is slow or away ------------------------------------------------------------------
@@ -588,11 +588,11 @@ async def test_a_heavy_search_is_ended_and_nobody_waits_for_it(
         assert not any(task.done() for task in heavy)
         response, page = await third
         assert response.status_code == 503
-        assert "connections to it are all busy" in page.text
+        assert "all connections of this page are busy" in page.text
         assert response.headers["retry-after"]
         for response, page in await asyncio.gather(*heavy):
             assert response.status_code == 503
-            assert "That took too long" in page.text
+            assert "The query took too long" in page.text
             assert "Narrow it" in page.text
         response, page = await admin.get("/admin")  # what is quick is shown, what is not is said to be missing
         assert response.status_code == 200
@@ -616,7 +616,7 @@ async def test_without_postgres_it_says_so(module_database: str, stores: Stores,
             began = time.monotonic()
             response, page = await admin.get("/admin")
             assert response.status_code == 200
-            assert "The ledger cannot be asked right now" in page.text
+            assert "The ledger cannot be read" in page.text
             for path in ("/admin/events", "/admin/events/evt_1"):
                 response, page = await admin.get(path)
                 assert response.status_code == 503

@@ -64,8 +64,8 @@ async def test_one_event(world: World, admin: Visitor, status: Status) -> None:
     response, _ = await admin.submit(page.form("/admin/replay/confirmed"))
     assert response.headers["location"] == f"/admin/events/{event_id}"
     _, page = await admin.follow(response)
-    assert "1 made due." in told(page)
-    assert "made due" not in (await admin.get("/admin"))[1].text  # said once
+    assert "1 event is due now." in told(page)
+    assert "due now" not in (await admin.get("/admin"))[1].text  # said once
     row = await world.row(event_id)
     assert (row["status"], row["attempt"], row["failures"]) == ("pending", 3, 0)
     assert row["due_in"] == pytest.approx(0, abs=20)
@@ -89,7 +89,7 @@ async def test_only_what_is_failed_or_dead_is_offered(world: World, admin: Visit
     assert not page.has_form("/admin/replay/confirmed")
     _, page = await admin.submit(form, ("event", dead), *(("event", each) for each in others.values()))
     assert "Replay 1 event?" in page.text
-    assert "4 more are neither failed nor dead" in page.text
+    assert "4 events will not be replayed" in page.text
     await admin.submit(page.form("/admin/replay/confirmed"))
     for row in before:
         assert unchanged(row, await world.row(row["event_id"]))
@@ -100,7 +100,7 @@ async def test_those_that_are_ticked(world: World, admin: Visitor) -> None:
     """And no others; all of a page are ticked by a link, for there is no script that could."""
     ids = [await event(world, Status.DEAD) for _ in range(4)]
     _, page = await admin.get("/admin/events?status=dead")
-    [tick_all] = [link for link in page.links if "tick=all" in link]
+    [tick_all] = [link for link in page.links if "select=all" in link]
     assert (
         len([pair for pair in (await admin.get(tick_all))[1].form("/admin/replay").fields if pair[0] == "event"]) == 4
     )
@@ -108,7 +108,7 @@ async def test_those_that_are_ticked(world: World, admin: Visitor) -> None:
     assert "Replay 2 events?" in page.text
     response, _ = await admin.submit(page.form("/admin/replay/confirmed"))
     assert response.headers["location"] == "/admin/events?status=dead"
-    assert "2 made due." in told((await admin.follow(response))[1])
+    assert "2 events are due now." in told((await admin.follow(response))[1])
     assert [await world.status(each) for each in ids] == [Status.PENDING, Status.DEAD] * 2
     [(_, _, selection, changed)] = await noted(world)
     assert (set(selection.split()), changed) == ({ids[0], ids[2]}, 2)
@@ -120,7 +120,7 @@ async def test_nothing_ticked_is_nothing(world: World, admin: Visitor) -> None:
     _, page = await admin.get("/admin/events")
     response, page = await admin.submit(page.form("/admin/replay"))
     assert response.status_code == 400
-    assert "No event is ticked" in page.text
+    assert "No event is selected" in page.text
 
 
 async def test_all_that_match(world: World, admin: Visitor) -> None:
@@ -132,7 +132,7 @@ async def test_all_that_match(world: World, admin: Visitor) -> None:
     _, page = await admin.get("/admin/events?status=dead&type=invoice.*")
     form = page.form("/admin/replay")
     assert form.buttons[-1] == ("all", "yes")
-    assert "Replay all 3 failed and dead that match" in page.text
+    assert "Replay all 3 matching failed and dead events" in page.text
     _, page = await admin.submit(form, ("all", "yes"))
     assert "Replay 3 events?" in page.text
     confirm = page.form("/admin/replay/confirmed")
@@ -142,7 +142,7 @@ async def test_all_that_match(world: World, admin: Visitor) -> None:
         assert "Nothing was changed" in page.text
     assert await noted(world) == []
     response, _ = await admin.submit(confirm, ("count", "3"))
-    assert "3 made due." in told((await admin.follow(response))[1])
+    assert "3 events are due now." in told((await admin.follow(response))[1])
     assert {await world.status(each) for each in ids} == {Status.PENDING}
     assert await world.status(other) is Status.DEAD
     for row in left:
@@ -161,13 +161,13 @@ async def test_what_came_in_since_is_not_meant(world: World, admin: Visitor) -> 
     before = [await world.row(each) for each in (ended, tried, late)]
     response, _ = await admin.submit(page.form("/admin/replay/confirmed"), ("count", "3"))
     _, after = await admin.follow(response)
-    assert "1 made due; 2 not touched" in told(after)
+    assert "1 event is due now. 2 events skipped" in told(after)
     assert await world.status(same) is Status.PENDING
     for row in before:
         assert unchanged(row, await world.row(row["event_id"]))
     # The same answer once more, from another tab or by the browser's way back: nothing.
     response, _ = await admin.submit(page.form("/admin/replay/confirmed"), ("count", "3"))
-    assert "0 made due; 3 not touched" in told((await admin.follow(response))[1])
+    assert "No event was replayed. 3 events skipped" in told((await admin.follow(response))[1])
 
 
 async def test_what_is_locked_is_waited_for_by_nobody(world: World, admin: Visitor) -> None:
@@ -177,7 +177,7 @@ async def test_what_is_locked_is_waited_for_by_nobody(world: World, admin: Visit
     _, page = await admin.submit(page.form("/admin/replay"))
     async with world.locked(held):
         response, _ = await admin.submit(page.form("/admin/replay/confirmed"))
-    assert "0 made due; 1 not touched" in told((await admin.follow(response))[1])
+    assert "No event was replayed. 1 event skipped" in told((await admin.follow(response))[1])
     assert await world.status(held) is Status.DEAD
 
 
@@ -189,19 +189,19 @@ async def test_a_question_is_for_one_session_and_not_for_ever(
     _, page = await admin.get(f"/admin/events/{dead}")
     _, page = await admin.submit(page.form("/admin/replay"))
     confirm = page.form("/admin/replay/confirmed")
-    question = dict(confirm.fields)["question"]
+    question = dict(confirm.fields)["confirmation"]
     async with visitor(site_of(world)).client as client:
         other = Visitor(client)
         await other.log_in()
         token = (await other.get("/admin"))[1].form("/admin/logout").token
-        response, _ = await other.post("/admin/replay/confirmed", {"token": token, "question": question})
+        response, _ = await other.post("/admin/replay/confirmed", {"token": token, "confirmation": question})
         assert response.status_code == 400
     for wrong in ("", question[1:], question + "x", question.replace(".", "..")):
-        assert (await admin.submit(confirm, ("question", wrong)))[0].status_code == 400
-    monkeypatch.setattr(replaying_module, "_QUESTION_SECONDS", -1)
+        assert (await admin.submit(confirm, ("confirmation", wrong)))[0].status_code == 400
+    monkeypatch.setattr(replaying_module, "_CONFIRMATION_SECONDS", -1)
     response, page = await admin.submit(confirm)
     assert response.status_code == 400
-    assert "no longer open" in page.text
+    assert "no longer valid" in page.text
     assert await world.status(dead) is Status.DEAD
 
 
@@ -212,7 +212,7 @@ async def test_what_has_no_payload_is_not_offered(world: World, admin: Visitor) 
     _, page = await admin.get("/admin/events?status=dead")
     _, page = await admin.submit(page.form("/admin/replay"), ("all", "yes"))
     assert "Replay 1 event?" in page.text
-    assert "1 more have no payload any more" in page.text
+    assert "1 event cannot be replayed: the payload has been pruned" in page.text
     await admin.submit(page.form("/admin/replay/confirmed"), ("count", "1"))
     assert [await world.status(each) for each in (dead, pruned)] == [Status.PENDING, Status.DEAD]
 
@@ -225,11 +225,11 @@ async def test_more_than_can_be_meant_at_once(world: World, admin: Visitor, monk
     ids = [await event(world, Status.DEAD) for _ in range(5)]
     for number, left in ((2, 3), (2, 1), (1, 0)):
         _, page = await admin.get("/admin/events?status=dead")
-        assert ("Replay the 2 newest failed and dead that match" in page.text) == (left > 0)
+        assert ("Replay the newest 2 matching failed and dead events" in page.text) == (left > 0)
         _, page = await admin.submit(page.form("/admin/replay"), ("all", "yes"))
-        assert ("More than that match" in page.text) == (left > 0)
+        assert ("More events match" in page.text) == (left > 0)
         response, _ = await admin.submit(page.form("/admin/replay/confirmed"), ("count", str(number)))
-        assert f"{number} made due." in told((await admin.follow(response))[1])
+        assert "due now." in told((await admin.follow(response))[1])
     assert {await world.status(each) for each in ids} == {Status.PENDING}
     assert [row[3] for row in await noted(world)] == [2, 2, 1]
 
@@ -253,7 +253,7 @@ async def test_a_thousand_with_the_longest_ids_fit_into_a_form(world: World, adm
     _, page = await admin.get("/admin/events?status=dead")
     _, page = await admin.submit(page.form("/admin/replay"), ("all", "yes"))
     response, _ = await admin.submit(page.form("/admin/replay/confirmed"), ("count", "1000"))
-    assert "1000 made due." in told((await admin.follow(response))[1])
+    assert "1000 events are due now." in told((await admin.follow(response))[1])
 
 
 async def test_a_ledger_that_goes_away_meanwhile(world: World, admin: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,9 +275,9 @@ async def test_a_ledger_that_goes_away_meanwhile(world: World, admin: Visitor, m
     monkeypatch.setattr(operations_module.Commands, "_fetch", interrupted)
     response, broken = await admin.submit(page.form("/admin/replay/confirmed"), ("count", "3"))
     assert response.status_code == 503
-    assert "after 1 were made due" in broken.text
+    assert "after 1 event had become due" in broken.text
     response, _ = await admin.submit(page.form("/admin/replay/confirmed"), ("count", "3"))
-    assert "2 made due; 1 not touched" in told((await admin.follow(response))[1])
+    assert "2 events are due now. 1 event skipped" in told((await admin.follow(response))[1])
     assert {await world.status(each) for each in ids} == {Status.PENDING}
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from firstclaim.admin.chart import HEIGHT, ORDER, draw
-from firstclaim.admin.events import Filters, _place
-from firstclaim.admin.rendering import STATIC_TYPES, Pages, laid_out, printable, static, thousands
+from firstclaim.admin.events import Filters, _parse_cursor
+from firstclaim.admin.rendering import STATIC_TYPES, Templates, pretty_json, printable, static
 from firstclaim.admin.request import client_address, is_loopback
 from firstclaim.operations.search import HourlyCounts
 from firstclaim.status import Status
@@ -35,7 +35,7 @@ def test_every_template_escapes() -> None:
 
 def test_text_is_escaped_and_what_is_missing_is_an_error() -> None:
     """The environment that renders them all."""
-    environment = Pages()._environment
+    environment = Templates()._environment
     assert environment.from_string("{{ x }}").render(x="<img onerror=1>'\"") == "&lt;img onerror=1&gt;&#39;&#34;"
     with pytest.raises(Exception, match="undefined"):
         environment.from_string("{{ missing }}").render()
@@ -58,7 +58,7 @@ def test_what_does_not_show_is_shown() -> None:
 )
 def test_a_payload_is_laid_out_and_nothing_else(body: str) -> None:
     """Taken together again it is the very text, without what stood between: no number is rounded."""
-    shown = laid_out(body)
+    shown = pretty_json(body)
 
     def packed(text: str) -> str:
         return re.sub(r'("(?:[^"\\]|\\.)*")|\s+', r"\1", text)
@@ -75,12 +75,7 @@ class _Kept(float):
 @pytest.mark.parametrize("body", ["[" * 200_000, '{"a":' * 100_000, "]" * 100_000, '"' * 100_001, "{]" * 50_000])
 def test_a_hostile_payload_is_laid_out_in_time(body: str) -> None:
     """Deep, torn or closed before it was opened: no recursion, and no line that is longer than its depth allows."""
-    assert len(laid_out(body)) < 100 * len(body)
-
-
-def test_thousands_are_grouped() -> None:
-    """By a thin space, so that a large number can be read."""
-    assert thousands(1234567) == "1\u2009234\u2009567"
+    assert len(pretty_json(body)) < 100 * len(body)
 
 
 def test_only_two_files_are_handed_out() -> None:
@@ -106,21 +101,21 @@ def test_a_bar_is_made_of_its_statuses() -> None:
     chart = draw(hours({}, {Status.COMPLETED: 60, Status.FAILED: 20, Status.DEAD: 20}))
     assert (chart.top, chart.events) == (100, 100)
     empty, full = chart.bars
-    assert (empty.pieces, empty.events) == ([], 0)
-    assert [piece.status for piece in full.pieces] == [each for each in ORDER if each in chart.shown]
-    assert [piece.height for piece in full.pieces] == [HEIGHT * share for share in (0.2, 0.2, 0.6)]
+    assert (empty.segments, empty.events) == ([], 0)
+    assert [segment.status for segment in full.segments] == [each for each in ORDER if each in chart.shown]
+    assert [segment.height for segment in full.segments] == [HEIGHT * share for share in (0.2, 0.2, 0.6)]
     ground = HEIGHT
-    for piece in full.pieces:
-        assert piece.y + piece.height == pytest.approx(ground, abs=0.02)
-        ground = piece.y
+    for segment in full.segments:
+        assert segment.y + segment.height == pytest.approx(ground, abs=0.02)
+        ground = segment.y
 
 
 def test_the_one_dead_event_is_seen() -> None:
     """Beside a hundred thousand that went well; and the bar is no higher than the chart for it."""
     [bar] = draw(hours({Status.COMPLETED: 99_999, Status.DEAD: 1, Status.FAILED: 1})).bars
-    assert all(piece.height >= 3 for piece in bar.pieces)
-    assert sum(piece.height for piece in bar.pieces) <= HEIGHT + 0.01
-    assert bar.pieces[-1].y >= -0.01
+    assert all(segment.height >= 3 for segment in bar.segments)
+    assert sum(segment.height for segment in bar.segments) <= HEIGHT + 0.01
+    assert bar.segments[-1].y >= -0.01
 
 
 @pytest.mark.parametrize(("most", "top"), [(0, 1), (1, 1), (2, 2), (3, 5), (6, 10), (101, 200), (4999, 5000)])
@@ -173,7 +168,7 @@ def test_a_filter_that_is_none_is_not_chosen() -> None:
 def test_a_place_that_is_none_is_the_beginning() -> None:
     """What was typed into the address by hand is no error."""
     for text in (None, "", "x", "~", "2026-01-01~evt_1", "2026-01-01T00:00:00+00:00~", "9" * 300):
-        assert _place(text) is None
-    place = _place("2026-01-01T00:00:00.000001+00:00~evt_1")
-    assert place is not None
-    assert place.event_id == "evt_1"
+        assert _parse_cursor(text) is None
+    cursor = _parse_cursor("2026-01-01T00:00:00.000001+00:00~evt_1")
+    assert cursor is not None
+    assert cursor.event_id == "evt_1"

@@ -1,1 +1,1 @@
-"""The page at /admin: a pair of eyes on the ledger, and one hand, which makes events due again."""
+"""The admin page at /admin: it shows the ledger, and its only change is to make events due again."""

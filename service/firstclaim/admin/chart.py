@@ -1,7 +1,7 @@
-"""A chart of the last hours as shapes: what arrived in each, and what has become of it.
+"""The shapes of a chart: the events received in each of the last hours, by their current status.
 
-Guarantees: nothing but numbers, so that the template can draw it without a script and without a style; what there is
-little of is still seen: the one dead event beside ten thousand that went well has its place.
+Guarantees: the chart has numbers only, so that the template can draw it without a script and without a style. A small
+number stays visible: one dead event beside ten thousand completed ones has a segment.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from firstclaim.status import Status
 WIDTH: Final = 960.0
 HEIGHT: Final = 160.0
 _GAP = 6.0
-_LEAST = 3.0  # of a piece's height, where there is any event at all
-# From the ground up: what needs somebody, what is on its way, what is done.
+_SEGMENT_LEAST = 3.0  # the height of a segment that has any event
+# From the bottom up: what needs an operator, what is unfinished, what is done.
 ORDER: Final = (
     Status.DEAD,
     Status.FAILED,
@@ -27,8 +27,8 @@ ORDER: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A part of an hour's bar."""
+class Segment:
+    """The events of one status in one bar."""
 
     status: Status
     events: int
@@ -38,63 +38,63 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """An hour."""
+    """The events of one hour."""
 
     began_at: datetime
     ended_at: datetime
     x: float
     width: float
-    pieces: list[Piece]
+    segments: list[Segment]
     events: int
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """Bars on a ground of WIDTH by HEIGHT, the top of which is `top` events."""
+    """Bars in an area of WIDTH by HEIGHT. The upper edge stands for `top` events."""
 
     bars: list[Bar]
     top: int
     events: int
-    shown: list[Status]  # those that there are any of, in the order of the pieces
+    shown: list[Status]  # statuses that have any event, in the order of the segments
     width: float = WIDTH
     height: float = HEIGHT
 
 
-def draw(arrivals: HourlyCounts) -> Chart:
-    """The chart of these hours."""
-    top = _round_up(max((sum(counts.values()) for _, counts in arrivals.hours), default=0))
-    step = WIDTH / max(1, len(arrivals.hours))
+def draw(counts_by_hour: HourlyCounts) -> Chart:
+    """The chart of the hours."""
+    top = _round_up(max((sum(counts.values()) for _, counts in counts_by_hour.hours), default=0))
+    step = WIDTH / max(1, len(counts_by_hour.hours))
     bars = []
-    for number, (began_at, counts) in enumerate(arrivals.hours):
-        pieces = _pile(counts, top)
+    for number, (began_at, counts) in enumerate(counts_by_hour.hours):
+        segments = _stack(counts, top)
         bars.append(
             Bar(
                 began_at,
                 began_at + timedelta(hours=1),
                 round(number * step + _GAP / 2, 2),
                 round(step - _GAP, 2),
-                pieces,
+                segments,
                 sum(counts.values()),
             )
         )
-    shown = [each for each in ORDER if any(counts.get(each) for _, counts in arrivals.hours)]
+    shown = [each for each in ORDER if any(counts.get(each) for _, counts in counts_by_hour.hours)]
     return Chart(bars, top, sum(bar.events for bar in bars), shown)
 
 
-def _pile(counts: dict[Status, int], top: int) -> list[Piece]:
-    heights = {each: max(_LEAST, counts[each] / top * HEIGHT) for each in ORDER if counts.get(each)}
-    if (high := sum(heights.values())) > HEIGHT:  # the smallest were made larger: the largest gives it back
+def _stack(counts: dict[Status, int], top: int) -> list[Segment]:
+    heights = {each: max(_SEGMENT_LEAST, counts[each] / top * HEIGHT) for each in ORDER if counts.get(each)}
+    if (high := sum(heights.values())) > HEIGHT:  # the smallest segments were enlarged: the largest is reduced
         largest = max(heights, key=lambda each: heights[each])
         heights[largest] -= high - HEIGHT
-    pieces, ground = [], HEIGHT
+    segments, bottom = [], HEIGHT
     for status, height in heights.items():
-        ground -= height
-        pieces.append(Piece(status, counts[status], round(ground, 2), round(height, 2)))
-    return pieces
+        bottom -= height
+        segments.append(Segment(status, counts[status], round(bottom, 2), round(height, 2)))
+    return segments
 
 
 def _round_up(events: int) -> int:
-    """The next number that reads well: 1, 2 or 5 and noughts; 1 for none."""
+    """The next round number, for the scale: 1, 2 or 5 with zeros; 1 for no events."""
     power = 1
     while True:
         for step in (1, 2, 5):

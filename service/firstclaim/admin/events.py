@@ -1,8 +1,8 @@
 """The list of events, one event, and its payload.
 
-Guarantees: a list is one page of bounded size, which says how far was looked; a payload is shown only when it was
-asked for by a form of its own, so that no link shows one and none stays in a browser's history, and every look at one
-is logged with the event's id.
+Guarantees: the list has a bounded size, and says how far back it was searched. A payload is shown only in response to a
+form, so that no link shows one and none is in the browser's history. Every view of a payload is logged with the
+event's id.
 """
 
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ import structlog
 from starlette.responses import Response
 
 from firstclaim.admin.ledger import AdminLedger
-from firstclaim.admin.rendering import laid_out
-from firstclaim.admin.request import PATH, AdminRequest, Refused
+from firstclaim.admin.rendering import pretty_json
+from firstclaim.admin.request import PATH, AdminRequest, PageError
 from firstclaim.errors import StatementTimeout
 from firstclaim.operations.queries import Selection
 from firstclaim.operations.search import UNSUCCESSFUL, Cursor, Search
@@ -25,22 +25,22 @@ from firstclaim.status import Status
 log = structlog.get_logger(__name__)
 
 PAGE_EVENTS: Final = 50
-REPLAYED_MOST: Final = 1000  # at once: more is the command's, which shows how far it is
+REPLAYED_MOST: Final = 1000  # in one replay: for more there is the command, which shows its progress
 _DAY = 86_400.0
-# What may be chosen as the age: (newer than, older than), seconds.
+# The choices for the age: (label, newer than, older than), in seconds.
 AGES: Final[Mapping[str, tuple[str, float | None, float | None]]] = {
     "1h": ("last hour", 3600.0, None),
     "24h": ("last 24 hours", _DAY, None),
     "7d": ("last 7 days", 7 * _DAY, None),
     "30d": ("last 30 days", 30 * _DAY, None),
-    "over-1d": ("over a day ago", None, _DAY),
-    "over-7d": ("over 7 days ago", None, 7 * _DAY),
+    "over-1d": ("more than a day ago", None, _DAY),
+    "over-7d": ("more than 7 days ago", None, 7 * _DAY),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Filters:
-    """What the list was asked for, as its form and its address hold it."""
+    """The filters of the list, as in its form and its address."""
 
     q: str | None = None
     statuses: tuple[Status, ...] = ()
@@ -50,19 +50,19 @@ class Filters:
 
     @classmethod
     def of(cls, values: Mapping[str, list[str]]) -> "Filters":
-        """From an address or a form; what is none of the choices counts as not chosen."""
+        """The filters in an address or a form. A value that is not a choice is ignored."""
 
-        def one(name: str) -> str | None:
+        def first(name: str) -> str | None:
             return next(iter(values.get(name, [])), None)
 
         chosen = values.get("status", [])
-        age = one("age")
+        age = first("age")
         statuses = tuple(each for each in Status if each in chosen)
-        return cls(one("q"), statuses, one("type"), one("account"), age if age in AGES else None)
+        return cls(first("q"), statuses, first("type"), first("account"), age if age in AGES else None)
 
     @property
     def search(self) -> Search:
-        """An event's id is the event's, a customer's is looked for in payloads too, any other is an object's."""
+        """The search for an event's id, for a customer's id (also in payloads), or for any other object's id."""
         _, newer, older = AGES.get(self.age or "", ("", None, None))
         selection = Selection(None, self.statuses or None, self.type, self.account, older, newer)
         if self.q is None:
@@ -73,86 +73,87 @@ class Filters:
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
-        """For an address or a form."""
+        """The filters as parameters of an address or fields of a form."""
         single = {"q": self.q, "type": self.type, "account": self.account, "age": self.age}
         return [(name, value) for name, value in single.items() if value] + [("status", each) for each in self.statuses]
 
     def address(self, **more: str) -> str:
-        """Of the list."""
+        """The address of the list with these filters."""
         query = urlencode([*self.pairs, *more.items()])
         return f"{PATH}/events" + (f"?{query}" if query else "")
 
 
 class Events:
-    """The list and what it leads to."""
+    """The pages of events."""
 
-    def __init__(self, asking: AdminLedger) -> None:
-        self._asking = asking
+    def __init__(self, ledger: AdminLedger) -> None:
+        self._ledger = ledger
 
-    async def browse(self, visit: AdminRequest) -> Response:
-        """A page of the list."""
+    async def show_list(self, request: AdminRequest) -> Response:
+        """One page of the list."""
         names = ("q", "status", "type", "account", "age")
-        filters = Filters.of({name: visit.words(name) for name in names})
-        place = _place(visit.word("from"))
-        async with self._asking.ledger() as ledger:
-            found = await ledger.page(filters.search, place, PAGE_EVENTS)
+        filters = Filters.of({name: request.query_values(name) for name in names})
+        cursor = _parse_cursor(request.query_value("from"))
+        async with self._ledger.connect() as ledger:
+            found = await ledger.page(filters.search, cursor, PAGE_EVENTS)
             try:
-                replayable = len(await ledger.replayable(filters.search, REPLAYED_MOST + 1))
+                replayable_count = len(await ledger.replayable(filters.search, REPLAYED_MOST + 1))
             except StatementTimeout:
-                replayable = 0  # the list is here; what has to be looked for longer is not offered
-        return visit.page(
+                replayable_count = 0  # the list is complete; only the offer to replay is left out
+        return request.render(
             "events.html",
             filters=filters,
             found=found,
-            place=place,
-            older=None if found.next_cursor is None else filters.address(**{"from": _told(found.next_cursor)}),
+            cursor=cursor,
+            older=None if found.next_cursor is None else filters.address(**{"from": _format_cursor(found.next_cursor)}),
             newest=filters.address(),
-            all_ticked=filters.address(tick="all", **({} if place is None else {"from": _told(place)})),
-            ticked=visit.word("tick") == "all",
-            replayable=replayable,
+            select_all=filters.address(select="all", **({} if cursor is None else {"from": _format_cursor(cursor)})),
+            all_selected=request.query_value("select") == "all",
+            replayable_count=replayable_count,
             replayed_most=REPLAYED_MOST,
-            can_be_replayed=UNSUCCESSFUL,
+            replayable_statuses=UNSUCCESSFUL,
             ages=AGES,
-            looked_at=filters.search.scan_limit,
+            scan_limit=filters.search.scan_limit,
         )
 
-    async def show(self, visit: AdminRequest) -> Response:
+    async def show(self, request: AdminRequest) -> Response:
         """One event."""
-        event_id = visit.request.path_params["event_id"]
+        event_id = request.http_request.path_params["event_id"]
         if not event_id.isprintable():
             raise _unknown()
-        async with self._asking.ledger() as ledger:
+        async with self._ledger.connect() as ledger:
             event = await ledger.find(event_id)
             if event is None:
                 raise _unknown()
             timeline = await ledger.timeline(event)
-        return visit.page("event.html", event=event, timeline=timeline, can_be_replayed=UNSUCCESSFUL)
+        return request.render("event.html", event=event, timeline=timeline, replayable_statuses=UNSUCCESSFUL)
 
-    async def show_payload(self, visit: AdminRequest) -> Response:
-        """The event's payload; a form's answer."""
-        event_id = visit.field("event")
+    async def show_payload(self, request: AdminRequest) -> Response:
+        """The event's payload, in response to a form."""
+        event_id = request.form_value("event")
         if not event_id.isprintable():
             raise _unknown()
-        async with self._asking.ledger() as ledger:
+        async with self._ledger.connect() as ledger:
             event = await ledger.find(event_id)
             body = await ledger.payload(event_id)
         if event is None:
             raise _unknown()
-        log.info("admin_payload_shown", event_id=event.event_id, address=visit.address, there=body is not None)
-        text = None if body is None else laid_out(body.decode(errors="replace"))
-        return visit.page("payload.html", event=event, payload=text, size_bytes=len(body or b""))
+        log.info("admin_payload_shown", event_id=event.event_id, address=request.address, pruned=body is None)
+        text = None if body is None else pretty_json(body.decode(errors="replace"))
+        return request.render("payload.html", event=event, payload=text, size_bytes=len(body or b""))
 
 
-def _unknown() -> Refused:
-    return Refused(404, "No such event", "The ledger does not have it: it never came, or it has been pruned.")
+def _unknown() -> PageError:
+    text = "The ledger does not have the event: it was never received, or it has been pruned."
+    return PageError(404, "No such event", text)
 
 
-def _told(place: Cursor) -> str:
-    return f"{place.received_at.isoformat()}~{place.event_id}"
+def _format_cursor(cursor: Cursor) -> str:
+    return f"{cursor.received_at.isoformat()}~{cursor.event_id}"
 
 
-def _place(text: str | None) -> Cursor | None:
-    """Where a page begins; what is no place is the beginning."""
+def _parse_cursor(text: str | None) -> Cursor | None:
+    """The cursor in an address. None, the start of the list, if there is no valid one."""
     at, _, event_id = (text or "").partition("~")
     try:
         parsed = datetime.fromisoformat(at)

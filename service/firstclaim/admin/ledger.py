@@ -1,8 +1,8 @@
-"""The page's way to the ledger: connections of its own, whose statements are ended early.
+"""The admin page's access to the ledger: its own connections, with a short statement timeout.
 
-Guarantees: at most `ADMIN_CONNECTIONS` of the page's questions are asked at once, on one core of the database each and
-for `STATEMENT_SECONDS` at the most; who comes when both are busy waits a moment and is then told so. Deliveries and
-handlers have connections of their own, and never wait for one of these.
+Guarantees: at most `ADMIN_CONNECTIONS` statements of the page run at once, each on one core of the database and for at
+most `STATEMENT_SECONDS`. A request that finds all connections busy waits for `QUEUE_SECONDS`, and then fails with that
+reason. Deliveries and handlers have other connections, and never wait for one of these.
 """
 
 from collections.abc import AsyncIterator
@@ -13,18 +13,18 @@ from firstclaim.operations.search import STATEMENT_SECONDS, LedgerSearch
 from firstclaim.postgres.connection import Pool
 
 QUEUE_SECONDS: Final = 2.0
-# A page asks up to five questions. A statement is ended by Postgres; this ends what waits for a frozen one.
+# A page runs up to five statements. Postgres ends a slow statement; this timeout ends a wait for a frozen Postgres.
 _PAGE_SECONDS: Final = 5 * STATEMENT_SECONDS + 2.0
 
 
 class AdminLedger:
-    """`pool` is for the page alone, and made with `browsing.PINS`."""
+    """The page's connections. `pool` is used by the page alone, and is created with `operations.search.PINS`."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
     @asynccontextmanager
-    async def ledger(self) -> AsyncIterator[LedgerSearch]:
-        """Raises `LedgerUnavailable`, also for what is asked in the block."""
+    async def connect(self) -> AsyncIterator[LedgerSearch]:
+        """A connection for the duration of the block. Raises `LedgerUnavailable`, also for a statement in the block."""
         async with self._pool.borrow(_PAGE_SECONDS) as connection:
             yield LedgerSearch(connection)

@@ -1,12 +1,13 @@
-"""How often a password may be tried.
+"""Rate limits of the login.
 
-Guarantees: an address has 5 tries and one more each minute, everybody together 20 and one more every 3 seconds,
-counted before a password is looked at, so that trying at once does not help. The memory for it is bounded: of more
-addresses than are kept the longest silent is forgotten, which gives a guesser with many addresses nothing, because
-everybody's limit holds all the same. Each worker counts for itself: of N workers the limits are up to N times that.
+Guarantees: an address has 5 attempts and gets one more each minute; all addresses together have 20 and get one more
+every 3 seconds. An attempt is counted before the password is compared, so that concurrent attempts do not help. Memory
+is bounded: if there are more addresses than are kept, the one without an attempt for the longest time is forgotten. An
+attacker with many addresses gains nothing by that, because the common limit still holds. Each worker counts for
+itself: with N workers the limits are up to N times as high.
 
-What that costs: whoever floods the login keeps you out of it too, for as long as it lasts. Put the page where they
-cannot reach it; `firstclaim events` needs no page.
+The price: a flood of attempts locks you out of the login too, while it lasts. Put the page where an attacker cannot
+reach it. `firstclaim events` does not need the page.
 """
 
 import ipaddress
@@ -16,40 +17,40 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-ADDRESS_TRIES, ADDRESS_SECONDS = 5, 60.0
-ALL_TRIES, ALL_SECONDS = 20, 3.0
+ADDRESS_ATTEMPTS, ADDRESS_SECONDS = 5, 60.0
+ALL_ATTEMPTS, ALL_SECONDS = 20, 3.0
 ADDRESSES_MOST = 1024
-_IPV6_NETWORK_BITS = 64  # one household's or one server's: a /64 is had by anyone
+_IPV6_NETWORK_BITS = 64  # one household or one server: anyone can have a /64
 
 
 @dataclass(slots=True)
 class _Bucket:
-    """Tries that are left, and one more each `seconds`."""
+    """A token bucket: attempts that are left, and one more every `seconds`."""
 
-    tries: float
+    attempts: float
     seconds: float
     left: float
     at: float
 
     def wait_seconds(self, now: float) -> float:
-        """Until a try is left; 0: now."""
-        self.left = min(self.tries, self.left + (now - self.at) / self.seconds)
+        """The seconds until an attempt is left; 0 if one is left now."""
+        self.left = min(self.attempts, self.left + (now - self.at) / self.seconds)
         self.at = now
         return max(0.0, (1 - self.left) * self.seconds)
 
 
 class LoginLimit:
-    """Of one process. `now` is a clock that never goes back, seconds."""
+    """The limits in one process. `now` is a monotonic clock, in seconds."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._all = _Bucket(ALL_TRIES, ALL_SECONDS, ALL_TRIES, now())
+        self._all = _Bucket(ALL_ATTEMPTS, ALL_SECONDS, ALL_ATTEMPTS, now())
         self._addresses: OrderedDict[str, _Bucket] = OrderedDict()
 
     def take(self, address: str) -> int:
-        """One try; 0: go on, else the seconds after which to come again, and nothing was taken."""
+        """Take one attempt. Returns 0, or the seconds to wait if none is left; then nothing is taken."""
         network, now = _network(address), self._now()
-        own = self._addresses.pop(network, None) or _Bucket(ADDRESS_TRIES, ADDRESS_SECONDS, ADDRESS_TRIES, now)
+        own = self._addresses.pop(network, None) or _Bucket(ADDRESS_ATTEMPTS, ADDRESS_SECONDS, ADDRESS_ATTEMPTS, now)
         self._addresses[network] = own
         while len(self._addresses) > ADDRESSES_MOST:
             self._addresses.popitem(last=False)
@@ -60,10 +61,10 @@ class LoginLimit:
         self._all.left -= 1
         return 0
 
-    def forgive(self, address: str) -> None:
-        """It was the password: what this address tried before is forgotten."""
+    def reset(self, address: str) -> None:
+        """Reset the address's limit after a successful login."""
         self._addresses.pop(_network(address), None)
-        self._all.left = min(self._all.tries, self._all.left + 1)
+        self._all.left = min(self._all.attempts, self._all.left + 1)
 
 
 def _network(address: str) -> str:

@@ -1,8 +1,8 @@
-"""In and out.
+"""Login and logout.
 
-Guarantees: a password is looked at only when the form came from our own login page and the limit has a try left, in a
-thread and one at a time, so that guesses cannot use up the processor or the memory that deliveries need; a login is
-always a new session. Who came in and who did not is logged with the address, never with what was typed.
+Guarantees: a password is compared only if the form came from the login page and the rate limit allows it. Passwords are
+compared in a thread, one at a time, so that attempts cannot use up the processor or the memory that deliveries need.
+Every login starts a new session. Successful and failed logins are logged with the address, never with what was typed.
 """
 
 import asyncio
@@ -15,8 +15,8 @@ import structlog
 from starlette.responses import Response
 
 from firstclaim.admin.limits import LoginLimit
-from firstclaim.admin.request import LOGIN_MOST_BYTES, PATH, AdminRequest, Refused
-from firstclaim.admin.session import LASTS_SECONDS, Signer, same
+from firstclaim.admin.request import LOGIN_MOST_BYTES, PATH, AdminRequest, PageError
+from firstclaim.admin.session import LASTS_SECONDS, Signer, is_equal
 from firstclaim.passwords import MAX_CHARACTERS, Password
 
 log = structlog.get_logger(__name__)
@@ -26,71 +26,73 @@ _TOKEN = re.compile(r"[A-Za-z0-9_-]{32}")
 
 
 class Login:
-    """The login page and the way out."""
+    """The login page, the login and the logout."""
 
     def __init__(self, password: Password, signer: Signer, limit: LoginLimit) -> None:
         self._password = password
         self._signer = signer
         self._limit = limit
-        self._one_at_a_time = asyncio.Semaphore(1)  # 32 MiB each
+        self._one_at_a_time = asyncio.Semaphore(1)  # a comparison needs 32 MiB
 
     @staticmethod
     def address(where: str) -> str:
-        """Of the login page that leads to `where`."""
+        """The address of the login page that leads to `where`."""
         return f"{PATH}/login?next={quote(where, safe='')}"
 
-    async def show(self, visit: AdminRequest) -> Response:
+    async def show(self, request: AdminRequest) -> Response:
         """The login page."""
-        where = _own_path(visit.request.query_params.get("next", ""))
-        return visit.go(where) if visit.session is not None else _form(visit, where)
+        where = _safe_path(request.http_request.query_params.get("next", ""))
+        return request.redirect(where) if request.session is not None else _login_form(request, where)
 
-    async def log_in(self, visit: AdminRequest) -> Response:
-        """Compare, and begin a session."""
-        await visit.read_form(LOGIN_MOST_BYTES)
-        where = _own_path(visit.field("next"))
-        # Nobody is known yet, so the token is a value that came by cookie and has to come by the form as well: another
-        # site can neither read it nor, with the prefix __Host-, set it. Nothing signed is shown before the password is
-        # known, or guesses could be checked against it at home.
-        brought = visit.brought("login")
-        if brought is None:
-            text = "Your browser did not send the login page's cookie. Over plain HTTP it does not: come by https."
-            raise Refused(403, "Not from the login page", text)
-        if not same(brought, visit.field("token")):
-            raise Refused(403, "Not from the login page", "Load the login page again.")
-        if wait := self._limit.take(visit.address):
-            log.warning("admin_login_limited", address=visit.address)
-            return _form(visit, where, 429, f"Too many attempts. Try again in {wait} s.", {"Retry-After": str(wait)})
+    async def log_in(self, request: AdminRequest) -> Response:
+        """Compare the password and start a session."""
+        await request.read_form(LOGIN_MOST_BYTES)
+        where = _safe_path(request.form_value("next"))
+        # There is no session yet, so the CSRF token is a value that must be in the cookie and in the form. Another site
+        # can neither read the cookie nor, because of the prefix __Host-, set it. Nothing signed is sent before the
+        # login: a signature would let an attacker check guesses offline.
+        login_token = request.cookie_value("login")
+        if login_token is None:
+            text = "Your browser did not send the cookie of the login page. It does not over plain HTTP: use https."
+            raise PageError(403, "Not from the login page", text)
+        if not is_equal(login_token, request.form_value("token")):
+            raise PageError(403, "Not from the login page", "Load the login page again.")
+        if wait := self._limit.take(request.address):
+            log.warning("admin_login_limited", address=request.address)
+            problem = f"Too many attempts. Try again in {wait} s."
+            return _login_form(request, where, 429, problem, {"Retry-After": str(wait)})
+        typed = request.form_value("password")[:MAX_CHARACTERS]
         async with self._one_at_a_time:
-            right = await asyncio.to_thread(self._password.matches, visit.field("password")[:MAX_CHARACTERS])
-        if not right:
-            log.warning("admin_login_failed", address=visit.address)
-            return _form(visit, where, 401, "That is not the password.")
-        self._limit.forgive(visit.address)
-        log.info("admin_login", address=visit.address)
-        session = self._signer.write(self._signer.begin())
-        visit.set_cookies = [visit.cookie("session").set(session, LASTS_SECONDS), visit.cookie("login").drop()]
-        return visit.go(where)
+            is_correct = await asyncio.to_thread(self._password.matches, typed)
+        if not is_correct:
+            log.warning("admin_login_failed", address=request.address)
+            return _login_form(request, where, 401, "The password is wrong.")
+        self._limit.reset(request.address)
+        log.info("admin_login", address=request.address)
+        session = self._signer.dump_session(self._signer.start_session())
+        request.set_cookies = [request.cookie("session").set(session, LASTS_SECONDS), request.cookie("login").drop()]
+        return request.redirect(where)
 
-    async def log_out(self, visit: AdminRequest) -> Response:
-        """Take the session out of the browser."""
-        log.info("admin_logout", address=visit.address)
-        visit.set_cookies = [visit.cookie(name).drop() for name in ("session", "notice")]
-        return visit.go(f"{PATH}/login")
+    async def log_out(self, request: AdminRequest) -> Response:
+        """Delete the session's cookie."""
+        log.info("admin_logout", address=request.address)
+        request.set_cookies = [request.cookie(name).drop() for name in ("session", "notice")]
+        return request.redirect(f"{PATH}/login")
 
 
-def _form(
-    visit: AdminRequest, where: str, status: int = 200, problem: str = "", headers: dict[str, str] | None = None
+def _login_form(
+    request: AdminRequest, where: str, status: int = 200, problem: str = "", headers: dict[str, str] | None = None
 ) -> Response:
-    token = visit.brought("login") or ""
-    if not _TOKEN.fullmatch(token):  # kept otherwise: a second tab does not spoil the first one's form
+    token = request.cookie_value("login") or ""
+    if not _TOKEN.fullmatch(token):  # a valid one is kept: a second tab must not break the form of the first
         token = secrets.token_urlsafe(24)
-    visit.set_cookies.append(visit.cookie("login").set(token, _FORM_SECONDS))
-    response = visit.page("login.html", status, next=where, login_token=token, problem=problem)
+    request.set_cookies.append(request.cookie("login").set(token, _FORM_SECONDS))
+    response = request.render("login.html", status, next=where, login_token=token, problem=problem)
     response.headers.update(headers or {})
     return response
 
 
-def _own_path(text: str) -> str:
-    """Where to go after the login: on this page, or nowhere else but its beginning."""
+def _safe_path(text: str) -> str:
+    """The address to go to after the login: `text` if it is an address of the admin page, otherwise its first page."""
     is_ours = text == PATH or text.startswith((f"{PATH}/", f"{PATH}?"))
     return text if is_ours and text.isprintable() and text.isascii() and "\\" not in text else PATH

@@ -1,7 +1,7 @@
-"""The first page: how much there is, what waits for whom, and how the parts are.
+"""The first page: counts, due events, the newest failures, and the health of the components.
 
-Guarantees: it shows what can be known. Where Postgres is away, or a count takes too long, it says so in that place and
-shows the rest; the parts are asked as `/readyz` asks them.
+Guarantees: it shows what is available. If Postgres is unreachable or a count takes too long, the page says so in that
+place and shows the rest. The health checks are those of `/readyz`.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from firstclaim.observability import metrics
 from firstclaim.operations.queries import Backlog, EventRow, Selection
 from firstclaim.operations.search import UNSUCCESSFUL, LedgerSearch, Search
 from firstclaim.status import Status
-from firstclaim.web.health import Finding, Health, HealthCheck
+from firstclaim.web.health import Health, HealthCheck
 
 T = TypeVar("T")
 
@@ -28,8 +28,8 @@ _NEWEST: Final = 6
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
-    """What the ledger told; None: it took too long."""
+class _LedgerState:
+    """What was read from the ledger. None: the query took too long."""
 
     backlog: Backlog | None
     counts: dict[Status, int] | None
@@ -39,8 +39,8 @@ class _Known:
 
 
 @dataclass(frozen=True, slots=True)
-class _Standing:
-    """A part and how it is."""
+class _Component:
+    """A component and its health."""
 
     name: str
     health: Health
@@ -48,58 +48,59 @@ class _Standing:
 
 
 class Overview:
-    """`process` is who answers, as the ledger knows it (`host:pid`)."""
+    """The overview page. `process` is this process as the ledger names it (`host:pid`)."""
 
-    def __init__(self, asking: AdminLedger, parts: Sequence[HealthCheck], process: str) -> None:
-        self._asking = asking
-        self._parts = parts
+    def __init__(self, ledger: AdminLedger, checks: Sequence[HealthCheck], process: str) -> None:
+        self._ledger = ledger
+        self._checks = checks
         self._process = process
 
-    async def show(self, visit: AdminRequest) -> Response:
-        """All of it, as it is now."""
-        found, known = await asyncio.gather(asyncio.gather(*(part.run() for part in self._parts)), self._ask())
-        return visit.page(
+    async def show(self, request: AdminRequest) -> Response:
+        """The current state of the ledger, the components and this process."""
+        results, state = await asyncio.gather(
+            asyncio.gather(*(check.run() for check in self._checks)), self._read_ledger()
+        )
+        return request.render(
             "overview.html",
-            parts=[self._standing(part, finding) for part, (finding, _) in zip(self._parts, found, strict=True)],
-            known=known,
+            components=[
+                _Component(check.name, finding.health, finding.detail)
+                for check, (finding, _) in zip(self._checks, results, strict=True)
+            ],
+            ledger=state,
             hours=_HOURS,
             deliveries=metrics.totals("firstclaim_deliveries"),
             duplicates=metrics.totals("firstclaim_duplicates"),
             process=self._process,
         )
 
-    async def _ask(self) -> _Known | None:
-        """None: Postgres is away."""
+    async def _read_ledger(self) -> _LedgerState | None:
+        """None if the ledger cannot be read."""
         try:
-            async with self._asking.ledger() as ledger:
-                return await _all_of(ledger)
+            async with self._ledger.connect() as ledger:
+                return await _read(ledger)
         except LedgerUnavailable:
             return None
 
-    @staticmethod
-    def _standing(part: HealthCheck, finding: Finding) -> _Standing:
-        return _Standing(part.name, finding.health, finding.detail)
 
-
-async def _all_of(ledger: LedgerSearch) -> _Known:
+async def _read(ledger: LedgerSearch) -> _LedgerState:
     backlog = await _in_time(ledger.backlog)
     counts = await _in_time(lambda: ledger.count(Selection()))
     all_counted = counts is not None
-    if counts is None:  # over all rows; those that matter most an index can count
+    if counts is None:  # that counts all rows; unfinished and dead events can be counted by an index
         counts = await _in_time(ledger.count_open)
-    arrivals = await _in_time(lambda: ledger.hourly_counts(_HOURS))
+    hourly_counts = await _in_time(lambda: ledger.hourly_counts(_HOURS))
     newest = await _in_time(lambda: ledger.page(Search(Selection(statuses=UNSUCCESSFUL)), None, _NEWEST))
-    return _Known(
+    return _LedgerState(
         backlog=backlog,
         counts=counts,
         all_counted=all_counted,
-        chart=None if arrivals is None else draw(arrivals),
+        chart=None if hourly_counts is None else draw(hourly_counts),
         unsuccessful=None if newest is None else newest.events,
     )
 
 
-async def _in_time(ask: Callable[[], Awaitable[T]]) -> T | None:
+async def _in_time(query: Callable[[], Awaitable[T]]) -> T | None:
     try:
-        return await ask()
+        return await query()
     except StatementTimeout:
         return None

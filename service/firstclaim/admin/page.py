@@ -1,14 +1,14 @@
-"""/admin: what may be asked there, and what every answer has in common.
+"""The routes under /admin, and what all of their responses have in common.
 
-sqladmin 0.32 and starlette-admin 1.0 were tried in a browser under the headers below, and neither fits: sqladmin has
-no CSRF token anywhere, logs out and runs its actions by GET, and limits no logins; starlette-admin's `base.html` has
-inline scripts and styles and a stylesheet of another host, its CSRF cookie is not HttpOnly and only SameSite=Lax. Both
-write rows through the ORM, where here a state may only change as `firstclaim.operations.commands` changes it, so what
-they are made for would be switched off; this is some server-rendered pages without any script instead.
+sqladmin 0.32 and starlette-admin 1.0 were tried in a browser with the headers below, and neither fits. sqladmin has no
+CSRF tokens, logs out and runs its actions by GET, and does not limit logins. starlette-admin's `base.html` has inline
+scripts and styles and a stylesheet of another host, and its CSRF cookie is not HttpOnly and only SameSite=Lax. Both
+write rows through the ORM, but here a state may only change as `firstclaim.operations.commands` changes it: their main
+purpose would be switched off. Therefore the page is a few server-rendered templates without scripts.
 
-Guarantees: everything but the login and the stylesheet needs a session, which is asked for here and not by each page;
-every change is a POST that brought the session's token, so GET changes nothing; every answer, an error's too, carries
-`HEADERS`; no error shows what went wrong inside, or any of its words.
+Guarantees: everything except the login and the static files needs a session, which is checked here and not in each
+page. Every change is a POST with the session's CSRF token, so GET changes nothing. Every response, also an error, has
+`HEADERS`. No error page shows the cause of an internal error, or any of its text.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -27,175 +27,179 @@ from starlette.types import Message, Receive, Scope, Send
 from firstclaim.admin.events import Events
 from firstclaim.admin.login import Login
 from firstclaim.admin.overview import Overview
-from firstclaim.admin.rendering import Pages, static
+from firstclaim.admin.rendering import Templates, static
 from firstclaim.admin.replay import Replay
-from firstclaim.admin.request import PATH, AdminRequest, Refused, client_address, is_loopback
+from firstclaim.admin.request import PATH, AdminRequest, PageError, client_address, is_loopback
 from firstclaim.admin.session import LASTS_SECONDS, Signer
 from firstclaim.errors import LedgerUnavailable, StatementTimeout
 from firstclaim.observability.redaction import describe_error
 
 log = structlog.get_logger(__name__)
 
-Answer = Callable[[AdminRequest], Awaitable[Response]]
+Endpoint = Callable[[AdminRequest], Awaitable[Response]]
 
 HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; "
-    "base-uri 'none'; frame-ancestors 'none'",  # no script at all
+    "base-uri 'none'; frame-ancestors 'none'",  # scripts are not allowed
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Referrer-Policy": "same-origin",  # with no-referrer a browser sends `Origin: null` with our own forms
+    "Referrer-Policy": "same-origin",  # with no-referrer, a browser sends `Origin: null` with our own forms
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=(), payment=(), usb=()",
     "Cache-Control": "no-store",
 }
-_VISIT = "firstclaim.visit"
+_REQUEST_KEY = "firstclaim.admin_request"
 
 
 class AdminPage:
-    """The page as one ASGI application; `proxies` as in the settings."""
+    """The page as one ASGI application. `proxies` is the setting `admin_proxies`."""
 
     def __init__(
-        self, signer: Signer, entry: Login, overview: Overview, events: Events, replaying: Replay, proxies: int
+        self, signer: Signer, login: Login, overview: Overview, events: Events, replay: Replay, proxies: int
     ) -> None:
         self._signer = signer
-        self._pages = Pages()
+        self._templates = Templates()
         self._proxies = proxies
         self._router = Router(
             [
-                _page("", overview.show),
-                _page("/events", events.browse),
-                _page("/events/{event_id}", events.show),
-                _change("/payload", events.show_payload),
-                _change("/replay", replaying.ask),
-                _change("/replay/confirmed", replaying.replay),
-                _change("/logout", entry.log_out),
-                _open("/login", entry.show, "GET"),
-                _open("/login", entry.log_in, "POST"),
-                _open("/static/{name}", _file, "GET"),
+                _page_route("", overview.show),
+                _page_route("/events", events.show_list),
+                _page_route("/events/{event_id}", events.show),
+                _form_route("/payload", events.show_payload),
+                _form_route("/replay", replay.confirm),
+                _form_route("/replay/confirmed", replay.replay),
+                _form_route("/logout", login.log_out),
+                _public_route("/login", login.show, "GET"),
+                _public_route("/login", login.log_in, "POST"),
+                _public_route("/static/{name}", _static_file, "GET"),
             ],
             redirect_slashes=False,
         )
 
     @property
     def routes(self) -> Sequence[BaseRoute]:
-        """For the application: whatever is asked under `PATH` comes here."""
+        """Routes for the application: every path under `PATH` leads to this page."""
         return [Route(PATH, self), Route(PATH + "/{rest:path}", self)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request, answered in any case."""
-        request = Request(scope, receive)
-        visit = self._visit(request)
-        scope[_VISIT] = visit
-        began = False
+        """Handle one request; any error becomes an error page."""
+        request = self._admin_request(Request(scope, receive))
+        scope[_REQUEST_KEY] = request
+        has_started = False
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal began
+            nonlocal has_started
             if message["type"] == "http.response.start":
-                began = True
+                has_started = True
                 headers = MutableHeaders(scope=message)
                 headers.update(HEADERS)
-                for cookie in visit.set_cookies:
+                for cookie in request.set_cookies:
                     headers.append("Set-Cookie", cookie)
             await send(message)
 
         try:
             await self._router(scope, receive, send_with_headers)
         except Exception as error:
-            if began:
+            if has_started:
                 raise
-            await _explain(visit, error)(scope, receive, send_with_headers)
+            await _error_page(request, error)(scope, receive, send_with_headers)
 
-    def _visit(self, request: Request) -> AdminRequest:
-        peer = request.client.host if request.client else None
-        visit = AdminRequest(
-            request=request,
-            pages=self._pages,
+    def _admin_request(self, http_request: Request) -> AdminRequest:
+        peer = http_request.client.host if http_request.client else None
+        request = AdminRequest(
+            http_request=http_request,
+            templates=self._templates,
             signer=self._signer,
-            address=client_address(peer, request.headers.getlist("x-forwarded-for"), self._proxies),
-            # TLS ends before us, and a header that says so can be forged. What cannot is where the browser takes
-            # itself to be: on any name but its own machine's the cookie is for TLS alone, whoever sits in between.
-            secure=request.scope["scheme"] == "https" or not is_loopback(request.headers.get("host", "")),
+            address=client_address(peer, http_request.headers.getlist("x-forwarded-for"), self._proxies),
+            # TLS can end at a proxy, and a header that says so can be forged. The host that the browser sends cannot:
+            # unless it is the browser's own machine, the cookies are for TLS only, whatever is in between.
+            secure=http_request.scope["scheme"] == "https" or not is_loopback(http_request.headers.get("host", "")),
         )
-        visit.session = self._signer.read(visit.brought("session"))
-        if visit.session is not None and (renewed := self._signer.renewed(visit.session)) is not None:
-            visit.set_cookies.append(visit.cookie("session").set(self._signer.write(renewed), LASTS_SECONDS))
-        return visit
+        request.session = self._signer.load_session(request.cookie_value("session"))
+        if request.session is not None and (renewed := self._signer.renew_session(request.session)) is not None:
+            request.set_cookies.append(request.cookie("session").set(self._signer.dump_session(renewed), LASTS_SECONDS))
+        return request
 
 
-def _explain(visit: AdminRequest, error: Exception) -> Response:
-    """A page for what was raised."""
+def _error_page(request: AdminRequest, error: Exception) -> Response:
+    """The error page for an exception."""
     match error:
-        case Refused():
-            refused = error
+        case PageError():
+            page_error = error
         case HTTPException():
-            refused = _nothing_here(error.status_code, error.headers)
+            page_error = _http_error(error.status_code, error.headers)
         case ClientDisconnect():
-            return Response(status_code=400)  # nobody reads it
+            return Response(status_code=400)  # the client has disconnected
         case StatementTimeout():
-            text = "It was ended, so that it slows nothing else. Narrow it: by time, by type, by status."
-            refused = Refused(503, "That took too long", text)
+            text = "The query was stopped, so that it does not slow anything else. Narrow it by time, type or status."
+            page_error = PageError(503, "The query took too long", text)
         case LedgerUnavailable():
             log.warning("admin_without_ledger", error=str(error))
-            text = "Postgres is away, or this page's connections to it are all busy. You are still logged in."
-            refused = Refused(503, "The ledger cannot be asked", text, {"Retry-After": "5"})
+            text = "Postgres is unreachable, or all connections of this page are busy. You are still logged in."
+            page_error = PageError(503, "The ledger cannot be read", text, {"Retry-After": "5"})
         case _:
             log.error("admin_failed", error=describe_error(error))
-            refused = Refused(500, "This page failed", "The log says where. Nothing is known to have been changed.")
-    response = visit.page("error.html", refused.status, title=refused.title, text=refused.text, status=refused.status)
-    response.headers.update(refused.headers)
+            text = "The log has the details. No change is known to have been made."
+            page_error = PageError(500, "This page failed", text)
+    values = {"status": page_error.status, "title": page_error.title, "text": page_error.text}
+    response = request.render("error.html", page_error.status, **values)
+    response.headers.update(page_error.headers)
     return response
 
 
-def _nothing_here(status: int, headers: Mapping[str, str] | None = None) -> Refused:
-    return Refused(status, HTTPStatus(status).phrase, "There is nothing here.", headers)
+def _http_error(status: int, headers: Mapping[str, str] | None = None) -> PageError:
+    return PageError(
+        status, HTTPStatus(status).phrase, "This address does not exist, or does not accept this request.", headers
+    )
 
 
 # -- routes -------------------------------------------------------------------------------------------
 
 
-def _open(path: str, answer: Answer, method: str) -> Route:
-    """For everybody."""
+def _public_route(path: str, endpoint: Endpoint, method: str) -> Route:
+    """A route without login."""
 
-    async def endpoint(request: Request) -> Response:
-        return await answer(request.scope[_VISIT])
+    async def handle(http_request: Request) -> Response:
+        return await endpoint(http_request.scope[_REQUEST_KEY])
 
-    return Route(PATH + path, endpoint, methods=[method])
-
-
-def _page(path: str, answer: Answer) -> Route:
-    """Behind the login; changes nothing."""
-
-    async def guarded(visit: AdminRequest) -> Response:
-        return await answer(visit) if visit.session is not None else _to_login(visit)
-
-    return _open(path, guarded, "GET")
+    return Route(PATH + path, handle, methods=[method])
 
 
-def _change(path: str, answer: Answer) -> Route:
-    """Behind the login, and only from one of its pages."""
+def _page_route(path: str, endpoint: Endpoint) -> Route:
+    """A route that needs a session and changes nothing."""
 
-    async def guarded(visit: AdminRequest) -> Response:
-        if visit.session is None:
-            raise Refused(403, "You are not logged in", "Your login has ended. Log in, and do it again.")
-        await visit.read_form()
-        visit.check_token()
-        return await answer(visit)
+    async def guarded(request: AdminRequest) -> Response:
+        return await endpoint(request) if request.session is not None else _to_login(request)
 
-    return _open(path, guarded, "POST")
+    return _public_route(path, guarded, "GET")
 
 
-def _to_login(visit: AdminRequest) -> Response:
-    query = visit.request.scope["query_string"].decode("latin-1")
-    where = quote(visit.path, safe="/:") + (f"?{query}" if query else "")
-    if visit.request.headers.get("sec-fetch-site") == "cross-site":
-        # By a link from elsewhere, with which a browser sends no Strict cookie: asked for by a page of ours it does.
-        return visit.page("again.html", where=where)
-    return visit.go(Login.address(where))
+def _form_route(path: str, endpoint: Endpoint) -> Route:
+    """A route for a form that needs a session and its CSRF token."""
+
+    async def guarded(request: AdminRequest) -> Response:
+        if request.session is None:
+            raise PageError(403, "You are not logged in", "Your session has ended. Log in and try again.")
+        await request.read_form()
+        request.check_csrf_token()
+        return await endpoint(request)
+
+    return _public_route(path, guarded, "POST")
 
 
-async def _file(visit: AdminRequest) -> Response:
-    response = static(visit.request.path_params["name"])
+def _to_login(request: AdminRequest) -> Response:
+    query = request.http_request.scope["query_string"].decode("latin-1")
+    where = quote(request.path, safe="/:") + (f"?{query}" if query else "")
+    if request.http_request.headers.get("sec-fetch-site") == "cross-site":
+        # A browser that follows a link of another site sends no Strict cookie. It does when one of our pages leads to
+        # the address.
+        return request.render("redirect.html", where=where)
+    return request.redirect(Login.address(where))
+
+
+async def _static_file(request: AdminRequest) -> Response:
+    response = static(request.http_request.path_params["name"])
     if response is None:
-        raise _nothing_here(404)  # no HTTPException: that would be answered before it comes to us
+        raise _http_error(404)  # not an HTTPException: the router would answer that itself
     return response

@@ -1,8 +1,8 @@
-"""How pages are written: Jinja2, every value escaped, every time and age and payload in one form.
+"""Renders the pages with Jinja2.
 
-Guarantees: what comes from outside is text and nothing else, whatever it holds: autoescape is on for every template,
-no template turns it off, and a name that is missing is an error, not an empty place. No page has a script, a style or
-an event handler of its own, or names another host; the headers of `firstclaim.admin.page` forbid all of that besides.
+Guarantees: any value is rendered as text: autoescape is on for every template, no template switches it off, and an
+undefined name is an error. No page has a script, an inline style or an event handler, or refers to another host; the
+headers of `firstclaim.admin.page` forbid all of these too.
 """
 
 import re
@@ -15,17 +15,17 @@ from typing import Any, Final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.responses import HTMLResponse, Response
 
-from firstclaim.formatting import age, ago, instant
+from firstclaim.formatting import age, ago, instant, number_of_events, thousands
 from firstclaim.status import Status
 
 STATIC_TYPES: Final = {"admin.css": "text/css", "icon.svg": "image/svg+xml"}
 
-_INDENT_MOST = 32  # a payload may be a hundred thousand levels deep, and each would be indented by all the others
-_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
+_INDENT_MOST = 32  # a payload can have a hundred thousand levels, and each would be indented by its depth
+_LEXEME = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
 
 
-class Pages:
-    """The templates."""
+class Templates:
+    """The templates of the pages."""
 
     def __init__(self) -> None:
         self._environment = Environment(
@@ -38,16 +38,22 @@ class Pages:
         )
         self._environment.globals.update(statuses=list(Status), version=version("firstclaim"))
         self._environment.filters.update(
-            age=age, ago=ago, instant=instant, iso=datetime.isoformat, thousands=thousands, printable=printable
+            age=age,
+            ago=ago,
+            instant=instant,
+            iso=datetime.isoformat,
+            thousands=thousands,
+            number_of_events=number_of_events,
+            printable=printable,
         )
 
     def render(self, template: str, values: Mapping[str, Any], status: int = 200) -> Response:
-        """The page."""
+        """The rendered page."""
         return HTMLResponse(self._environment.get_template(template).render(values), status)
 
 
 def static(name: str) -> Response | None:
-    """A file that pages refer to; None: there is none of that name."""
+    """The static file of that name, or None if there is none."""
     media_type = STATIC_TYPES.get(name)
     if media_type is None:
         return None
@@ -57,22 +63,17 @@ def static(name: str) -> Response | None:
 # -- filters ------------------------------------------------------------------------------------------
 
 
-def thousands(number: int) -> str:
-    """With a thin space between thousands, which a copied number does not keep in most places."""
-    return f"{number:,}".replace(",", "\u2009")
-
-
 def printable(text: str) -> str:
-    """What would not show, or would turn the direction of what follows, as an escape."""
+    """The text with escapes for characters that are invisible or change the direction of the text."""
     return "".join(each if each.isprintable() or each in "\n " else f"\\u{ord(each):04x}" for each in text)
 
 
-def laid_out(body: str) -> str:
-    """JSON with an item a line. Its tokens are kept as they are: no number is rounded, no name dropped."""
+def pretty_json(body: str) -> str:
+    """JSON with one item per line. The tokens are unchanged: no number is rounded, and no duplicate name is dropped."""
     lines: list[str] = []
     line, depth, before = "", 0, ""
-    for piece in _TOKEN.findall(body):
-        if piece in ("}", "]"):
+    for lexeme in _LEXEME.findall(body):
+        if lexeme in ("}", "]"):
             depth -= 1
             if before not in ("{", "["):
                 lines.append(line)
@@ -80,7 +81,7 @@ def laid_out(body: str) -> str:
         elif before in ("{", "[", ","):
             lines.append(line)
             line = "  " * min(depth, _INDENT_MOST)
-        line += ": " if piece == ":" else piece
-        depth += piece in ("{", "[")
-        before = piece
+        line += ": " if lexeme == ":" else lexeme
+        depth += lexeme in ("{", "[")
+        before = lexeme
     return "\n".join([*lines, line])

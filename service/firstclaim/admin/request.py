@@ -1,8 +1,8 @@
-"""One request to the page, and what every part of it wants to know: who, from where, with which form.
+"""One request to the admin page: its session, its address, its form.
 
-Guarantees: a form is read only up to `FORM_MOST_BYTES` and only as what a form of ours is. That a request came from
-one of our own pages is asked twice: the form has to bring the session's token, and what the browser says of where it
-comes from (`Origin`, `Sec-Fetch-Site`) has to be this very address.
+Guarantees: a form is read only up to `FORM_MOST_BYTES`, and only with the content type of our forms. Two checks ensure
+that a form came from one of our own pages: it must have the session's CSRF token, and the origin that the browser
+reports (`Origin`, `Sec-Fetch-Site`) must be this address.
 """
 
 import ipaddress
@@ -14,19 +14,19 @@ from urllib.parse import parse_qsl, urlsplit
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from firstclaim.admin.rendering import Pages
+from firstclaim.admin.rendering import Templates
 from firstclaim.admin.session import Cookie, Session, Signer
 
 PATH: Final = "/admin"
-FORM_MOST_BYTES: Final = 512 * 1024  # a thousand events that are named by the longest ids there are
+FORM_MOST_BYTES: Final = 512 * 1024  # a thousand events with the longest ids
 LOGIN_MOST_BYTES: Final = 8 * 1024
 FIELDS_MOST: Final = 1100
 _NOTICE_SECONDS = 60
 _FORM = "application/x-www-form-urlencoded"
 
 
-class Refused(Exception):
-    """The request ends here: a page that says why."""
+class PageError(Exception):
+    """Ends the request with an error page."""
 
     def __init__(self, status: int, title: str, text: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(title)
@@ -38,10 +38,10 @@ class Refused(Exception):
 
 @dataclass(slots=True)
 class AdminRequest:
-    """One request. `address` is the client's, `secure` whether the browser keeps cookies for TLS alone."""
+    """One request. `address` is the client's; `secure` is whether cookies are for TLS only."""
 
-    request: Request
-    pages: Pages
+    http_request: Request
+    templates: Templates
     signer: Signer
     address: str
     secure: bool
@@ -52,111 +52,116 @@ class AdminRequest:
     # -- cookies --------------------------------------------------------------------------------------
 
     def cookie(self, name: str) -> Cookie:
-        """Of that name, for this way of coming here."""
+        """The cookie of that name, for this request with or without TLS."""
         return Cookie(name, self.secure)
 
-    def brought(self, name: str) -> str | None:
-        """The value of a cookie of ours."""
-        return self.request.cookies.get(self.cookie(name).full_name)
+    def cookie_value(self, name: str) -> str | None:
+        """The value of that cookie in the request."""
+        return self.http_request.cookies.get(self.cookie(name).full_name)
 
     @property
-    def known(self) -> Session:
-        """The session; only for what is behind the login."""
+    def required_session(self) -> Session:
+        """The session. Raises `PageError` if there is none."""
         if self.session is None:
-            raise Refused(403, "You are not logged in", "Log in, and do it again.")
+            raise PageError(403, "You are not logged in", "Log in and try again.")
         return self.session
 
     @property
     def path(self) -> str:
-        """What was asked for. Not from `request.url`: that rests on the header Host, which may hold anything."""
-        path: str = self.request.scope["path"]
+        """The path. Not from `http_request.url`, which depends on the header Host, which can hold anything."""
+        path: str = self.http_request.scope["path"]
         return path
 
     def notice(self, text: str, *, good: bool = True) -> None:
-        """Have the next page say this, once."""
-        packed = self.signer.pack(self.known, "notice", [text, good])
-        self.set_cookies.append(self.cookie("notice").set(packed, _NOTICE_SECONDS))
+        """Show a notice once, on the next page."""
+        signed = self.signer.sign_value(self.required_session, "notice", [text, good])
+        self.set_cookies.append(self.cookie("notice").set(signed, _NOTICE_SECONDS))
 
     def _take_notice(self) -> tuple[str, bool] | None:
-        if self.session is None or (packed := self.brought("notice")) is None:
+        if self.session is None or (signed := self.cookie_value("notice")) is None:
             return None
         self.set_cookies.append(self.cookie("notice").drop())
-        found = self.signer.unpack(self.session, "notice", packed, _NOTICE_SECONDS)
-        return None if found is None else (str(found[0]), bool(found[1]))
+        content = self.signer.verify_value(self.session, "notice", signed, _NOTICE_SECONDS)
+        return None if content is None else (str(content[0]), bool(content[1]))
 
-    # -- what was asked -------------------------------------------------------------------------------
+    # -- parameters and fields ------------------------------------------------------------------------
 
-    def word(self, name: str) -> str | None:
-        """A parameter of the address, if it says something; `Refused` if it is nothing that the ledger could hold."""
-        return _word(self.request.query_params.get(name, ""))
+    def query_value(self, name: str) -> str | None:
+        """A query parameter, or None if it is empty. Raises `PageError` if the ledger cannot have such a value."""
+        return _search_text(self.http_request.query_params.get(name, ""))
 
-    def words(self, name: str) -> list[str]:
-        """All that are given of it."""
-        return [word for text in self.request.query_params.getlist(name) if (word := _word(text)) is not None]
+    def query_values(self, name: str) -> list[str]:
+        """All values of a query parameter that are not empty."""
+        values = map(_search_text, self.http_request.query_params.getlist(name))
+        return [value for value in values if value is not None]
 
-    def field(self, name: str) -> str:
-        """A form's field; empty if it has none of that name."""
+    def form_value(self, name: str) -> str:
+        """A field of the form; empty if there is none of that name."""
         return self.form.get(name, [""])[0]
 
-    # -- what is answered -----------------------------------------------------------------------------
+    # -- responses ------------------------------------------------------------------------------------
 
-    def page(self, template: str, status_code: int = 200, **values: Any) -> Response:
-        """A page, with what all of them show."""
+    def render(self, template: str, status_code: int = 200, **values: Any) -> Response:
+        """A page, with the values that all pages need."""
         session = self.session
         shared = {
             "path": PATH,
-            "here": self.path,
-            "token": None if session is None else self.signer.token(session),
+            "current_path": self.path,
+            "token": None if session is None else self.signer.csrf_token(session),
             "notice": self._take_notice(),
         }
-        return self.pages.render(template, {**shared, **values}, status_code)
+        return self.templates.render(template, {**shared, **values}, status_code)
 
-    def go(self, where: str) -> Response:
-        """After a form: the page that follows, which can be loaded again without sending the form again."""
-        return RedirectResponse(where, 303)
+    def redirect(self, address: str) -> Response:
+        """Redirect after a form, so that a reload does not send the form again."""
+        return RedirectResponse(address, 303)
 
-    # -- where it comes from --------------------------------------------------------------------------
+    # -- the form -------------------------------------------------------------------------------------
 
     async def read_form(self, most_bytes: int = FORM_MOST_BYTES) -> None:
-        """Fill `form`. Raises `Refused`, and starlette's ClientDisconnect."""
+        """Read the form into `form`. Raises `PageError`, and starlette's ClientDisconnect."""
         self._check_origin()
-        if self.request.headers.get("content-type", "").partition(";")[0].strip().lower() != _FORM:
-            raise Refused(415, "Not a form", f"Forms come as {_FORM}.")
+        if self.http_request.headers.get("content-type", "").partition(";")[0].strip().lower() != _FORM:
+            raise PageError(415, "Not a form", f"The content type of a form is {_FORM}.")
         body = bytearray()
-        async for chunk in self.request.stream():
+        async for chunk in self.http_request.stream():
             body += chunk
             if len(body) > most_bytes:
-                raise Refused(413, "Too much", f"A form has at most {most_bytes} bytes.", {"Connection": "close"})
+                raise PageError(
+                    413, "The form is too large", f"A form has at most {most_bytes} bytes.", {"Connection": "close"}
+                )
         try:
             pairs = parse_qsl(body.decode(), keep_blank_values=True, max_num_fields=FIELDS_MOST, errors="strict")
-        except ValueError:  # also what is no UTF-8
-            raise Refused(400, "Not a form", "It cannot be read.") from None
+        except ValueError:  # also for what is not UTF-8
+            raise PageError(400, "Not a form", "The form cannot be parsed.") from None
         for name, value in pairs:
             self.form.setdefault(name, []).append(value)
 
-    def check_token(self) -> None:
-        """Raise `Refused` unless the form is from a page of this session."""
-        if not self.signer.token_holds(self.known, self.field("token")):
-            raise Refused(403, "Not from this page", "The form is of another login, or of none. Load the page again.")
+    def check_csrf_token(self) -> None:
+        """Raise `PageError` unless the form has the session's CSRF token."""
+        if not self.signer.is_csrf_token(self.required_session, self.form_value("token")):
+            raise PageError(403, "Not from this page", "The form belongs to another session. Load the page again.")
 
     def _check_origin(self) -> None:
-        fetch_site = self.request.headers.get("sec-fetch-site", "same-origin")
-        origin = self.request.headers.get("origin")
+        fetch_site = self.http_request.headers.get("sec-fetch-site", "same-origin")
+        origin = self.http_request.headers.get("origin")
         if fetch_site != "same-origin" or (origin is not None and not self._is_ours(origin)):
-            text = "Your browser says that another site sent this. A proxy before this page has to leave Host as it is."
-            raise Refused(403, "Not from this page", text)
+            text = (
+                "Your browser reports that another site sent this. A proxy in front of this page must not change Host."
+            )
+            raise PageError(403, "Not from this page", text)
 
     def _is_ours(self, origin: str) -> bool:
         try:
-            parts = urlsplit(origin)
+            parsed = urlsplit(origin)
         except ValueError:
             return False
-        is_host = parts.netloc.lower() == self.request.headers.get("host", "").lower()
-        return is_host and (parts.scheme == "https" or not self.secure)
+        is_host = parsed.netloc.lower() == self.http_request.headers.get("host", "").lower()
+        return is_host and (parsed.scheme == "https" or not self.secure)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a header `Host` names the very machine that the browser runs on."""
+    """Whether a header `Host` names the machine that the browser runs on."""
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
     name = name.strip("[]").lower()
     if name == "localhost" or name.endswith(".localhost"):
@@ -168,11 +173,11 @@ def is_loopback(host: str) -> bool:
 
 
 def client_address(peer: str | None, forwarded: Sequence[str], proxies: int) -> str:
-    """Who is behind `proxies` of ours: of `X-Forwarded-For` (all its headers), counted from the end, that entry."""
+    """The client's address behind that many trusted proxies: that entry of `X-Forwarded-For`, counted from the end."""
     entries = [entry.strip() for header in forwarded for entry in header.split(",")]
     if 0 < proxies <= len(entries):
         with_port = entries[-proxies].rpartition(":")
-        for text in (entries[-proxies], with_port[0]):  # some proxies write a port behind it
+        for text in (entries[-proxies], with_port[0]):  # some proxies append a port
             try:
                 return str(ipaddress.ip_address(text.strip("[]")))
             except ValueError:
@@ -180,8 +185,8 @@ def client_address(peer: str | None, forwarded: Sequence[str], proxies: int) -> 
     return peer or "unknown"
 
 
-def _word(text: str) -> str | None:
+def _search_text(text: str) -> str | None:
     text = text.strip()
     if len(text) > 255 or not text.isprintable():
-        raise Refused(400, "Nothing can be found by this", "Search for up to 255 printable characters.")
+        raise PageError(400, "The search text is not valid", "Search for up to 255 printable characters.")
     return text or None

@@ -1,12 +1,12 @@
-"""Who is logged in: everything that the page remembers lies in the browser, signed.
+"""Sessions of the admin page: the page's state is in signed cookies.
 
-Guarantees: nothing that was not signed with this password's key is believed, so several workers and a restart agree
-without sharing anything, and another password logs everybody out. A session ends after 8 hours, and after 30 minutes
-in which nobody did anything. Cookies are HttpOnly and SameSite=Strict, and Secure with the prefix `__Host-` (no
-neighbour's page can set one) wherever the address is not this very machine's.
+Guarantees: only values that were signed with the key of this password are accepted. Workers share nothing and sessions
+survive a restart; a new password ends every session. A session ends after 8 hours, or after 30 minutes without a
+request. Cookies are HttpOnly and SameSite=Strict. They are also Secure, with the prefix `__Host-` (no page of a sibling
+domain can set one), unless the address is the browser's own machine.
 
-What that costs: logging out takes the cookie out of the browser, and a copy of it that was stolen before lives until
-it has not been used for 30 minutes. A new password ends it at once.
+The price: a logout deletes the cookie from the browser, but a copy that was stolen before stays valid until it has not
+been used for 30 minutes. A new password ends it at once.
 """
 
 import hashlib
@@ -21,13 +21,13 @@ from itsdangerous import BadData, URLSafeSerializer
 
 LASTS_SECONDS = 8 * 3600  # a working day
 IDLE_SECONDS = 30 * 60
-_RENEWED_SECONDS = 60  # not with every answer
-_AHEAD_SECONDS = 60  # another worker's machine may have another clock
+_RENEWED_SECONDS = 60  # a session is not renewed with every response
+_AHEAD_SECONDS = 60  # clocks of the machines of several workers differ
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """One login. Instants are unix seconds."""
+    """A session. Instants are unix seconds."""
 
     id: str
     began_at: float
@@ -36,28 +36,28 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Cookie:
-    """One that the page sets."""
+    """A cookie of the page."""
 
     name: str
     secure: bool
 
     @property
     def full_name(self) -> str:
-        """As the browser has it. Without TLS it is another one, so neither is ever taken for the other."""
+        """The name in the browser. It differs without TLS, so that neither cookie is taken for the other."""
         return f"__Host-firstclaim-{self.name}" if self.secure else f"firstclaim-{self.name}"
 
     def set(self, value: str, lasts_seconds: int) -> str:
-        """The header `Set-Cookie`."""
+        """The header `Set-Cookie` that sets the cookie."""
         attributes = f"Path=/; Max-Age={lasts_seconds}; HttpOnly; SameSite=Strict" + ("; Secure" if self.secure else "")
         return f"{self.full_name}={value}; {attributes}"
 
     def drop(self) -> str:
-        """The header that takes it out of the browser."""
+        """The header `Set-Cookie` that deletes the cookie."""
         return self.set("", 0)
 
 
 class Signer:
-    """Signs what the browser keeps, and believes what it signed. `now` is the clock, unix seconds."""
+    """Signs values that the browser stores, and verifies them. `now` is the clock, in unix seconds."""
 
     def __init__(self, key: bytes, now: Callable[[], float] = time.time) -> None:
         self._key = key
@@ -65,66 +65,66 @@ class Signer:
 
     # -- sessions -------------------------------------------------------------------------------------
 
-    def begin(self) -> Session:
-        """A new login: never the id of an earlier one, which somebody else may have planted."""
+    def start_session(self) -> Session:
+        """A new session. It never has the id of an earlier one, which an attacker may have planted."""
         return Session(secrets.token_urlsafe(18), self._now(), self._now())
 
-    def write(self, session: Session) -> str:
-        """The cookie's value."""
-        return self._text("session", [session.id, session.began_at, session.seen_at])
+    def dump_session(self, session: Session) -> str:
+        """The value of the session's cookie."""
+        return self._dumps("session", [session.id, session.began_at, session.seen_at])
 
-    def read(self, text: str | None) -> Session | None:
-        """The session that `write` wrote, if it has not ended."""
-        content = self._content("session", text)
+    def load_session(self, text: str | None) -> Session | None:
+        """The session in a value of `dump_session`; None if it is not valid or has ended."""
+        content = self._loads("session", text)
         if content is None:
             return None
         session = Session(*content)
-        over = self._now() > min(session.began_at + LASTS_SECONDS, session.seen_at + IDLE_SECONDS)
-        return None if over or session.seen_at > self._now() + _AHEAD_SECONDS else session
+        has_ended = self._now() > min(session.began_at + LASTS_SECONDS, session.seen_at + IDLE_SECONDS)
+        return None if has_ended or session.seen_at > self._now() + _AHEAD_SECONDS else session
 
-    def renewed(self, session: Session) -> Session | None:
-        """The same one, seen now; None: it was a moment ago."""
+    def renew_session(self, session: Session) -> Session | None:
+        """The session with the current time as `seen_at`; None if it was renewed within the last minute."""
         return replace(session, seen_at=self._now()) if self._now() - session.seen_at > _RENEWED_SECONDS else None
 
-    # -- what belongs to one --------------------------------------------------------------------------
+    # -- values of one session ------------------------------------------------------------------------
 
-    def token(self, session: Session) -> str:
-        """What every form has to bring back: only a page of this session's can know it."""
+    def csrf_token(self, session: Session) -> str:
+        """The CSRF token that every form must send: only pages of this session have it."""
         return hmac.digest(self._key, f"form {session.id}".encode(), "sha256").hex()
 
-    def token_holds(self, session: Session, token: str) -> bool:
-        """Whether a form brought it, in constant time."""
-        return same(self.token(session), token)
+    def is_csrf_token(self, session: Session, token: str) -> bool:
+        """Whether `token` is the session's CSRF token; compared in constant time."""
+        return is_equal(self.csrf_token(session), token)
 
-    def pack(self, session: Session, what: str, content: Any) -> str:
-        """`content` (JSON) as a text that only this session can bring back, and only as `what`."""
-        return self._text(what, [session.id, self._now(), content])
+    def sign_value(self, session: Session, purpose: str, content: Any) -> str:
+        """`content` (JSON) as a signed text that is valid only in this session and for this purpose."""
+        return self._dumps(purpose, [session.id, self._now(), content])
 
-    def unpack(self, session: Session, what: str, text: str | None, within_seconds: float) -> Any | None:
-        """What was packed as `what`, not longer ago than that; None: it was not, or was meddled with."""
-        found = self._content(what, text)
-        if found is None:
+    def verify_value(self, session: Session, purpose: str, text: str | None, within_seconds: float) -> Any | None:
+        """The content that `sign_value` signed for this purpose, at most that long ago; None if it is not valid."""
+        loaded = self._loads(purpose, text)
+        if loaded is None:
             return None
-        session_id, at, content = found
-        return content if same(session_id, session.id) and 0 <= self._now() - at <= within_seconds else None
+        session_id, at, content = loaded
+        return content if is_equal(session_id, session.id) and 0 <= self._now() - at <= within_seconds else None
 
     # -- shared ---------------------------------------------------------------------------------------
 
-    def _text(self, what: str, content: Any) -> str:
-        text = self._serializer(what).dumps(content)
+    def _dumps(self, purpose: str, content: Any) -> str:
+        text = self._serializer(purpose).dumps(content)
         return text if isinstance(text, str) else text.decode()
 
-    def _content(self, what: str, text: str | None) -> Any | None:
+    def _loads(self, purpose: str, text: str | None) -> Any | None:
         try:
-            return self._serializer(what).loads(text or "")
+            return self._serializer(purpose).loads(text or "")
         except (BadData, UnicodeError):
             return None
 
-    def _serializer(self, what: str) -> URLSafeSerializer:
+    def _serializer(self, purpose: str) -> URLSafeSerializer:
         signing = {"digest_method": hashlib.sha256, "key_derivation": "hmac"}
-        return URLSafeSerializer(self._key, salt=f"firstclaim admin {what}", signer_kwargs=signing)
+        return URLSafeSerializer(self._key, salt=f"firstclaim admin {purpose}", signer_kwargs=signing)
 
 
-def same(one: str, other: str) -> bool:
-    """Whether two texts are the same, in a time that does not tell where they differ."""
+def is_equal(one: str, other: str) -> bool:
+    """Whether two texts are equal, in a time that does not depend on where they differ."""
     return hmac.compare_digest(one.encode(errors="replace"), other.encode(errors="replace"))

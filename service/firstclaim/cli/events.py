@@ -21,7 +21,7 @@ import typer
 from rich.text import Text
 
 from firstclaim.cli.terminal import database, dsn_of, fail, out, reported
-from firstclaim.formatting import ago, instant
+from firstclaim.formatting import ago, instant, number_of_events
 from firstclaim.operations.limits import ROW_DAYS_LEAST
 from firstclaim.progress import progress_bar
 from firstclaim.status import Status
@@ -186,7 +186,10 @@ def replay(
         counts = Counter(each.status for each in chosen)
         words = ", ".join(f"{events} {each}" for each, events in counts.items()) or "none"
         again = counts[Status.COMPLETED]
-        _print(f"{_events(len(chosen))}: {words}" + (f"; the effects of {again} will happen AGAIN" if again else ""))
+        _print(
+            f"{number_of_events(len(chosen))}: {words}"
+            + (f"; the effects of {again} will happen AGAIN" if again else "")
+        )
         if pruned := len(found) - len(chosen):
             _print(f"{pruned} more cannot be replayed: their payloads have been pruned")
         if dry_run or not chosen:
@@ -194,13 +197,13 @@ def replay(
         if count is None:
             count = typer.prompt(f"Type {len(chosen)} to replay them", type=int)
         if count != len(chosen):
-            fail(f"the selection matches {_events(len(chosen))}, not {count}: nothing was changed", 1)
+            fail(f"the selection matches {number_of_events(len(chosen))}, not {count}: nothing was changed", 1)
         replayed = asyncio.run(
             on(settings, lambda operations: _replay(operations, chosen, selection, settings.give_up_seconds, force))
         )
         kept = len(chosen) - len(replayed)
         _print(
-            f"{_events(len(replayed))} replayed: due now"
+            f"{number_of_events(len(replayed))} replayed: due now"
             + (f"; {kept} not replayed, because they changed meanwhile or are locked" if kept else "")
         )
         if wait and replayed:
@@ -294,10 +297,6 @@ async def on(settings: Settings, ask: Callable[[Commands], Awaitable[T]]) -> T:
 
     async with Commands.connect(dsn_of(settings), settings.postgres_timeout_seconds) as operations:
         return await ask(operations)
-
-
-def _events(number: int) -> str:
-    return "1 event" if number == 1 else f"{number} events"
 
 
 def _allowed(found: list[ReplayCandidate], ids: list[str] | None, *, force: bool) -> list[ReplayCandidate]:
