@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """First and longest wait, in seconds."""
+    """The first and the longest wait."""
 
     first_seconds: float
-    most_seconds: float
+    max_seconds: float
 
     def after(self, count: int) -> float:
-        """Seconds to wait after `count` (>= 1) failures: doubling, capped, jittered between half and whole.
+        """Seconds to wait after `count` (>= 1) failures: doubled up to the maximum, then jittered down to half of it.
 
-        The jitter keeps a thousand events that failed together from coming back together.
+        Without jitter, a thousand events that failed together would be retried together.
         """
-        whole = min(self.first_seconds * 2.0 ** min(count - 1, 60), self.most_seconds)
+        whole = min(self.first_seconds * 2.0 ** min(count - 1, 60), self.max_seconds)
         return whole * random.uniform(0.5, 1)  # noqa: S311  (spread, not secrecy)

@@ -1,7 +1,7 @@
-"""Everything this service raises on purpose, grouped by who must act.
+"""All exceptions that this service raises, grouped by who must act on them.
 
-Expected outcomes (a duplicate, a failed handler, Redis away) are values, not exceptions: see
-`firstclaim.inbox.pipeline.Outcome`. What is raised here means that somebody has to do something.
+Expected results (a duplicate, a failed handler, an unreachable Redis) are values and not exceptions: see
+`firstclaim.outcome.Outcome`. An exception means that somebody must act.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Literal
 
 
 class FirstclaimError(Exception):
-    """The root: catch it at a boundary, never inside."""
+    """The base class. Catch it at a boundary (an endpoint, a command), not inside."""
 
 
 # -- the caller must act ------------------------------------------------------------------------------
@@ -35,10 +35,10 @@ RejectedKind = Literal[
 
 
 class Rejected(FirstclaimError):
-    """A delivery that is refused before anything was asked of Redis or Postgres.
+    """A request that is refused before Redis or Postgres is contacted.
 
-    `status` is the HTTP status, `reason` the generic sentence the caller may read, `kind` a closed label
-    for logs and metrics. None of them holds any of the caller's bytes, so logging one can leak nothing.
+    `status` is the HTTP status, `reason` the generic sentence in the answer, and `kind` a label from a closed set, for
+    logs and metrics. None of them holds any byte of the request, so they are safe to log.
     """
 
     def __init__(self, kind: RejectedKind, reason: str, status: int = 400) -> None:
@@ -52,13 +52,13 @@ class Rejected(FirstclaimError):
 
 
 class OperatorError(FirstclaimError):
-    """Shown on the terminal as one sentence, never as a traceback. `exit_code` is the command's."""
+    """Shown on the terminal as one sentence, not as a traceback. `exit_code` is the exit code of the command."""
 
     exit_code = 3
 
 
 class ConfigurationError(OperatorError):
-    """Settings or handlers that cannot work; carries every fault found, not the first."""
+    """Settings or handlers are invalid. Holds all faults, not only the first."""
 
     exit_code = 2
 
@@ -68,49 +68,49 @@ class ConfigurationError(OperatorError):
 
 
 class StoreUnsuitable(OperatorError):
-    """A store answered, and what it said would break the promise (or it could not be asked at start)."""
+    """A store's version or configuration would break the promise, or a store is unreachable at the start."""
 
 
 class SchemaOutdated(OperatorError):
-    """The database is not at the schema this build needs; the message names the command to run."""
+    """The database lacks the schema that this build needs. The message names the command to run."""
 
 
 class StripeRefused(OperatorError):
-    """Stripe's API answered, and the answer is no: to the key, or to what was asked."""
+    """Stripe's API refused the key or the request."""
 
     exit_code = 1
 
 
 class StripeUnavailable(OperatorError):
-    """Stripe's API is away, overloaded, or says what cannot be understood, also when asked again."""
+    """Stripe's API is unreachable, overloaded, or sends invalid answers, and retries did not help."""
 
 
-# -- a store is away: the next delivery or the next round tries again ---------------------------------
+# -- a store is unreachable: the next delivery or the next recovery round tries again -----------------
 
 
 class LedgerUnavailable(FirstclaimError):
-    """Postgres could not do what was asked. Nothing is known to have been committed by the call."""
+    """Postgres could not execute the call. It is unknown whether anything was committed."""
 
 
 class StatementTimeout(LedgerUnavailable):
-    """Postgres ended a question that took longer than whoever asks may take; nothing is wrong with it."""
+    """Postgres ended a query at its statement timeout. Postgres itself is healthy."""
 
 
 class LockUnavailable(FirstclaimError):
-    """Redis is away: refused, timed out, or answered with an error. The command may have been applied."""
+    """Redis refused the connection, timed out, or answered with an error. The command may have been applied."""
 
 
 # -- the handler's author must act --------------------------------------------------------------------
 
 
 class HandlerRuleBroken(FirstclaimError):
-    """A handler did what no handler may do (commit, return no action, ...); the message names the rule."""
+    """A handler broke a rule (it committed, returned no valid action, ...). The message names the rule."""
 
 
 class Retry(FirstclaimError):
-    """Raised by a handler: try this event again, `after` seconds from now (default: the usual backoff).
+    """Raised by a handler to retry this event, `after` seconds from now (default: the usual backoff).
 
-    Nothing the handler did in its transaction is kept. The delivery is answered with 500.
+    The handler's transaction is rolled back. The delivery is answered with 500.
     """
 
     def __init__(self, reason: str = "", *, after: float | None = None) -> None:
@@ -121,10 +121,10 @@ class Retry(FirstclaimError):
 
 
 class Permanent(FirstclaimError):
-    """Raised by a handler: no retry will ever help. The event becomes `dead` and waits for an operator.
+    """Raised by a handler if no retry can help. The event becomes `dead` and waits for an operator.
 
-    Nothing the handler did in its transaction is kept. The delivery is answered with 200, so that Stripe
-    neither retries it nor disables the endpoint.
+    The handler's transaction is rolled back. The delivery is answered with 200, so that Stripe neither retries it nor
+    disables the endpoint.
     """
 
     def __init__(self, reason: str = "") -> None:

@@ -1,9 +1,9 @@
 """Stripe's event, parsed from verified bytes into a frozen value.
 
-Guarantees: what `parse_event` accepts can be stored (no NUL, no lone surrogate in any column), logged (ids
-and types are printable ASCII) and dispatched. The raw body is kept beside it byte for byte: it is what was
-signed, and of nine hostile but signed bodies `jsonb` refused seven. No `StripeObject` is built: plain dicts
-are what handlers compare and copy, and construction was measured to halve the throughput.
+Guarantees: an event that `parse_event` accepts can be stored (no column holds a NUL or a lone surrogate), logged (ids
+and types are printable ASCII) and dispatched. The raw body is kept beside the event, byte for byte, because it is what
+Stripe signed; of nine hostile but signed bodies, `jsonb` refused seven. No `StripeObject` is built: plain dicts are
+easier to compare and copy, and building the objects halved the measured throughput.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any
 
 from firstclaim.errors import Rejected
 
-# What Stripe's ids and types look like, held to a superset that is safe in a key, a column and a log line.
+# A superset of Stripe's ids and types that is safe in a Redis key, a column and a log line.
 EVENT_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,255}")
 _TYPE = re.compile(r"[A-Za-z0-9_.\[\]\-]{1,255}")
 
@@ -26,10 +26,10 @@ THIN = "v2.core.event"
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One event. `created` is an aware UTC datetime, but never order by it: it has whole seconds and ties.
+    """One event. `created` is an aware UTC datetime. Do not order by it: it has whole seconds, and is not unique.
 
-    `data` is Stripe's `data` (`{"object": {...}, "previous_attributes": {...}}`); `{}` for most thin events,
-    which carry `related_object` instead (see `payload`). `object_id` is the id of the object that it is about.
+    `data` is Stripe's `data` (`{"object": {...}, "previous_attributes": {...}}`). It is `{}` for most thin events,
+    which have a `related_object` instead (see `payload`). `object_id` is the id of the object that the event is about.
     """
 
     id: str
@@ -44,22 +44,22 @@ class Event:
 
     @property
     def thin(self) -> bool:
-        """A `v2.core.event`: fetch what it is about before acting on it."""
+        """Whether this is a `v2.core.event`, whose object the handler has to fetch from Stripe."""
         return self.payload.get("object") == THIN
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One POST of an event: the event and the very bytes that were signed."""
+    """One POST of an event: the event, and the bytes that were signed."""
 
     event: Event
     body: bytes = field(repr=False)
 
 
 def parse_event(body: bytes) -> Event:
-    """Parse a verified body, a snapshot event or a thin one; raises `Rejected` (400) with a generic reason.
+    """Parse the verified body of a snapshot event or a thin event. Raises `Rejected` (400) with a generic reason.
 
-    Shapes: docs.stripe.com/api/events/object and docs.stripe.com/api/v2/core/events/object.
+    Formats: docs.stripe.com/api/events/object and docs.stripe.com/api/v2/core/events/object.
     """
     import orjson
 
@@ -104,7 +104,7 @@ def _required(payload: dict[str, Any], name: str, pattern: re.Pattern[str]) -> s
 
 
 def _optional(value: object) -> str | None:
-    """Side information only: an odd value is dropped, never a reason to lose the event."""
+    """An optional text. An invalid value is dropped, because it is no reason to refuse the event."""
     return value if isinstance(value, str) and value.isprintable() and 0 < len(value) <= 255 else None
 
 
@@ -120,5 +120,5 @@ def _instant(value: object) -> datetime:
         if not _YEARS[0] <= instant.year <= _YEARS[1]:
             raise ValueError
     except (ValueError, OverflowError, OSError):
-        raise _rejected('"created" must be unix seconds or an ISO 8601 instant') from None
+        raise _rejected('"created" must be unix seconds or an ISO 8601 time') from None
     return instant

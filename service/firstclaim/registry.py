@@ -1,8 +1,8 @@
-"""Handlers: how they are declared, what they are given, and which one an event goes to.
+"""Handlers: how they are declared, what they get, and which one an event is dispatched to.
 
-Guarantees: `@on` only notes a declaration beside the function, opens nothing and registers nowhere global;
-`Registry.load` imports the named modules and refuses, all faults together, an unknown module or two handlers
-for one pattern. The most exact pattern wins: the type itself, then the longest `prefix.*`, then `*`.
+Guarantees: `@on` only stores a declaration in the function's module. It opens nothing, and there is no global registry.
+`Registry.load` imports the named modules and refuses an unknown module, or two handlers for one pattern; it reports all
+faults together. The most specific pattern is used: the type itself, then the longest `prefix.*`, then `*`.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from firstclaim.errors import ConfigurationError, HandlerRuleBroken
 from firstclaim.event import Event
 from firstclaim.observability.redaction import redacted_error
 
-if TYPE_CHECKING:  # a quarter of a second, which every command and every test process would pay
+if TYPE_CHECKING:  # importing them takes a quarter of a second, in every command and test process
     import asyncio
 
     from sqlalchemy import CursorResult, Executable
@@ -26,15 +26,15 @@ if TYPE_CHECKING:  # a quarter of a second, which every command and every test p
 _PATTERN = re.compile(r"\*|[A-Za-z0-9_\[\]\-]+(\.[A-Za-z0-9_\[\]\-]+)*(\.\*)?")
 _DECLARED = "__firstclaim_handlers__"
 _PATTERNS = "__firstclaim_patterns__"
-_DEADLINE_PASSED = "the handler's deadline has passed; its transaction is gone"
+_DEADLINE_PASSED = "the handler's deadline has passed; its transaction was rolled back"
 
 
 class Transaction(Protocol):
-    """What a handler's transaction is asked for."""
+    """The operations of a handler's transaction that the context uses."""
 
     @property
     def connection(self) -> "AsyncConnection":
-        """SQLAlchemy's view of it."""
+        """The transaction as an SQLAlchemy connection."""
 
     async def fetch(self, sql: str, *values: Any) -> list[Any]:
         """Run one statement on the driver."""
@@ -42,10 +42,10 @@ class Transaction(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a handler is given beside the event: the number of the attempt, from 1 and only rising, and a transaction.
+    """What a handler gets beside the event: the attempt's number (from 1, always rising) and a transaction.
 
-    Its commit carries the completion mark: what you write by `connection`, `fetch` or `execute` happens exactly once
-    in this database.
+    The completion mark commits in the same transaction: what you write through `connection`, `fetch` or `execute`
+    happens exactly once in this database.
     """
 
     event: Event
@@ -56,35 +56,35 @@ class Context:
 
     @property
     def idempotency_key(self) -> str:
-        """Hand this to every call to the outside (`idempotency_key=` of Stripe's own API): the event's id.
+        """The event's id. Pass it to every call to another system (`idempotency_key=` of Stripe's own API).
 
-        The same on every attempt, so the far side can tell a repeat. Calling out twice for one event? Add a
-        suffix of your own per call.
+        It is the same on every attempt, so that the other system can detect a repeated call. If a handler makes
+        several calls, add a suffix of your own to each.
         """
         return self.event.id
 
     @property
     def connection(self) -> "AsyncConnection":
-        """SQLAlchemy's view of the transaction, for async handlers.
+        """The transaction as an SQLAlchemy connection, for async handlers.
 
-        It refuses `commit()` and `rollback()`; savepoints (`begin_nested`) are fine. Raises `HandlerRuleBroken` once
-        the handler has ended.
+        It refuses `commit()` and `rollback()`; savepoints (`begin_nested`) are allowed. Raises `HandlerRuleBroken`
+        after the handler has ended.
         """
         return self._transaction.connection
 
     async def fetch(self, sql: str, *values: Any) -> list[Any]:
-        """Run one statement as it stands, with `$1`, `$2`, ... in it, in the same transaction; returns its rows.
+        """Run one statement in the same transaction, directly on the driver, and return its rows.
 
-        The driver's own call; rows have their values by name and by index. Raises what asyncpg raises, and
-        `HandlerRuleBroken` once the handler has ended.
+        Parameters are written `$1`, `$2`, ... Values of a row are accessible by name and by index. Raises what asyncpg
+        raises, and `HandlerRuleBroken` after the handler has ended.
         """
         return await self._transaction.fetch(sql, *values)
 
     def execute(self, statement: "Executable", parameters: Any = None) -> "CursorResult[Any]":
-        """Run one statement from a sync handler's thread, in the same transaction; rows are buffered.
+        """Run one statement in the same transaction, from the thread of a sync handler. Its rows are buffered.
 
-        Raises what SQLAlchemy raises, `HandlerRuleBroken` on the event loop's own thread (an async handler
-        awaits `context.connection.execute`), and `TimeoutError` once the handler's deadline has passed.
+        Raises what SQLAlchemy raises; `HandlerRuleBroken` on the event loop's thread (an async handler awaits
+        `context.connection.execute`); and `TimeoutError` after the handler's deadline has passed.
         """
         import asyncio
 
@@ -94,7 +94,7 @@ class Context:
             running = None
         if running is not None:
             raise HandlerRuleBroken(
-                "context.execute() is for sync handlers; an async one awaits context.connection.execute()"
+                "context.execute() is for sync handlers; an async handler awaits context.connection.execute()"
             )
         remaining = self._deadline - self._loop.time()
         if remaining <= 0:
@@ -114,28 +114,28 @@ H = TypeVar("H", bound=Callable[[Event, Context], Any])
 
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """One declared function and its pattern."""
+    """A declared function and its pattern."""
 
     pattern: str
     function: Callable[[Event, Context], Any]
 
     @property
     def is_async(self) -> bool:
-        """Whether it is awaited; else it runs in a thread."""
+        """Whether the function is awaited. If not, it runs in a thread."""
         return inspect.iscoroutinefunction(self.function)
 
     @property
     def name(self) -> str:
-        """Where it is defined, for faults and logs."""
+        """The function's qualified name, for faults and logs."""
         return f"{self.function.__module__}.{self.function.__qualname__}"
 
 
 def on(*patterns: str) -> Callable[[H], H]:
     """Declare a handler for `patterns`: an exact type, `"customer.subscription.*"`, or `"*"`.
 
-    The function takes `(event, context)`, is async or sync (then it runs in a thread), and returns the
-    `action` of the answer, a short str; None means `handled`. Raises `TypeError` or `ValueError` at import
-    for what could never work.
+    The function takes `(event, context)`, is async or sync (a sync one runs in a thread), and returns the `action` of
+    the answer, a short str. None means `handled`. Raises `TypeError` or `ValueError` at import for a function or
+    pattern that could never work.
     """
     if not patterns:
         raise TypeError('@on needs at least one event type, e.g. @on("invoice.payment_failed")')
@@ -152,11 +152,11 @@ def on(*patterns: str) -> Callable[[H], H]:
             inspect.signature(function).bind(object(), object())
         except TypeError:
             raise TypeError(f"{function.__qualname__}: a handler takes (event, context)") from None
-        # Noted in the module's own namespace, in a list: a second function of the same name hides the first
-        # from the module, and must not hide its handler.
-        noted = vars(sys.modules[function.__module__]).setdefault(_DECLARED, [])
-        noted.extend(Handler(pattern, function) for pattern in patterns)
-        # Also on the function, for whoever re-exports it; there may be a second `@on` on it.
+        # A list in the module's namespace: a second function of the same name replaces the first one in the module,
+        # and must not replace its handler.
+        declared = vars(sys.modules[function.__module__]).setdefault(_DECLARED, [])
+        declared.extend(Handler(pattern, function) for pattern in patterns)
+        # Also on the function, for modules that re-export it. It may carry a second `@on`.
         known = getattr(function, _PATTERNS, ())
         setattr(function, _PATTERNS, (*known, *patterns))
         return function
@@ -165,10 +165,10 @@ def on(*patterns: str) -> Callable[[H], H]:
 
 
 class Registry:
-    """Which handler an event goes to; immutable once loaded."""
+    """Maps event types to handlers. Immutable once loaded."""
 
     def __init__(self, handlers: Iterable[Handler]) -> None:
-        """Raises `ConfigurationError` when two different functions claim one pattern."""
+        """Raises `ConfigurationError` if two different functions are declared for one pattern."""
         self._by_pattern: dict[str, Handler] = {}
         faults = []
         for handler in handlers:
@@ -180,13 +180,13 @@ class Registry:
 
     @classmethod
     def load(cls, modules: Iterable[str]) -> "Registry":
-        """Import `modules` and collect what they declare or re-export; raises `ConfigurationError`."""
+        """Import `modules`, and collect the handlers that they declare or re-export. Raises `ConfigurationError`."""
         handlers: list[Handler] = []
         faults: list[str] = []
         for name in modules:
             try:
                 module = importlib.import_module(name)
-            except (Exception, SystemExit) as error:  # noqa: BLE001  (whatever a user's module raises at import)
+            except (Exception, SystemExit) as error:  # noqa: BLE001  (a user's module may raise anything)
                 faults.append(f"FIRSTCLAIM_HANDLERS: cannot import {name}: {redacted_error(error)}")
                 continue
             handlers += getattr(module, _DECLARED, [])
@@ -205,11 +205,11 @@ class Registry:
         return iter(self._by_pattern.values())
 
     def find(self, event_type: str) -> Handler | None:
-        """The most exact handler for `event_type`, or None."""
+        """The handler with the most specific pattern for `event_type`, or None."""
         if found := self._by_pattern.get(event_type):
             return found
-        parts = event_type.split(".")
-        for length in range(len(parts) - 1, 0, -1):
-            if found := self._by_pattern.get(".".join(parts[:length]) + ".*"):
+        words = event_type.split(".")
+        for length in range(len(words) - 1, 0, -1):
+            if found := self._by_pattern.get(".".join(words[:length]) + ".*"):
                 return found
         return self._by_pattern.get("*")

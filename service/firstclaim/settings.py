@@ -1,8 +1,8 @@
-"""Settings: read once from the environment, checked together, frozen, secrets masked.
+"""Settings: read once from the environment, checked together, frozen, with masked secrets.
 
-Every fault is reported at once (`load_settings` raises one `ConfigurationError` with all of them), no
-fault ever repeats the value it is about, and a misspelt `FIRSTCLAIM_*` name is a fault too: a setting that
-silently does nothing is how a team finds out in production.
+Guarantees: `load_settings` reports all faults at once, in one `ConfigurationError`. No fault repeats the value that it
+is about. A misspelt `FIRSTCLAIM_*` name is a fault too, because otherwise a team would notice in production that its
+setting has no effect.
 """
 
 import difflib
@@ -20,19 +20,19 @@ from firstclaim.errors import ConfigurationError
 from firstclaim.passwords import check
 
 PREFIX = "FIRSTCLAIM_"
-METRICS_CONNECTIONS = 2  # apart: whoever looks at the ledger never makes a delivery wait
-ADMIN_CONNECTIONS = 2  # one search does not keep another page waiting; apart as well
+METRICS_CONNECTIONS = 2  # a pool of their own, so that reading the ledger never delays a delivery
+ADMIN_CONNECTIONS = 2  # a pool of their own too; two, so that one search does not block another page
 
 _SERVICE_LINK = re.compile(PREFIX + r"(?:SERVICE_(?:HOST|PORT)|PORT)(?:_.*)?")
 
 
-def _made_by(make: Callable[[str], str]) -> AfterValidator:
-    """What `make` makes of a secret; the ValueError that it raises is the fault."""
-    return AfterValidator(lambda value: None if value is None else SecretStr(make(value.get_secret_value())))
+def _converted(convert: Callable[[str], str]) -> AfterValidator:
+    """A validator that converts a secret. A ValueError of `convert` becomes the fault."""
+    return AfterValidator(lambda value: None if value is None else SecretStr(convert(value.get_secret_value())))
 
 
 class Settings(BaseSettings):
-    """All of it. The description of a field is its row in the README, and says why the default is what it is."""
+    """All settings. The description of a field is its row in the README, and says why the default is what it is."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -44,12 +44,12 @@ class Settings(BaseSettings):
         validate_by_alias=True,
     )
 
-    database_url: Annotated[SecretStr | None, _made_by(urls.postgres_dsn)] = Field(
+    database_url: Annotated[SecretStr | None, _converted(urls.postgres_dsn)] = Field(
         None,
         validation_alias="DATABASE_URL",
         description="PostgreSQL 14 or newer: `postgresql://` or `postgres://`. Unset: an embedded server.",
     )
-    redis_url: Annotated[SecretStr | None, _made_by(urls.redis_url)] = Field(
+    redis_url: Annotated[SecretStr | None, _converted(urls.redis_url)] = Field(
         None,
         validation_alias="REDIS_URL",
         description="Redis 7 or Valkey 8, or newer: `redis://`, `rediss://` or `unix://`. Unset: an embedded Valkey.",
@@ -57,111 +57,114 @@ class Settings(BaseSettings):
     stripe_webhook_secrets: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),
         validation_alias="STRIPE_WEBHOOK_SECRETS",
-        description="Signing secrets (`whsec_...`), comma separated: per endpoint and mode, two while one is rolled.",
+        description="Signing secrets (`whsec_...`), comma separated: one per endpoint and mode, two during a roll.",
     )
-    stripe_api_key: Annotated[SecretStr | None, _made_by(urls.stripe_key)] = Field(
+    stripe_api_key: Annotated[SecretStr | None, _converted(urls.stripe_key)] = Field(
         None,
         validation_alias="STRIPE_API_KEY",
-        description="For `reconcile` only: a secret key, or a restricted one (`rk_...`) that may read Events.",
+        description="For `reconcile` only: a secret key, or a restricted key (`rk_...`) that may read Events.",
     )
     stripe_api_base: Annotated[str, AfterValidator(urls.stripe_base)] = Field(
         "https://api.stripe.com",
         validation_alias="STRIPE_API_BASE",
-        description="Where `reconcile` finds Stripe's API, for tests: `https://`, or `http://` to the loopback.",
+        description="Address of Stripe's API for `reconcile`, for tests: `https://`, or `http://` to the loopback.",
     )
     data_dir: Path = Field(
         Path(".firstclaim"),
-        description="Where the embedded servers and the generated signing secret live. Survives restarts.",
+        description="Folder of the embedded servers and the generated signing secret. It survives restarts.",
     )
     handlers: Annotated[tuple[str, ...], NoDecode] = Field(
         ("firstclaim.handlers",),
-        description="Modules that hold the handlers, comma separated, importable by name.",
+        description="Modules with the handlers, comma separated, importable by name.",
     )
     livemode: Literal["any", "live", "test"] = Field(
         "any",
-        description="An event of the other mode is recorded as `ignored`: live Connect endpoints get test events too.",
+        description="Events of the other mode are recorded as `ignored`: live Connect endpoints get test events too.",
     )
     redis_prefix: str = Field(
         "firstclaim:",
         max_length=64,
-        description="Before every key, so that several services can share a Redis.",
+        description="Prefix of every key, so that several services can share a Redis.",
     )
 
     lock_ttl_seconds: float = Field(
         20,
         ge=1,
         le=60,
-        description="Life of the Redis lock: longer than recording takes, and no stale lock delays longer.",
+        description="TTL of the Redis lock: longer than recording takes. A stale lock delays an event by at most this.",
     )
     marker_ttl_seconds: float = Field(
         96 * 3600,
         ge=60,
         le=35 * 86_400,
-        description="Life of the `recorded` marker: outlives Stripe's 3 days of retries by one.",
+        description="TTL of the `recorded` marker: one day longer than Stripe's 3 days of retries.",
     )
     lease_seconds: float = Field(
         15,
         ge=0.5,
         le=3600,
-        description="How long a claim may go unlocked before it counts as abandoned; < handler deadline.",
+        description="A claim older than this counts as abandoned if its row is not locked; < handler deadline.",
     )
     handler_deadline_seconds: float = Field(
-        30, ge=0.5, le=3600, description="A handler still running then has failed, and its connection is terminated."
+        30, ge=0.5, le=3600, description="A handler that runs longer has failed, and its connection is terminated."
     )
     idle_in_transaction_seconds: float = Field(
         35,
         ge=1,
         le=2 * 3600,
-        description="Set on the server per transaction: frees the row of a frozen process; > handler deadline.",
+        description="Postgres ends an idle transaction, which unlocks a frozen process' row; > handler deadline.",
     )
     handler_slots: int = Field(
-        10, ge=1, le=500, description="Handlers running at once in a process, one connection each."
+        10, ge=1, le=500, description="Handlers that run at once in a process, with one connection each."
     )
     ingest_connections: int = Field(
         5,
         ge=2,
         le=500,
-        description="Connections for claiming and recording, apart, so that slow handlers never starve them.",
+        description="Connections for claiming and recording, separate so that slow handlers never block them.",
     )
     answer_budget_seconds: float = Field(
-        5, gt=0, le=30, description="Stripe wants a quick answer: past it, 202 `deferred` and the work goes on."
+        5, gt=0, le=30, description="Stripe expects a quick answer: after this, 202 `deferred`, and the work continues."
     )
     redis_timeout_seconds: float = Field(
-        0.2, ge=0.05, le=2, description="Per Redis command. Slower than this is away: the ledger alone carries safety."
+        0.2,
+        ge=0.05,
+        le=2,
+        description="Per Redis command. A slower Redis counts as unreachable: correctness depends only on the ledger.",
     )
     redis_breaker_seconds: float = Field(
-        1, ge=0.1, le=30, description="After Redis failed, ask it again only this often: one timeout per outage second."
+        1, ge=0.1, le=30, description="How often an unreachable Redis is tried: an outage costs one timeout a second."
     )
     postgres_timeout_seconds: float = Field(
-        1.5, ge=0.1, le=30, description="To connect, and per ledger statement: 503 within 2 s when it is down."
+        1.5, ge=0.1, le=30, description="To connect, and per ledger statement: a 503 within 2 s if Postgres is down."
     )
     recovery_interval_seconds: float = Field(
-        1, ge=0.05, le=60, description="Between two looks for due events, per process; at once when the last was full."
+        1, ge=0.05, le=60, description="Between two recovery rounds, per process. No pause after a full batch."
     )
     backoff_first_seconds: float = Field(
         5,
         gt=0,
         le=3600,
-        description="First retry after a failure, doubling each time, jittered between half and whole.",
+        description="Delay of the first retry. It doubles with each failure; jitter takes half to all of it.",
     )
-    backoff_most_seconds: float = Field(3600, gt=0, le=86_400, description="The backoff stops doubling here.")
+    backoff_most_seconds: float = Field(3600, gt=0, le=86_400, description="Maximum of the backoff.")
     give_up_seconds: float = Field(
         3 * 86_400,
         gt=0,
         le=30 * 86_400,
-        description="A failing event is `dead` this long after receipt: when Stripe itself gives up.",
+        description="A failing event becomes `dead` this long after receipt: Stripe gives up then too.",
     )
     abandoned_most: int = Field(
-        8, ge=1, description="An event whose holder vanished this often kills its process: it becomes `dead`."
+        8, ge=1, description="An event that was abandoned this often seems to kill its process, and becomes `dead`."
     )
     connections_most: int = Field(
         2000,
         ge=10,
         le=100_000,
-        description="Sockets per process. At more, who has been sending a request for longest has to make room.",
+        description="Connections per process. At the limit, the one whose request is incomplete for longest is closed.",
     )
     body_most_bytes: int = Field(
-        1024 * 1024, ge=1024, description="Larger is answered with 413; Stripe publishes no maximum."
+        1024 * 1024, ge=1024, description="A larger body is answered with 413. Stripe publishes no maximum."
     )
     body_timeout_seconds: float = Field(
         5, gt=0, le=60, description="A body that takes longer to arrive is answered with 408."
@@ -170,43 +173,43 @@ class Settings(BaseSettings):
         300,
         ge=1,
         le=3600,
-        description="How far a signature's timestamp may be from now, in either direction.",
+        description="How far a signature's timestamp may differ from now, in either direction.",
     )
     drain_seconds: float = Field(
         0,
         ge=0,
         le=300,
-        description="After SIGTERM `/readyz` says 503 and deliveries are still served this long: your balancer's lag.",
+        description="After SIGTERM, serve this long while `/readyz` returns 503: the time that your balancer needs.",
     )
     shutdown_seconds: float = Field(
         25,
         ge=1,
         le=3600,
-        description="From SIGTERM to exit, the drain included; under Kubernetes' 30 s grace.",
+        description="From SIGTERM to exit, including the drain: below Kubernetes' grace period of 30 s.",
     )
     admin_password: SecretStr | None = Field(
         None,
-        description="Switches on the page at `/admin`: a hash from `firstclaim admin-password`, or a plain value.",
+        description="Enables the page at `/admin`: a hash from `firstclaim admin-password`, or a plain value.",
     )
     admin_proxies: int = Field(
-        0, ge=0, le=9, description="Proxies of yours before it: of `X-Forwarded-For`, whose entry is the client's."
+        0, ge=0, le=9, description="Your proxies in front of it: says which entry of `X-Forwarded-For` is the client's."
     )
     log_format: Literal["auto", "json", "console"] = Field(
-        "auto", description="`auto`: console on a terminal, one JSON object per line elsewhere."
+        "auto", description="`auto`: console on a terminal, otherwise one JSON object per line."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="The least severe level that is written."
+        "info", description="The lowest level that is written."
     )
 
     @property
     def postgres_connections(self) -> int:
-        """The most that one process opens."""
+        """The maximum number of Postgres connections of one process."""
         admin = 0 if self.admin_password is None else ADMIN_CONNECTIONS
         return self.handler_slots + self.ingest_connections + METRICS_CONNECTIONS + admin
 
     @property
     def embedded_database(self) -> bool:
-        """No `DATABASE_URL`: this process looks after a PostgreSQL of its own."""
+        """Whether there is no `DATABASE_URL`, so that this process runs its own PostgreSQL."""
         return self.database_url is None
 
     @classmethod
@@ -218,7 +221,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment and what a test hands in; no dotenv, no secrets folder, no third place to look."""
+        """The environment, and arguments in code. No dotenv file and no secrets folder."""
         return init_settings, env_settings
 
     @field_validator("stripe_webhook_secrets", "handlers", mode="before")
@@ -231,7 +234,7 @@ class Settings(BaseSettings):
     def _no_blank_secret(cls, secrets: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
         if any(not secret.get_secret_value().strip() for secret in secrets):
             raise ValueError(
-                "one of the secrets is blank (an empty secret would verify anything); remove the stray comma"
+                "one of the secrets is blank (an empty secret would verify anything); remove the extra comma"
             )
         if any(not secret.get_secret_value().isascii() or " " in secret.get_secret_value() for secret in secrets):
             raise ValueError(
@@ -284,10 +287,10 @@ class Settings(BaseSettings):
 
 
 def load_settings(*, receiving: bool = True) -> Settings:
-    """Read and check the environment; raises `ConfigurationError` with every fault, each naming its variable.
+    """Read and check the environment. Raises `ConfigurationError` with every fault, each of which names its variable.
 
-    `receiving`: whether deliveries will be verified, so that signing secrets are needed (`migrate` has no use
-    for them, and a migration job should not hold them).
+    `receiving` says whether deliveries will be verified, which needs signing secrets. (`migrate` does not use them, and
+    a migration job should not have them.)
     """
     faults = _unknown_names(os.environ)
     if receiving and os.environ.get("DATABASE_URL") and not os.environ.get("STRIPE_WEBHOOK_SECRETS", "").strip():
@@ -302,13 +305,13 @@ def load_settings(*, receiving: bool = True) -> Settings:
 
 
 def environment_name(field: str) -> str:
-    """The variable that sets `field`."""
+    """The environment variable of `field`."""
     alias = Settings.model_fields[field].validation_alias
     return alias if isinstance(alias, str) else PREFIX + field.upper()
 
 
 def _unknown_names(environ: Mapping[str, str]) -> list[str]:
-    """Misspelt settings; what Kubernetes injects for a Service named firstclaim is none."""
+    """Faults for misspelt settings. The variables that Kubernetes sets for a Service named firstclaim are allowed."""
     known = {environment_name(field): environment_name(field).removeprefix(PREFIX) for field in Settings.model_fields}
     faults = []
     for name in sorted(environ):
@@ -320,7 +323,7 @@ def _unknown_names(environ: Mapping[str, str]) -> list[str]:
 
 
 def _all_faults(error: ValidationError) -> list[str]:
-    """The faults of single settings and, with stand-ins for those, the faults between settings."""
+    """The faults of single settings, and the faults between settings, found with defaults in place of faulty ones."""
     wrong = {str(detail["loc"][0]) for detail in error.errors() if detail["loc"]}
     faults = _explain(error)
     if wrong:
@@ -333,7 +336,7 @@ def _all_faults(error: ValidationError) -> list[str]:
 
 
 def _key(field: str) -> str:
-    """What pydantic calls the field: its alias, where it has one."""
+    """The name of the field in pydantic's errors: its alias, if it has one."""
     return str(Settings.model_fields[field].validation_alias or field)
 
 

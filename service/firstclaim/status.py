@@ -1,4 +1,4 @@
-"""The states of an event: the one enum of them. The README draws the edges between them."""
+"""The states of an event. The README draws the transitions between them."""
 
 from enum import StrEnum
 
@@ -6,11 +6,11 @@ from enum import StrEnum
 class Status(StrEnum):
     """The status column of the ledger."""
 
-    PENDING = "pending"  # recorded, nobody is dispatching
-    PROCESSING = "processing"  # claimed: somebody holds it, or vanished
+    PENDING = "pending"  # recorded, and not being dispatched
+    PROCESSING = "processing"  # claimed by a process, which may have vanished
     COMPLETED = "completed"  # the handler's effects are committed
     IGNORED = "ignored"  # no handler for the type; a later deploy can replay it
-    FAILED = "failed"  # tried again at due_at
+    FAILED = "failed"  # retried at due_at
     DEAD = "dead"  # needs an operator
 
 

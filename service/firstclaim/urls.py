@@ -1,18 +1,19 @@
-"""Addresses as platforms hand them out, and the key of one: checked, and made what the drivers take.
+"""Validates the URLs of the stores and of Stripe's API, and its key, and converts them to the form that drivers take.
 
-Guarantees: no message repeats any part of a URL but its scheme, or of a key, so that no secret can get into a log;
-what cannot work (Sentinel, Cluster, a transaction-mode pooler that says so) is refused by its name.
+Guarantees: no message repeats any part of a key, or of a URL except its scheme, so no secret can get into a log. An
+unsupported server (Sentinel, Cluster, a transaction-mode pooler that the URL names) is refused with an error that names
+it.
 """
 
 import ipaddress
 import re
 from urllib.parse import SplitResult, parse_qsl, urlsplit
 
-# Query parameters of a REDIS_URL that say where and how to connect. Any other would override what the
-# lock's correctness rests on: no retries of its own, short socket timeouts.
+# Parameters of a REDIS_URL that say where and how to connect. Any other one could override what the correctness of the
+# lock depends on: no automatic retries, and short socket timeouts.
 _REDIS_QUERY = {"db", "ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname"}
 
-# libpq parameters that hosting platforms append and that the driver would send to the server as settings.
+# Parameters of libpq that hosting platforms append. The driver would send them to the server as settings.
 _LIBPQ_ONLY = {"channel_binding", "connect_timeout", "gssencmode", "keepalives", "keepalives_idle"}
 
 _POSTGRES_EXAMPLE = "postgresql://user:password@host:5432/database"
@@ -22,7 +23,7 @@ _STRIPE_KEY = re.compile(r"[sr]k_[\x21-\x7e]{1,500}")
 
 
 def postgres_dsn(url: str) -> str:
-    """`url` as the driver takes it; raises ValueError with what was expected, never with the password."""
+    """`url` in the form that the driver takes. Raises ValueError with what is expected, and without the password."""
     parts = _split_url(url, _POSTGRES_EXAMPLE)
     _check_port(parts, _POSTGRES_EXAMPLE)
     scheme = parts.scheme.partition("+")[0]
@@ -35,7 +36,7 @@ def postgres_dsn(url: str) -> str:
 
 
 def redis_url(url: str) -> str:
-    """`url` as the client takes it; Valkey's schemes are Redis's. Sentinel and Cluster are refused by name."""
+    """`url` in the form that the client takes, also with Valkey's schemes. Raises ValueError, also for Sentinel."""
     parts = _split_url(url, _REDIS_EXAMPLE)
     scheme = {"valkey": "redis", "valkeys": "rediss", "redis+unix": "unix", "valkey+unix": "unix"}.get(
         parts.scheme, parts.scheme
@@ -57,20 +58,20 @@ def redis_url(url: str) -> str:
 
 
 def stripe_base(url: str) -> str:
-    """`url` as Stripe's library takes it, which sends the API key there: TLS, or this machine's loopback."""
+    """`url` in the form that Stripe's library takes. It must use TLS or the loopback: the API key is sent there."""
     parts = _split_url(url, _STRIPE_EXAMPLE)
     _check_port(parts, _STRIPE_EXAMPLE)
     if not parts.hostname or "@" in parts.netloc or parts.query:
-        raise ValueError(f"expected scheme, host and perhaps a port, e.g. {_STRIPE_EXAMPLE}")
+        raise ValueError(f"expected a scheme, a host and optionally a port, e.g. {_STRIPE_EXAMPLE}")
     if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(parts.hostname)):
-        raise ValueError("expected https://, or http:// to this machine's loopback: the API key goes there")
+        raise ValueError("expected https://, or http:// to the loopback, because the API key is sent there")
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
 
 
 def stripe_key(key: str) -> str:
-    """`key` if Stripe's API may take it: not a publishable key or a signing secret, and no white space around it."""
+    """`key`, if it is a secret or restricted key. Raises ValueError for other keys, and for surrounding white space."""
     if not _STRIPE_KEY.fullmatch(key):
-        raise ValueError("expected a secret key (sk_...) or a restricted one (rk_...), and nothing around it")
+        raise ValueError("expected a secret key (sk_...) or a restricted one (rk_...), without white space around it")
     return key
 
 
@@ -88,8 +89,8 @@ def _split_url(url: str, example: str) -> SplitResult:
         raise ValueError(f"not a URL; expected e.g. {example}") from None
     if not parts.scheme or "://" not in url:
         raise ValueError(f"not a URL; expected e.g. {example}")
-    # An unescaped # ? or / of a password ends the host part early: the rest of it, and the real host, then stand
-    # where they would be connected to, or shown, as something else.
+    # An unescaped # ? or / in a password ends the host part early. The rest of the password, and the real host, would
+    # then be used, or shown, as a different part of the URL.
     cut_short = parts.netloc and "@" not in parts.netloc and "@" in parts.path + parts.query.partition("=")[0]
     if "#" in url or cut_short:
         raise ValueError("a # ? / or @ in the user name or the password must be written %23, %3F, %2F or %40")

@@ -1,4 +1,4 @@
-"""A transaction-mode pooler is refused by name; a session-mode one is not. Against a real PgBouncer."""
+"""A transaction-mode pooler is refused, a session-mode one is not. With a real PgBouncer."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ async def _accepts(port: int) -> bool:
 
 @pytest.fixture
 async def pooler(database_url: str) -> AsyncIterator[str]:
-    """The address, up to the database name, of a PgBouncer that serves this test's database both ways."""
+    """The URL, up to the database name, of a PgBouncer that serves this test's database in both modes."""
     parts = urlsplit(database_url)
     host = parse_qs(parts.query).get("host", [parts.hostname or ""])[0]
     user = os.stat(host).st_uid if host.startswith("/") else 65534
@@ -38,7 +38,7 @@ async def pooler(database_url: str) -> AsyncIterator[str]:
     target = f"host={host} port={parts.port or 5432} dbname={parts.path[1:]} user={parts.username}"
     if parts.password:
         target += f" password={parts.password}"
-    # Not in tmp_path: that is closed to the user whom a run as root gives up its rights to.
+    # Not in tmp_path: the unprivileged user that a run as root switches to cannot read it.
     folder = Path(tempfile.mkdtemp())
     folder.chmod(0o755)
     config = folder / "pgbouncer.ini"
@@ -64,7 +64,7 @@ async def _checks(url: str) -> dict[str, Check]:
 
 
 async def test_transaction_mode_is_refused_by_name(pooler: str) -> None:
-    """Through transaction pooling the check fails, fatally, and its words name PgBouncer and the mode."""
+    """With transaction pooling the check fails fatally, and its message names PgBouncer and the mode."""
     found = (await _checks(pooler + "by_transaction"))["pooler"]
     assert found.fatal
     assert "PgBouncer" in found.detail
@@ -72,7 +72,7 @@ async def test_transaction_mode_is_refused_by_name(pooler: str) -> None:
 
 
 async def test_session_mode_passes(pooler: str) -> None:
-    """Session pooling keeps a server connection per client, and is not mistaken for the other."""
+    """With session pooling, which keeps one server connection per client, the check passes."""
     found = await _checks(pooler + "by_session")
     assert "pooler" not in found
     assert found["schema"].verdict == "ok"

@@ -279,9 +279,9 @@ MUTANTS = (
         "backoff-without-a-cap",
         "The backoff stops doubling at an hour.",
         "Backoff.after",
-        "min(self.first_seconds * 2.0 ** min(count - 1, 60), self.most_seconds)",
+        "min(self.first_seconds * 2.0 ** min(count - 1, 60), self.max_seconds)",
         "self.first_seconds * 2.0 ** min(count - 1, 60)",
-        "unit/test_backoff.py::test_it_doubles_up_to_the_cap",
+        "unit/test_backoff.py::test_it_doubles_up_to_the_maximum",
     ),
     Mutant(
         "backoff-does-not-double",
@@ -289,6 +289,6 @@ MUTANTS = (
         "Backoff.after",
         "2.0 ** min(count - 1, 60)",
         "count",
-        "unit/test_backoff.py::test_it_doubles_up_to_the_cap",
+        "unit/test_backoff.py::test_it_doubles_up_to_the_maximum",
     ),
 )

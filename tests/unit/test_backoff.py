@@ -1,4 +1,4 @@
-"""The backoff: its bounds for every count, and that it spreads."""
+"""The backoff: its limits for every count, and its jitter."""
 
 import random
 
@@ -12,8 +12,8 @@ from firstclaim.backoff import Backoff
 @pytest.mark.parametrize(
     ("count", "whole"), [(1, 5), (2, 10), (3, 20), (10, 2560), (11, 3600), (12, 3600), (10_000, 3600)]
 )
-def test_it_doubles_up_to_the_cap(monkeypatch: pytest.MonkeyPatch, count: int, whole: float) -> None:
-    """5 s, 10 s, 20 s and so on, an hour from the eleventh failure on; jittered between half and whole."""
+def test_it_doubles_up_to_the_maximum(monkeypatch: pytest.MonkeyPatch, count: int, whole: float) -> None:
+    """The wait is 5 s, 10 s, 20 s and so on, and an hour from the eleventh failure; jitter takes half to all of it."""
     drawn: list[tuple[float, float]] = []
 
     def uniform(low: float, high: float) -> float:
@@ -30,14 +30,14 @@ def test_it_doubles_up_to_the_cap(monkeypatch: pytest.MonkeyPatch, count: int, w
     st.floats(0.001, 86_400),
     st.integers(1, 10**12),
 )
-def test_it_stays_between_half_and_whole(first: float, most: float, count: int) -> None:
-    """For any settings and any count, however large, the wait is at least half of the doubled one and capped."""
-    whole = min(first * 2.0 ** min(count - 1, 60), most)
-    assert whole / 2 <= Backoff(first, most).after(count) <= whole <= most
+def test_it_stays_between_half_and_whole(first: float, longest: float, count: int) -> None:
+    """For any settings and any count, the wait is between half and all of the doubled wait, up to the maximum."""
+    whole = min(first * 2.0 ** min(count - 1, 60), longest)
+    assert whole / 2 <= Backoff(first, longest).after(count) <= whole <= longest
 
 
 def test_it_spreads() -> None:
-    """A thousand events that failed together do not come back together."""
+    """A thousand events that failed together are not retried together."""
     waits = {Backoff(5, 3600).after(4) for _ in range(1000)}
     assert len(waits) > 900
     assert min(waits) < 24 < 36 < max(waits)

@@ -1,4 +1,4 @@
-"""Parsing: both shapes of event, every malformed one, and hostile content under a valid signature."""
+"""Parsing: snapshot and thin events, malformed events, and hostile content under a valid signature."""
 
 import json
 import re
@@ -20,7 +20,7 @@ HOSTILE = bodies()
 
 
 def parse(body: bytes) -> Event | Rejected:
-    """What came of it; any other exception fails the test."""
+    """The event or the rejection. Any other exception fails the test."""
     try:
         return parse_event(body)
     except Rejected as error:
@@ -28,7 +28,7 @@ def parse(body: bytes) -> Event | Rejected:
 
 
 def assert_storable(event: Event) -> None:
-    """Ids and types are printable ASCII, all else that becomes a column is text that Postgres takes."""
+    """Fails unless ids and types are printable ASCII, and the other columns are text that Postgres accepts."""
     assert re.fullmatch(r"[A-Za-z0-9_.:\-]{1,255}", event.id)
     assert re.fullmatch(r"[A-Za-z0-9_.\[\]\-]{1,255}", event.type)
     for text in (event.account, event.api_version, event.object_id):
@@ -39,7 +39,7 @@ def assert_storable(event: Event) -> None:
 
 
 def assert_harmless(error: Rejected) -> None:
-    """A 400 whose reason is one of our sentences."""
+    """Fails unless the rejection is a 400 with one of our own reasons."""
     assert (error.kind, error.status) == ("content", 400)
     assert error.reason in REASONS
 
@@ -51,15 +51,15 @@ REASONS = {
     '"livemode" must be true or false',
     '"id" is missing or malformed',
     '"type" is missing or malformed',
-    '"created" must be unix seconds or an ISO 8601 instant',
+    '"created" must be unix seconds or an ISO 8601 time',
 }
 
 
-# -- both shapes --------------------------------------------------------------------------------------
+# -- snapshot and thin events -------------------------------------------------------------------------
 
 
 def test_a_snapshot_is_parsed() -> None:
-    """Every field of a snapshot event comes from where Stripe documents it."""
+    """Every field of a snapshot event is read from where Stripe documents it."""
     body = event_body(
         "invoice.paid",
         "evt_1",
@@ -78,7 +78,7 @@ def test_a_snapshot_is_parsed() -> None:
 
 
 def test_a_thin_event_is_parsed() -> None:
-    """A `v2.core.event` has no data; it is about its related object, and its context is the account."""
+    """A `v2.core.event` has no data: its object is the related object, and its account is the context."""
     event = parse_event(
         event_body(
             THIN,
@@ -95,8 +95,8 @@ def test_a_thin_event_is_parsed() -> None:
 
 
 @pytest.mark.parametrize("related", [None, MISSING, [], "mtr_1", {"id": 7}, {"id": MISSING}])
-def test_a_thin_event_may_be_about_nothing(related: object) -> None:
-    """Some thin events have no related object; an odd one is dropped, and the event is kept."""
+def test_a_thin_event_may_have_no_related_object(related: object) -> None:
+    """A thin event with a missing or invalid related object is accepted without an object id."""
     assert parse_event(event_body(THIN, related_object=related)).object_id is None
 
 
@@ -111,20 +111,20 @@ def test_a_thin_event_may_be_about_nothing(related: object) -> None:
     ],
 )
 def test_created_is_an_aware_instant(created: int | str, instant: datetime) -> None:
-    """Unix seconds and ISO 8601, with an offset or without, give one UTC datetime."""
+    """`created` as unix seconds or in ISO 8601, with an offset or without, becomes an aware UTC datetime."""
     found = parse_event(event_body(created=created)).created
     assert (found, found.tzinfo) == (instant, UTC)
 
 
 @pytest.mark.parametrize("field", ["account", "api_version"])
 @pytest.mark.parametrize("value", [MISSING, None, "", 7, [], {}, "x" * 256, "a\nb", "a\0b", "\u202e"])
-def test_odd_side_information_is_dropped(field: str, value: Any) -> None:
-    """What is not needed to handle an event is never a reason to lose it."""
+def test_an_invalid_optional_field_is_dropped(field: str, value: Any) -> None:
+    """An invalid optional field is None, and the event is accepted."""
     assert getattr(parse_event(event_body(**{field: value})), field) is None
 
 
-def test_values_do_not_show_what_is_in_them() -> None:
-    """The repr of an event or a delivery, which may reach a log, shows nothing of the payload."""
+def test_the_repr_shows_no_payload() -> None:
+    """The repr of a delivery, which may get into a log, shows nothing of the payload."""
     body = event_body(data={"object": {"customer_email": "jo@example.com"}})
     assert "jo@" not in repr(Delivery(parse_event(body), body))
 
@@ -160,13 +160,13 @@ def test_values_do_not_show_what_is_in_them() -> None:
         ({"livemode": "false"}, '"livemode" must be true or false'),
         ({"livemode": 0}, '"livemode" must be true or false'),
         *(
-            ({"created": value}, '"created" must be unix seconds or an ISO 8601 instant')
+            ({"created": value}, '"created" must be unix seconds or an ISO 8601 time')
             for value in (MISSING, None, True, 1.5, "soon", "", [], 10**17, -(10**17), "0001-01-01T00:00:00+23:59")
         ),
     ],
 )
 def test_a_malformed_event_is_rejected(changes: dict[str, Any], reason: str) -> None:
-    """Each malformed field is a 400 that names the field, and never what was in it."""
+    """Each malformed field is a 400 whose reason names the field and not its value."""
     event = orjson.loads(event_body()) | changes
     error = parse(orjson.dumps({name: value for name, value in event.items() if value is not MISSING}))
     assert isinstance(error, Rejected)
@@ -175,16 +175,16 @@ def test_a_malformed_event_is_rejected(changes: dict[str, Any], reason: str) -> 
 
 
 @pytest.mark.parametrize("data", [[], "x", 7, True])
-def test_a_thin_event_with_odd_data_is_rejected(data: object) -> None:
-    """`data` is optional on a thin event; if it is there, it is an object."""
+def test_a_thin_event_with_invalid_data_is_rejected(data: object) -> None:
+    """`data` is optional in a thin event, but must be an object if it exists."""
     error = parse(event_body(THIN, data=data))
     assert isinstance(error, Rejected)
     assert error.reason == '"data.object" must be an object'
 
 
 @pytest.mark.parametrize("body", [b"null", b"[]", b"7", b'"event"', b"true", b"{}"])
-def test_json_that_is_no_event_is_rejected(body: bytes) -> None:
-    """Any other JSON document is refused as such."""
+def test_json_that_is_not_an_event_is_rejected(body: bytes) -> None:
+    """A JSON document that is not an event is rejected with that reason."""
     error = parse(body)
     assert isinstance(error, Rejected)
     assert error.reason.startswith("body is not an event")
@@ -195,7 +195,7 @@ def test_json_that_is_no_event_is_rejected(body: bytes) -> None:
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_body_is_an_event_or_a_400(name: str) -> None:
-    """Whatever is signed: an event that can be stored, logged and dispatched, or a generic refusal."""
+    """A hostile body is either an event that can be stored, logged and dispatched, or a generic rejection."""
     result = parse(HOSTILE[name])
     if name in ACCEPTED:
         assert isinstance(result, Event)
@@ -205,8 +205,8 @@ def test_a_hostile_body_is_an_event_or_a_400(name: str) -> None:
         assert_harmless(result)
 
 
-def test_the_last_of_a_key_counts() -> None:
-    """Of an id given twice, one is taken, the same that every common JSON parser takes."""
+def test_the_last_of_a_repeated_key_is_used() -> None:
+    """If the id is given twice, the last one is used, as by every common JSON parser."""
     body = HOSTILE["the id twice"]
     assert parse_event(body).id == orjson.loads(body)["id"] != "evt_first"
 
@@ -229,5 +229,5 @@ def test_any_bytes_are_an_event_or_a_400(body: bytes) -> None:
 @settings(deadline=None, database=None, max_examples=100)
 @given(JSON | NEARLY)
 def test_any_json_is_an_event_or_a_400(document: object) -> None:
-    """No JSON document raises anything but `Rejected`, however near to an event it is."""
+    """No JSON document raises anything but `Rejected`, even if it is almost an event."""
     assert_event_or_rejected(json.dumps(document).encode())

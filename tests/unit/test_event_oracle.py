@@ -1,4 +1,4 @@
-"""The content checks held to stripe-python: what we take it builds the same event from, but for what is listed here."""
+"""Our content checks compared with stripe-python: both accept the same events, except for the listed differences."""
 
 import json
 import math
@@ -29,18 +29,18 @@ LAST_SECOND: Final = datetime(9999, 1, 1, tzinfo=UTC).timestamp()
 
 
 def theirs(body: bytes) -> Document | None:
-    """The fields of what a receiver on stripe-python gets, by the method for that shape; None if that raises."""
+    """The fields of the event that stripe-python builds, by its method for that kind of event; None if it raises."""
     arguments = body, signed(body)["Stripe-Signature"], SECRET
     try:
         if is_thin(body):
             return vars(CLIENT.parse_event_notification(*arguments))
         return CLIENT.construct_event(*arguments).to_dict()
-    except Exception:  # noqa: BLE001  (whatever it raises, there is no event)
+    except Exception:  # noqa: BLE001  (any exception means that there is no event)
         return None
 
 
 def document(body: bytes) -> Document:
-    """The body as Python's own json reads it, like stripe-python; an empty one if it is no object."""
+    """The body parsed by Python's json, as stripe-python does. An empty dict if it is not an object."""
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
@@ -56,7 +56,7 @@ def is_thin(body: bytes) -> bool:
 
 
 class Difference(NamedTuple):
-    """What one side takes and the other does not: whether a document is of this kind, and a body that is."""
+    """Documents that only one side accepts: a predicate for them, and an example body."""
 
     applies: Callable[[Document], bool]
     body: bytes
@@ -67,7 +67,7 @@ def matches(pattern: str, value: object) -> bool:
 
 
 def is_instant(value: object) -> bool:
-    """Unix seconds or ISO 8601, of a year that Postgres and Python both have."""
+    """Whether it is unix seconds or ISO 8601, in a year that both Postgres and Python support."""
     if isinstance(value, str):
         try:
             found = datetime.fromisoformat(value)
@@ -85,7 +85,7 @@ def has_related_object(found: Document) -> bool:
 
 
 def depth(value: object) -> int:
-    """How many containers stand in each other; level by level, for Python cannot call itself as often."""
+    """How deep containers are nested. Computed level by level, because Python's recursion limit is too low."""
     levels, level = 0, [value]
     while level := [each for outer in level for each in inner(outer)]:
         levels += 1
@@ -105,23 +105,23 @@ def has_data(found: Document) -> bool:
 
 # stripe-python builds an event from these, and we refuse them: they could not be stored, logged or dispatched.
 REFUSED: Final[Mapping[str, Difference]] = {
-    "no event": Difference(
+    "not an event": Difference(
         lambda found: found.get("object") not in ("event", THIN), event_body(object="charge", data={"object": {}})
     ),
-    "an id of other characters": Difference(
+    "an id with other characters": Difference(
         lambda found: not matches(r"[A-Za-z0-9_.:-]{1,255}", found.get("id")), event_body(id="evt 1")
     ),
-    "a type of other characters": Difference(
+    "a type with other characters": Difference(
         lambda found: not matches(r"[A-Za-z0-9_.\[\]-]{1,255}", found.get("type")),
         event_body().replace(b"invoice.payment_failed", b"invoice.*"),
     ),
-    "no object that it is about": Difference(lambda found: not has_data(found), event_body(data=MISSING)),
+    "no data object": Difference(lambda found: not has_data(found), event_body(data=MISSING)),
     "livemode neither true nor false": Difference(
         lambda found: type(found.get("livemode")) is not bool, event_body(livemode=1)
     ),
-    "no instant": Difference(lambda found: not is_instant(found.get("created")), event_body(created="soon")),
+    "no valid time": Difference(lambda found: not is_instant(found.get("created")), event_body(created="soon")),
 }
-# These are refused before they are a document.
+# These are refused because they are not valid JSON.
 NOT_JSON: Final[Mapping[str, bytes]] = {
     name: HOSTILE[name]
     for name in (
@@ -134,27 +134,25 @@ NOT_JSON: Final[Mapping[str, bytes]] = {
         "BOM",
     )
 }
-# We take these, for side information is no reason to lose an event, and stripe-python stumbles over it.
-TAKEN: Final[Mapping[str, Difference]] = {
-    "nesting deeper than its objects can be built": Difference(
-        lambda found: depth(found) > 300, HOSTILE["nested 500 deep"]
-    ),
-    "a related object that lacks something": Difference(
+# We accept these, because an invalid optional field is no reason to refuse an event; stripe-python raises.
+ACCEPTED_BY_US: Final[Mapping[str, Difference]] = {
+    "nesting deeper than its objects can be": Difference(lambda found: depth(found) > 300, HOSTILE["nested 500 deep"]),
+    "a related object with a missing field": Difference(
         lambda found: found.get("object") == THIN and not has_related_object(found),
         event_body(THIN_TYPE, related_object=None),
     ),
-    "a context that is no text": Difference(
+    "a context that is not text": Difference(
         lambda found: not isinstance(found.get("context") or "", str), event_body(THIN_TYPE, context=7)
     ),
-    "a reason that lacks something": Difference(
+    "a reason with a missing field": Difference(
         lambda found: bool(found.get("reason")), event_body(THIN_TYPE, reason={"request": None})
     ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_each_refusal_is_ours_alone(name: str) -> None:
-    """stripe-python takes it, we do not, and it is for no other difference: none on the list is there in vain."""
+def test_each_listed_refusal_is_real(name: str) -> None:
+    """stripe-python accepts the example, we refuse it, and no other difference applies: each entry is needed."""
     body = REFUSED[name].body
     assert theirs(body) is not None
     assert not isinstance(parse(body), Event)
@@ -162,20 +160,20 @@ def test_each_refusal_is_ours_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NOT_JSON)
-def test_what_only_python_takes_for_json_is_refused(name: str) -> None:
-    """Beyond RFC 8259, or beyond what a double and UTF-8 can hold: no other reader would agree with Python's."""
+def test_json_that_only_python_accepts_is_refused(name: str) -> None:
+    """Bodies outside of RFC 8259, or outside of doubles and UTF-8, are refused: other parsers refuse them too."""
     assert theirs(NOT_JSON[name]) is not None
     assert not isinstance(parse(NOT_JSON[name]), Event)
     assert refused_for(document(NOT_JSON[name])) == []
 
 
-@pytest.mark.parametrize("name", TAKEN)
-def test_each_that_only_we_take(name: str) -> None:
-    """We take it and stripe-python raises, for nothing but what is said."""
-    body = TAKEN[name].body
+@pytest.mark.parametrize("name", ACCEPTED_BY_US)
+def test_each_listed_acceptance_is_real(name: str) -> None:
+    """We accept the example, stripe-python raises, and no other difference applies."""
+    body = ACCEPTED_BY_US[name].body
     assert theirs(body) is None
     assert isinstance(parse(body), Event)
-    assert [each for each, difference in TAKEN.items() if difference.applies(document(body))] == [name]
+    assert [each for each, difference in ACCEPTED_BY_US.items() if difference.applies(document(body))] == [name]
 
 
 def refused_for(found: Document) -> list[str]:
@@ -186,14 +184,14 @@ def refused_for(found: Document) -> list[str]:
 
 
 def assert_agreed(body: bytes) -> None:
-    """Both take it and it is the same event, or neither does, or it is on a list."""
+    """Fails unless both accept the same event, or both refuse the body, or a listed difference applies."""
     ours, their, found = parse(body), theirs(body), document(body)
     if not isinstance(ours, Event):
         assert their is None or refused_for(found) or body in NOT_JSON.values()
         return
     assert not refused_for(found)
     if their is None:
-        assert any(difference.applies(found) for difference in TAKEN.values())
+        assert any(difference.applies(found) for difference in ACCEPTED_BY_US.values())
         return
     assert (ours.id, ours.type, ours.livemode) == (their["id"], their["type"], their["livemode"])
     if not ours.thin:
@@ -205,7 +203,7 @@ def assert_agreed(body: bytes) -> None:
 
 @pytest.mark.parametrize("event_type", shipped_types())
 def test_ordinary_events_are_the_same(event_type: str) -> None:
-    """Every template that is shipped, a thin one too, is the same event to both, down to what it is about."""
+    """Every shipped template, also a thin one, is the same event for both, including its object."""
     body = build_event(event_type)
     ours, their = parse(body), theirs(body)
     assert isinstance(ours, Event)
@@ -219,11 +217,11 @@ def test_ordinary_events_are_the_same(event_type: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in HOSTILE if "100,000" not in name])
 def test_hostile_content_is_the_same(name: str) -> None:
-    """Of the hostile bodies too."""
+    """Every hostile body is the same event for both, or is refused by both, or a listed difference applies."""
     assert_agreed(HOSTILE[name])
 
 
-WELL: Final = st.builds(
+VALID: Final = st.builds(
     lambda base, changes: base | changes,
     st.sampled_from([orjson.loads(build_event(each)) for each in ("invoice.payment_failed", THIN_TYPE)]),
     NEARLY | st.just({}) | st.dictionaries(st.sampled_from(["account", "context", "api_version", "extra"]), JSON),
@@ -231,13 +229,13 @@ WELL: Final = st.builds(
 
 
 @settings(deadline=None, database=None, max_examples=200)
-@given(WELL | NEARLY | JSON)
+@given(VALID | NEARLY | JSON)
 def test_any_json_is_the_same_to_both(found: object) -> None:
-    """Whatever is changed about an event, and however little of one it is."""
+    """Any changed event and any other JSON document is the same for both, except for the listed differences."""
     assume(all(math.isfinite(number) for number in numbers(found)))
     assert_agreed(json.dumps(found).encode())
 
 
 def numbers(found: object) -> list[float]:
-    """Every number in it."""
+    """Every float in the document."""
     return [found] if isinstance(found, float) else [number for each in inner(found) for number in numbers(each)]

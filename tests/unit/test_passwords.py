@@ -1,4 +1,4 @@
-"""The admin page's password: plain or hashed, and what is refused as one."""
+"""The admin page's password: plain and hashed values, and which values are refused."""
 
 import hmac
 from typing import Any
@@ -11,21 +11,21 @@ from firstclaim.passwords import MIN_CHARACTERS, Password, check, make_hash
 PLAIN = "correct horse battery staple"
 
 
-def test_a_plain_value_and_its_hash_mean_the_same() -> None:
-    """Both let the password in and nothing else, not what begins like it either."""
+def test_a_plain_value_and_its_hash_match_the_same_password() -> None:
+    """A plain value and its hash match the password and nothing else, also no prefix of it."""
     for password in (Password.read(PLAIN), Password.read(make_hash(PLAIN))):
         assert password.matches(PLAIN)
         for wrong in ("", PLAIN[:-1], PLAIN + "x", PLAIN.upper(), make_hash(PLAIN), "\ud800", "\0"):
             assert not password.matches(wrong), wrong
 
 
-def test_an_accent_is_typed_in_two_ways() -> None:
-    """One keyboard sends one character where another sends two; they are the same password."""
+def test_both_encodings_of_an_accent_match() -> None:
+    """A password with an accent matches whether the keyboard sends one character or two."""
     assert Password.read("caf\u00e9 caf\u00e9 caf\u00e9").matches("cafe\u0301 cafe\u0301 cafe\u0301")
 
 
-def test_a_hash_is_another_one_each_time_and_needs_no_quoting() -> None:
-    """Its salt is fresh, and no shell or compose file finds anything in it to expand."""
+def test_a_hash_has_a_new_salt_and_needs_no_quoting() -> None:
+    """Each hash has a new salt, and no character that a shell or a compose file would expand."""
     one, other = make_hash(PLAIN), make_hash(PLAIN)
     assert one != other
     assert not set(one) & set("$\\'\"` #\n")
@@ -33,7 +33,7 @@ def test_a_hash_is_another_one_each_time_and_needs_no_quoting() -> None:
 
 
 def test_it_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compared are two results of scrypt, of one length, by the function that is made for it."""
+    """Two scrypt results of the same length are compared, with `hmac.compare_digest`."""
     compared: list[tuple[bytes, bytes]] = []
 
     def compare(one: Any, other: Any) -> bool:
@@ -52,7 +52,7 @@ def test_it_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_another_password_is_another_key() -> None:
-    """Sessions of the old one are worth nothing; every worker and every restart comes to the same key."""
+    """Each password and each hash has its own session key, and the same key in every worker and after a restart."""
     hashed = make_hash(PLAIN)
     keys = [Password.read(value).session_key for value in (PLAIN, PLAIN + "!", hashed, make_hash(PLAIN))]
     assert len(set(keys)) == 4
@@ -62,33 +62,33 @@ def test_another_password_is_another_key() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "says"),
+    ("value", "reason"),
     [
         ("x" * (MIN_CHARACTERS - 1), "too short"),
         (" " + "x" * 20, "white space"),
         ("x" * 20 + "\n", "white space"),
-        ("x" * 20 + "\x1b", "cannot be typed"),
+        ("x" * 20 + "\x1b", "unprintable"),
         ("x" * 2000, "1024"),
-        ("scrypt:" + "x" * 20, "is no hash"),
-        ("scrypt:32768:8:3:short:short", "is no hash"),
+        ("scrypt:" + "x" * 20, "is not a hash"),
+        ("scrypt:32768:8:3:short:short", "is not a hash"),
         ("scrypt:1024:8:1:AAAAAAAAAAAAAAAAAAAAAA:" + "A" * 43, "costs out of range"),
         ("scrypt:32767:8:3:AAAAAAAAAAAAAAAAAAAAAA:" + "A" * 43, "costs out of range"),
         ("scrypt:131072:16:1:AAAAAAAAAAAAAAAAAAAAAA:" + "A" * 43, "costs out of range"),
     ],
 )
-def test_what_cannot_be_one_is_refused(value: str, says: str) -> None:
-    """With a sentence that says why, and holds nothing of what was given."""
-    with pytest.raises(ValueError, match=says) as refused:
+def test_an_invalid_password_is_refused(value: str, reason: str) -> None:
+    """An invalid value is refused with a message that says why, and holds nothing of the value."""
+    with pytest.raises(ValueError, match=reason) as refused:
         check(value)
     assert value.strip() not in str(refused.value)
 
 
 def test_a_hash_is_not_hashed() -> None:
-    """A hash that was pasted where the password was asked for would let in whoever reads the setting."""
-    with pytest.raises(ValueError, match="as only a hash does"):
+    """A hash given as a password is refused: otherwise anyone who can read the setting could log in."""
+    with pytest.raises(ValueError, match="is therefore a hash"):
         make_hash(make_hash(PLAIN))
 
 
-def test_nothing_of_it_is_shown() -> None:
-    """Neither salt nor digest stand in what a log or a traceback would show of it."""
+def test_the_repr_shows_no_secret() -> None:
+    """The repr, which may get into a log or a traceback, shows neither salt nor digest."""
     assert "b'" not in repr(Password.read(PLAIN))

@@ -1,4 +1,4 @@
-"""The registry: which handler an event goes to, and what is refused before the first one comes."""
+"""The registry: which handler an event is dispatched to, and which declarations are refused."""
 
 import asyncio
 import importlib
@@ -22,7 +22,7 @@ Write = Callable[[str, str], str]
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Write]:
-    """Writes an importable module and returns its name; forgotten afterwards."""
+    """Writes an importable module and returns its name. The test's modules are unloaded at the end."""
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
 
@@ -56,7 +56,7 @@ def pattern_for(registry: Registry, event_type: str) -> str | None:
     return found.pattern if found else None
 
 
-# -- which one ----------------------------------------------------------------------------------------
+# -- the most specific pattern ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -74,8 +74,8 @@ def pattern_for(registry: Registry, event_type: str) -> str | None:
         ("v2.core.account[requirements].updated", "v2.core.account[requirements].updated"),
     ],
 )
-def test_the_most_exact_pattern_wins(event_type: str, pattern: str) -> None:
-    """The type itself, then the longest prefix, whole words only, then `*`; the order of declaration is nothing."""
+def test_the_most_specific_pattern_is_used(event_type: str, pattern: str) -> None:
+    """The type itself, then the longest prefix of whole words, then `*`, in any order of declaration."""
     patterns = [
         "*",
         "customer.*",
@@ -88,8 +88,8 @@ def test_the_most_exact_pattern_wins(event_type: str, pattern: str) -> None:
     assert pattern_for(Registry(map(handler, reversed(patterns))), event_type) == pattern
 
 
-def test_without_a_star_the_rest_goes_nowhere() -> None:
-    """A type that nobody declared has no handler, and a bare prefix is no prefix pattern."""
+def test_without_a_star_other_types_have_no_handler() -> None:
+    """A type without a matching pattern has no handler, and a pattern without `.*` matches no longer type."""
     registry = Registry([handler("customer.*"), handler("invoice")])
     assert registry.find("charge.refunded") is None
     assert registry.find("invoice.paid") is None
@@ -97,7 +97,7 @@ def test_without_a_star_the_rest_goes_nowhere() -> None:
 
 
 def test_all_handlers_can_be_listed() -> None:
-    """`check` shows what is registered."""
+    """The registry lists all its handlers, which `check` shows."""
     assert [each.pattern for each in Registry([handler("a"), handler("b.*")])] == ["a", "b.*"]
 
 
@@ -105,7 +105,7 @@ def test_all_handlers_can_be_listed() -> None:
 
 
 def test_a_module_is_loaded_with_all_it_declares(module: Write) -> None:
-    """Several types on one function, async or sync."""
+    """All patterns of a module's functions are loaded, async and sync ones."""
     name = module(
         "shop_all",
         """
@@ -125,7 +125,7 @@ def test_a_module_is_loaded_with_all_it_declares(module: Write) -> None:
 
 
 def test_two_functions_of_one_name_are_two_handlers(module: Write) -> None:
-    """The second `def handle` hides the first from the module, and not from us: nothing is silently lost."""
+    """A second `def handle` replaces the first one in the module, but both handlers are registered."""
     name = module(
         "shop_twins",
         """
@@ -143,15 +143,15 @@ def test_two_functions_of_one_name_are_two_handlers(module: Write) -> None:
 
 
 def test_a_reexported_handler_is_found_once(module: Write) -> None:
-    """A package that gathers its modules' handlers can be named alone, or beside them."""
+    """A package that re-exports its modules' handlers can be named alone, or beside those modules."""
     module("shop_parts", '@on("a.b")\ndef handle(event, context): ...')
     package = module("shop_package", "from shop_parts import handle\nfrom shop_parts import handle as again")
     for names in ([package], [package, "shop_parts"], ["shop_parts", package]):
         assert [each.pattern for each in Registry.load(names)] == ["a.b"]
 
 
-def test_stacked_declarations_are_reexported_whole(module: Write) -> None:
-    """`@on` above `@on` declares both, wherever the function is found."""
+def test_stacked_declarations_are_all_reexported(module: Write) -> None:
+    """Two `@on` on one function declare both patterns, also where the function is re-exported."""
     module("shop_stacked", '@on("a.b")\n@on("c.d")\ndef handle(event, context): ...')
     package = module("shop_gathers", "from shop_stacked import handle")
     assert {each.pattern for each in Registry.load(["shop_stacked"])} == {"a.b", "c.d"}
@@ -159,7 +159,7 @@ def test_stacked_declarations_are_reexported_whole(module: Write) -> None:
 
 
 def test_nothing_else_of_another_module_is_registered(module: Write) -> None:
-    """Only what a named module declares or re-exports counts, not whatever it imports from there."""
+    """Importing another module does not register the handlers that it declares."""
     module("shop_hidden", '@on("a.b")\ndef handle(event, context): ...')
     assert list(Registry.load([module("shop_uses", "import shop_hidden")])) == []
 
@@ -168,20 +168,20 @@ def test_nothing_else_of_another_module_is_registered(module: Write) -> None:
 
 
 def test_two_handlers_for_one_pattern_are_both_named(module: Write) -> None:
-    """Which of two runs must not depend on an import order: refused, with both names."""
+    """Two handlers for one pattern are refused with both names, as import order must not decide which one runs."""
     module("shop_one", '@on("a.b")\ndef one(event, context): ...')
     module("shop_two", '@on("a.b")\ndef two(event, context): ...')
     assert faults("shop_one", "shop_two") == ('two handlers for "a.b": shop_one.one and shop_two.two',)
 
 
 def test_two_handlers_in_one_module_are_both_named(module: Write) -> None:
-    """The same within one module, also for two functions of one name."""
+    """Two handlers for one pattern are refused within one module too, even if they have the same name."""
     name = module("shop_same", '@on("a.b")\ndef f(event, context): ...\n@on("a.b")\ndef f(event, context): ...')
     assert faults(name) == ('two handlers for "a.b": shop_same.f and shop_same.f',)
 
 
 def test_all_faults_of_all_modules_at_once(module: Write) -> None:
-    """An unknown module, one that raises at import, one that declares nonsense, and a duplicate: one report."""
+    """An unknown module, one that raises at import, a bad pattern and a duplicate are reported together."""
     module("shop_raises", "raise RuntimeError('no database')")
     module("shop_syntax", "def")
     module("shop_nonsense", '@on("a b")\ndef f(event, context): ...')
@@ -197,14 +197,14 @@ def test_all_faults_of_all_modules_at_once(module: Write) -> None:
     assert found[4] == 'two handlers for "a.b": shop_a.f and shop_b.f'
 
 
-def test_what_a_module_says_is_shown_without_secrets(module: Write) -> None:
-    """Why an import failed is for the operator to read, and may be about the module's own database."""
+def test_an_import_error_is_shown_without_secrets(module: Write) -> None:
+    """The message of a failed import is shown redacted, because it may hold the password of a database."""
     [fault] = faults(module("shop_tells", "raise OSError('postgresql://shop:hunter2@db/shop is down')"))
     assert fault.endswith("OSError: postgresql://[redacted]@db/shop is down")
 
 
 def test_a_module_that_exits_is_a_fault(module: Write) -> None:
-    """A script named by mistake, which calls sys.exit() when imported, does not end the service without a word."""
+    """A module that calls sys.exit() at import is reported as a fault, and does not end the service silently."""
     [fault] = faults(module("shop_script", "raise SystemExit(0)"))
     assert fault.startswith("FIRSTCLAIM_HANDLERS: cannot import shop_script: SystemExit")
 
@@ -214,14 +214,14 @@ def test_a_module_that_exits_is_a_fault(module: Write) -> None:
     ["", " ", "a b", "a..b", ".a", "a.", "a.*.b", "*.a", "**", "a*", "a.**", "a/b", "a.b\n", "\N{EURO SIGN}", "a,b"],
 )
 def test_a_bad_pattern_is_refused(pattern: str) -> None:
-    """What could never match a type is refused when the module is imported, by its name."""
+    """A pattern that could never match a type is refused when the module is imported, with its text."""
     with pytest.raises(ValueError, match="expected an event type"):
         on(pattern)
 
 
 @pytest.mark.parametrize("pattern", ["a", "a.b", "a.b.c", "a.*", "a.b.*", "*", "v2.core.x[y_z].up-dated"])
-def test_a_good_pattern_is_taken(pattern: str) -> None:
-    """Exact types, thin ones too, prefixes and the star."""
+def test_a_valid_pattern_is_accepted(pattern: str) -> None:
+    """Exact types (also thin ones), prefixes and the star are accepted."""
 
     @on(pattern)
     def function(event: Event, context: Context) -> None: ...
@@ -230,7 +230,7 @@ def test_a_good_pattern_is_taken(pattern: str) -> None:
 
 
 def test_on_without_a_type_is_refused() -> None:
-    """`@on()` and a bare `@on` say how to write it."""
+    """`@on()` and `@on` without a call are refused with a message that says how to write it."""
     with pytest.raises(TypeError, match="at least one event type"):
         on()
 
@@ -254,8 +254,8 @@ def test_a_wrong_signature_is_refused(function: Callable[..., Any]) -> None:
         on("a.b")(function)
 
 
-def test_defaults_and_stars_fit() -> None:
-    """Any signature that (event, context) fits is fine."""
+def test_defaults_and_stars_are_accepted() -> None:
+    """Any signature that can be called with (event, context) is accepted."""
 
     def with_default(event: Event, context: Context, more: int = 1) -> None: ...
     def with_stars(*arguments: Any) -> None: ...
@@ -274,7 +274,7 @@ async def generates_async(event: Event, context: Context) -> AsyncIterator[str]:
 
 @pytest.mark.parametrize("function", [generates, generates_async])
 def test_a_generator_is_refused(function: Callable[..., Any]) -> None:
-    """Calling a generator runs none of its code: such a handler would be `processed` without having done a thing."""
+    """A generator is refused: calling it runs none of its code, and the event would count as `processed`."""
     with pytest.raises(TypeError, match=f"{function.__name__}: a handler returns its action, it does not yield"):
         on("a.b")(function)
 
@@ -283,7 +283,7 @@ def test_a_generator_is_refused(function: Callable[..., Any]) -> None:
 
 
 class Unreachable:
-    """A transaction that nobody may use."""
+    """A transaction that must not be used."""
 
     @property
     def connection(self) -> AsyncConnection:
@@ -299,19 +299,19 @@ def context(*, seconds: float) -> Context:
     return Context(event, 1, Unreachable(), loop, loop.time() + seconds)
 
 
-async def test_execute_on_the_loops_own_thread_is_refused() -> None:
-    """It would wait for itself for ever; the hint says what an async handler does instead."""
-    with pytest.raises(HandlerRuleBroken, match=r"an async one awaits context\.connection\.execute\(\)"):
+async def test_execute_on_the_loops_thread_is_refused() -> None:
+    """On the event loop's thread `execute` would block for ever; it raises, and says what an async handler awaits."""
+    with pytest.raises(HandlerRuleBroken, match=r"an async handler awaits context\.connection\.execute\(\)"):
         context(seconds=30).execute(text("SELECT 1"))
 
 
 async def test_execute_after_the_deadline_is_refused() -> None:
-    """A thread that outlived its deadline reaches no connection, which may serve another handler by now."""
+    """A thread that outlives its deadline gets no connection, as it may belong to another handler by then."""
     late = context(seconds=-1)
-    with pytest.raises(TimeoutError, match="its transaction is gone"):
+    with pytest.raises(TimeoutError, match="its transaction was rolled back"):
         await asyncio.to_thread(late.execute, text("SELECT 1"))
 
 
 async def test_the_idempotency_key_is_the_events_id() -> None:
-    """The same key on every attempt, so that the far side can tell a repeat."""
+    """The idempotency key is the event's id, so that it is the same on every attempt."""
     assert context(seconds=30).idempotency_key == "evt_1"

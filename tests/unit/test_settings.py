@@ -1,4 +1,4 @@
-"""Settings: what is taken, what is refused, and that a refusal says everything except the value."""
+"""Settings: which values are accepted and refused, and that no message repeats a value."""
 
 import pickle
 import traceback
@@ -18,7 +18,7 @@ SECRETS = ("database_url", "redis_url", "stripe_webhook_secrets")
 
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No setting of whoever runs the tests."""
+    """Remove the settings of the environment that runs the tests."""
     for field in Settings.model_fields:
         monkeypatch.delenv(environment_name(field), raising=False)
 
@@ -40,7 +40,7 @@ def faults(monkeypatch: pytest.MonkeyPatch, **environment: str) -> tuple[str, ..
 
 
 def test_an_empty_environment_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing has to be set for a first run, and the numbers are those that protocol.md argues for."""
+    """A first run needs no setting, and the numbers are the documented defaults."""
     settings = load(monkeypatch)
     assert settings.embedded_database
     assert (settings.database_url, settings.redis_url, settings.stripe_webhook_secrets) == (None, None, ())
@@ -58,7 +58,7 @@ def test_an_empty_environment_is_enough(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_every_field_has_a_name_and_a_reason() -> None:
-    """Each setting is one variable of its own, described: the README's table is made of this."""
+    """Each setting has its own variable and a description, from which the README's table is generated."""
     names = [environment_name(field) for field in Settings.model_fields]
     assert len(set(names)) == len(names)
     assert all(field.description for field in Settings.model_fields.values())
@@ -67,13 +67,13 @@ def test_every_field_has_a_name_and_a_reason() -> None:
 
 
 def test_empty_variables_are_unset_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`DATABASE_URL=` in an env file means the default, not a broken URL."""
+    """An empty variable, as in `DATABASE_URL=` in an env file, is the default and not an invalid URL."""
     settings = load(monkeypatch, DATABASE_URL="", REDIS_URL="", FIRSTCLAIM_LEASE_SECONDS="")
     assert settings == Settings()
 
 
 def test_lists_are_comma_separated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several secrets while one is rolled, several handler modules; spaces around the comma do not count."""
+    """Secrets and handler modules are comma separated, and spaces around the comma are ignored."""
     settings = load(
         monkeypatch, STRIPE_WEBHOOK_SECRETS="whsec_a, whsec_b", FIRSTCLAIM_HANDLERS="shop.handlers, shop.more"
     )
@@ -85,7 +85,7 @@ def test_lists_are_comma_separated(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_fault_at_once_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One run tells all of it: each fault in a line that begins with its variable."""
+    """All faults are reported at once, each in a line that begins with its variable."""
     found = faults(
         monkeypatch,
         DATABASE_URL=f"mysql://root:{CANARY}@db/shop",
@@ -109,7 +109,7 @@ def test_every_fault_at_once_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("field", sorted(set(Settings.model_fields) - {"handlers", "data_dir", "redis_prefix"}))
 def test_no_fault_repeats_its_value(monkeypatch: pytest.MonkeyPatch, field: str) -> None:
-    """Whatever variable a password was pasted into by mistake, the message names the variable only."""
+    """If a password is set in the wrong variable, the message names only the variable."""
     name = environment_name(field)
     value = f"{CANARY},{CANARY} x" if field == "stripe_webhook_secrets" else f"://{CANARY}"
     secret = {"STRIPE_WEBHOOK_SECRETS": "whsec_a"} if field == "database_url" else {}
@@ -132,7 +132,7 @@ def test_no_fault_repeats_its_value(monkeypatch: pytest.MonkeyPatch, field: str)
     ],
 )
 def test_a_bad_postgres_url_keeps_its_password(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """However a DATABASE_URL is broken, also by an unescaped character of its password, it is not repeated."""
+    """The message about an invalid DATABASE_URL never repeats its password, also with unescaped characters in it."""
     [fault] = faults(monkeypatch, DATABASE_URL=url, STRIPE_WEBHOOK_SECRETS="whsec_a")
     assert fault.startswith("DATABASE_URL: ")
 
@@ -152,13 +152,13 @@ def test_a_bad_postgres_url_keeps_its_password(monkeypatch: pytest.MonkeyPatch, 
     ],
 )
 def test_a_bad_redis_url_keeps_its_password(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    """However a REDIS_URL is broken, also by an unescaped character of its password, it is not repeated."""
+    """The message about an invalid REDIS_URL never repeats its password, also with unescaped characters in it."""
     [fault] = faults(monkeypatch, REDIS_URL=url)
     assert fault.startswith("REDIS_URL: ")
 
 
 def test_settings_never_show_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither repr, str, nor a JSON dump of good settings has a password or a signing secret in it."""
+    """The repr, the str and the JSON dump of valid settings hold no password, key or signing secret."""
     settings = load(
         monkeypatch,
         DATABASE_URL=f"postgresql://u:{CANARY}@h/db",
@@ -174,14 +174,14 @@ def test_settings_never_show_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("secrets", ["whsec_a,", ",whsec_a", "whsec_a,,whsec_b", " ", ",", "whsec_a, ,whsec_b"])
 def test_a_blank_secret_is_refused(monkeypatch: pytest.MonkeyPatch, secrets: str) -> None:
-    """An empty secret would verify anything that anyone signs with it."""
+    """A blank secret is refused, because anybody could sign with it."""
     [fault] = faults(monkeypatch, STRIPE_WEBHOOK_SECRETS=secrets)
     assert fault.startswith("STRIPE_WEBHOOK_SECRETS: one of the secrets is blank")
 
 
 @pytest.mark.parametrize("secret", ["whsec_\N{EURO SIGN}", "whsec_a whsec_b"])
-def test_a_garbled_secret_is_refused(monkeypatch: pytest.MonkeyPatch, secret: str) -> None:
-    """A secret that Stripe never issued would only show itself as signatures that never match."""
+def test_an_impossible_secret_is_refused(monkeypatch: pytest.MonkeyPatch, secret: str) -> None:
+    """A secret that Stripe cannot have issued is refused at the start: no signature would ever match it."""
     [fault] = faults(monkeypatch, STRIPE_WEBHOOK_SECRETS=secret)
     assert fault.startswith("STRIPE_WEBHOOK_SECRETS: a secret holds a space or a non-ASCII")
 
@@ -190,13 +190,13 @@ def test_a_garbled_secret_is_refused(monkeypatch: pytest.MonkeyPatch, secret: st
     "key", [f"pk_live_{CANARY}", f"whsec_{CANARY}", f"sk_{CANARY} ", f"sk_{CANARY}\n", "sk_\u20ac", " "]
 )
 def test_a_key_of_another_kind_is_refused(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-    """A publishable key, a signing secret, or a key with something around it would only be refused by Stripe."""
+    """A publishable key, a signing secret and a key with white space are refused, because Stripe would refuse them."""
     [fault] = faults(monkeypatch, STRIPE_API_KEY=key)
     assert fault.startswith("STRIPE_API_KEY: expected a secret key (sk_...) or a restricted one (rk_...)")
 
 
 def test_a_database_of_your_own_needs_your_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a DATABASE_URL a generated secret would verify nothing of Stripe's; a migration needs none."""
+    """A DATABASE_URL requires signing secrets, as a generated one would verify nothing; a migration needs none."""
     [fault] = faults(monkeypatch, DATABASE_URL="postgresql://h/db")
     assert fault.startswith("STRIPE_WEBHOOK_SECRETS is missing or blank")
     assert load_settings(receiving=False).stripe_webhook_secrets == ()
@@ -211,19 +211,19 @@ def test_a_database_of_your_own_needs_your_secret(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_a_misspelt_name_is_a_fault(monkeypatch: pytest.MonkeyPatch, name: str, suggestion: str) -> None:
-    """A setting that silently does nothing is refused, with the name that was meant."""
+    """A misspelt setting is refused, with the name that was probably meant."""
     assert faults(monkeypatch, **{name: CANARY}) == (f"{name} is not a setting; did you mean {suggestion}?",)
 
 
-def test_a_strange_name_is_a_fault_without_a_guess(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No suggestion is made up where none is near; names without our prefix are nobody's business."""
+def test_an_unknown_name_is_a_fault_without_a_suggestion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unknown setting that resembles no other gets no suggestion, and names without our prefix are ignored."""
     found = faults(monkeypatch, FIRSTCLAIM_="1", FIRSTCLAIM_QQQQQQQQQQQQQQQQQQQQ="1", LEASE_SECONDS="1")
     assert found == ("FIRSTCLAIM_ is not a setting", "FIRSTCLAIM_QQQQQQQQQQQQQQQQQQQQ is not a setting")
 
 
 @pytest.mark.parametrize("modules", ["shop handlers", "shop/handlers.py", "shop..handlers", "shop.handlers,", "1shop"])
 def test_a_handler_module_is_a_dotted_name(monkeypatch: pytest.MonkeyPatch, modules: str) -> None:
-    """A path or a stray comma is caught before anything is imported."""
+    """A path or an extra comma in FIRSTCLAIM_HANDLERS is refused before anything is imported."""
     [fault] = faults(monkeypatch, FIRSTCLAIM_HANDLERS=modules)
     assert fault.startswith("FIRSTCLAIM_HANDLERS: not a dotted module name")
 
@@ -240,13 +240,13 @@ def test_a_handler_module_is_a_dotted_name(monkeypatch: pytest.MonkeyPatch, modu
     ],
 )
 def test_numbers_must_agree(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], named: str) -> None:
-    """Each relation between two numbers that the protocol rests on is checked, both named."""
+    """Each relation between settings that the protocol depends on is checked, and the message names them."""
     [fault] = faults(monkeypatch, **environment)
     assert named in fault
 
 
 def test_relations_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Faults between settings do not hide one another either."""
+    """Faults between settings are reported together, and beside the faults of single settings."""
     found = faults(
         monkeypatch, FIRSTCLAIM_LEASE_SECONDS="31", FIRSTCLAIM_DRAIN_SECONDS="40", DATABASE_URL="postgres://"
     )
@@ -270,7 +270,7 @@ def test_relations_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_a_number_out_of_range_is_refused(monkeypatch: pytest.MonkeyPatch, field: str, wrong: str) -> None:
-    """A limit of 0 that would switch a check off, an infinite one, or one beyond reason never gets in."""
+    """A number out of range is refused: a limit of 0 that disables a check, an infinite one, an unreasonable one."""
     [fault] = faults(monkeypatch, **{environment_name(field): wrong})
     assert fault.startswith(environment_name(field) + ": ")
 
@@ -279,7 +279,7 @@ def test_a_number_out_of_range_is_refused(monkeypatch: pytest.MonkeyPatch, field
 
 
 @pytest.mark.parametrize(
-    ("given", "taken"),
+    ("given", "converted"),
     [
         ("postgresql://u:p@h:5433/db", "postgresql://u:p@h:5433/db"),
         ("postgres://u:p@h/db", "postgresql://u:p@h/db"),
@@ -293,9 +293,9 @@ def test_a_number_out_of_range_is_refused(monkeypatch: pytest.MonkeyPatch, field
         ("postgresql://[::1]:5432/db", "postgresql://[::1]:5432/db"),
     ],
 )
-def test_postgres_addresses(given: str, taken: str) -> None:
-    """Both schemes, a driver suffix, a unix socket; what only libpq understands is dropped, the rest is kept."""
-    assert postgres_dsn(given) == taken
+def test_postgres_addresses(given: str, converted: str) -> None:
+    """Both schemes, a driver suffix and a unix socket are accepted; only parameters of libpq alone are dropped."""
+    assert postgres_dsn(given) == converted
 
 
 @pytest.mark.parametrize(
@@ -312,13 +312,13 @@ def test_postgres_addresses(given: str, taken: str) -> None:
     ],
 )
 def test_postgres_addresses_that_are_refused(given: str, named: str) -> None:
-    """What cannot be, or cannot work, says what was expected instead of failing at the first connection."""
+    """An invalid or unsupported Postgres URL is refused with what is expected, before the first connection."""
     with pytest.raises(ValueError, match=named):
         postgres_dsn(given)
 
 
 @pytest.mark.parametrize(
-    ("given", "taken"),
+    ("given", "converted"),
     [
         ("redis://:p@h:6380/2", "redis://:p@h:6380/2"),
         ("rediss://u:p@h?ssl_cert_reqs=required", "rediss://u:p@h?ssl_cert_reqs=required"),
@@ -330,9 +330,9 @@ def test_postgres_addresses_that_are_refused(given: str, named: str) -> None:
         (" redis://h\n", "redis://h"),
     ],
 )
-def test_redis_addresses(given: str, taken: str) -> None:
-    """Redis, TLS and unix sockets, and Valkey's own names for the same."""
-    assert redis_url(given) == taken
+def test_redis_addresses(given: str, converted: str) -> None:
+    """URLs for TCP, TLS and unix sockets are accepted, also with Valkey's schemes."""
+    assert redis_url(given) == converted
 
 
 @pytest.mark.parametrize(
@@ -358,13 +358,13 @@ def test_redis_addresses(given: str, taken: str) -> None:
     ],
 )
 def test_redis_addresses_that_are_refused(given: str, named: str) -> None:
-    """What the lock does not support is refused by its name, so that nobody debugs a connection instead."""
+    """An unsupported Redis URL is refused with an error that names the reason, before the first connection."""
     with pytest.raises(ValueError, match=named):
         redis_url(given)
 
 
 @pytest.mark.parametrize(
-    ("given", "taken"),
+    ("given", "converted"),
     [
         ("https://api.stripe.com", "https://api.stripe.com"),
         (" https://stripe.internal:8443/mock/ ", "https://stripe.internal:8443/mock"),
@@ -373,52 +373,52 @@ def test_redis_addresses_that_are_refused(given: str, named: str) -> None:
         ("http://[::1]:12111", "http://[::1]:12111"),
     ],
 )
-def test_stripe_addresses(given: str, taken: str) -> None:
-    """Stripe's own, a mock's on this machine, and what the library would join wrongly put right."""
-    assert stripe_base(given) == taken
+def test_stripe_addresses(given: str, converted: str) -> None:
+    """Stripe's address and a mock's on the loopback are accepted, and a trailing slash is removed."""
+    assert stripe_base(given) == converted
 
 
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ("http://api.stripe.com", "the API key goes there"),
-        ("http://127.0.0.1.example.com", "the API key goes there"),
-        ("ftp://127.0.0.1", "the API key goes there"),
-        ("https://", "expected scheme, host"),
-        ("https://api.stripe.com?x=1", "expected scheme, host"),
-        ("https://me:pw@api.stripe.com", "expected scheme, host"),
+        ("http://api.stripe.com", "the API key is sent there"),
+        ("http://127.0.0.1.example.com", "the API key is sent there"),
+        ("ftp://127.0.0.1", "the API key is sent there"),
+        ("https://", "expected a scheme, a host"),
+        ("https://api.stripe.com?x=1", "expected a scheme, a host"),
+        ("https://me:pw@api.stripe.com", "expected a scheme, a host"),
         ("api.stripe.com", "not a URL"),
         ("https://api.stripe.com:port", "not a URL"),
     ],
 )
 def test_stripe_addresses_that_are_refused(given: str, named: str) -> None:
-    """No key goes over a network in the clear, or to what is no address."""
+    """An address is refused if the key would be sent unencrypted over a network, or if it is not a URL."""
     with pytest.raises(ValueError, match=named):
         stripe_base(given)
 
 
-# -- as a value ---------------------------------------------------------------------------------------
+# -- the settings object ------------------------------------------------------------------------------
 
 
 def test_settings_are_frozen() -> None:
-    """What was checked together stays as it was checked."""
+    """Settings cannot be changed after they were checked together."""
     settings = Settings()
     with pytest.raises(ValidationError, match="frozen"):
         settings.lease_seconds = 1  # type: ignore[misc]
 
 
 def test_settings_survive_pickling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker process gets them by pickle, secrets included."""
+    """Settings can be pickled for a worker process, including their secrets."""
     settings = load(monkeypatch, DATABASE_URL="postgresql://h/db", STRIPE_WEBHOOK_SECRETS="whsec_a")
     copy = pickle.loads(pickle.dumps(settings))  # noqa: S301
     assert copy == settings
     assert copy.stripe_webhook_secrets == (SecretStr("whsec_a"),)
 
 
-def test_what_is_handed_in_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A test or an embedding application can set a field by its own name, and is checked all the same."""
+def test_arguments_override_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test or an embedding application can set a field by its name, and the value is checked too."""
     monkeypatch.setenv("FIRSTCLAIM_LEASE_SECONDS", "9")
-    handed_in: dict[str, Any] = {"lease_seconds": 8}
-    assert Settings(**handed_in).lease_seconds == 8
+    arguments: dict[str, Any] = {"lease_seconds": 8}
+    assert Settings(**arguments).lease_seconds == 8
     with pytest.raises(ValidationError, match="extra"):
         Settings(lease_second=8)  # type: ignore[call-arg]

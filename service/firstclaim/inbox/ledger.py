@@ -225,7 +225,7 @@ class Ledger:
             limit=limit,
             most=self._abandoned_most,
             first=self._backoff.first_seconds,
-            longest=self._backoff.most_seconds,
+            longest=self._backoff.max_seconds,
         )
         return [(row["event_id"], Status(row["status"]), row["abandoned"]) for row in rows]
 
