@@ -30,4 +30,9 @@ def thousands(number: int) -> str:
 
 def number_of_events(number: int) -> str:
     """A number of events: `1 event`, `12 events`."""
-    return "1 event" if number == 1 else f"{number} events"
+    return number_of(number, "event", "events")
+
+
+def number_of(number: int, singular: str, plural: str) -> str:
+    """A number with its noun, or with its noun and verb: `1 event is`, `12 events are`."""
+    return f"{number} {singular if number == 1 else plural}"

@@ -51,7 +51,7 @@ async def test_a_dead_event_is_found_understood_and_replayed(
     assert [each["event_id"] for each in objects(await command("events", "list", "--json"))] == [good.id, event.id]
 
     run = await command("events", "show", event.id)
-    run.shows(event.id, "invoice.payment_failed", "received", "attempt 1 dead after", "Permanent: never")
+    run.shows(event.id, "invoice.payment_failed", "received", "attempt 1", "dead after", "Permanent: never")
     assert "metadata" not in run.output  # the payload only when asked for
     [shown] = objects(await command("events", "show", event.id, "--payload", "--json"))
     assert shown["payload"].encode() == event.body  # the very bytes: numbers are not rounded on the way
@@ -62,13 +62,13 @@ async def test_a_dead_event_is_found_understood_and_replayed(
 
     run = await command("events", "replay", "--status", "dead", "--dry-run")
     assert run.code == 0, run.output
-    run.shows("1 event: 1 dead")
+    run.shows("1 event selected: 1 dead")
     await sandbox.settled(event, Status.DEAD)
 
     fixed.touch()
     run = await command("events", "replay", event.id, "--count", "1", "--wait")
     assert run.code == 0, run.output
-    run.shows("1 event replayed: due now", "1 completed")
+    run.shows("1 event is due now", "1 completed")
     row = await sandbox.settled(event)
     assert (row.status, row.counts) == (Status.COMPLETED, (2, 0, 0))
     [shown] = objects(await command("events", "show", event.id, "--json"))
@@ -99,10 +99,10 @@ async def test_what_may_not_be_replayed(sandbox: Sandbox, command: Command, tmp_
     await sandbox.settled(held, Status.PROCESSING)
     for arguments, words in (
         (["evt_unknown", done.id], ["not in the ledger", "evt_unknown"]),
-        ([done.id], ["1 of them are completed", "--force", "second time"]),
+        ([done.id], ["1 event is completed", "--force", "second time"]),
         ([held.id], ["being handled right now"]),
         (["--status", "processing"], ["being handled right now"]),
-        (["--status", "dead"], ["0 events: none"]),
+        (["--status", "dead"], ["0 events selected"]),
     ):
         run = await command("events", "replay", *arguments, "--count", "1")
         assert run.code == 1, run.output
@@ -160,12 +160,12 @@ async def test_what_cannot_be_handled_is_not_replayed(sandbox: Sandbox, command:
     async with sandbox.locked(event):
         run = await command("events", "replay", event.id, "--count", "1", "--wait")
         assert run.code == 1, run.output
-        run.shows("0 events replayed: due now", "1 not replayed, because they changed meanwhile or are locked")
+        run.shows("0 events are due now", "1 event not replayed: changed in the meantime, or locked")
     await sandbox.fetch("DELETE FROM stripe_event_payloads")
     for arguments in ([event.id], ["--status", "ignored"]):
         run = await command("events", "replay", *arguments, "--count", "1", "--wait")
         assert run.code == 1, run.output
-        run.shows("0 events: none", "1 more cannot be replayed: their payloads have been pruned")
+        run.shows("0 events selected", "1 more event cannot be replayed: the payload was pruned")
 
 
 async def test_old_events_are_pruned(sandbox: Sandbox, command: Command) -> None:
@@ -177,11 +177,11 @@ async def test_old_events_are_pruned(sandbox: Sandbox, command: Command) -> None
         sandbox.waived.add(event.id)
     await sandbox.fetch("UPDATE stripe_events SET settled_at = now() - interval '500 days' WHERE event_id = $1", old.id)
     run = await command("events", "prune", "--dry-run")
-    run.shows("would delete 1 events with their payloads, and 0 payloads more")
+    run.shows("would delete 1 event with its payload, and 0 payloads of other events")
     assert await sandbox.row(old) is not None
     run = await command("events", "prune")
     assert run.code == 0, run.output
-    run.shows("deleted 1 events with their payloads, and 0 payloads more")
+    run.shows("deleted 1 event with its payload, and 0 payloads of other events")
     assert await sandbox.row(old) is None
     assert await sandbox.row(young) is not None
 

@@ -67,12 +67,12 @@ async def test_a_lost_ledger_is_repaired(sandbox: Sandbox, command: Command, api
 
     run = await command("reconcile", "--since", "3d", "--dry-run")
     assert run.code == 0, run.output
-    run.shows("9 events found at Stripe: 2 already here, 7 would be recorded")
+    run.shows("9 events listed by Stripe: 2 already in the ledger, 7 would be recorded")
     assert await sandbox.rows() == 2
 
     run = await command("reconcile", "--since", "3d")
     assert run.code == 0, run.output
-    run.shows("9 events found at Stripe: 2 already here, 7 recorded")
+    run.shows("9 events listed by Stripe: 2 already in the ledger, 7 recorded")
     for event in events:
         row = await sandbox.settled(event)
         assert row.counts == (1, 0, 0)
@@ -126,7 +126,7 @@ async def test_an_interrupted_run_is_run_again(sandbox: Sandbox, command: Comman
         running.interrupt()
         run = await running.wait_for_exit()
     assert run.code != 0
-    run.shows("not finished: run it again, nothing is recorded twice")
+    run.shows("The run is incomplete: repeat it, no event is recorded twice.")
 
     api.on_page = None
     last = told(await command("reconcile", "--since", "2d", "--json"))
@@ -162,7 +162,9 @@ async def test_an_event_that_is_none_is_named(sandbox: Sandbox, command: Command
         add(api, event)
     run = await command("reconcile", "--since", "1h", "--json")
     content = told(run, 1)
-    run.shows('evt_broken is not recorded, it would be refused as a delivery too: "livemode" must be true or false')
+    run.shows(
+        "evt_broken was not recorded, because its delivery would be rejected too", '"livemode" must be true or false'
+    )
     assert (content["recorded"], content["refused"], content["complete"]) == (1, 1, True)
     assert content["refusals"] == [{"event_id": "evt_broken", "reason": '"livemode" must be true or false'}]
     assert await sandbox.row(good) is not None
@@ -187,5 +189,5 @@ async def test_nothing_says_the_key_or_a_payload(command: Command, api: StripeAp
         run = await command("reconcile", "--since", "1s", **loud)
         assert run.code == code, run.output
         assert_silent(run.output)
-    run.shows("2 events found at Stripe: 0 already here, 1 recorded, 1 refused")
+    run.shows("2 events listed by Stripe: 0 already in the ledger, 1 recorded, 1 refused")
     assert api.keys == {f"Bearer {API_KEY}"}

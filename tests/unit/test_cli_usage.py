@@ -79,7 +79,7 @@ def assert_refused(outcome: tuple[int, str], *words: str, code: int = USAGE) -> 
         (["list", "--limit", "0"], ["--limit"]),
         (["list", "--type", ""], ["--type", "printable characters"]),
         (["show", "evt_\n"], ["printable characters"]),
-        (["replay"], ["name events by id"]),
+        (["replay"], ["select events by id"]),
         (["prune", "--row-days", "34"], ["--row-days", "35"]),
         (["prune", "--payload-days", "99999999999"], ["--payload-days", "36500"]),
     ],

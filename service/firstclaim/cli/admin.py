@@ -11,7 +11,7 @@ from firstclaim.cli.terminal import out
 
 
 def admin_password() -> None:
-    """Ask for a password, and print the hash that stands for it in FIRSTCLAIM_ADMIN_PASSWORD."""
+    """Prompt for a password, and print its hash for FIRSTCLAIM_ADMIN_PASSWORD."""
     from firstclaim.passwords import make_hash
 
     password: str = typer.prompt("Password", hide_input=True, confirmation_prompt=True, err=True)
@@ -22,11 +22,11 @@ def admin_password() -> None:
 
 
 def dashboard(
-    print_it: Annotated[bool, typer.Option("--print", help="Print it, to be imported by Grafana.")] = False,
-    alerts: Annotated[bool, typer.Option("--alerts", help="The alert rules, for Prometheus, instead.")] = False,
+    print_it: Annotated[bool, typer.Option("--print", help="Print it. Required: nothing is installed.")] = False,
+    alerts: Annotated[bool, typer.Option("--alerts", help="The Prometheus alert rules instead.")] = False,
 ) -> None:
-    """The Grafana dashboard that ships with this service, or its Prometheus alert rules."""
+    """Print the Grafana dashboard of this service as JSON to import, or its Prometheus alert rules."""
     if not print_it:
-        raise typer.BadParameter("say --print: nothing is installed anywhere")
+        raise typer.BadParameter("add --print: the command can only print")
     name = "alerts.yaml" if alerts else "dashboard.json"
     out.file.write(resources.files("firstclaim").joinpath("observability", name).read_text())

@@ -1,4 +1,4 @@
-"""The commands of `firstclaim`, put together."""
+"""All commands of `firstclaim`, put together."""
 
 from importlib.metadata import version
 from typing import Annotated
@@ -16,8 +16,8 @@ app = typer.Typer(
 )
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         out.print(f"firstclaim {version('firstclaim')}")
         raise typer.Exit
 
@@ -25,7 +25,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     _: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None: ...
 

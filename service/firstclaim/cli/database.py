@@ -1,50 +1,55 @@
-"""`firstclaim migrate`, `check` and `epoch rotate`: what concerns the stores as a whole."""
+"""`firstclaim migrate`, `check` and `epoch rotate`: the commands that concern the stores as a whole."""
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 import typer
 
-from firstclaim.cli.terminal import database, dsn_of, out, print_checks, read_settings, reported
+from firstclaim.cli.environment import database, dsn_of, operator, read_settings, run_on_ledger
+from firstclaim.cli.terminal import out, print_checks, reported
 
 if TYPE_CHECKING:
     from firstclaim.settings import Settings
 
-epoch = typer.Typer(no_args_is_help=True, help="The ledger's epoch, which every marker in Redis carries.")
+epoch = typer.Typer(no_args_is_help=True, help="The ledger's epoch, which every marker in Redis contains.")
 
 
 def migrate() -> None:
-    """Bring the database's schema up to date; safe to run from many places at once."""
+    """Migrate the database's schema to the newest revision. Any number of processes may do so at once."""
     with reported(), database() as settings:
-        bring_up_to_date(settings)
+        migrate_schema(settings)
 
 
 def check() -> None:
-    """Check configuration, handlers and both stores, a line each; changes nothing."""
+    """Check the configuration, the handlers and both stores, and print a line for each. Changes nothing.
+
+    Exit code 2 if the configuration or a handler module is invalid, 3 if another check fails.
+    """
+    import asyncio
+
     from firstclaim.embedded.data_folder import servers
     from firstclaim.server.preflight import Verdict, all_checks
 
     with reported(), servers(read_settings(), share=True) as settings:
-        found = asyncio.run(all_checks(settings))
-        print_checks(found)
-        if any(each.verdict is Verdict.FAIL for each in found):
-            raise typer.Exit(2 if any(each.fatal and each.name == "handlers" for each in found) else 3)
+        checks = asyncio.run(all_checks(settings))
+        print_checks(checks)
+        if any(each.verdict is Verdict.FAIL for each in checks):
+            raise typer.Exit(2 if any(each.fatal and each.name == "handlers" for each in checks) else 3)
 
 
 @epoch.command()
 def rotate() -> None:
-    """Invalidate all markers in Redis: the step after restoring the ledger from a backup."""
-    from firstclaim.cli.events import on, operator
-
+    """Invalidate all markers in Redis. Run it after the ledger was restored from a backup, before you serve."""
     with reported(), database() as settings:
-        before, after = asyncio.run(on(settings, lambda operations: operations.rotate_epoch(operator())))
-        out.print(f"epoch {before} -> {after}; running services notice within one recovery round", soft_wrap=True)
+        before, after = run_on_ledger(settings, lambda operations: operations.rotate_epoch(operator()))
+        out.print(f"epoch {before} -> {after}. Running services adopt it within one recovery round.", soft_wrap=True)
 
 
-def bring_up_to_date(settings: Settings) -> None:
-    """Migrate, and print from which revision to which."""
+def migrate_schema(settings: Settings) -> None:
+    """Migrate, and print the revisions before and after."""
+    import asyncio
+
     from firstclaim.migrations import schema
 
     before, after = asyncio.run(schema.migrate(dsn_of(settings), settings.postgres_timeout_seconds))

@@ -8,46 +8,56 @@ from typing import Annotated, Any
 
 import typer
 
-from firstclaim.cli.terminal import WEBHOOK_URL, arguments, dsn_of, out, read_settings, reported, signing_secret
+from firstclaim.cli.environment import dsn_of, read_settings, signing_secret
+from firstclaim.cli.options import WEBHOOK_URL
+from firstclaim.cli.terminal import invalid_arguments, out, reported
 
-_USERS_MOST = 900  # `firstclaim.loadtest.plan.IN_FLIGHT_MOST`, which a test compares: the help needs no load generator
+# `firstclaim.loadtest.plan.IN_FLIGHT_MOST`, which a test compares: the help needs no load generator.
+_USERS_MOST = 900
 
 
-def _percent(text: str) -> Any:
-    return typer.Option(min=0, max=100, metavar="PERCENT", help=text)
+def _percent(help_text: str) -> Any:
+    return typer.Option(min=0, max=100, metavar="PERCENT", help=help_text)
 
 
 def load(
-    url: Annotated[str, typer.Option(help="Where to.")] = WEBHOOK_URL,
-    users: Annotated[int, typer.Option(min=1, max=_USERS_MOST, help="Each has one event under way at a time.")] = 20,
-    rate: Annotated[float, typer.Option(min=0, help="Deliveries per second, of all users; 0: all they can.")] = 0,
-    duration: Annotated[float, typer.Option(min=0.1, help="Seconds.")] = 10,
+    url: Annotated[str, typer.Option(help="The webhook endpoint.")] = WEBHOOK_URL,
+    users: Annotated[
+        int, typer.Option(min=1, max=_USERS_MOST, help="Concurrent users; each sends one event at a time.")
+    ] = 20,
+    rate: Annotated[
+        float, typer.Option(min=0, help="Deliveries per second, of all users together. 0: as many as possible.")
+    ] = 0,
+    duration: Annotated[float, typer.Option(min=0.1, help="Seconds to send for.")] = 10,
     duplicates: Annotated[
-        float, _percent("Of the events, how many are sent a second time, 1 to 1000 events later.")
+        float, _percent("Share of the events that are sent a second time, 1 to 1000 events later.")
     ] = 20,
     concurrent_duplicates: Annotated[
-        float, _percent("Of the events, how many are sent as several copies, all in flight at the same instant.")
+        float, _percent("Share of the events that are sent as several copies, all in flight at the same instant.")
     ] = 50,
-    copies: Annotated[int, typer.Option(min=2, max=100, help="How many copies that is.")] = 5,
+    copies: Annotated[int, typer.Option(min=2, max=100, help="Number of those copies.")] = 5,
     types: Annotated[
         list[str] | None,
-        typer.Option("--type", help="An event type; again for more.", show_default="all with templates"),
+        typer.Option("--type", help="An event type. Repeat it for more.", show_default="all that have a template"),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Decides the sequence of events.", show_default="random")] = None,
+    seed: Annotated[int | None, typer.Option(help="Determines the sequence of events.", show_default="random")] = None,
     secret: Annotated[str, typer.Option(help="Signing secret.", show_default="the one that serve uses here")] = "",
     database_url: Annotated[
-        str, typer.Option(help="Postgres for the verdict.", show_default="the one that serve uses here")
+        str, typer.Option(help="The service's Postgres, for the verdict.", show_default="the one that serve uses here")
     ] = "",
-    settle: Annotated[float, typer.Option(min=0, help="Seconds that unfinished events are given at the end.")] = 60,
+    settle: Annotated[float, typer.Option(min=0, help="Seconds to wait at the end for unfinished events.")] = 60,
     html: Annotated[Path | None, typer.Option(help="Write locust's report, with charts, to this file.")] = None,
 ) -> None:
-    """Load a service with signed events of mixed types, and judge what became of each.
+    """Send signed events of mixed types to a service, and report the outcome of each event.
 
-    For the verdict it has to run with FIRSTCLAIM_HANDLERS=firstclaim.handlers.load_probe. An event may be drawn both
-    for a second time and for several copies; second times that would come after the end are left out. At a fixed rate,
-    latency counts from the instant at which a delivery was due.
+    For the verdict the service must run with
+    FIRSTCLAIM_HANDLERS=firstclaim.handlers.load_probe.
 
-    Exit code 1 if an event was lost or doubled, is not settled in time, or if none was accepted.
+    An event may be drawn both for a second time and for several copies.
+    A second time that would come after the end is left out.
+    At a fixed rate, latency counts from the time at which a delivery was due.
+
+    Exit code 1 if an event was lost or doubled, if one is not settled in time, or if none was accepted.
     """
     from firstclaim.embedded.data_folder import running_database
     from firstclaim.loadtest import runner
@@ -71,7 +81,7 @@ def load(
             html=None if html is None else str(html.resolve()),
         )
         if database_url:
-            with arguments():
+            with invalid_arguments():
                 dsn: str | None = postgres_dsn(database_url)
         else:
             dsn = dsn_of(settings) if settings.database_url else running_database(settings)

@@ -1,20 +1,21 @@
 """`firstclaim reconcile`: parses, calls `firstclaim.operations.reconcile`, prints; decides nothing.
 
-`--json` prints one JSON object, also when the run did not come to its end; fields may be added, none is renamed. Exit
-codes: 0 done · 1 the answer is no (Stripe does not take the key, or sent an event that is none) · 2 the command line
-or a setting is wrong · 3 Postgres or Stripe is away. 3, not 1, for Stripe: trying again later is all there is to do.
+`--json` prints one JSON object, also when the run was interrupted; fields may be added, none is renamed. Exit codes:
+0 success · 1 negative result (Stripe refuses the key, or listed an invalid event) · 2 the command line or a setting is
+wrong · 3 Postgres or Stripe is unreachable. 3, not 1, for Stripe: the only thing to do is to try again later.
 """
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from firstclaim.cli.events import AsJson, duration, on, operator, print_json
-from firstclaim.cli.terminal import database, fail, out, reported
+from firstclaim.cli.environment import database, operator, run_on_ledger
+from firstclaim.cli.options import AsJson, duration
+from firstclaim.cli.terminal import fail, out, print_json, reported
 from firstclaim.errors import ConfigurationError
+from firstclaim.formatting import number_of_events
 from firstclaim.operations.limits import LISTED_DAYS_MOST
 from firstclaim.progress import progress_bar
 
@@ -25,12 +26,10 @@ if TYPE_CHECKING:
 
 
 def _since(text: str) -> int:
-    """Seconds; raises a usage error."""
+    """Seconds. Raises a usage error."""
     seconds = int(duration(text))
     if not 0 < seconds <= LISTED_DAYS_MOST * 86_400:
-        raise typer.BadParameter(
-            f"expected more than nothing and at most {LISTED_DAYS_MOST}d: Stripe lists no older events"
-        )
+        raise typer.BadParameter(f"expected more than 0 and at most {LISTED_DAYS_MOST}d: Stripe lists no older events")
     return seconds
 
 
@@ -38,21 +37,23 @@ def reconcile(
     since: Annotated[
         int,
         typer.Option(
-            parser=_since, metavar="90s|15m|2h|3d", help=f"From how long ago on; at most {LISTED_DAYS_MOST}d."
+            parser=_since, metavar="90s|15m|2h|3d", help=f"How far back to start; at most {LISTED_DAYS_MOST}d."
         ),
     ],
     undelivered: Annotated[
-        bool, typer.Option("--undelivered", help="Only what Stripe could not deliver to all endpoints, or not yet.")
+        bool,
+        typer.Option("--undelivered", help="Only events that Stripe has not delivered to all endpoints."),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say how many are missing, and change nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print how many are missing, and change nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Record what Stripe's list of events has and the ledger has not; running services take it up, oldest first.
+    """Record the events that Stripe lists and the ledger lacks. Running services handle them, oldest first.
 
-    Needs DATABASE_URL, and STRIPE_API_KEY with the permission to read Events. After a lost ledger the full list is the
-    repair; --undelivered is for an outage of the endpoint.
+    Needs DATABASE_URL, and STRIPE_API_KEY with the permission to read Events.
 
-    To resume a run that was interrupted, give the same command again: what it recorded is already here then.
+    After the ledger was lost, reconcile the full list. After an outage of the endpoint, --undelivered is enough.
+
+    To resume an interrupted run, repeat the command: what it recorded is in the ledger then.
     """
     from firstclaim.operations.reconcile import ReconcileOptions, ReconcileProgress, Reconciliation
     from firstclaim.operations.stripe_api import StripeEvents
@@ -73,19 +74,19 @@ def reconcile(
                     give_up_seconds=settings.give_up_seconds,
                 )
                 progress = run.progress
-                with progress_bar(out, "reconciling, percent", 100) as bar:
+                with progress_bar(out, "percent reconciled", 100) as bar:
                     async for _ in run.run(operator(), dry_run=dry_run):
                         bar.update(int(100 * progress.covered))
 
         complete = False
         try:
-            asyncio.run(on(settings, work))
+            run_on_ledger(settings, work)
             complete = True
-        finally:  # what was recorded stays, whatever ended the run, and is said
+        finally:  # what was recorded stays recorded, however the run ended: print it
             if as_json:
                 print_json(_fields(progress, complete=complete, dry_run=dry_run))
             elif complete or progress.found:
-                out.print(_words(progress, complete=complete, dry_run=dry_run), soft_wrap=True)
+                out.print(_summary(progress, complete=complete, dry_run=dry_run), soft_wrap=True)
         if progress.refused_events:
             fail("\n".join(_refusals(progress)), 1)
 
@@ -98,12 +99,13 @@ def _key(settings: Settings) -> str:
     return settings.stripe_api_key.get_secret_value()
 
 
-def _words(progress: ReconcileProgress, *, complete: bool, dry_run: bool) -> str:
-    did = f"{progress.missing} would be recorded" if dry_run else f"{progress.recorded} recorded"
-    said = f"{progress.found} events found at Stripe: {progress.already_here} already here, {did}"
+def _summary(progress: ReconcileProgress, *, complete: bool, dry_run: bool) -> str:
+    recorded = f"{progress.missing} would be recorded" if dry_run else f"{progress.recorded} recorded"
+    parts = [f"{progress.already_here} already in the ledger", recorded]
     if progress.refused_events:
-        said += f", {progress.refused_events} refused"
-    return said if complete else f"{said}; not finished: run it again, nothing is recorded twice"
+        parts.append(f"{progress.refused_events} refused")
+    summary = f"{number_of_events(progress.found)} listed by Stripe: {', '.join(parts)}"
+    return summary if complete else f"{summary}. The run is incomplete: repeat it, no event is recorded twice."
 
 
 def _fields(progress: ReconcileProgress, *, complete: bool, dry_run: bool) -> dict[str, Any]:
@@ -111,7 +113,7 @@ def _fields(progress: ReconcileProgress, *, complete: bool, dry_run: bool) -> di
         "found": progress.found,
         "already_here": progress.already_here,
         "recorded": progress.recorded,
-        "missing": progress.missing - progress.recorded,  # a dry run leaves it so
+        "missing": progress.missing - progress.recorded,  # after a dry run all of them are still missing
         "refused": progress.refused_events,
         "refusals": [{"event_id": event_id, "reason": reason} for event_id, reason in progress.refused],
         "dry_run": dry_run,
@@ -121,8 +123,8 @@ def _fields(progress: ReconcileProgress, *, complete: bool, dry_run: bool) -> di
 
 def _refusals(progress: ReconcileProgress) -> list[str]:
     lines = [
-        f"{event_id} is not recorded, it would be refused as a delivery too: {why}"
-        for event_id, why in progress.refused
+        f"{event_id} was not recorded, because its delivery would be rejected too: {reason}"
+        for event_id, reason in progress.refused
     ]
     more = progress.refused_events - len(lines)
     return [*lines, f"and {more} more"] if more else lines

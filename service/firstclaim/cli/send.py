@@ -1,31 +1,37 @@
-"""`firstclaim send`: one signed event, in as many copies as asked."""
+"""`firstclaim send`: one signed event, in any number of copies."""
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from firstclaim.cli.terminal import WEBHOOK_URL, arguments, out, reported, signing_secret
+from firstclaim.cli.environment import signing_secret
+from firstclaim.cli.options import WEBHOOK_URL
+from firstclaim.cli.terminal import invalid_arguments, out, reported
 from firstclaim.progress import progress_bar
 
 
 def send(
     event_type: Annotated[str, typer.Argument(metavar="TYPE", help="Event type, e.g. invoice.payment_failed.")] = "",
-    copies: Annotated[int, typer.Option(min=1, max=10_000, help="Copies, all in flight at once.")] = 1,
-    url: Annotated[str, typer.Option(help="Where to.")] = WEBHOOK_URL,
-    event_id: Annotated[str, typer.Option("--id", help="Event id; default: a fresh one.")] = "",
-    file: Annotated[Path | None, typer.Option(help="Send this event instead of a template.")] = None,
+    copies: Annotated[int, typer.Option(min=1, max=10_000, help="Number of copies, up to 200 in flight at once.")] = 1,
+    url: Annotated[str, typer.Option(help="The webhook endpoint.")] = WEBHOOK_URL,
+    event_id: Annotated[str, typer.Option("--id", help="Event id. Default: a new one.")] = "",
+    file: Annotated[Path | None, typer.Option(help="Send the event in this JSON file instead of a template.")] = None,
 ) -> None:
-    """Sign and send an event as Stripe would; exit 1 if more than one copy was processed."""
+    """Sign an event as Stripe would, send it, and print the answers.
+
+    Exit code 1 if more than one copy was processed, or if none was answered with a 2xx.
+    """
+    import asyncio
+
     from firstclaim.sending import client, report
 
     if bool(event_type) == (file is not None):
-        raise typer.BadParameter("name an event TYPE, or give one with --file")
+        raise typer.BadParameter("give either an event TYPE, or a file with --file")
     with reported():
-        with arguments():
+        with invalid_arguments():
             client.check_url(url)
             body = _event(event_type, event_id, file)
         with progress_bar(out, "sending", copies) as bar:

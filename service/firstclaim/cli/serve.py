@@ -1,14 +1,14 @@
-"""`firstclaim serve`: parses, checks, starts the server, and says how to reach it."""
+"""`firstclaim serve`: parses, checks, starts the server, and prints its addresses."""
 
 from __future__ import annotations
 
-import asyncio
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from firstclaim.cli.terminal import out, print_checks, read_settings, reported
+from firstclaim.cli.environment import read_settings
+from firstclaim.cli.terminal import out, print_checks, reported
 
 if TYPE_CHECKING:
     import socket
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
 def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8000,
-    workers: Annotated[int, typer.Option(min=1, max=64, help="Processes.")] = 1,
-    migrate: Annotated[bool, typer.Option("--migrate", help="Bring the schema up to date first.")] = False,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="Number of worker processes.")] = 1,
+    migrate: Annotated[bool, typer.Option("--migrate", help="Migrate the schema first, if it is outdated.")] = False,
 ) -> None:
-    """Serve POST /webhooks/stripe, /livez and /readyz until SIGTERM."""
+    """Receive deliveries at POST /webhooks/stripe until SIGTERM. Also serves /livez, /readyz and /metrics."""
+    import asyncio
+
     from firstclaim.app import create_app
-    from firstclaim.cli.database import bring_up_to_date
+    from firstclaim.cli.database import migrate_schema
     from firstclaim.embedded.data_folder import servers
     from firstclaim.server.preflight import Verdict, all_checks, refuse
     from firstclaim.server.runner import exit_on_signals, listen, run
@@ -34,18 +36,18 @@ def serve(
         exit_on_signals()
         listener = listen(host, port)
         with servers(settings) as ready:
-            found = asyncio.run(all_checks(ready, patient=True))
+            checks = asyncio.run(all_checks(ready, patient=True))
             if migrate or settings.embedded_database:
-                refuse([check for check in found if check.name != "schema"])
-                bring_up_to_date(ready)
-                found = asyncio.run(all_checks(ready))
-            refuse(found)
-            _greet(settings, ready, listener, workers)
-            print_checks([check for check in found if check.verdict is not Verdict.OK])
+                refuse([check for check in checks if check.name != "schema"])
+                migrate_schema(ready)
+                checks = asyncio.run(all_checks(ready))
+            refuse(checks)
+            _print_addresses(settings, ready, listener, workers)
+            print_checks([check for check in checks if check.verdict is not Verdict.OK])
             run(create_app, ready, listener, workers)
 
 
-def _greet(settings: Settings, ready: Settings, listener: socket.socket, workers: int) -> None:
+def _print_addresses(settings: Settings, ready: Settings, listener: socket.socket, workers: int) -> None:
     from firstclaim.web.webhook import WEBHOOK_PATH
 
     host, port = listener.getsockname()[:2]
@@ -57,11 +59,11 @@ def _greet(settings: Settings, ready: Settings, listener: socket.socket, workers
         "redis": "REDIS_URL" if settings.redis_url else "embedded Valkey",
     }
     if settings.admin_password is not None:
-        lines["page"] = f"http://{host}:{port}/admin"
+        lines["admin"] = f"http://{host}:{port}/admin"
     if not settings.stripe_webhook_secrets:
         secret = ready.stripe_webhook_secrets[0].get_secret_value()
-        lines["secret"] = f"{secret} (generated, kept in {settings.data_dir})"
+        lines["secret"] = f"{secret} (generated, stored in {settings.data_dir})"
         lines["try"] = "firstclaim send invoice.payment_failed --copies 20"
     out.print(f"firstclaim {version('firstclaim')}")
     for name, value in lines.items():
-        out.print(f"[bold]{name:10}[/]{value}", soft_wrap=True)  # a secret in two lines cannot be copied
+        out.print(f"[bold]{name:10}[/]{value}", soft_wrap=True)  # a secret that is wrapped cannot be copied

@@ -1,10 +1,10 @@
-"""What every command of the terminal has in common: where it prints, how it fails, and which database it asks."""
+"""What every command prints with, and how it fails: text, JSON lines, errors with an exit code."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, NoReturn
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -13,19 +13,18 @@ from rich.text import Text
 from firstclaim.errors import ConfigurationError, LedgerUnavailable, OperatorError
 
 if TYPE_CHECKING:
-    from firstclaim.server.preflight import Check
-    from firstclaim.settings import Settings
+    from rich.console import RenderableType
 
-WEBHOOK_URL = "http://127.0.0.1:8000/webhooks/stripe"  # where `serve` listens by default
+    from firstclaim.server.preflight import Check
 
 out = Console(highlight=False)
 if not out.is_terminal:
-    out.width = 10_000  # into a pipe or a file lines go whole
+    out.width = 10_000  # no line is wrapped in a pipe or a file
 
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Say what is wrong in sentences on standard error and exit with its code; a traceback helps no operator."""
+    """Print the errors of the block as sentences on standard error and exit with their code, without a traceback."""
     try:
         yield
     except OperatorError as error:
@@ -34,68 +33,51 @@ def reported() -> Iterator[None]:
         fail(f"Postgres: {error}", OperatorError.exit_code)
 
 
-def fail(message: str, code: int) -> NoReturn:
-    """On standard error, a line each."""
-    for line in message.splitlines():
-        typer.echo(f"firstclaim: {line}", err=True)
-    raise typer.Exit(code)
-
-
-def read_settings(*, receiving: bool = True) -> Settings:
-    """From the environment, the logs set up by them; `receiving`: also what only a receiver needs."""
-    from firstclaim.observability.logging import configure
-    from firstclaim.settings import load_settings
-
-    settings = load_settings(receiving=receiving)
-    configure(settings.log_format, settings.log_level)
-    return settings
-
-
 @contextmanager
-def database() -> Iterator[Settings]:
-    """For commands that ask Postgres alone: settings with its address, no Redis and no secret needed."""
-    from firstclaim.embedded.data_folder import servers
-
-    settings = read_settings(receiving=False)
-    with nullcontext(settings) if settings.database_url else servers(settings, share=True) as ready:
-        yield ready
-
-
-def dsn_of(settings: Settings) -> str:
-    """The database's address; raises `ConfigurationError` when there is none."""
-    if settings.database_url is None:
-        raise ConfigurationError(["DATABASE_URL is missing"])
-    return settings.database_url.get_secret_value()
-
-
-def signing_secret() -> str:
-    """The secret that `serve` uses here. Raises `ConfigurationError` when there is none yet."""
-    from firstclaim.embedded.data_folder import kept_secret
-
-    settings = read_settings()
-    if settings.stripe_webhook_secrets:
-        return settings.stripe_webhook_secrets[0].get_secret_value()
-    if (kept := kept_secret(settings)) is not None:
-        return kept
-    raise ConfigurationError(
-        [f"no signing secret: set STRIPE_WEBHOOK_SECRETS, or start `firstclaim serve` on {settings.data_dir} first"]
-    )
-
-
-@contextmanager
-def arguments() -> Iterator[None]:
-    """A `ValueError` in the block is about the command line."""
+def invalid_arguments() -> Iterator[None]:
+    """Treat a `ValueError` of the block as an error in the command line."""
     try:
         yield
     except ValueError as error:
         raise ConfigurationError([str(error)]) from error
 
 
-def print_checks(found: list[Check]) -> None:
-    """A line for each."""
+def fail(message: str, code: int) -> NoReturn:
+    """Print each line of the message on standard error, and exit."""
+    for line in message.splitlines():
+        typer.echo(f"firstclaim: {line}", err=True)
+    raise typer.Exit(code)
+
+
+def print_text(content: RenderableType) -> None:
+    """Print a table or text, never as markup: values from outside may look like it."""
+    if isinstance(content, str):
+        content = Text(content)
+    out.print(content, soft_wrap=isinstance(content, Text))
+
+
+def print_field(name: str, value: str, style: str = "") -> None:
+    """Print a name and its value in two columns."""
+    print_text(Text.assemble((f"{name:18}", "bold"), " ", (printable(value), style)))
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """Print an object on a line of its own."""
+    import orjson
+
+    out.file.write(orjson.dumps(content, option=orjson.OPT_NON_STR_KEYS).decode() + "\n")
+
+
+def print_checks(checks: list[Check]) -> None:
+    """Print a line for each check."""
     from firstclaim.server.preflight import Verdict
 
     colours = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "red"}
-    for each in found:
-        line = Text.assemble((f"{each.verdict:6}", colours[each.verdict]), f"{each.name:20} ", each.detail)
+    for check in checks:
+        line = Text.assemble((f"{check.verdict:6}", colours[check.verdict]), f"{check.name:20} ", check.detail)
         out.print(line, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """The text without control characters: a value from outside must not move the cursor."""
+    return "".join(each if each.isprintable() or each == "\n" else " " for each in text)

@@ -1,0 +1,80 @@
+"""What a command takes from its environment: settings, the database, the signing secret, the operator's name."""
+
+from __future__ import annotations
+
+import getpass
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, TypeVar
+
+from firstclaim.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from firstclaim.operations.commands import Commands
+    from firstclaim.settings import Settings
+
+T = TypeVar("T")
+
+
+def read_settings(*, receiving: bool = True) -> Settings:
+    """The settings; also configures logging. `receiving`: whether the command needs what only a receiver needs."""
+    from firstclaim.observability.logging import configure
+    from firstclaim.settings import load_settings
+
+    settings = load_settings(receiving=receiving)
+    configure(settings.log_format, settings.log_level)
+    return settings
+
+
+@contextmanager
+def database() -> Iterator[Settings]:
+    """Settings with a database address, for commands that use Postgres alone: no Redis and no secret needed."""
+    from firstclaim.embedded.data_folder import servers
+
+    settings = read_settings(receiving=False)
+    with nullcontext(settings) if settings.database_url else servers(settings, share=True) as ready:
+        yield ready
+
+
+def dsn_of(settings: Settings) -> str:
+    """The database's address. Raises `ConfigurationError` if there is none."""
+    if settings.database_url is None:
+        raise ConfigurationError(["DATABASE_URL is missing"])
+    return settings.database_url.get_secret_value()
+
+
+def run_on_ledger(settings: Settings, work: Callable[[Commands], Awaitable[T]]) -> T:
+    """Run `work` in an event loop and on a connection of its own. Raises `LedgerUnavailable`."""
+    import asyncio
+
+    from firstclaim.operations.commands import Commands
+
+    async def connect_and_run() -> T:
+        async with Commands.connect(dsn_of(settings), settings.postgres_timeout_seconds) as operations:
+            return await work(operations)
+
+    return asyncio.run(connect_and_run())
+
+
+def signing_secret() -> str:
+    """The secret that `serve` uses here. Raises `ConfigurationError` if there is none yet."""
+    from firstclaim.embedded.data_folder import kept_secret
+
+    settings = read_settings()
+    if settings.stripe_webhook_secrets:
+        return settings.stripe_webhook_secrets[0].get_secret_value()
+    if (secret := kept_secret(settings)) is not None:
+        return secret
+    raise ConfigurationError(
+        [f"no signing secret: set STRIPE_WEBHOOK_SECRETS, or start `firstclaim serve` on {settings.data_dir} first"]
+    )
+
+
+def operator() -> str:
+    """`user@host`, for the audit."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a uid without a name, as in containers
+        user = "unknown"
+    return f"{user}@{socket.gethostname()}"
