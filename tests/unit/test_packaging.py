@@ -92,6 +92,29 @@ def test_the_wheel_holds_one_package() -> None:
     assert [path.name for path in (ROOT / "service").iterdir() if path.name != "__pycache__"] == ["firstclaim"]
 
 
+def test_the_sdist_holds_the_package_and_what_documents_it() -> None:
+    """The source distribution has the package, its documentation and what its build needs; no tests."""
+    included = PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    documents = {"/CHANGELOG.md", "/CONTRIBUTING.md", "/docs", "/LICENSE", "/README.md"}
+    assert set(included) == {*documents, "/pyproject.toml", "/service"}
+    assert [name for name in included if not (ROOT / name[1:]).exists()] == []
+
+
+# -- pre-commit ---------------------------------------------------------------------------------------
+
+
+def test_the_hooks_run_the_installed_ruff() -> None:
+    """Every hook of pre-commit runs a tool of the `dev` extra, as it is installed: no hook is downloaded."""
+    text = (ROOT / ".pre-commit-config.yaml").read_text()
+    hooks = re.findall(r"^      - id: (.+)$", text, flags=re.MULTILINE)
+    tools = re.findall(r"^        entry: (\S+)", text, flags=re.MULTILINE)
+    assert hooks == ["ruff-check", "ruff-format"]
+    assert set(tools) <= {Requirement(line).name for line in PROJECT["optional-dependencies"]["dev"]}
+    assert re.findall(r"repo: (\S+)", text) == ["local"]
+    assert text.count("language: system") == len(tools) == len(hooks)
+    assert "://" not in text
+
+
 # -- requirements.lock --------------------------------------------------------------------------------
 
 
