@@ -38,7 +38,7 @@ MUTANTS = (
     Mutant(
         "fsync-off-is-not-reported",
         "`fsync = off` is reported at the start.",
-        "_ask_postgres",
+        "_inspect_postgres",
         'await _setting(connection, name) == "off"',
         'await _setting(connection, name) == "never"',
         "chaos/test_settings.py::test_row_23_fsync_off",

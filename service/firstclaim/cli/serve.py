@@ -28,7 +28,7 @@ def serve(
     from firstclaim.app import create_app
     from firstclaim.cli.database import migrate_schema
     from firstclaim.embedded.data_folder import servers
-    from firstclaim.server.preflight import Verdict, all_checks, refuse
+    from firstclaim.server.preflight import Verdict, all_checks, raise_if_fatal
     from firstclaim.server.runner import exit_on_signals, listen, run
 
     with reported():
@@ -36,12 +36,12 @@ def serve(
         exit_on_signals()
         listener = listen(host, port)
         with servers(settings) as ready:
-            checks = asyncio.run(all_checks(ready, patient=True))
+            checks = asyncio.run(all_checks(ready, wait=True))
             if migrate or settings.embedded_database:
-                refuse([check for check in checks if check.name != "schema"])
+                raise_if_fatal([check for check in checks if check.name != "schema"])
                 migrate_schema(ready)
                 checks = asyncio.run(all_checks(ready))
-            refuse(checks)
+            raise_if_fatal(checks)
             _print_addresses(settings, ready, listener, workers)
             print_checks([check for check in checks if check.verdict is not Verdict.OK])
             run(create_app, ready, listener, workers)
