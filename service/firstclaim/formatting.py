@@ -13,8 +13,10 @@ def age(seconds: float) -> str:
 
 
 def ago(at: datetime) -> str:
-    """The distance between an instant and now: `5 min ago`, or `in 5 min`."""
+    """The distance between an instant and now: `5 min ago`, `now`, or `in 5 min`."""
     seconds = (datetime.now(UTC) - at).total_seconds()
+    if abs(seconds) < 0.5:
+        return "now"
     return f"{age(seconds)} ago" if seconds >= 0 else f"in {age(seconds)}"
 
 

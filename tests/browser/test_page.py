@@ -175,7 +175,7 @@ async def test_an_operator_finds_replays_and_sees_it_completed(
     await page.get_by_role("button", name="Replay…").click()
     await expect(page.get_by_role("heading", name="Replay 1 event?")).to_be_visible()
     await window.look("replay")
-    await page.get_by_role("button", name="Replay it").click()
+    await page.get_by_role("button", name="Replay 1 event").click()
     await expect(page.get_by_role("status")).to_have_text("1 event is due now.")
     await window.look("replayed")
     await sandbox.settled(event)
@@ -190,7 +190,7 @@ async def test_an_operator_finds_replays_and_sees_it_completed(
     await page.get_by_role("button", name="Replay all 2 matching failed and dead events…").click()
     await page.get_by_label("Type 2 to confirm").fill("2")
     await window.look("replay-all")
-    await page.get_by_role("button", name="Replay them").click()
+    await page.get_by_role("button", name="Replay 2 events").click()
     await expect(page.get_by_role("status")).to_have_text("2 events are due now.")
     for other in others:
         await sandbox.settled(other)

@@ -11,9 +11,10 @@ def test_a_duration_is_in_its_largest_unit() -> None:
 
 
 def test_a_distance_says_whether_it_is_past() -> None:
-    """An instant before now is `ago`, one after now is `in`."""
+    """An instant before now is `ago`, one after now is `in`, and less than half a second from now is `now`."""
     assert ago(datetime.now(UTC) - timedelta(minutes=5)) == "5 min ago"
     assert ago(datetime.now(UTC) + timedelta(minutes=5, seconds=1)) == "in 5 min"
+    assert ago(datetime.now(UTC) + timedelta(seconds=0.4)) == "now"
 
 
 def test_an_instant_is_in_utc() -> None:
