@@ -1,7 +1,7 @@
-"""The admin page as a browser without JavaScript sees it: pages, forms, cookies; every answer is looked over.
+"""The admin page as a browser without JavaScript sees it: pages, forms, cookies. Every response is checked.
 
-Guarantees: no answer passes by here without the headers that all must have, and no page that holds a script, a style,
-an event handler or another host's address of its own, however it came to be.
+Guarantees: a response fails the test if it lacks a header that all must have, or if its page has a script, an inline
+style, an event handler, or the address of another host.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from tests.integration.world import World
 from tests.unit.test_logging import configured
 
 PASSWORD: Final = "correct horse battery staple"
-# The same password at a tenth of its cost: a suite logs in a hundred times.
+# The same password at a tenth of its cost: the tests log in a hundred times.
 _SALT = b"0123456789abcdef"
 _DIGEST = hashlib.scrypt(PASSWORD.encode(), salt=_SALT, n=2**14, r=8, p=1, dklen=32)
 HASHED: Final = ":".join(("scrypt", "16384", "8", "1", _to_base64(_SALT), _to_base64(_DIGEST)))
@@ -40,7 +40,7 @@ _CONTENT_SECURITY = HEADERS["Content-Security-Policy"]
 
 @dataclass
 class Form:
-    """One form, with what it would send."""
+    """One form, with the fields that it would send."""
 
     method: str
     action: str
@@ -69,11 +69,11 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        """All that it says, in one line."""
+        """All text of the page, in one line."""
         return " ".join(" ".join(self.words).split())
 
     def form(self, action: str) -> Form:
-        """The form that goes there."""
+        """The form with that action."""
         [found] = [form for form in self.forms if urlsplit(form.action).path == action]
         return found
 
@@ -120,23 +120,23 @@ class Page(HTMLParser):
 
 @dataclass
 class Visitor:
-    """Somebody at a browser."""
+    """A browser."""
 
     client: httpx.AsyncClient
 
     async def get(self, path: str, **headers: str) -> tuple[httpx.Response, Page]:
-        return looked_over(await self.client.get(path, headers=_given(headers)))
+        return checked(await self.client.get(path, headers=_given(headers)))
 
     async def post(self, path: str, fields: Any, **headers: str) -> tuple[httpx.Response, Page]:
-        """As a browser sends a form of ours."""
+        """Send a form as a browser does."""
         given = {"Origin": str(self.client.base_url).rstrip("/"), "Sec-Fetch-Site": "same-origin", **_given(headers)}
         pairs = list(fields.items()) if isinstance(fields, Mapping) else list(fields)
         sent = httpx.QueryParams(pairs)
         content = {"Content-Type": "application/x-www-form-urlencoded", **given}
-        return looked_over(await self.client.post(path, content=str(sent), headers=content))
+        return checked(await self.client.post(path, content=str(sent), headers=content))
 
     async def submit(self, form: Form, *more: tuple[str, str]) -> tuple[httpx.Response, Page]:
-        """What is in the form, and `more`: a button, a box that was ticked, a field that was filled."""
+        """Send the form's fields and `more`: a button, a selected checkbox, or a field with a value."""
         names = {name for name, _ in more}
         kept = [pair for pair in form.fields if pair[0] not in names or pair in form.boxes]
         return await self.post(form.action, [*kept, *more])
@@ -163,8 +163,8 @@ def _given(headers: dict[str, str]) -> dict[str, str]:
     return {name.replace("_", "-"): value for name, value in headers.items()}
 
 
-def looked_over(response: httpx.Response) -> tuple[httpx.Response, Page]:
-    """What must hold of every answer."""
+def checked(response: httpx.Response) -> tuple[httpx.Response, Page]:
+    """Check what must hold for every response."""
     for name, value in HEADERS.items():
         assert response.headers.get_list(name) == [value], (response.request.url, name)
     directives = {words[0]: words[1:] for each in _CONTENT_SECURITY.split(";") if (words := each.split())}
@@ -181,13 +181,13 @@ def looked_over(response: httpx.Response) -> tuple[httpx.Response, Page]:
 
 
 def site_of(world: World, probes: list[HealthCheck] | None = None) -> Starlette:
-    """The world's page, and nothing else."""
+    """An application with the admin page of the world, and nothing else."""
     site = admin_page(world.settings, world.components, probes or [])
     assert site is not None
     return Starlette(routes=list(site.routes))
 
 
 def visitor(app: Starlette, address: str = ADDRESS, origin: str = ORIGIN) -> Visitor:
-    """A new browser; it follows nothing by itself."""
+    """A new browser; it does not follow redirects by itself."""
     transport = httpx.ASGITransport(app, client=(address, 40_000))
     return Visitor(httpx.AsyncClient(transport=transport, base_url=origin))

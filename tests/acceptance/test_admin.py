@@ -1,4 +1,4 @@
-"""The page at /admin of real processes: off by default, several workers as one, and no service disturbed."""
+"""The admin page of real processes: off by default, one page for several workers, and no effect on deliveries."""
 
 import asyncio
 import re
@@ -21,7 +21,7 @@ ON: Overrides = {"admin_password": HASHED, "log_level": "debug"}
 
 @asynccontextmanager
 async def at(service: Service) -> AsyncIterator[Visitor]:
-    """A browser on the machine of the service; each request on a connection of its own, so that any worker answers."""
+    """A browser on the service's machine; each request has its own connection, so that any worker answers."""
     limits = httpx.Limits(max_keepalive_connections=0)
     async with httpx.AsyncClient(
         base_url=f"http://127.0.0.1:{service.port}", trust_env=False, limits=limits, timeout=60
@@ -30,7 +30,7 @@ async def at(service: Service) -> AsyncIterator[Visitor]:
 
 
 async def test_it_is_off_by_default(sandbox: Sandbox) -> None:
-    """Without a password there is no such path: the answer is that of any other, in the one shape."""
+    """Without a password the page's paths are answered like any unknown path."""
     service = await sandbox.service().start()
     for method, path in (
         ("GET", "/admin"),
@@ -50,7 +50,7 @@ async def test_it_is_off_by_default(sandbox: Sandbox) -> None:
 
 
 async def test_several_workers_are_one_page(sandbox: Sandbox, tmp_path: Path) -> None:
-    """A login at one holds at all and after a restart; a dead event is replayed, and any worker completes it."""
+    """A session is valid at every worker and after a restart, and any worker completes a replayed event."""
     service = await sandbox.service(ON, workers=2).start()
     fixed = tmp_path / "fixed"
     event = await dead_event(sandbox, service, fixed)
@@ -83,7 +83,7 @@ async def test_several_workers_are_one_page(sandbox: Sandbox, tmp_path: Path) ->
 
 
 async def test_nothing_of_a_payload_or_a_password_is_logged(sandbox: Sandbox) -> None:
-    """By whatever is done at the page, at the most talkative level; a payload stands on no page but its own."""
+    """At log level debug, nothing that is done on the page logs a payload or a password."""
     service = await sandbox.service(ON).start()
     event = sample("permanent", **metadata())
     await sandbox.deliver(service, event)
@@ -107,8 +107,8 @@ async def test_nothing_of_a_payload_or_a_password_is_logged(sandbox: Sandbox) ->
     assert HASHED not in said
 
 
-async def test_the_door_and_the_webhook_are_as_before(sandbox: Sandbox) -> None:
-    """A form over the cap is told so though it is not read to its end, and deliveries go on beside the page."""
+async def test_the_page_does_not_disturb_deliveries(sandbox: Sandbox) -> None:
+    """A form that is too large is refused, and deliveries go on beside requests to the page."""
     service = await sandbox.service(ON).start()
     async with at(service) as admin:
         await admin.log_in()
@@ -126,8 +126,8 @@ async def test_the_door_and_the_webhook_are_as_before(sandbox: Sandbox) -> None:
     assert {orjson.loads(line)["status"] for line in response.content.splitlines()} == {"ok"}
 
 
-async def test_the_overview_counts_what_was_delivered(sandbox: Sandbox) -> None:
-    """Deliveries by outcome as `/metrics` has them, and the ledger's events by status."""
+async def test_the_overview_counts_deliveries(sandbox: Sandbox) -> None:
+    """The overview has the deliveries by outcome that `/metrics` has, and the ledger's events by status."""
     service = await sandbox.service(ON, workers=2).start()
     event = sample()
     for _ in range(3):

@@ -1,7 +1,7 @@
-"""The page at /admin in a real browser: an operator finds a failed event, replays it and sees it completed.
+"""The admin page in a real browser: an operator finds a failed event, replays it and sees it completed.
 
-Guarantees: on a wide window and on a phone's, light and dark, nothing is said on the console, nothing is asked of
-another host, and no page is wider than its window. Set `ADMIN_SCREENSHOTS` to a folder to look at them yourself.
+Guarantees: in a wide window and in a phone's, light and dark, the console has no message, no other host gets a request,
+and no page is wider than its window. Set `ADMIN_SCREENSHOTS` to a folder to get screenshots.
 """
 
 import os
@@ -32,7 +32,7 @@ expect.set_options(timeout=PATIENCE_MS)
 
 @pytest.fixture(autouse=True)
 def chromium() -> str:
-    """Without a browser nothing is proved: in CI that is a failure, on a desk a skip."""
+    """Chromium's path. Without it the tests fail in CI, and are skipped elsewhere."""
     if CHROMIUM is None:
         give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
         give_up("not installed: chromium; run: apt-get install chromium")
@@ -51,7 +51,7 @@ async def sandbox(stores: Stores, tmp_path: Path) -> AsyncIterator[Sandbox]:
 
 @dataclass
 class Window:
-    """A browser's window on a service, and what went wrong in it."""
+    """A browser window on a service, and the problems in it."""
 
     page: Page
     origin: str
@@ -59,7 +59,7 @@ class Window:
     problems: list[str] = field(default_factory=list)
 
     def watch(self) -> None:
-        """Note what the console says, what breaks, and who else is asked."""
+        """Collect console messages, errors, dialogs, and requests to other hosts."""
         self.page.on("console", self._on_console)
         self.page.on("pageerror", lambda error: self.problems.append(f"error: {error}"))
         self.page.on("request", self._on_request)
@@ -69,8 +69,8 @@ class Window:
         await self.page.goto(self.origin + path)
 
     async def look(self, name: str) -> None:
-        """Every page fits into its window, and has one heading and one main part."""
-        await self.page.wait_for_load_state()  # with its stylesheet: a click returns before that has come
+        """Check that the page fits into its window and has one h1 and one main; take a screenshot."""
+        await self.page.wait_for_load_state()  # a click returns before the stylesheet is loaded
         width = await self.page.evaluate("document.documentElement.scrollWidth")
         window = self.page.viewport_size
         assert window is not None
@@ -86,13 +86,13 @@ class Window:
         await expect(self.page.get_by_role("button", name="Log out")).to_be_visible()
 
     def _on_console(self, message: ConsoleMessage) -> None:
-        # Of an answer that is a page for 401 or 404 the browser says so, as of any other.
+        # The browser also reports a page with status 401 or 404 as a failed resource.
         if message.type in ("error", "warning") and "Failed to load resource" not in message.text:
             self.problems.append(f"{message.type}: {message.text}")
 
     def _on_request(self, request: Request) -> None:
         if urlsplit(request.url).netloc != urlsplit(self.origin).netloc:
-            self.problems.append(f"asked {request.url}")
+            self.problems.append(f"request to {request.url}")
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ async def served(sandbox: Sandbox) -> Service:
     ids=lambda p: "-".join(("wide" if p[0] is WIDE else "phone", p[1])),
 )
 async def window(request: pytest.FixtureRequest, chromium: str, served: Service) -> AsyncIterator[Window]:
-    """One of four, with JavaScript for the browser's own sake; the page has none."""
+    """One of four windows. JavaScript is on for the test's own calls; the page has none."""
     size: ViewportSize
     scheme: Literal["light", "dark"]
     size, scheme = request.param
@@ -125,16 +125,16 @@ async def window(request: pytest.FixtureRequest, chromium: str, served: Service)
 
 
 async def failed_event(sandbox: Sandbox, service: Service, fixed: Path) -> Sample:
-    """One whose handler fails until that file is there, and whose metadata tries to be code."""
+    """An event whose handler fails until the file exists, and whose metadata has markup."""
     event = sample("permanent", fixed=str(fixed), note=XSS)
     assert (await sandbox.deliver(service, event)).content["action"] == "dead"
     return event
 
 
-async def test_an_operator_finds_replays_and_sees_it_completed(
+async def test_an_operator_replays_a_dead_event(
     window: Window, sandbox: Sandbox, served: Service, tmp_path: Path
 ) -> None:
-    """Log in, find it among the others, look at its payload, replay it by its page, and see the end of it."""
+    """An operator logs in, finds a dead event, views its payload, replays it, and sees it completed."""
     fixed = tmp_path / "fixed"
     event = await failed_event(sandbox, served, fixed)
     others = [await failed_event(sandbox, served, fixed) for _ in range(2)]
@@ -186,7 +186,7 @@ async def test_an_operator_finds_replays_and_sees_it_completed(
 
     await window.go("/admin/events?status=dead")
     await page.get_by_role("link", name="Select all on this page").click()
-    await window.look("ticked")
+    await window.look("selected")
     await page.get_by_role("button", name="Replay all 2 matching failed and dead events…").click()
     await page.get_by_label("Type 2 to confirm").fill("2")
     await window.look("replay-all")
@@ -203,8 +203,10 @@ async def test_an_operator_finds_replays_and_sees_it_completed(
     await expect(page.get_by_label("Password")).to_be_visible()
 
 
-async def test_it_can_be_used_by_keys_alone(window: Window, sandbox: Sandbox, served: Service, tmp_path: Path) -> None:
-    """From the login to the list: the first key leads past the bar, focus is seen, the space bar ticks."""
+async def test_the_page_works_with_the_keyboard(
+    window: Window, sandbox: Sandbox, served: Service, tmp_path: Path
+) -> None:
+    """Login, skip link, visible focus and selection work with the keyboard."""
     event = await failed_event(sandbox, served, tmp_path / "fixed")
     page = window.page
     await window.go("/admin/events")
@@ -226,8 +228,8 @@ async def test_it_can_be_used_by_keys_alone(window: Window, sandbox: Sandbox, se
     await expect(page.get_by_label(event.id)).to_be_checked()
 
 
-async def test_it_works_without_javascript_and_from_a_link_elsewhere(chromium: str, served: Service) -> None:
-    """A link on another site leads to the page that it names, though the browser sends no Strict cookie with it."""
+async def test_the_page_works_without_javascript(chromium: str, served: Service) -> None:
+    """Without JavaScript, a link on another site leads to its page, although its request has no Strict cookie."""
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         context = await browser.new_context(java_script_enabled=False, viewport=WIDE)

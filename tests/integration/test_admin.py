@@ -1,4 +1,4 @@
-"""The page at /admin over a real ledger: who gets in, what may come from where, and that no payload is ever code."""
+"""The admin page on a real ledger: sessions, rate limits, cross-site requests, and escaping."""
 
 import asyncio
 import hashlib
@@ -22,7 +22,7 @@ from firstclaim.status import Status
 from firstclaim.web.health import Finding, Health, HealthCheck
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, build, delivery
-from tests.pages import ADDRESS, ON, PASSWORD, Visitor, logging_as_served, looked_over, site_of, visitor
+from tests.pages import ADDRESS, ON, PASSWORD, Visitor, checked, logging_as_served, site_of, visitor
 from tests.proxy import Mode, before_postgres
 from tests.stores import Stores
 
@@ -58,7 +58,7 @@ async def admin(stranger: Visitor) -> Visitor:
 
 
 def paths(site: Starlette) -> list[tuple[str, set[str]]]:
-    """All that the page has, with an event's id where one belongs."""
+    """All paths of the page with their methods, with an event's id in place of the parameter."""
     inner = site.routes[0].app  # type: ignore[attr-defined]
     assert isinstance(inner, AdminPage)
     found = [route for route in inner._router.routes if isinstance(route, Route)]
@@ -70,17 +70,17 @@ def paths(site: Starlette) -> list[tuple[str, set[str]]]:
 
 
 async def everything(world: World) -> str:
-    """A digest of all that the ledger holds."""
+    """A digest of all rows of the ledger."""
     tables = ("stripe_events", "stripe_event_payloads", "stripe_event_attempts", "operator_actions", "ledger_epoch")
     rows = [await world.database.fetch(f"SELECT t::text FROM {table} t ORDER BY 1") for table in tables]
     return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
-# -- in and out ---------------------------------------------------------------------------------------
+# -- sessions ---------------------------------------------------------------------------------------
 
 
-async def test_nothing_is_shown_to_strangers(site: Starlette, stranger: Visitor, world: World) -> None:
-    """Every page leads to the login and every change is refused, but for the login itself and the stylesheet."""
+async def test_every_path_needs_a_session(site: Starlette, stranger: Visitor, world: World) -> None:
+    """Without a session, pages redirect to the login and forms are refused; login and static files are open."""
     await world.state_of(delivery("evt_1"), Status.DEAD)
     before = await everything(world)
     for path, methods in paths(site):
@@ -97,8 +97,8 @@ async def test_nothing_is_shown_to_strangers(site: Starlette, stranger: Visitor,
     assert await everything(world) == before
 
 
-async def test_the_login_leads_to_where_one_wanted_to_go(stranger: Visitor) -> None:
-    """And nowhere but to this page: an address of another site, however it is written, is none."""
+async def test_the_login_leads_to_the_requested_page(stranger: Visitor) -> None:
+    """After the login, `next` is followed only to an address of the page, however another address is written."""
     response, _ = await stranger.get("/admin/events?status=dead&q=in_1")
     response = await stranger.log_in(path=response.headers["location"])
     assert response.headers["location"] == "/admin/events?status=dead&q=in_1"
@@ -116,8 +116,8 @@ async def test_the_login_leads_to_where_one_wanted_to_go(stranger: Visitor) -> N
         assert response.headers["location"] == "/admin", evil
 
 
-async def test_the_wrong_password_is_told_so(stranger: Visitor) -> None:
-    """And brings no session; what was typed is not on the page."""
+async def test_a_wrong_password_is_refused(stranger: Visitor) -> None:
+    """A wrong password is answered with 401 and no session, and what was typed is not on the page."""
     response = await stranger.log_in("not the passw0rd")
     assert response.status_code == 401
     assert "not the passw0rd" not in response.text
@@ -126,16 +126,16 @@ async def test_the_wrong_password_is_told_so(stranger: Visitor) -> None:
 
 
 @pytest.mark.parametrize("value", [PASSWORD, make_hash(PASSWORD)], ids=["plain", "hash"])
-async def test_a_plain_value_and_a_hash_let_in(make_world: MakeWorld, value: str) -> None:
-    """The password does; of a hash, as `firstclaim admin-password` prints it, the hash itself does not."""
+async def test_the_setting_is_a_plain_value_or_a_hash(make_world: MakeWorld, value: str) -> None:
+    """The password is accepted with either form of the setting; the hash itself is not accepted as a password."""
     app = site_of(await make_world(admin_password=SecretStr(value)))
     async with visitor(app).client as client:
         assert value == PASSWORD or (await Visitor(client).log_in(value)).status_code == 401
         assert (await Visitor(client).log_in()).status_code == 303
 
 
-async def test_every_login_is_another_session(stranger: Visitor) -> None:
-    """A value that was in the browser before is not the one that is logged in, so none can be planted."""
+async def test_every_login_starts_a_new_session(stranger: Visitor) -> None:
+    """A session value that was in the browser before the login is not used, so it cannot be planted."""
     stranger.client.cookies.set("__Host-firstclaim-session", "planted", domain="admin.test", path="/")
     seen = set()
     for _ in range(3):
@@ -147,8 +147,8 @@ async def test_every_login_is_another_session(stranger: Visitor) -> None:
     assert "planted" not in seen
 
 
-async def test_logging_out_ends_it(admin: Visitor) -> None:
-    """By a form; the browser has nothing left."""
+async def test_the_logout_deletes_the_session(admin: Visitor) -> None:
+    """After the logout form the browser has no session cookie, and the page needs a login."""
     _, page = await admin.get("/admin")
     response, _ = await admin.submit(page.form("/admin/logout"))
     assert response.headers["location"] == "/admin/login"
@@ -156,8 +156,8 @@ async def test_logging_out_ends_it(admin: Visitor) -> None:
     assert (await admin.get("/admin"))[0].status_code == 303
 
 
-async def test_another_password_logs_everybody_out(world: World, admin: Visitor, make_world: MakeWorld) -> None:
-    """Its sessions are signed with another key; those of another worker with the same one are good."""
+async def test_a_new_password_ends_every_session(world: World, admin: Visitor, make_world: MakeWorld) -> None:
+    """A new password invalidates all sessions; another worker with the same password accepts them."""
     async with visitor(site_of(await make_world(**ON))).client as same_one:
         same_one.cookies.update(admin.client.cookies)
         assert (await Visitor(same_one).get("/admin"))[0].status_code == 200
@@ -167,8 +167,8 @@ async def test_another_password_logs_everybody_out(world: World, admin: Visitor,
 
 
 @pytest.mark.parametrize("what", ["idle", "old", "meddled"])
-async def test_a_session_that_is_over(admin: Visitor, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    """Half an hour unused, eight hours old, or meddled with: it leads to the login, and changes nothing any more."""
+async def test_a_session_that_is_not_valid(admin: Visitor, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """A session that is idle, old or tampered with leads to the login, and its forms change nothing."""
     _, page = await admin.get("/admin")
     if what == "meddled":
         name = "__Host-firstclaim-session"
@@ -181,7 +181,7 @@ async def test_a_session_that_is_over(admin: Visitor, monkeypatch: pytest.Monkey
 
 
 async def test_a_session_is_renewed_while_it_is_used(admin: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a cookie that has all its flags; the session is the same one."""
+    """The renewed cookie has all its flags, and the session keeps its CSRF token."""
     monkeypatch.setattr(sessions, "_RENEWED_SECONDS", -1)
     _, before = await admin.get("/admin")
     response, after = await admin.get("/admin")
@@ -191,22 +191,22 @@ async def test_a_session_is_renewed_while_it_is_used(admin: Visitor, monkeypatch
     assert before.form("/admin/logout").token == after.form("/admin/logout").token
 
 
-async def test_on_this_very_machine_it_works_without_tls(site: Starlette) -> None:
-    """By its loopback name the cookie needs no TLS, and has another name; by any other name it is for TLS alone."""
+async def test_a_loopback_host_works_without_tls(site: Starlette) -> None:
+    """With a loopback host, the cookie needs no TLS and has another name; with any other host it is for TLS only."""
     async with visitor(site, origin="http://127.0.0.1:8000").client as client:
         assert (await Visitor(client).log_in()).status_code == 303
         assert (await Visitor(client).get("/admin"))[0].status_code == 200
     async with visitor(site, origin="http://admin.internal:8000").client as client:
-        response = await Visitor(client).log_in()  # as with a browser, the cookie stays away
+        response = await Visitor(client).log_in()  # as in a browser, the cookie is not sent
         assert response.status_code == 403
         assert "__Host-" in (await Visitor(client).get("/admin/login"))[0].headers["set-cookie"]
 
 
-# -- guessing -----------------------------------------------------------------------------------------
+# -- rate limits -----------------------------------------------------------------------------------------
 
 
 async def test_guessing_is_limited(site: Starlette, stranger: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After five wrong ones an address waits, the right one too; then no password is even looked at."""
+    """After five wrong attempts an address must wait, also with the right password, and none is compared."""
     looked = 0
 
     async def count(function: Any, *arguments: Any) -> Any:
@@ -226,8 +226,8 @@ async def test_guessing_is_limited(site: Starlette, stranger: Visitor, monkeypat
         assert (await Visitor(client).log_in()).status_code == 303
 
 
-async def test_trying_at_once_does_not_help(stranger: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tries are counted before a password is looked at, and one is looked at at a time."""
+async def test_concurrent_attempts_are_limited(stranger: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attempts are counted before the password is compared, and passwords are compared one at a time."""
     running = most = 0
 
     async def slowly(_function: Any, *_arguments: Any) -> bool:
@@ -247,7 +247,7 @@ async def test_trying_at_once_does_not_help(stranger: Visitor, monkeypatch: pyte
 
 
 async def test_behind_a_proxy_its_client_is_limited(make_world: MakeWorld) -> None:
-    """By the entry that the proxy wrote, whatever the client wrote before it."""
+    """The limit applies to the entry that the proxy wrote, whatever the client wrote before it."""
     app = site_of(await make_world(**ON, admin_proxies=1))
     async with visitor(app, "10.0.0.1").client as client:
         for n in range(5):
@@ -258,14 +258,14 @@ async def test_behind_a_proxy_its_client_is_limited(make_world: MakeWorld) -> No
         assert (await Visitor(client).log_in()).status_code == 303
 
 
-# -- what comes from elsewhere ------------------------------------------------------------------------
+# -- cross-site requests ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("token", [None, "", "x" * 64, "another's"])
 async def test_every_change_needs_the_session_s_token(
     site: Starlette, admin: Visitor, world: World, token: str | None
 ) -> None:
-    """Without it, with a wrong one or with another session's, nothing happens."""
+    """Without the session's CSRF token, or with another one, every form is refused and nothing changes."""
     await world.state_of(delivery("evt_1"), Status.DEAD)
     before = await everything(world)
     fields = {"event": "evt_1", "password": PASSWORD, "confirmation": "x"}
@@ -281,7 +281,7 @@ async def test_every_change_needs_the_session_s_token(
             response, page = await admin.post(path, fields)
             assert response.status_code == 403, path
     assert await everything(world) == before
-    assert (await admin.get("/admin"))[0].status_code == 200  # also not logged out
+    assert (await admin.get("/admin"))[0].status_code == 200  # the session still exists
 
 
 @pytest.mark.parametrize(
@@ -297,16 +297,16 @@ async def test_every_change_needs_the_session_s_token(
         {"Sec-Fetch-Site": "none"},
     ],
 )
-async def test_what_the_browser_says_is_from_elsewhere_is_refused(admin: Visitor, headers: dict[str, str]) -> None:
-    """Even with the right token: another site, a neighbour's page, or the same name without TLS."""
+async def test_a_cross_site_form_is_refused(admin: Visitor, headers: dict[str, str]) -> None:
+    """A form from another site, a sibling domain or the same host without TLS is refused, even with the right token."""
     _, page = await admin.get("/admin")
     form = page.form("/admin/logout")
     assert (await admin.post(form.action, form.fields, **headers))[0].status_code == 403
     assert (await admin.get("/admin"))[0].status_code == 200
 
 
-async def test_the_login_itself_is_not_for_other_sites(site: Starlette, stranger: Visitor) -> None:
-    """Without the login page's cookie or with another token nobody is logged in, and no try is taken."""
+async def test_the_login_form_needs_its_cookie_and_token(site: Starlette, stranger: Visitor) -> None:
+    """Without the login page's cookie or with another token, the login is refused and no attempt is counted."""
     _, page = await stranger.get("/admin/login")
     form = page.form("/admin/login")
     fields = {**dict(form.fields), "password": PASSWORD}
@@ -317,8 +317,8 @@ async def test_the_login_itself_is_not_for_other_sites(site: Starlette, stranger
     assert (await stranger.post("/admin/login", fields))[0].status_code == 303
 
 
-async def test_a_link_from_elsewhere_leads_here_all_the_same(admin: Visitor) -> None:
-    """A browser sends no Strict cookie with it: a page of ours asks again, by which it does."""
+async def test_a_link_from_another_site_works(admin: Visitor) -> None:
+    """For a request without the Strict cookie, a page of ours repeats it, so that the browser sends the cookie."""
     cookies = dict(admin.client.cookies)
     admin.client.cookies.clear()
     response, page = await admin.get("/admin/events?q=<x>", Sec_Fetch_Site="cross-site")
@@ -331,7 +331,7 @@ async def test_a_link_from_elsewhere_leads_here_all_the_same(admin: Visitor) -> 
 
 
 async def test_get_changes_nothing(site: Starlette, admin: Visitor, world: World) -> None:
-    """Every route there is, with all the parameters that a form would have sent; what only changes refuses GET."""
+    """GET on every route, with all the parameters of its form, changes nothing; form routes refuse GET."""
     await world.state_of(delivery("evt_1"), Status.DEAD)
     before = await everything(world)
     _, page = await admin.get("/admin")
@@ -354,9 +354,9 @@ async def test_get_changes_nothing(site: Starlette, admin: Visitor, world: World
 
 @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"])
 async def test_other_methods_are_refused(site: Starlette, admin: Visitor, method: str) -> None:
-    """405 everywhere, with the headers that all answers have."""
+    """Any other method is answered with 405, with the headers of every response."""
     for path, _ in paths(site):
-        response, _ = looked_over(await admin.client.request(method, path))
+        response, _ = checked(await admin.client.request(method, path))
         assert response.status_code == 405, path
 
 
@@ -364,14 +364,14 @@ async def test_other_methods_are_refused(site: Starlette, admin: Visitor, method
     "path", ["/admin/nothing", "/admin/", "/admin/static/../site.py", "/admin/static/x", "/admin/%00"]
 )
 async def test_unknown_paths(admin: Visitor, path: str) -> None:
-    """A page that says so, with all headers; no folder and no module is ever handed out."""
+    """An unknown path is answered with 404, with all headers; no folder and no module can be read."""
     response, page = await admin.get(path)
     assert response.status_code == 404
     assert "This address does not exist" in page.text
 
 
-async def test_giant_and_odd_forms(admin: Visitor) -> None:
-    """Too large, of too many fields, no form, no text: refused, and by no more than was read of it."""
+async def test_malformed_forms(admin: Visitor) -> None:
+    """A form that is too large, has too many fields or cannot be parsed is refused without reading all of it."""
     _, page = await admin.get("/admin")
     token = page.form("/admin/logout").token
     for path, size in (("/admin/replay", 600_000), ("/admin/login", 9_000)):
@@ -381,33 +381,33 @@ async def test_giant_and_odd_forms(admin: Visitor) -> None:
     assert (await admin.post("/admin/replay", {"token": token}, Content_Type="application/json"))[0].status_code == 415
     broken = {"Content-Type": "application/x-www-form-urlencoded"}
     for content in (b"\xff=1", b"a=%ff", b"\x00"):
-        response, _ = looked_over(await admin.client.post("/admin/replay", content=content, headers=broken))
+        response, _ = checked(await admin.client.post("/admin/replay", content=content, headers=broken))
         assert response.status_code in (400, 403)
 
     async def endless() -> AsyncIterator[bytes]:
         for _ in range(100):
             yield b"x" * 100_000
 
-    response, _ = looked_over(await admin.client.post("/admin/payload", content=endless(), headers=broken))
+    response, _ = checked(await admin.client.post("/admin/payload", content=endless(), headers=broken))
     assert response.status_code == 413
 
 
 @pytest.mark.parametrize("host", ["[", "a b", "x" * 5000, "%00", "é".encode(), ""])
-async def test_an_odd_host_breaks_nothing(site: Starlette, host: str | bytes) -> None:
-    """A header that can hold anything decides nothing but whether the cookie is for TLS alone."""
+async def test_a_malformed_host_breaks_nothing(site: Starlette, host: str | bytes) -> None:
+    """Any value of the header Host is accepted, and makes the cookie for TLS only."""
     async with visitor(site).client as client:
-        response, _ = looked_over(
+        response, _ = checked(
             await client.get("/admin/login", headers=[(b"Host", host if isinstance(host, bytes) else host.encode())])
         )
         assert response.status_code == 200
         assert "; Secure" in response.headers["set-cookie"]
 
 
-# -- what comes from a payload ------------------------------------------------------------------------
+# -- escaping ------------------------------------------------------------------------
 
 
-async def test_nothing_from_outside_is_code(world: World, admin: Visitor) -> None:
-    """In every column that text can stand in, in the payload, in a search: on each page it is text (see `Page`)."""
+async def test_data_is_rendered_as_text(world: World, admin: Visitor) -> None:
+    """Markup in any column, in the payload or in a search is text on every page (see `Page`)."""
     given = delivery("evt_1", account=XSS, data={"object": {"id": XSS, "customer": XSS, "metadata": {XSS: XSS}}})
     await world.state_of(given, Status.DEAD)
     await world.change("evt_1", last_error=XSS, type=XSS, api_version=XSS, action=XSS, claimed_by=XSS, claimed_at=-1.0)
@@ -422,7 +422,7 @@ async def test_nothing_from_outside_is_code(world: World, admin: Visitor) -> Non
     pages.append((await admin.submit(shown.form("/admin/payload")))[1])
     pages.append((await admin.submit(shown.form("/admin/replay")))[1])
     for page in pages[:4]:
-        assert "<img src=x onerror=alert(1)>" in page.text  # as words
+        assert "<img src=x onerror=alert(1)>" in page.text  # as text
     quoted = httpx.QueryParams(
         {"q": XSS, "type": XSS, "account": XSS, "age": XSS, "status": XSS, "from": XSS, "select": XSS}
     )
@@ -434,10 +434,10 @@ async def test_nothing_from_outside_is_code(world: World, admin: Visitor) -> Non
         assert [given["src"] for tag, given in page.tags if tag == "img"] == ["/admin/static/icon.svg"]
 
 
-async def test_a_payload_is_shown_only_when_asked_for(
+async def test_a_payload_is_shown_only_by_its_form(
     world: World, admin: Visitor, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No list and no event's page holds any of it; the look is logged with the event's id, and none of its words."""
+    """No other page shows any of the payload; a view is logged with the event's id, without the payload."""
     given = delivery("evt_1", data={"object": {"customer": "cus_c4n4ry", "amount": 1.10, "note": "<b>\u202e</b>"}})
     await world.state_of(given, Status.COMPLETED)
     for path in ("/admin", "/admin/events", "/admin/events/evt_1", "/admin/events?q=in_1"):
@@ -461,7 +461,7 @@ async def test_a_payload_is_shown_only_when_asked_for(
 async def test_logins_are_logged_without_what_was_typed(
     world: World, stranger: Visitor, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Who failed, who was limited and who came in, by the address."""
+    """Failed, limited and successful logins are logged with the address, without what was typed."""
     async with visitor(site_of(world)).client as client:
         with logging_as_served():
             for _ in range(5):
@@ -481,7 +481,7 @@ async def test_logins_are_logged_without_what_was_typed(
 
 
 async def test_the_overview(world: World) -> None:
-    """Counts, what is due and for how long, the chart with its table, the parts, and who answers."""
+    """It has counts, due events, the chart with its table, the components, and the process."""
     for status in Status:
         await world.state_of(delivery(), status)
     late = await world.state_of(delivery("evt_late"), Status.FAILED)
@@ -506,8 +506,8 @@ async def test_the_overview(world: World) -> None:
     assert len([tag for tag, given in page.tags if tag == "rect" and "segment" in (given.get("class") or "")]) == 6
 
 
-async def test_the_list_is_filtered_and_goes_on(world: World, admin: Visitor) -> None:
-    """Statuses, type, account, age and ids together; page after page without a gap."""
+async def test_the_list_is_filtered_and_paged(world: World, admin: Visitor) -> None:
+    """Status, type, account, age and id filter the list together, and its pages have no gap."""
     for number in range(60):
         given = await world.state_of(delivery(f"evt_{number:02}"), Status.COMPLETED)
         await world.change(given.event.id, received_at=-float(number))
@@ -539,7 +539,7 @@ async def test_the_list_is_filtered_and_goes_on(world: World, admin: Visitor) ->
 
 
 async def test_one_event_has_a_timeline(world: World, admin: Visitor) -> None:
-    """What happened to it in its order: received, attempts that failed and by whom, replays, and what is due next."""
+    """The timeline is in order: received, attempts that failed and their process, and when it is due next."""
     given = await world.state_of(delivery("evt_1"), Status.FAILED)
     await world.change(given.event.id, received_at=-60.0, due_at=90.0)
     await world.database.execute(
@@ -563,13 +563,11 @@ async def test_one_event_has_a_timeline(world: World, admin: Visitor) -> None:
     assert "ledger does not have the event" in page.text
 
 
-# -- when the ledger is slow or away ------------------------------------------------------------------
+# -- a ledger that is slow or unreachable ------------------------------------------------------------------
 
 
-async def test_a_heavy_search_is_ended_and_nobody_waits_for_it(
-    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its page says so politely; deliveries go on meanwhile; a third at once is told that both connections are busy."""
+async def test_a_slow_search_is_stopped(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow search gets an error page, deliveries go on meanwhile, and a third request is told that all are busy."""
     monkeypatch.setattr(app_module, "PINS", {**search.PINS, "statement_timeout": "1500ms"})
     monkeypatch.setattr(app_module, "QUEUE_SECONDS", 0.2)
     page_sql = search._PAGE.sql
@@ -594,7 +592,7 @@ async def test_a_heavy_search_is_ended_and_nobody_waits_for_it(
             assert response.status_code == 503
             assert "The query took too long" in page.text
             assert "Narrow it" in page.text
-        response, page = await admin.get("/admin")  # what is quick is shown, what is not is said to be missing
+        response, page = await admin.get("/admin")  # quick queries are shown, slow ones are reported
         assert response.status_code == 200
         assert "Due now" in page.text
 
@@ -604,8 +602,8 @@ async def _handled(_event: object, _context: object) -> str:
 
 
 @pytest.mark.parametrize("mode", [Mode.REFUSE, Mode.FROZEN])
-async def test_without_postgres_it_says_so(module_database: str, stores: Stores, redis_prefix: str, mode: Mode) -> None:
-    """The overview shows what it knows, others are 503 with a sentence; the login holds, and is good again after."""
+async def test_postgres_is_unreachable(module_database: str, stores: Stores, redis_prefix: str, mode: Mode) -> None:
+    """The overview shows the rest, other pages are 503 with a reason, and the session is valid afterwards."""
     async with before_postgres(module_database) as (proxy, url):
         world = await build(url, stores.redis_url, redis_prefix, **ON, postgres_timeout_seconds=1.5)
         async with visitor(site_of(world)).client as client:
@@ -623,16 +621,16 @@ async def test_without_postgres_it_says_so(module_database: str, stores: Stores,
                 assert "still logged in" in page.text
                 assert "Traceback" not in page.html
                 assert "Error" not in page.text
-            assert time.monotonic() - began < 20  # of three pages, on a busy machine
+            assert time.monotonic() - began < 20  # for three pages, on a busy machine
             proxy.switch(Mode.OPEN)
             assert (await admin.get("/admin/events"))[0].status_code == 200
         await world.close()
 
 
-async def test_a_page_that_breaks_says_nothing_of_why(
+async def test_an_internal_error_is_not_shown(
     world: World, admin: Visitor, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Neither to the browser nor, but for the place, to the log; with all headers."""
+    """Neither the response nor the log has the text of an internal error; the log has its type and place."""
 
     async def broken(*_: object) -> None:
         raise RuntimeError("c4n4ry of a payload")

@@ -1,13 +1,13 @@
-"""Replaying by the page: asked, counted, done to exactly those, and noted; whatever else is left alone."""
+"""Replays on the admin page: confirmed, counted, audited, and limited to the confirmed events."""
 
 from collections.abc import AsyncIterator
 
 import pytest
 
 from firstclaim.admin import events as events_module
-from firstclaim.admin import replay as replaying_module
+from firstclaim.admin import replay as replay_module
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.operations import commands as operations_module
+from firstclaim.operations import commands as commands_module
 from firstclaim.status import Status
 from tests.integration.conftest import MakeWorld
 from tests.integration.test_ledger import unchanged
@@ -19,7 +19,7 @@ OPERATOR = f"admin page from {ADDRESS}"
 
 @pytest.fixture
 async def world(make_world: MakeWorld) -> World:
-    """With the page switched on, and nothing noted yet."""
+    """With the page switched on, and an empty audit."""
     world = await make_world(**ON)
     await world.database.execute("DELETE FROM operator_actions")
     return world
@@ -40,42 +40,42 @@ async def event(world: World, status: Status, event_id: str | None = None) -> st
     return given.event.id
 
 
-async def noted(world: World) -> list[tuple[str, str, str, int | None]]:
+async def audit(world: World) -> list[tuple[str, str, str, int | None]]:
     rows = await world.database.fetch("SELECT operator, action, selection, changed FROM operator_actions ORDER BY at")
     return [tuple(row) for row in rows]
 
 
-def told(page: Page) -> str:
-    """The notice on top of a page."""
+def notice(page: Page) -> str:
+    """The text of a page that has a notice."""
     assert any("notice" in (given.get("class") or "") for tag, given in page.tags if tag == "p"), page.text
     return page.text
 
 
 @pytest.mark.parametrize("status", [Status.FAILED, Status.DEAD])
 async def test_one_event(world: World, admin: Visitor, status: Status) -> None:
-    """From its own page, and back to it: due now, counted anew, the attempt kept, and noted with who and from where."""
+    """A replay from the event's page makes it due, resets its counts, keeps its attempt, and is audited."""
     event_id = await event(world, status)
     other = await world.row(await event(world, status))
     _, page = await admin.get(f"/admin/events/{event_id}")
     response, page = await admin.submit(page.form("/admin/replay"))
     assert response.status_code == 200
     assert "Replay 1 event?" in page.text
-    assert await world.status(event_id) is status  # asking changes nothing
+    assert await world.status(event_id) is status  # the confirmation page changes nothing
     response, _ = await admin.submit(page.form("/admin/replay/confirmed"))
     assert response.headers["location"] == f"/admin/events/{event_id}"
     _, page = await admin.follow(response)
-    assert "1 event is due now." in told(page)
-    assert "due now" not in (await admin.get("/admin"))[1].text  # said once
+    assert "1 event is due now." in notice(page)
+    assert "due now" not in (await admin.get("/admin"))[1].text  # a notice is shown once
     row = await world.row(event_id)
     assert (row["status"], row["attempt"], row["failures"]) == ("pending", 3, 0)
     assert row["due_in"] == pytest.approx(0, abs=20)
     assert unchanged(other, await world.row(other["event_id"]))
-    assert await noted(world) == [(OPERATOR, "replay", event_id, 1)]
+    assert await audit(world) == [(OPERATOR, "replay", event_id, 1)]
     assert f"replay by {OPERATOR}" in (await admin.get(f"/admin/events/{event_id}"))[1].text
 
 
-async def test_only_what_is_failed_or_dead_is_offered(world: World, admin: Visitor) -> None:
-    """No box and no button for the others, and a form that was made by hand does nothing to them."""
+async def test_only_failed_and_dead_events_are_offered(world: World, admin: Visitor) -> None:
+    """Other events have no checkbox and no button, and a forged form does not change them."""
     others = {status: await event(world, status) for status in Status if status not in (Status.FAILED, Status.DEAD)}
     dead = await event(world, Status.DEAD)
     _, page = await admin.get("/admin/events")
@@ -96,8 +96,8 @@ async def test_only_what_is_failed_or_dead_is_offered(world: World, admin: Visit
     assert await world.status(dead) is Status.PENDING
 
 
-async def test_those_that_are_ticked(world: World, admin: Visitor) -> None:
-    """And no others; all of a page are ticked by a link, for there is no script that could."""
+async def test_selected_events_are_replayed(world: World, admin: Visitor) -> None:
+    """Only the selected events are replayed; a link selects all events of the page without a script."""
     ids = [await event(world, Status.DEAD) for _ in range(4)]
     _, page = await admin.get("/admin/events?status=dead")
     [tick_all] = [link for link in page.links if "select=all" in link]
@@ -108,14 +108,14 @@ async def test_those_that_are_ticked(world: World, admin: Visitor) -> None:
     assert "Replay 2 events?" in page.text
     response, _ = await admin.submit(page.form("/admin/replay/confirmed"))
     assert response.headers["location"] == "/admin/events?status=dead"
-    assert "2 events are due now." in told((await admin.follow(response))[1])
+    assert "2 events are due now." in notice((await admin.follow(response))[1])
     assert [await world.status(each) for each in ids] == [Status.PENDING, Status.DEAD] * 2
-    [(_, _, selection, changed)] = await noted(world)
+    [(_, _, selection, changed)] = await audit(world)
     assert (set(selection.split()), changed) == ({ids[0], ids[2]}, 2)
 
 
-async def test_nothing_ticked_is_nothing(world: World, admin: Visitor) -> None:
-    """Not everything: the page says that nothing was ticked."""
+async def test_an_empty_selection_replays_nothing(world: World, admin: Visitor) -> None:
+    """Without a selected event the page says so, and replays nothing."""
     await event(world, Status.DEAD)
     _, page = await admin.get("/admin/events")
     response, page = await admin.submit(page.form("/admin/replay"))
@@ -124,7 +124,7 @@ async def test_nothing_ticked_is_nothing(world: World, admin: Visitor) -> None:
 
 
 async def test_all_that_match(world: World, admin: Visitor) -> None:
-    """By the filters that the list had, also those beyond its page; only with the right number typed."""
+    """All events that match the filters are replayed, also of other pages, and only if the right number is typed."""
     ids = [await event(world, Status.DEAD) for _ in range(3)]
     left = [await world.row(await event(world, each)) for each in (Status.FAILED, Status.COMPLETED, Status.PROCESSING)]
     other = await event(world, Status.DEAD)
@@ -140,18 +140,18 @@ async def test_all_that_match(world: World, admin: Visitor) -> None:
         response, page = await admin.submit(confirm, ("count", wrong))
         assert response.status_code == 400, wrong
         assert "Nothing was changed" in page.text
-    assert await noted(world) == []
+    assert await audit(world) == []
     response, _ = await admin.submit(confirm, ("count", "3"))
-    assert "3 events are due now." in told((await admin.follow(response))[1])
+    assert "3 events are due now." in notice((await admin.follow(response))[1])
     assert {await world.status(each) for each in ids} == {Status.PENDING}
     assert await world.status(other) is Status.DEAD
     for row in left:
         assert unchanged(row, await world.row(row["event_id"]))
-    assert {len(row[2].split()) for row in await noted(world)} == {3}
+    assert {len(row[2].split()) for row in await audit(world)} == {3}
 
 
-async def test_what_came_in_since_is_not_meant(world: World, admin: Visitor) -> None:
-    """The number was confirmed for what was there: what ended, was tried again or came in meanwhile is not touched."""
+async def test_an_event_that_changed_is_not_replayed(world: World, admin: Visitor) -> None:
+    """Events that ended, were tried again or were received after the confirmation page are not replayed."""
     ended, tried, same = [await event(world, Status.FAILED) for _ in range(3)]
     _, page = await admin.get("/admin/events?status=failed")
     _, page = await admin.submit(page.form("/admin/replay"), ("all", "yes"))
@@ -161,30 +161,30 @@ async def test_what_came_in_since_is_not_meant(world: World, admin: Visitor) -> 
     before = [await world.row(each) for each in (ended, tried, late)]
     response, _ = await admin.submit(page.form("/admin/replay/confirmed"), ("count", "3"))
     _, after = await admin.follow(response)
-    assert "1 event is due now. 2 events skipped" in told(after)
+    assert "1 event is due now. 2 events skipped" in notice(after)
     assert await world.status(same) is Status.PENDING
     for row in before:
         assert unchanged(row, await world.row(row["event_id"]))
-    # The same answer once more, from another tab or by the browser's way back: nothing.
+    # The same form once more, from another tab or after the browser's back button, replays nothing.
     response, _ = await admin.submit(page.form("/admin/replay/confirmed"), ("count", "3"))
-    assert "No event was replayed. 3 events skipped" in told((await admin.follow(response))[1])
+    assert "No event was replayed. 3 events skipped" in notice((await admin.follow(response))[1])
 
 
-async def test_what_is_locked_is_waited_for_by_nobody(world: World, admin: Visitor) -> None:
-    """Another transaction holds it: it is left, and told so."""
-    held = await event(world, Status.DEAD)
-    _, page = await admin.get(f"/admin/events/{held}")
+async def test_a_locked_event_is_skipped(world: World, admin: Visitor) -> None:
+    """An event that another transaction has locked is skipped, and the page says so."""
+    locked = await event(world, Status.DEAD)
+    _, page = await admin.get(f"/admin/events/{locked}")
     _, page = await admin.submit(page.form("/admin/replay"))
-    async with world.locked(held):
+    async with world.locked(locked):
         response, _ = await admin.submit(page.form("/admin/replay/confirmed"))
-    assert "No event was replayed. 1 event skipped" in told((await admin.follow(response))[1])
-    assert await world.status(held) is Status.DEAD
+    assert "No event was replayed. 1 event skipped" in notice((await admin.follow(response))[1])
+    assert await world.status(locked) is Status.DEAD
 
 
-async def test_a_question_is_for_one_session_and_not_for_ever(
+async def test_a_confirmation_is_for_one_session_and_expires(
     world: World, admin: Visitor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another login's, one that was meddled with, one that is old: closed, and nothing is changed."""
+    """A confirmation of another session, tampered with or expired is refused, and nothing changes."""
     dead = await event(world, Status.DEAD)
     _, page = await admin.get(f"/admin/events/{dead}")
     _, page = await admin.submit(page.form("/admin/replay"))
@@ -198,15 +198,15 @@ async def test_a_question_is_for_one_session_and_not_for_ever(
         assert response.status_code == 400
     for wrong in ("", question[1:], question + "x", question.replace(".", "..")):
         assert (await admin.submit(confirm, ("confirmation", wrong)))[0].status_code == 400
-    monkeypatch.setattr(replaying_module, "_CONFIRMATION_SECONDS", -1)
+    monkeypatch.setattr(replay_module, "_CONFIRMATION_SECONDS", -1)
     response, page = await admin.submit(confirm)
     assert response.status_code == 400
     assert "no longer valid" in page.text
     assert await world.status(dead) is Status.DEAD
 
 
-async def test_what_has_no_payload_is_not_offered(world: World, admin: Visitor) -> None:
-    """It could not be handled; the page says how many there are of these."""
+async def test_an_event_without_payload_is_not_replayed(world: World, admin: Visitor) -> None:
+    """An event without payload could not be handled: it is not replayed, and the page counts it."""
     dead, pruned = await event(world, Status.DEAD), await event(world, Status.DEAD)
     await world.database.execute("DELETE FROM stripe_event_payloads WHERE event_id = $1", pruned)
     _, page = await admin.get("/admin/events?status=dead")
@@ -217,11 +217,11 @@ async def test_what_has_no_payload_is_not_offered(world: World, admin: Visitor) 
     assert [await world.status(each) for each in (dead, pruned)] == [Status.PENDING, Status.DEAD]
 
 
-async def test_more_than_can_be_meant_at_once(world: World, admin: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The newest so many, and told so; then the next ones, none twice and none left."""
-    for module in (events_module, replaying_module):
+async def test_more_events_than_one_replay_takes(world: World, admin: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest events are replayed first, the page says that there are more, and each is replayed once."""
+    for module in (events_module, replay_module):
         monkeypatch.setattr(module, "REPLAYED_MOST", 2)
-    monkeypatch.setattr(operations_module, "BATCH", 1)
+    monkeypatch.setattr(commands_module, "BATCH", 1)
     ids = [await event(world, Status.DEAD) for _ in range(5)]
     for number, left in ((2, 3), (2, 1), (1, 0)):
         _, page = await admin.get("/admin/events?status=dead")
@@ -229,13 +229,13 @@ async def test_more_than_can_be_meant_at_once(world: World, admin: Visitor, monk
         _, page = await admin.submit(page.form("/admin/replay"), ("all", "yes"))
         assert ("More events match" in page.text) == (left > 0)
         response, _ = await admin.submit(page.form("/admin/replay/confirmed"), ("count", str(number)))
-        assert "due now." in told((await admin.follow(response))[1])
+        assert "due now." in notice((await admin.follow(response))[1])
     assert {await world.status(each) for each in ids} == {Status.PENDING}
-    assert [row[3] for row in await noted(world)] == [2, 2, 1]
+    assert [row[3] for row in await audit(world)] == [2, 2, 1]
 
 
 async def test_a_thousand_with_the_longest_ids_fit_into_a_form(world: World, admin: Visitor) -> None:
-    """What the page offers can be sent back to it."""
+    """The confirmation of the largest replay is smaller than the limit of a form."""
     given = await event(world, Status.DEAD)
     long, numbers = "'evt_' || repeat(md5(n::text), 7) || n", "generate_series(1, 999) AS n"
     await world.database.execute(
@@ -253,36 +253,36 @@ async def test_a_thousand_with_the_longest_ids_fit_into_a_form(world: World, adm
     _, page = await admin.get("/admin/events?status=dead")
     _, page = await admin.submit(page.form("/admin/replay"), ("all", "yes"))
     response, _ = await admin.submit(page.form("/admin/replay/confirmed"), ("count", "1000"))
-    assert "1000 events are due now." in told((await admin.follow(response))[1])
+    assert "1000 events are due now." in notice((await admin.follow(response))[1])
 
 
-async def test_a_ledger_that_goes_away_meanwhile(world: World, admin: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page says how many were made due before, and asking again touches none of them twice."""
-    monkeypatch.setattr(operations_module, "BATCH", 1)
+async def test_a_replay_is_interrupted(world: World, admin: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page says how many events became due, and a second replay replays none of them twice."""
+    monkeypatch.setattr(commands_module, "BATCH", 1)
     ids = [await event(world, Status.DEAD) for _ in range(3)]
     _, page = await admin.get("/admin/events?status=dead")
     _, page = await admin.submit(page.form("/admin/replay"), ("all", "yes"))
-    inner = operations_module.Commands._fetch
+    inner = commands_module.Commands._fetch
     calls = 0
 
-    async def interrupted(self: operations_module.Commands, query: object, **values: object) -> list[object]:
+    async def interrupted(self: commands_module.Commands, query: object, **values: object) -> list[object]:
         nonlocal calls
-        calls += (is_replay := query is operations_module._REPLAY)
+        calls += (is_replay := query is commands_module._REPLAY)
         if is_replay and calls == 2:
-            raise LedgerUnavailable("away")
+            raise LedgerUnavailable("unreachable")
         return await inner(self, query, **values)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(operations_module.Commands, "_fetch", interrupted)
+    monkeypatch.setattr(commands_module.Commands, "_fetch", interrupted)
     response, broken = await admin.submit(page.form("/admin/replay/confirmed"), ("count", "3"))
     assert response.status_code == 503
     assert "after 1 event had become due" in broken.text
     response, _ = await admin.submit(page.form("/admin/replay/confirmed"), ("count", "3"))
-    assert "2 events are due now. 1 event skipped" in told((await admin.follow(response))[1])
+    assert "2 events are due now. 1 event skipped" in notice((await admin.follow(response))[1])
     assert {await world.status(each) for each in ids} == {Status.PENDING}
 
 
-async def test_where_it_leads_afterwards_is_a_page_of_ours(world: World, admin: Visitor) -> None:
-    """However the form was changed."""
+async def test_the_return_address_is_on_the_page(world: World, admin: Visitor) -> None:
+    """After a replay, only an address of the page is followed, whatever the form has."""
     for back in ("https://evil.test", "//evil.test", "/admin/events\\@evil", "/admin/logout", ""):
         dead = await event(world, Status.DEAD)
         _, page = await admin.get(f"/admin/events/{dead}")

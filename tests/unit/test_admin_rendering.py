@@ -1,4 +1,4 @@
-"""What the admin page makes of values: text that stays text, shapes of a chart, addresses that are believed."""
+"""Rendering on the admin page: escaping, payloads, the chart, client addresses, filters."""
 
 import json
 import re
@@ -23,7 +23,7 @@ NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
 
 
 def test_every_template_escapes() -> None:
-    """None says that a value is safe, none switches the escaping off, and none holds a script or a style."""
+    """No template marks a value as safe, switches escaping off, or has a script or an inline style."""
     found = sorted(TEMPLATES.glob("*.html"))
     assert len(found) >= 9
     for path in found:
@@ -33,16 +33,16 @@ def test_every_template_escapes() -> None:
             assert 'm.hidden("token"' in tag, path
 
 
-def test_text_is_escaped_and_what_is_missing_is_an_error() -> None:
-    """The environment that renders them all."""
+def test_text_is_escaped_and_undefined_names_are_errors() -> None:
+    """The environment of all templates escapes text and rejects undefined names."""
     environment = Templates()._environment
     assert environment.from_string("{{ x }}").render(x="<img onerror=1>'\"") == "&lt;img onerror=1&gt;&#39;&#34;"
     with pytest.raises(Exception, match="undefined"):
         environment.from_string("{{ missing }}").render()
 
 
-def test_what_does_not_show_is_shown() -> None:
-    """Controls and overrides of direction become escapes; lines and letters stay."""
+def test_invisible_characters_are_escaped() -> None:
+    """Control characters and overrides of the text direction become escapes; lines and letters stay."""
     assert printable("a\u202eb\x00c\x1b\nü€") == "a\\u202eb\\u0000c\\u001b\nü€"
 
 
@@ -56,8 +56,8 @@ def test_what_does_not_show_is_shown() -> None:
         "17",
     ],
 )
-def test_a_payload_is_laid_out_and_nothing_else(body: str) -> None:
-    """Taken together again it is the very text, without what stood between: no number is rounded."""
+def test_a_payload_is_only_formatted(body: str) -> None:
+    """Without white space the formatted payload is the original text: no number is rounded."""
     shown = pretty_json(body)
 
     def packed(text: str) -> str:
@@ -69,17 +69,17 @@ def test_a_payload_is_laid_out_and_nothing_else(body: str) -> None:
 
 
 class _Kept(float):
-    """Two digits, as in the sample."""
+    """A number that is compared with two digits, as in the sample."""
 
 
 @pytest.mark.parametrize("body", ["[" * 200_000, '{"a":' * 100_000, "]" * 100_000, '"' * 100_001, "{]" * 50_000])
-def test_a_hostile_payload_is_laid_out_in_time(body: str) -> None:
-    """Deep, torn or closed before it was opened: no recursion, and no line that is longer than its depth allows."""
+def test_a_hostile_payload_is_formatted(body: str) -> None:
+    """A deep, truncated or unbalanced payload needs no recursion, and its indentation is limited."""
     assert len(pretty_json(body)) < 100 * len(body)
 
 
-def test_only_two_files_are_handed_out() -> None:
-    """By name from a list, so no path leads anywhere else; neither fetches anything from elsewhere."""
+def test_only_two_static_files_are_served() -> None:
+    """Files are served by name from a list, so no path leads elsewhere; none loads anything from another host."""
     for name in STATIC_TYPES:
         response = static(name)
         assert response is not None
@@ -96,8 +96,8 @@ def hours(*counts: dict[Status, int]) -> HourlyCounts:
     return HourlyCounts([(NOW + timedelta(hours=number), each) for number, each in enumerate(counts)])
 
 
-def test_a_bar_is_made_of_its_statuses() -> None:
-    """From the ground up without a gap, as high as their number; the scale is a number that reads well."""
+def test_a_bar_has_a_segment_per_status() -> None:
+    """Segments are stacked without gaps, as high as their number; the scale ends at a round number."""
     chart = draw(hours({}, {Status.COMPLETED: 60, Status.FAILED: 20, Status.DEAD: 20}))
     assert (chart.top, chart.events) == (100, 100)
     empty, full = chart.bars
@@ -110,8 +110,8 @@ def test_a_bar_is_made_of_its_statuses() -> None:
         ground = segment.y
 
 
-def test_the_one_dead_event_is_seen() -> None:
-    """Beside a hundred thousand that went well; and the bar is no higher than the chart for it."""
+def test_one_dead_event_is_visible() -> None:
+    """One dead event among a hundred thousand has a segment, and the bar is no higher than the chart."""
     [bar] = draw(hours({Status.COMPLETED: 99_999, Status.DEAD: 1, Status.FAILED: 1})).bars
     assert all(segment.height >= 3 for segment in bar.segments)
     assert sum(segment.height for segment in bar.segments) <= HEIGHT + 0.01
@@ -119,43 +119,43 @@ def test_the_one_dead_event_is_seen() -> None:
 
 
 @pytest.mark.parametrize(("most", "top"), [(0, 1), (1, 1), (2, 2), (3, 5), (6, 10), (101, 200), (4999, 5000)])
-def test_the_scale_reads_well(most: int, top: int) -> None:
-    """1, 2 or 5 and noughts, and never nothing."""
+def test_the_scale_ends_at_a_round_number(most: int, top: int) -> None:
+    """It ends at 1, 2 or 5 with zeros, and never at 0."""
     assert draw(hours({Status.COMPLETED: most} if most else {})).top == top
 
 
-# -- what is believed ---------------------------------------------------------------------------------
+# -- requests ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("forwarded", "proxies", "address"),
     [
         ([], 0, "10.0.0.1"),
-        (["6.6.6.6"], 0, "10.0.0.1"),  # nobody said that there is a proxy
+        (["6.6.6.6"], 0, "10.0.0.1"),  # no proxy is configured
         (["6.6.6.6, 192.0.2.1"], 1, "192.0.2.1"),
         (["6.6.6.6", "192.0.2.1, 10.9.9.9"], 2, "192.0.2.1"),
         (["192.0.2.1:4711"], 1, "192.0.2.1"),
         (["[2001:db8::1]:4711"], 1, "2001:db8::1"),
         (["2001:db8::1"], 1, "2001:db8::1"),
-        (["192.0.2.1"], 2, "10.0.0.1"),  # came past one of them
+        (["192.0.2.1"], 2, "10.0.0.1"),  # did not pass one of them
         (["<script>"], 1, "10.0.0.1"),
     ],
 )
 def test_the_client_s_address(forwarded: list[str], proxies: int, address: str) -> None:
-    """The entry that the outermost of our own proxies wrote: what a client put before it counts for nothing."""
+    """It is the entry that the outermost trusted proxy wrote, whatever the client put before it."""
     assert client_address("10.0.0.1", forwarded, proxies) == address
 
 
-def test_where_the_browser_takes_itself_to_be() -> None:
-    """Its own machine by any of its names; and nothing that only begins or ends like one."""
+def test_is_loopback() -> None:
+    """Any loopback name or address is accepted, and no name that only begins or ends like one."""
     for host in ("localhost", "localhost:8000", "127.0.0.1:8000", "127.3.2.1", "[::1]:8000", "[::1]", "x.localhost:1"):
         assert is_loopback(host), host
     for host in ("", "admin.test", "localhost.evil.test", "127.0.0.1.evil.test", "10.0.0.1:8000", "evillocalhost", "["):
         assert not is_loopback(host), host
 
 
-def test_a_filter_that_is_none_is_not_chosen() -> None:
-    """Statuses and ages that do not exist; each kind of id is looked for where it is."""
+def test_an_unknown_filter_is_ignored() -> None:
+    """Unknown statuses and ages are ignored, and each kind of id is searched where it can be."""
     filters = Filters.of({"status": ["dead", "nonsense", "failed"], "age": ["<b>"], "q": ["cus_1"]})
     assert (filters.statuses, filters.age) == ((Status.FAILED, Status.DEAD), None)
     assert filters.search.customer
@@ -165,8 +165,8 @@ def test_a_filter_that_is_none_is_not_chosen() -> None:
     assert Filters(q="a&b=c", statuses=(Status.DEAD,)).address() == "/admin/events?q=a%26b%3Dc&status=dead"
 
 
-def test_a_place_that_is_none_is_the_beginning() -> None:
-    """What was typed into the address by hand is no error."""
+def test_an_invalid_cursor_is_the_start() -> None:
+    """A malformed cursor in the address is no error."""
     for text in (None, "", "x", "~", "2026-01-01~evt_1", "2026-01-01T00:00:00+00:00~", "9" * 300):
         assert _parse_cursor(text) is None
     cursor = _parse_cursor("2026-01-01T00:00:00.000001+00:00~evt_1")

@@ -1,4 +1,4 @@
-"""Sessions, tokens and login limits of the admin page: what is believed, for how long, and how often one may try."""
+"""Sessions, CSRF tokens, signed values and login limits of the admin page."""
 
 import pytest
 
@@ -10,7 +10,7 @@ KEY = b"k" * 32
 
 
 class Clock:
-    """Stands until it is put forward."""
+    """A clock that the test sets."""
 
     def __init__(self) -> None:
         self.now = 1_000_000.0
@@ -32,36 +32,36 @@ def signer(clock: Clock) -> Signer:
 # -- sessions -----------------------------------------------------------------------------------------
 
 
-def test_a_session_comes_back(signer: Signer, clock: Clock) -> None:
-    """As it was written, also to another worker that knows nothing but the key."""
+def test_a_session_is_loaded_again(signer: Signer, clock: Clock) -> None:
+    """A dumped session is loaded again, also by another worker that has only the key."""
     session = signer.start_session()
     assert signer.load_session(signer.dump_session(session)) == session
     assert Signer(KEY, clock).load_session(signer.dump_session(session)) == session
 
 
 def test_no_two_logins_share_an_id(signer: Signer) -> None:
-    """A session that somebody planted is never the one that a login begins."""
+    """A planted session id is never the id of a new session."""
     assert len({signer.start_session().id for _ in range(100)}) == 100
 
 
-def test_another_key_believes_nothing(signer: Signer, clock: Clock) -> None:
-    """A new password logs everybody out."""
+def test_another_key_loads_no_session(signer: Signer, clock: Clock) -> None:
+    """A new password ends every session."""
     assert Signer(b"o" * 32, clock).load_session(signer.dump_session(signer.start_session())) is None
 
 
-def test_a_cookie_that_was_meddled_with_is_nobody(signer: Signer) -> None:
-    """Whichever character is changed, cut or added."""
+def test_a_changed_cookie_is_not_valid(signer: Signer) -> None:
+    """Any changed, missing or added character invalidates the cookie."""
     text = signer.dump_session(signer.start_session())
-    for place in range(len(text)):
-        changed = text[:place] + ("A" if text[place] != "A" else "B") + text[place + 1 :]
-        # The last character of a base64 text may hold bits that mean nothing: it is the same text then.
-        assert signer.load_session(changed) in ((None,) if place < len(text) - 1 else (None, signer.load_session(text)))
+    for index in range(len(text)):
+        changed = text[:index] + ("A" if text[index] != "A" else "B") + text[index + 1 :]
+        # The last character of a base64 text can hold unused bits: then it is the same text.
+        assert signer.load_session(changed) in ((None,) if index < len(text) - 1 else (None, signer.load_session(text)))
     for other in ("", None, text[:-1], text + "A", text.upper(), "." * 50, "\ud800", "é"):
         assert signer.load_session(other) is None, other
 
 
-def test_a_session_ends_when_nobody_uses_it(signer: Signer, clock: Clock) -> None:
-    """After half an hour; whoever goes on is renewed, and not with every answer."""
+def test_an_idle_session_ends(signer: Signer, clock: Clock) -> None:
+    """A session ends after half an hour without a request; a used one is renewed, but not with every response."""
     session = signer.start_session()
     assert signer.renew_session(session) is None
     clock.now += IDLE_SECONDS
@@ -73,8 +73,8 @@ def test_a_session_ends_when_nobody_uses_it(signer: Signer, clock: Clock) -> Non
     assert signer.load_session(signer.dump_session(renewed)) == renewed
 
 
-def test_a_session_ends_in_any_case(signer: Signer, clock: Clock) -> None:
-    """After eight hours, however busy."""
+def test_a_used_session_ends_too(signer: Signer, clock: Clock) -> None:
+    """A session ends after eight hours, however much it is used."""
     session, began = signer.start_session(), clock.now
     while clock.now < began + LASTS_SECONDS:
         found = signer.load_session(signer.dump_session(session))
@@ -85,8 +85,8 @@ def test_a_session_ends_in_any_case(signer: Signer, clock: Clock) -> None:
     assert signer.load_session(signer.dump_session(session)) is None
 
 
-def test_a_session_of_the_future_is_none(signer: Signer, clock: Clock) -> None:
-    """A little ahead is another machine's clock; more is nothing that was ever written."""
+def test_a_session_of_the_future_is_not_valid(signer: Signer, clock: Clock) -> None:
+    """A small difference between clocks is accepted; a larger one is not."""
     session = signer.start_session()
     clock.now -= 30
     assert signer.load_session(signer.dump_session(session)) == session
@@ -94,8 +94,8 @@ def test_a_session_of_the_future_is_none(signer: Signer, clock: Clock) -> None:
     assert signer.load_session(signer.dump_session(session)) is None
 
 
-def test_a_token_is_one_session_s(signer: Signer) -> None:
-    """Another login's token is none, and it is compared by the function that takes the same time."""
+def test_a_csrf_token_belongs_to_one_session(signer: Signer) -> None:
+    """Another session's token is not valid, and tokens are compared in constant time."""
     one, other = signer.start_session(), signer.start_session()
     assert signer.is_csrf_token(one, signer.csrf_token(one))
     for wrong in (signer.csrf_token(other), "", signer.csrf_token(one)[:-1], one.id, "\ud800"):
@@ -103,8 +103,8 @@ def test_a_token_is_one_session_s(signer: Signer) -> None:
     assert "compare_digest" in sessions.is_equal.__code__.co_names
 
 
-def test_what_was_packed_is_for_one_session_and_one_purpose(signer: Signer, clock: Clock) -> None:
-    """Brought back by another session, as something else, meddled with or too late, it is nothing."""
+def test_a_signed_value_is_for_one_session_and_one_purpose(signer: Signer, clock: Clock) -> None:
+    """A signed value is not valid in another session, for another purpose, changed, or too late."""
     one, other = signer.start_session(), signer.start_session()
     packed = signer.sign_value(one, "replay", [["evt_1", "failed", 3]])
     assert signer.verify_value(one, "replay", packed, 10) == [["evt_1", "failed", 3]]
@@ -118,7 +118,7 @@ def test_what_was_packed_is_for_one_session_and_one_purpose(signer: Signer, cloc
 
 
 def test_cookies_have_their_flags() -> None:
-    """Never readable by a script, never sent from elsewhere; with TLS alone and bound to the host, or another name."""
+    """No script can read a cookie and no other site can send it; with TLS it is bound to TLS and the host."""
     secure, plain = Cookie("session", secure=True).set("v", 60), Cookie("session", secure=False).set("v", 60)
     assert secure == "__Host-firstclaim-session=v; Path=/; Max-Age=60; HttpOnly; SameSite=Strict; Secure"
     assert plain == "firstclaim-session=v; Path=/; Max-Age=60; HttpOnly; SameSite=Strict"
@@ -128,8 +128,8 @@ def test_cookies_have_their_flags() -> None:
 # -- limits -------------------------------------------------------------------------------------------
 
 
-def test_an_address_may_try_some_times(clock: Clock) -> None:
-    """Then it is told how long to wait, and after that it may try once; trying meanwhile costs nothing more."""
+def test_an_address_has_a_limit(clock: Clock) -> None:
+    """After its attempts an address must wait for one more; an attempt in the meantime costs nothing."""
     limit = LoginLimit(clock)
     assert [limit.take("192.0.2.1") for _ in range(ADDRESS_ATTEMPTS)] == [0] * ADDRESS_ATTEMPTS
     assert [limit.take("192.0.2.1") for _ in range(3)] == [60] * 3
@@ -139,8 +139,8 @@ def test_an_address_may_try_some_times(clock: Clock) -> None:
     assert limit.take("192.0.2.2") == 0
 
 
-def test_all_together_may_try_some_times(clock: Clock) -> None:
-    """However many addresses a guesser has."""
+def test_all_addresses_have_a_common_limit(clock: Clock) -> None:
+    """The common limit holds for any number of addresses."""
     limit = LoginLimit(clock)
     assert [limit.take(f"192.0.2.{n}") for n in range(ALL_ATTEMPTS)] == [0] * ALL_ATTEMPTS
     assert limit.take("198.51.100.1") == 3
@@ -148,8 +148,8 @@ def test_all_together_may_try_some_times(clock: Clock) -> None:
     assert limit.take("198.51.100.1") == 0
 
 
-def test_who_came_in_may_try_again(clock: Clock) -> None:
-    """A few mistypings before it do not count any more."""
+def test_a_login_resets_the_limit(clock: Clock) -> None:
+    """After a login, earlier wrong attempts of the address do not count."""
     limit = LoginLimit(clock)
     for _ in range(ADDRESS_ATTEMPTS):
         limit.take("192.0.2.1")
@@ -158,7 +158,7 @@ def test_who_came_in_may_try_again(clock: Clock) -> None:
 
 
 def test_a_network_of_ipv6_is_one_address(clock: Clock) -> None:
-    """Whoever has one has 2^64; IPv4 in IPv6's dress is the IPv4 that it is."""
+    """A /64 of IPv6 counts as one address, and a mapped IPv4 address as that IPv4 address."""
     limit = LoginLimit(clock)
     for n in range(ADDRESS_ATTEMPTS):
         assert limit.take(f"2001:db8::{n}") == 0
@@ -169,8 +169,8 @@ def test_a_network_of_ipv6_is_one_address(clock: Clock) -> None:
     assert limit.take("::ffff:192.0.2.7") > 0
 
 
-def test_a_flood_of_addresses_grows_nothing(clock: Clock) -> None:
-    """Of more addresses than are kept the longest silent is forgotten; what is no address is one together."""
+def test_memory_for_addresses_is_bounded(clock: Clock) -> None:
+    """The address without an attempt for the longest time is forgotten; malformed ones count as one."""
     limit = LoginLimit(clock)
     for n in range(3 * ADDRESSES_MOST):
         limit.take(f"10.{n >> 16}.{n >> 8 & 255}.{n & 255}")
