@@ -60,7 +60,7 @@ def running(folder: Path, postgres_url: str | None, redis_url: str | None) -> It
         assert ready.database_url is not None
         assert ready.redis_url is not None
         url = postgres_dsn(ready.database_url.get_secret_value())
-        if template := os.environ.get("TEST_TEMPLATE"):  # of the run that this one is a part of
+        if template := os.environ.get("TEST_TEMPLATE"):  # that of the run which started this one
             yield Stores(url, ready.redis_url.get_secret_value(), template)
             return
         template = f"firstclaim_template_{secrets.token_hex(4)}"

@@ -1,4 +1,4 @@
-"""Mutants of one attempt and of what the ledger is told about it."""
+"""Mutants of an attempt, and of how the ledger records its result."""
 
 from tests.mutants.mutant import Mutant
 
@@ -219,7 +219,7 @@ MUTANTS = (
         "await self.ledger._pool._places.acquire()\nseat = await self.seats.take()",
         "integration/test_pipeline.py::test_slow_handlers_do_not_starve_recording",
     ),
-    # -- how it ended
+    # -- the result
     Mutant(
         "failure-keeps-the-marker",
         "A failed attempt deletes its marker, so that the next delivery reaches the ledger.",
@@ -293,7 +293,7 @@ MUTANTS = (
         "found.status != Status.FAILED",
         "integration/test_dispatch.py::test_a_commit_that_was_taken_over_is_a_duplicate",
     ),
-    # -- we stop
+    # -- shutdown
     Mutant(
         "stopping-keeps-the-claim",
         "A claim that a shutdown interrupts is released.",

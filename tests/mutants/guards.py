@@ -1,4 +1,4 @@
-"""Mutants of the changes of state: each guarded by status and attempt, and what it charges."""
+"""Mutants of the changes of state: their guards (status and attempt), and what they charge."""
 
 from tests.mutants.mutant import Mutant, TextMutant
 
@@ -240,6 +240,23 @@ MUTANTS = (
         "e.status = c.status AND e.attempt = c.attempt",
         "e.status = c.status",
         "integration/test_commands.py::test_what_changed_since_it_was_chosen_is_left[tried]",
+    ),
+    # -- prune
+    TextMutant(
+        "pruned-by-age-alone",
+        "An unfinished event is never pruned.",
+        "_PRUNE_ROWS",
+        "status = ANY(:statuses) AND settled_at",
+        "CAST(:statuses AS text[]) IS NOT NULL AND coalesce(settled_at, received_at)",
+        "integration/test_commands.py::test_what_is_unfinished_is_never_pruned",
+    ),
+    Mutant(
+        "pruned-while-stripe-may-resend",
+        "A row is kept for at least 35 days: a deleted row detects no duplicate.",
+        "Commands.prune",
+        "row_days < ROW_DAYS_LEAST",
+        "False",
+        "integration/test_commands.py::test_rows_are_kept_while_stripe_may_resend",
     ),
     # -- reconciliation
     Mutant(

@@ -1,4 +1,4 @@
-"""Mutants of the second claim: the ledger's statements, who wins a row, who takes it over, who gives up on it."""
+"""Mutants of the second claim: inserts, take-over, due events, and abandoned ones."""
 
 from tests.mutants.mutant import Mutant, TextMutant
 
@@ -174,7 +174,7 @@ MUTANTS = (
         "attempt = attempt + 1, failures = failures + 1,",
         "integration/test_ledger.py::test_what_nobody_works_on_is_taken_over",
     ),
-    # -- what is due, and who vanished
+    # -- due and abandoned events
     TextMutant(
         "due-before-its-time",
         "An event that is not due yet waits.",
@@ -231,12 +231,12 @@ MUTANTS = (
         "SET abandoned = greatest(abandoned, 1),",
         "integration/test_ledger.py::test_a_poison_event_is_dead_at_the_eighth",
     ),
-    Mutant(
-        "abandoned-without-limit",
+    TextMutant(
+        "dead-at-the-ninth",
         "An event that was abandoned eight times is dead: it kills its process.",
-        "assemble",
-        "settings.abandoned_most",
-        "10**6",
+        "RETURN_ABANDONED",
+        "abandoned + 1 >= :most THEN 'dead' ELSE 'pending' END, settled_at = CASE WHEN abandoned + 1 >= :most",
+        "abandoned + 1 > :most THEN 'dead' ELSE 'pending' END, settled_at = CASE WHEN abandoned + 1 > :most",
         "integration/test_ledger.py::test_a_poison_event_is_dead_at_the_eighth",
     ),
     TextMutant(

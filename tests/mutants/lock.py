@@ -1,4 +1,4 @@
-"""Mutants of the first claim: the Redis lock, its marker, its client and what counts as Redis being away."""
+"""Mutants of the first claim: the Redis lock, its marker, its client, and what counts as an outage."""
 
 from tests.mutants.mutant import Mutant, TextMutant
 
@@ -82,14 +82,6 @@ MUTANTS = (
         "self._value if time.monotonic() - self._confirmed <= self._fresh_seconds else None",
         "self._value",
         "integration/test_postgres.py::test_an_epoch_counts_while_it_is_fresh",
-    ),
-    Mutant(
-        "recovery-stops-at-a-marker",
-        "For recovery a marker is no evidence: the ledger has said that the work is due.",
-        "Lock.acquire",
-        "epoch is not None and ... and not over_marker",
-        "epoch is not None and ...",
-        "integration/test_lock.py::test_recovery_locks_over_a_marker",
     ),
     TextMutant(
         "swapped-without-comparing",

@@ -60,7 +60,7 @@ class Mutant:
         if len(places) != 1:
             raise DoesNotFitError(self._explanation(path, scope, len(places)))
         places[0]()
-        return path, ast.unparse(ast.fix_missing_locations(tree))
+        return path, ast.unparse(tree)
 
     def _file(self) -> Path:
         names = names_in(PACKAGE)

@@ -1,9 +1,9 @@
-"""Mutants of the path: both claims in their order, the marker, the answers."""
+"""Mutants of the pipeline: both claims in their order, the marker, the answers."""
 
 from tests.mutants.mutant import Mutant
 
 MUTANTS = (
-    # -- nothing is promised that is not so
+    # -- a 2xx is a promise
     Mutant(
         "accepted-before-the-commit",
         "After its budget, a delivery is answered 202 only if the row's COMMIT is known.",
@@ -142,7 +142,7 @@ MUTANTS = (
         "raise",
         "integration/test_pipeline.py::test_a_marker_that_cannot_be_written_changes_nothing",
     ),
-    # -- the answer's time
+    # -- the budget of an answer
     Mutant(
         "budget-ignored",
         "The answer is sent within its budget.",
@@ -167,7 +167,7 @@ MUTANTS = (
         "done = {task} if await task else set()",
         "integration/test_pipeline.py::test_a_client_that_hangs_up_cancels_nothing",
     ),
-    # -- copies in one process
+    # -- copies of an event in one process
     Mutant(
         "a-copy-is-answered-early",
         "A copy of an event that is being recorded gets no 2xx before the event is recorded.",

@@ -41,7 +41,7 @@ MUTANTS = (
         "_inspect_postgres",
         'await _setting(connection, name) == "off"',
         'await _setting(connection, name) == "never"',
-        "chaos/test_settings.py::test_row_23_fsync_off",
+        "integration/test_preflight.py::test_a_server_that_can_lose_events_is_reported[fsync]",
     ),
     Mutant(
         "frozen-connection-goes-back",

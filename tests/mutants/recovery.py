@@ -1,4 +1,4 @@
-"""Mutants of recovery and of the graceful stop."""
+"""Mutants of recovery and of the graceful shutdown."""
 
 from tests.mutants.mutant import Mutant
 
@@ -108,7 +108,7 @@ MUTANTS = (
         "if claim.body is None:\n    return outcome.dead(claim.event_id, claim.attempt)",
         "integration/test_pipeline.py::test_an_expired_payload_is_dead",
     ),
-    # -- the graceful stop
+    # -- shutdown
     Mutant(
         "draining-accepts-deliveries",
         "While a process drains, it answers deliveries with 503.",
@@ -135,11 +135,11 @@ MUTANTS = (
     ),
     Mutant(
         "no-drain-delay",
-        "During the drain delay everything is still served.",
+        "The server handles a signal only after the drain delay: everything is still served.",
         "Shutdown._delayed",
         "0.0 if self.requested else self.drain_seconds",
         "0.0",
-        "acceptance/test_shutdown.py::test_the_drain_delay_keeps_serving",
+        "unit/test_shutdown.py::test_only_a_second_signal_skips_the_drain_delay",
     ),
     Mutant(
         "ready-while-it-drains",

@@ -1,8 +1,8 @@
 """The tests tested: each rule of the protocol is broken in a copy of the service, and the test named for it fails.
 
-Guarantees: a mutant counts as caught only when that very test failed in its own body, for what it saw: not because
-something could not be imported, collected, set up or parsed, and not by running out of time. The same tests are
-green on a copy that was not changed. The service itself holds no switch that weakens it.
+Guarantees: a mutant is caught only if that very test failed in its own body, by an assertion. A failed import,
+collection, set-up or parse does not count, nor does a timeout. The same tests pass in an unchanged copy. The service
+itself contains no switch that weakens it.
 """
 
 import asyncio
@@ -31,12 +31,15 @@ from tests.stores import Stores
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parents[1]
 COPIED = ("service", "tests", "pyproject.toml")
-# Plugins that were imported before pytest began cannot have their assertions rewritten: they need no such thing.
+# Plugins that were imported before pytest started cannot have their assertions rewritten, and do not need it.
 QUIET = ("-p", "no:cacheprovider", "-q", "-m", "", "--color=no", "-W", "ignore::pytest.PytestAssertRewriteWarning")
-LANES = 2  # runs at once: most of a run is one process's work
-TEST_SECONDS = 60  # for a test that takes one or two; a mutant that only hangs is not caught
+LANES = 3  # runs at once, on two cores: with many mutants the test only waits, for what does not happen
+TEST_SECONDS = 60  # for a test that takes one or two; a mutant that times out is not caught
 
-# Of a mutant that is broken in itself: Python or SQL that cannot be run proves nothing about a rule.
+CONTROL = "control"
+Runs = dict[str, Future[tuple[int, str]]]  # by the mutant's name
+
+# The output of a mutant that is itself invalid: Python or SQL that cannot run proves nothing about a rule.
 NONSENSE = re.compile(
     r"^E +(?:\w+\.)*TypeError\b|\b(?:Attribute|Import|Indentation|ModuleNotFound|Name|Syntax|UnboundLocal)Error\b"
     r"|\(42(?:601|703|803|804|883|P\d\d)\)|PostgresSyntaxError|Undefined(?:Column|Function|Table)Error"
@@ -49,21 +52,21 @@ ids = pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
 
 
 def copy(folder: Path) -> None:
-    """The repository as the tests need it. Times are kept, so that what was compiled counts as fresh."""
+    """Copy what the tests need of the repository. Times are kept, so that compiled files count as fresh."""
     for name in COPIED:
         source = REPOSITORY / name
         if source.is_dir():
-            # Without what another run is just compiling: it is gone in a moment.
+            # Without the temporary files of another run that compiles: they vanish.
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.pyc.*"))
         else:
             shutil.copy2(source, folder / name)
 
 
 def break_rule(mutant: Mutant, folder: Path) -> Path:
-    """Apply the mutant to the copy, and return the file; no compiled code of the unbroken file is left beside it."""
+    """Apply the mutant to the copy, delete the compiled code of the unbroken file, and return the file."""
     file, source = mutant.applied()
     path = folder / "service" / "firstclaim" / file
-    path.unlink()  # it is a link to the file of the first copy
+    path.unlink()  # a link to the file of the first copy
     path.write_text(source)
     for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
         compiled.unlink()
@@ -71,7 +74,7 @@ def break_rule(mutant: Mutant, folder: Path) -> Path:
 
 
 class Lane:
-    """A process that forks for one run of pytest after the other (see `tests.mutants.warm`)."""
+    """A process that forks for each run of pytest (see `tests.mutants.warm`)."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         command = [sys.executable, str(HERE / "warm.py")]
@@ -80,15 +83,15 @@ class Lane:
         )
 
     def run(self, folder: Path, template: str, *arguments: str) -> tuple[int, str]:
-        """The exit code of pytest in `folder`, and its output."""
+        """Run pytest in `folder`; return its exit code and its output."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(json.dumps([str(folder), template, *QUIET, *arguments]), file=self._process.stdin, flush=True)
         code = int(self._process.stdout.readline())
-        return code, (folder / "said").read_text()
+        return code, (folder / "output").read_text()
 
     def close(self) -> None:
-        """End it, with whatever its fork hangs in."""
+        """End the process and its fork."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.communicate()
@@ -97,7 +100,7 @@ class Lane:
 class Lanes:
     """Runs of pytest, each in a copy of its own, as many at once as there are lanes.
 
-    A copy consists of links to the files of a first copy in `folder`: that takes a fifth of the time.
+    A copy consists of links to the files of a first copy in `folder`, which takes a fifth of the time.
     """
 
     def __init__(self, folder: Path, environment: dict[str, str], template: str) -> None:
@@ -111,7 +114,7 @@ class Lanes:
         self._threads = ThreadPoolExecutor(LANES)
 
     def submit(self, mutant: Mutant | None, *arguments: str) -> Future[tuple[int, str]]:
-        """Pytest in a copy, with the mutant's rule broken."""
+        """Run pytest in a copy, with the mutant's rule broken."""
         return self._threads.submit(self._run, mutant, arguments)
 
     def _run(self, mutant: Mutant | None, arguments: Sequence[str]) -> tuple[int, str]:
@@ -121,13 +124,13 @@ class Lanes:
                 folder, template = Path(name), self._template
                 shutil.copytree(self._folder / "unbroken", folder, copy_function=os.link, dirs_exist_ok=True)
                 if mutant is not None and "migrations" in break_rule(mutant, folder).parts:
-                    template = ""  # it migrates one of its own
+                    template = ""  # the run migrates its own
                 return lane.run(folder, template, *arguments)
         finally:
             self._free.put(lane)
 
     def close(self) -> None:
-        """End all of it."""
+        """End all processes and threads."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         for lane in self._lanes:
             lane.close()
@@ -135,7 +138,7 @@ class Lanes:
 
 @pytest.fixture(scope="module")
 def lanes(stores: Stores) -> Iterator[Lanes]:
-    """On the stores that this run has, and on its migrated template."""
+    """Lanes on the stores of this run and their migrated template."""
     if "TEST_DATABASE_URL" not in os.environ:
         asyncio.run(forgo_fsync(stores.postgres_url))
     addresses = {"TEST_DATABASE_URL": stores.postgres_url, "TEST_REDIS_URL": stores.redis_url}
@@ -147,7 +150,7 @@ def lanes(stores: Stores) -> Iterator[Lanes]:
 
 
 async def forgo_fsync(url: str) -> None:
-    """Let a server that ends with this run not wait for its disk: dropping a database took a second, most of a run."""
+    """Turn fsync off on a server that ends with this run: with it, dropping a database took a second."""
     connection = await asyncpg.connect(url)
     await connection.execute("ALTER SYSTEM SET fsync = off")
     await connection.execute("SELECT pg_reload_conf()")
@@ -155,23 +158,33 @@ async def forgo_fsync(url: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(lanes: Lanes, request: pytest.FixtureRequest) -> dict[str, Future[tuple[int, str]]]:
-    """The runs of all mutants that this session is about, in their order: while one is judged, the next go on."""
-    wanted = [item for item in request.session.items if isinstance(item, pytest.Function)]
-    names = {item.callspec.id for item in wanted if item.originalname == "test_the_suite_goes_red"}
-    mutants = [mutant for mutant in MUTANTS if mutant.name in names]
-    return {each.name: lanes.submit(each, "-x", f"--timeout={TEST_SECONDS}", each.node_id) for each in mutants}
+def runs(lanes: Lanes, request: pytest.FixtureRequest) -> Runs:
+    """The runs of the selected tests, in their order. While the result of one is checked, the next ones continue."""
+    items = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    names = {item.callspec.id for item in items if item.originalname == "test_the_named_test_fails"}
+    runs: Runs = {}
+    if any(item.originalname == "test_the_unchanged_copy_passes" for item in items):
+        files: dict[str, dict[str, None]] = {}
+        for mutant in MUTANTS:
+            files.setdefault(mutant.red.partition("::")[0], {})[mutant.node_id] = None
+        for number in range(LANES):
+            share = [node_id for file in list(files.values())[number::LANES] for node_id in file]
+            runs[f"{CONTROL} {number}"] = lanes.submit(None, *share)
+    for mutant in MUTANTS:
+        if mutant.name in names:
+            runs[mutant.name] = lanes.submit(mutant, "-x", f"--timeout={TEST_SECONDS}", mutant.node_id)
+    return runs
 
 
-def why_not_red(node_id: str, code: int, said: str) -> str | None:
-    """Why a run does not count as the test's failure; None: it does."""
+def why_not_red(node_id: str, code: int, output: str) -> str | None:
+    """Why a run does not count as a failure of the test. None if it does."""
     if code == 0:
-        return "the test is green: nothing notices that the rule is broken"
-    # Whatever it exits with: what a mutant leaves unclosed may break pytest's own end after the test has failed.
-    if not re.search(rf"^FAILED {re.escape(node_id)}(?:\[| |$)", said, flags=re.MULTILINE):
-        return "the test itself did not fail: something before it did"
-    if nonsense := NONSENSE.search(said):
-        return f"the test failed, but not because the rule is broken: {nonsense[0]}"
+        return "the test passed: it does not detect that the rule is broken"
+    # The exit code does not matter: what a mutant leaves open may break pytest's end after the test has failed.
+    if not re.search(rf"^FAILED {re.escape(node_id)}(?:\[| |$)", output, flags=re.MULTILINE):
+        return "the test itself did not fail, but something before it"
+    if nonsense := NONSENSE.search(output):
+        return f"the test failed, but because the mutant is invalid: {nonsense[0]}"
     return None
 
 
@@ -179,28 +192,28 @@ def why_not_red(node_id: str, code: int, said: str) -> str | None:
 
 
 @pytest.mark.mutants
-@pytest.mark.timeout(3 * TEST_SECONDS)
-@ids
-def test_the_suite_goes_red(mutant: Mutant, runs: dict[str, Future[tuple[int, str]]]) -> None:
-    """With the rule broken in a copy of the service, the test that proves it fails there, by what it asserts."""
-    code, said = runs[mutant.name].result()
-    assert (reason := why_not_red(mutant.node_id, code, said)) is None, f"{mutant.name}: {reason}\n{said}"
+@pytest.mark.timeout(900)
+def test_the_unchanged_copy_passes(runs: Runs) -> None:
+    """The control: all of these tests pass in unchanged copies. (That the copy is tested, the mutants show.)"""
+    for code, output in (runs[name].result() for name in runs if name.startswith(CONTROL)):
+        assert code == 0, output
 
 
 @pytest.mark.mutants
-@pytest.mark.timeout(900)
-def test_unbroken_they_are_green(lanes: Lanes) -> None:
-    """The control: in a copy that is not changed all of these tests pass. (That it is the copy, the mutants show.)"""
-    code, said = lanes.submit(None, *dict.fromkeys(mutant.node_id for mutant in MUTANTS)).result()
-    assert code == 0, said
+@pytest.mark.timeout(3 * TEST_SECONDS)
+@ids
+def test_the_named_test_fails(mutant: Mutant, runs: Runs) -> None:
+    """With the rule broken in a copy of the service, the test of the rule fails there, by an assertion."""
+    code, output = runs[mutant.name].result()
+    assert (reason := why_not_red(mutant.node_id, code, output)) is None, f"{mutant.name}: {reason}\n{output}"
 
 
-# -- what holds without running them ------------------------------------------------------------------
+# -- checks that run no mutant ------------------------------------------------------------------------
 
 
 @ids
 def test_the_mutant_fits(mutant: Mutant) -> None:
-    """The service has exactly once what the mutant changes, and the result is valid Python."""
+    """The service has exactly once the code that the mutant changes, and the result is valid Python."""
     file, source = mutant.applied()
     compile(source, file, "exec")
 
@@ -214,7 +227,7 @@ def test_every_test_named_exists() -> None:
 
 
 def test_no_two_have_one_name() -> None:
-    """A name in a report is one mutant."""
+    """Each mutant has a name of its own."""
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS)
 
 
@@ -231,7 +244,7 @@ RED = "FAILED tests/a.py::test_b - AssertionError: assert 1 == 2"
 
 
 @pytest.mark.parametrize(
-    ("code", "said", "caught"),
+    ("code", "output", "caught"),
     [
         (1, RED, True),
         (1, "FAILED tests/a.py::test_b[x y] - assert 1 == 2", True),
@@ -246,11 +259,11 @@ RED = "FAILED tests/a.py::test_b - AssertionError: assert 1 == 2"
         (1, f'E   asyncpg.exceptions.PostgresSyntaxError: syntax error at or near "x"\n{RED}', False),
         (1, f"ledger_unavailable error='ProgrammingError (42703)'\n{RED}", False),
         (1, f"E   Failed: Timeout (>60.0s) from pytest-timeout.\n{RED}", False),
-        (1, f"E   TimeoutError\n{RED}", True),  # of the test's own patience
-        (3, RED, True),  # pytest's end was broken, after the failure
+        (1, f"E   TimeoutError\n{RED}", True),  # raised by the test itself
+        (3, RED, True),  # pytest's end broke after the failure
         (3, "1 passed", False),
     ],
 )
-def test_only_the_tests_own_failure_counts(code: int, said: str, caught: bool) -> None:
-    """Not a green test, nor an error on the way to it, nor a mutant that is broken in itself, nor one that hangs."""
-    assert (why_not_red("tests/a.py::test_b", code, said) is None) == caught
+def test_only_the_tests_own_failure_counts(code: int, output: str, caught: bool) -> None:
+    """A pass, an error before the test, an invalid mutant and a timeout do not count."""
+    assert (why_not_red("tests/a.py::test_b", code, output) is None) == caught

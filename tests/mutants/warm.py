@@ -1,11 +1,10 @@
-"""A process that has imported what is not ours, and forks for each run of pytest: a script, not to be imported.
+"""A process that has imported the libraries, and forks for each run of pytest: a script, not to be imported.
 
-Guarantees: of the service and its tests nothing is imported here, so a fork knows only the copy in whose folder
-it runs. Importing the rest took most of a mutant's time; a fork has it already.
+Guarantees: nothing of the service or its tests is imported here, so a fork knows only the copy in whose folder it
+runs. Importing the libraries took most of a mutant's time; a fork has them already.
 
 Each line of standard input is a JSON list: the folder, the database that the tests clone (empty: they make one), and
-pytest's arguments. Each is answered with pytest's exit code on a line of its own. Its output is in the file `said` of
-that folder.
+pytest's arguments. The reply is a line with pytest's exit code. Its output is in the file `output` of that folder.
 """
 
 import gc
@@ -48,13 +47,13 @@ def run(folder: str, template: str, *arguments: str) -> int:
     os.chdir(folder)
     paths = [os.path.join(folder, "service"), folder]
     sys.path[0:1] = paths
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # for the processes that a test starts
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # of the processes that a test starts
     os.environ["TEST_TEMPLATE"] = template
-    said = os.open("said", os.O_CREAT | os.O_WRONLY)
+    output = os.open("output", os.O_CREAT | os.O_WRONLY)
     for number in (1, 2):
-        os.dup2(said, number)
+        os.dup2(output, number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    code = 3  # pytest's own word for an internal error
+    code = 3  # of an internal error of pytest
     try:
         code = int(import_module("pytest").main(list(arguments)))
         sys.stdout.flush()
@@ -65,6 +64,6 @@ def run(folder: str, template: str, *arguments: str) -> int:
 if __name__ == "__main__":
     for name in FOREIGN:
         import_module(name)
-    gc.freeze()  # a fork's collections leave alone what all forks share
+    gc.freeze()  # garbage collections in a fork then skip what was imported here
     for line in sys.stdin:
         print(run(*json.loads(line)), flush=True)

@@ -1,4 +1,4 @@
-"""Mutants of what stands before the claim: the signature, the body, the answers, the settings that must agree."""
+"""Mutants of requests and responses: the signature, the body, the answers, and the settings that must agree."""
 
 from tests.mutants.mutant import Mutant
 
