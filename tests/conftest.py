@@ -1,5 +1,6 @@
 """Fixtures that every suite shares."""
 
+import asyncio
 import os
 import secrets
 import signal
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.stores import Stores, clone, drop, running
+from tests.stores import Stores, clone, drop, forgo_fsync, running
 
 # What a shell runs in its background ignores SIGINT, and so would all that the tests start, to interrupt it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -36,6 +37,8 @@ def stores() -> Iterator[Stores]:
     addresses = os.environ.get("TEST_DATABASE_URL"), os.environ.get("TEST_REDIS_URL")
     # Not pytest's own: as root, any other session that starts shuts its parent for the servers' user.
     with tempfile.TemporaryDirectory(prefix="firstclaim-test-") as folder, running(Path(folder), *addresses) as up:
+        if addresses[0] is None:
+            asyncio.run(forgo_fsync(up))
         yield up
 
 
