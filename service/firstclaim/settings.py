@@ -112,7 +112,7 @@ class Settings(BaseSettings):
         35,
         ge=1,
         le=2 * 3600,
-        description="Postgres ends an idle transaction, which unlocks a frozen process' row; > handler deadline.",
+        description="Postgres ends a transaction idle for so long: unlocks a frozen process's row; > handler deadline.",
     )
     handler_slots: int = Field(
         10, ge=1, le=500, description="Handlers that run at once in a process, with one connection each."
@@ -145,7 +145,7 @@ class Settings(BaseSettings):
         5,
         gt=0,
         le=3600,
-        description="Delay of the first retry. It doubles with each failure; jitter takes half to all of it.",
+        description="Delay of the first retry. It doubles with each failure, and jitter shortens it by up to half.",
     )
     backoff_most_seconds: float = Field(3600, gt=0, le=86_400, description="Maximum of the backoff.")
     give_up_seconds: float = Field(
@@ -161,7 +161,7 @@ class Settings(BaseSettings):
         2000,
         ge=10,
         le=100_000,
-        description="Connections per process. At the limit, the one whose request is incomplete for longest is closed.",
+        description="Connections per process. At the limit, the one with the longest incomplete request is closed.",
     )
     body_most_bytes: int = Field(
         1024 * 1024, ge=1024, description="A larger body is answered with 413. Stripe publishes no maximum."
@@ -192,7 +192,7 @@ class Settings(BaseSettings):
         description="Enables the page at `/admin`: a hash from `firstclaim admin-password`, or a plain value.",
     )
     admin_proxies: int = Field(
-        0, ge=0, le=9, description="Your proxies in front of it: says which entry of `X-Forwarded-For` is the client's."
+        0, ge=0, le=9, description="Number of your proxies: it says which entry of `X-Forwarded-For` is the client's."
     )
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="`auto`: console on a terminal, otherwise one JSON object per line."
