@@ -14,7 +14,7 @@ from typing import Final, Self
 
 import asyncpg
 
-from firstclaim.embedded.processes import User, _born, _command_lines, _make_cluster, _says_ready
+from firstclaim.embedded.processes import User, _command_lines, _is_ready, _make_cluster, _popen_options
 from firstclaim.migrations import schema
 from tests.acceptance.harness import START_SECONDS, eventually
 from tests.chaos.server import Server
@@ -57,7 +57,7 @@ class PostgresServer(Server):
             stale.unlink(missing_ok=True)
         options = (part for name, value in self.settings.items() for part in ("-c", f"{name}={value}"))
         self._spawn([*options, "-D", str(self.data)])
-        await self._ready(lambda: _says_ready(state))
+        await self._ready(lambda: _is_ready(state))
         return self
 
     async def stop(self, how: signal.Signals = signal.SIGINT) -> None:
@@ -178,7 +178,9 @@ class PostgresServer(Server):
         command = [str(beside) if beside.exists() else program, *arguments]
 
         def run() -> subprocess.CompletedProcess[bytes]:
-            return subprocess.run(command, capture_output=True, check=False, **_born(signal.SIGKILL, self._user))
+            return subprocess.run(
+                command, capture_output=True, check=False, **_popen_options(signal.SIGKILL, self._user)
+            )
 
         done = await asyncio.to_thread(run)
         assert done.returncode == 0, done.stderr.decode(errors="replace")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from firstclaim.embedded.processes import User, _born
+from firstclaim.embedded.processes import User, _popen_options
 from tests.acceptance.harness import START_SECONDS, eventually
 
 
@@ -87,7 +87,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                **_born(signal.SIGKILL, self._user),
+                **_popen_options(signal.SIGKILL, self._user),
             )
 
     async def _ready(self, look: Callable[[], bool]) -> None:

@@ -30,7 +30,7 @@ class Servers:
         self._postgres, self._redis = programs["database_url"], programs["redis_url"]
         self._user = data_folder._server_user(folder / "no-cluster-yet")
         if self._user is not None:
-            data_folder._let_in(self._user, [folder / "any"], programs)
+            data_folder._grant_search(self._user, [folder / "any"], programs)
         self.folder = folder
         self._template = template
         self._made: list[Server] = []

@@ -22,7 +22,7 @@ import redis
 from pydantic import SecretStr
 
 from firstclaim.embedded import processes as embedded_processes
-from firstclaim.embedded.data_folder import kept_secret, running_database, servers
+from firstclaim.embedded.data_folder import running_database, servers, stored_secret
 from firstclaim.errors import ConfigurationError, OperatorError
 from firstclaim.settings import Settings
 from firstclaim.urls import postgres_dsn, redis_url
@@ -182,7 +182,7 @@ def test_data_and_secret_survive_a_restart(fresh: Settings) -> None:
     with servers(fresh) as filled:
         assert sql(filled, f"SELECT answer FROM {table}") == 42
         assert filled.stripe_webhook_secrets == (secret,)
-    assert kept_secret(fresh) == secret.get_secret_value()
+    assert stored_secret(fresh) == secret.get_secret_value()
     assert secret.get_secret_value().startswith("whsec_")
     assert stat.S_IMODE((fresh.data_dir / "signing_secret").stat().st_mode) == 0o600
 
@@ -193,7 +193,7 @@ def test_a_secret_is_generated_only_where_none_is_set(used: Settings) -> None:
     given = used.model_copy(update={"stripe_webhook_secrets": (SecretStr("whsec_given"),)})
     with servers(given) as filled:
         assert filled.stripe_webhook_secrets == given.stripe_webhook_secrets
-    assert kept_secret(given) is None
+    assert stored_secret(given) is None
 
 
 def test_a_dropped_database_is_made_again(used: Settings) -> None:
@@ -248,7 +248,7 @@ def test_a_running_service_s_database_is_found_and_nothing_is_started(used: Sett
 def test_sharing_names_the_store_that_the_service_does_not_run(used: Settings) -> None:
     """A service that was given its REDIS_URL has no Valkey to share, and the command is told to set it too."""
     given = used.model_copy(update={"redis_url": SecretStr("redis://elsewhere")})
-    with servers(given), pytest.raises(OperatorError, match="was given REDIS_URL"), servers(used, share=True):
+    with servers(given), pytest.raises(OperatorError, match="which has REDIS_URL set"), servers(used, share=True):
         pytest.fail("shared a Valkey that nobody runs")
 
 
@@ -396,7 +396,7 @@ def test_a_cluster_of_another_major_version_is_refused(fresh: Settings) -> None:
     cluster = fresh.data_dir / "postgres"
     cluster.mkdir(parents=True)
     (cluster / "PG_VERSION").write_text("17\n")
-    with pytest.raises(OperatorError, match="made by PostgreSQL 17"):
+    with pytest.raises(OperatorError, match="created by PostgreSQL 17"):
         servers(fresh).__enter__()
     assert [path.name for path in cluster.iterdir()] == ["PG_VERSION"]
 

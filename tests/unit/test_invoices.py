@@ -17,7 +17,7 @@ def failed(**invoice: Any) -> Event:
 
 
 class Recorder:
-    """Stands in for the transaction; what SQL makes of the statement is tested on a real server."""
+    """Replaces the transaction; the effect of the statement is tested on a real server."""
 
     def __init__(self) -> None:
         self.executed: list[tuple[Any, ...]] = []
@@ -73,7 +73,7 @@ def test_the_new_shape_is_read_whole() -> None:
 
 
 def test_the_old_shape_gives_the_same_row() -> None:
-    """An endpoint pinned to an old API version, with `subscription` on top, loses nothing."""
+    """The payload of an old API version, with `subscription` at the top level, gives the same row."""
     event = parse_event(old_shape_payment_failed(data={"object": {"subscription": "sub_old"}}))
     assert "parent" not in event.data["object"]
     row = payment_failure(event)
@@ -138,20 +138,20 @@ def test_the_last_attempt_has_no_next(value: object) -> None:
     ],
 )
 def test_the_ends_of_a_range_belong_to_it(field: str, value: int) -> None:
-    """What the column can hold is not refused."""
+    """A value that the column can hold is accepted."""
     assert payment_failure(failed(**{field: value}))
 
 
 @pytest.mark.parametrize("value", [MISSING, None])
 def test_what_was_not_sent_is_unknown(value: object) -> None:
-    """A field that was not sent is null in the row, never made up; the attempt then counts below all others."""
+    """A field that was not sent is null in the row, never invented; a missing attempt count is below all others."""
     row = payment_failure(failed(amount_due=value, currency=value, attempt_count=value))
     assert (row["amount_due_minor"], row["currency"], row["attempt_count"]) == (None, None, 0)
 
 
 @pytest.mark.parametrize("value", [MISSING, None])
 def test_no_id_is_no_invoice(value: object) -> None:
-    """Without an invoice's id there is no row to keep."""
+    """An invoice without an id is refused: the id is the key of the row."""
     with pytest.raises(Permanent, match=r"^not an invoice: id must be a string"):
         payment_failure(failed(id=value))
 
@@ -218,14 +218,14 @@ def test_another_object_is_refused(body: bytes) -> None:
 
 @pytest.mark.parametrize("data", [MISSING, {}, {"object": None}, {"object": [1]}])
 def test_a_thin_event_is_refused(data: object) -> None:
-    """A thin event passes the parser without an object, and gets no further than here."""
+    """A thin event, which the parser accepts without an object, is refused here."""
     thin = parse_event(event_body("v1.billing.meter.error_report_triggered", data=data))
     with pytest.raises(Permanent, match="not an invoice"):
         payment_failure(thin)
 
 
 def test_a_refusal_holds_no_customer_data() -> None:
-    """The reason goes to logs and the dashboard: it names the field, never what was in it."""
+    """The reason is kept in the ledger: it names the field, never its value."""
     with pytest.raises(Permanent) as refused:
         payment_failure(failed(customer={"email": "jo@example.com", "id": ["jo@example.com"]}))
     assert "jo@" not in str(refused.value)
@@ -238,7 +238,7 @@ def test_nothing_sensitive_is_copied() -> None:
 
 
 def test_a_row_is_written_in_the_order_of_its_columns() -> None:
-    """The statement's parameters have numbers only: name for name, they are what `payment_failure` makes."""
+    """The statement has numbered parameters: they are the columns of `payment_failure`, in their order."""
     columns = REMEMBER.partition("(")[2].partition(")")[0].replace(",", " ").split()
     assert columns == list(payment_failure(failed(id="in_1")))
 

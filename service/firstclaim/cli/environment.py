@@ -59,12 +59,12 @@ def run_on_ledger(settings: Settings, work: Callable[[Commands], Awaitable[T]]) 
 
 def signing_secret() -> str:
     """The secret that `serve` uses here. Raises `ConfigurationError` if there is none yet."""
-    from firstclaim.embedded.data_folder import kept_secret
+    from firstclaim.embedded.data_folder import stored_secret
 
     settings = read_settings()
     if settings.stripe_webhook_secrets:
         return settings.stripe_webhook_secrets[0].get_secret_value()
-    if (secret := kept_secret(settings)) is not None:
+    if (secret := stored_secret(settings)) is not None:
         return secret
     raise ConfigurationError(
         [f"no signing secret: set STRIPE_WEBHOOK_SECRETS, or start `firstclaim serve` on {settings.data_dir} first"]

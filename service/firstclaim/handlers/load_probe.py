@@ -1,11 +1,11 @@
-"""The handler for a load test: every run of it that is committed leaves a row, so that a count can tell the truth.
+"""The handler for a load test: each committed run inserts a row, so that effects can be counted.
 
-Guarantees: table `load_effects` is only ever appended to and has no unique constraint, on purpose: an effect
-that happened twice must be able to show itself, and nothing but the pipeline keeps it from happening. It has no
-index either; nobody looks an event up in it but `firstclaim load`, once, at the end.
+Guarantees: table `load_effects` is only appended to. It has no unique constraint, on purpose: an effect that happened
+twice must be visible, and nothing but the pipeline may prevent it. It has no index either, because only `firstclaim
+load` reads it, once, at the end.
 
-Serve with `FIRSTCLAIM_HANDLERS=firstclaim.handlers.load_probe`, never beside handlers of yours that you rely on: it
-takes every type that no other handler names.
+Serve with `FIRSTCLAIM_HANDLERS=firstclaim.handlers.load_probe`, never beside your own handlers in production: it
+handles every type that no other handler names.
 """
 
 from sqlalchemy import Column, DateTime, Integer, MetaData, Table, Text
@@ -33,6 +33,6 @@ VALUES ($1, $2, pg_current_xact_id()::text, clock_timestamp())
 
 @on("*")
 async def record_effect(event: Event, context: Context) -> str:
-    """Leave one row, in the transaction that carries the completion mark."""
+    """Insert one row, in the transaction that also writes the completion mark."""
     await context.fetch(RECORD, event.id, context.attempt)
     return ACTION
