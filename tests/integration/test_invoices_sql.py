@@ -1,4 +1,4 @@
-"""The shipped handler's SQL on a real server: whatever the order of arrival, the highest attempt stays."""
+"""The shipped handler's SQL on a real server: in any order of arrival, the row of the highest attempt is kept."""
 
 import asyncio
 import itertools
@@ -34,7 +34,7 @@ async def database(module_database: str) -> AsyncIterator[AsyncEngine]:
 
 
 def attempt(number: int, **overrides: Any) -> Event:
-    """The failed attempt `number` of one invoice; `created` runs against the order, to mislead."""
+    """The failed attempt `number` of one invoice; `created` decreases with it, so that it cannot be the order."""
     invoice = {"id": "in_1", "attempt_count": number, "amount_due": number * 100}
     return parse_event(event_body(created=1_793_610_041 - number, data={"object": invoice}, **overrides))
 
@@ -68,7 +68,7 @@ async def backend(connection: AsyncConnection) -> int:
 
 
 async def wait_until_blocked(database: AsyncEngine, backend_pid: int) -> None:
-    """Ask the server until that backend waits for another's lock; no sleeping, each round is an answer."""
+    """Query the server until that backend waits for a lock; each round is a query, none sleeps."""
     waiting = text("SELECT cardinality(pg_blocking_pids(:pid)) > 0")
     async with asyncio.timeout(10), database.connect() as connection:
         while not (await connection.execute(waiting, {"pid": backend_pid})).scalar_one():
@@ -77,7 +77,7 @@ async def wait_until_blocked(database: AsyncEngine, backend_pid: int) -> None:
 
 @pytest.mark.parametrize("order", list(itertools.permutations([1, 2, 3, 4])))
 async def test_every_order_of_arrival_keeps_the_highest_attempt(database: AsyncEngine, order: tuple[int, ...]) -> None:
-    """Stripe promises no order: all 24 orders of four attempts leave the same row, that of the fourth."""
+    """Stripe guarantees no order: all 24 orders of four attempts leave the row of the fourth."""
     events = {number: attempt(number) for number in order}
     await arrive(database, *events.values())
     assert await rows(database) == [payment_failure(events[4])]
@@ -93,14 +93,14 @@ async def test_a_repeat_changes_nothing(database: AsyncEngine) -> None:
 
 
 async def test_a_twin_with_the_same_attempt_changes_nothing(database: AsyncEngine) -> None:
-    """Two events with different ids may tell one fact: the first to arrive stays, and nothing is doubled."""
+    """Of two events with different ids and one attempt count, the first to arrive is kept: there is one row."""
     first = attempt(1)
     await arrive(database, first, attempt(1))
     assert await rows(database) == [payment_failure(first)]
 
 
 async def test_a_newer_attempt_replaces_every_column(database: AsyncEngine) -> None:
-    """The row is one event's throughout, nulls included, never a mixture of two."""
+    """Every column of the row is from one event, nulls included: two events are never mixed."""
     last = parse_event(
         event_body(
             data={
@@ -120,7 +120,7 @@ async def test_a_newer_attempt_replaces_every_column(database: AsyncEngine) -> N
 
 
 async def test_invoices_keep_to_themselves(database: AsyncEngine) -> None:
-    """One invoice's attempts never touch another's row."""
+    """The attempts of one invoice never change the row of another."""
     one = attempt(1)
     other = parse_event(event_body(data={"object": {"id": "in_2", "attempt_count": 9}}))
     await arrive(database, other, one)
@@ -129,7 +129,7 @@ async def test_invoices_keep_to_themselves(database: AsyncEngine) -> None:
 
 @pytest.mark.parametrize(("holder", "waiter"), [(1, 2), (2, 1)])
 async def test_two_open_transactions_settle_on_the_highest(database: AsyncEngine, holder: int, waiter: int) -> None:
-    """The second insert waits for the first one's commit and compares with that, whichever is the higher."""
+    """The second insert waits for the first one to commit and compares with it, whichever attempt is higher."""
     events = {1: attempt(1), 2: attempt(2)}
     async with database.connect() as first, database.connect() as second:
         pid = await backend(second)
@@ -151,7 +151,7 @@ async def test_two_open_transactions_settle_on_the_highest(database: AsyncEngine
     ],
 )
 async def test_what_the_handler_accepts_the_table_holds(database: AsyncEngine, invoice: dict[str, Any]) -> None:
-    """The ends of every range that the parser lets through are stored and read back unchanged."""
+    """The limits of each range that the parser accepts are stored and read back unchanged."""
     event = parse_event(event_body(data={"object": invoice}))
     await arrive(database, event)
     assert await rows(database) == [payment_failure(event)]
@@ -159,7 +159,7 @@ async def test_what_the_handler_accepts_the_table_holds(database: AsyncEngine, i
 
 @pytest.mark.parametrize("created", ["0002-01-01T00:00:00Z", "9998-12-31T23:59:59.999999Z", -1])
 async def test_any_instant_of_an_event_is_stored(database: AsyncEngine, created: str | int) -> None:
-    """Any `created` that the parser lets through is stored as what it is, at the ends of its years too."""
+    """Every `created` that the parser accepts is stored unchanged, up to the limits of its years."""
     event = parse_event(event_body(created=created))
     await arrive(database, event)
     assert (await rows(database))[0]["failed_at"] == event.created
@@ -167,7 +167,7 @@ async def test_any_instant_of_an_event_is_stored(database: AsyncEngine, created:
 
 @pytest.mark.parametrize("wrong", [{"invoice": ""}, {"amount_due_minor": -1}, {"currency": ""}, {"attempt_count": -1}])
 async def test_the_table_refuses_what_no_invoice_is(database: AsyncEngine, wrong: dict[str, Any]) -> None:
-    """The table holds its own line, for whoever writes to it without the handler."""
+    """The table has constraints of its own, for code that writes to it without the handler."""
     row = payment_failure(attempt(1)) | {"failed_at": datetime.now(UTC)} | wrong
     async with database.connect() as connection:
         with pytest.raises(IntegrityError, match="violates check constraint"):
