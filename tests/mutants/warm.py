@@ -1,43 +1,21 @@
-"""A process that has imported the libraries, and forks for each run of pytest: a script, not to be imported.
+"""A process that forks for each run of pytest, and imports the libraries for the next ones: a script, not a module.
 
 Guarantees: nothing of the service or its tests is imported here, so a fork knows only the copy in whose folder it
-runs. Importing the libraries took most of a mutant's time; a fork has them already.
+runs. A fork reports the libraries that it has imported, and this process imports them too: the next fork has them
+already. Importing them took most of a mutant's time.
 
 Each line of standard input is a JSON list: the folder, the database that the tests clone (empty: they make one), and
 pytest's arguments. The reply is a line with pytest's exit code. Its output is in the file `output` of that folder.
 """
 
+import contextlib
 import gc
 import json
 import os
 import sys
 from importlib import import_module
 
-FOREIGN = (
-    "alembic.autogenerate",
-    "alembic.command",
-    "asyncpg",
-    "httpx",
-    "hypothesis.strategies",
-    "itsdangerous",
-    "jinja2.environment",
-    "opentelemetry.propagate",
-    "opentelemetry.trace.propagation.tracecontext",
-    "orjson",
-    "prometheus_client",
-    "pydantic_settings",
-    "pytest",
-    "pytest_asyncio",
-    "pytest_timeout",
-    "redis.asyncio",
-    "sqlalchemy.dialects.postgresql.asyncpg",
-    "sqlalchemy.ext.asyncio",
-    "starlette.applications",
-    "stripe",
-    "structlog",
-    "typer",
-    "uvicorn.protocols.http.httptools_impl",
-)
+sys.path.pop(0)  # this script's folder
 
 
 def run(folder: str, template: str, *arguments: str) -> int:
@@ -46,7 +24,7 @@ def run(folder: str, template: str, *arguments: str) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     os.chdir(folder)
     paths = [os.path.join(folder, "service"), folder]
-    sys.path[0:1] = paths
+    sys.path[0:0] = paths
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # of the processes that a test starts
     os.environ["TEST_TEMPLATE"] = template
     output = os.open("output", os.O_CREAT | os.O_WRONLY)
@@ -57,13 +35,30 @@ def run(folder: str, template: str, *arguments: str) -> int:
     try:
         code = int(import_module("pytest").main(list(arguments)))
         sys.stdout.flush()
+        with open("libraries", "w") as file:
+            json.dump(libraries(folder), file)
     finally:
         os._exit(code)
 
 
-if __name__ == "__main__":
-    for name in FOREIGN:
-        import_module(name)
+def libraries(folder: str) -> list[str]:
+    """The names of the imported modules that are not in the folder."""
+    specs = [(name, getattr(module, "__spec__", None)) for name, module in sys.modules.items()]
+    return [name for name, spec in specs if spec and spec.origin and not spec.origin.startswith(folder)]
+
+
+def import_libraries(folder: str) -> None:
+    """Import what the fork that ran in the folder has imported, if it came to its end."""
+    with contextlib.suppress(FileNotFoundError), open(os.path.join(folder, "libraries")) as file:
+        for name in set(json.load(file)) - sys.modules.keys():
+            with contextlib.suppress(Exception):
+                import_module(name)
     gc.freeze()  # garbage collections in a fork then skip what was imported here
+
+
+if __name__ == "__main__":
     for line in sys.stdin:
-        print(run(*json.loads(line)), flush=True)
+        request = json.loads(line)
+        code = run(*request)
+        import_libraries(request[0])
+        print(code, flush=True)
