@@ -5,7 +5,6 @@ collection, set-up or parse does not count, nor does a timeout. The same tests p
 itself contains no switch that weakens it.
 """
 
-import asyncio
 import contextlib
 import json
 import os
@@ -21,7 +20,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from subprocess import PIPE
 
-import asyncpg
 import pytest
 
 from tests.mutants.mutant import Mutant
@@ -139,22 +137,12 @@ class Lanes:
 @pytest.fixture(scope="module")
 def lanes(stores: Stores) -> Iterator[Lanes]:
     """Lanes on the stores of this run and their migrated template."""
-    if "TEST_DATABASE_URL" not in os.environ:
-        asyncio.run(forgo_fsync(stores.postgres_url))
     addresses = {"TEST_DATABASE_URL": stores.postgres_url, "TEST_REDIS_URL": stores.redis_url}
     environment = os.environ | addresses | {"COLUMNS": "1000"}  # a failure's first line is not cut short
     with tempfile.TemporaryDirectory(prefix="firstclaim-mutants-") as folder:
         lanes = Lanes(Path(folder), environment, stores.template)
         yield lanes
         lanes.close()
-
-
-async def forgo_fsync(url: str) -> None:
-    """Turn fsync off on a server that ends with this run: with it, dropping a database took a second."""
-    connection = await asyncpg.connect(url)
-    await connection.execute("ALTER SYSTEM SET fsync = off")
-    await connection.execute("SELECT pg_reload_conf()")
-    await connection.close()
 
 
 @pytest.fixture(scope="module")
