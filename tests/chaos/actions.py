@@ -1,4 +1,4 @@
-"""What several rows of the matrix do: deliver, fire at once, arm a process, see who was dispatched, replay."""
+"""Actions that several rows of the matrix share: deliver, arm a failpoint, read the dispatched attempts, replay."""
 
 import os
 import re
@@ -22,32 +22,32 @@ from tests.chaos.history import History
 
 
 async def answered(history: History, service: Service, event: Sample) -> Answer:
-    """Deliver it; there must be an answer."""
+    """Deliver the event; there must be an answer."""
     answer = await history.deliver(service, event)
     assert answer is not None, f"{event} was not answered"
     return answer
 
 
 async def retried(history: History, service: Service, event: Sample) -> Answer:
-    """The first answer that is not 503: connections are made anew."""
+    """Deliver the event until the answer is not a 503: connections have to be opened again."""
     return await eventually(lambda: answered(history, service, event), lambda answer: answer.result != UNAVAILABLE)
 
 
-async def fire(history: History, posts: Sequence[tuple[Service, Sample]]) -> list[Answer]:
-    """Deliver all of them at the same moment, and note what came back."""
+async def deliver_at_once(history: History, posts: Sequence[tuple[Service, Sample]]) -> list[Answer]:
+    """Deliver all events at the same moment, and record the answers."""
     answers = await post_at_once([(service.url, event.body) for service, event in posts])
     await history.note_all(posts, answers)
     return answers
 
 
 def dispatched(history: History, event: Sample) -> list[int]:
-    """The attempts on which the event's handler was called, in that order."""
+    """The attempts that called the event's handler, in order."""
     lines = trace.read(history.trace)
     return [line.attempt for line in lines if (line.what, line.event_id) == (trace.START, event.id)]
 
 
 async def rounds(service: Service) -> int:
-    """How many good ones recovery has had."""
+    """The number of successful rounds of recovery."""
     found = re.search(r'recovery_rounds_total\{result="good"\} (\d+)', (await service.get("/metrics")).text)
     assert found
     return int(found[1])
@@ -85,7 +85,7 @@ def _has_stopped(pid: int) -> bool:
 
 
 def resume(service: Service) -> None:
-    """Let it go on where it stopped."""
+    """Resume it where it stopped."""
     os.kill(service.pid, signal.SIGCONT)
 
 
@@ -98,5 +98,5 @@ async def killed(service: Service) -> None:
 
 
 async def replay(sandbox: Sandbox, event: Sample) -> None:
-    """It is due again, as after the command."""
+    """Make the event due again, as `firstclaim events replay` does."""
     assert await operator.replay(sandbox.database_url, [event.id]) == [event.id]

@@ -1,18 +1,19 @@
-"""The invariants, checked over everything a run left behind: one pure function, and a reader that feeds it.
+"""The invariants, checked by one pure function over everything that a run has left behind.
 
     I1  every 2xx has its row, at that instant and at the end
     I2  committed effects per event: 1 if completed, else 0
-    I3  at most one commit-capable holder per event: attempts rise, none is given or started twice, the last commits
+    I3  at most one holder per event can commit: attempts rise, none is given or started twice, the last commits
     I4  when the faults stop, every row settles, or is dead with its budget spent
-    I5  no handler starts without the lock and then the ledger's claim of that very attempt, by that very process
+    I5  no handler starts before its own process has taken the lock and then the ledger's claim of that attempt
     I6  `processed: true` -> completed or ignored at that instant; `ignored` -> a row existed at that instant
     I7  a marker of the current epoch -> a row exists
-    OUTSIDE  calls to the outside are at least once: one per completed event, none but by an attempt that started
+    OUTSIDE  calls to other systems: at least one per completed event, and only by attempts that started
 
-A process can be frozen between what it does and its line about it. So lines are compared as intervals: an order is
-broken only if one thing was over before the other was begun.
+A process can be frozen between an action and the line that records it. So lines are compared as intervals: an order
+is violated only if one action had ended before the other began.
 
-An empty run proves nothing and is refused (`Vacuous`), and so is a completed event whose handler nobody saw start.
+A run that observed nothing proves nothing: `check` raises `Vacuous`. A completed event whose handler's start was not
+recorded violates I5.
 """
 
 from collections import Counter, defaultdict
@@ -27,11 +28,11 @@ from tests.chaos.history import ABANDONED_MOST, Delivery, Unseen
 from tests.chaos.trace import CLAIM, HOLD, LOCK, OUTSIDE, START, Line
 
 _SETTLED: Final = (Status.COMPLETED, Status.IGNORED, Status.DEAD)
-_KILLED_AT_ONCE: Final = ("Permanent: ", "rule broken: ", "its payload ")  # what no retry helps
+_KILLED_AT_ONCE: Final = ("Permanent: ", "rule broken: ", "its payload ")  # no retry can help
 
 
 class Vacuous(AssertionError):
-    """There was nothing to check: no run that promised anything was seen."""
+    """The run observed nothing that could be checked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +56,7 @@ class Effect(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Everything that a run left behind. `given_up`: ids whose row was settled after the time to give up."""
+    """Everything that a run has left behind. `given_up`: ids of rows that settled after their give_up_at."""
 
     deliveries: Sequence[Delivery]
     rows: Mapping[str, Row]
@@ -64,12 +65,12 @@ class Evidence:
     markers: Mapping[str, str]
     epoch: str | None
     given_up: Collection[str] = ()
-    waived: Collection[str] = ()  # events whose handler broke the rule that keeps I2
+    waived: Collection[str] = ()  # events for which I2 does not hold: their handler broke its rule
     abandoned_most: int = ABANDONED_MOST
 
 
 def check(evidence: Evidence) -> list[Violation]:
-    """Every violation there is, the invariants in their order. Raises `Vacuous` when there is nothing to check."""
+    """All violations, in the order of the invariants. Raises `Vacuous` when there is nothing to check."""
     if not any(delivery.promised and isinstance(delivery.seen, Row) for delivery in evidence.deliveries):
         raise Vacuous("no delivery was answered with a 2xx and found in the ledger: this run proves nothing")
     by_event = _Lines.by_event(evidence.lines)
@@ -87,7 +88,7 @@ def check(evidence: Evidence) -> list[Violation]:
 
 @dataclass(slots=True)
 class _Lines:
-    """The lines about one event, by what they say."""
+    """The lines of the trace about one event."""
 
     all: list[Line] = field(default_factory=list)
 
@@ -102,7 +103,7 @@ class _Lines:
         return [line for line in self.all if line.what == what]
 
 
-# -- I1, I6: what was answered ------------------------------------------------------------------------
+# -- I1, I6: the answers --------------------------------------------------------------------------------
 
 
 def _promises(evidence: Evidence) -> Iterator[Violation]:
@@ -190,7 +191,7 @@ def _fenced(event_id: str, lines: _Lines, row: Row | None) -> Iterator[Violation
 
 
 def _never_falling(evidence: Evidence) -> Iterator[Violation]:
-    """The ledger as the run saw it, look by look; looks that overlap have no order."""
+    """The attempt, as the run read it from the ledger, never falls. Reads that overlap have no order."""
     looks: defaultdict[str, list[tuple[int, int, Row]]] = defaultdict(list)
     for delivery in evidence.deliveries:
         if isinstance(delivery.seen, Row):
@@ -221,7 +222,7 @@ def _claims(evidence: Evidence, by_event: Mapping[str, _Lines]) -> Iterator[Viol
     for event_id, row in evidence.rows.items():
         started = {line.attempt for line in by_event[event_id].of(START)} if event_id in by_event else set()
         if row.status is Status.COMPLETED and row.attempt not in started:
-            yield Violation("I5", event_id, f"completed by attempt {row.attempt}, which nobody saw start")
+            yield Violation("I5", event_id, f"completed by attempt {row.attempt}, whose start was not recorded")
 
 
 # -- I7, and the outside ------------------------------------------------------------------------------

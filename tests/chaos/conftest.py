@@ -17,7 +17,7 @@ from tests.stores import Stores
 
 @pytest.fixture
 async def history(stores: Stores, tmp_path: Path) -> AsyncIterator[History]:
-    """Of a test's own sandbox on the servers that all share: for what breaks processes, and no server."""
+    """A history on the shared servers, for faults of processes and not of servers."""
     sandbox = await Sandbox.prepare(stores, tmp_path)
     try:
         yield History(sandbox)
@@ -27,28 +27,28 @@ async def history(stores: Stores, tmp_path: Path) -> AsyncIterator[History]:
 
 @pytest.fixture
 async def clock(history: History) -> AsyncIterator[clocks.Clock]:
-    """The clock of the history's database: it runs, and can be put forward."""
+    """The clock of the history's database: it runs, and the test can advance it."""
     async with clocks.installed(history.sandbox.database_url) as clock:
         yield clock
 
 
 @pytest.fixture(scope="session")
 def template() -> Iterator[Path]:
-    """A cluster with the migrated ledger, to copy: making one takes far longer."""
+    """A cluster with the migrated ledger, to be copied: creating one takes far longer."""
     with tempfile.TemporaryDirectory(prefix="firstclaim-chaos-") as folder:
         yield asyncio.run(make_template(Path(folder)))
 
 
 @pytest.fixture
 async def servers(template: Path) -> AsyncIterator[Servers]:
-    """Servers of this test's own, to be broken; none of them is left after it."""
+    """Servers that this test may break; none of them is left after it."""
     async with own_servers(template) as servers:
         yield servers
 
 
 @pytest.fixture
 async def own(servers: Servers, tmp_path: Path) -> AsyncIterator[Own]:
-    """A history whose Postgres and Redis are its own."""
+    """A history on a Postgres and a Redis that belong to this test."""
     postgres, redis = await servers.postgres(), await servers.redis()
     own = Own(History(Sandbox(postgres.url, redis.url, "chaos:", tmp_path)), postgres, redis)
     try:

@@ -1,7 +1,7 @@
-"""Every fault of a nemesis run: how it is done, and undone. A function's name is the fault's kind.
+"""The faults of a nemesis run: how each is injected and removed.
 
-Guarantees: whatever happens in between, a fault leaves what it broke whole again, or, if it broke for good (a
-killed process, an emptied Redis), in the state from which a supervisor or an operator would start it again.
+Guarantees: whatever happens in between, a fault repairs what it broke. What cannot be repaired (a killed process, an
+emptied Redis) is left in the state from which a supervisor or an operator would start it again.
 """
 
 import asyncio
@@ -29,16 +29,16 @@ Do = Callable[[Testbed, Fault], Awaitable[None]]
 
 
 async def kill_service(testbed: Testbed, fault: Fault) -> None:
-    """kill -9 to all of it, and a new start a moment later."""
+    """kill -9 to all processes of a service, and a new start a moment later."""
     service = testbed.service(fault.lane)
     await service.kill()
-    testbed.gone(service)
+    testbed.take_out(service)
     await asyncio.sleep(fault.lasts_seconds)
     await testbed.start(service)
 
 
 async def freeze_worker(testbed: Testbed, fault: Fault) -> None:
-    """A process stands still for longer than any lease, some of them for longer than Postgres waits for it."""
+    """Freeze a process for longer than any lease, sometimes for longer than Postgres keeps its transaction."""
     for pid in _one_of(await testbed.service(fault.lane).pids(), fault):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
@@ -49,7 +49,7 @@ async def freeze_worker(testbed: Testbed, fault: Fault) -> None:
 
 
 async def restart_service(testbed: Testbed, fault: Fault) -> None:
-    """SIGTERM with work in flight, as a rolling restart sends it."""
+    """SIGTERM with work in flight, as in a rolling restart."""
     service = testbed.service(fault.lane)
     service.terminate()
     await service.wait_for_exit(_END_SECONDS)
@@ -57,16 +57,16 @@ async def restart_service(testbed: Testbed, fault: Fault) -> None:
 
 
 async def kill_supervisor(testbed: Testbed, fault: Fault) -> None:
-    """Its workers notice, finish and leave by themselves."""
+    """Kill the supervisor alone: its workers detect that, finish their work and end by themselves."""
     service = testbed.service(fault.lane)
     service.kill_supervisor()
-    testbed.gone(service)
+    testbed.take_out(service)
     await eventually(service.pids, lambda members: not members, _END_SECONDS)
     await testbed.start(service)
 
 
 async def kill_worker(testbed: Testbed, fault: Fault) -> None:
-    """Its supervisor starts another."""
+    """Kill a worker: its supervisor starts another."""
     service = testbed.service(fault.lane)
     for pid in _one_of([pid for pid in await service.pids() if pid != service.pid], fault):
         with suppress(ProcessLookupError):
@@ -74,7 +74,7 @@ async def kill_worker(testbed: Testbed, fault: Fault) -> None:
 
 
 def _one_of(pids: list[int], fault: Fault) -> list[int]:
-    """None, if they have just ended of an event."""
+    """One of the pids, or none if an event has just killed them all."""
     return [pids[fault.pick % len(pids)]] if pids else []
 
 
@@ -82,32 +82,32 @@ def _one_of(pids: list[int], fault: Fault) -> list[int]:
 
 
 async def flush_redis(testbed: Testbed, _: Fault) -> None:
-    """Every lock and every marker is gone at once."""
+    """FLUSHALL: every lock and every marker disappears at once."""
     await testbed.redis.call("FLUSHALL")
 
 
 async def flush_redis_on_and_on(testbed: Testbed, fault: Fault) -> None:
-    """No lock lives for long."""
+    """Repeated FLUSHALL: no lock lives for long."""
     for _ in range(round(fault.lasts_seconds / _STORM_SECONDS)):
         await testbed.redis.call("FLUSHALL")
         await asyncio.sleep(_STORM_SECONDS)
 
 
 async def stop_redis(testbed: Testbed, fault: Fault) -> None:
-    """Away for a while, and empty when it is back."""
+    """Redis is stopped for a while, and empty when it is back."""
     await testbed.redis.stop()
     await asyncio.sleep(fault.lasts_seconds)
     await testbed.redis.start()
 
 
 async def restart_redis(testbed: Testbed, _: Fault) -> None:
-    """kill -9 and back at once, empty."""
+    """kill -9 and a start at once: Redis is empty."""
     await testbed.redis.kill()
     await testbed.redis.start()
 
 
 async def freeze_redis(testbed: Testbed, fault: Fault) -> None:
-    """It takes commands and answers none; afterwards it carries them all out, locks among them."""
+    """Redis accepts commands and answers none; afterwards it executes them all, locks among them."""
     testbed.redis.pause()
     try:
         await asyncio.sleep(fault.lasts_seconds)
@@ -116,12 +116,12 @@ async def freeze_redis(testbed: Testbed, fault: Fault) -> None:
 
 
 async def evict_from_redis(testbed: Testbed, fault: Fault) -> None:
-    """Memory is short: each new key costs another its life."""
+    """Memory is short: each new key evicts another."""
     await _with_memory(testbed.redis, "allkeys-lru", fault)
 
 
 async def fill_redis(testbed: Testbed, fault: Fault) -> None:
-    """Memory is short, and nothing may be evicted: OOM for every lock."""
+    """Memory is short, and nothing may be evicted: every lock fails with OOM."""
     await _with_memory(testbed.redis, "noeviction", fault)
 
 
@@ -133,23 +133,23 @@ async def _with_memory(redis: RedisServer, policy: str, fault: Fault) -> None:
 
 
 async def redis_read_only(testbed: Testbed, fault: Fault) -> None:
-    """READONLY for every write: it takes itself for the replica of a server that is away."""
+    """Every write fails with READONLY: Redis is the replica of an unreachable server."""
     await testbed.redis.call("REPLICAOF", "127.0.0.1", 1)
     await asyncio.sleep(fault.lasts_seconds)
     await testbed.redis.promote()
 
 
 async def fail_redis_over(testbed: Testbed, fault: Fault) -> None:
-    """The primary dies with its last writes, and its replica takes its place."""
+    """The primary is killed and loses its last writes; its replica is promoted."""
     await testbed.spare.replicate(testbed.redis)
     await asyncio.sleep(fault.lasts_seconds)
     await testbed.redis.kill()
     await testbed.spare.promote()
     testbed.redis, testbed.spare = testbed.spare, testbed.redis
     testbed.history.sandbox.redis_url = testbed.redis.url
-    for line in testbed.redis_lines:
-        line.upstream = Upstream("127.0.0.1", testbed.redis.port)
-        line.cut()
+    for proxy in testbed.redis_proxies:
+        proxy.upstream = Upstream("127.0.0.1", testbed.redis.port)
+        proxy.cut()
     await testbed.spare.start()
 
 
@@ -157,19 +157,19 @@ async def fail_redis_over(testbed: Testbed, fault: Fault) -> None:
 
 
 async def crash_postgres(testbed: Testbed, _: Fault) -> None:
-    """Ends at once without a checkpoint, and recovers."""
+    """Postgres ends at once without a checkpoint, and recovers."""
     await testbed.postgres.restart(signal.SIGQUIT)
 
 
 async def stop_postgres(testbed: Testbed, fault: Fault) -> None:
-    """Away for a while."""
+    """Postgres is stopped for a while."""
     await testbed.postgres.stop()
     await asyncio.sleep(fault.lasts_seconds)
     await testbed.postgres.start()
 
 
 async def freeze_postgres(testbed: Testbed, fault: Fault) -> None:
-    """All of it stands still."""
+    """All processes of Postgres are frozen."""
     testbed.postgres.pause()
     try:
         await asyncio.sleep(fault.lasts_seconds)
@@ -178,7 +178,7 @@ async def freeze_postgres(testbed: Testbed, fault: Fault) -> None:
 
 
 async def freeze_backends(testbed: Testbed, fault: Fault) -> None:
-    """Some connections stand still, with whatever they were doing; the others live."""
+    """Some backends are frozen, whatever they are doing; the others work."""
     backends = await testbed.postgres.backends()
     chosen = backends[:: 1 + fault.pick % 3]
     try:
@@ -197,68 +197,68 @@ async def end_backends(testbed: Testbed, fault: Fault) -> None:
 
 
 async def lose_backend(testbed: Testbed, fault: Fault) -> None:
-    """One dies as if for lack of memory: the server throws everyone off, and recovers in place."""
+    """A backend is killed as if out of memory: the server ends all connections and recovers in place."""
     if backends := await testbed.postgres.backends():
         await testbed.postgres.lose(backends[fault.pick % len(backends)])
 
 
 async def rotate(testbed: Testbed, _: Fault) -> None:
-    """`firstclaim epoch rotate`: every marker is worthless from now on."""
-    with suppress(LedgerUnavailable):  # Postgres is away: an operator would come back later
+    """`firstclaim epoch rotate`: all markers are invalid from now on."""
+    with suppress(LedgerUnavailable):  # Postgres is unreachable: an operator would try again later
         await operator.rotate(testbed.postgres.url, 2)
 
 
-# -- the lines ----------------------------------------------------------------------------------------
+# -- connections --------------------------------------------------------------------------------------
 
 
-def _switched(lines: str, mode: Mode) -> Do:
+def _switched(store: str, mode: Mode) -> Do:
     async def switch(testbed: Testbed, fault: Fault) -> None:
-        line = _line(testbed, lines, fault)
-        line.switch(mode)
+        proxy = _proxy(testbed, store, fault)
+        proxy.switch(mode)
         try:
             await asyncio.sleep(fault.lasts_seconds)
         finally:
-            line.cut()  # as a network that lost packets does in the end: not all of it comes through late
-            line.switch(Mode.OPEN)
+            proxy.cut()  # as a network that loses packets does in the end: not everything arrives late
+            proxy.switch(Mode.OPEN)
 
     return switch
 
 
-def _cut(lines: str) -> Do:
+def _cut(store: str) -> Do:
     async def cut(testbed: Testbed, fault: Fault) -> None:
-        _line(testbed, lines, fault).cut()
+        _proxy(testbed, store, fault).cut()
 
     return cut
 
 
 def _cut_at(word: bytes, mode: Mode) -> Do:
-    """Cut a Postgres line at a message: FROZEN, before the server saw it; MUTE, after."""
+    """Cut a connection to Postgres at a message. FROZEN: before the server received it; MUTE: after."""
 
     async def cut_at(testbed: Testbed, fault: Fault) -> None:
-        line = _line(testbed, "postgres", fault)
+        proxy = _proxy(testbed, "postgres", fault)
         seen = asyncio.Event()
 
         def look(sent: bytes) -> None:
             if word in sent and not seen.is_set():
-                line.switch(mode)
+                proxy.switch(mode)
                 seen.set()
 
-        line.on_sent = look
+        proxy.on_sent = look
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(3):
                     await seen.wait()
-                    await asyncio.sleep(0.1)  # for the server, which hears it now or never
+                    await asyncio.sleep(0.1)  # for the server, which receives the message now or never
         finally:
-            line.on_sent = None
-            line.cut()
-            line.switch(Mode.OPEN)
+            proxy.on_sent = None
+            proxy.cut()
+            proxy.switch(Mode.OPEN)
 
     return cut_at
 
 
-def _line(testbed: Testbed, lines: str, fault: Fault) -> Proxy:
-    chosen = testbed.redis_lines if lines == "redis" else testbed.postgres_lines
+def _proxy(testbed: Testbed, store: str, fault: Fault) -> Proxy:
+    chosen = testbed.redis_proxies if store == "redis" else testbed.postgres_proxies
     return chosen[fault.pick % len(chosen)]
 
 
@@ -271,7 +271,7 @@ _SERVICE: Final[Mapping[str, Do]] = {
 }
 _WITH_WORKERS: Final[Mapping[str, Do]] = {"kill the supervisor": kill_supervisor, "kill a worker": kill_worker}
 
-# What is broken in one lane is broken in one way at a time. The third service has two workers.
+# Each lane injects one fault at a time. The third service has two workers.
 LANES: Final[Mapping[str, Mapping[str, Do]]] = {
     "service 1": _SERVICE,
     "service 2": _SERVICE,
@@ -295,14 +295,14 @@ LANES: Final[Mapping[str, Mapping[str, Do]]] = {
         "end backends": end_backends,
         "lose a backend": lose_backend,
     },
-    "redis lines": {
+    "connections to Redis": {
         "cut": _cut("redis"),
         "refuse": _switched("redis", Mode.REFUSE),
         "freeze": _switched("redis", Mode.FROZEN),
         "mute": _switched("redis", Mode.MUTE),
         "hole": _switched("redis", Mode.HOLE),
     },
-    "postgres lines": {
+    "connections to Postgres": {
         "cut": _cut("postgres"),
         "refuse": _switched("postgres", Mode.REFUSE),
         "freeze": _switched("postgres", Mode.FROZEN),

@@ -1,8 +1,9 @@
-"""What a run saw: every delivery that was sent, what it was answered, and what the ledger said at that instant.
+"""The record of a run: every delivery, its answer, and the event's row in the ledger at that instant.
 
-Guarantees: append-only; the ledger is asked the moment an answer is in, before anything else is done with it; an
-answer that never came (its process was killed, its connection cut) is on record as such. Every instant is on the
-machine's monotonic clock, in nanoseconds, like the trace's lines: the two can be put in one order.
+Guarantees: the record is append-only. The ledger is read as soon as an answer arrives, before anything else happens
+with it. A delivery without an answer (its process was killed, its connection was cut) is recorded as such. All
+instants are on the machine's monotonic clock, in nanoseconds, like the lines of the trace, so that both can be put
+in one order.
 """
 
 import contextlib
@@ -25,17 +26,17 @@ ABANDONED_MOST: Final = 8  # as shipped
 
 
 class Unseen(Enum):
-    """Why there is no row to show."""
+    """Why no row was seen."""
 
     NO_ROW = "no row"
-    NOT_READ = "the ledger could not be asked, by the test's own doing"
+    NOT_READ = "not read: the test had made the ledger unreachable"
 
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One POST of an event; `result` is the answer's status, processed and action, None if none came.
+    """One POST of an event. `result` holds status, processed and action of the answer; None if there was no answer.
 
-    What the ledger said is of an instant between `answered_at` and `seen_at`.
+    The row was read at an instant between `answered_at` and `seen_at`.
     """
 
     event_id: str
@@ -54,29 +55,29 @@ class Delivery:
 
 @dataclass(slots=True)
 class History:
-    """Of one run on `sandbox`; `trace` is the file that its services write, `look` how the ledger is asked."""
+    """The record of one run on `sandbox`. Its services write the file `trace`; `look` reads a row of the ledger."""
 
     sandbox: Sandbox
     trace: Path = field(init=False)
     look: Callable[[Sample], Awaitable[Row | None]] = field(init=False)
     deliveries: list[Delivery] = field(default_factory=list, init=False)
-    lost: dict[str, int] = field(default_factory=dict, init=False)  # event id: when the ledger lost it
+    lost: dict[str, int] = field(default_factory=dict, init=False)  # event id: the instant at which the ledger lost it
     abandoned_most: int = field(default=ABANDONED_MOST, init=False)
-    _postgres_away: int = field(default=0, init=False)
+    _postgres_unreachable: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         self.trace = self.sandbox.folder / f"trace-{secrets.token_hex(4)}.jsonl"
         self.look = self.sandbox.row
 
     def service(self, overrides: Overrides | None = None, *options: str, workers: int = 1) -> Service:
-        """A service on the sandbox, not started yet, that is traced; as `Sandbox.service` has it."""
+        """Like `Sandbox.service`; the service writes to the trace."""
         traced: Overrides = {"handlers": TRACED_HANDLERS, trace.VARIABLE: str(self.trace)}
         chosen = traced | (overrides or {})
         self.abandoned_most = min(self.abandoned_most, int(chosen.get("abandoned_most", ABANDONED_MOST)))
         return self.sandbox.service(chosen, *options, workers=workers)
 
     async def deliver(self, service: Service, event: Sample) -> Answer | None:
-        """POST it, ask the ledger at once, note both; None when the connection ended without an answer."""
+        """POST it, read the ledger at once, record both. None when the connection ended without an answer."""
         sent_at = time.monotonic_ns()
         answer: Answer | None = None
         with contextlib.suppress(httpx.TransportError):
@@ -85,7 +86,7 @@ class History:
         return answer
 
     async def note(self, service: Service, event: Sample, answer: Answer | None, sent_at: int | None = None) -> None:
-        """Note an answer that was got in another way; call it as soon as it is in."""
+        """Record an answer that was received in another way; call it as soon as the answer has arrived."""
         answered_at = time.monotonic_ns()
         if sent_at is None:
             sent_at = answered_at - round(1e9 * answer.seconds) if answer else answered_at
@@ -95,28 +96,28 @@ class History:
         self.deliveries.append(noted)
 
     async def note_all(self, posts: Sequence[tuple[Service, Sample]], answers: Iterable[Answer]) -> None:
-        """Note what the harness's `post_at_once` brought."""
+        """Record the answers of the harness's `post_at_once`."""
         for (service, event), answer in zip(posts, answers, strict=True):
             await self.note(service, event, answer)
 
     @contextlib.contextmanager
     def postgres_unreachable(self) -> Iterator[None]:
-        """While the block runs, Postgres may be away by the test's own doing: it cannot always be asked."""
-        self._postgres_away += 1
+        """While the block runs, the test may make Postgres unreachable, and then the ledger cannot be read."""
+        self._postgres_unreachable += 1
         try:
             yield
         finally:
-            self._postgres_away -= 1
+            self._postgres_unreachable -= 1
 
     def restored(self, lost: Iterable[Sample]) -> None:
-        """The ledger was restored to a moment without these: what was seen of them so far binds nobody."""
+        """The ledger was restored to a moment before these: what was seen of them until now no longer counts."""
         self.lost |= {event.id: time.monotonic_ns() for event in lost}
 
     async def _seen(self, event: Sample) -> Row | Unseen:
-        tolerant = self._postgres_away > 0
+        tolerant = self._postgres_unreachable > 0
         try:
             return await self.look(event) or Unseen.NO_ROW
         except UNAVAILABLE:
-            if tolerant or self._postgres_away:
+            if tolerant or self._postgres_unreachable:
                 return Unseen.NOT_READ
             raise

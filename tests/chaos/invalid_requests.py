@@ -1,7 +1,7 @@
-"""Requests that cost the service nothing: each by a name that says what is wrong with it, and the status it gets.
+"""Invalid requests, which must cost no store a command: each has a name that says what is wrong, and a status.
 
-`requests` makes them for a delivery that is well but for that one thing. In those that could smuggle, a whole good
-delivery of another event is hidden: were it ever read as a request, there would be a row.
+`requests` builds them from a delivery that is valid except for that one fault. Those for request smuggling hide a
+whole valid delivery of another event: if the service ever read it as a request, there would be a row.
 """
 
 import time
@@ -20,36 +20,36 @@ Headers = Sequence[tuple[str, str]]
 
 @dataclass(frozen=True, slots=True)
 class InvalidRequest:
-    """What is sent, in these pieces, and the status of its one answer."""
+    """The chunks that are sent, and the status of the one answer."""
 
     chunks: Sequence[bytes]
     status: int
 
 
 def request(headers: Headers, body: bytes = b"", line: str = f"POST {WEBHOOK_PATH} HTTP/1.1") -> bytes:
-    """A request as it goes over the wire."""
+    """The bytes of a request."""
     head = "".join(f"{name}: {value}\r\n" for name, value in headers)
     return f"{line}\r\n{head}\r\n".encode("latin-1") + body
 
 
 def good() -> bytes:
-    """A good delivery of an event of its own."""
+    """A valid delivery of a new event."""
     body = event_body()
     return request([HOST, *signed(body).items(), length(body)], body)
 
 
 def length(body: bytes) -> tuple[str, str]:
-    """The header that frames it."""
+    """The Content-Length header of the body."""
     return "Content-Length", str(len(body))
 
 
 def chunked(body: bytes) -> bytes:
-    """The body as one chunk, and its end."""
+    """The body as one chunk, with the last chunk behind it."""
     return b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
 
 
 def requests() -> dict[str, InvalidRequest]:
-    """All of them, fresh."""
+    """All of them, with new events."""
     return {
         **{f"signature: {name}": InvalidRequest([sent], 400) for name, sent in _signatures()},
         **{f"framing: {name}": InvalidRequest([sent], 400) for name, sent in _framings()},
@@ -59,7 +59,7 @@ def requests() -> dict[str, InvalidRequest]:
     }
 
 
-# -- who sent it --------------------------------------------------------------------------------------
+# -- signatures --------------------------------------------------------------------------------------
 
 
 def _signatures() -> Iterator[tuple[str, bytes]]:
@@ -108,11 +108,11 @@ def _signatures() -> Iterator[tuple[str, bytes]]:
     )
 
 
-# -- where it ends ------------------------------------------------------------------------------------
+# -- framing -----------------------------------------------------------------------------------------
 
 
 def _framings() -> Iterator[tuple[str, bytes]]:
-    """Each for a delivery that is good, were it read with the lenience that some server has."""
+    """Each is a valid delivery to a server that parses leniently."""
     body = event_body()
     sign = list(signed(body).items())
     once, as_chunks = length(body), ("Transfer-Encoding", "chunked")
@@ -182,7 +182,7 @@ def _framings() -> Iterator[tuple[str, bytes]]:
     yield "a Redis command", b"*1\r\n$8\r\nFLUSHALL\r\n"
 
 
-# -- how much it is -----------------------------------------------------------------------------------
+# -- sizes --------------------------------------------------------------------------------------------
 
 
 def _sizes() -> dict[str, InvalidRequest]:
@@ -212,7 +212,7 @@ def _sizes() -> dict[str, InvalidRequest]:
     }
 
 
-# -- where it goes ------------------------------------------------------------------------------------
+# -- paths --------------------------------------------------------------------------------------------
 
 
 def _places() -> dict[str, InvalidRequest]:
@@ -236,7 +236,7 @@ def _places() -> dict[str, InvalidRequest]:
     }
 
 
-# -- what is hidden in it -----------------------------------------------------------------------------
+# -- smuggling ----------------------------------------------------------------------------------------
 
 
 def _hidden() -> dict[str, InvalidRequest]:

@@ -1,8 +1,8 @@
-"""Deliveries as fast as the services take them: fresh events and their duplicates, every answer noted.
+"""Deliveries as fast as the services take them: new events and their duplicates. Every answer is recorded.
 
-Guarantees: each copy of an event goes to a service picked at random, close to the others; a connection that a
-fault has cut is opened anew, and the delivery that it carried is on record as unanswered; what runs in the
-background has ended when its block is left.
+Guarantees: each copy of an event goes to a random service, close in time to the other copies. A connection that a
+fault has cut is opened again, and its delivery is recorded as unanswered. When a block ends, its background tasks
+have ended too.
 """
 
 import asyncio
@@ -22,8 +22,8 @@ from tests.acceptance.harness import ROW, Answer, Row, Sample, Service, eventual
 from tests.chaos.history import History
 from tests.fixtures import signed
 
-_SPREAD = 24  # posts among which the next one is picked: how far apart an event's copies may be
-_ANSWER_SECONDS = 60.0  # a hanging answer is for the test to judge
+_SPREAD = 24  # deliveries among which the next one is chosen: how far apart the copies of an event may be
+_ANSWER_SECONDS = 60.0  # the test judges an answer that hangs
 _MORE_SECONDS = 120.0
 _PAUSE_SECONDS = 0.02  # after a connection was refused
 
@@ -31,7 +31,7 @@ AnswerResult = tuple[int, bool, str]
 
 
 class Wire:
-    """A connection to a service that is kept for its next delivery, and opened anew when it was lost."""
+    """A connection to a service, kept alive between deliveries, and opened again when it was lost."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -56,7 +56,7 @@ class Wire:
             return None
 
     def close(self) -> None:
-        """Leave."""
+        """Close the connection."""
         if self._streams is not None:
             self._streams[1].transport.abort()
             self._streams = None
@@ -71,7 +71,7 @@ async def _answer(reader: asyncio.StreamReader, began: float) -> Answer:
 
 @dataclass(slots=True)
 class Load:
-    """Deliveries to `services`, by `senders` at once, each event in `copies`; what came of them is counted."""
+    """Deliveries to `services` by concurrent `senders`, each event in `copies`; their results are counted."""
 
     history: History
     services: Sequence[Service]
@@ -80,15 +80,15 @@ class Load:
     pause_seconds: float = 0.0  # of each sender, after each answer
     events: list[Sample] = field(default_factory=list, init=False)
     results: Counter[AnswerResult | None] = field(default_factory=Counter, init=False)
-    seconds: list[float] = field(default_factory=list, init=False)  # how long each answer took
+    seconds: list[float] = field(default_factory=list, init=False)  # until each answer
 
     async def deliver(self, deliveries: int) -> None:
-        """Make so many of them."""
+        """Send so many deliveries."""
         posts = self._shots()
         await self._send(next(posts) for _ in range(deliveries))
 
     async def more(self, deliveries: int) -> None:
-        """Wait for so many more answers of what runs."""
+        """Wait for so many more answers while the load is running."""
 
         async def answered() -> int:
             return self.results.total()
@@ -97,17 +97,17 @@ class Load:
         await eventually(answered, lambda total: total >= goal, _MORE_SECONDS)
 
     def percentile(self, share: float) -> float:
-        """Of the seconds that answers took."""
+        """A percentile of the seconds that answers took."""
         return sorted(self.seconds)[int(share * (len(self.seconds) - 1))]
 
     @property
     def counts(self) -> str:
-        """How many of each answer."""
+        """The number of answers of each kind."""
         return ", ".join(f"{times} {said and said[2]}" for said, times in self.results.most_common())
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Deliver for as long as the block runs; what is on its way then still gets its answer."""
+        """Send deliveries while the block runs; those in flight at its end still get their answers."""
         stopping = asyncio.Event()
 
         def posts() -> Iterator[Sample]:
@@ -154,7 +154,7 @@ class Load:
 
 @asynccontextmanager
 async def repeated(act: Callable[[], Awaitable[object]], every_seconds: float) -> AsyncIterator[None]:
-    """Do it again and again while the block runs; what it raises, the block raises when it is left."""
+    """Call `act` repeatedly while the block runs. An exception from it is raised at the end of the block."""
     stopping = asyncio.Event()
 
     async def body() -> None:
@@ -174,7 +174,7 @@ async def repeated(act: Callable[[], Awaitable[object]], every_seconds: float) -
 
 @asynccontextmanager
 async def looking(history: History) -> AsyncIterator[None]:
-    """Ask the ledger on connections that are kept: one anew for each answer costs more than the delivery."""
+    """Read the ledger on pooled connections: a new one for each answer costs more than the delivery."""
     pool = await asyncpg.create_pool(history.sandbox.database_url, min_size=0, max_size=8, timeout=10)
 
     async def look(event: Sample) -> Row | None:

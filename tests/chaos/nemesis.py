@@ -1,9 +1,8 @@
-"""The nemesis run: three services under steady load, every fault at once, then healing, then the checker.
+"""The nemesis run: three services under steady load and all kinds of faults, then recovery, then the checker.
 
-Guarantees: every kind of fault happens at least once, however short the run; nothing is checked before all is
-whole again and every row has had its time to settle; a run that could not look at the ledger, or had too little to
-look at, is refused. Nothing lost means: every event that was sent is completed with one effect, or `ignored` or
-`dead` as designed.
+Guarantees: every kind of fault happens at least once, however short the run is. Nothing is checked before all faults
+have ended and every row has had its time to settle. A run that could not read the ledger, or observed too little,
+fails. "Nothing lost" means: every event that was sent is completed with one effect, or `ignored` or `dead` as designed.
 """
 
 import asyncio
@@ -31,7 +30,7 @@ from tests.chaos.trace import END, OUTSIDE, START, Line
 from tests.chaos.verdict import collect, report, settle
 from tests.proxy import before_postgres, before_redis
 
-# Everything due comes soon, and the shipped order holds: lease < handler deadline < idle in transaction.
+# Retries and recovery follow soon, and the order of the defaults holds: lease < handler deadline < idle in transaction.
 SETTINGS: Final[Overrides] = {
     "lock_ttl_seconds": 2,
     "lease_seconds": 1.5,
@@ -55,7 +54,7 @@ Say = Callable[[str], None]
 
 @dataclass(slots=True)
 class Result:
-    """What a run came to."""
+    """The result of a run."""
 
     seed: int
     history: History
@@ -65,23 +64,23 @@ class Result:
     violations: list[Violation]
 
     @property
-    def looked(self) -> int:
-        """How many promises were compared with the ledger the moment they were made."""
+    def compared(self) -> int:
+        """The number of promises that were compared with the ledger as soon as they were made."""
         return sum(isinstance(each.seen, Row) for each in self.history.deliveries if each.promised)
 
     @property
     def promised(self) -> int:
-        """How many deliveries were answered with a 2xx."""
+        """The number of deliveries that were answered with a 2xx."""
         return sum(each.promised for each in self.history.deliveries)
 
     def tables(self) -> Iterator[tuple[str, dict[str, int]]]:
-        """What was counted, each table with its title."""
+        """The counts, each table with its title."""
         rows = self.evidence.rows
-        became = Counter(
+        outcomes = Counter(
             f"{rows[order.event.id].status if order.event.id in rows else 'lost'}: {order.behaviour}, {order.type}"
             for order in self.sender.sent
         )
-        yield "events by what became of them", _sorted(became)
+        yield "events by outcome", _sorted(outcomes)
         yield "answers", _sorted(Counter({_words(said): times for said, times in self.sender.results.items()}))
         yield "faults", _sorted(self.faults)
         yield "counts", self._counts()
@@ -92,12 +91,12 @@ class Result:
             "events sent": len(self.sender.sent),
             "deliveries": len(self.history.deliveries),
             "promises (2xx)": self.promised,
-            "promises compared with the ledger at once": self.looked,
+            "promises compared with the ledger at once": self.compared,
             "attempts started": sum(line.what == START for line in lines),
             "attempts still running when a later one of the same event had started": _overtaken(lines),
             "events that took several attempts": sum(row.attempt > 1 for row in rows),
-            "holders that vanished": sum(row.abandoned for row in rows),
-            "calls to the outside": sum(line.what == OUTSIDE for line in lines),
+            "abandoned attempts": sum(row.abandoned for row in rows),
+            "calls to other systems": sum(line.what == OUTSIDE for line in lines),
             "events completed": sum(row.status is Status.COMPLETED for row in rows),
             "effects committed": len(self.evidence.effects),
             "events dead": sum(row.status is Status.DEAD for row in rows),
@@ -106,12 +105,12 @@ class Result:
         }
 
     def story(self) -> str:
-        """The violations, and what happened to the events that they name."""
+        """The violations, and the history of each event that they name."""
         return f"seed {self.seed}: " + report(self.history, self.evidence, self.violations)
 
 
 async def run(seed: int, minutes: float, folder: Path, say: Say = print) -> Result:
-    """One whole run; its services' logs and the trace's file go to `folder`."""
+    """One whole run. The services' logs and the trace go to `folder`."""
     async with AsyncExitStack() as stack:
         testbed = await _build(folder, stack)
         history = testbed.history
@@ -124,19 +123,19 @@ async def run(seed: int, minutes: float, folder: Path, say: Say = print) -> Resu
 
 
 async def _build(folder: Path, stack: AsyncExitStack) -> Testbed:
-    """Servers, lines, and services that are ready; `stack` ends them."""
+    """Servers, proxies, and services that are ready; `stack` ends them."""
     servers = await stack.enter_async_context(own_servers())
     postgres, redis, spare = await servers.postgres(), await servers.redis(), await servers.redis()
     history = History(Sandbox(postgres.url, redis.url, "nemesis:", folder))
     testbed = Testbed(history, postgres, redis, spare)
     for workers in _WORKERS:
-        postgres_line, postgres_url = await stack.enter_async_context(before_postgres(postgres.url))
-        redis_line, redis_url = await stack.enter_async_context(before_redis(redis.url))
+        postgres_proxy, postgres_url = await stack.enter_async_context(before_postgres(postgres.url))
+        redis_proxy, redis_url = await stack.enter_async_context(before_redis(redis.url))
         addresses: Overrides = {"DATABASE_URL": postgres_url, "REDIS_URL": redis_url}
         service = history.service(SETTINGS | addresses, workers=workers)
         stack.push_async_callback(service.kill)
-        testbed.postgres_lines.append(postgres_line)
-        testbed.redis_lines.append(redis_line)
+        testbed.postgres_proxies.append(postgres_proxy)
+        testbed.redis_proxies.append(redis_proxy)
         testbed.services.append(service)
     await asyncio.gather(*(service.start() for service in testbed.services))
     testbed.serving += testbed.services
@@ -151,50 +150,53 @@ class _Nemesis:
     say: Say
     ends_at: float
     done: Counter[str] = field(default_factory=Counter)
-    _hands: dict[str, asyncio.Lock] = field(default_factory=lambda: {lane: asyncio.Lock() for lane in LANES})
+    _locks: dict[str, asyncio.Lock] = field(default_factory=lambda: {lane: asyncio.Lock() for lane in LANES})
     _now: set[str] = field(default_factory=set)
     _began_at: float = field(default_factory=time.monotonic)
 
     async def run(self) -> None:
-        """Faults and load side by side; then everything healed, every event accepted and every row settled."""
-        calm = asyncio.Event()
+        """Faults and load side by side; then all faults end, every event is accepted, and every row settles."""
+        faults_over = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
-            about = [tasks.create_task(self._tell()), *(tasks.create_task(self._keep(lane)) for lane in LANES)]
+            background = [
+                tasks.create_task(self._report_progress()),
+                *(tasks.create_task(self._keep(lane)) for lane in LANES),
+            ]
             with self.testbed.history.postgres_unreachable():
-                sending = tasks.create_task(self.sender.run(calm))
+                sending = tasks.create_task(self.sender.run(faults_over))
                 async with asyncio.TaskGroup() as lanes:
                     for lane in LANES:
                         lanes.create_task(self._lane(lane))
-                calm.set()
-                await self._healed()
+                faults_over.set()
+                await self._all_healthy()
                 await sending
             await settle(self.testbed.history, _SETTLE_SECONDS)
-            for task in about:
+            for task in background:
                 task.cancel()
 
     async def _lane(self, lane: str) -> None:
-        for dealt, fault in enumerate(faults(self.seed, lane, list(LANES[lane]))):
+        for index, fault in enumerate(faults(self.seed, lane, list(LANES[lane]))):
             await asyncio.sleep(fault.quiet_seconds)
-            if time.monotonic() > self.ends_at and dealt >= len(LANES[lane]):
+            if time.monotonic() > self.ends_at and index >= len(LANES[lane]):
                 return
             name = f"{lane}: {fault.kind}"
-            async with self._hands[lane]:
+            async with self._locks[lane]:
                 self._now.add(name)
                 await LANES[lane][fault.kind](self.testbed, fault)
                 self._now.discard(name)
             self.done[name] += 1
 
     async def _keep(self, lane: str) -> None:
-        """Start a service again that ended of an event: those that kill their process come to the very end."""
+        """Start a service again that an event has killed: events that kill their process come until the very end."""
         while lane.startswith("service"):
-            async with self._hands[lane]:
+            async with self._locks[lane]:
                 service = self.testbed.service(lane)
                 if not await service.pids():
-                    self.done["died of an event"] += 1
+                    self.done["killed by an event"] += 1
                     await self.testbed.start(service)
             await asyncio.sleep(_KEEP_SECONDS)
 
-    async def _healed(self) -> None:
+    async def _all_healthy(self) -> None:
         for service in self.testbed.services:
 
             async def components(service: Service = service) -> set[str]:
@@ -204,32 +206,32 @@ class _Nemesis:
 
             await eventually(components, lambda components: components == {"ok"}, _SETTLE_SECONDS)
 
-    async def _tell(self) -> None:
+    async def _report_progress(self) -> None:
         while True:
             sender = self.sender
             accepted = sum(times for said, times in sender.results.items() if said is not None and said[0] < 300)
             self.say(
-                f"{time.monotonic() - self._began_at:4.0f} s  {len(sender.sent)} events ({sender.on_their_way} on "
-                f"their way)  {sender.results.total()} deliveries, {accepted} accepted  {self.done.total()} faults; "
+                f"{time.monotonic() - self._began_at:4.0f} s  {len(sender.sent)} events ({sender.in_flight} in "
+                f"flight)  {sender.results.total()} deliveries, {accepted} accepted  {self.done.total()} faults; "
                 f"now {', '.join(sorted(self._now)) or 'none'}"
             )
             await asyncio.sleep(2)
 
 
 def _lost(sender: Sender, evidence: Evidence) -> Iterator[Violation]:
-    """Events that did not become what they should; dead in its own time (I4 looks) may be any of them."""
+    """Events with another outcome than designed. Any of them may be dead with its budget spent (I4 checks that)."""
     for order in sender.sent:
         row = evidence.rows.get(order.event.id)
         if row is None:
             yield Violation("LOST", order.event.id, f"there is no row of {order}")
-        elif row.status is not order.becomes and not (row.status is Status.DEAD and row.abandoned):
-            yield Violation("LOST", order.event.id, f"{row.status} became of {order}")
+        elif row.status is not order.expected and not (row.status is Status.DEAD and row.abandoned):
+            yield Violation("LOST", order.event.id, f"{row.status} is the outcome of {order}")
     for order, answer in sender.unexplained:
         yield Violation("ANSWER", order.event.id, f"no fault explains {answer}")
 
 
 def _overtaken(lines: Sequence[Line]) -> int:
-    """A process was frozen or cut off, lost its row, and its handler went on: it must not commit."""
+    """Attempts that lost their row to a later one while their handler still ran: they must not commit."""
     started = {(line.event_id, line.attempt): line.at for line in lines if line.what == START}
     ended = ((line.event_id, line.attempt, line.at) for line in lines if line.what == END)
     return sum(started.get((event_id, attempt + 1), at) < at for event_id, attempt, at in ended)

@@ -1,4 +1,4 @@
-"""A history on a Postgres and a Redis of its own, for what breaks these two."""
+"""A history on a Postgres and a Redis that belong to one test, for faults of these two."""
 
 import os
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from tests.chaos.servers import PostgresServer, RedisServer
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """Both servers run when the test begins, and end with it, however it has left them."""
+    """Both servers run when the test begins. They end with it, in whatever state it has left them."""
 
     history: History
     postgres: PostgresServer

@@ -1,8 +1,8 @@
-"""What a nemesis run does, drawn from its seed alone: the faults of each lane, and the events that are sent.
+"""The plan of a nemesis run, derived from its seed alone: the faults of each lane, and the events that are sent.
 
-Guarantees: the same seed gives the same faults and events in the same order, whatever the machine is doing; the
-lanes run side by side, so faults of several kinds fall together, and one thing is broken in one way at a time;
-every kind of a lane's faults comes once before any comes twice. No socket and no clock in here.
+Guarantees: the same seed gives the same faults and events in the same order, whatever the machine is doing. The
+lanes run side by side, so faults of several kinds coincide, and each target is broken in one way at a time. Every
+kind of a lane's faults comes once before any comes twice. This module uses no socket and no clock.
 """
 
 import random
@@ -13,16 +13,18 @@ from typing import Final
 from firstclaim.status import Status
 from tests.acceptance.harness import Sample, sample
 
-# A lane's rest between two faults: long enough that most of the time something works, or nothing could go wrong.
+# A lane's pause between two faults. Most of the time something must work: otherwise nothing could go wrong.
 _QUIET_SECONDS: Final = (2.0, 6.0)
-_SERVICE_QUIET_SECONDS: Final = (3.0, 10.0)  # it takes seconds to start
+_SERVICE_QUIET_SECONDS: Final = (3.0, 10.0)  # a service takes seconds to start
 _LASTS_SECONDS: Final = (0.3, 2.5)
-_EVENTS_PER_SECOND: Final = 8.0  # with copies and repeats about 20 deliveries: two busy cores keep up with it
+_EVENTS_PER_SECOND: Final = (
+    8.0  # with copies and repeats about 20 deliveries per second: two busy cores keep up with them
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault of a lane. `pick` chooses among what there is to break, `portion` is a number from 0 to 1."""
+    """One fault of a lane. `pick` chooses the target, `portion` is a number from 0 to 1."""
 
     lane: str
     kind: str
@@ -33,7 +35,7 @@ class Fault:
 
 
 def faults(seed: int, lane: str, kinds: Sequence[str]) -> Iterator[Fault]:
-    """The lane's faults without end, one round of all kinds after another."""
+    """An endless sequence of the lane's faults, one round of all kinds after another."""
     chance = random.Random(f"{seed}/{lane}")
     quiet_seconds = _SERVICE_QUIET_SECONDS if lane.startswith("service") else _QUIET_SECONDS
     while True:
@@ -50,7 +52,7 @@ def faults(seed: int, lane: str, kinds: Sequence[str]) -> Iterator[Fault]:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One event to send: after how long a pause, how many copies at once, and what should become of it."""
+    """One event to send: the pause before it, the number of simultaneous copies, and its expected status."""
 
     event: Sample = field(repr=False)
     behaviour: str
@@ -58,9 +60,9 @@ class Order:
     pause_seconds: float
     copies: int
     repeats_after_seconds: tuple[float, ...]
-    hangs_up: bool  # before all that, one client leaves without waiting for its answer
-    becomes: Status
-    seed: str  # of the choices made while it is sent
+    hangs_up: bool  # first, one client closes its connection without waiting for the answer
+    expected: Status
+    seed: str  # of the choices that are made while it is sent
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +70,8 @@ class _Sort:
     weight: int
     behaviour: str
     type: str = "invoice.payment_failed"
-    becomes: Status = Status.COMPLETED
-    wish: tuple[tuple[str, float], ...] = ()
+    expected: Status = Status.COMPLETED
+    parameters: tuple[tuple[str, float], ...] = ()
 
 
 _SYNC: Final = "invoice.paid"
@@ -77,25 +79,25 @@ _SORTS: Final = (
     _Sort(70, "plain"),
     _Sort(30, "plain", _SYNC),
     _Sort(15, "plain", "customer.subscription.updated"),
-    _Sort(15, "plain", "charge.refunded", Status.IGNORED),  # nobody handles it
-    _Sort(12, "fail", wish=(("until", 1),)),
-    _Sort(6, "fail", wish=(("until", 3),)),
-    _Sort(8, "fail", _SYNC, wish=(("until", 2),)),
-    _Sort(6, "retry", wish=(("until", 2), ("after", 0.2))),
-    # Longer than the lease: there is always some work to freeze, cut off and take over.
-    _Sort(20, "slow", wish=(("seconds", 1.2),)),
-    _Sort(14, "slow", _SYNC, wish=(("seconds", 1.6),)),
-    _Sort(4, "permanent", becomes=Status.DEAD),
-    _Sort(4, "swallow", wish=(("until", 1),)),
-    _Sort(2, "hang", wish=(("until", 1),)),
-    _Sort(2, "slow_sql", wish=(("until", 1),)),
-    _Sort(1, "die", wish=(("until", 1),)),  # takes its process along
-    _Sort(1, "abort", wish=(("until", 1),)),
+    _Sort(15, "plain", "charge.refunded", Status.IGNORED),  # it has no handler
+    _Sort(12, "fail", parameters=(("until", 1),)),
+    _Sort(6, "fail", parameters=(("until", 3),)),
+    _Sort(8, "fail", _SYNC, parameters=(("until", 2),)),
+    _Sort(6, "retry", parameters=(("until", 2), ("after", 0.2))),
+    # Longer than the lease: there is always a handler to freeze, cut off and take over.
+    _Sort(20, "slow", parameters=(("seconds", 1.2),)),
+    _Sort(14, "slow", _SYNC, parameters=(("seconds", 1.6),)),
+    _Sort(4, "permanent", expected=Status.DEAD),
+    _Sort(4, "swallow", parameters=(("until", 1),)),
+    _Sort(2, "hang", parameters=(("until", 1),)),
+    _Sort(2, "slow_sql", parameters=(("until", 1),)),
+    _Sort(1, "die", parameters=(("until", 1),)),  # kills its process
+    _Sort(1, "abort", parameters=(("until", 1),)),
 )
 
 
 def orders(seed: int) -> Iterator[Order]:
-    """The events to send, without end. Their ids are fresh in every run; all else is the seed's."""
+    """An endless sequence of events to send. Their ids are new in every run; the seed decides everything else."""
     chance = random.Random(f"{seed}/orders")
     weights = [sort.weight for sort in _SORTS]
     number = 0
@@ -103,7 +105,7 @@ def orders(seed: int) -> Iterator[Order]:
         number += 1
         (sort,) = chance.choices(_SORTS, weights)
         yield Order(
-            event=sample(sort.behaviour, sort.type, livemode=False, **dict(sort.wish)),
+            event=sample(sort.behaviour, sort.type, livemode=False, **dict(sort.parameters)),
             behaviour=sort.behaviour,
             type=sort.type,
             pause_seconds=chance.expovariate(_EVENTS_PER_SECOND),
@@ -112,6 +114,6 @@ def orders(seed: int) -> Iterator[Order]:
                 chance.uniform(0, 12) for _ in range(chance.choices((0, 1, 2), (60, 30, 10))[0])
             ),
             hangs_up=chance.random() < 0.05,
-            becomes=sort.becomes,
+            expected=sort.expected,
             seed=f"{seed}/order {number}",
         )

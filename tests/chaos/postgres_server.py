@@ -1,6 +1,6 @@
-"""A PostgreSQL of a test's own, with backups and recovery to a point in time.
+"""A PostgreSQL that belongs to one test, with backups and point-in-time recovery.
 
-It listens on a Unix socket in a private folder, so that its address is its own through every restart.
+It listens on a Unix socket in a private folder, so that it keeps its address through every restart.
 """
 
 import asyncio
@@ -20,39 +20,39 @@ from tests.acceptance.harness import START_SECONDS, eventually
 from tests.chaos.server import Server
 from tests.stores import EFFECTS, with_database
 
-_SOCKET_PORT: Final = 5432  # it only names the socket
+_SOCKET_PORT: Final = 5432  # only a part of the socket's name
 _MIGRATE_SECONDS: Final = 30.0
 
 
 class PostgresServer(Server):
-    """A cluster of its own with a migrated ledger and the `effects` table; `settings` are its options."""
+    """A cluster with a migrated ledger and the `effects` table; `settings` are its options."""
 
-    _last_signal = signal.SIGQUIT  # on which it frees its shared memory; after a kill -9 that would stay
+    _last_signal = signal.SIGQUIT  # it frees its shared memory on SIGQUIT, but not on kill -9
 
     def __init__(self, program: Path, folder: Path, user: User | None, settings: dict[str, str]) -> None:
         super().__init__(program, folder, user)
         self.data = folder / "data"
         self._mark = f"firstclaim-{secrets.token_hex(8)}"
         self.settings = {
-            "cluster_name": self._mark,  # in the title of each of its processes
+            "cluster_name": self._mark,  # shown in the title of each of its processes
             "listen_addresses": "",
             "port": str(_SOCKET_PORT),
             "unix_socket_directories": str(folder),
             "max_connections": "200",
             "shared_buffers": "32MB",
-            "wal_keep_size": "1GB",  # what a restore replays from
+            "wal_keep_size": "1GB",  # for restores, which replay it
             **settings,
         }
 
     @property
     def url(self) -> str:
-        """The migrated database."""
+        """The address of the migrated database."""
         return f"postgresql://postgres@/ledger?host={self.folder}&port={_SOCKET_PORT}"
 
     async def start(self) -> Self:
-        """Start, and wait until it takes connections."""
+        """Start, and wait until it accepts connections."""
         state = self.data / "postmaster.pid"
-        # Nothing of it runs any more, whoever has that pid today.
+        # None of its processes is running any more, even if its pid is in use again.
         for stale in (state, *self.folder.glob(".s.PGSQL.*")):
             stale.unlink(missing_ok=True)
         options = (part for name, value in self.settings.items() for part in ("-c", f"{name}={value}"))
@@ -70,16 +70,16 @@ class PostgresServer(Server):
         await self.start()
 
     async def lose(self, pid: int) -> None:
-        """`kill -9` one of its processes: it ends all the others, recovers in place, and takes connections again.
+        """`kill -9` one of its processes: it ends all the others, recovers in place, and accepts connections again.
 
-        Nothing comes of it when that one has just ended by itself.
+        Without effect if that process has just ended by itself.
         """
         self.send(signal.SIGKILL, pid)
 
         async def recovered() -> bool:
             with suppress(ProcessLookupError):
                 os.kill(pid, 0)
-                return False  # the server has not noticed: it may still take a connection, to end it
+                return False  # the server has not detected it yet: it may accept a connection and then end it
             with suppress(OSError, asyncpg.PostgresError):
                 return bool(await self.execute("SELECT 1"))
             return False
@@ -87,7 +87,7 @@ class PostgresServer(Server):
         await eventually(recovered, bool, START_SECONDS)
 
     async def configure(self, **settings: str) -> None:
-        """Set for every connection from now on; what needs a restart takes it at the next one."""
+        """Change settings for all connections from now on. Those that need a restart change at the next one."""
         for name, value in settings.items():
             await self.execute(f"ALTER SYSTEM SET {name} = '{value}'")
         await self.execute("SELECT pg_reload_conf()")
@@ -96,25 +96,25 @@ class PostgresServer(Server):
         """Run a statement in the migrated database."""
         connection = await asyncpg.connect(self.url, timeout=30)
         try:
-            # A role's settings in the test's way (read-only, serializable) are not in this one's.
+            # A test may have made the role read-only: that must not stop this statement.
             await connection.execute("SET default_transaction_read_only = off")
             return await connection.fetch(statement, *arguments)
         finally:
             await connection.close()
 
     async def backends(self, *, state: str = "%") -> list[int]:
-        """The pids of the server's processes that serve services, those in a certain state if asked for."""
-        asked = "SELECT pid FROM pg_stat_activity WHERE application_name = 'firstclaim' AND state LIKE $1"
-        return [row["pid"] for row in await self.execute(asked, state)]
+        """The pids of the backends of services, optionally of those in a certain state only."""
+        query = "SELECT pid FROM pg_stat_activity WHERE application_name = 'firstclaim' AND state LIKE $1"
+        return [row["pid"] for row in await self.execute(query, state)]
 
     async def backup(self) -> Path:
-        """A base backup as of now, consistent in itself."""
+        """A consistent base backup as of now."""
         target = self.folder / f"backup-{secrets.token_hex(4)}"
         await self._run("pg_basebackup", "-D", str(target), "-h", str(self.folder), "-U", "postgres", "-c", "fast")
         return target
 
     async def restore(self, backup: Path, until: str | None = None) -> None:
-        """Start again from a base backup: as it is, or recovered to a restore point, on a new timeline."""
+        """Start again from a base backup: unchanged, or recovered to a restore point on a new timeline."""
         before = await self._replace(backup)
         if until is None:
             await self.start()
@@ -130,13 +130,13 @@ class PostgresServer(Server):
         await eventually(lambda: self.execute(recovering), lambda rows: not rows[0]["recovering"], START_SECONDS)
 
     async def stand_by(self, backup: Path) -> None:
-        """Start again from a base backup as a standby, which is read only until it is promoted."""
+        """Start again from a base backup as a standby, which is read-only until it is promoted."""
         await self._replace(backup)
         self._write("standby.signal", "")
         await self.start()
 
     async def restore_point(self, name: str) -> None:
-        """Name this moment, for a recovery to it."""
+        """Create a restore point at this moment."""
         await self.execute("SELECT pg_create_restore_point($1)", name)
 
     def pids(self) -> list[int]:
@@ -145,7 +145,7 @@ class PostgresServer(Server):
         return [self.pid, *workers] if self.running else workers
 
     async def make(self) -> None:
-        """A cluster with the migrated database, stopped."""
+        """Create a cluster with the migrated database, and stop it."""
         await asyncio.to_thread(_make_cluster, self._program, self.data, self._user)
         await self.start()
         connection = await asyncpg.connect(with_database(self.url, "postgres"), timeout=30)
@@ -158,7 +158,7 @@ class PostgresServer(Server):
         await self.stop()
 
     async def _replace(self, backup: Path) -> Path:
-        """Stop, and put the backup in the place of the data; returns where that is now."""
+        """Stop, and replace the data by the backup; returns the folder of the old data."""
         if self.running:
             await self.stop()
         before = self.folder / f"before-{secrets.token_hex(4)}"

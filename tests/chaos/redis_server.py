@@ -1,4 +1,4 @@
-"""A Redis (the wheel's Valkey) of a test's own, with replicas. It listens on loopback: a replica needs a port."""
+"""A Redis (the wheel's Valkey) that belongs to one test, with replicas. A replica needs a port: it is on loopback."""
 
 import secrets
 import signal
@@ -14,16 +14,16 @@ from tests.acceptance.harness import START_SECONDS, _alive_in_group, eventually
 from tests.chaos.server import Server
 
 _PORTS: Final = range(20_000, 32_000)  # below those that the kernel gives to outgoing connections
-_OURSELVES: Final = "test on >test ~* &* +@all"
+_TEST_USER: Final = "test on >test ~* &* +@all"
 
 
 class RedisServer(Server):
-    """A Valkey that keeps nothing on disk; `settings` are its options."""
+    """A Valkey without persistence; `settings` are its options."""
 
     def __init__(self, program: Path, folder: Path, user: User | None, settings: dict[str, str]) -> None:
         super().__init__(program, folder, user)
         self.port = _free_port()
-        self.calls = 0  # on a connection each, since it was started
+        self.calls = 0  # of the test itself, each on its own connection, since the start
         self.settings = {
             "bind": "127.0.0.1",
             "port": str(self.port),
@@ -36,24 +36,24 @@ class RedisServer(Server):
 
     @property
     def url(self) -> str:
-        """Its first database."""
+        """The address of its first database."""
         return f"redis://127.0.0.1:{self.port}/0"
 
     async def start(self) -> Self:
         """Start, and wait until it answers."""
         options = [part for name, value in self.settings.items() for part in (f"--{name}", value)]
-        self._spawn([*options, "--user", *_OURSELVES.split()])
+        self._spawn([*options, "--user", *_TEST_USER.split()])
         await self._ready(lambda: _answers(self.port))
         self.calls = 0
         return self
 
     async def restart(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """Stop and start: empty again."""
+        """Stop and start: it is empty."""
         await self.stop(how)
         await self.start()
 
     async def call(self, *command: str | int) -> Any:
-        """One command, e.g. `call("CONFIG", "SET", "maxmemory", "2mb")`, whatever others are allowed."""
+        """One command, e.g. `call("CONFIG", "SET", "maxmemory", "2mb")`, with all rights in any state."""
         self.calls += 1
         async with redis.asyncio.Redis(port=self.port, username="test", password="test", socket_timeout=30) as client:
             return await client.execute_command(*command)  # type: ignore[no-untyped-call]
@@ -64,7 +64,7 @@ class RedisServer(Server):
         await eventually(self._replication, lambda seen: seen.get("master_link_status") == "up", START_SECONDS)
 
     async def promote(self) -> None:
-        """Be a primary from now on, with whatever had been copied."""
+        """Become a primary, with the data that had been copied until then."""
         await self.call("REPLICAOF", "NO", "ONE")
 
     async def _replication(self) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class RedisServer(Server):
         return found
 
     def pids(self) -> list[int]:
-        # Its own child, that copies for a replica, is in its group.
+        # Its child process, which copies data for a replica, is in the same group.
         return [] if self._process is None else _alive_in_group(self.pid)
 
 
@@ -84,7 +84,7 @@ def _answers(port: int) -> bool:
 
 
 def _free_port() -> int:
-    """Nobody listens there now; another test's server may, so which one is tried first is random."""
+    """A port that is free now. Servers of other tests use the same range, so the first port to try is random."""
     start = secrets.randbelow(len(_PORTS))
     for offset in range(len(_PORTS)):
         port = _PORTS[(start + offset) % len(_PORTS)]

@@ -1,7 +1,7 @@
-"""Sends a nemesis run's events as Stripe would: again and again until a 2xx, with duplicates on top.
+"""Sends the events of a nemesis run as Stripe would: each one repeatedly until a 2xx, and some of them as duplicates.
 
-Guarantees: `run` ends when every event was answered with a 2xx; every answer is noted in the history; those that
-no fault explains (a 400, say) are kept for the end.
+Guarantees: `run` ends when every event has been answered with a 2xx. Every answer is recorded in the history. Answers
+that no fault explains (a 400, for example) are collected in `unexplained`.
 """
 
 import asyncio
@@ -19,15 +19,15 @@ from tests.chaos.plan import Order
 
 _FIRST_SECONDS: Final = 0.1
 _MOST_SECONDS: Final = 2.0
-_AT_ONCE_MOST: Final = 100  # events on their way; beyond that the next ones wait, as a sender's queue would
-_EXPLAINED: Final = {200, 202, 408, 500, 503}  # 408: frozen for longer than a body may take
+_AT_ONCE_MOST: Final = 100  # events in flight; more of them wait, as in a sender's queue
+_EXPLAINED: Final = {200, 202, 408, 500, 503}  # 408: the process was frozen for longer than a body may take
 
 AnswerResult = tuple[int, bool, str]
 
 
 @dataclass(slots=True)
 class Sender:
-    """Sends `orders`, in their order, to one or another of `services`; which those are may change meanwhile."""
+    """Sends `orders`, in that order, each to one of `services`, a list that may change meanwhile."""
 
     history: History
     services: Sequence[Service]
@@ -35,10 +35,10 @@ class Sender:
     sent: list[Order] = field(default_factory=list, init=False)
     results: Counter[AnswerResult | None] = field(default_factory=Counter, init=False)
     unexplained: list[tuple[Order, Answer]] = field(default_factory=list, init=False)
-    _on_their_way: set[asyncio.Task[None]] = field(default_factory=set, init=False)
+    _in_flight: set[asyncio.Task[None]] = field(default_factory=set, init=False)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Send new events until `stop`, then wait until every one of them is accepted."""
+        """Send new events until `stop`, then wait until all of them are accepted."""
         places = asyncio.Semaphore(_AT_ONCE_MOST)
         async with asyncio.TaskGroup() as tasks:
             while not stop.is_set():
@@ -48,14 +48,14 @@ class Sender:
                 await places.acquire()
                 self.sent.append(order)
                 task = tasks.create_task(self._send(order))
-                self._on_their_way.add(task)
-                task.add_done_callback(self._on_their_way.discard)
+                self._in_flight.add(task)
+                task.add_done_callback(self._in_flight.discard)
                 task.add_done_callback(lambda _: places.release())
 
     @property
-    def on_their_way(self) -> int:
-        """How many events are still being sent, or have a repeat to come."""
-        return len(self._on_their_way)
+    def in_flight(self) -> int:
+        """The number of events that are being sent, or will be repeated."""
+        return len(self._in_flight)
 
     async def _send(self, order: Order) -> None:
         chance = random.Random(order.seed)
@@ -91,6 +91,6 @@ class Sender:
         self.results[None] += 1
 
     async def _service(self, chance: random.Random) -> Service:
-        while not self.services:  # noqa: ASYNC110  (all of them are being started)
+        while not self.services:  # noqa: ASYNC110  (all services are being started)
             await asyncio.sleep(_FIRST_SECONDS)
         return chance.choice(self.services)

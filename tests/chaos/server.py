@@ -1,7 +1,7 @@
-"""A server process of a test's own: to end, kill or freeze as it likes, and start again on the same address.
+"""A server that belongs to one test, which ends, kills or freezes it, and starts it again on the same address.
 
-Guarantees: waits end when all of its processes have; the kernel ends it when this process is killed; `end`
-leaves nothing of it, whatever was done to it (a frozen process is thawed first).
+Guarantees: a wait ends when all of its processes have ended. The kernel ends the server if this process is killed.
+`end` leaves nothing of it in any state (a frozen process is resumed first).
 """
 
 import asyncio
@@ -34,34 +34,34 @@ class Server:
 
     @property
     def running(self) -> bool:
-        """Whether the process that was started last is still there."""
+        """Whether the process that was started last is still running."""
         return self._process is not None and self._process.poll() is None
 
     @property
     def output(self) -> str:
-        """What it has written to its log."""
+        """The content of its log."""
         return (self.folder / "log").read_text(errors="replace")
 
     async def stop(self, how: signal.Signals = signal.SIGTERM) -> None:
-        """Send the signal, and wait until all of it has ended."""
+        """Send the signal, and wait until all processes have ended."""
         os.kill(self.pid, how)
         await self._gone()
 
     async def kill(self) -> None:
-        """kill -9 to all of it at once."""
+        """kill -9 to all processes at once."""
         self.send(signal.SIGKILL)
         await self._gone()
 
     def pause(self, pid: int | None = None) -> None:
-        """Freeze all of it, or one of its processes."""
+        """Freeze all processes, or one of them."""
         self.send(signal.SIGSTOP, pid)
 
     def resume(self, pid: int | None = None) -> None:
-        """Let what was frozen run on."""
+        """Resume all processes, or one of them."""
         self.send(signal.SIGCONT, pid)
 
     async def end(self) -> None:
-        """Leave nothing of it behind, in whatever state it is."""
+        """End all processes, in whatever state they are."""
         if self._process is not None:
             self.resume()
             if self.running:
@@ -71,11 +71,11 @@ class Server:
             await self.kill()
 
     def pids(self) -> list[int]:
-        """The pids of all its processes."""
+        """The pids of all processes."""
         raise NotImplementedError
 
     def send(self, number: signal.Signals, pid: int | None = None) -> None:
-        """Send a signal to all of it, or to one of its processes."""
+        """Send a signal to all processes, or to one of them."""
         for each in self.pids() if pid is None else [pid]:
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(each, number)
@@ -106,4 +106,4 @@ class Server:
             return self.pids()
 
         await eventually(left, lambda left: not left, seconds)
-        await asyncio.to_thread(process.wait)  # it has ended, and is taken note of
+        await asyncio.to_thread(process.wait)  # it has ended: reap it

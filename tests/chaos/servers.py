@@ -1,8 +1,8 @@
-"""Servers of a test's own: a PostgreSQL and a Redis to stop, kill, freeze, fail over and restore as it likes.
+"""Servers that belong to one test: a PostgreSQL and a Redis to stop, kill, freeze, fail over and restore.
 
-Guarantees: a server keeps its address through every stop, kill and restore; nothing of any of them is left
-behind when `own_servers` is left. The programs are those of the embedded servers' wheels, run by the same
-unprivileged user as there.
+Guarantees: a server keeps its address through every stop, kill and restore. When the block of `own_servers` ends, no
+process and no file of them is left. The programs come from the wheels of the embedded servers, and run as the same
+unprivileged user as those.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ __all__ = ["PostgresServer", "RedisServer", "Server", "Servers", "make_template"
 
 
 class Servers:
-    """Makes servers in a folder of its own; see `own_servers`."""
+    """Creates servers in a folder of its own; see `own_servers`."""
 
     def __init__(self, folder: Path, template: Path | None) -> None:
         programs = data_folder._find_programs(Settings(database_url=None, redis_url=None))
@@ -53,7 +53,7 @@ class Servers:
         return await server.start()
 
     async def end(self) -> None:
-        """End all of them."""
+        """End all servers."""
         await asyncio.gather(*(server.end() for server in self._made))
 
     def _place(self, kind: str) -> Path:
@@ -66,8 +66,8 @@ class Servers:
 
 @asynccontextmanager
 async def own_servers(template: Path | None = None) -> AsyncIterator[Servers]:
-    """Servers for as long as the block runs. `template`: of `make_template`, which spares making each anew."""
-    # Not pytest's folder: as root, that is closed to the user who runs the servers. Short, for the sockets.
+    """Servers for the duration of the block. With a `template` of `make_template`, each Postgres is a copy of it."""
+    # Not pytest's folder: as root, that is closed to the user of the servers. Short, for the paths of the sockets.
     folder = Path(tempfile.mkdtemp(prefix="firstclaim-chaos-"))
     folder.chmod(0o711 if os.geteuid() == 0 else 0o700)
     servers = Servers(folder, template)
@@ -79,7 +79,7 @@ async def own_servers(template: Path | None = None) -> AsyncIterator[Servers]:
 
 
 async def make_template(folder: Path) -> Path:
-    """Make a cluster with the migrated ledger in `folder`; returns its data folder, stopped."""
+    """Create a cluster with the migrated ledger in `folder`, and stop it; returns its data folder."""
     async with own_servers() as servers:
         server = await servers.postgres()
         await server.stop()

@@ -1,8 +1,8 @@
-"""What was asked of the stores: the sessions in a test's database, watched from another one, and Redis' own count.
+"""What the stores were asked to do: the sessions in a test's database, observed from another one, and Redis' counters.
 
-Who runs a statement must have a session: where there is none, and none has begun, none was run; nor where each that
-there is began its last statement when it had before. (The server's own counts of transactions lag by seconds, and its
-upkeep is among them.)
+A statement needs a session. If there is no session and none has begun, no statement was run. Neither was one if every
+session began its last statement at the same instant as before. (The server's counters of transactions lag by seconds
+and include its own maintenance.)
 """
 
 from collections.abc import AsyncIterator, Iterator
@@ -29,7 +29,7 @@ _DEADLOCKS = "SELECT deadlocks FROM pg_stat_database WHERE datname = $1"
 
 @dataclass(frozen=True, slots=True)
 class Sessions:
-    """Of a sandbox's database. What the server counts of a session is there to see once that has ended."""
+    """The sessions in a sandbox's database. The server publishes the counters of a session when it has ended."""
 
     _database: str
     _elsewhere: asyncpg.Connection
@@ -37,7 +37,7 @@ class Sessions:
     @classmethod
     @asynccontextmanager
     async def of(cls, sandbox: Sandbox) -> AsyncIterator[Self]:
-        """For as long as the block runs."""
+        """Observe them while the block runs."""
         connection = await asyncpg.connect(with_database(sandbox.database_url, "postgres"))
         try:
             yield cls(urlsplit(sandbox.database_url).path.strip("/"), connection)
@@ -45,25 +45,25 @@ class Sessions:
             await connection.close()
 
     async def end(self) -> None:
-        """End all of them, and wait until they have left."""
+        """Terminate all sessions, and wait until they have ended."""
         await self._elsewhere.execute(_END, self._database)
         await eventually(self.alive, lambda alive: alive == 0)
 
     async def alive(self) -> int:
-        """How many there are now."""
+        """The number of current sessions."""
         return await self._count(_ALIVE)
 
     async def begun(self) -> int:
-        """How many there were, ever."""
+        """The number of sessions that have ever been established."""
         return await self._count(_BEGUN)
 
     async def last_statements(self) -> dict[int, datetime]:
-        """When each of them began its last statement, by its pid: the same again, and none was run meanwhile."""
+        """The start of each session's last statement, by pid. If it has not changed, no statement was run meanwhile."""
         found = await self._elsewhere.fetch(_STATEMENTS, self._database)
         return {row["pid"]: row["query_start"] for row in found}
 
     async def deadlocks(self) -> int:
-        """How many deadlocks the server has broken among them, ever."""
+        """The number of deadlocks that the server has ever resolved among them."""
         return await self._count(_DEADLOCKS)
 
     async def _count(self, query: str) -> int:
@@ -73,7 +73,7 @@ class Sessions:
 
 @contextmanager
 def counted(sandbox: Sandbox) -> Iterator[dict[str, int]]:
-    """The commands that Redis ran meanwhile, filled in when the block ends."""
+    """The commands that Redis ran during the block, filled in at its end."""
     found: dict[str, int] = {}
     with redis.Redis.from_url(sandbox.redis_url) as client:
         before = client.info("commandstats")

@@ -224,7 +224,7 @@ BROKEN: dict[str, tuple[tuple[Change, ...], set[tuple[str, str]]]] = {
         (changed_line("once", CLAIM, lambda line: replace(line, pid=2)), with_lines(Line(LOCK, "once", 2, 1, 2))),
         {("I5", "once")},
     ),
-    "completed, and nobody saw it start": (
+    "completed, and no start was recorded": (
         (without_lines("once", *DISPATCH),),
         {("I5", "once"), ("OUTSIDE", "once")},
     ),

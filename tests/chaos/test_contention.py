@@ -25,7 +25,7 @@ from tests.acceptance.harness import (
     parallel_reason,
     sample,
 )
-from tests.chaos.actions import answered, armed, dispatched, fire, resume, stopped
+from tests.chaos.actions import answered, armed, deliver_at_once, dispatched, resume, stopped
 from tests.chaos.history import History
 from tests.chaos.sessions import Sessions
 from tests.chaos.verdict import verdict
@@ -68,7 +68,7 @@ async def test_row_33_no_insert_waits_for_a_handler(history: History, tmp_path: 
     history.sandbox.empty_redis()
     fresh = [sample() for _ in range(30)]
     posts = [(service, event) for each in fresh for event in (each, held) for service in services]
-    answers = await fire(history, posts)
+    answers = await deliver_at_once(history, posts)
     assert not gate.exists(), "the handler holds its row all the while"
     assert said_of(fresh, posts, answers) == [ONE_OF_TWO] * len(fresh)
     assert said_of([held], posts, answers) == [[IGNORED] * len(fresh) * 2]
@@ -96,7 +96,7 @@ async def test_row_34_opposite_orders(history: History) -> None:
         for _ in range(ROUNDS):
             up = sorted((sample() for _ in range(IDS)), key=lambda event: event.id)
             posts = list(chain(*(((one, low), (other, high)) for low, high in zip(up, reversed(up), strict=True))))
-            answers = await fire(history, posts)
+            answers = await deliver_at_once(history, posts)
             assert said_of(up, posts, answers) == [ONE_OF_TWO] * IDS
         rows = (await verdict(history)).rows.values()
         assert Counter((row.status, row.counts) for row in rows) == {(Status.COMPLETED, (1, 0, 0)): ROUNDS * IDS}

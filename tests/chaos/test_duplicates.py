@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from tests.acceptance.harness import IGNORED, PROCESSED, eventually, parallel_reason, post, sample
-from tests.chaos.actions import answered, dispatched, fire, rounds
+from tests.chaos.actions import answered, deliver_at_once, dispatched, rounds
 from tests.chaos.history import History
 from tests.chaos.servers import Servers
 from tests.chaos.sessions import Sessions, counted
@@ -36,7 +36,7 @@ async def test_row_02_duplicates_at_once(history: History) -> None:
     services = [history.service() for _ in range(PROCESSES)]
     await asyncio.gather(*(service.start() for service in services))
     event = sample()
-    answers = await fire(history, [(services[number % PROCESSES], event) for number in range(DUPLICATES)])
+    answers = await deliver_at_once(history, [(services[number % PROCESSES], event) for number in range(DUPLICATES)])
     assert Counter(answer.result for answer in answers) == {PROCESSED: 1, IGNORED: DUPLICATES - 1}
     reasons = {answer.reason for answer in answers if not answer.processed}
     assert reasons <= {parallel_reason(event.id), f"Event {event.id} already completed"}

@@ -18,7 +18,7 @@ from tests.acceptance.harness import (
     post_at_once,
     sample,
 )
-from tests.chaos.actions import fire
+from tests.chaos.actions import deliver_at_once
 from tests.chaos.history import History
 from tests.chaos.verdict import verdict
 from tests.stores import Stores
@@ -87,7 +87,7 @@ async def test_row_37_a_full_house(history: History, tmp_path: Path) -> None:
     service = await history.service(HOUSE | {"answer_budget_seconds": 5}).start()
     gate = tmp_path / "gate"
     crowd = [sample("hold", gate=str(gate)) for _ in range(CROWD)]
-    answers = await fire(history, [(service, event) for event in crowd])
+    answers = await deliver_at_once(history, [(service, event) for event in crowd])
     assert Counter(answer.result for answer in answers) == {DEFERRED: CROWD}
     released = {Status.PROCESSING: SLOTS, Status.PENDING: CROWD - SLOTS}
     await eventually(history.sandbox.statuses, lambda seen: seen == released)

@@ -53,7 +53,7 @@ def test_the_load_has_some_of_everything() -> None:
     assert {order.copies for order in some} == {1, 2, 3, 6}
     assert {len(order.repeats_after_seconds) for order in some} == {0, 1, 2}
     assert {order.hangs_up for order in some} == {True, False}
-    assert {str(order.becomes) for order in some} == {"completed", "ignored", "dead"}
+    assert {str(order.expected) for order in some} == {"completed", "ignored", "dead"}
 
 
 def test_arguments() -> None:

@@ -42,8 +42,7 @@ async def test_row_19_postgres_down(own: Own) -> None:
     events = [sample() for _ in range(5)]
     with history.postgres_unreachable():
         await own.postgres.stop()
-        for event in events:
-            answer = await answered(history, service, event)
+        for answer in await asyncio.gather(*(answered(history, service, event) for event in events)):
             assert answer.result == UNAVAILABLE
             assert int(answer.headers["retry-after"]) > 0
             assert answer.seconds < 2

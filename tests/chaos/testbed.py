@@ -1,4 +1,4 @@
-"""What a nemesis run breaks: both stores, three services, and each one's own lines to the stores."""
+"""What a nemesis run breaks: both stores, three services, and the connections of each service to the stores."""
 
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -9,32 +9,32 @@ from tests.chaos.history import History
 from tests.chaos.servers import PostgresServer, RedisServer
 from tests.proxy import Proxy
 
-_STARTS_MOST: Final = 30  # `serve` refuses to start while Postgres is away; whoever runs it tries again
+_STARTS_MOST: Final = 30  # `serve` does not start while Postgres is unreachable; an orchestrator starts it again
 
 
 @dataclass(slots=True)
 class Testbed:
-    """`spare` is the Redis that takes over; lines and services have the same order."""
+    """`spare` is the Redis that takes over. Services and their proxies have the same order."""
 
     history: History
     postgres: PostgresServer
     redis: RedisServer
     spare: RedisServer
     services: list[Service] = field(default_factory=list)
-    redis_lines: list[Proxy] = field(default_factory=list)
-    postgres_lines: list[Proxy] = field(default_factory=list)
-    serving: list[Service] = field(default_factory=list)  # where a load balancer would send to
+    redis_proxies: list[Proxy] = field(default_factory=list)
+    postgres_proxies: list[Proxy] = field(default_factory=list)
+    serving: list[Service] = field(default_factory=list)  # the services to which a load balancer would send
 
-    def gone(self, service: Service) -> None:
-        """It has ended: nothing more is sent there."""
+    def take_out(self, service: Service) -> None:
+        """The service has ended: nothing more is sent to it."""
         if service in self.serving:
             self.serving.remove(service)
 
     async def start(self, service: Service) -> None:
-        """Start it as often as it takes."""
-        self.gone(service)
+        """Start the service, with as many tries as that takes."""
+        self.take_out(service)
         for _ in range(_STARTS_MOST):
-            await service.kill()  # whatever is left of it
+            await service.kill()  # the processes of the last try that are still alive
             with suppress(AssertionError):
                 await service.start()
                 self.serving.append(service)
@@ -42,5 +42,5 @@ class Testbed:
         raise AssertionError(f"does not start:\n{service.tail}")
 
     def service(self, lane: str) -> Service:
-        """Whose lane it is."""
+        """The service to which the lane belongs."""
         return self.services[int(lane.rpartition(" ")[2]) - 1]

@@ -1,10 +1,12 @@
-"""Writes down what a service's process does, as it does it: a test-only module, named in FIRSTCLAIM_HANDLERS.
+"""Records what the process of a service does: a test-only module, named in FIRSTCLAIM_HANDLERS.
 
-The service holds no switch for any of this. Imported as if it held handlers, this module wraps four methods, and
-only when TEST_TRACE names a file. Guarantees: a line is one write to a file opened for appending, so several
-processes share it and kill -9 tears none; it is on file before what it announces can have an effect (a handler
-runs after its `start`), and what it reports has happened (a `claim` is committed). Both clocks of a line are the
-machine's monotonic one, the same in every process: what is reported happened between `began` and `at`.
+The service has no switch for this. Imported as if it held handlers, this module wraps methods of the service, and
+only if TEST_TRACE names a file.
+
+Guarantees: a line is one write to a file opened for appending, so several processes share the file and kill -9 tears
+no line. A line is written before the action that it announces can have an effect (a handler runs after its `start`),
+and after the action that it reports (a `claim` is committed). Both instants of a line are on the machine's monotonic
+clock, which is the same in every process: the action happened between `began` and `at`.
 """
 
 import functools
@@ -24,30 +26,30 @@ from firstclaim.postgres.handler_connections import HandlerConnection
 
 VARIABLE: Final = "TEST_TRACE"
 
-# What a line can say, in the order of a dispatch.
-LOCK: Final = "lock"  # the Redis lock is HELD
-CLAIM: Final = "claim"  # the ledger gave us this attempt
-HOLD: Final = "hold"  # our transaction has the lock on the row: from here on we could commit
+# The kinds of lines, in the order of a dispatch.
+LOCK: Final = "lock"  # the process has taken the lock in Redis
+CLAIM: Final = "claim"  # the ledger has given it this attempt
+HOLD: Final = "hold"  # the handler transaction has the lock on the row: from here on it can commit
 START: Final = "start"  # the handler is about to be called
-OUTSIDE: Final = "outside"  # the handler's call to the outside: the line is the effect
+OUTSIDE: Final = "outside"  # the handler's call to another system: the line is the effect
 END: Final = "end"  # the handler returned or raised
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One thing that a process did; `began` and `at` in nanoseconds of the monotonic clock."""
+    """One action of a process; `began` and `at` in nanoseconds of the monotonic clock."""
 
     what: str
     event_id: str
     pid: int
     began: int
     at: int
-    attempt: int = 0  # a lock knows of none
-    key: str = ""  # of an outside effect: its idempotency key
+    attempt: int = 0  # a lock has none
+    key: str = ""  # of a call to another system: its idempotency key
 
     @classmethod
     def of(cls, what: str, event_id: str, attempt: int = 0, began: int | None = None, key: str = "") -> "Line":
-        """Of this process, now."""
+        """A line about this process, now."""
         now = time.monotonic_ns()
         return cls(what, event_id, os.getpid(), now if began is None else began, now, attempt, key)
 
@@ -61,14 +63,14 @@ class Line:
 
 
 def read(file: Path) -> list[Line]:
-    """Every line so far, in the order of writing; none if nobody has written."""
+    """Every line so far, in the order of writing; none if there is no file yet."""
     if not file.exists():
         return []
     return [Line(**orjson.loads(line)) for line in file.read_bytes().splitlines()]
 
 
 def outside(event_id: str, attempt: int, key: str) -> None:
-    """A call to the outside, by a handler: at least once per completed event, also from attempts that fail."""
+    """A handler's call to another system: at least one per completed event, also by attempts that fail."""
     if file := os.environ.get(VARIABLE):
         Line.of(OUTSIDE, event_id, attempt, key=key).append(Path(file))
 

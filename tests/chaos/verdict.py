@@ -1,8 +1,8 @@
-"""The end of every chaos test: collect what a run left behind, check it, and tell the story of what went wrong.
+"""The end of every chaos test: collect the evidence, check it, and print the history of each event that failed.
 
 history = History(sandbox)
 service = await history.service(SHORT_LEASE).start()
-...                                            # deliver through the history, break things, mend them
+...                                            # deliver through the history, inject faults, remove them
 await verdict(history)
 """
 
@@ -22,7 +22,7 @@ from tests.chaos.checker import Effect, Evidence, Violation, check
 from tests.chaos.history import History
 
 _LISTED_MOST: Final = 50
-_TOLD_MOST: Final = 10  # stories; a broken rule tends to break many events the same way
+_STORIES_MOST: Final = 10  # a broken rule tends to break many events in the same way
 
 _UNSETTLED: Final = "SELECT count(*) FROM stripe_events WHERE status IN ('pending', 'processing', 'failed')"
 _ROWS: Final = """
@@ -36,9 +36,9 @@ SELECT event_id, status, attempt, failures, abandoned, action, last_error,
 async def verdict(
     history: History, *, waived: Collection[str] = (), seconds: float = SETTLE_SECONDS, settling: bool = True
 ) -> Evidence:
-    """Wait until every row has settled (or `seconds` are over: then I4 says so), and assert every invariant.
+    """Wait until every row has settled (after `seconds`, I4 fails), and assert every invariant.
 
-    `settling` False is for a run that ends while its faults last: I4 is not asked for.
+    `settling=False` is for a run that ends while its faults last: I4 is not checked.
     """
     if settling:
         await settle(history, seconds)
@@ -49,7 +49,7 @@ async def verdict(
 
 
 async def settle(history: History, seconds: float) -> None:
-    """Wait until every row has settled, `seconds` at most: those that have not are I4's business."""
+    """Wait until every row has settled, but at most `seconds`: I4 reports those that have not."""
     connection = await asyncpg.connect(history.sandbox.database_url, timeout=SETTLE_SECONDS)
     try:
         with contextlib.suppress(AssertionError):
@@ -59,15 +59,15 @@ async def settle(history: History, seconds: float) -> None:
 
 
 async def collect(history: History, *, waived: Collection[str] = ()) -> Evidence:
-    """Read both stores and the trace's file; both stores must be there.
+    """Read both stores and the trace; both stores must be reachable.
 
-    The markers first: a row never goes away, so one that is missing afterwards was missing then.
+    The markers are read first: a row never disappears, so one that is missing afterwards was missing then.
     """
     sandbox = history.sandbox
     markers = _markers(sandbox.redis_url, sandbox.redis_prefix)
     connection = await asyncpg.connect(sandbox.database_url, timeout=SETTLE_SECONDS)
     try:
-        async with connection.transaction(isolation="repeatable_read"):  # one moment for mark and effects
+        async with connection.transaction(isolation="repeatable_read"):  # one snapshot of rows and effects
             rows = [dict(row) for row in await connection.fetch(_ROWS)]
             effects = await connection.fetch("SELECT event_id, attempt FROM effects")
         epoch = await read_epoch(connection)
@@ -89,21 +89,21 @@ async def collect(history: History, *, waived: Collection[str] = ()) -> Evidence
 
 
 def report(history: History, evidence: Evidence, found: list[Violation]) -> str:
-    """The violations, and of each event that they name what happened to it, in order."""
+    """The violations, and the history of each event that they name."""
     counted = Counter(each.invariant for each in found)
     named = list(dict.fromkeys(each.event_id for each in found))
-    stories = ["\n".join([event_id, *story(history, evidence, event_id)]) for event_id in named[:_TOLD_MOST]]
+    stories = ["\n".join([event_id, *story(history, evidence, event_id)]) for event_id in named[:_STORIES_MOST]]
     summary = ", ".join(f"{times} of {invariant}" for invariant, times in counted.items())
     violations = "\n".join(map(str, found[:_LISTED_MOST]))
     return "\n\n".join([f"{len(found)} violations ({summary}); the first of them:\n{violations}", *stories])
 
 
 def story(history: History, evidence: Evidence, event_id: str) -> list[str]:
-    """What happened to an event, in the order of the monotonic clock; milliseconds since the run's first moment."""
+    """The history of an event, in the order of the monotonic clock, in milliseconds since the first delivery."""
     began = min((each.sent_at for each in history.deliveries), default=0)
-    told = sorted(_happenings(history, event_id))
+    happenings = sorted(_happenings(history, event_id))
     return [
-        *(f"  {(at - began) / 1e6:10.1f} ms  {what}" for at, what in told),
+        *(f"  {(at - began) / 1e6:10.1f} ms  {what}" for at, what in happenings),
         f"  at the end: {evidence.rows.get(event_id, 'no row')}",
         f"  effects of attempts {[each.attempt for each in evidence.effects if each.event_id == event_id]}",
         f"  in Redis: {evidence.markers.get(event_id)} (epoch {evidence.epoch})",
@@ -115,13 +115,13 @@ def _happenings(history: History, event_id: str) -> Iterator[tuple[int, str]]:
         if each.event_id == event_id:
             yield each.sent_at, f"sent to {each.service}"
             seen = f"{each.seen.status} {each.seen.counts}" if isinstance(each.seen, Row) else each.seen.value
-            yield each.answered_at, f"{each.service} answered {each.result or 'nothing'}; the ledger then: {seen}"
+            yield each.answered_at, f"{each.service} answered {each.result or 'nothing'}; the ledger's row: {seen}"
     for line in trace.read(history.trace):
         if line.event_id == event_id:
             took = f" (took {(line.at - line.began) / 1e6:.1f} ms)" if line.at > line.began else ""
             yield line.at, f"process {line.pid}: {line.what} of attempt {line.attempt}{took}"
     if event_id in history.lost:
-        yield history.lost[event_id], "the ledger was restored to a moment without it"
+        yield history.lost[event_id], "the ledger was restored to a moment before it"
 
 
 def _markers(url: str, prefix: str) -> dict[str, str]:
