@@ -161,13 +161,13 @@ async def test_an_event_that_changed_is_not_replayed(world: World, admin: Visito
     before = [await world.row(each) for each in (ended, tried, late)]
     response, _ = await admin.submit(page.form("/admin/replay/confirmed"), ("count", "3"))
     _, after = await admin.follow(response)
-    assert "1 event is due now. 2 events skipped" in notice(after)
+    assert "1 event is due now. 2 events were skipped" in notice(after)
     assert await world.status(same) is Status.PENDING
     for row in before:
         assert unchanged(row, await world.row(row["event_id"]))
     # The same form once more, from another tab or after the browser's back button, replays nothing.
     response, _ = await admin.submit(page.form("/admin/replay/confirmed"), ("count", "3"))
-    assert "No event was replayed. 3 events skipped" in notice((await admin.follow(response))[1])
+    assert "No event was replayed. 3 events were skipped" in notice((await admin.follow(response))[1])
 
 
 async def test_a_locked_event_is_skipped(world: World, admin: Visitor) -> None:
@@ -177,7 +177,7 @@ async def test_a_locked_event_is_skipped(world: World, admin: Visitor) -> None:
     _, page = await admin.submit(page.form("/admin/replay"))
     async with world.locked(locked):
         response, _ = await admin.submit(page.form("/admin/replay/confirmed"))
-    assert "No event was replayed. 1 event skipped" in notice((await admin.follow(response))[1])
+    assert "No event was replayed. 1 event was skipped" in notice((await admin.follow(response))[1])
     assert await world.status(locked) is Status.DEAD
 
 
@@ -212,7 +212,7 @@ async def test_an_event_without_payload_is_not_replayed(world: World, admin: Vis
     _, page = await admin.get("/admin/events?status=dead")
     _, page = await admin.submit(page.form("/admin/replay"), ("all", "yes"))
     assert "Replay 1 event?" in page.text
-    assert "1 event cannot be replayed: the payload has been pruned" in page.text
+    assert "1 event cannot be replayed, because its payload has been pruned" in page.text
     await admin.submit(page.form("/admin/replay/confirmed"), ("count", "1"))
     assert [await world.status(each) for each in (dead, pruned)] == [Status.PENDING, Status.DEAD]
 
@@ -277,7 +277,7 @@ async def test_a_replay_is_interrupted(world: World, admin: Visitor, monkeypatch
     assert response.status_code == 503
     assert "after 1 event had become due" in broken.text
     response, _ = await admin.submit(page.form("/admin/replay/confirmed"), ("count", "3"))
-    assert "2 events are due now. 1 event skipped" in notice((await admin.follow(response))[1])
+    assert "2 events are due now. 1 event was skipped" in notice((await admin.follow(response))[1])
     assert {await world.status(each) for each in ids} == {Status.PENDING}
 
 

@@ -26,6 +26,7 @@ log = structlog.get_logger(__name__)
 
 PAGE_EVENTS: Final = 50
 REPLAYED_MOST: Final = 1000  # in one replay: for more there is the command, which shows its progress
+FILTERS: Final = ("q", "status", "type", "account", "age")  # the names in an address or a form
 _DAY = 86_400.0
 # The choices for the age: (label, newer than, older than), in seconds.
 AGES: Final[Mapping[str, tuple[str, float | None, float | None]]] = {
@@ -91,8 +92,7 @@ class Events:
 
     async def show_list(self, request: AdminRequest) -> Response:
         """One page of the list."""
-        names = ("q", "status", "type", "account", "age")
-        filters = Filters.of({name: request.query_values(name) for name in names})
+        filters = Filters.of({name: request.query_values(name) for name in FILTERS})
         cursor = _parse_cursor(request.query_value("from"))
         async with self._ledger.connect() as ledger:
             found = await ledger.page(filters.search, cursor, PAGE_EVENTS)

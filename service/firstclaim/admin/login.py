@@ -15,7 +15,7 @@ import structlog
 from starlette.responses import Response
 
 from firstclaim.admin.limits import LoginLimit
-from firstclaim.admin.request import LOGIN_MOST_BYTES, PATH, AdminRequest, PageError
+from firstclaim.admin.request import LOGIN_MOST_BYTES, PATH, AdminRequest, PageError, own_address
 from firstclaim.admin.session import LASTS_SECONDS, Signer, is_equal
 from firstclaim.passwords import MAX_CHARACTERS, Password
 
@@ -41,13 +41,13 @@ class Login:
 
     async def show(self, request: AdminRequest) -> Response:
         """The login page."""
-        where = _safe_path(request.http_request.query_params.get("next", ""))
+        where = own_address(request.http_request.query_params.get("next", ""))
         return request.redirect(where) if request.session is not None else _login_form(request, where)
 
     async def log_in(self, request: AdminRequest) -> Response:
         """Compare the password and start a session."""
         await request.read_form(LOGIN_MOST_BYTES)
-        where = _safe_path(request.form_value("next"))
+        where = own_address(request.form_value("next"))
         # There is no session yet, so the CSRF token is a value that must be in the cookie and in the form. Another site
         # can neither read the cookie nor, because of the prefix __Host-, set it. Nothing signed is sent before the
         # login: a signature would let an attacker check guesses offline.
@@ -90,9 +90,3 @@ def _login_form(
     response = request.render("login.html", status, next=where, login_token=token, problem=problem)
     response.headers.update(headers or {})
     return response
-
-
-def _safe_path(text: str) -> str:
-    """The address to go to after the login: `text` if it is an address of the admin page, otherwise its first page."""
-    is_ours = text == PATH or text.startswith((f"{PATH}/", f"{PATH}?"))
-    return text if is_ours and text.isprintable() and text.isascii() and "\\" not in text else PATH

@@ -14,12 +14,13 @@ from typing import Any, Final
 import structlog
 from starlette.responses import Response
 
-from firstclaim.admin.events import REPLAYED_MOST, Filters
+from firstclaim.admin.events import FILTERS, REPLAYED_MOST, Filters
 from firstclaim.admin.ledger import AdminLedger
-from firstclaim.admin.request import PATH, AdminRequest, PageError
+from firstclaim.admin.request import PATH, AdminRequest, PageError, own_address
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.formatting import number_of_events
 from firstclaim.operations.commands import ReplayCandidate
+from firstclaim.operations.limits import is_storable
 from firstclaim.operations.queries import Selection
 from firstclaim.operations.search import UNSUCCESSFUL
 from firstclaim.status import Status
@@ -28,7 +29,6 @@ log = structlog.get_logger(__name__)
 
 _CONFIRMATION: Final = "replay"
 _CONFIRMATION_SECONDS: Final = 15 * 60
-_FILTERS: Final = ("q", "status", "type", "account", "age")
 
 
 class Replay:
@@ -41,7 +41,7 @@ class Replay:
     async def confirm(self, request: AdminRequest) -> Response:
         """The confirmation page for the selected events, or, with `all`, for all that match the list's filters."""
         is_all = request.form_value("all") == "yes"
-        filters = Filters.of({name: _form_values(request.form, name) for name in _FILTERS})
+        filters = Filters.of({name: _form_values(request.form, name) for name in FILTERS})
         async with self._ledger.connect() as ledger:
             if is_all:
                 found = await ledger.replayable(filters.search, REPLAYED_MOST + 1)
@@ -80,8 +80,8 @@ class Replay:
         done = await self._replay(request, chosen)
         kept = len(chosen) - done
         log.info("admin_replay", address=request.address, selected=len(chosen), replayed=done)
-        request.notice(_result(done, kept), good=not kept)
-        return request.redirect(_safe_address(request.form_value("back")))
+        request.notice(_result(done, kept), success=not kept)
+        return request.redirect(own_address(request.form_value("back"), f"{PATH}/events"))
 
     async def _replay(self, request: AdminRequest, chosen: list[ReplayCandidate]) -> int:
         done = 0
@@ -111,21 +111,16 @@ def _result(done: int, kept: int) -> str:
     replayed = f"{number_of_events(done)} {'is' if done == 1 else 'are'} due now." if done else "No event was replayed."
     if not kept:
         return replayed
-    return f"{replayed} {number_of_events(kept)} skipped: changed in the meantime, or locked."
+    skipped = f"{number_of_events(kept)} {'was' if kept == 1 else 'were'} skipped, because of a change or a lock."
+    return f"{replayed} {skipped}"
 
 
 def _form_values(form: Mapping[str, list[str]], name: str) -> list[str]:
     """The distinct values of a field that the ledger can have."""
     values = (value.strip() for value in form.get(name, []))
-    return list(dict.fromkeys(value for value in values if 0 < len(value) <= 255 and value.isprintable()))
+    return list(dict.fromkeys(filter(is_storable, values)))
 
 
 def _return_address(request: AdminRequest, filters: Filters) -> str:
     event_id = next(iter(_form_values(request.form, "from_event")), None)
     return filters.address() if event_id is None else f"{PATH}/events/{event_id}"
-
-
-def _safe_address(back: str) -> str:
-    """The page where the replay was started; the list if `back` is not an address of the page."""
-    ours = back.startswith(f"{PATH}/events") and back.isprintable() and back.isascii() and "\\" not in back
-    return back if ours else f"{PATH}/events"

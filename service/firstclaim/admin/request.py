@@ -16,6 +16,7 @@ from starlette.responses import RedirectResponse, Response
 
 from firstclaim.admin.rendering import Templates
 from firstclaim.admin.session import Cookie, Session, Signer
+from firstclaim.operations.limits import TEXT_MOST_CHARACTERS, is_storable
 
 PATH: Final = "/admin"
 FORM_MOST_BYTES: Final = 512 * 1024  # a thousand events with the longest ids
@@ -72,9 +73,9 @@ class AdminRequest:
         path: str = self.http_request.scope["path"]
         return path
 
-    def notice(self, text: str, *, good: bool = True) -> None:
+    def notice(self, text: str, *, success: bool = True) -> None:
         """Show a notice once, on the next page."""
-        signed = self.signer.sign_value(self.required_session, "notice", [text, good])
+        signed = self.signer.sign_value(self.required_session, "notice", [text, success])
         self.set_cookies.append(self.cookie("notice").set(signed, _NOTICE_SECONDS))
 
     def _take_notice(self) -> tuple[str, bool] | None:
@@ -160,6 +161,12 @@ class AdminRequest:
         return is_host and (parsed.scheme == "https" or not self.secure)
 
 
+def own_address(text: str, under: str = PATH) -> str:
+    """`text` if it is the address `under` or an address below it, otherwise `under`."""
+    is_under = text == under or text.startswith((f"{under}/", f"{under}?"))
+    return text if is_under and text.isprintable() and text.isascii() and "\\" not in text else under
+
+
 def is_loopback(host: str) -> bool:
     """Whether a header `Host` names the machine that the browser runs on."""
     name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
@@ -187,6 +194,9 @@ def client_address(peer: str | None, forwarded: Sequence[str], proxies: int) -> 
 
 def _search_text(text: str) -> str | None:
     text = text.strip()
-    if len(text) > 255 or not text.isprintable():
-        raise PageError(400, "The search text is not valid", "Search for up to 255 printable characters.")
-    return text or None
+    if not text:
+        return None
+    if not is_storable(text):
+        message = f"Search for up to {TEXT_MOST_CHARACTERS} printable characters."
+        raise PageError(400, "The search text is not valid", message)
+    return text

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from firstclaim.operations.limits import TEXT_MOST_CHARACTERS, is_storable
+
 WEBHOOK_URL = "http://127.0.0.1:8000/webhooks/stripe"  # where `serve` listens by default
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
-_TEXT_MOST_CHARACTERS = 255
 
 
 def duration(text: str) -> float:
@@ -30,6 +31,6 @@ def duration_option(help_text: str) -> Any:
 
 def storable(text: str) -> str:
     """The text, if the ledger can store it. Raises a usage error."""
-    if not (text.isprintable() and 0 < len(text) <= _TEXT_MOST_CHARACTERS):
-        raise typer.BadParameter(f"expected 1 to {_TEXT_MOST_CHARACTERS} printable characters, not {text!r:.80}")
+    if not is_storable(text):
+        raise typer.BadParameter(f"expected 1 to {TEXT_MOST_CHARACTERS} printable characters, not {text!r:.80}")
     return text
