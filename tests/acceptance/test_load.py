@@ -108,7 +108,7 @@ async def test_a_load_with_duplicates_is_judged(shared_sandbox: Sandbox, service
     arguments = ("--url", service.url, "--users", "6", "--duration", "3", "--duplicates", "40", "--html", "r.html")
     run = await command("load", *arguments, **known(shared_sandbox))
     assert run.code == 0, run.output
-    run.shows("Nothing lost, nothing doubled.")
+    run.shows("No event was lost, and none was doubled.")
     sent = count(run, "sent")
     assert sent == count(run, "effects once") == await shared_sandbox.rows() - before
     assert (count(run, "lost"), count(run, "doubled")) == (0, 0)
@@ -137,7 +137,7 @@ async def test_a_rejected_load_has_nothing_to_judge(
     run = await command("load", *arguments, **known(shared_sandbox))
     assert run.code == 1, run.output
     assert count(run, "rejected") == count(run, "all")
-    run.shows("Nothing was accepted")
+    run.shows("No event was accepted")
 
 
 async def test_an_interrupted_load_still_has_its_verdict(
@@ -162,7 +162,9 @@ async def test_doubled_and_dropped_effects_are_named(probed: Sandbox, command: C
     dropped, gone, doubled = (event_id(run, number) for number in (3, 4, 5))
     probed.waived |= {dropped, doubled}
     assert run.code == 1, run.output
-    run.shows(f"lost: {dropped}", f"lost: {gone}", f"doubled: {doubled}", "Not as promised: 2 lost, 1 doubled.")
+    run.shows(
+        f"lost: {dropped}", f"lost: {gone}", f"doubled: {doubled}", "The guarantee was broken: 2 lost, 1 doubled."
+    )
     assert (run.output.count("lost: evt_"), run.output.count("doubled: evt_")) == (2, 1)
     assert count(run, "effects once") == count(run, "sent") - 3
 
@@ -199,7 +201,7 @@ async def test_the_wait_is_bounded(probed: Sandbox, gate: asyncpg.Connection, co
     run = await command("load", *arguments, **known(probed))
     assert not gate.is_closed()
     assert run.code == 1, run.output
-    run.shows(f"not settled yet: {event_id(run, 7)}", "Not as promised")
+    run.shows(f"not settled yet: {event_id(run, 7)}", "The guarantee was broken")
     assert (count(run, "lost"), count(run, "doubled")) == (0, 0)
     await service.kill()  # its handlers end with it, and leave no effect
 

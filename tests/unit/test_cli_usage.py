@@ -93,7 +93,7 @@ def test_an_impossible_filter(run: Run, arguments: list[str], words: list[str]) 
     ("arguments", "word"),
     [
         (["--duplicates", "101"], "--duplicates"),
-        (["--users", "500"], "2500 connections at once"),
+        (["--users", "500"], "2500 concurrent connections"),
         (["--html", "no/such/folder/r.html"], "--html"),
         (["--database-url", f"mysql://user:{PASSWORD}@localhost/shop"], "mysql"),
     ],

@@ -140,7 +140,7 @@ def test_a_fixed_rate_does_not_ask_how_it_goes() -> None:
         ({"url": "localhost"}, "--url"),
         ({"url": "http://user:hunter2@localhost/"}, "--url"),
         ({"types": ("invoice.paid", "invoice.payed")}, "invoice.payed"),
-        ({"users": 200}, f"1000 connections at once; at most {IN_FLIGHT_MOST}"),
+        ({"users": 200}, f"1000 concurrent connections; at most {IN_FLIGHT_MOST}"),
         ({"deliveries_per_second": float("inf")}, "--rate"),
         ({"duration_seconds": float("nan")}, "--duration"),
         ({"html": "/no/such/folder/report.html"}, "--html"),
@@ -307,7 +307,7 @@ def test_all_once_is_0() -> None:
     """Every event's effect once: exit code 0, and both words that matter with a 0 beside them."""
     code, text = said(plan(), result(), with_fates(once=["evt_a", "evt_b"]))
     assert code == 0
-    assert "Nothing lost, nothing doubled." in text
+    assert "No event was lost, and none was doubled." in text
     assert [row(text, name) for name in ("sent", "effects once", "lost", "doubled")] == ["2", "2", "0", "0"]
 
 
@@ -317,7 +317,7 @@ def test_what_must_not_be_is_1_and_named(fate: Fate) -> None:
     code, text = said(plan(), result(), with_fates(once=["evt_a"]) | {fate: ["evt_b"]})
     assert code == 1
     assert f"{fate}: evt_b" in text
-    assert f"Not as promised: 1 {fate}." in text
+    assert f"The guarantee was broken: 1 {fate}." in text
     assert row(text, fate) == "1"
 
 
@@ -335,7 +335,7 @@ def test_without_a_database_lost_and_doubled_are_unknown() -> None:
     code, text = said(plan(), result(), None)
     assert code == 0
     assert [row(text, name) for name in ("effects once", "lost", "doubled")] == ["unknown"] * 3
-    assert "unknown: no database" in text
+    assert "unknown: there is no database" in text
     this = plan()
     code, text = said(this, result(bytes([ACKNOWLEDGED | Observed.PROCESSED | Observed.PROCESSED_AGAIN])), None)
     assert code == 1
@@ -355,7 +355,7 @@ def test_nothing_accepted_is_1() -> None:
     for fates in (None, with_fates(refused=["evt_a"])):
         code, text = said(plan(), result(bytes([SENT])), fates)
         assert code == 1
-        assert "Nothing was accepted" in text
+        assert "No event was accepted" in text
 
 
 def test_the_report_has_throughput_latency_and_causes() -> None:
@@ -366,7 +366,7 @@ def test_the_report_has_throughput_latency_and_causes() -> None:
     text = out.getvalue()
     [line] = [line for line in text.splitlines() if line.startswith("│ processed")]
     assert [cell.strip() for cell in line.split("│")[2:-1]] == ["1,500", "500", "1.5", "12.2", "99.0", "1,234.5"]
-    assert "1,500 deliveries of 2 events in 3.0 s: 500/s; asked for 800/s" in text
+    assert "1,500 deliveries of 2 events in 3.0 s: 500/s; requested: 800/s" in text
     assert "no answer: [bold]reset[/] (7 times)" in text
     assert "it was the limit" not in text
 

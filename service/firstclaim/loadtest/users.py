@@ -1,12 +1,12 @@
 """The users of a load test, on locust: its fast HTTP user, its runner, its statistics, its HTML report.
 
-Guarantees: every delivery is in the statistics once, under what it was told, also if nobody answered; its
-latency is that of its own request, and at a fixed rate counts from the instant at which it was due, so that a
-service which stalls the users is not spared what it made wait; no user has more in flight than one turn, and
-no delivery outlives its timeout.
+Guarantees: every delivery is in the statistics once, under the kind of its answer, also if there was none. Its latency
+is that of its own request. At a fixed rate it counts from the instant at which the delivery was due, so a stall of the
+service is not hidden by users that wait. No user has more than one turn in flight, and no delivery outlives its
+timeout.
 
-Runs in a process of its own (`firstclaim.loadtest.runner` starts it): locust is built on gevent, which does not live
-beside an asyncio loop, and the load must not share an interpreter with whoever draws the picture of it.
+Runs in a process of its own (`firstclaim.loadtest.runner` starts it): locust is built on gevent, which does not work
+beside an asyncio loop, and the generator must not share an interpreter with the code that draws the progress.
 """
 
 import logging
@@ -29,42 +29,42 @@ from locust.html import get_html_report
 from firstclaim.loadtest.plan import AnswerKind, Bodies, Journal, Latencies, Mix, Pace, Plan, Progress, Result, kind_of
 from firstclaim.sending.client import sign
 
-_TIMEOUT_SECONDS = 30.0  # as `firstclaim send`: past this the server is hanging, and that is the answer
+_TIMEOUT_SECONDS = 30.0  # as `firstclaim send`: after this time the server hangs, and that is the result
 _PROGRESS_SECONDS = 0.5
-_USERS_STARTED_PER_SECOND = 100.0  # locust warns of more
+_USERS_STARTED_PER_SECOND = 100.0  # locust warns above this
 _CHART_POINTS_MOST = 600
 
 
 class Load:
-    """What all users share."""
+    """The state that all users share."""
 
     def __init__(self, plan: Plan) -> None:
-        parts = urlsplit(plan.url)
+        url = urlsplit(plan.url)
         self.plan = plan
-        self.host = urlunsplit((parts.scheme, parts.netloc, "", "", ""))
-        self.path = urlunsplit(("", "", parts.path or "/", parts.query, ""))
+        self.host = urlunsplit((url.scheme, url.netloc, "", "", ""))
+        self.path = urlunsplit(("", "", url.path or "/", url.query, ""))
         self.mix = Mix(plan)
         self.bodies = Bodies(plan)
         self.pace = Pace(plan.deliveries_per_second)
         self.journal = Journal()
         self.last_answer_at = 0.0  # seconds from the start
         self.over = False
-        self._began = time.perf_counter()
+        self._started = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
-        return time.perf_counter() - self._began
+        """Seconds since the start."""
+        return time.perf_counter() - self._started
 
 
 @cache
 def _tls(cafile: str) -> Any:
-    """One for all users: loading the certificates takes longer than a delivery.
+    """One context for all users: loading the certificates takes longer than a delivery.
 
-    gevent's own class: one of the standard library's, which `create_default_context` makes where nothing is
-    patched, would hold up every user while one shakes hands.
+    It is gevent's own class. The standard library's, which `create_default_context` returns where nothing is patched,
+    would block all users during the TLS handshake of one.
     """
-    context = SSLContext(PROTOCOL_TLS_CLIENT)  # checks the name and the chain
+    context = SSLContext(PROTOCOL_TLS_CLIENT)  # verifies the name and the chain
     context.load_verify_locations(cafile)
     return context
 
@@ -79,26 +79,26 @@ class Sender(FastHttpUser):
     load: Load
 
     def on_start(self) -> None:
-        """The first turn has its time too."""
+        """Wait for the first turn too."""
         self.client.client.cookiejar = None
         self.wait()
 
     def wait_time(self) -> float:
-        """Take the next turn; locust waits this long, and may end the user meanwhile: nothing was sent yet."""
+        """Take the next turn. locust waits this long, and may kill the user meanwhile: nothing was sent yet."""
         self.turn = self.load.mix.next()
         self.due = self.load.pace.due(self.turn.copies, self.load.seconds)
         return max(0.0, self.due - self.load.seconds)
 
     @task
     def deliver(self) -> None:
-        """Send every copy before any answer is read: a greenlet gives way only when it waits for one."""
+        """Send every copy before any answer is read: a greenlet yields only when it waits for an answer."""
         if self.load.over:
-            # locust kills users that wait; one that wakes up in that very moment would be killed in mid-request,
-            # and its delivery be missing.
+            # locust kills users that wait. A user that wakes up at that moment would be killed during its request,
+            # and the delivery would be missing in the statistics.
             return
         body = self.load.bodies.of(self.turn)
         self.load.journal.sent(self.turn.number)
-        # Copies at the same instant have the same timestamp, so the same signature.
+        # Copies at the same instant have the same timestamp, and so the same signature.
         headers = {
             "Content-Type": "application/json; charset=utf-8",
             "Stripe-Signature": sign(body, self.load.plan.secret),
@@ -112,23 +112,23 @@ class Sender(FastHttpUser):
 
     def _post(self, body: bytes, headers: dict[str, str]) -> None:
         try:
-            self._post_and_note(body, headers)
-        except Exception as error:  # noqa: BLE001  (an answer that locust's client cannot read)
+            self._post_and_record(body, headers)
+        except Exception as error:  # noqa: BLE001  (locust's client cannot read the answer)
             self.environment.events.request.fire(
                 request_type="POST",
                 name=AnswerKind.NO_ANSWER,
                 response_time=(self.load.seconds - self.due) * 1000,
                 response_length=0,
-                exception=_why(error),
+                exception=_cause(error),
             )
 
-    def _post_and_note(self, body: bytes, headers: dict[str, str]) -> None:
+    def _post_and_record(self, body: bytes, headers: dict[str, str]) -> None:
         waited_ms = (self.load.seconds - self.due) * 1000 if self.load.plan.deliveries_per_second else 0.0
         with (
-            gevent.Timeout(_TIMEOUT_SECONDS),  # of all of it: the client's own start anew with every byte
+            gevent.Timeout(_TIMEOUT_SECONDS),  # for all of it: the client's own start again with every byte
             self.client.post(
                 self.load.path,
-                data=body,  # type: ignore[arg-type]  # bytes are right, says its docstring
+                data=body,  # type: ignore[arg-type]  # its docstring allows bytes
                 headers=headers,
                 catch_response=True,
             ) as response,
@@ -140,16 +140,16 @@ class Sender(FastHttpUser):
             response.request_meta["name"] = kind
             response.request_meta["response_time"] += waited_ms
             if kind is AnswerKind.NO_ANSWER:
-                response.failure(_why(response.error))
+                response.failure(_cause(response.error))
             elif not 200 <= status < 300:
                 response.failure(f"{status} {kind}")
 
 
-def _why(error: BaseException) -> str:
-    """In a few words, the same for the same cause: they are counted."""
-    error = getattr(error, "original", error)  # of a request that locust's client would have tried again
+def _cause(error: BaseException) -> str:
+    """A short text, the same for the same cause, because the texts are counted."""
+    error = getattr(error, "original", error)  # the cause of an error that locust's client could retry
     text = f"{type(error).__name__}: {error}".removesuffix(": ")
-    return text if text.isprintable() else ascii(text)  # a stranger's server may have had a part in it
+    return text if text.isprintable() else ascii(text)  # an unknown server may have written a part of it
 
 
 # -- the run ------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def generate(plan: Plan, pipe: Connection) -> None:
     cpu_before = time.process_time()
     stop.wait(plan.duration_seconds)
     seconds, load.over = load.seconds, True
-    runner.stop()  # what is in flight gets its answer
+    runner.stop()  # requests in flight get their answer
     seconds = max(seconds, load.last_answer_at)
     result = _result(load, runner.stats, seconds, time.process_time() - cpu_before)
     if plan.html is not None:
@@ -179,38 +179,40 @@ def generate(plan: Plan, pipe: Connection) -> None:
 
 
 def _set_up_locust(plan: Plan) -> None:
-    logging.disable(logging.WARNING)  # its one warning, of a busy processor, is in our report
+    logging.disable(logging.WARNING)  # its one warning, about CPU usage, is in our report
     settings: Any = stats
     settings.bucket_response_time = _three_digits
     settings.HISTORY_STATS_INTERVAL_SEC = max(1.0, plan.duration_seconds / _CHART_POINTS_MOST)
-    LocustUserAgent.valid_response_codes = frozenset(range(100, 1000))  # an answer is an answer: we say what it means
+    LocustUserAgent.valid_response_codes = frozenset(range(100, 1000))  # none is a failure here: `kind_of` decides
     Sender.concurrency = plan.copies
 
 
 def _three_digits(milliseconds: float) -> float:
-    """locust's own rounding is to whole milliseconds, and a duplicate takes about one."""
+    """Round to three digits. locust rounds to whole milliseconds, and a duplicate takes about one."""
     return float(f"{milliseconds:.3g}")
 
 
-def _report(load: Load, seen: stats.RequestStats, pipe: Connection, stop: Event) -> None:
+def _report(load: Load, statistics: stats.RequestStats, pipe: Connection, stop: Event) -> None:
     while True:
         gevent.sleep(_PROGRESS_SECONDS)
-        counts = {AnswerKind(name): entry.num_requests for (name, _), entry in seen.entries.items()}
+        counts = {AnswerKind(name): entry.num_requests for (name, _), entry in statistics.entries.items()}
         try:
             pipe.send(Progress(load.seconds, counts))
-        except OSError:  # whoever wanted to know is gone
+        except OSError:  # the parent process ended
             stop.set()
             return
 
 
-def _result(load: Load, seen: stats.RequestStats, seconds: float, cpu_seconds: float) -> Result:
+def _result(load: Load, statistics: stats.RequestStats, seconds: float, cpu_seconds: float) -> Result:
     return Result(
         seconds=seconds,
         cpu_seconds=cpu_seconds,
-        total=_latencies(seen.total),
-        by_kind={AnswerKind(name): _latencies(entry) for (name, _), entry in seen.entries.items()},
+        total=_latencies(statistics.total),
+        by_kind={AnswerKind(name): _latencies(entry) for (name, _), entry in statistics.entries.items()},
         errors={
-            str(each.error): each.occurrences for each in seen.errors.values() if each.name == AnswerKind.NO_ANSWER
+            str(each.error): each.occurrences
+            for each in statistics.errors.values()
+            if each.name == AnswerKind.NO_ANSWER
         },
         journal=load.journal.close(),
     )

@@ -1,8 +1,8 @@
-"""What became of a load test's events, read from the ledger and from the effects that the probe left.
+"""The verdict of a load test: the outcome of each event, from the ledger and from the effects of the probe.
 
-Guarantees: each event that was sent has exactly one `Fate`; an event counts as lost only if somebody was
-promised something (a 2xx, or the ledger's own completion mark) and it is not there; ledger and effects are
-read in one statement, so as of one moment. Nothing here writes.
+Guarantees: each event that was sent has exactly one `Fate`. An event counts as lost only if it was accepted (a
+2xx) or completed (the ledger's completion mark), and its row or its effect is missing. Ledger and effects are read in
+one statement, so in one snapshot. Nothing here writes.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from firstclaim.status import UNFINISHED, Status
 _CONNECT_SECONDS = 10.0
 _POLL_SECONDS = 0.5
 
-# An event of the run that is still to be dispatched, or being dispatched.
+# The events of the run that wait for dispatch, or are being handled.
 _UNFINISHED = f"""
 SELECT count(*) FROM stripe_events
  WHERE event_id >= $1 AND event_id < $2 AND status IN ({", ".join(f"'{each}'" for each in UNFINISHED)})
@@ -38,7 +38,7 @@ SELECT coalesce(e.event_id, f.event_id) AS event_id, e.status, e.action, coalesc
 
 @dataclass(frozen=True, slots=True)
 class EventRecord:
-    """An event as the database has it; `status` None: no row in the ledger."""
+    """An event in the database. `status` None: the ledger has no row."""
 
     event_id: str
     status: Status | None
@@ -47,7 +47,7 @@ class EventRecord:
 
 
 class Fate(StrEnum):
-    """What became of an event that was sent."""
+    """The outcome of an event that was sent."""
 
     ONCE = "effects once"
     LOST = "lost"
@@ -59,34 +59,34 @@ class Fate(StrEnum):
     REFUSED = "never accepted: Stripe would send it again"
 
 
-# What must not be. `UNSETTLED` is no loss, but nobody can say yet that it is none.
+# The fates that break the guarantee. `UNSETTLED` is not known to be a loss, but not known to be none either.
 BROKEN = (Fate.LOST, Fate.DOUBLED, Fate.UNMARKED, Fate.UNSETTLED)
 
 
-def fate_of(noted: Observed, found: EventRecord | None) -> Fate:
-    """What became of one event, from what its deliveries were told and what the database has."""
-    status, effects = (found.status, found.effects) if found else (None, 0)
-    if effects > 1 or Observed.PROCESSED_AGAIN in noted:
+def fate_of(observed: Observed, record: EventRecord | None) -> Fate:
+    """The fate of one event, from the answers to its deliveries and its record in the database."""
+    status, effects = (record.status, record.effects) if record else (None, 0)
+    if effects > 1 or Observed.PROCESSED_AGAIN in observed:
         return Fate.DOUBLED
     if effects == 1:
         return Fate.ONCE if status is Status.COMPLETED else Fate.UNMARKED
     if status is None:
-        return Fate.LOST if Observed.ACKNOWLEDGED in noted else Fate.REFUSED
+        return Fate.LOST if Observed.ACKNOWLEDGED in observed else Fate.REFUSED
     if status in UNFINISHED:
         return Fate.UNSETTLED
     if status is Status.DEAD:
         return Fate.DEAD
-    # Settled, and no effect: its probe's effect is gone, or it was never the probe's.
-    return Fate.LOST if found and found.action == ACTION else Fate.ELSEWHERE
+    # Settled without an effect: the probe's effect is missing, or another handler handled the event.
+    return Fate.LOST if record and record.action == ACTION else Fate.ELSEWHERE
 
 
-def judge(plan: Plan, journal: bytes, found: Iterable[EventRecord]) -> dict[Fate, list[str]]:
-    """The ids of the events of each fate."""
-    by_id = {each.event_id: each for each in found}
+def judge(plan: Plan, journal: bytes, records: Iterable[EventRecord]) -> dict[Fate, list[str]]:
+    """The ids of the events, by fate."""
+    by_id = {each.event_id: each for each in records}
     fates: dict[Fate, list[str]] = {fate: [] for fate in Fate}
-    for number, noted in entries(journal):
+    for number, observed in entries(journal):
         event_id = plan.event_id(number)
-        fates[fate_of(noted, by_id.get(event_id))].append(event_id)
+        fates[fate_of(observed, by_id.get(event_id))].append(event_id)
     return fates
 
 
@@ -94,36 +94,36 @@ def judge(plan: Plan, journal: bytes, found: Iterable[EventRecord]) -> dict[Fate
 
 
 async def check(dsn: str) -> None:
-    """Before the load: that there will be a verdict. Raises `LedgerUnavailable` or `StoreUnsuitable`."""
-    async with _connected(dsn) as connection:
+    """Check before the load that a verdict will be possible. Raises `LedgerUnavailable` or `StoreUnsuitable`."""
+    async with _connect(dsn) as connection:
         missing = "to_regclass('stripe_events') IS NULL OR to_regclass('load_effects') IS NULL"
         if await connection.fetchval(f"SELECT {missing}"):
             raise StoreUnsuitable(
-                "the database of the verdict lacks the ledger or the table load_effects: is it the service's own "
-                "(--database-url), and is it up to date (`firstclaim migrate`)?"
+                "the database for the verdict lacks the ledger or the table load_effects: is it the service's own "
+                "(--database-url), and is its schema up to date (`firstclaim migrate`)?"
             )
 
 
 async def read(dsn: str, plan: Plan, settle_seconds: float, waiting: Callable[[int], None]) -> list[EventRecord]:
-    """What the database has of the run's events, once they are settled or `settle_seconds` have passed.
+    """The records of the run's events, once all are settled or `settle_seconds` have passed.
 
-    `waiting` is told, at every look, how many are not settled. Raises `LedgerUnavailable`.
+    Calls `waiting` after every query with the number of unsettled events. Raises `LedgerUnavailable`.
     """
-    these = plan.id_head, plan.id_head + ":"  # the character after the last digit
+    id_range = plan.id_head, plan.id_head + ":"  # the character after "9"
     loop = asyncio.get_running_loop()
     deadline = loop.time() + settle_seconds
-    async with _connected(dsn) as connection:
-        while (unfinished := await connection.fetchval(_UNFINISHED, *these)) and loop.time() < deadline:
+    async with _connect(dsn) as connection:
+        while (unfinished := await connection.fetchval(_UNFINISHED, *id_range)) and loop.time() < deadline:
             waiting(unfinished)
             await asyncio.sleep(_POLL_SECONDS)
         return [
             EventRecord(row["event_id"], row["status"] and Status(row["status"]), row["action"], row["effects"])
-            for row in await connection.fetch(_FOUND, *these)
+            for row in await connection.fetch(_FOUND, *id_range)
         ]
 
 
 @asynccontextmanager
-async def _connected(dsn: str) -> AsyncIterator[asyncpg.Connection]:
+async def _connect(dsn: str) -> AsyncIterator[asyncpg.Connection]:
     try:
         connection = await asyncpg.connect(dsn, timeout=_CONNECT_SECONDS)
         try:
