@@ -1,8 +1,8 @@
-"""Events as Stripe sends them, for the whole suite: the shipped templates, fresh on every call.
+"""Events as Stripe sends them, for all tests, built anew from the shipped templates on each call.
 
-Guarantees: no two calls share an event id unless the caller gives one, so tests can share a database. What a
-test changes is merged into the template: a dict into the dict of that name, anything else in its place, and
-`MISSING` takes the field away.
+Guarantees: each call returns a new event id unless the caller gives one, so tests can share a database. A test's
+changes are merged into the template: a dict is merged into the dict of that name, any other value replaces the old one,
+and `MISSING` removes the field.
 """
 
 from typing import Any, Final
@@ -17,12 +17,12 @@ MISSING: Final = object()
 
 
 def event_body(type: str = "invoice.payment_failed", id: str | None = None, **overrides: Any) -> bytes:  # noqa: A002
-    """The body of one event; e.g. `event_body(livemode=True, data={"object": {"attempt_count": 3}})`."""
+    """The body of one event, for example `event_body(livemode=True, data={"object": {"attempt_count": 3}})`."""
     return orjson.dumps(_merged(orjson.loads(build_event(type, id)), overrides))
 
 
 def signed(body: bytes, secret: str = SECRET, at: int | None = None) -> dict[str, str]:
-    """The headers that Stripe sends with `body`, signed at `at` (unix seconds, default now)."""
+    """The headers that Stripe sends with `body`, signed at the time `at` (unix seconds, default: now)."""
     return {"Content-Type": "application/json; charset=utf-8", "Stripe-Signature": sign(body, secret, at)}
 
 

@@ -1,7 +1,7 @@
-"""Bodies that somebody could send under a valid signature, each with a name that says what is wrong with it.
+"""Hostile bodies that could be sent under a valid signature, each with a name that says what is wrong with it.
 
-`bodies()` makes them afresh: those that are events all the same (`ACCEPTED`) carry an event id of their own, so that
-they can be stored side by side.
+`bodies()` builds them anew on each call. Those that are valid events (`ACCEPTED`) have event ids of their own, so that
+tests can store them in one database.
 """
 
 import codecs
@@ -18,7 +18,7 @@ _MARK = "PUT-IT-HERE"
 
 
 def _with(literal: bytes) -> bytes:
-    """An event that is well but for one raw JSON value in its object."""
+    """A valid event, except for one raw JSON value in its object."""
     return event_body(data={"object": {"metadata": _MARK}}).replace(b'"' + _MARK.encode() + b'"', literal)
 
 
@@ -110,7 +110,7 @@ _MAKERS: dict[str, Callable[[], bytes]] = {
     "half of it": lambda: event_body()[: len(event_body()) // 2],
 }
 
-# Which of the hostile bodies are events all the same; what they hold is the handler's to judge.
+# The hostile bodies that are valid events. Whether their content makes sense is for the handler to decide.
 ACCEPTED = {
     "NUL escaped in a value",
     "NUL escaped in a key",
@@ -139,7 +139,7 @@ ACCEPTED = {
 
 
 def bodies() -> dict[str, bytes]:
-    """Every body by its name."""
+    """All bodies, by name."""
     return {name: make() for name, make in _MAKERS.items()}
 
 
@@ -150,7 +150,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
-# Near enough to an event to get past the first checks, and arbitrary from there.
+# Documents that pass the first checks of an event, and are arbitrary otherwise.
 NEARLY = st.fixed_dictionaries(
     {"object": st.sampled_from(["event", "v2.core.event"])},
     optional={

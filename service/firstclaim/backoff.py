@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Backoff:
-    """The first and the longest wait."""
+    """An exponential backoff between a first and a maximum wait."""
 
     first_seconds: float
     max_seconds: float

@@ -50,8 +50,8 @@ def redis_url(url: str) -> str:
     if "," in parts.netloc.rpartition("@")[2]:
         raise ValueError("several hosts in one URL (Sentinel or Cluster) are not supported; give a single primary")
     _check_port(parts, _REDIS_EXAMPLE)
-    if strange := {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)} - _REDIS_QUERY:
-        raise ValueError(f"unknown parameter {', '.join(sorted(strange))}; allowed: {', '.join(sorted(_REDIS_QUERY))}")
+    if unknown := {name for name, _ in parse_qsl(parts.query, keep_blank_values=True)} - _REDIS_QUERY:
+        raise ValueError(f"unknown parameter {', '.join(sorted(unknown))}; allowed: {', '.join(sorted(_REDIS_QUERY))}")
     if scheme == "unix" and not parts.path:
         raise ValueError("a unix:// URL needs a path, e.g. unix:///run/redis/redis.sock?db=0")
     return f"{scheme}://{parts.netloc}{parts.path}" + (f"?{parts.query}" if parts.query else "")

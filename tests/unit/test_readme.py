@@ -1,4 +1,4 @@
-"""The README and the pages beside it agree with the code, as far as a test can see."""
+"""The README and the other pages agree with the code, as far as a test can check."""
 
 import re
 import tomllib
@@ -19,12 +19,12 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "tests").rglob("*.md")),
 ]
-# Where the paths on our pages start: the repository, the package (architecture.md), or the page's own folder.
+# The paths on our pages are relative to the repository, the package (architecture.md), or the page's own folder.
 PACKAGE = ROOT / "service" / "firstclaim"
 
 
 def settings_table() -> str:
-    """The table of settings, from their definitions."""
+    """The table of settings, generated from their definitions."""
     rows = ["| variable | default | what for |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
         default = field.default
@@ -39,21 +39,21 @@ def settings_table() -> str:
 
 
 def test_settings_table() -> None:
-    """The README's table of settings is generated from the code, defaults included."""
+    """The README's table of settings is the one that is generated from the code, including defaults."""
     found = re.search(r"<!-- settings -->\n(.*?)\n<!-- /settings -->", README.read_text(), flags=re.DOTALL)
     assert found
     assert found.group(1) == settings_table()
 
 
 def test_answers_table() -> None:
-    """The README's table of answers has every status code of every outcome."""
+    """The README's table of answers has the status code of every outcome."""
     answers = README.read_text().partition("## Answers")[2].partition("## Settings")[0]
     for status, processed in STATUS.values():
         assert re.search(rf"\| {status} \| {str(processed).lower()} \|", answers), (status, processed)
 
 
 def test_test_command_is_what_ci_runs() -> None:
-    """CI finds exactly one command under the README's test marker."""
+    """The README has exactly one command under its test marker, which CI runs."""
     block = re.search(r"<!-- test -->\n```sh\n(.*?)\n```", README.read_text(), flags=re.DOTALL)
     assert block
     assert block.group(1).count("\n") == 0
@@ -61,7 +61,7 @@ def test_test_command_is_what_ci_runs() -> None:
 
 
 def test_every_alert_has_its_paragraph() -> None:
-    """The Runbook has a paragraph under the name of every alert."""
+    """The runbook names every alert."""
     alerts = re.findall(
         r"- alert: (\w+)", resources.files("firstclaim").joinpath("observability", "alerts.yaml").read_text()
     )
@@ -70,7 +70,7 @@ def test_every_alert_has_its_paragraph() -> None:
     assert [name for name in alerts if f"**{name}**" not in runbook] == []
 
 
-# -- the pages beside it ------------------------------------------------------------------------------
+# -- all pages ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -87,13 +87,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_paths_exist(page: Path) -> None:
-    """Every path with a slash that stands in backticks is a file or a folder of this repository."""
+    """Every path with a slash in backticks is a file or a folder of this repository."""
     paths = re.findall(r"`((?:[\w.-]+/)+[\w.-]*)`", page.read_text())
     assert [path for path in paths if not any((base / path).exists() for base in (ROOT, PACKAGE, page.parent))] == []
 
 
 def test_the_diagram_of_the_layers_is_the_contract() -> None:
-    """architecture.md draws the layers that import-linter checks, from the top to the bottom."""
+    """architecture.md draws the layers that import-linter checks, from top to bottom."""
     [contract] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     diagram = ARCHITECTURE.read_text().partition("<!-- layers -->")[2].partition("\n```\n")[0]
     assert re.findall(r'L\d+\["([^"]+)"\]', diagram) == contract["layers"]

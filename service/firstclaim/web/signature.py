@@ -2,8 +2,8 @@
 
 Guarantees: no store is contacted for a body whose signature is invalid, and no input raises anything but `Rejected`.
 stripe-python's own check takes one secret, accepts timestamps in the future, and raises UnicodeDecodeError or TypeError
-for some inputs. This one adds to it: exactly one header, whose form is checked first; several secrets; a tolerance in
-both directions.
+for some inputs. This module adds: exactly one header, whose form is checked first; several secrets; a tolerance in both
+directions.
 """
 
 from collections.abc import Sequence
