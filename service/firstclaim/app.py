@@ -93,9 +93,7 @@ def assemble(settings: Settings, registry: Registry) -> Components:
     queue = settings.answer_budget_seconds
     pool = partial(Pool, dsn, timeout_seconds=timeout, queue_seconds=queue)
     ingest = pool(size=settings.ingest_connections, epoch=epoch)
-    handler_connections = HandlerConnections(
-        dsn, size=settings.handler_slots, timeout_seconds=timeout, queue_seconds=queue, epoch=epoch
-    )
+    handler_connections = HandlerConnections(dsn, timeout_seconds=timeout, epoch=epoch)
     lock = Lock(
         connect(settings.redis_url.get_secret_value(), timeout_seconds=settings.redis_timeout_seconds),
         prefix=settings.redis_prefix,

@@ -1062,9 +1062,7 @@ async def test_without_a_connection_nothing_is_charged(world: World, unused_tcp_
     Left claimed, its lease would run out and it would count as abandoned: eight times, and it would be dead.
     """
     epoch = Epoch(fresh_seconds=60)
-    nowhere = HandlerConnections(
-        f"postgresql://127.0.0.1:{unused_tcp_port}/x", size=1, timeout_seconds=5, queue_seconds=5, epoch=epoch
-    )
+    nowhere = HandlerConnections(f"postgresql://127.0.0.1:{unused_tcp_port}/x", timeout_seconds=5, epoch=epoch)
     claim = await world.marked()
     seats, world.dispatcher._seats = world.dispatcher._seats, nowhere
     try:
@@ -1200,4 +1198,4 @@ async def test_a_handler_that_closes_the_raw_connection_has_failed(world: World)
         raw = await context.connection.get_raw_connection()
         raw.close()
 
-    await fails(world, function, "")
+    await fails(world, function, "must not close its connection")

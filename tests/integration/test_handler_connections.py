@@ -1,4 +1,4 @@
-"""The connections that handlers work on: kept between events, each with nothing of the last one on it."""
+"""The connections that handlers work on: each is kept between events, and nothing of the last handler is left on it."""
 
 import asyncio
 import time
@@ -22,19 +22,13 @@ INSERT = "INSERT INTO effects (event_id, attempt, pid, xid) VALUES ('evt_1', 1, 
 
 
 @asynccontextmanager
-async def opened(url: str, *, size: int = 1) -> AsyncIterator[HandlerConnections]:
-    """Seats as the service has them."""
-    seats = HandlerConnections(
-        url,
-        size=size,
-        timeout_seconds=TIMEOUT_SECONDS,
-        queue_seconds=TIMEOUT_SECONDS,
-        epoch=Epoch(fresh_seconds=60),
-    )
+async def opened(url: str) -> AsyncIterator[HandlerConnections]:
+    """The connections as the service has them."""
+    connections = HandlerConnections(url, timeout_seconds=TIMEOUT_SECONDS, epoch=Epoch(fresh_seconds=60))
     try:
-        yield seats
+        yield connections
     finally:
-        await seats.close()
+        await connections.close()
 
 
 @pytest.fixture
@@ -45,195 +39,235 @@ async def admin(database_url: str) -> AsyncIterator[asyncpg.Connection]:
     await connection.close()
 
 
-async def begun(seats: HandlerConnections) -> HandlerConnection:
-    """One handler's turn, as it begins."""
-    seat = await seats.take()
-    await seat.begin()
-    seat.start()
-    return seat
+async def begun(connections: HandlerConnections) -> HandlerConnection:
+    """A connection as a handler has it when it starts."""
+    connection = await connections.acquire()
+    await connection.begin()
+    connection.start()
+    return connection
 
 
-async def sit(seats: HandlerConnections, *, sqlalchemy: bool) -> int:
-    """One handler's turn, which commits; returns the pid of its backend."""
-    seat = await begun(seats)
+async def run_handler(connections: HandlerConnections, *, sqlalchemy: bool) -> int:
+    """A handler that reads, and whose transaction is committed. Returns the pid of its server process."""
+    connection = await begun(connections)
     if sqlalchemy:
-        assert await seat.connection.scalar(text("SELECT 1")) == 1
+        assert await connection.connection.scalar(text("SELECT 1")) == 1
     else:
-        assert (await seat.fetch("SELECT 1"))[0][0] == 1
-    seat.stop()
-    await seat.commit()
-    pid = seat.driver.get_server_pid()
-    await seats.give_back(seat)
+        assert (await connection.fetch("SELECT 1"))[0][0] == 1
+    connection.stop()
+    await connection.commit()
+    pid = connection.driver.get_server_pid()
+    await connections.release(connection)
     return pid
 
 
 async def test_one_connection_serves_one_handler_after_another(database_url: str) -> None:
-    """Whichever of the two ways they write on it."""
-    async with opened(database_url) as seats:
-        pids = {await sit(seats, sqlalchemy=number % 3 > 0) for number in range(9)}
+    """Nine handlers in a row, some with SQLAlchemy and some with the driver, use one server process."""
+    async with opened(database_url) as connections:
+        pids = {await run_handler(connections, sqlalchemy=number % 3 > 0) for number in range(9)}
     assert len(pids) == 1
 
 
-async def test_who_has_ended_reaches_nothing(database_url: str) -> None:
-    """Neither by what it kept of its connection, nor by asking again: it is another handler's by now."""
-    async with opened(database_url) as seats:
-        seat = await seats.take()
-        kept = seat.connection
-        await seats.give_back(seat)
-        other = await seats.take()
+async def test_a_handler_that_has_ended_reaches_nothing(database_url: str) -> None:
+    """Neither the object that it kept nor its context works: another handler may have the connection by now."""
+    async with opened(database_url) as connections:
+        connection = await connections.acquire()
+        kept = connection.connection
+        await connections.release(connection)
+        other = await connections.acquire()
         try:
             with pytest.raises(HandlerRuleBroken, match="has ended"):
-                await seat.fetch("SELECT 1")
+                await connection.fetch("SELECT 1")
             with pytest.raises(HandlerRuleBroken, match="has ended"):
-                _ = seat.connection
-            with pytest.raises(Exception, match="closed"):
+                _ = connection.connection
+            with pytest.raises(ResourceClosedError, match="closed"):
                 await kept.execute(text("SELECT 1"))
             assert (await other.fetch("SELECT 1"))[0][0] == 1
         finally:
-            await seats.give_back(other)
+            await connections.release(other)
 
 
 async def test_discarding_does_not_wait_for_a_frozen_server(database_url: str) -> None:
-    """In the middle of a transaction: gone at once, and twice is no error."""
-    async with before_postgres(database_url) as (proxy, url), opened(url) as seats:
+    """In the middle of a transaction the connection is closed at once, and a second discard is no error."""
+    async with before_postgres(database_url) as (proxy, url), opened(url) as connections:
         for sqlalchemy in (False, True):
-            seat = await seats.take()
-            await seat.begin()
+            connection = await connections.acquire()
+            await connection.begin()
             if sqlalchemy:
-                await seat.connection.execute(text("SELECT 1"))
+                await connection.connection.execute(text("SELECT 1"))
             proxy.switch(Mode.FROZEN)
             began = time.monotonic()
-            await seat.discard()
-            await seat.discard()
+            await connection.discard()
+            await connection.discard()
             assert time.monotonic() - began < SLACK_SECONDS
             with pytest.raises(LedgerUnavailable, match="gone"):
-                _ = seat.driver
+                _ = connection.driver
             proxy.switch(Mode.OPEN)
-            async with asyncio.timeout(TIMEOUT_SECONDS):  # its place in the pool is free
-                await sit(seats, sqlalchemy=sqlalchemy)
+            async with asyncio.timeout(TIMEOUT_SECONDS):
+                await run_handler(connections, sqlalchemy=sqlalchemy)
 
 
 async def test_a_backend_that_ended_between_events_is_replaced(database_url: str, admin: asyncpg.Connection) -> None:
-    """A server that was restarted: every connection is dead, and no handler sees an error."""
-    async with opened(database_url, size=3) as seats:
-        taken = [await seats.take() for _ in range(3)]
-        raws = [seat.driver for seat in taken]
-        pids = [raw.get_server_pid() for raw in raws]
-        for seat in taken:
-            await seats.give_back(seat)
+    """After a restart of the server every connection is dead, and no handler sees an error."""
+    async with opened(database_url) as connections:
+        acquired = [await connections.acquire() for _ in range(3)]
+        drivers = [connection.driver for connection in acquired]
+        pids = [driver.get_server_pid() for driver in drivers]
+        for connection in acquired:
+            await connections.release(connection)
         await admin.execute("SELECT pg_terminate_backend(pid) FROM unnest($1::int[]) AS pid", pids)
-        await until_closed(*raws)
+        await until_closed(*drivers)
         for number in range(6):
-            assert await sit(seats, sqlalchemy=number % 2 > 0) not in pids
+            assert await run_handler(connections, sqlalchemy=number % 2 > 0) not in pids
 
 
 @pytest.mark.parametrize("way", ["the driver", "SQLAlchemy"])
 async def test_a_connection_comes_back_without_a_transaction(
     database_url: str, admin: asyncpg.Connection, way: str
 ) -> None:
-    """Whatever its last user left open is rolled back: nothing of it is committed by the next one."""
+    """What its last handler left open is rolled back, so the next handler's commit does not include it."""
 
-    async def run(seat: HandlerConnection, statement: str) -> None:
+    async def run(connection: HandlerConnection, statement: str) -> None:
         if way == "the driver":
-            await seat.driver.execute(statement)
+            await connection.driver.execute(statement)
         else:
-            await seat.connection.exec_driver_sql(statement)
+            await connection.connection.exec_driver_sql(statement)
 
-    async with opened(database_url) as seats:
-        for statement in (None, "COMMIT", "ROLLBACK"):  # a handler's own leaves the driver believing in the old one
-            seat = await seats.take()
-            await seat.begin()
+    async with opened(database_url) as connections:
+        for statement in (None, "COMMIT", "ROLLBACK"):  # the driver does not know that its transaction has ended
+            connection = await connections.acquire()
+            await connection.begin()
             if statement is not None:
-                await run(seat, statement)
-                await run(seat, "BEGIN")
-            seat.start()
-            await run(seat, INSERT)
+                await run(connection, statement)
+                await run(connection, "BEGIN")
+            connection.start()
+            await run(connection, INSERT)
             if way == "SQLAlchemy":
                 with pytest.raises(HandlerRuleBroken, match="must not commit"):
-                    await seat.connection.commit()
+                    await connection.connection.commit()
                 with pytest.raises(HandlerRuleBroken, match="must not commit"):
-                    seat.check_not_refused()
-            await seats.give_back(seat)
-            await sit(seats, sqlalchemy=False)
+                    connection.check_rules()
+            await connections.release(connection)
+            await run_handler(connections, sqlalchemy=False)
     assert await admin.fetchval("SELECT count(*) FROM effects") == 0
 
 
-async def test_what_a_handler_gives_back_by_itself_is_not_kept(database_url: str, admin: asyncpg.Connection) -> None:
-    """Back in SQLAlchemy's pool with its transaction, it would be the next handler's, whose commit were none."""
-    async with opened(database_url) as seats:
-        seat = await begun(seats)
-        await seat.fetch(INSERT)
-        pid = seat.driver.get_server_pid()
-        (await seat.connection.get_raw_connection()).close()
-        assert await sit(seats, sqlalchemy=False) != pid
-        await seats.give_back(seat)
-        assert await sit(seats, sqlalchemy=False) != pid
+@pytest.mark.parametrize("raw", [False, True])
+async def test_a_handler_must_not_close_its_connection(database_url: str, admin: asyncpg.Connection, raw: bool) -> None:
+    """Nothing that it wrote is kept, whether it closed SQLAlchemy's connection or the raw one below it."""
+    async with opened(database_url) as connections:
+        connection = await begun(connections)
+        await connection.fetch(INSERT)
+        if raw:
+            (await connection.connection.get_raw_connection()).close()
+        else:
+            await connection.connection.close()
+        with pytest.raises(HandlerRuleBroken, match="must not close"):
+            connection.check_rules()
+        driver = connection.driver
+        connection.stop()
+        await connection.roll_back()
+        await connections.release(connection)
+        assert driver.is_closed()
+        await run_handler(connections, sqlalchemy=False)
     assert await admin.fetchval("SELECT count(*) FROM effects") == 0
+
+
+async def test_what_a_handler_detached_is_not_kept(database_url: str, admin: asyncpg.Connection) -> None:
+    """A connection that a handler took out of SQLAlchemy's pool is closed when the handler has ended."""
+    async with opened(database_url) as connections:
+        connection = await begun(connections)
+        (await connection.connection.get_raw_connection()).detach()
+        await connection.fetch(INSERT)
+        connection.stop()
+        await connection.commit()
+        driver = connection.driver
+        await connections.release(connection)
+        assert driver.is_closed()
+        await run_handler(connections, sqlalchemy=True)
+    assert await admin.fetchval("SELECT count(*) FROM effects") == 1
+
+
+async def test_a_handler_gets_no_second_connection(database_url: str, admin: asyncpg.Connection) -> None:
+    """The engine that a handler finds on its connection has no other: work there would be in no transaction."""
+    async with opened(database_url) as connections:
+        connection = await begun(connections)
+        await connection.connection.execute(text(INSERT))
+        with pytest.raises(AssertionError, match="already checked out"):
+            async with connection.connection.engine.connect():
+                pass
+        assert await connection.connection.scalar(text("SELECT count(*) FROM effects")) == 1
+        connection.stop()
+        await connection.commit()
+        await connections.release(connection)
+    assert await admin.fetchval("SELECT count(*) FROM effects") == 1
 
 
 @pytest.mark.parametrize("sqlalchemy", [False, True])
 async def test_a_handler_that_failed_leaves_no_lock(
     database_url: str, admin: asyncpg.Connection, sqlalchemy: bool
 ) -> None:
-    """A session's advisory lock, which no rollback frees, is freed all the same; and its connection serves on."""
-    async with opened(database_url) as seats:
-        seat = await begun(seats)
+    """A session's advisory lock, which no rollback frees, is released, and the connection is kept."""
+    async with opened(database_url) as connections:
+        connection = await begun(connections)
         if sqlalchemy:
-            await seat.connection.execute(text("SELECT pg_advisory_lock(7)"))
+            await connection.connection.execute(text("SELECT pg_advisory_lock(7)"))
         else:
-            await seat.fetch("SELECT pg_advisory_lock(7)")
-        seat.stop()
-        await seat.roll_back()
-        pid = seat.driver.get_server_pid()
-        await seats.give_back(seat)
+            await connection.fetch("SELECT pg_advisory_lock(7)")
+        connection.stop()
+        await connection.roll_back()
+        pid = connection.driver.get_server_pid()
+        await connections.release(connection)
         assert await admin.fetchval("SELECT pg_try_advisory_lock(7)")
-        assert await sit(seats, sqlalchemy=sqlalchemy) == pid
+        assert await run_handler(connections, sqlalchemy=sqlalchemy) == pid
 
 
 @pytest.mark.parametrize("statement", ["COMMIT", "ROLLBACK"])
 async def test_where_a_handler_ended_its_transaction_nothing_is_kept(
     database_url: str, admin: asyncpg.Connection, statement: str
 ) -> None:
-    """There is nothing to roll back, and what it left is not known: its connection is closed."""
-    async with opened(database_url) as seats:
-        seat = await begun(seats)
-        await seat.fetch("SELECT pg_advisory_lock(7)")
-        await seat.fetch(statement)
-        seat.stop()
-        await seat.roll_back()
-        await seats.give_back(seat)
+    """There is nothing to roll back, and what the handler left is unknown: the connection is closed."""
+    async with opened(database_url) as connections:
+        connection = await begun(connections)
+        await connection.fetch("SELECT pg_advisory_lock(7)")
+        await connection.fetch(statement)
+        connection.stop()
+        await connection.roll_back()
+        await connections.release(connection)
         await until(lambda: admin.fetchval("SELECT pg_try_advisory_lock(7)"))
-        await sit(seats, sqlalchemy=False)
+        await run_handler(connections, sqlalchemy=False)
 
 
-async def test_a_lost_connection_is_not_made_anew(database_url: str, admin: asyncpg.Connection) -> None:
-    """A handler that rolls back and goes on, as one does with SQLAlchemy, would write outside of its transaction."""
-    async with opened(database_url, size=2) as seats:
-        seat = await begun(seats)
-        raw = seat.driver
-        await admin.execute("SELECT pg_terminate_backend($1)", raw.get_server_pid())
-        await until_closed(raw)
+async def test_a_lost_connection_is_not_replaced_under_a_handler(database_url: str, admin: asyncpg.Connection) -> None:
+    """A handler that rolls back and continues, as SQLAlchemy allows, would write outside its transaction."""
+    async with opened(database_url) as connections:
+        connection = await begun(connections)
+        driver = connection.driver
+        await admin.execute("SELECT pg_terminate_backend($1)", driver.get_server_pid())
+        await until_closed(driver)
         with pytest.raises(DBAPIError):
-            await seat.connection.execute(text(INSERT))
-        await seat.connection.rollback()
-        with pytest.raises(ResourceClosedError):
-            await seat.connection.execute(text(INSERT))
-        await seat.connection.commit()
-        await seats.give_back(seat)
-        taken = [await seats.take() for _ in range(2)]  # both places are free
-        for each in taken:
-            await seats.give_back(each)
+            await connection.connection.execute(text(INSERT))
+        await connection.connection.rollback()
+        for _ in range(2):
+            with pytest.raises(ResourceClosedError, match="cannot continue on another one"):
+                await connection.connection.execute(text(INSERT))
+        await connection.connection.commit()
+        with pytest.raises(ResourceClosedError, match="cannot continue on another one"):
+            async with connection.connection.engine.connect():
+                pass
+        await connections.release(connection)
+        await run_handler(connections, sqlalchemy=True)
     assert await admin.fetchval("SELECT count(*) FROM effects") == 0
 
 
 async def test_closing_does_not_wait_for_a_frozen_server(database_url: str) -> None:
-    """A stop of the service is not held up by its goodbyes, however many they are."""
-    async with before_postgres(database_url) as (proxy, url), opened(url, size=12) as seats:
-        for seat in [await seats.take() for _ in range(12)]:
-            await seats.give_back(seat)
+    """Twelve connections to a frozen server are closed in a moment: they do not delay a shutdown."""
+    async with before_postgres(database_url) as (proxy, url), opened(url) as connections:
+        for connection in [await connections.acquire() for _ in range(12)]:
+            await connections.release(connection)
         proxy.switch(Mode.FROZEN)
         began = time.monotonic()
         async with asyncio.timeout(10):
-            await seats.close()
+            await connections.close()
         assert time.monotonic() - began < SLACK_SECONDS
         proxy.switch(Mode.OPEN)

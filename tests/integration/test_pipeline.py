@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 import pytest
+from sqlalchemy import Engine
 from sqlalchemy import event as sqlalchemy_event
 
 from firstclaim import Context, Event
@@ -129,14 +130,13 @@ def counting(world: World) -> Iterator[list[str]]:
     def by_handler(*arguments: Any) -> None:
         seen.append(arguments[2].split()[0])
 
-    handlers = world.components.handler_connections._engine.sync_engine
-    sqlalchemy_event.listen(handlers, "before_cursor_execute", by_handler)
+    sqlalchemy_event.listen(Engine, "before_cursor_execute", by_handler)
     with pytest.MonkeyPatch.context() as patch:
         noting(Lock, "_call", patch)
         noting(PinnedConnection, "fetch", patch)
         noting(PinnedConnection, "execute", patch)
         yield seen
-    sqlalchemy_event.remove(handlers, "before_cursor_execute", by_handler)
+    sqlalchemy_event.remove(Engine, "before_cursor_execute", by_handler)
 
 
 async def test_two_hundred_copies_at_once_are_one(make_world: MakeWorld) -> None:

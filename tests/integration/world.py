@@ -183,12 +183,12 @@ class World:
     @asynccontextmanager
     async def seat(self) -> AsyncIterator[HandlerConnection]:
         """A connection as a handler has it."""
-        seat = await self.components.handler_connections.take()
+        seat = await self.components.handler_connections.acquire()
         try:
             yield seat
         finally:
             await seat.roll_back()
-            await self.components.handler_connections.give_back(seat)
+            await self.components.handler_connections.release(seat)
 
     @property
     def url(self) -> str:

@@ -60,16 +60,8 @@ MUTANTS = (
         "integration/test_postgres.py::test_closing_does_not_wait_for_a_frozen_server",
     ),
     Mutant(
-        "handler-connection-keeps-a-transaction",
-        "A handler's connection returns to its pool without a transaction.",
-        "_end_transaction",
-        "connection.handling is not None",
-        "False",
-        "integration/test_handler_connections.py::test_what_a_handler_gives_back_by_itself_is_not_kept",
-    ),
-    Mutant(
         "pool-keeps-a-transaction",
-        "So does a connection of the ledger.",
+        "A connection returns to its pool without a transaction.",
         "Pool._give_back",
         "self._closed or connection.is_in_transaction()",
         "self._closed",

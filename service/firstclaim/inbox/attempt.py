@@ -76,7 +76,7 @@ class Attempt:
         Raises `LedgerUnavailable` when the row cannot be locked at all, and CancelledError when we are stopping.
         """
         try:
-            seat = await self.seats.take()
+            seat = await self.seats.acquire()
             self.held = await self._hold(seat)
         except UNAVAILABLE as error:  # the handler has not begun: this is no failure of it
             raise LedgerUnavailable(describe(error)) from error
@@ -84,7 +84,7 @@ class Attempt:
             if self.held is None:
                 return TakenOver()
             action = _checked_action(await self._call(seat))
-            seat.check_not_refused()
+            seat.check_rules()
             await self._mark(seat, self.held, action)
         except (TimeoutError, asyncio.CancelledError) as error:
             self.ended_by_handler = self._in_no_transaction(seat)
@@ -170,7 +170,7 @@ class Attempt:
     async def _give_back(self, seat: HandlerConnection) -> None:
         try:
             await seat.roll_back(self.postgres_timeout_seconds)
-            await self.seats.give_back(seat)
+            await self.seats.release(seat)
         except (*UNAVAILABLE, LedgerUnavailable, asyncio.CancelledError):  # or the handler closed it
             await seat.discard()
 

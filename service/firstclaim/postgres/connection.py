@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import asyncpg
-from asyncpg.transaction import Transaction
 from sqlalchemy import exc
 
 from firstclaim.errors import LedgerUnavailable
@@ -59,12 +58,6 @@ class PinnedConnection(asyncpg.Connection):
     """An asyncpg connection that remembers the ledger epoch read when it was opened; None: no ledger yet."""
 
     epoch: str | None = None
-
-    # For `handler_connections`: the handler's transaction, until the code that began it has ended it, ...
-    handling: Transaction | None = None
-    # ... whether it runs, and whether it tried to end that transaction by itself.
-    handler_runs: bool = False
-    handler_refused: bool = False
 
     async def close(self, *, timeout: float | None = None) -> None:
         """Say goodbye, but not for long: of a frozen server SQLAlchemy would wait 2 s for it, or for ever."""

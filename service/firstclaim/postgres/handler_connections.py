@@ -1,21 +1,25 @@
-"""The connections that handlers work on, kept open between events, and what a handler may do with its own.
+"""The connections that handlers work on: kept open between events, with limits on what a handler may do on them.
 
-Guarantees: one handler at a time has a connection, and gets it in no transaction and under the ledger's latest epoch.
-While it runs it cannot commit, roll back, or go on on another connection when this one is lost, and once it has ended
-it reaches nothing any more. One that failed leaves nothing: its transaction is rolled back, the session's advisory
-locks, which alone no rollback takes back, are freed, and where it had ended its transaction the connection is closed.
-SQLAlchemy, which handlers may use, is not in the way of those that do not: its connection object is made when it is
-asked for. (Making one for each event, and the way into its pool and back, took a tenth of what an event costs.)
+Guarantees: one handler at a time has a connection. It gets it outside a transaction and under the ledger's latest
+epoch. While the handler runs it cannot commit, roll back, or continue on another connection when this one is lost.
+Once it has ended it reaches nothing. A handler that failed leaves nothing behind: its transaction is rolled back, the
+session's advisory locks, which no rollback frees, are released, and the connection is closed if the handler had ended
+its transaction itself.
+
+Handlers may use SQLAlchemy, and those that do not use it do not pay for it: its connection object is made on first
+use. (One for each event, checked out of SQLAlchemy's pool on the event loop, took a tenth of what an event costs.)
+Each connection has an engine of its own, whose pool can hand out this one connection only. So SQLAlchemy, which
+replaces a lost connection by itself, has none to replace it with.
 """
 
 import asyncio
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
-from sqlalchemy import Connection, event, exc
+from asyncpg.transaction import Transaction
+from sqlalchemy import event, exc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
-from sqlalchemy.pool import PoolProxiedConnection, PoolResetState
+from sqlalchemy.pool import AssertionPool
 
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.postgres.connection import Epoch, PinnedConnection, is_current, open_connection
@@ -24,195 +28,212 @@ _MUST_NOT_END = (
     "a handler must not commit or roll back: its transaction carries the completion mark "
     "(use context.connection.begin_nested() for a part that may fail)"
 )
+_MUST_NOT_CLOSE = "a handler must not close its connection: its transaction carries the completion mark"
 _HAS_ENDED = "this handler has ended: nothing more can be written in its transaction"
+_LOST = "this handler's connection is lost, and its transaction with it: it cannot continue on another one"
+
+
+class _OnePool(AssertionPool):
+    """SQLAlchemy's pool of one connection, which raises when a second checkout is attempted."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, store_traceback=False, **options)  # a traceback costs more than the checkout
+
+
+class _PooledConnection:
+    """One open connection: the driver's, SQLAlchemy's engine over it, and the state of the handler that has it.
+
+    SQLAlchemy begins no transaction on it (`AUTOCOMMIT`). `HandlerConnection.begin` does, on the driver, where it
+    costs half.
+    """
+
+    def __init__(self, driver: PinnedConnection) -> None:
+        self.driver = driver
+        # The handler's transaction, until the code that began it has ended it.
+        self.transaction: Transaction | None = None
+        self.handler_runs = False
+        # Whether the handler tried to end its transaction.
+        self.handler_refused = False
+        self._handed_out = False
+        self.engine: AsyncEngine = create_async_engine(
+            "postgresql+asyncpg://",
+            async_creator=self._hand_out,
+            poolclass=_OnePool,
+            pool_reset_on_return=None,  # what a handler leaves is rolled back on the driver, or terminated
+            hide_parameters=True,
+            isolation_level="AUTOCOMMIT",
+        )
+        event.listen(self.engine.sync_engine, "commit", self._refuse)
+        event.listen(self.engine.sync_engine, "rollback", self._refuse)
+
+    async def prepare(self) -> None:
+        """Let SQLAlchemy do what it does on a new connection, so that its later checkouts need no round trip."""
+        async with self.engine.connect():
+            pass
+
+    async def _hand_out(self) -> PinnedConnection:
+        if self._handed_out:
+            raise exc.ResourceClosedError(_LOST)
+        self._handed_out = True
+        return self.driver
+
+    def _refuse(self, connection: Any) -> None:
+        if connection.closed or connection.invalidated:  # lost, or closed by the handler: there is nothing to end
+            return
+        if self.handler_runs:
+            self.handler_refused = True
+            raise HandlerRuleBroken(_MUST_NOT_END)
 
 
 class HandlerConnection:
-    """One handler's hold of a connection."""
+    """One handler's use of a connection."""
 
-    def __init__(self, engine: AsyncEngine, pooled: PoolProxiedConnection) -> None:
-        self._engine = engine
+    def __init__(self, pooled: _PooledConnection) -> None:
         self._pooled = pooled
-        self._raw: PinnedConnection = pooled.driver_connection  # type: ignore[assignment]
         self._connection: AsyncConnection | None = None
-        self._over = False
+        self._has_ended = False
         self._used = False
 
     @property
     def driver(self) -> PinnedConnection:
-        """The asyncpg connection; raises `LedgerUnavailable` when it is gone already."""
-        if self._raw.is_closed():
+        """The asyncpg connection. Raises `LedgerUnavailable` if it is closed."""
+        if self._pooled.driver.is_closed():
             raise LedgerUnavailable("the connection is gone")
-        return self._raw
+        return self._pooled.driver
 
     @property
     def connection(self) -> AsyncConnection:
-        """The same as SQLAlchemy has it. Raises `HandlerRuleBroken` once the handler has ended."""
-        if self._over:
+        """SQLAlchemy's view of it. Raises `HandlerRuleBroken` once the handler has ended."""
+        if self._has_ended:
             raise HandlerRuleBroken(_HAS_ENDED)
-        return self._around()
+        if self._connection is None:
+            engine = self._pooled.engine
+            self._connection = AsyncConnection(engine, sync_connection=engine.sync_engine.connect())
+        return self._connection
 
     async def fetch(self, sql: str, *values: Any) -> list[Any]:
-        """Run one statement; raises what asyncpg raises, and `HandlerRuleBroken` once the handler has ended."""
-        if self._over:  # the transaction is another handler's by now
+        """Run one statement. Raises what asyncpg raises, and `HandlerRuleBroken` once the handler has ended."""
+        if self._has_ended:  # the connection may be in another handler's transaction by now
             raise HandlerRuleBroken(_HAS_ENDED)
-        return await self._raw.fetch(sql, *values)
-
-    def is_current(self, epoch: Epoch) -> bool:
-        """See `firstclaim.postgres.connection.is_current`."""
-        return is_current(self._raw, epoch)
+        return await self._pooled.driver.fetch(sql, *values)
 
     async def begin(self) -> None:
-        """Begin the transaction that a handler works in."""
-        raw = self.driver
-        raw.handling = raw.transaction()
-        await raw.handling.start()
+        """Begin the transaction that the handler works in."""
+        driver = self.driver
+        self._pooled.transaction = driver.transaction()
+        await self._pooled.transaction.start()
 
     def start(self) -> None:
-        """The handler runs: from now on commit() and rollback() raise `HandlerRuleBroken`."""
-        self._raw.handler_runs, self._raw.handler_refused = True, False
+        """The handler starts: from now on its commit() and rollback() raise `HandlerRuleBroken`."""
+        self._pooled.handler_runs, self._pooled.handler_refused = True, False
         self._used = True
 
     def stop(self) -> None:
-        """It has ended, or is over."""
-        self._over = True
-        self._raw.handler_runs = False
+        """The handler has ended, or is past its deadline."""
+        self._has_ended = True
+        self._pooled.handler_runs = False
 
-    def check_not_refused(self) -> None:
-        """Raise `HandlerRuleBroken` if the handler swallowed that: it takes for committed or undone what is not."""
-        if self._raw.handler_refused:
+    def check_rules(self) -> None:
+        """Raise `HandlerRuleBroken` if the handler closed its connection, or swallowed that its commit was refused."""
+        if self._pooled.handler_refused:
             raise HandlerRuleBroken(_MUST_NOT_END)
+        if self._connection is not None and not _is_open(self._connection):
+            raise HandlerRuleBroken(_MUST_NOT_CLOSE)
 
     async def commit(self) -> None:
         """Commit what `begin` began."""
-        raw = self.driver
-        if raw.handling is None:
+        if self._pooled.driver.is_closed() or self._pooled.transaction is None:
             raise LedgerUnavailable("the transaction is gone")
-        await raw.handling.commit()
-        raw.handling = None
+        await self._pooled.transaction.commit()
+        self._pooled.transaction = None
 
     async def roll_back(self, timeout_seconds: float | None = None) -> None:
-        """Roll back what `begin` began, if it is still open; nothing when it was committed. Raises TimeoutError."""
-        raw = self._raw
-        if not raw.is_closed() and raw.handling is not None and raw.is_in_transaction():
+        """Roll back what `begin` began if it is still open; do nothing if it was committed. Raises TimeoutError."""
+        driver, transaction = self._pooled.driver, self._pooled.transaction
+        if not driver.is_closed() and transaction is not None and driver.is_in_transaction():
             async with asyncio.timeout(timeout_seconds):
-                await raw.handling.rollback()
+                await transaction.rollback()
                 if self._used:
-                    await raw.execute("SELECT pg_advisory_unlock_all()")
-            raw.handling = None
+                    await driver.execute("SELECT pg_advisory_unlock_all()")
+            self._pooled.transaction = None
 
     async def discard(self) -> None:
-        """Close for good without waiting for the server, which may be frozen, and free the place in the pool."""
+        """Close the connection for good, without waiting for the server, which may be frozen."""
         self.stop()
-        self._raw.terminate()
-        connection = self._around()
-        with suppress(exc.SQLAlchemyError):  # the handler closed it, or SQLAlchemy saw it break
-            await connection.invalidate()
-        await connection.close()
+        self._pooled.driver.terminate()
+        if self._connection is not None:
+            with suppress(exc.SQLAlchemyError):  # the handler closed it, or SQLAlchemy saw it break
+                await self._connection.invalidate()
+            await self._connection.close()
 
-    async def leave(self) -> None:
-        """Close for good with a goodbye, for which a frozen server gets a moment."""
-        await self._raw.close()
-        await self.discard()
-
-    async def vacate(self) -> PoolProxiedConnection | None:
-        """What the next handler can have; None: nothing, for this one broke, closed or altered it."""
+    async def vacate(self) -> _PooledConnection | None:
+        """End the handler's use. Returns what the next handler can have; None: it is lost, closed or altered."""
         self.stop()
-        connection = self._connection
-        ended_well = not self._raw.is_closed() and self._raw.handling is None
-        if not ended_well or (connection is not None and _is_altered(connection)):
+        pooled = self._pooled
+        unusable = pooled.driver.is_closed() or pooled.transaction is not None
+        if unusable or (self._connection is not None and not _is_unaltered(self._connection)):
             await self.discard()
             return None
-        if connection is not None and (sync := connection.sync_connection) is not None:
-            pooled: Any = self._pooled
-            pooled._counter += 1  # noqa: SLF001  (SQLAlchemy counts users: the close below, the handler's end, leaves it)
+        if self._connection is not None and (sync := self._connection.sync_connection) is not None:
             sync.close()
-        return self._pooled
-
-    def _around(self) -> AsyncConnection:
-        if self._connection is None:
-            # It is never to connect anew: what a handler writes there is in no transaction, and no retry knows of it.
-            sync = Connection(self._engine.sync_engine, connection=self._pooled, _allow_revalidate=False)
-            self._connection = AsyncConnection(self._engine, sync_connection=sync)
-        return self._connection
+        return pooled
 
 
 class HandlerConnections:
-    """Exactly `size` connections, opened as they are needed; `size` handlers at once is the caller's business.
+    """The connections of all handlers, opened as they are needed; how many handlers run at once is the caller's limit.
 
-    SQLAlchemy begins no transaction on them (`AUTOCOMMIT`): around a handler `begin` does it, on the driver, where it
-    costs half. `timeout_seconds` is for connecting; `queue_seconds` for one that is being closed.
+    `timeout_seconds` is for opening one.
     """
 
-    def __init__(
-        self,
-        dsn: str,
-        *,
-        size: int,
-        timeout_seconds: float,
-        queue_seconds: float,
-        epoch: Epoch,
-    ) -> None:
-        self._engine = create_async_engine(
-            "postgresql+asyncpg://",
-            async_creator=partial(open_connection, dsn, timeout_seconds, epoch),
-            pool_size=size,
-            max_overflow=0,
-            pool_timeout=queue_seconds,
-            hide_parameters=True,
-            isolation_level="AUTOCOMMIT",
-        )
+    def __init__(self, dsn: str, *, timeout_seconds: float, epoch: Epoch) -> None:
+        self._dsn = dsn
+        self._timeout_seconds = timeout_seconds
         self._epoch = epoch
-        self._free: list[PoolProxiedConnection] = []
-        event.listen(self._engine.sync_engine, "checkout", partial(_refuse_outdated, epoch))
-        event.listen(self._engine.sync_engine, "commit", _refuse_in_handler)
-        event.listen(self._engine.sync_engine, "rollback", _refuse_in_handler)
-        event.listen(self._engine.sync_engine, "reset", _end_transaction)
+        self._free: list[_PooledConnection] = []
 
-    async def take(self) -> HandlerConnection:
-        """A seat in no transaction, given up by `give_back` or by its `discard`; raises what `UNAVAILABLE` lists."""
+    async def acquire(self) -> HandlerConnection:
+        """A connection outside a transaction, until `release` or its `discard`. Raises what `UNAVAILABLE` lists."""
         while self._free:
-            seat = HandlerConnection(self._engine, self._free.pop())
-            if seat.is_current(self._epoch):
-                return seat
-            await seat.discard()
-        return HandlerConnection(self._engine, await self._engine.raw_connection())
+            pooled = self._free.pop()
+            if is_current(pooled.driver, self._epoch):
+                return HandlerConnection(pooled)
+            pooled.driver.terminate()
+        return HandlerConnection(await self._open())
 
-    async def give_back(self, seat: HandlerConnection) -> None:
-        """Its connection is for the next one to take, or is closed."""
-        if (pooled := await seat.vacate()) is not None:
+    async def release(self, connection: HandlerConnection) -> None:
+        """Keep the connection for the next handler, or close it."""
+        if (pooled := await connection.vacate()) is not None:
             self._free.append(pooled)
 
     async def close(self) -> None:
-        """Close all that are free."""
-        free = [HandlerConnection(self._engine, pooled) for pooled in self._free]
-        self._free.clear()
-        await asyncio.gather(*(seat.leave() for seat in free))
-        await self._engine.dispose()
+        """Close all that are free; a frozen server gets a moment to confirm it."""
+        free, self._free = self._free, []
+        await asyncio.gather(*(pooled.driver.close() for pooled in free))
+
+    async def _open(self) -> _PooledConnection:
+        driver = await open_connection(self._dsn, self._timeout_seconds, self._epoch)
+        try:
+            pooled = _PooledConnection(driver)
+            async with asyncio.timeout(self._timeout_seconds):
+                await pooled.prepare()
+        except BaseException:
+            driver.terminate()
+            raise
+        return pooled
 
 
-def _is_altered(connection: AsyncConnection) -> bool:
+def _is_open(connection: AsyncConnection) -> bool:
+    """Whether it is neither closed nor broken nor back in SQLAlchemy's pool."""
     sync = connection.sync_connection
-    return sync is None or sync.closed or "isolation_level" in sync.get_execution_options()
+    return sync is not None and not sync.closed and not sync.invalidated and sync.connection.is_valid
 
 
-def _refuse_outdated(epoch: Epoch, dbapi_connection: Any, _record: Any, _proxy: Any) -> None:
-    """The pool then connects anew, and nobody sees an error."""
-    if not is_current(dbapi_connection.driver_connection, epoch):
-        raise exc.DisconnectionError
-
-
-def _end_transaction(dbapi_connection: Any, _record: Any, _state: PoolResetState) -> None:
-    """Never back into the pool with a transaction: the next event's handler would commit what this one wrote."""
-    connection = dbapi_connection.driver_connection
-    if connection.handling is not None:
-        connection.terminate()  # the pool then connects anew
-
-
-def _refuse_in_handler(connection: Any) -> None:
-    if connection.closed:  # lost, or the handler's own doing: there is nothing to end
-        return
-    raw = connection.connection.driver_connection
-    if raw.handler_runs:
-        raw.handler_refused = True
-        raise HandlerRuleBroken(_MUST_NOT_END)
+def _is_unaltered(connection: AsyncConnection) -> bool:
+    """Whether the next handler would find it as this one did."""
+    sync = connection.sync_connection
+    return (
+        sync is not None
+        and _is_open(connection)
+        and not sync.connection.is_detached
+        and "isolation_level" not in sync.get_execution_options()
+    )
