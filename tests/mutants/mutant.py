@@ -77,8 +77,9 @@ class Mutant:
         raise DoesNotFitError(f"the mutant {self.name} no longer fits: {self.scope} is not found once: {reason}")
 
     def _explanation(self, path: Path, scope: ast.AST, count: int) -> str:
-        near = difflib.get_close_matches(self._normal(self.old), self._candidates(scope), 1, 0)
-        instead = f"The nearest code that is there is\n\n{near[0]}\n\n" if near and not count else ""
+        candidates = {each.partition("\n")[0]: each for each in self._candidates(scope)}
+        near = difflib.get_close_matches(self._first_line(), candidates, 1, 0)
+        instead = f"The nearest code that is there is\n\n{candidates[near[0]]}\n\n" if near and not count else ""
         return (
             f"the mutant {self.name} no longer fits: {self.scope} ({path}) has this {count} times instead of once:\n\n"
             f"{self.old}\n\n{instead}Find where the rule is implemented now, and break it there: {self.rule}"
@@ -92,11 +93,16 @@ class Mutant:
             case old, new:
                 return find_statements(scope, old, new)
 
-    def _normal(self, source: str) -> str:
-        return ast.unparse(ast.parse(source))
+    def _first_line(self) -> str:
+        return ast.unparse(ast.parse(self.old)).partition("\n")[0]
 
     def _candidates(self, scope: ast.AST) -> list[str]:
-        return [ast.unparse(node) for node in ast.walk(scope) if isinstance(node, ast.stmt | ast.expr)]
+        match ast.parse(self.old).body:
+            case [ast.Expr()]:
+                kind: type[ast.AST] = ast.expr
+            case _:
+                kind = ast.stmt
+        return [ast.unparse(node) for node in ast.walk(scope) if isinstance(node, kind)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +116,8 @@ class TextMutant(Mutant):
                 changed = text[: found.start()] + self.new + text[found.end() :]
                 yield functools.partial(setattr, node, "value", changed)
 
-    def _normal(self, source: str) -> str:
-        return " ".join(source.split())
+    def _first_line(self) -> str:
+        return " ".join(self.old.split())
 
     def _candidates(self, scope: ast.AST) -> list[str]:
         return [line.strip() for _, text in strings(scope) for line in text.splitlines()]

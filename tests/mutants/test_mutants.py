@@ -60,15 +60,13 @@ def copy(folder: Path) -> None:
             shutil.copy2(source, folder / name)
 
 
-def break_rule(mutant: Mutant, folder: Path) -> Path:
-    """Apply the mutant to the copy, delete the compiled code of the unbroken file, and return the file."""
-    file, source = mutant.applied()
+def change(folder: Path, file: Path, source: str) -> None:
+    """Give a file of the copy another source, and delete its compiled code."""
     path = folder / "service" / "firstclaim" / file
     path.unlink()  # a link to the file of the first copy
     path.write_text(source)
     for compiled in path.parent.glob(f"__pycache__/{path.stem}.*.pyc"):
         compiled.unlink()
-    return file
 
 
 class Lane:
@@ -113,16 +111,19 @@ class Lanes:
 
     def submit(self, mutant: Mutant | None, *arguments: str) -> Future[tuple[int, str]]:
         """Run pytest in a copy, with the mutant's rule broken."""
-        return self._threads.submit(self._run, mutant, arguments)
+        # Applied here, not in the thread: in Python 3.11, two threads that parse at once disturb each other.
+        return self._threads.submit(self._run, mutant.applied() if mutant else None, arguments)
 
-    def _run(self, mutant: Mutant | None, arguments: Sequence[str]) -> tuple[int, str]:
+    def _run(self, changed: tuple[Path, str] | None, arguments: Sequence[str]) -> tuple[int, str]:
         lane = self._free.get()
         try:
             with tempfile.TemporaryDirectory(dir=self._folder) as name:
                 folder, template = Path(name), self._template
                 shutil.copytree(self._folder / "unbroken", folder, copy_function=os.link, dirs_exist_ok=True)
-                if mutant is not None and "migrations" in break_rule(mutant, folder).parts:
-                    template = ""  # the run migrates its own
+                if changed is not None:
+                    change(folder, *changed)
+                    if "migrations" in changed[0].parts:
+                        template = ""  # the run migrates its own
                 return lane.run(folder, template, *arguments)
         finally:
             self._free.put(lane)
