@@ -18,7 +18,6 @@ from playwright.async_api import ConsoleMessage, Page, Request, ViewportSize, as
 
 from tests.acceptance.harness import Sample, Sandbox, Service, sample
 from tests.pages import HASHED, PASSWORD
-from tests.stores import Stores
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(300)]
 
@@ -37,16 +36,6 @@ def chromium() -> str:
         give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
         give_up("not installed: chromium; run: apt-get install chromium")
     return str(CHROMIUM)
-
-
-@pytest.fixture
-async def sandbox(stores: Stores, tmp_path: Path) -> AsyncIterator[Sandbox]:
-    """For the services that a test looks at."""
-    sandbox = await Sandbox.prepare(stores, tmp_path)
-    try:
-        yield sandbox
-    finally:
-        await sandbox.close()
 
 
 @dataclass
