@@ -91,7 +91,7 @@ def list_events(
         table.add_row(*(Text(printable(cell), colour if cell is event.status else "") for cell in cells))
     print_text(table if events else "no events")
     if len(events) == limit:
-        print_text(f"These are the newest {limit}. --limit lists more.")
+        print_text(f"limited to the newest {limit}; --limit lists more")
 
 
 @app.command()
