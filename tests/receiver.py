@@ -1,6 +1,6 @@
-"""A webhook receiver that keeps count: the other side of whatever sends events.
+"""A webhook receiver that counts: the other side of everything that sends events.
 
-Guarantees: what is in `told` arrived, with a valid signature, and was answered like that; a reply of None closes
+Guarantees: the events in `answers` arrived with a valid signature, and were answered like that; a reply of None closes
 the connection without one.
 """
 
@@ -32,11 +32,11 @@ PROCESSED = reply(200, "load_effect_recorded", processed=True)
 
 @dataclass(slots=True)
 class Receiver:
-    """Counts what reaches it; `respond` decides, in the request's own thread, what it is told."""
+    """Counts the deliveries; `respond` chooses the reply to each, in the thread of the request."""
 
     respond: Callable[[str], Reply]
     url: str = ""
-    told: list[tuple[str, Reply]] = field(default_factory=list)
+    answers: list[tuple[str, Reply]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def answer(self, body: bytes, signatures: list[str]) -> Reply:
@@ -44,7 +44,7 @@ class Receiver:
         event_id = orjson.loads(body)["id"]
         chosen = self.respond(event_id)
         with self.lock:
-            self.told.append((event_id, chosen))
+            self.answers.append((event_id, chosen))
         return chosen
 
 

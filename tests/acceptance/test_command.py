@@ -1,4 +1,4 @@
-"""What the command says when it cannot serve: every fault in a sentence, an exit code to act on, no traceback."""
+"""What the command prints when it cannot serve: each fault as a sentence, an exit code, no traceback."""
 
 import asyncio
 import os
@@ -17,7 +17,7 @@ from tests.stores import Stores, drop
 
 @pytest.fixture
 def command(stores: Stores, tmp_path: Path) -> Command:
-    """On the suite's stores, and the template database: migrated, and nobody writes to it."""
+    """On the suite's stores, with the template database, which is migrated and which nothing writes to."""
     return Command(
         tmp_path,
         {
@@ -42,12 +42,12 @@ async def empty_database(stores: Stores) -> AsyncIterator[str]:
 
 
 async def both(command: Command, **changes: str | None) -> list[Run]:
-    """`check` and `serve` side by side: what one says about a bad environment, the other says too."""
+    """`check` and `serve` side by side: both report the same faults of the environment."""
     return list(await asyncio.gather(command("check", **changes), command("serve", "--port", "0", **changes)))
 
 
 def unused_port() -> int:
-    """A port where nobody listens right now."""
+    """A port on which nothing listens."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         port: int = bound.getsockname()[1]
@@ -56,7 +56,7 @@ def unused_port() -> int:
 
 @pytest.mark.smoke
 async def test_check_of_a_good_setup(command: Command) -> None:
-    """Everything in order: exit 0, a line for each part, and no file left in the folder."""
+    """Everything is in order: exit 0, a line for each check, and no file left in the folder."""
     run = await command("check")
     assert run.code == 0, run.output
     assert list(command.folder.iterdir()) == []
@@ -66,7 +66,7 @@ async def test_check_of_a_good_setup(command: Command) -> None:
 
 
 async def test_all_faults_at_once(command: Command) -> None:
-    """Five faults in one environment: one run names them all."""
+    """Five faults in one environment: one run reports them all."""
     runs = await both(
         command,
         DATABASE_URL=f"mysql://user:{PASSWORD}@localhost/shop",
@@ -94,7 +94,7 @@ async def test_handler_modules_that_cannot_work(command: Command) -> None:
 
 
 async def test_a_database_without_a_ledger(command: Command, empty_database: str) -> None:
-    """The schema is not there: exit 3, and the words to type next."""
+    """The schema is missing: exit 3, and the command to run."""
     for run in await both(command, DATABASE_URL=empty_database):
         assert run.code == 3, run.output
         run.shows("firstclaim migrate")
@@ -102,7 +102,7 @@ async def test_a_database_without_a_ledger(command: Command, empty_database: str
 
 @pytest.mark.smoke
 async def test_migrate_makes_it_ready(command: Command, empty_database: str) -> None:
-    """`migrate` from many processes at once: all exit 0, one schema; after it `check` is content."""
+    """`migrate` from several processes at once: all exit 0, one schema; after it `check` succeeds."""
     runs = await asyncio.gather(*(command("migrate", DATABASE_URL=empty_database) for _ in range(3)))
     assert [run.code for run in runs] == [0] * 3, [run.output for run in runs]
     run = await command("check", DATABASE_URL=empty_database)
@@ -110,7 +110,7 @@ async def test_migrate_makes_it_ready(command: Command, empty_database: str) -> 
 
 
 async def test_a_newer_schema(command: Command, empty_database: str) -> None:
-    """Migrated by a newer build: this one works on it, and says so."""
+    """The schema of a newer build: this build works on it, and warns."""
     assert (await command("migrate", DATABASE_URL=empty_database)).code == 0
     connection = await asyncpg.connect(empty_database)
     await connection.execute("UPDATE alembic_version SET version_num = '9999'")
@@ -121,7 +121,7 @@ async def test_a_newer_schema(command: Command, empty_database: str) -> None:
 
 
 async def test_stores_that_cannot_be_reached(command: Command) -> None:
-    """Nobody listens at either address: exit 3, both are named, neither's password is."""
+    """Nothing listens at either address: exit 3, both stores are named, neither's password is printed."""
     port = unused_port()
     run = await command(
         "check",
@@ -133,14 +133,14 @@ async def test_stores_that_cannot_be_reached(command: Command) -> None:
 
 
 async def test_a_database_that_does_not_exist(command: Command, stores: Stores) -> None:
-    """A wrong name at the end of DATABASE_URL: the server's own words."""
+    """A wrong name at the end of DATABASE_URL: the server's own message is printed."""
     run = await command("check", DATABASE_URL=stores.database("no_such_database"))
     assert run.code == 3, run.output
     run.shows("no_such_database")
 
 
 async def test_the_port_is_taken(command: Command) -> None:
-    """Somebody else listens there: exit 2 at once, the port is named."""
+    """Another process listens on the port: exit 2 at once, the port is named."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -23,14 +23,14 @@ def command(sandbox: Sandbox, tmp_path: Path) -> Command:
 
 
 async def dead_event(sandbox: Sandbox, service: Service, fixed: Path) -> Sample:
-    """One whose handler gives up for good, until that file is there."""
+    """An event that is dead, whose handler succeeds once that file exists."""
     event = sample("permanent", fixed=str(fixed))
     assert (await sandbox.deliver(service, event)).content["action"] == "dead"
     return event
 
 
 def objects(run: Run) -> list[dict[str, Any]]:
-    """What a run with `--json` printed, a line each."""
+    """The objects that a run with `--json` printed, one per line."""
     assert run.code == 0, run.output
     return [orjson.loads(line) for line in run.output.splitlines()]
 
@@ -38,7 +38,7 @@ def objects(run: Run) -> list[dict[str, Any]]:
 async def test_a_dead_event_is_found_understood_and_replayed(
     sandbox: Sandbox, command: Command, tmp_path: Path
 ) -> None:
-    """List, show, a dry run, the replay that is followed to its end, and what the ledger says of it afterwards."""
+    """List, show, a dry run, a replay with --wait, and the history that the ledger keeps of it."""
     service = await sandbox.service().start()
     fixed = tmp_path / "fixed"
     event = await dead_event(sandbox, service, fixed)
@@ -52,7 +52,7 @@ async def test_a_dead_event_is_found_understood_and_replayed(
 
     run = await command("events", "show", event.id)
     run.shows(event.id, "invoice.payment_failed", "received", "attempt 1", "dead after", "Permanent: never")
-    assert "metadata" not in run.output  # the payload only when asked for
+    assert "metadata" not in run.output  # the payload only with --payload
     [shown] = objects(await command("events", "show", event.id, "--payload", "--json"))
     assert shown["payload"].encode() == event.body  # the very bytes: numbers are not rounded on the way
     assert (shown["status"], shown["actions"]) == ("dead", [])
@@ -82,7 +82,7 @@ async def test_a_dead_event_is_found_understood_and_replayed(
 
 
 async def test_a_replay_that_fails_again_says_so(sandbox: Sandbox, command: Command, tmp_path: Path) -> None:
-    """Followed to its end, which is the same one as before: exit 1."""
+    """The event ends as it did before: exit 1."""
     service = await sandbox.service().start()
     event = await dead_event(sandbox, service, tmp_path / "never")
     run = await command("events", "replay", event.id, "--count", "1", "--wait")
@@ -131,14 +131,14 @@ async def test_an_id_that_cannot_be_one(command: Command) -> None:
 
 
 async def test_an_unknown_event(command: Command) -> None:
-    """It is not in the ledger: exit 1, and the id is named."""
+    """An id that is not in the ledger: exit 1, and the id is named."""
     run = await command("events", "show", "evt_unknown")
     assert run.code == 1, run.output
     run.shows("no event 'evt_unknown'")
 
 
 async def test_what_comes_from_outside_is_printed_as_it_is(sandbox: Sandbox, command: Command) -> None:
-    """Brackets are no markup, however they stand; nothing moves the cursor; into a pipe no id is cut."""
+    """Brackets are never markup, no control character is printed, and in a pipe no id is truncated."""
     service = await sandbox.service().start()
     event = sample()
     assert (await sandbox.deliver(service, event)).result == PROCESSED
@@ -151,7 +151,7 @@ async def test_what_comes_from_outside_is_printed_as_it_is(sandbox: Sandbox, com
 
 
 async def test_what_cannot_be_handled_is_not_replayed(sandbox: Sandbox, command: Command) -> None:
-    """Without its payload, or locked by another: it says so and exits with 1, and follows nothing else."""
+    """Without a payload, or locked by another transaction: exit 1 with the reason, and --wait waits for nothing."""
     service = await sandbox.service().start()
     event = sample()
     assert (await sandbox.deliver(service, event)).result == PROCESSED
@@ -169,7 +169,7 @@ async def test_what_cannot_be_handled_is_not_replayed(sandbox: Sandbox, command:
 
 
 async def test_old_events_are_pruned(sandbox: Sandbox, command: Command) -> None:
-    """What a dry run announces is what goes then."""
+    """A dry run announces what the next run deletes."""
     service = await sandbox.service().start()
     old, young = sample(), sample()
     for event in (old, young):
@@ -187,7 +187,7 @@ async def test_old_events_are_pruned(sandbox: Sandbox, command: Command) -> None
 
 
 async def test_a_rotation_is_noted(sandbox: Sandbox, command: Command) -> None:
-    """Who rotated the epoch, and from which to which."""
+    """The audit has the operator, and the epochs before and after."""
     run = await command("epoch", "rotate")
     assert run.code == 0, run.output
     [row] = await sandbox.fetch("SELECT action, selection FROM operator_actions")

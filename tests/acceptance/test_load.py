@@ -1,4 +1,4 @@
-"""`firstclaim load` against a real service: its table, its verdict, its exit code, and what it must not call good."""
+"""`firstclaim load` against a real service: its table, its verdict, its exit code, and the faults it must detect."""
 
 import os
 import re
@@ -53,14 +53,14 @@ CREATE TRIGGER gate BEFORE INSERT ON load_effects FOR EACH ROW EXECUTE FUNCTION 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def service(shared_sandbox: Sandbox) -> Service:
-    """A service with the probe, for the tests that change nothing of it."""
+    """A service with the probe, for the tests that only send to it."""
     await execute(shared_sandbox, _PROBE_EFFECTS)
     return await shared_sandbox.service(PROBE).start()
 
 
 @pytest.fixture
 async def probed(sandbox: Sandbox) -> Sandbox:
-    """A test's own sandbox, whose effects are those of the probe."""
+    """A sandbox of the test's own, whose effects are those of the probe."""
     await execute(sandbox, _PROBE_EFFECTS)
     return sandbox
 
@@ -132,7 +132,7 @@ async def test_without_a_database_the_verdict_is_unknown(service: Service, comma
 async def test_a_rejected_load_has_nothing_to_judge(
     shared_sandbox: Sandbox, service: Service, command: Command
 ) -> None:
-    """Signed with another secret: every delivery is rejected, no row is there, exit 1."""
+    """Signed with another secret: every delivery is rejected, there is no row, exit 1."""
     arguments = ("--url", service.url, "--duration", "1", "--secret", "whsec_another")
     run = await command("load", *arguments, **known(shared_sandbox))
     assert run.code == 1, run.output
@@ -143,7 +143,7 @@ async def test_a_rejected_load_has_nothing_to_judge(
 async def test_an_interrupted_load_still_has_its_verdict(
     shared_sandbox: Sandbox, service: Service, command: Command
 ) -> None:
-    """Ctrl-C ends the load early; what was sent by then is counted and judged."""
+    """Ctrl-C ends the load early; what was sent until then is counted and has a verdict."""
     before = await shared_sandbox.rows()
     arguments = ("--url", service.url, "--duration", "600")
     async with command.running("load", *arguments, **known(shared_sandbox)) as running:
@@ -155,7 +155,7 @@ async def test_an_interrupted_load_still_has_its_verdict(
 
 
 async def test_doubled_and_dropped_effects_are_named(probed: Sandbox, command: Command) -> None:
-    """One effect there twice, one not there, one gone with its row: exit 1, all three by their ids, and no other."""
+    """One effect doubled, one missing, one missing with its row: exit 1, these three ids are listed and no other."""
     await execute(probed, _TAMPER)
     service = await probed.service(PROBE).start()
     run = await command("load", "--url", service.url, "--duration", "3", **known(probed))
@@ -171,7 +171,7 @@ async def test_doubled_and_dropped_effects_are_named(probed: Sandbox, command: C
 
 @pytest_asyncio.fixture
 async def gate(probed: Sandbox) -> AsyncIterator[asyncpg.Connection]:
-    """Holds back some events' handlers until it is closed."""
+    """Blocks some events' handlers until it is closed."""
     await execute(probed, _GATE)
     connection = await asyncpg.connect(probed.database_url)
     await connection.execute("SELECT pg_advisory_lock(4242)")
@@ -182,7 +182,7 @@ async def gate(probed: Sandbox) -> AsyncIterator[asyncpg.Connection]:
 async def test_the_verdict_waits_for_what_was_deferred(
     probed: Sandbox, gate: asyncpg.Connection, command: Command
 ) -> None:
-    """Events still in their handlers at the end are waited for, and judged once they are done."""
+    """Events that are still being handled at the end are waited for, and then counted as usual."""
     service = await probed.service({**PROBE, "answer_budget_seconds": 0.5}).start()
     arguments = ("--url", service.url, "--users", "4", "--duration", "3")
     async with command.running("load", *arguments, "--settle", "100", **known(probed)) as running:
@@ -195,7 +195,7 @@ async def test_the_verdict_waits_for_what_was_deferred(
 
 
 async def test_the_wait_is_bounded(probed: Sandbox, gate: asyncpg.Connection, command: Command) -> None:
-    """What is not settled in time is neither lost nor done: it is named as that, and the exit code is 1."""
+    """An event that is not settled in time is neither lost nor completed: it is listed as unsettled, exit code 1."""
     service = await probed.service({**PROBE, "answer_budget_seconds": 0.5}).start()
     arguments = ("--url", service.url, "--users", "4", "--duration", "5", "--settle", "0.5")
     run = await command("load", *arguments, **known(probed))
@@ -207,7 +207,7 @@ async def test_the_wait_is_bounded(probed: Sandbox, gate: asyncpg.Connection, co
 
 
 async def test_a_database_that_is_not_the_services_is_refused(command: Command, sandbox: Sandbox) -> None:
-    """It lacks the probe's table: exit 3 before anything is sent, and the command to run."""
+    """The database lacks the probe's table: exit 3 before anything is sent, and the command to run."""
     await execute(sandbox, "DROP TABLE load_effects")
     run = await command("load", **known(sandbox))
     assert run.code == 3, run.output

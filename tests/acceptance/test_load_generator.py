@@ -1,4 +1,4 @@
-"""The load generator against a receiver that keeps count: what it says it sent and was told is what happened."""
+"""The load generator against a receiver that counts: what it reports as sent and answered is what happened."""
 
 import io
 import shutil
@@ -24,7 +24,7 @@ TOGETHER_SECONDS = 20.0
 
 
 def load(receiver: Receiver, **changes: Any) -> Result:
-    asked: dict[str, Any] = {
+    parameters: dict[str, Any] = {
         "url": receiver.url,
         "secret": SECRET,
         "types": ("invoice.paid", "customer.created"),
@@ -36,7 +36,7 @@ def load(receiver: Receiver, **changes: Any) -> Result:
         "copies": 4,
         "seed": 1,
     }
-    return generate(Plan(**(asked | changes)), Console(file=io.StringIO()))
+    return generate(Plan(**(parameters | changes)), Console(file=io.StringIO()))
 
 
 def number_of(event_id: str) -> int:
@@ -66,24 +66,24 @@ def test_every_delivery_is_counted_once_under_what_it_was_told(tmp_path: Path) -
     html = tmp_path / "report.html"
     with receiving(lambda event_id: replies[number_of(event_id) % len(replies)]) as receiver:
         seen = load(receiver, duplicates_percent=30, concurrent_percent=30, duration_seconds=2, html=str(html))
-    expected = Counter(kinds[told] for _, told in receiver.told)
+    expected = Counter(kinds[answer] for _, answer in receiver.answers)
     assert set(expected) == set(AnswerKind), "too few deliveries to prove anything"
     assert {kind: latencies.count for kind, latencies in seen.by_kind.items()} == expected
-    assert seen.total.count == len(receiver.told)
+    assert seen.total.count == len(receiver.answers)
     assert sum(seen.errors.values()) == expected[AnswerKind.NO_ANSWER]
     journal = dict(entries(seen.journal))
-    assert set(journal) == {number_of(event_id) for event_id, _ in receiver.told}
-    acknowledged = {number_of(event_id) for event_id, told in receiver.told if told and 200 <= told[0] < 300}
-    assert {number for number, noted in journal.items() if Observed.ACKNOWLEDGED in noted} == acknowledged
-    processed = Counter(number_of(event_id) for event_id, told in receiver.told if told is PROCESSED)
-    again = {number for number, noted in journal.items() if Observed.PROCESSED_AGAIN in noted}
+    assert set(journal) == {number_of(event_id) for event_id, _ in receiver.answers}
+    acknowledged = {number_of(event_id) for event_id, answer in receiver.answers if answer and 200 <= answer[0] < 300}
+    assert {number for number, observed in journal.items() if Observed.ACKNOWLEDGED in observed} == acknowledged
+    processed = Counter(number_of(event_id) for event_id, answer in receiver.answers if answer is PROCESSED)
+    again = {number for number, observed in journal.items() if Observed.PROCESSED_AGAIN in observed}
     assert again == {number for number, times in processed.items() if times > 1}
     assert '"name": "no answer"' in html.read_text()
     assert not {"locust", "gevent"} & set(sys.modules), "the load belongs into a process of its own"
 
 
 def only_together(copies: int) -> Callable[[str], Reply]:
-    """Answers no copy of an event before the last of them is there; 503 if that takes too long."""
+    """A receiver that answers no copy of an event before all have arrived; 503 if that takes too long."""
     together = threading.Condition()
     arrived: Counter[str] = Counter()
 
@@ -98,16 +98,16 @@ def only_together(copies: int) -> Callable[[str], Reply]:
 
 
 def test_copies_are_in_flight_at_the_same_instant() -> None:
-    """A receiver that answers no copy before the last of them is there gets all of them: none waits for an answer."""
+    """A receiver that answers no copy before all have arrived gets all of them: none waits for an answer."""
     with receiving(only_together(10)) as receiver:
         seen = load(receiver, users=2, concurrent_percent=100, copies=10)
     assert set(seen.by_kind) == {AnswerKind.PROCESSED}
-    assert set(Counter(event_id for event_id, _ in receiver.told).values()) == {10}
+    assert set(Counter(event_id for event_id, _ in receiver.answers).values()) == {10}
 
 
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
-    """A certificate for 127.0.0.1 and its key, in one file; nobody trusts it yet."""
+    """A certificate for 127.0.0.1 and its key, in one file; it is not trusted yet."""
     if shutil.which("openssl") is None:
         pytest.skip("needs openssl to make a certificate")
     path = tmp_path / "certificate.pem"
@@ -119,22 +119,22 @@ def certificate(tmp_path: Path) -> Path:
 
 
 def test_over_tls_users_do_not_wait_for_each_other(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies are in flight at the same instant over TLS too; a certificate that nobody trusts gets no delivery."""
+    """Copies are in flight at the same instant over TLS too; a server without a trusted certificate gets nothing."""
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(certificate)
     with receiving(only_together(5), tls) as receiver:
         refused = load(receiver, users=2)
         assert set(refused.by_kind) == {AnswerKind.NO_ANSWER}
         assert all("CERTIFICATE_VERIFY_FAILED" in cause for cause in refused.errors)
-        assert not receiver.told
+        assert not receiver.answers
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         trusted = load(receiver, users=4, concurrent_percent=100, copies=5)
     assert set(trusted.by_kind) == {AnswerKind.PROCESSED}
-    assert trusted.total.count == len(receiver.told)
+    assert trusted.total.count == len(receiver.answers)
 
 
 def test_the_latency_is_that_of_each_request() -> None:
-    """One answer in ten takes a second: the slow tenth shows in p95 and p99, and not in the median."""
+    """One answer in ten takes a second: p95 and p99 show the slow tenth, and the median does not."""
 
     def respond(event_id: str) -> Reply:
         if number_of(event_id) % 10 == 9:
@@ -145,7 +145,7 @@ def test_the_latency_is_that_of_each_request() -> None:
         seen = load(receiver, users=5, duration_seconds=4)
     took = seen.total
     assert took.p50 < 1000 <= took.p95 <= took.p99 <= took.slowest * 1.01, took
-    assert took.count == len(receiver.told)
+    assert took.count == len(receiver.answers)
 
 
 def test_at_a_fixed_rate_a_slow_service_is_not_spared_the_wait_that_it_caused() -> None:
@@ -173,11 +173,11 @@ def test_a_fixed_rate_is_not_exceeded() -> None:
             duplicates_percent=50,
         )
     assert 1 < seen.total.count <= 40 * seen.seconds + 4
-    assert seen.total.count == len(receiver.told)
+    assert seen.total.count == len(receiver.answers)
 
 
 def test_nobody_listens() -> None:
-    """Every delivery is a failed connection: counted as no answer, with its cause, and nothing is acknowledged."""
+    """Every delivery is a failed connection: counted as no answer, with its cause, and no event is acknowledged."""
     with receiving(lambda _: PROCESSED) as receiver:
         pass
     seen = load(receiver, deliveries_per_second=50)

@@ -1,4 +1,4 @@
-"""A user's application may have a package named `service`, one of the commonest names: firstclaim leaves it alone."""
+"""An application may have a package named `service`, which is a common name: firstclaim does not shadow it."""
 
 import os
 from pathlib import Path
@@ -35,7 +35,7 @@ def shop(tmp_path: Path) -> Path:
 
 @pytest.mark.smoke
 async def test_handlers_are_served_from_a_package_named_service(sandbox: Sandbox, shop: Path) -> None:
-    """The handler module and what it imports are the application's own, and its handler processes the event."""
+    """The handler module and its imports are the application's own, and its handler processes the event."""
     path = os.pathsep.join((str(shop), PYTHON_PATH))
     service = await sandbox.service({"PYTHONPATH": path, "handlers": "service.billing"}).start()
     answer = await sandbox.deliver(service, sample())

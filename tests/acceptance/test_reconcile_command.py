@@ -1,4 +1,4 @@
-"""`firstclaim reconcile` as an operator runs it: beside a service that takes up what it records."""
+"""`firstclaim reconcile` as an operator runs it: beside a service that handles what it records."""
 
 import os
 import time
@@ -37,12 +37,12 @@ def command(sandbox: Sandbox, api: StripeApi, tmp_path: Path) -> Command:
 
 
 def add(api: StripeApi, event: Sample, age_seconds: int = 0, *, delivered: bool = False) -> None:
-    """Stripe has this event."""
+    """Add this event to the list of Stripe."""
     api.add(event.body, int(time.time()) - age_seconds, event.id, delivered=delivered)
 
 
-def told(run: Run, code: int = 0) -> dict[str, Any]:
-    """What a run with `--json` printed."""
+def printed(run: Run, code: int = 0) -> dict[str, Any]:
+    """The object that a run with `--json` printed."""
     assert run.code == code, run.output
     [line] = [line for line in run.output.splitlines() if line.startswith("{")]
     content: dict[str, Any] = orjson.loads(line)
@@ -50,7 +50,7 @@ def told(run: Run, code: int = 0) -> dict[str, Any]:
 
 
 async def test_a_lost_ledger_is_repaired(sandbox: Sandbox, command: Command, api: StripeApi) -> None:
-    """Rows and effects that a restore took are there again, completed once; what was there is not done again.
+    """Rows and effects that a restore lost are there again, completed once; existing rows are not handled again.
 
     Redis still has the markers of the lost rows, and events of other types than the endpoint's are in the list too.
     """
@@ -78,7 +78,7 @@ async def test_a_lost_ledger_is_repaired(sandbox: Sandbox, command: Command, api
         assert row.counts == (1, 0, 0)
     await sandbox.settled(unhandled, Status.IGNORED)
 
-    again = told(await command("reconcile", "--since", "3d", "--json"))
+    again = printed(await command("reconcile", "--since", "3d", "--json"))
     assert (again["found"], again["already_here"], again["recorded"], again["missing"]) == (9, 9, 0, 0)
     assert (again["complete"], again["dry_run"], again["refusals"]) == (True, False, [])
     assert await sandbox.statuses() == {Status.COMPLETED: 8, Status.IGNORED: 1}
@@ -91,12 +91,12 @@ async def test_a_lost_ledger_is_repaired(sandbox: Sandbox, command: Command, api
 
 
 async def test_an_outage_is_made_up_for(sandbox: Sandbox, command: Command, api: StripeApi) -> None:
-    """`--undelivered` finds only what Stripe could not deliver, and a late delivery of it is a duplicate."""
+    """`--undelivered` finds only what Stripe could not deliver, and a later delivery of it is a duplicate."""
     service = await sandbox.service().start()
     failed = sample()
     add(api, sample(), delivered=True)
     add(api, failed)
-    found = told(await command("reconcile", "--since", "2h", "--undelivered", "--json"))
+    found = printed(await command("reconcile", "--since", "2h", "--undelivered", "--json"))
     assert (found["found"], found["already_here"], found["recorded"]) == (1, 0, 1)
     await sandbox.settled(failed)
     assert not (await sandbox.deliver(service, failed)).processed
@@ -105,7 +105,7 @@ async def test_an_outage_is_made_up_for(sandbox: Sandbox, command: Command, api:
 
 
 async def test_an_interrupted_run_is_run_again(sandbox: Sandbox, command: Command, api: StripeApi) -> None:
-    """Stripe fails after the second page, then somebody presses Ctrl-C: what was recorded is told, and is done once."""
+    """Stripe fails after two pages, then Ctrl-C: each run reports what it recorded, and each event is handled once."""
     await sandbox.service().start()
     events = [sample() for _ in range(12)]
     for age, event in zip(range(36 * 3600, 0, -3 * 3600), events, strict=True):
@@ -116,35 +116,35 @@ async def test_an_interrupted_run_is_run_again(sandbox: Sandbox, command: Comman
             api.troubles += [error(500, headers=AT_ONCE)] * 6
 
     api.on_page = fail
-    first = told(await command("reconcile", "--since", "2d", "--json"), 3)
+    first = printed(await command("reconcile", "--since", "2d", "--json"), 3)
     assert 0 < first["recorded"] < 12
     assert (first["recorded"], first["missing"], first["complete"]) == (first["found"], 0, False)
 
     api.on_page = lambda number: api.troubles.append(FROZEN) if number == 6 else None
     async with command.running("reconcile", "--since", "2d") as running:
-        await eventually(lambda: _asked_in_vain(api))
+        await eventually(lambda: _request_hangs(api))
         running.interrupt()
         run = await running.wait_for_exit()
     assert run.code != 0
     run.shows("The run is incomplete: repeat it, no event is recorded twice.")
 
     api.on_page = None
-    last = told(await command("reconcile", "--since", "2d", "--json"))
+    last = printed(await command("reconcile", "--since", "2d", "--json"))
     assert (last["found"], last["complete"]) == (12, True)
     assert last["already_here"] > first["recorded"]
     for event in events:
         assert (await sandbox.settled(event)).counts == (1, 0, 0)
 
 
-async def _asked_in_vain(api: StripeApi) -> bool:
+async def _request_hangs(api: StripeApi) -> bool:
     return api.pages >= 6 and not api.troubles
 
 
 async def test_what_stripe_says(command: Command, api: StripeApi) -> None:
-    """A rate limit that ends is waited for; one that does not, and a bad key: a sentence and a code each."""
+    """A rate limit that ends is waited for; one that does not end, and a bad key, end with a sentence and a code."""
     add(api, sample())
     api.troubles += [error(429, headers=AT_ONCE)] * 5
-    assert told(await command("reconcile", "--since", "15m", "--json", "--dry-run"))["missing"] == 1
+    assert printed(await command("reconcile", "--since", "15m", "--json", "--dry-run"))["missing"] == 1
     api.troubles += [error(429, headers=AT_ONCE)] * 6
     run = await command("reconcile", "--since", "15m")
     assert run.code == 3, run.output
@@ -156,12 +156,12 @@ async def test_what_stripe_says(command: Command, api: StripeApi) -> None:
 
 
 async def test_an_event_that_is_none_is_named(sandbox: Sandbox, command: Command, api: StripeApi) -> None:
-    """It is not recorded, its id and the reason are told, the exit code is 1; the others are recorded."""
+    """An invalid event is not recorded, its id and the reason are printed, exit code 1; the others are recorded."""
     good, broken = sample(), Sample("evt_broken", event_body(id="evt_broken", type="invoice.paid", livemode="no"))
     for event in (good, broken):
         add(api, event)
     run = await command("reconcile", "--since", "1h", "--json")
-    content = told(run, 1)
+    content = printed(run, 1)
     run.shows(
         "evt_broken was not recorded, because its delivery would be rejected too", '"livemode" must be true or false'
     )
@@ -172,7 +172,7 @@ async def test_an_event_that_is_none_is_named(sandbox: Sandbox, command: Command
 
 
 async def test_nothing_says_the_key_or_a_payload(command: Command, api: StripeApi) -> None:
-    """With every log there is turned on, whatever Stripe answers: refused, failing, broken, or good."""
+    """With all logs enabled, whatever Stripe answers (refused, failing, broken, good), neither is printed."""
     loud = {"STRIPE_API_KEY": API_KEY, "FIRSTCLAIM_LOG_LEVEL": "debug"}
     good = sample()
     secret = event_body("invoice.paid", good.id, data={"object": {"metadata": metadata()}}, account=STORY)

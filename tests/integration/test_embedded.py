@@ -1,4 +1,4 @@
-"""The embedded servers for real: what they survive, whom they let in, and what the operator is told."""
+"""The embedded servers: what they survive, who can reach them, and what the operator is told."""
 
 import asyncio
 import importlib.util
@@ -143,7 +143,7 @@ def processes(mark: object) -> list[int]:
 
 
 def commit(filled: Settings) -> str:
-    """Something to survive: returns the name of a new table with a 42 in it."""
+    """Commit a new table with a 42 in it, and return its name."""
     table = f"kept_{secrets.token_hex(4)}"
     sql(filled, f"CREATE TABLE {table} AS SELECT 42 AS answer")
     return table
@@ -175,7 +175,7 @@ def test_servers_stop_when_the_block_is_interrupted(used: Settings) -> None:
 
 
 def test_data_and_secret_survive_a_restart(fresh: Settings) -> None:
-    """A next start finds what was committed, and the signing secret, which only its owner can read."""
+    """The next start finds what was committed, and the signing secret, which only its owner can read."""
     with servers(fresh) as filled:
         (secret,) = filled.stripe_webhook_secrets
         table = commit(filled)
@@ -188,7 +188,7 @@ def test_data_and_secret_survive_a_restart(fresh: Settings) -> None:
 
 
 def test_a_secret_is_generated_only_where_none_is_set(used: Settings) -> None:
-    """A signing secret that is set is the only one: none is generated beside it."""
+    """A signing secret that is set is the only one: none is generated."""
     (used.data_dir / "signing_secret").unlink(missing_ok=True)
     given = used.model_copy(update={"stripe_webhook_secrets": (SecretStr("whsec_given"),)})
     with servers(given) as filled:
@@ -207,7 +207,7 @@ def test_a_dropped_database_is_made_again(used: Settings) -> None:
 
 
 def test_a_second_service_is_refused(used: Settings) -> None:
-    """Two services on one data folder: the second is told which folder, whose process, and both ways out."""
+    """A second service on a data folder is refused; the error names the folder, the process and both solutions."""
     with servers(used):
         with pytest.raises(OperatorError) as refusal, servers(used):
             pytest.fail("two owners of one data folder")
@@ -216,7 +216,7 @@ def test_a_second_service_is_refused(used: Settings) -> None:
 
 
 def test_sharing_waits_for_a_service_that_is_starting_and_stops_nothing(used: Settings) -> None:
-    """A one-shot command uses the servers of a service, even one still starting, and leaves them running."""
+    """A one-shot command uses a service's servers, even if the service is still starting, and leaves them running."""
     with owner(used.data_dir) as service:
         for _ in range(2):
             with servers(used, share=True) as shared:
@@ -234,7 +234,7 @@ def test_sharing_with_nobody_starts_the_servers(used: Settings) -> None:
 
 
 def test_a_running_service_s_database_is_found_and_nothing_is_started(used: Settings, fresh: Settings) -> None:
-    """Its address while it runs, also beside a shared use; none before, after, or once it was killed."""
+    """The address is found while the service runs, also beside a shared use; not before, after, or after a kill."""
     assert running_database(fresh) is None
     assert not fresh.data_dir.exists()
     with servers(used) as ready:
@@ -246,7 +246,7 @@ def test_a_running_service_s_database_is_found_and_nothing_is_started(used: Sett
 
 
 def test_sharing_names_the_store_that_the_service_does_not_run(used: Settings) -> None:
-    """A service that was given its REDIS_URL has no Valkey to share, and the command is told to set it too."""
+    """A service with REDIS_URL set has no Valkey to share, and the error tells the operator to set it here too."""
     given = used.model_copy(update={"redis_url": SecretStr("redis://elsewhere")})
     with servers(given), pytest.raises(OperatorError, match="which has REDIS_URL set"), servers(used, share=True):
         pytest.fail("shared a Valkey that nobody runs")
@@ -268,7 +268,7 @@ def test_recovers_when_everything_was_killed(used: Settings) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent died")
 def test_servers_follow_a_killed_service(used: Settings) -> None:
-    """After kill -9 of the service alone, its servers stop by themselves, and cleanly."""
+    """After kill -9 of the service alone, its servers stop by themselves, with a clean shutdown."""
     with owner(used.data_dir) as service:
         with servers(used, share=True) as shared:
             mark = sql(shared, "SHOW cluster_name")
@@ -279,7 +279,7 @@ def test_servers_follow_a_killed_service(used: Settings) -> None:
 
 @pytest.mark.parametrize("argument", ["with-pdeathsig", "without-pdeathsig"])
 def test_starts_while_the_servers_of_a_killed_service_run(used: Settings, argument: str) -> None:
-    """A start right after a kill -9 of the service stops what is left of its servers and loses nothing."""
+    """A start right after a kill -9 of the service stops the servers that are left, and loses nothing."""
     with owner(used.data_dir, argument) as service:
         with servers(used, share=True) as shared:
             table, mark = commit(shared), sql(shared, "SHOW cluster_name")
@@ -293,7 +293,7 @@ def test_starts_while_the_servers_of_a_killed_service_run(used: Settings, argume
 
 
 def test_a_recycled_pid_is_not_believed(used: Settings) -> None:
-    """Pid files that name a living stranger neither block a start nor cost the stranger its life."""
+    """Pid files with the pid of an unrelated process neither block a start nor end that process."""
     with servers(used) as filled:
         sockets = socket_folder(filled)
     cluster = used.data_dir / "postgres"
@@ -313,7 +313,7 @@ def test_a_recycled_pid_is_not_believed(used: Settings) -> None:
 
 
 def test_a_kill_during_initdb_leaves_no_half_cluster(fresh: Settings) -> None:
-    """A service killed while it makes the cluster is started again as if it had never been."""
+    """A service that was killed during initdb starts again as on an empty folder."""
     with owner(fresh.data_dir) as service:
         until(lambda: list(fresh.data_dir.glob(".initdb-*/base/*")))
         service.kill()
@@ -323,7 +323,7 @@ def test_a_kill_during_initdb_leaves_no_half_cluster(fresh: Settings) -> None:
 
 
 def test_a_deep_data_folder_works(folder: Path) -> None:
-    """Sockets of a folder too deep for the kernel go to a private temporary one, unless that is a trap."""
+    """Sockets of a folder with a long path are in a private temporary one; another user's folder is refused."""
     settings = Settings(data_dir=folder / ("deep" * 20) / ("deeper, " * 10))
     with servers(settings) as filled:
         assert both_answer(filled)
@@ -341,13 +341,13 @@ def test_a_deep_data_folder_works(folder: Path) -> None:
 
 
 def test_strange_characters_in_the_path_survive_both_addresses(folder: Path) -> None:
-    """A data folder with a space, a percent sign, an ampersand and an umlaut reaches both drivers whole."""
+    """A data folder with a space, a percent sign, an ampersand and an umlaut reaches both drivers unchanged."""
     with servers(Settings(data_dir=folder / "a %41&b=ü?#")) as filled:
         assert both_answer(filled)
 
 
 def test_a_missing_extra_names_both_ways_out(fresh: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With neither addresses nor wheels there is one fault per store, each with both ways out."""
+    """With neither addresses nor wheels there is one fault for each store, each with both solutions."""
     for wheel in WHEELS:
         monkeypatch.setitem(sys.modules, wheel, None)
     with pytest.raises(ConfigurationError) as refusal, servers(fresh):
@@ -358,7 +358,7 @@ def test_a_missing_extra_names_both_ways_out(fresh: Settings, monkeypatch: pytes
 
 
 def test_nothing_happens_when_both_addresses_are_set(fresh: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With both addresses no wheel is looked for and the disk is not touched."""
+    """With both addresses no wheel is searched and the disk is not touched."""
     for wheel in WHEELS:
         monkeypatch.setitem(sys.modules, wheel, None)
     addresses = {"database_url": SecretStr("postgresql://a/b"), "redis_url": SecretStr("redis://c")}
@@ -379,7 +379,7 @@ def test_only_the_missing_server_is_started(fresh: Settings) -> None:
 
 
 def test_a_failed_start_shows_the_end_of_the_log_and_leaves_nothing(used: Settings) -> None:
-    """A server that ends instead of starting is an error at once, with its own words; the other one stops."""
+    """A server that exits instead of starting is an error at once, with the end of its log; the other one stops."""
     with servers(used) as filled:
         mark = sql(filled, "SHOW cluster_name")
     configuration = used.data_dir / "postgres" / "postgresql.conf"
@@ -392,7 +392,7 @@ def test_a_failed_start_shows_the_end_of_the_log_and_leaves_nothing(used: Settin
 
 
 def test_a_cluster_of_another_major_version_is_refused(fresh: Settings) -> None:
-    """A cluster that this Postgres cannot read is named with its version, and left as it is."""
+    """A cluster of another major version is refused with that version, and left as it is."""
     cluster = fresh.data_dir / "postgres"
     cluster.mkdir(parents=True)
     (cluster / "PG_VERSION").write_text("17\n")
@@ -402,7 +402,7 @@ def test_a_cluster_of_another_major_version_is_refused(fresh: Settings) -> None:
 
 
 def test_a_folder_that_cannot_be_used_is_an_operators_error(folder: Path) -> None:
-    """A data folder that cannot be made is named, with what the system said and the way out."""
+    """A data folder that cannot be created is named, with the system error and the setting to change."""
     (folder / "file").touch()
     with pytest.raises(OperatorError, match=r"file/data: Not a directory .*FIRSTCLAIM_DATA_DIR"):
         servers(Settings(data_dir=folder / "file" / "data")).__enter__()
@@ -421,7 +421,7 @@ def test_root_runs_nothing_and_opens_no_more_than_it_must(used: Settings) -> Non
 
 @pytest.mark.skipif(not AS_ROOT, reason="the other tests run without root already")
 def test_works_without_root(folder: Path) -> None:
-    """An ordinary user runs servers of its own, on a folder that nobody else can look into."""
+    """An ordinary user runs the servers on a folder that no other user can read."""
     try:
         subprocess.run([sys.executable, "-c", "import asyncpg"], user="nobody", cwd="/", check=True)
     except (PermissionError, subprocess.CalledProcessError):

@@ -24,10 +24,10 @@ def test_events_are_sent_as_often_as_they_should_be(kind: Kind, times: int) -> N
     """A receiver sees each event once, or 20 times, but for what the end cut off; the count is the one reported."""
     with receiving(lambda _: PROCESSED) as receiver:
         rate = Driver(receiver.url, SECRET, seconds=1, connections=COPIES).run(kind)
-    seen = Counter(event_id for event_id, _ in receiver.told)
+    seen = Counter(event_id for event_id, _ in receiver.answers)
     assert max(seen.values()) == times
     assert sum(number < times for number in seen.values()) <= COPIES
-    assert 0 < rate.deliveries <= len(receiver.told) <= rate.deliveries + COPIES
+    assert 0 < rate.deliveries <= len(receiver.answers) <= rate.deliveries + COPIES
 
 
 def test_the_rate_of_an_error_page_is_no_rate() -> None:

@@ -1,4 +1,4 @@
-"""The arithmetic of `firstclaim load`: what is sent, how answers are counted, and what the verdict makes of it."""
+"""The logic of `firstclaim load`: what is sent, how answers are counted, and how the verdict is reached."""
 
 import importlib.util
 import io
@@ -43,7 +43,7 @@ SENT, ACKNOWLEDGED = Observed.SENT, Observed.SENT | Observed.ACKNOWLEDGED
 
 
 def plan(**changes: Any) -> Plan:
-    asked: dict[str, Any] = {
+    parameters: dict[str, Any] = {
         "url": "http://127.0.0.1:8000/webhooks/stripe",
         "secret": "whsec_test",
         "types": tuple(shipped_types()),
@@ -55,7 +55,7 @@ def plan(**changes: Any) -> Plan:
         "copies": 5,
         "seed": 1,
     }
-    return Plan(**(asked | changes))
+    return Plan(**(parameters | changes))
 
 
 def turns(count: int = TURNS, **changes: Any) -> list[Turn]:
@@ -67,14 +67,14 @@ def turns(count: int = TURNS, **changes: Any) -> list[Turn]:
 
 
 def test_the_seed_alone_decides_the_sequence() -> None:
-    """Two plans with one seed yield the same turns, another seed yields others."""
+    """Two plans with one seed give the same turns; another seed gives others."""
     assert turns() == turns()
     assert turns() != turns(seed=2)
 
 
 @pytest.mark.parametrize(("duplicates", "concurrent"), [(0, 0), (20, 50), (100, 100)])
 def test_the_percentages_are_kept(duplicates: float, concurrent: float) -> None:
-    """So many of the events come twice, so many come as copies; every type comes about as often."""
+    """The shares of events sent twice and sent as copies are those of the plan; every type is equally frequent."""
     sent = turns(duplicates_percent=duplicates, concurrent_percent=concurrent)
     times = Counter(turn.number for turn in sent)
     events = list({turn.number: turn for turn in reversed(sent)}.values())  # each event's first turn
@@ -88,7 +88,7 @@ def test_the_percentages_are_kept(duplicates: float, concurrent: float) -> None:
 
 
 def test_a_repetition_comes_later_and_alone() -> None:
-    """The second time is a single delivery of the same event, 1 to 1000 turns after its first; near and far occur."""
+    """The repetition is a single delivery of the same event, 1 to 1000 turns later; short and long distances occur."""
     first: dict[int, int] = {}
     apart = []
     for at, turn in enumerate(turns(duplicates_percent=100)):
@@ -117,7 +117,7 @@ def test_every_event_is_one_and_about_other_objects() -> None:
 
 
 def test_a_repetition_is_the_same_bytes_and_another_run_is_not() -> None:
-    """What is sent again is what was sent; a second run with the same seed shares no id with the first."""
+    """A repetition is the same bytes; a second run with the same seed shares no id with the first."""
     one, other = plan(), plan()
     bodies = Bodies(one)
     assert bodies.of(Turn(7, "invoice.paid", 5)) == bodies.of(Turn(7, "invoice.paid"))
@@ -126,7 +126,7 @@ def test_a_repetition_is_the_same_bytes_and_another_run_is_not() -> None:
 
 
 def test_a_fixed_rate_does_not_ask_how_it_goes() -> None:
-    """Turns are due at the rate, a turn of several copies takes the time of all, and being late moves nothing."""
+    """Turns are due at the rate, a turn of several copies takes the time of all, and a delay moves no later turn."""
     pace = Pace(10)
     assert [pace.due(copies, now) for copies, now in ((1, 0), (5, 0), (1, 99), (1, 0))] == pytest.approx(
         [0, 0.1, 0.6, 0.7]
@@ -135,7 +135,7 @@ def test_a_fixed_rate_does_not_ask_how_it_goes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "says"),
+    ("changes", "words"),
     [
         ({"url": "localhost"}, "--url"),
         ({"url": "http://user:hunter2@localhost/"}, "--url"),
@@ -146,11 +146,11 @@ def test_a_fixed_rate_does_not_ask_how_it_goes() -> None:
         ({"html": "/no/such/folder/report.html"}, "--html"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_is_sent(changes: dict[str, Any], says: str) -> None:
-    """A plan that cannot work is refused with the argument's name (exit code 2), and without a password."""
+def test_an_impossible_plan_is_refused_before_anything_is_sent(changes: dict[str, Any], words: str) -> None:
+    """A plan that cannot work is refused with the name of the option (exit code 2), and without a password."""
     with pytest.raises(ConfigurationError) as refused:
         runner.run(plan(**changes), None, 0, Console(file=io.StringIO()))
-    assert says in str(refused.value)
+    assert words in str(refused.value)
     assert "hunter2" not in str(refused.value)
 
 
@@ -160,7 +160,7 @@ def test_many_users_are_possible_without_copies() -> None:
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without locust: exit code 2 and the words to type."""
+    """Without locust: exit code 2 and the command to run."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigurationError, match=r"pip install 'firstclaim\[load\]'") as refused:
         runner.run(plan(), None, 0, Console(file=io.StringIO()))
@@ -181,7 +181,7 @@ OUTCOMES: dict[AnswerKind, Outcome] = {
 
 
 def test_every_outcome_of_the_service_has_its_kind() -> None:
-    """What the service's own table makes of each outcome is counted under that outcome, and no two under one."""
+    """Each outcome that the service can answer with is counted as that outcome, and no two as one."""
     assert {each.kind for each in OUTCOMES.values()} == set(Kind)
     for kind, outcome in OUTCOMES.items():
         response = answer("evt_1", outcome)
@@ -192,18 +192,18 @@ def test_every_outcome_of_the_service_has_its_kind() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"[]", b"null", b'{"action": 1}', b'{"action": "moved"}', b"\xff"])
 def test_what_is_not_ours_is_counted_apart(content: bytes) -> None:
-    """An answer of something else, whatever its status, is neither processed nor ignored."""
+    """The answer of any other server, whatever its status, is neither processed nor ignored."""
     assert kind_of(200, content) is AnswerKind.OTHER
     assert kind_of(502, content) is AnswerKind.OTHER
 
 
 def test_no_answer_is_no_answer() -> None:
-    """Status 0, which stands for a refused, reset or timed out connection, has a kind of its own."""
+    """Status 0, which stands for a refused, reset or timed out connection, is a kind of its own."""
     assert kind_of(0, b"") is AnswerKind.NO_ANSWER
 
 
-def test_the_journal_remembers_the_best_that_an_event_was_told() -> None:
-    """A 2xx among several answers is one; processed twice is noticed; what was never sent is not there."""
+def test_the_journal_keeps_what_the_answers_show() -> None:
+    """One 2xx among several answers is enough; a second `processed` is detected; an unsent event has no entry."""
     journal = Journal()
     for number in (0, 2, 3, 4):
         journal.sent(number)
@@ -248,7 +248,7 @@ def found(status: Status | None, effects: int, action: str | None = ACTION) -> E
     ],
 )
 def test_the_fate_of_an_event(noted: Observed, in_database: EventRecord | None, fate: Fate) -> None:
-    """Lost is what was promised and is not there; doubled has two effects; what was never accepted is neither."""
+    """Lost: accepted or completed, and missing. Doubled: two effects. An event that was never accepted is neither."""
     assert fate_of(noted, in_database) is fate
 
 
@@ -271,7 +271,7 @@ def test_every_event_that_was_sent_has_one_fate() -> None:
     }
 
 
-# -- what is said -------------------------------------------------------------------------------------
+# -- what is printed -------------------------------------------------------------------------------------
 
 
 def result(journal: bytes = bytes([ACKNOWLEDGED, ACKNOWLEDGED]), **changes: Any) -> Result:
@@ -287,7 +287,7 @@ def result(journal: bytes = bytes([ACKNOWLEDGED, ACKNOWLEDGED]), **changes: Any)
     return Result(**(seen | changes))
 
 
-def said(this: Plan, seen: Result, fates: dict[Fate, list[str]] | None) -> tuple[int, str]:
+def printed(this: Plan, seen: Result, fates: dict[Fate, list[str]] | None) -> tuple[int, str]:
     out = io.StringIO()
     code = report_verdict(this, seen, fates, Console(file=out, width=120))
     return code, out.getvalue()
@@ -304,8 +304,8 @@ def row(text: str, name: str) -> str:
 
 
 def test_all_once_is_0() -> None:
-    """Every event's effect once: exit code 0, and both words that matter with a 0 beside them."""
-    code, text = said(plan(), result(), with_fates(once=["evt_a", "evt_b"]))
+    """Every event has its effect once: exit code 0, and lost and doubled are 0."""
+    code, text = printed(plan(), result(), with_fates(once=["evt_a", "evt_b"]))
     assert code == 0
     assert "No event was lost, and none was doubled." in text
     assert [row(text, name) for name in ("sent", "effects once", "lost", "doubled")] == ["2", "2", "0", "0"]
@@ -313,8 +313,8 @@ def test_all_once_is_0() -> None:
 
 @pytest.mark.parametrize("fate", BROKEN)
 def test_what_must_not_be_is_1_and_named(fate: Fate) -> None:
-    """One event lost, doubled, half done or not settled: exit code 1 and its id."""
-    code, text = said(plan(), result(), with_fates(once=["evt_a"]) | {fate: ["evt_b"]})
+    """One event that is lost, doubled, without its mark or not settled: exit code 1, and its id is printed."""
+    code, text = printed(plan(), result(), with_fates(once=["evt_a"]) | {fate: ["evt_b"]})
     assert code == 1
     assert f"{fate}: evt_b" in text
     assert f"The guarantee was broken: 1 {fate}." in text
@@ -322,8 +322,8 @@ def test_what_must_not_be_is_1_and_named(fate: Fate) -> None:
 
 
 def test_many_ids_are_cut_short_and_counted() -> None:
-    """Of a thousand lost events the first are named, and the number of the others."""
-    _, text = said(plan(), result(), with_fates(lost=[f"evt_{number:04}" for number in range(1000)]))
+    """Of a thousand lost events the first twenty are listed, and the number of the others."""
+    _, text = printed(plan(), result(), with_fates(lost=[f"evt_{number:04}" for number in range(1000)]))
     assert "lost: evt_0019" in text
     assert "evt_0020" not in text
     assert "lost: and 980 more" in text
@@ -331,20 +331,20 @@ def test_many_ids_are_cut_short_and_counted() -> None:
 
 
 def test_without_a_database_lost_and_doubled_are_unknown() -> None:
-    """Nobody to ask: unknown, never 0; what the service itself said is enough to show a doubled event."""
-    code, text = said(plan(), result(), None)
+    """Without a database lost and doubled are unknown, never 0; the answers alone can show a doubled event."""
+    code, text = printed(plan(), result(), None)
     assert code == 0
     assert [row(text, name) for name in ("effects once", "lost", "doubled")] == ["unknown"] * 3
     assert "unknown: there is no database" in text
     this = plan()
-    code, text = said(this, result(bytes([ACKNOWLEDGED | Observed.PROCESSED | Observed.PROCESSED_AGAIN])), None)
+    code, text = printed(this, result(bytes([ACKNOWLEDGED | Observed.PROCESSED | Observed.PROCESSED_AGAIN])), None)
     assert code == 1
     assert f"doubled: {this.event_id(0)}" in text
 
 
 def test_without_the_probe_nothing_is_known() -> None:
-    """All events completed by other handlers: no 0 is claimed to be a finding, and the setting is named."""
-    code, text = said(plan(), result(), with_fates(elsewhere=["evt_a", "evt_b"]))
+    """All events completed by other handlers: the sentence words that nothing is known, and names the setting."""
+    code, text = printed(plan(), result(), with_fates(elsewhere=["evt_a", "evt_b"]))
     assert code == 0
     assert "unknown" in text
     assert "FIRSTCLAIM_HANDLERS=firstclaim.handlers.load_probe" in text
@@ -353,13 +353,13 @@ def test_without_the_probe_nothing_is_known() -> None:
 def test_nothing_accepted_is_1() -> None:
     """No delivery got a 2xx: exit code 1, with a database and without one."""
     for fates in (None, with_fates(refused=["evt_a"])):
-        code, text = said(plan(), result(bytes([SENT])), fates)
+        code, text = printed(plan(), result(bytes([SENT])), fates)
         assert code == 1
         assert "No event was accepted" in text
 
 
 def test_the_report_has_throughput_latency_and_causes() -> None:
-    """Deliveries, rate and quantiles by answer; the rate asked for; why there was no answer, as plain text."""
+    """Deliveries, rate and quantiles by answer; the requested rate; the causes of missing answers, as plain text."""
     out = io.StringIO()
     seen = result(errors={"[bold]reset[/]": 7})
     report(plan(deliveries_per_second=800), seen, Console(file=out, width=120))
@@ -372,28 +372,28 @@ def test_the_report_has_throughput_latency_and_causes() -> None:
 
 
 def test_a_generator_that_was_the_limit_says_so() -> None:
-    """Figures of a generator that used up its core are those of the generator, and it says that."""
+    """If the generator used up its core, the report words that it was the limit."""
     out = io.StringIO()
     report(plan(), result(cpu_seconds=2.9), Console(file=out, width=120))
     assert "97% of a core: it was the limit" in out.getvalue()
 
 
 def test_the_live_line_shows_the_rate_since_the_last() -> None:
-    """Seconds, deliveries per second since the line before, and all so far by answer."""
+    """Seconds, deliveries per second since the last update, and all deliveries by kind of answer."""
     now = Progress(12.5, {AnswerKind.NO_ANSWER: 1, AnswerKind.PROCESSED: 1_200})
     assert now.deliveries == 1201
     assert live_line(now, 12.0, 1_001) == "12 s, 400/s, processed 1,200, no answer 1"
 
 
 def test_the_report_file_is_checked_before_the_load(tmp_path: Path) -> None:
-    """A file that can be written is no fault, whether it is there or not; a folder is one."""
+    """A file that can be written is no fault, whether it exists or not; a folder is one."""
     assert list(runner._html_faults(str(tmp_path / "report.html"))) == []
     assert list(runner._html_faults(None)) == []
     assert list(runner._html_faults(str(tmp_path)))
 
 
 def test_bodies_are_json_whatever_the_number() -> None:
-    """Numbers beyond the usual digits still make a valid event with a unique id."""
+    """Numbers with more than the usual digits still give a valid event with a unique id."""
     this = plan()
     body = Bodies(this).of(Turn(123_456_789, "invoice.paid"))
     assert orjson.loads(body)["id"] == this.event_id(123_456_789)

@@ -1,4 +1,4 @@
-"""The engine of `firstclaim send`: templates that Stripe's own library accepts, and an honest verdict."""
+"""The parts of `firstclaim send`: templates that stripe-python accepts, the client, and the report."""
 
 import asyncio
 import io
@@ -56,7 +56,7 @@ def ids(body: bytes) -> set[bytes]:
     return set(ID.findall(body))
 
 
-def said(answers: list[Answer]) -> str:
+def printed(answers: list[Answer]) -> str:
     out = io.StringIO()
     report(answers, Console(file=out, width=100))
     return out.getvalue()
@@ -102,7 +102,7 @@ def test_the_promised_types_are_shipped() -> None:
 
 @pytest.mark.parametrize("event_type", shipped_types())
 def test_every_template_is_an_event_of_its_type(event_type: str) -> None:
-    """Our own parser accepts each template, finds its type, and finds what it is about."""
+    """Our own parser accepts each template, and finds its type and the id of its object."""
     event = parse_event(build_event(event_type))
     assert event.type == event_type
     assert event.livemode is False
@@ -139,7 +139,7 @@ def test_no_template_holds_a_field_that_stripe_has_not(event_type: str) -> None:
     ("head", "mark"), [("evt_1", b"\xff" * 4), ("evt_1", b"\xff" * 12), ("evt_a1b2c3", b"\xff" * 8)]
 )
 def test_what_takes_the_place_of_a_mark_makes_another_event(event_type: str, head: str, mark: bytes) -> None:
-    """The event's id is head and mark, however short; two fillings share no id at all, and both are events."""
+    """The event's id is head and mark, however short. Two replacements share no id at all, and both are events."""
     marked = marked_event(event_type, head, mark)
     bodies = [marked.replace(mark, digit * len(mark)) for digit in (b"0", b"1")]
     events = [parse_event(body) for body in bodies]
@@ -148,7 +148,7 @@ def test_what_takes_the_place_of_a_mark_makes_another_event(event_type: str, hea
 
 
 def test_an_update_names_what_changed() -> None:
-    """`previous_attributes` differs from the object it belongs to, in the very field that it names."""
+    """`previous_attributes` differs from the object that it belongs to, in the field that it names."""
     data = orjson.loads(build_event("customer.subscription.updated"))["data"]
     before, after = (each["items"]["data"][0] for each in (data["previous_attributes"], data["object"]))
     assert before["price"]["unit_amount"] < after["price"]["unit_amount"]
@@ -158,7 +158,7 @@ def test_an_update_names_what_changed() -> None:
 
 @pytest.mark.parametrize("event_type", shipped_types())
 def test_every_id_is_fresh(event_type: str) -> None:
-    """Two events of one type share no id: neither the event's, nor the object's, nor any within."""
+    """Two events of one type share no id: not that of the event, not that of the object, and none inside."""
     first, second = build_event(event_type), build_event(event_type)
     assert ids(first)
     assert ids(first).isdisjoint(ids(second))
@@ -166,7 +166,7 @@ def test_every_id_is_fresh(event_type: str) -> None:
 
 
 def test_references_within_an_event_stay_consistent() -> None:
-    """An id that recurs, alone or inside a URL, is renewed alike everywhere."""
+    """An id that recurs, alone or inside a URL, is replaced by the same new id everywhere."""
     invoice = orjson.loads(build_event("invoice.payment_failed"))["data"]["object"]
     line = invoice["lines"]["data"][0]
     assert line["invoice"] == invoice["id"]
@@ -178,7 +178,7 @@ def test_references_within_an_event_stay_consistent() -> None:
 
 @pytest.mark.parametrize("event_type", shipped_types())
 def test_only_ids_and_instants_are_renewed(event_type: str) -> None:
-    """Amounts, types and every other word stay as the template has them."""
+    """Amounts, types and all other text stay as they are in the template."""
     instants = rb'\b[12]\d{9}\b|(?<="created": )"20[^"]+"'
     template = (Path(firstclaim.__file__).parent / "sending" / "templates" / f"{event_type}.json").read_bytes()
     built = (ID.sub(b"*", re.sub(instants, b"*", body)) for body in (build_event(event_type) + b"\n", template))
@@ -187,7 +187,7 @@ def test_only_ids_and_instants_are_renewed(event_type: str) -> None:
 
 @pytest.mark.parametrize("event_type", shipped_types())
 def test_an_event_is_created_now(event_type: str) -> None:
-    """A template's own date never shows: the event is as old as the call."""
+    """A template's own date is never sent: the event is created at the time of the call."""
     before = datetime.now(UTC).replace(microsecond=0)
     assert before <= parse_event(build_event(event_type)).created <= datetime.now(UTC)
 
@@ -199,7 +199,7 @@ def test_the_other_instants_move_along() -> None:
 
 
 def test_a_given_id_is_used() -> None:
-    """`--id` names the event, and only the event."""
+    """`--id` sets the id of the event, and no other id."""
     body = build_event("invoice.paid", "evt_mine")
     assert parse_event(body).id == "evt_mine"
     assert parse_event(body).object_id != parse_event(build_event("invoice.paid")).object_id
@@ -207,37 +207,37 @@ def test_a_given_id_is_used() -> None:
 
 @pytest.mark.parametrize("event_id", ["", "evt_\N{EURO SIGN}", "evt_\n", "\ud800"])
 def test_an_id_that_cannot_be_sent_is_refused(event_id: str) -> None:
-    """An id that would break the body is a sentence, not a traceback."""
+    """An id that would break the body is refused with a sentence, not a traceback."""
     with pytest.raises(ValueError, match="--id: expected printable ASCII"):
         build_event("invoice.paid", event_id)
 
 
 @pytest.mark.parametrize(
-    ("asked", "near"),
+    ("event_type", "near"),
     [
         ("invoice.payment_faild", "invoice.payment_failed"),
         ("customer.subscription.update", "customer.subscription.updated"),
     ],
 )
-def test_an_unknown_type_names_the_closest(asked: str, near: str) -> None:
-    """A misspelt type is answered with the likely one, the shipped ones and the way out."""
+def test_an_unknown_type_names_the_closest(event_type: str, near: str) -> None:
+    """The error for a misspelt type names the most similar type, all shipped types, and `--file`."""
     with pytest.raises(ValueError, match=f"did you mean {re.escape(near)}\\?") as refused:
-        build_event(asked)
+        build_event(event_type)
     assert all(each in str(refused.value) for each in [*shipped_types(), "--file"])
 
 
-@pytest.mark.parametrize("asked", ["zzz", "", "../handlers/invoices", "invoice.paid.json"])
-def test_a_strange_type_reaches_no_file(asked: str) -> None:
-    """Only a shipped type's name is ever made a path."""
+@pytest.mark.parametrize("event_type", ["zzz", "", "../handlers/invoices", "invoice.paid.json"])
+def test_a_strange_type_reaches_no_file(event_type: str) -> None:
+    """Only the name of a shipped type becomes a path."""
     with pytest.raises(ValueError, match="no template for"):
-        build_event(asked)
+        build_event(event_type)
 
 
 # -- --file -------------------------------------------------------------------------------------------
 
 
 def test_a_file_is_sent_byte_for_byte(tmp_path: Path) -> None:
-    """Without `--id` not a byte of the file changes: spacing, order and duplicates are part of the case."""
+    """Without `--id` no byte of the file changes: spacing, order and duplicate keys are part of the test case."""
     body = b'{ "object":"event",\r\n "id" : "evt_1", "id": "evt_2", "n": 1.50 }\n'
     (tmp_path / "event.json").write_bytes(body)
     assert read_event(tmp_path / "event.json") == body
@@ -262,7 +262,7 @@ def test_a_file_can_be_given_another_id(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_file_is_a_sentence(tmp_path: Path, content: bytes | None, sentence: str) -> None:
-    """Missing, unreadable, not JSON or not an object: each is said, with the file's name."""
+    """Missing, unreadable, not JSON or not an object: each error is a sentence with the file's name."""
     path = tmp_path / "event.json"
     if content is not None:
         path.write_bytes(content)
@@ -271,7 +271,7 @@ def test_a_bad_file_is_a_sentence(tmp_path: Path, content: bytes | None, sentenc
 
 
 def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
-    """A path that cannot be read is said like a missing one."""
+    """A path that cannot be read is reported like a missing one."""
     with pytest.raises(ValueError, match="Is a directory"):
         read_event(tmp_path)
 
@@ -280,20 +280,20 @@ def test_a_folder_is_not_a_file(tmp_path: Path) -> None:
 
 
 def test_the_signature_is_stripes() -> None:
-    """Ours and stripe-python's are the same header for the same text."""
+    """Our header and stripe-python's are the same for the same text."""
     body = build_event("invoice.paid")
     theirs = stripe.WebhookSignature.generate_signature_header(body.decode(), SECRET, 1_793_610_041)
     assert sign(body, SECRET, 1_793_610_041) == theirs
 
 
 def test_bytes_that_are_no_text_are_signed() -> None:
-    """A body that is not UTF-8 is signed over its bytes: the receiver must be shown such a body too."""
+    """A body that is not UTF-8 is signed over its bytes, because a receiver must be tested with such a body too."""
     assert re.fullmatch(r"t=7,v1=[0-9a-f]{64}", sign(b"\xff", SECRET, 7))
     assert sign(b"\xff", SECRET, 7) != sign(b"\xfe", SECRET, 7)
 
 
 def test_the_suites_own_headers_verify() -> None:
-    """`signed` is what Stripe sends: its timestamp is the one asked for, its secret the one given."""
+    """`signed` gives the headers that Stripe sends, with the given timestamp and secret."""
     body = old_shape_payment_failed(id="evt_1")
     headers = signed(body, "whsec_other")
     assert stripe.WebhookSignature.verify_header(body, headers["Stripe-Signature"], "whsec_other", 300)
@@ -308,7 +308,7 @@ def answering(handle: Callable[[httpx.Request], httpx.Response]) -> httpx.MockTr
 
 
 async def test_every_copy_is_posted_and_answered() -> None:
-    """As many copies as asked arrive, the same bytes, each verifiable; the caller hears of each answer."""
+    """As many copies as requested arrive, with the same bytes and valid signatures; the callback gets each answer."""
     body = build_event("invoice.paid")
     seen: list[bytes] = []
     heard: list[Answer] = []
@@ -326,7 +326,7 @@ async def test_every_copy_is_posted_and_answered() -> None:
 
 
 async def test_copies_are_in_flight_together() -> None:
-    """No copy is answered before all have been sent: a race is only tested by racing."""
+    """No copy is answered before all have been sent: they are in flight at once."""
 
     class Barrier(httpx.AsyncBaseTransport):
         def __init__(self, parties: int) -> None:
@@ -343,7 +343,7 @@ async def test_copies_are_in_flight_together() -> None:
 
 @pytest.mark.parametrize("error", [httpx.ConnectError("refused"), httpx.ReadTimeout("")])
 async def test_a_server_that_is_away_is_an_answer(error: Exception) -> None:
-    """A refused connection or a timeout is counted like an answer, by its name."""
+    """A refused connection or a timeout is counted like an answer, by the name of the error."""
 
     def handle(request: httpx.Request) -> httpx.Response:
         raise error
@@ -358,7 +358,7 @@ async def test_a_server_that_is_away_is_an_answer(error: Exception) -> None:
     "url", ["", "nowhere", "ftp://host/", "http://", "http://[::1", "http://host:x/", "http://host:65536/"]
 )
 async def test_what_is_not_a_url_is_refused(url: str) -> None:
-    """A wrong `--url` is a sentence before anything is sent, and is never resolved."""
+    """An invalid `--url` is refused with a sentence before anything is sent, and is never resolved."""
     with pytest.raises(ValueError, match=r"^--url: "):
         await send(url, b"{}", SECRET, 1, lambda _: None)
 
@@ -368,7 +368,7 @@ async def test_what_is_not_a_url_is_refused(url: str) -> None:
     [b"", b"<html>", b"[]", b"null", b"\xff", b'{"action": 7, "processed": "yes"}', b'{"action": null}'],
 )
 async def test_an_answer_that_is_not_ours_keeps_its_status(content: bytes) -> None:
-    """A proxy's page, or a body of another shape, is a status without an action."""
+    """A proxy's page, or a body of another form, is a status without an action."""
     transport = answering(lambda _: httpx.Response(502, content=content))
     (answer,) = await send(URL, b"{}", SECRET, 1, lambda _: None, transport=transport)
     assert (answer.status, answer.action, answer.processed, answer.error) == (502, None, None, None)
@@ -385,7 +385,7 @@ async def test_an_answer_that_is_not_ours_keeps_its_status(content: bytes) -> No
     ],
 )
 def test_no_proxy_stands_before_this_machine(url: str, trusted: bool) -> None:
-    """A proxy in the environment serves staging, and never intercepts the service beside us."""
+    """A proxy in the environment is used for other hosts, and never for a service on this machine."""
     assert _client(url, httpx.create_ssl_context(), None).trust_env is trusted
 
 
@@ -415,13 +415,13 @@ async def test_a_redirect_is_not_followed() -> None:
     ],
 )
 def test_the_exit_code_is_the_promise(answers: list[Answer], code: int) -> None:
-    """Processed twice, or never accepted, fails the command; processed once, or a duplicate, does not."""
+    """Processed twice, or never accepted: exit code 1. Processed once, or a duplicate: 0."""
     assert exit_code(answers) == code
 
 
 def test_the_report_counts_every_kind_of_answer() -> None:
-    """Status, action and processed are counted together, and the verdict says it in a sentence."""
-    lines = said([DONE, *[DUPLICATE] * 48, REFUSED]).splitlines()
+    """Status, action and processed are counted together, and the verdict is a sentence."""
+    lines = printed([DONE, *[DUPLICATE] * 48, REFUSED]).splitlines()
     cells = [line.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", " ").split() for line in lines]
     assert ["200", "payment_failure_recorded", "yes", "1"] in cells
     assert ["200", "ignored", "no", "48"] in cells
@@ -430,12 +430,12 @@ def test_the_report_counts_every_kind_of_answer() -> None:
 
 
 def test_the_latency_is_of_answered_copies() -> None:
-    """p50 and p99 are latencies that some answered copy had, in milliseconds; an error has none."""
+    """p50 and p99 are latencies of answered copies, in milliseconds; an error has no latency."""
     answers = [Answer(200, "ignored", False, each / 1000, None) for each in range(1, 101)]
-    assert "latency p50 50.0 ms, p99 99.0 ms" in said([*answers, REFUSED])
-    assert "latency p50 2.0 ms, p99 3.0 ms" in said(answers[:3])
-    assert "latency p50 12.0 ms, p99 12.0 ms" in said([DONE])
-    assert "latency" not in said([REFUSED])
+    assert "latency p50 50.0 ms, p99 99.0 ms" in printed([*answers, REFUSED])
+    assert "latency p50 2.0 ms, p99 3.0 ms" in printed(answers[:3])
+    assert "latency p50 12.0 ms, p99 12.0 ms" in printed([DONE])
+    assert "latency" not in printed([REFUSED])
 
 
 @pytest.mark.parametrize(
@@ -453,18 +453,18 @@ def test_the_latency_is_of_answered_copies() -> None:
     ],
 )
 def test_the_verdict_is_one_line(answers: list[Answer], verdict: str) -> None:
-    """The last line says what happened, and why the command fails when it does."""
-    assert said(answers).splitlines()[-1] == verdict
+    """The last line gives the result, and the reason when the command fails."""
+    assert printed(answers).splitlines()[-1] == verdict
 
 
 def test_what_a_server_says_cannot_write_on_the_terminal() -> None:
-    """Markup and escape sequences in an answer are shown, not obeyed."""
-    text = said([Answer(200, "[bold]x[/nope] \x1b[2J", False, 0.1, None)])
+    """Markup and escape sequences in an answer are printed as text."""
+    text = printed([Answer(200, "[bold]x[/nope] \x1b[2J", False, 0.1, None)])
     assert "[bold]x[/nope]" in text
     assert "\x1b" not in text
 
 
 def test_templates_are_pretty_printed_as_stripes_are() -> None:
-    """Stripe signs indented JSON, so a receiver that re-serialises before it verifies fails on ours too."""
+    """Stripe signs indented JSON, so a receiver that re-serialises before it verifies fails with ours too."""
     body = build_event("customer.created")
     assert body == json.dumps(json.loads(body), indent=2, ensure_ascii=False).encode()
