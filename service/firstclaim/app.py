@@ -38,8 +38,9 @@ from firstclaim.observability import metrics, tracing
 from firstclaim.observability.logging import configure
 from firstclaim.operations.search import PINS
 from firstclaim.passwords import Password
-from firstclaim.postgres.connection import Epoch, Pool
+from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_connections import HandlerConnections
+from firstclaim.postgres.pool import Pool
 from firstclaim.registry import Registry
 from firstclaim.settings import ADMIN_CONNECTIONS, METRICS_CONNECTIONS, Settings
 from firstclaim.shutdown import Shutdown, stop_with_supervisor

@@ -7,7 +7,7 @@ in time shows itself by its new timeline; a plain copy keeps everything that cou
 
 import asyncpg
 
-from firstclaim.postgres.connection import read_epoch
+from firstclaim.postgres.epoch import read_epoch
 from tests.acceptance.harness import IGNORED, PROCESSED, UNAVAILABLE, Answer, Sample, Service, eventually, post, sample
 from tests.chaos.actions import answered, retried, rounds
 from tests.chaos.own import Own

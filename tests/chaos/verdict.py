@@ -14,7 +14,7 @@ from typing import Final
 import asyncpg
 import redis
 
-from firstclaim.postgres.connection import read_epoch
+from firstclaim.postgres.epoch import read_epoch
 from firstclaim.status import Status
 from tests.acceptance.harness import SETTLE_SECONDS, Row, eventually
 from tests.chaos import trace

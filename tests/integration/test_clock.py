@@ -98,7 +98,7 @@ async def test_other_databases_keep_their_time(clock: Clock, stores: Stores) -> 
 
 async def test_what_is_due_is_still_found_by_the_index(world: World) -> None:
     """The look for due events plans as it does with the server's own clock: once per look, not once per row."""
-    async with world.components.ingest.borrow(60) as connection:
+    async with world.components.ingest.acquire(60) as connection:
         await connection.execute("SET enable_seqscan = off")
         plan = await explained(connection, statements.DUE, "EXPLAIN VERBOSE", limit=5, abandoned=False)
     assert "InitPlan" in plan

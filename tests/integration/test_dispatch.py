@@ -16,7 +16,8 @@ from firstclaim import Context, Event, Permanent, Retry
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.outcome import Kind, Outcome
-from firstclaim.postgres.connection import Epoch, PinnedConnection
+from firstclaim.postgres.connection import PinnedConnection
+from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from firstclaim.status import Status
 from tests.integration.conftest import MakeWorld

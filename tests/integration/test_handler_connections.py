@@ -11,7 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, ResourceClosedError
 
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
-from firstclaim.postgres.connection import Epoch
+from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from tests.integration.world import until, until_closed
 from tests.proxy import Mode, before_postgres

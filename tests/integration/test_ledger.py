@@ -339,7 +339,7 @@ async def test_only_a_claim_can_be_abandoned(world: World, status: Status) -> No
 @pytest.mark.parametrize("plans", [(), ("hashjoin", "mergejoin", "hashagg", "sort", "material")])
 async def test_as_many_as_asked_the_oldest_first(world: World, plans: tuple[str, ...]) -> None:
     """Of ten abandoned rows three, those that are late the longest, also where the planner has only loops left."""
-    async with world.components.ingest.borrow(60) as connection:
+    async with world.components.ingest.acquire(60) as connection:
         for plan in plans:
             await connection.execute(f"SET enable_{plan} = off")
     claims = [await world.claim() for _ in range(10)]
@@ -392,7 +392,7 @@ async def test_looking_for_due_events_reads_the_index(world: World) -> None:
         (statements.DUE, {"limit": 5, "abandoned": False}),
         (statements.RETURN_ABANDONED, {"limit": 5, "most": 8, "first": 5.0, "longest": 3600.0}),
     ]
-    async with world.components.ingest.borrow(60) as connection:
+    async with world.components.ingest.acquire(60) as connection:
         for statement, parameters in looks:
             plan = await explained(connection, statement, **parameters)
             assert "stripe_events_due" in plan

@@ -6,7 +6,7 @@ import pytest
 
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.operations.queries import Backlog, Queries
-from firstclaim.postgres.connection import Pool
+from firstclaim.postgres.pool import Pool
 from firstclaim.status import Status
 from firstclaim.web.metrics import _CachedQuery
 from tests.integration.conftest import MakeWorld
@@ -34,7 +34,7 @@ async def test_a_slow_ledger_is_not_waited_for(make_world: MakeWorld) -> None:
     """While both metrics connections are in use, the query returns None, and deliveries are not delayed."""
     world = await make_world(answer_budget_seconds=0.3)
     cached = _CachedQuery(world.components.metrics_pool, lambda queries: queries.backlog(), 60)
-    async with world.components.metrics_pool.borrow(60), world.components.metrics_pool.borrow(60):
+    async with world.components.metrics_pool.acquire(60), world.components.metrics_pool.acquire(60):
         scrape = asyncio.create_task(cached.get())
         assert await world.ledger.record(delivery(), due_in_seconds=0) is None
         assert await scrape is None
@@ -54,6 +54,6 @@ async def test_a_read_that_times_out_casts_no_doubt_on_markers(world: World) -> 
 
 
 async def _query_for_too_long(pool: Pool, lost: asyncio.Event) -> None:
-    async with pool.borrow(0.1) as connection:
+    async with pool.acquire(0.1) as connection:
         connection.add_termination_listener(lambda _: lost.set())
         await connection.execute("SELECT pg_sleep(60)")

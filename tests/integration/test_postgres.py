@@ -13,7 +13,10 @@ from sqlalchemy.exc import TimeoutError as QueueTimeout
 
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.postgres import connection as connection_module
-from firstclaim.postgres.connection import Epoch, Pool, describe, open_connection, read_epoch
+from firstclaim.postgres import epoch as epoch_module
+from firstclaim.postgres.connection import describe, open_connection
+from firstclaim.postgres.epoch import Epoch, read_epoch
+from firstclaim.postgres.pool import Pool
 from tests import operator
 from tests.integration.world import until, until_closed
 from tests.proxy import Mode, before_postgres
@@ -59,7 +62,7 @@ async def configure(admin: asyncpg.Connection, setting: str) -> None:
 
 
 async def ask(pool: Pool, statement: str) -> object:
-    async with pool.borrow(TIMEOUT_SECONDS) as connection:
+    async with pool.acquire(TIMEOUT_SECONDS) as connection:
         return await connection.fetchval(statement)
 
 
@@ -134,7 +137,7 @@ async def test_a_connection_knows_the_epoch_it_was_opened_under(database_url: st
     """Read when it is opened, and confirmed for the process."""
     async with opened(database_url) as (pool, epoch):
         assert epoch.current is None
-        async with pool.borrow(TIMEOUT_SECONDS) as connection:
+        async with pool.acquire(TIMEOUT_SECONDS) as connection:
             found = connection.epoch
             assert found is not None
             assert len(found) == 16
@@ -152,7 +155,7 @@ async def test_rotating_changes_the_epoch(database_url: str) -> None:
         assert await ask(pool, "SELECT pg_backend_pid()") == first
         _, newest = await operator.rotate(database_url)
         epoch.confirm(newest)
-        async with pool.borrow(TIMEOUT_SECONDS) as connection:
+        async with pool.acquire(TIMEOUT_SECONDS) as connection:
             assert connection.epoch == newest
             assert connection.get_server_pid() != first
 
@@ -201,7 +204,7 @@ async def test_without_a_ledger_there_is_no_epoch(empty_url: str) -> None:
 def test_an_epoch_counts_while_it_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """Confirmed within its time, and not a moment longer; a new confirmation makes it fresh again."""
     now = 1000.0
-    monkeypatch.setattr(connection_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(epoch_module, "time", SimpleNamespace(monotonic=lambda: now))
     epoch = Epoch(fresh_seconds=5)
     seen = [epoch.current]
     epoch.confirm("a")
@@ -229,7 +232,7 @@ async def test_a_frozen_server_is_given_up_in_time(database_url: str) -> None:
             for _ in range(2):  # the first with an open connection, the second without
                 began = time.monotonic()
                 with pytest.raises(LedgerUnavailable, match="TimeoutError"):
-                    async with pool.borrow(SHORT_SECONDS) as connection:
+                    async with pool.acquire(SHORT_SECONDS) as connection:
                         await connection.execute("SELECT 1")
                 assert time.monotonic() - began < SHORT_SECONDS + SLACK_SECONDS
             proxy.switch(Mode.OPEN)
@@ -241,7 +244,7 @@ async def test_a_slow_statement_is_given_up_in_time(database_url: str, admin: as
     async with opened(database_url) as (pool, _):
         began = time.monotonic()
         with pytest.raises(LedgerUnavailable):
-            async with pool.borrow(SHORT_SECONDS) as connection:
+            async with pool.acquire(SHORT_SECONDS) as connection:
                 await connection.execute("SELECT pg_sleep(600)")
         assert time.monotonic() - began < SHORT_SECONDS + SLACK_SECONDS
         assert await ask(pool, "SELECT 1") == 1
@@ -256,10 +259,10 @@ async def test_a_connection_that_timed_out_does_not_go_back(database_url: str) -
     """Terminated: the next one would wait for the same frozen backend."""
     async with opened(database_url) as (pool, _):
         lost = asyncio.Event()
-        async with pool.borrow(TIMEOUT_SECONDS) as connection:
+        async with pool.acquire(TIMEOUT_SECONDS) as connection:
             connection.add_termination_listener(lambda _: lost.set())
         with pytest.raises(LedgerUnavailable):
-            async with pool.borrow(SHORT_SECONDS) as connection:
+            async with pool.acquire(SHORT_SECONDS) as connection:
                 await connection.execute("SELECT pg_sleep(600)")
         async with asyncio.timeout(TIMEOUT_SECONDS):
             await lost.wait()
@@ -272,7 +275,7 @@ async def test_a_cancelled_borrower_leaves_no_hole(database_url: str) -> None:
         started = asyncio.Event()
 
         async def work() -> None:
-            async with pool.borrow(TIMEOUT_SECONDS) as connection:
+            async with pool.acquire(TIMEOUT_SECONDS) as connection:
                 started.set()
                 await connection.execute("SELECT pg_sleep(600)")
 
@@ -288,7 +291,7 @@ async def test_a_cancelled_borrower_leaves_no_hole(database_url: str) -> None:
 async def test_closing_does_not_wait_for_a_frozen_server(database_url: str) -> None:
     """A stop of the service is not held up by its goodbyes."""
     async with before_postgres(database_url) as (proxy, url), opened(url, size=3) as (pool, _):
-        async with pool.borrow(TIMEOUT_SECONDS), pool.borrow(TIMEOUT_SECONDS), pool.borrow(TIMEOUT_SECONDS):
+        async with pool.acquire(TIMEOUT_SECONDS), pool.acquire(TIMEOUT_SECONDS), pool.acquire(TIMEOUT_SECONDS):
             pass
         proxy.switch(Mode.FROZEN)
         await closes_at_once(pool)
@@ -298,7 +301,7 @@ async def test_closing_does_not_wait_for_a_frozen_server(database_url: str) -> N
 async def test_closing_does_not_wait_for_a_borrower(database_url: str, admin: asyncpg.Connection) -> None:
     """One that is still at work ends it; its connection is closed when it comes back."""
     async with opened(database_url) as (pool, _):
-        async with pool.borrow(TIMEOUT_SECONDS) as connection:
+        async with pool.acquire(TIMEOUT_SECONDS) as connection:
             await closes_at_once(pool)
             pid = await connection.fetchval("SELECT pg_backend_pid()")
         await until(lambda: admin.fetchval("SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = $1", pid))
@@ -329,9 +332,9 @@ async def test_a_backend_that_ended_in_the_pool_is_replaced(database_url: str, a
     """A server that was restarted: every connection of the pool is dead, and nobody sees an error."""
     async with opened(database_url, size=3) as (pool, _):
         async with (
-            pool.borrow(TIMEOUT_SECONDS) as one,
-            pool.borrow(TIMEOUT_SECONDS) as two,
-            pool.borrow(TIMEOUT_SECONDS) as three,
+            pool.acquire(TIMEOUT_SECONDS) as one,
+            pool.acquire(TIMEOUT_SECONDS) as two,
+            pool.acquire(TIMEOUT_SECONDS) as three,
         ):
             pids = [each.get_server_pid() for each in (one, two, three)]
         await admin.execute("SELECT pg_terminate_backend(pid) FROM unnest($1::int[]) AS pid", pids)
@@ -343,12 +346,12 @@ async def test_a_backend_that_ended_in_the_pool_is_replaced(database_url: str, a
 async def test_a_pool_in_use_is_waited_for(database_url: str) -> None:
     """A queue of ours is no outage: whoever waits gets the connection, and past the queue's time it says so."""
     async with opened(database_url) as (pool, _):
-        async with pool.borrow(TIMEOUT_SECONDS):
+        async with pool.acquire(TIMEOUT_SECONDS):
             waiting = asyncio.create_task(ask(pool, "SELECT 1"))
             await asyncio.sleep(0)
             assert not waiting.done()
         assert await waiting == 1
-    async with opened(database_url, timeout_seconds=SHORT_SECONDS) as (pool, _), pool.borrow(TIMEOUT_SECONDS):
+    async with opened(database_url, timeout_seconds=SHORT_SECONDS) as (pool, _), pool.acquire(TIMEOUT_SECONDS):
         with pytest.raises(LedgerUnavailable):
             await ask(pool, "SELECT 1")
 
@@ -356,7 +359,7 @@ async def test_a_pool_in_use_is_waited_for(database_url: str) -> None:
 async def test_a_connection_in_a_transaction_does_not_go_back(database_url: str, admin: asyncpg.Connection) -> None:
     """Left open by whoever had it: closed, so that the next one's work is not in it."""
     async with opened(database_url) as (pool, _):
-        async with pool.borrow(TIMEOUT_SECONDS) as connection:
+        async with pool.acquire(TIMEOUT_SECONDS) as connection:
             await connection.execute("BEGIN; DELETE FROM ledger_epoch")
             pid = connection.get_server_pid()
         assert await ask(pool, "SELECT pg_backend_pid()") != pid
@@ -391,7 +394,7 @@ async def test_an_error_is_described_without_values(database_url: str) -> None:
 async def test_a_lost_connection_puts_the_epoch_in_doubt(database_url: str) -> None:
     """A server that is restored or fails over drops its connections first: no marker counts until it was asked anew."""
     async with opened(database_url) as (pool, epoch):
-        async with pool.borrow(TIMEOUT_SECONDS) as connection:
+        async with pool.acquire(TIMEOUT_SECONDS) as connection:
             pid = connection.get_server_pid()
         confirmed = epoch.current
         assert confirmed is not None

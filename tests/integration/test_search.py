@@ -23,7 +23,7 @@ EVERYTHING = Search(Selection())
 @pytest.fixture
 async def ledger(world: World) -> AsyncIterator[LedgerSearch]:
     """On a connection of the admin page."""
-    async with world.components.admin.borrow(60) as connection:
+    async with world.components.admin.acquire(60) as connection:
         yield LedgerSearch(connection)
 
 
@@ -166,7 +166,7 @@ async def test_its_connections_are_pinned(world: World, ledger: LedgerSearch) ->
     """The page's connections have `PINS` beside the settings that all connections have; other pools do not."""
     pins = {**PINS, "synchronous_commit": "on"}
     assert {name: await ledger._connection.fetchval("SELECT current_setting($1)", name) for name in pins} == pins
-    async with world.components.ingest.borrow(10) as connection:
+    async with world.components.ingest.acquire(10) as connection:
         assert await connection.fetchval("SELECT current_setting('statement_timeout')") == "0"
 
 

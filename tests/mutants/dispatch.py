@@ -144,7 +144,7 @@ MUTANTS = (
     Mutant(
         "kept-after-its-own-end",
         "The connection of a handler that ended its transaction is closed.",
-        "HandlerConnection.vacate",
+        "HandlerConnection.release",
         "pooled.driver.is_closed() or pooled.transaction is not None",
         "pooled.driver.is_closed()",
         "integration/test_handler_connections.py::test_where_a_handler_ended_its_transaction_nothing_is_kept",
@@ -228,7 +228,7 @@ MUTANTS = (
         "Handlers and the ledger have separate pools: slow handlers do not starve recording.",
         "Attempt.run",
         "seat = await self.seats.acquire()",
-        "await self.ledger._pool._places.acquire()\nseat = await self.seats.acquire()",
+        "await self.ledger._pool._capacity.acquire()\nseat = await self.seats.acquire()",
         "integration/test_pipeline.py::test_slow_handlers_do_not_starve_recording",
     ),
     # -- the result

@@ -4,7 +4,7 @@ from typing import cast
 
 from firstclaim.inbox.lock import Lock
 from firstclaim.inbox.recovery import Recovery
-from firstclaim.postgres.connection import Pool
+from firstclaim.postgres.pool import Pool
 from firstclaim.shutdown import Shutdown
 from firstclaim.web.health import Finding, Health
 from firstclaim.web.readiness_checks import readiness_checks

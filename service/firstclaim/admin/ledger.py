@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from typing import Final
 
 from firstclaim.operations.search import STATEMENT_SECONDS, LedgerSearch
-from firstclaim.postgres.connection import Pool
+from firstclaim.postgres.pool import Pool
 
 QUEUE_SECONDS: Final = 2.0
 # A page runs up to five statements. Postgres ends a slow statement; this timeout ends a wait for a frozen Postgres.
@@ -26,5 +26,5 @@ class AdminLedger:
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[LedgerSearch]:
         """A connection for the duration of the block. Raises `LedgerUnavailable`, also for a statement in the block."""
-        async with self._pool.borrow(_PAGE_SECONDS) as connection:
+        async with self._pool.acquire(_PAGE_SECONDS) as connection:
             yield LedgerSearch(connection)

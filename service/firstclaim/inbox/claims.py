@@ -17,7 +17,7 @@ from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.observability import metrics
 from firstclaim.outcome import Kind, Outcome
-from firstclaim.postgres.connection import Epoch
+from firstclaim.postgres.epoch import Epoch
 from firstclaim.status import TAKEABLE, Status
 
 _STATES = {

@@ -17,7 +17,9 @@ from firstclaim.event import Delivery
 from firstclaim.inbox import statements
 from firstclaim.inbox.batcher import Batcher
 from firstclaim.inbox.statements import Statement
-from firstclaim.postgres.connection import ROW_FAULTS, PinnedConnection, Pool, describe, read_epoch
+from firstclaim.postgres.connection import ROW_FAULTS, PinnedConnection, describe
+from firstclaim.postgres.epoch import read_epoch
+from firstclaim.postgres.pool import Pool
 from firstclaim.status import Status
 
 # Deliveries in one insert: more save nothing more, and all of them wait for the slowest.
@@ -159,7 +161,7 @@ class Ledger:
     async def _arrive(self, arrivals: Sequence[NewRow]) -> Sequence[Claim | ExistingRow | Exception]:
         """Insert all of them in one statement; what is wrong with one row fails that row alone."""
         try:
-            async with self._pool.borrow(self._timeout_seconds) as connection:
+            async with self._pool.acquire(self._timeout_seconds) as connection:
                 try:
                     return await self._insert(connection, arrivals)
                 except ROW_FAULTS as error:
@@ -210,7 +212,7 @@ class Ledger:
 
     async def take_over(self, event_ids: Sequence[str]) -> list[Claim]:
         """Claim those of `event_ids` that are `pending` or `failed` and that nobody has a lock on."""
-        async with self._pool.borrow(self._timeout_seconds) as raw:
+        async with self._pool.acquire(self._timeout_seconds) as raw:
             rows = await statements.TAKE_OVER.fetch(
                 raw, event_ids=list(event_ids), lease=self._lease_seconds, process=self._process
             )
@@ -235,7 +237,7 @@ class Ledger:
 
     async def read_epoch(self) -> str | None:
         """The epoch as the server has it now."""
-        async with self._pool.borrow(self._timeout_seconds) as connection:
+        async with self._pool.acquire(self._timeout_seconds) as connection:
             return await read_epoch(connection)
 
     # -- inside a handler's transaction ---------------------------------------------------------------
@@ -265,7 +267,7 @@ class Ledger:
 
     def connect_anew(self) -> None:
         """Whatever is asked next is asked on a new connection: one was lost, and rarely it alone."""
-        self._pool.renew()
+        self._pool.discard_free()
 
     async def fail_if_held(self, claim: Claim, error: str, *, due_in_seconds: float) -> Status | None:
         """This attempt failed: `failed`, or `dead` when it was tried for too long; None: no longer ours.
@@ -288,7 +290,7 @@ class Ledger:
 
     async def find(self, event_id: str) -> ExistingRow | None:
         """The event's row as it is now, or None."""
-        async with self._pool.borrow(self._timeout_seconds) as raw:
+        async with self._pool.acquire(self._timeout_seconds) as raw:
             rows = await statements.FIND.fetch(raw, event_ids=[event_id])
             return ExistingRow(Status(rows[0]["status"]), rows[0]["attempt"], raw.epoch) if rows else None
 
@@ -311,5 +313,5 @@ class Ledger:
         return Status(rows[0]["status"]) if rows else None
 
     async def _run(self, statement: Statement, **values: Any) -> list[Any]:
-        async with self._pool.borrow(self._timeout_seconds) as connection:
+        async with self._pool.acquire(self._timeout_seconds) as connection:
             return await statement.fetch(connection, **values)

@@ -16,7 +16,7 @@ from firstclaim.inbox.ledger import Ledger
 from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.observability import metrics
 from firstclaim.observability.redaction import describe_error
-from firstclaim.postgres.connection import Epoch
+from firstclaim.postgres.epoch import Epoch
 
 log = structlog.get_logger(__name__)
 

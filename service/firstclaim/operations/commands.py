@@ -19,7 +19,8 @@ from firstclaim.inbox.statements import FIND, statement
 from firstclaim.migrations import schema
 from firstclaim.operations.limits import ROW_DAYS_LEAST
 from firstclaim.operations.queries import SELECTED, Queries, Selection
-from firstclaim.postgres.connection import UNAVAILABLE, describe, open_connection, read_epoch
+from firstclaim.postgres.connection import UNAVAILABLE, describe, open_connection
+from firstclaim.postgres.epoch import read_epoch
 from firstclaim.status import Status
 
 BATCH = 500  # events in one transaction: about ten milliseconds, so that no row is locked for long

@@ -22,7 +22,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import AssertionPool
 
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
-from firstclaim.postgres.connection import Epoch, PinnedConnection, is_current, open_connection
+from firstclaim.postgres.connection import PinnedConnection, is_current, open_connection
+from firstclaim.postgres.epoch import Epoch
 
 _MUST_NOT_END = (
     "a handler must not commit or roll back: its transaction carries the completion mark "
@@ -166,7 +167,7 @@ class HandlerConnection:
                 await self._connection.invalidate()
             await self._connection.close()
 
-    async def vacate(self) -> _PooledConnection | None:
+    async def release(self) -> _PooledConnection | None:
         """End the handler's use. Returns what the next handler can have; None: it is lost, closed or altered."""
         self.stop()
         pooled = self._pooled
@@ -202,7 +203,7 @@ class HandlerConnections:
 
     async def release(self, connection: HandlerConnection) -> None:
         """Keep the connection for the next handler, or close it."""
-        if (pooled := await connection.vacate()) is not None:
+        if (pooled := await connection.release()) is not None:
             self._free.append(pooled)
 
     async def close(self) -> None:

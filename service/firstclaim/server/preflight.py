@@ -19,7 +19,8 @@ from redis.exceptions import RedisError, ResponseError
 from firstclaim.errors import ConfigurationError, LedgerUnavailable, StoreUnsuitable
 from firstclaim.inbox.lock import Lock, LockReply, connect
 from firstclaim.migrations.schema import SchemaState, compare, outdated, read_version
-from firstclaim.postgres.connection import UNAVAILABLE, describe, read_epoch
+from firstclaim.postgres.connection import UNAVAILABLE, describe
+from firstclaim.postgres.epoch import read_epoch
 from firstclaim.registry import Registry
 from firstclaim.server.connection_limiter import affordable_connections
 from firstclaim.settings import Settings

@@ -22,7 +22,7 @@ from starlette.responses import Response
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.observability import metrics
 from firstclaim.operations.queries import Backlog, Queries, Selection
-from firstclaim.postgres.connection import Pool
+from firstclaim.postgres.pool import Pool
 from firstclaim.status import Status
 from firstclaim.web.health import Health, HealthCheck
 
@@ -55,7 +55,7 @@ class _CachedQuery(Generic[T]):
         async with self._lock:
             if (began := time.monotonic()) > self._expires_at:
                 try:
-                    async with self._pool.borrow(_TIMEOUT_SECONDS) as connection:
+                    async with self._pool.acquire(_TIMEOUT_SECONDS) as connection:
                         self._result = await self._query(Queries(connection))
                 except LedgerUnavailable as error:
                     log.debug("ledger_not_counted", error=str(error))

@@ -3,7 +3,7 @@
 from firstclaim.inbox.lock import Lock
 from firstclaim.inbox.recovery import Recovery
 from firstclaim.migrations.schema import SchemaState, compare, outdated, read_version
-from firstclaim.postgres.connection import Pool
+from firstclaim.postgres.pool import Pool
 from firstclaim.shutdown import Shutdown
 from firstclaim.web.health import PROBE_SECONDS, Finding, Health, HealthCheck
 
@@ -19,12 +19,12 @@ def readiness_checks(shutdown: Shutdown, lock: Lock, ingest: Pool, recovery: Rec
         return Finding(Health.OK)
 
     async def postgres() -> Finding:
-        async with ingest.borrow(PROBE_SECONDS) as connection:
+        async with ingest.acquire(PROBE_SECONDS) as connection:
             await connection.fetchval("SELECT 1")
         return Finding(Health.OK)
 
     async def schema() -> Finding:
-        async with ingest.borrow(PROBE_SECONDS) as connection:
+        async with ingest.acquire(PROBE_SECONDS) as connection:
             version = await read_version(connection)
         if compare(version) is SchemaState.OUTDATED:
             return Finding(Health.DOWN, str(outdated(version)))

@@ -1,0 +1,66 @@
+"""The ledger's epoch: which ledger the markers in Redis speak of.
+
+A restore or a failover replaces the ledger, while Redis still holds the markers of the old one. A marker carries the
+epoch of its ledger, and counts only under that epoch.
+"""
+
+import hashlib
+import time
+from contextlib import suppress
+from typing import Any
+
+import asyncpg
+
+_STORED = "SELECT id::text FROM ledger_epoch"
+_TIMELINE = """
+SELECT (SELECT system_identifier::text FROM pg_control_system())
+       || '/' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)
+"""
+
+
+class Epoch:
+    """The ledger's epoch as this process last read it. A marker counts only under an epoch confirmed recently.
+
+    While Postgres cannot confirm the epoch, it may be down because it is being restored, so no marker counts. The
+    epoch is in doubt as soon as a connection is lost: the server that answers next may be another one.
+    """
+
+    def __init__(self, fresh_seconds: float) -> None:
+        self._fresh_seconds = fresh_seconds
+        self._value: str | None = None
+        self._confirmed = float("-inf")
+
+    def confirm(self, value: str | None) -> None:
+        """Note what a connection has just read."""
+        self._value = value
+        self._confirmed = time.monotonic()
+
+    def doubt(self, _lost: object = None) -> None:
+        """No marker counts until the epoch is confirmed again."""
+        self._confirmed = float("-inf")
+
+    @property
+    def latest(self) -> str | None:
+        """The epoch that was read last, however long ago."""
+        return self._value
+
+    @property
+    def current(self) -> str | None:
+        """The epoch, or None if it was not confirmed within `fresh_seconds`."""
+        return self._value if time.monotonic() - self._confirmed <= self._fresh_seconds else None
+
+
+async def read_epoch(connection: Any) -> str | None:
+    """The epoch as 16 hex digits, read on an asyncpg connection; None while the ledger has no tables.
+
+    It is a hash of the stored uuid, the system identifier and the timeline: a promoted standby, a point-in-time
+    recovery and `firstclaim epoch rotate` each change it. On servers that hide the last two (some managed ones) it is
+    a hash of the uuid alone.
+    """
+    try:
+        stored = await connection.fetchval(_STORED)
+    except asyncpg.UndefinedTableError:
+        return None
+    with suppress(asyncpg.PostgresError):
+        stored += "/" + (await connection.fetchval(_TIMELINE) or "")
+    return hashlib.sha256(stored.encode()).hexdigest()[:16]
