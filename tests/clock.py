@@ -1,12 +1,12 @@
-"""The database's clock, moved by the test: everything that one database's sessions ask for the time, and no other's.
+"""The clock of one database, moved by the test: the time as the sessions of this database read it, and no others.
 
-Guarantees: the service holds no switch for it. Its statements call `clock_timestamp()` by that bare name, and the
-database's search_path names a schema of ours before `pg_catalog`, where that function adds what the test has
-advanced. What is advanced holds at once for every session, also within a statement that runs (the function is
-volatile: each call sees what is committed by then). Tables are still made in `public`, which stays first.
+Guarantees: the service has no switch for it. Its statements call `clock_timestamp()` without a schema, and the
+database's search_path names a schema of the tests before `pg_catalog`, where that function adds the time by which the
+test has advanced the clock. An advance applies to every session at once, also within a running statement (the function
+is volatile: each call sees what is committed by then). Tables are still created in `public`, which stays first.
 
-What it cannot move: sessions that were opened before (so install it first), defaults of columns that were made
-before (the ledger has none with a time in it), the lives of Redis's keys, and the process's own time-outs.
+It does not apply to sessions that were opened before (so install it first), to defaults of columns that were created
+before (the ledger has none with a time), to the TTLs of Redis keys, and to the timeouts of the process.
 """
 
 from collections.abc import AsyncIterator
@@ -40,24 +40,24 @@ _NOW = "SELECT test_clock.clock_timestamp()"
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """The clock of one database, and the connection it is moved on."""
+    """The clock of one database, and the connection that moves it."""
 
     _connection: asyncpg.Connection
 
     async def advance(self, seconds: float) -> None:
-        """Let this much time pass, for every session at once."""
+        """Advance the clock, for every session at once."""
         await self._connection.execute(_ADVANCE, seconds)
 
     async def now(self) -> datetime:
-        """What the ledger's statements are told the time is."""
+        """The time as the ledger's statements read it."""
         return cast(datetime, await self._connection.fetchval(_NOW))
 
 
 @asynccontextmanager
 async def installed(url: str, *, standing: bool = False) -> AsyncIterator[Clock]:
-    """The clock of the database at `url`, for sessions opened from now on; it stays until the database is dropped.
+    """The clock of the database at `url`, for sessions that are opened from now on, until the database is dropped.
 
-    `standing`: time passes only when it is advanced, so that what is due is the test's own doing.
+    `standing`: time passes only when the test advances it, so that the test decides what is due.
     """
     connection = await asyncpg.connect(url, timeout=10)
     try:

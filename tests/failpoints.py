@@ -1,14 +1,14 @@
-"""Kills or stops the service's process at a chosen instruction: a test-only module, named in FIRSTCLAIM_HANDLERS.
+"""Kills or stops the process of a service at a chosen point: a test-only module, named in FIRSTCLAIM_HANDLERS.
 
-The service holds no switch for any of this. Imported as if it held handlers, this module wraps the methods
-that end at the chosen points, and only when the environment names some:
+The service has no switch for this. Imported as if it held handlers, this module wraps the methods that end at the
+chosen points, and only if the environment names some:
 
     TEST_FAILPOINT           names of `POINTS`, comma separated
-    TEST_FAILPOINT_FOLDER    an existing folder, where each kill leaves a file, so that a restart remembers
-    TEST_FAILPOINT_TIMES     how many kills in all (default 1); after them the points are passed unharmed
-    TEST_FAILPOINT_ARRIVALS  how many must be at a point at once (default 1): the earlier ones wait there,
-                             the last one kills the process with all of them
-    TEST_FAILPOINT_SIGNAL    what to send (default SIGKILL); after a SIGSTOP and its SIGCONT all of them go on
+    TEST_FAILPOINT_FOLDER    an existing folder, where each kill leaves a file, so that it counts after a restart
+    TEST_FAILPOINT_TIMES     the number of kills (default 1); after them the points have no effect
+    TEST_FAILPOINT_ARRIVALS  the number of calls that must be at a point at once (default 1): the first ones wait,
+                             and the last one kills the process with all of them
+    TEST_FAILPOINT_SIGNAL    the signal (default SIGKILL); after a SIGSTOP and its SIGCONT all calls continue
 """
 
 import asyncio
@@ -51,7 +51,7 @@ POINTS: Mapping[str, Point] = {
     "handler": Point(Attempt, "_call", lambda _, __: True),
     # The completion mark too is done, and not committed.
     "mark": Point(Attempt, "_mark", lambda _, __: True),
-    # Committed; nobody was answered.
+    # Committed; the delivery is not answered yet.
     "commit": Point(Attempt, "_commit", lambda _, ended: isinstance(ended, str)),
 }
 
@@ -72,7 +72,7 @@ class _Trap:
         if self._waiting < self.arrivals:
             await self._resumed.wait()  # or for the process to end
             return
-        # Exclusively: of two processes here at once, one dies now and the other counts again.
+        # Exclusively: of two processes here at once, one is killed now, and the other counts again.
         number = len(list(self.folder.iterdir()))
         try:
             (self.folder / f"kill-{number}").touch(exist_ok=False)
@@ -84,7 +84,7 @@ class _Trap:
 
 
 def arm(environ: Mapping[str, str]) -> Callable[[], None]:
-    """Wrap the points that `environ` names; returns what undoes it. Raises KeyError for an unknown name."""
+    """Wrap the points that `environ` names; returns a function that undoes it. Raises KeyError for an unknown name."""
     if "TEST_FAILPOINT" not in environ:
         return lambda: None
     points = [POINTS[name] for name in environ["TEST_FAILPOINT"].split(",")]

@@ -1,10 +1,10 @@
-"""A TCP proxy in front of Postgres or Redis that can be told to misbehave, for tests in this very process.
+"""A TCP proxy in front of Postgres or Redis that injects faults, in the process of the tests.
 
-Guarantees: the address stays the same through every change of mode; a switch takes effect at once (`switch` is
-not a coroutine, so nothing happens in between); what was held back while frozen is forwarded when it thaws,
-as a stopped and continued server would read it; closing leaves no connection, task or port behind.
+Guarantees: the address stays the same through every change of mode. A switch takes effect at once (`switch` is not a
+coroutine, so nothing happens in between). Data that was held back while frozen is forwarded afterwards, as a stopped
+and continued server would read it. Closing leaves no connection, task or port behind.
 
-The address it takes the place of may be a Unix socket's: an embedded server has no other.
+The server may listen on a Unix socket: an embedded server has no other address.
 """
 
 import asyncio
@@ -27,9 +27,9 @@ class Mode(Enum):
     """How the proxy behaves."""
 
     OPEN = auto()  # forwards
-    REFUSE = auto()  # nobody listens, and every connection was cut
+    REFUSE = auto()  # nothing listens, and all connections were cut
     FROZEN = auto()  # accepts, and forwards nothing in either direction
-    MUTE = auto()  # the server hears everything, and none of its replies arrive
+    MUTE = auto()  # the server receives everything, and none of its replies arrive
     HOLE = auto()  # packets vanish: nothing is forwarded, and no new connection is ever established (Linux)
 
 
@@ -39,7 +39,7 @@ class Upstream:
 
     host: str
     port: int
-    path: str | None = None  # of a Unix socket; then host and port say nothing
+    path: str | None = None  # of a Unix socket; then host and port are unused
 
     async def connect(self) -> Streams:
         """A new connection to the server."""
@@ -49,28 +49,28 @@ class Upstream:
 
 
 class Tap:
-    """Is shown what passes on one connection, before it is forwarded; where it raises ConnectionError, that is cut."""
+    """Sees the data on one connection before it is forwarded. A ConnectionError that it raises cuts the connection."""
 
     def sent(self, chunk: bytes) -> None:
-        """The client said this."""
+        """The client has sent this."""
 
     def replied(self, chunk: bytes) -> None:
-        """The server answered this."""
+        """The server has sent this."""
 
 
 class Proxy:
-    """One listener on 127.0.0.1. Use it as an async context manager; `port` is its own until it is left."""
+    """One listener on 127.0.0.1. Use it as an async context manager; it keeps `port` until the block ends."""
 
     def __init__(self, upstream: Upstream) -> None:
-        self.upstream = upstream  # another one is for the connections to come
+        self.upstream = upstream  # a change applies to new connections
         self.mode = Mode.OPEN
-        # Called with each chunk that a client sent, before it is forwarded: a test that must act at one
-        # certain statement (a COMMIT, say) switches the mode from here.
+        # Called with each chunk from a client, before it is forwarded: a test that acts at one statement (a COMMIT,
+        # for example) switches the mode from here.
         self.on_sent: Callable[[bytes], None] | None = None
-        # Makes the tap of each new connection: for what concerns that one alone.
+        # Creates the tap of each new connection: for faults of that connection alone.
         self.tap: Callable[[], Tap] = Tap
-        # Bound for as long as the proxy lives, and never listening: while the proxy refuses, nobody else can
-        # be given the port, and the kernel answers every connection attempt with a reset.
+        # Bound during the life of the proxy, and never listening: while the proxy refuses, no other process can get
+        # the port, and the kernel answers every connection attempt with a reset.
         self._holder = _bound(0)
         self.port: int = self._holder.getsockname()[1]
         self._listener: socket.socket | None = None
@@ -89,11 +89,11 @@ class Proxy:
 
     @property
     def connections(self) -> int:
-        """How many clients are connected right now."""
+        """The number of connected clients."""
         return len(self._serving)
 
     def switch(self, mode: Mode) -> None:
-        """Behave like this from now on."""
+        """Change the mode, at once."""
         self.mode = mode
         self._unfill()
         if mode is Mode.REFUSE:
@@ -106,7 +106,7 @@ class Proxy:
         changed.set()
 
     def cut(self) -> None:
-        """Cut every connection there is; new ones are welcome if the mode says so."""
+        """Cut all connections. New ones are accepted if the mode allows it."""
         for task in self._serving:
             task.cancel()
 
@@ -116,7 +116,7 @@ class Proxy:
         asyncio.get_running_loop().add_reader(self._listener, self._accept, self._listener)
 
     def _fill(self) -> None:
-        """Let nobody in: to a listener whose queue is full the kernel does not answer at all."""
+        """Fill the listener's queue: then the kernel does not answer a connection attempt at all."""
         assert self._listener is not None
         asyncio.get_running_loop().remove_reader(self._listener)
         self._listener.listen(0)
@@ -142,13 +142,13 @@ class Proxy:
         self.cut()
 
     def _accept(self, listener: socket.socket) -> None:
-        with contextlib.suppress(BlockingIOError, ConnectionError):  # it left before we came
+        with contextlib.suppress(BlockingIOError, ConnectionError):  # the client has closed it already
             client, _ = listener.accept()
             client.setblocking(False)
             task = asyncio.create_task(self._serve(client))
             self._serving.add(task)
             task.add_done_callback(self._serving.discard)
-            task.add_done_callback(lambda _: client.close())  # also if it was cut before it began
+            task.add_done_callback(lambda _: client.close())  # also if it was cut before the task ran
 
     async def _serve(self, client: socket.socket) -> None:
         async with contextlib.AsyncExitStack() as stack:
@@ -206,7 +206,7 @@ def _bound(port: int) -> socket.socket:
 
 @contextlib.asynccontextmanager
 async def before_postgres(url: str) -> AsyncIterator[tuple[Proxy, str]]:
-    """A proxy before the server of a `postgresql://` address, and the address that leads through it."""
+    """A proxy in front of the server of a `postgresql://` address, and the address of the proxy."""
     parts = urlsplit(url)
     query = dict(parse_qsl(parts.query))
     host = query.pop("host", "") or unquote(parts.hostname or "127.0.0.1")
@@ -218,7 +218,7 @@ async def before_postgres(url: str) -> AsyncIterator[tuple[Proxy, str]]:
 
 @contextlib.asynccontextmanager
 async def before_redis(url: str) -> AsyncIterator[tuple[Proxy, str]]:
-    """A proxy before the server of a `redis://` or `unix://` address, and the address that leads through it."""
+    """A proxy in front of the server of a `redis://` or `unix://` address, and the address of the proxy."""
     parts = urlsplit(url)
     if parts.scheme not in ("redis", "unix"):
         raise ValueError(f"cannot stand before {parts.scheme}://: the certificate is not this proxy's")

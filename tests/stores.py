@@ -1,4 +1,4 @@
-"""Real servers for the tests: your own with TEST_DATABASE_URL and TEST_REDIS_URL, else the embedded ones.
+"""Real servers for the tests: those of TEST_DATABASE_URL and TEST_REDIS_URL, or else the embedded ones.
 
 Every test gets a database of its own, cloned from a migrated template, and a Redis key prefix of its own.
 """
@@ -20,7 +20,7 @@ from firstclaim.migrations import schema
 from firstclaim.settings import Settings
 from firstclaim.urls import postgres_dsn
 
-# Without a unique constraint on purpose: a doubled effect must be able to show itself.
+# Deliberately without a unique constraint: a duplicate effect must be visible.
 EFFECTS = """
 CREATE TABLE effects (
     event_id text NOT NULL, attempt integer NOT NULL, pid integer NOT NULL, xid text NOT NULL,
@@ -49,7 +49,7 @@ def with_database(url: str, name: str) -> str:
 
 @contextmanager
 def running(folder: Path, postgres_url: str | None, redis_url: str | None) -> Iterator[Stores]:
-    """Both stores up, the template migrated; embedded servers live in `folder`."""
+    """Both stores, running, with a migrated template. Embedded servers keep their data in `folder`."""
     settings = Settings(
         data_dir=folder,
         database_url=SecretStr(postgres_url) if postgres_url else None,
@@ -84,14 +84,14 @@ async def forgo_fsync(stores: Stores) -> None:
 
 
 async def clone(stores: Stores) -> str:
-    """A fresh database as the template has it; returns its address."""
+    """Clone the template; returns the address of the new database."""
     name = f"test_{secrets.token_hex(6)}"
     await _execute(stores.postgres_url, f'CREATE DATABASE "{name}" TEMPLATE "{stores.template}"')
     return stores.database(name)
 
 
 async def drop(url: str) -> None:
-    """Drop a cloned database, whoever is connected to it."""
+    """Drop a cloned database, even if clients are connected to it."""
     parts = urlsplit(url)
     name = parts.path.removeprefix("/")
     await _execute(with_database(url, "postgres"), f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')

@@ -1,8 +1,8 @@
-"""The handlers of the processes under test: every one leaves a row in `effects`, calls outside, does as its event says.
+"""The handlers of the services under test: each writes to `effects`, calls another system, and follows its event.
 
-The event chooses: `data.object.metadata.behaviour` names a function of `ASYNC` or `SYNC`, the other metadata
-are its parameters: `until` is the last attempt on which it misbehaves, `fixed` a file whose existence ends
-that instead, `gate` a file that it waits for, `seconds` how long a slow one takes.
+`data.object.metadata.behaviour` of the event names a function of `ASYNC` or `SYNC`; the other metadata are its
+parameters. `until` is the last attempt on which it misbehaves. With `fixed` it misbehaves until that file exists.
+`gate` is a file that it waits for, and `seconds` the duration of a slow one.
 """
 
 import asyncio
@@ -31,8 +31,8 @@ INSERT INTO effects (event_id, attempt, pid, xid) VALUES (:event_id, :attempt, :
 """)
 
 
-class _Wish:
-    """What the event asks of its handler."""
+class _Instructions:
+    """What the event tells its handler to do."""
 
     def __init__(self, event: Event) -> None:
         about = event.data.get("object")
@@ -70,8 +70,8 @@ async def act(event: Event, context: Context) -> Any:
     """The async handler, for an exact type, a wildcard and a thin type."""
     await context.connection.execute(_EFFECT, _effect(event, context))
     outside(event.id, context.attempt, context.idempotency_key)
-    wish = _Wish(event)
-    return await ASYNC[wish.behaviour](wish, context)
+    instructions = _Instructions(event)
+    return await ASYNC[instructions.behaviour](instructions, context)
 
 
 @on("invoice.paid")
@@ -79,85 +79,85 @@ def act_in_thread(event: Event, context: Context) -> Any:
     """The sync handler."""
     context.execute(_EFFECT, _effect(event, context))
     outside(event.id, context.attempt, context.idempotency_key)
-    wish = _Wish(event)
-    return SYNC[wish.behaviour](wish, context)
+    instructions = _Instructions(event)
+    return SYNC[instructions.behaviour](instructions, context)
 
 
 # -- async --------------------------------------------------------------------------------------------
 
 
-async def _plain(_wish: _Wish, _context: Context) -> str:
+async def _plain(_instructions: _Instructions, _context: Context) -> str:
     return ACTION
 
 
-async def _fail(wish: _Wish, context: Context) -> str:
-    return _fail_in_thread(wish, context)
+async def _fail(instructions: _Instructions, context: Context) -> str:
+    return _fail_in_thread(instructions, context)
 
 
-async def _retry(wish: _Wish, context: Context) -> str:
-    if wish.misbehaves(context):
-        raise Retry("not yet", after=wish.after)
+async def _retry(instructions: _Instructions, context: Context) -> str:
+    if instructions.misbehaves(context):
+        raise Retry("not yet", after=instructions.after)
     return ACTION
 
 
-async def _permanent(wish: _Wish, context: Context) -> str:
-    if wish.misbehaves(context):
+async def _permanent(instructions: _Instructions, context: Context) -> str:
+    if instructions.misbehaves(context):
         raise Permanent("never")
     return ACTION
 
 
-async def _hold(wish: _Wish, _context: Context) -> str:
-    while not wish.gate.exists():  # noqa: ASYNC110  (another process opens it)
+async def _hold(instructions: _Instructions, _context: Context) -> str:
+    while not instructions.gate.exists():  # noqa: ASYNC110  (another process opens it)
         await asyncio.sleep(_POLL_SECONDS)
     return ACTION
 
 
-async def _hang(wish: _Wish, context: Context) -> str:
-    if wish.misbehaves(context):
+async def _hang(instructions: _Instructions, context: Context) -> str:
+    if instructions.misbehaves(context):
         await asyncio.Event().wait()
     return ACTION
 
 
-async def _slow(wish: _Wish, _context: Context) -> str:
-    await asyncio.sleep(wish.seconds)
+async def _slow(instructions: _Instructions, _context: Context) -> str:
+    await asyncio.sleep(instructions.seconds)
     return ACTION
 
 
-async def _slow_sql(wish: _Wish, context: Context) -> str:
-    if wish.misbehaves(context):
+async def _slow_sql(instructions: _Instructions, context: Context) -> str:
+    if instructions.misbehaves(context):
         await context.connection.execute(text("SELECT pg_sleep(100)"))
     return ACTION
 
 
-async def _stubborn(wish: _Wish, context: Context) -> str:
-    """Goes on after its cancellation, tries to write once the gate opens, and leaves word of how that went."""
-    if wish.misbehaves(context):
-        while not wish.gate.exists():
+async def _stubborn(instructions: _Instructions, context: Context) -> str:
+    """Continues after its cancellation, tries to write once the gate opens, and reports the result in a file."""
+    if instructions.misbehaves(context):
+        while not instructions.gate.exists():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(_POLL_SECONDS)
         try:
             await context.connection.execute(_EFFECT, _effect(context.event, context))
         except Exception as error:
-            _leave_word(wish, context, error)
+            _report(instructions, context, error)
             raise
     return ACTION
 
 
-async def _die(wish: _Wish, context: Context) -> str:
-    if wish.misbehaves(context):
+async def _die(instructions: _Instructions, context: Context) -> str:
+    if instructions.misbehaves(context):
         os.kill(os.getpid(), signal.SIGKILL)
     return ACTION
 
 
-async def _abort(wish: _Wish, context: Context) -> str:
-    if wish.misbehaves(context):
+async def _abort(instructions: _Instructions, context: Context) -> str:
+    if instructions.misbehaves(context):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.abort()
     return ACTION
 
 
-async def _swallow(wish: _Wish, context: Context) -> str:
-    if wish.misbehaves(context):
+async def _swallow(instructions: _Instructions, context: Context) -> str:
+    if instructions.misbehaves(context):
         try:
             await context.connection.execute(text("SELECT 1 / 0"))
         except DBAPIError:
@@ -165,99 +165,99 @@ async def _swallow(wish: _Wish, context: Context) -> str:
     return ACTION
 
 
-async def _raw_commit(_wish: _Wish, context: Context) -> str:
+async def _raw_commit(_instructions: _Instructions, context: Context) -> str:
     await context.connection.exec_driver_sql("COMMIT")
     return "committed_by_itself"
 
 
-async def _raw_rollback_and_write(_wish: _Wish, context: Context) -> str:
+async def _raw_rollback_and_write(_instructions: _Instructions, context: Context) -> str:
     await context.connection.exec_driver_sql("ROLLBACK")
     await context.connection.execute(_EFFECT, _effect(context.event, context))
     return ACTION
 
 
-async def _commit(wish: _Wish, context: Context) -> str:
-    if wish.misbehaves(context):
+async def _commit(instructions: _Instructions, context: Context) -> str:
+    if instructions.misbehaves(context):
         await context.connection.commit()
     return ACTION
 
 
-async def _commit_and_go_on(wish: _Wish, context: Context) -> str:
-    if wish.misbehaves(context):
+async def _commit_and_go_on(instructions: _Instructions, context: Context) -> str:
+    if instructions.misbehaves(context):
         with contextlib.suppress(Exception):
             await context.connection.commit()
     return ACTION
 
 
-async def _rollback(wish: _Wish, context: Context) -> str:
-    if wish.misbehaves(context):
+async def _rollback(instructions: _Instructions, context: Context) -> str:
+    if instructions.misbehaves(context):
         await context.connection.rollback()
     return ACTION
 
 
-async def _close(wish: _Wish, context: Context) -> str:
-    if wish.misbehaves(context):
+async def _close(instructions: _Instructions, context: Context) -> str:
+    if instructions.misbehaves(context):
         await context.connection.close()
     return ACTION
 
 
-async def _exit(wish: _Wish, context: Context) -> str:
-    if wish.misbehaves(context):
+async def _exit(instructions: _Instructions, context: Context) -> str:
+    if instructions.misbehaves(context):
         sys.exit(1)
     return ACTION
 
 
-async def _cancel(wish: _Wish, context: Context) -> str:
-    if wish.misbehaves(context):
+async def _cancel(instructions: _Instructions, context: Context) -> str:
+    if instructions.misbehaves(context):
         raise asyncio.CancelledError
     return ACTION
 
 
-async def _bad_action(wish: _Wish, context: Context) -> object:
-    return {"not": "an action"} if wish.misbehaves(context) else ACTION
+async def _bad_action(instructions: _Instructions, context: Context) -> object:
+    return {"not": "an action"} if instructions.misbehaves(context) else ACTION
 
 
 # -- sync ---------------------------------------------------------------------------------------------
 
 
-def _plain_in_thread(_wish: _Wish, _context: Context) -> str:
+def _plain_in_thread(_instructions: _Instructions, _context: Context) -> str:
     return ACTION
 
 
-def _fail_in_thread(wish: _Wish, context: Context) -> str:
-    if wish.misbehaves(context):
-        raise RuntimeError(f"attempt {context.attempt} was told to fail")
+def _fail_in_thread(instructions: _Instructions, context: Context) -> str:
+    if instructions.misbehaves(context):
+        raise RuntimeError(f"attempt {context.attempt} was instructions to fail")
     return ACTION
 
 
-def _hold_in_thread(wish: _Wish, _context: Context) -> str:
-    while not wish.gate.exists():
+def _hold_in_thread(instructions: _Instructions, _context: Context) -> str:
+    while not instructions.gate.exists():
         time.sleep(_POLL_SECONDS)
     return ACTION
 
 
-def _slow_in_thread(wish: _Wish, _context: Context) -> str:
-    time.sleep(wish.seconds)
+def _slow_in_thread(instructions: _Instructions, _context: Context) -> str:
+    time.sleep(instructions.seconds)
     return ACTION
 
 
-def _late_in_thread(wish: _Wish, context: Context) -> str:
-    """Writes again once the gate opens, which is after its deadline, and leaves word of how that went."""
-    if wish.misbehaves(context):
-        _hold_in_thread(wish, context)
+def _late_in_thread(instructions: _Instructions, context: Context) -> str:
+    """Writes again once the gate opens, after its deadline, and reports the result in a file."""
+    if instructions.misbehaves(context):
+        _hold_in_thread(instructions, context)
         try:
             context.execute(_EFFECT, _effect(context.event, context))
         except Exception as error:
-            _leave_word(wish, context, error)
+            _report(instructions, context, error)
             raise
     return ACTION
 
 
-def _leave_word(wish: _Wish, context: Context, error: Exception) -> None:
-    (wish.gate.parent / context.event.id).write_text(type(error).__name__)
+def _report(instructions: _Instructions, context: Context, error: Exception) -> None:
+    (instructions.gate.parent / context.event.id).write_text(type(error).__name__)
 
 
-ASYNC: Mapping[str, Callable[[_Wish, Context], Awaitable[object]]] = {
+ASYNC: Mapping[str, Callable[[_Instructions, Context], Awaitable[object]]] = {
     "plain": _plain,
     "fail": _fail,
     "retry": _retry,
@@ -281,7 +281,7 @@ ASYNC: Mapping[str, Callable[[_Wish, Context], Awaitable[object]]] = {
     "bad_action": _bad_action,
 }
 
-SYNC: Mapping[str, Callable[[_Wish, Context], str]] = {
+SYNC: Mapping[str, Callable[[_Instructions, Context], str]] = {
     "plain": _plain_in_thread,
     "fail": _fail_in_thread,
     "hold": _hold_in_thread,

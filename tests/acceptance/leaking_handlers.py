@@ -1,6 +1,6 @@
-"""Handlers that tell all they know when they fail: what they say must not get further than the ledger, redacted.
+"""Handlers that put all they know into their errors: that text must reach nothing but the ledger, redacted.
 
-`data.object.metadata.how` names the way.
+`data.object.metadata.how` names the way in which a handler fails.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from tests.canaries import STORY
 
 
 class MuteError(Exception):
-    """Cannot even be told."""
+    """An exception without a readable text."""
 
     def __str__(self) -> str:
         raise RuntimeError(STORY)

@@ -75,7 +75,7 @@ def check(folder: Path, before: Scrape, after: Scrape, expected: set[str]) -> No
     for name in before | after:
         healthy, bad = before.get(name), after.get(name)
         counter = re.match(r"\w+_(?:total|count|sum|bucket)\{", name) is not None
-        step = bad - healthy if counter and healthy is not None and bad is not None else 0
+        step = max(0, bad - healthy) if counter and healthy is not None and bad is not None else 0  # it may be reset
         values = [
             f"_x{HEALTHY_MINUTES}" if healthy is None else f"{healthy:g}x{HEALTHY_MINUTES}",
             f"_x{BAD_MINUTES}" if bad is None else f"{bad:g}+{step:g}x{BAD_MINUTES}",

@@ -1,12 +1,12 @@
-"""The state machine: everything that may happen to an event, in any order, a step at a time.
+"""The state machine: everything that can happen to an event, in any order, one step at a time.
 
-Guarantees: after every step all invariants hold (`oracle.broken`), every answer was honest, and a delivery that
-nothing stood in the way of came to what the reference model foresees. At the end faults stop, time passes and
-recovery runs: every row settles, with one effect if completed and else none, and what was never promised is
-processed when it is sent again.
+Guarantees: after every step all invariants hold (`oracle.broken`), every answer was true, and a delivery without a
+fault had the outcome that the reference model expects. At the end faults stop, time passes and recovery runs: every
+row settles, with one effect if it is completed and else none, and an event that was never promised is processed when
+it is sent again.
 
-No rule has a precondition: what may be drawn next must not hang on how the races of a step came out, or Hypothesis
-would call a run that cannot be repeated to the letter a fault of ours. A rule with nothing to act on does nothing.
+No rule has a precondition. What can be drawn next must not depend on the races of a step, or Hypothesis would report
+a run that it cannot repeat exactly. A rule that has nothing to act on does nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,13 +24,13 @@ from tests.stateful.steps import Steps
 from tests.stateful.system import PROCESSES
 from tests.stateful.wire import Effect, Fault
 
-# Which messages a step may come to, and how many handlers end by each plan.
+# The messages that can occur in a step, and the plans by which handlers end.
 DELIVERY: Final = ("lock", "insert", "take over", "lock taken over", "marker", "hold", "effect")
 RECOVERY: Final = ("return abandoned", "lock", "lock taken over", "take over", "take over", "marker", "hold", "effect")
 ENDING: Final[Mapping[Plan, Sequence[str]]] = {Plan.WORK: ("mark", "commit"), Plan.HOLD: ()}
 FAILING: Final = ("fail", "forget")
 
-# An uncommitted mark is waited for by every insert of its event, up to the statement's time-out: true, and slow.
+# Every insert of the event waits for an uncommitted mark, up to the statement's timeout: correct, and slow.
 _SLOW = {("mark", True), ("commit", False)}
 
 DAY_SECONDS: Final = 24 * 3600.0
@@ -40,7 +40,7 @@ DAY_SECONDS: Final = 24 * 3600.0
 def turns(
     draw: st.DrawFn, messages: Sequence[str], plans: Sequence[Plan] = (*Plan, *[Plan.WORK] * 4, *[Plan.HOLD] * 2)
 ) -> tuple[Plan, Fault | None]:
-    """How handlers end that a step starts, and a fault at a message that it may come to."""
+    """The plan of the handlers that a step starts, and a fault at a message that may occur in it."""
     plan = draw(st.sampled_from(plans))
     if draw(st.booleans()):
         return plan, None
@@ -61,7 +61,7 @@ endings = turns((), [*(plan for plan in Plan if plan is not Plan.HOLD), *[Plan.W
 
 
 class Machine(Steps):
-    """The rules, and the end."""
+    """The rules, and the teardown."""
 
     # -- deliveries -----------------------------------------------------------------------------------
 
@@ -90,8 +90,8 @@ class Machine(Steps):
     )
     def deliver_many(self, copies: list[int], others: list[tuple[int, str]], number: int, turn: Turn) -> str:
         new = self.system.new_story(wanted=True)
-        shots = [*((at, new) for at in copies), *others]
-        self.deliver_at_once(new, [(self.system.awake(at), each) for at, each in shots], number, *turn)
+        posts = [*((at, new) for at in copies), *others]
+        self.deliver_at_once(new, [(self.system.awake(at), each) for at, each in posts], number, *turn)
         return new
 
     # -- handlers that are held -----------------------------------------------------------------------
@@ -105,7 +105,7 @@ class Machine(Steps):
         ending, fault = turn
         if held := self.held:
             self.arm(number, fault)
-            self.let_go(held[which % len(held)], ending)
+            self.release(held[which % len(held)], ending)
             self.settle()
 
     # -- recovery -------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class Machine(Steps):
             self.settle()
 
     def _stop(self, process: Process) -> None:
-        """Gracefully, and without time to finish: what was begun is released, and nothing is charged."""
+        """A graceful shutdown without time to finish: claims are released, and nothing is charged."""
         mine = {run.event_id for run in process.runs if not run.severed}
         before = self.system.seen.rows
         self.run(self.system.replace(self.system.processes.index(process)))
@@ -155,7 +155,7 @@ class Machine(Steps):
 
     @rule(number=numbers, what=st.sampled_from(["Redis flushed", "locks expire", "redis", "redis", "postgres"]))
     def a_store(self, number: int, what: str) -> None:
-        """`redis`, `postgres`: away for one process, or back."""
+        """`redis`, `postgres`: unreachable for one process, or reachable again."""
         process = self.system.awake(number)
         if what == "Redis flushed":
             self.run(self.system.flush())
@@ -175,7 +175,7 @@ class Machine(Steps):
 
     @rule(event_ids=st.sets(events, max_size=3))
     def rotate(self, event_ids: set[str]) -> None:
-        """A new epoch. With events: the ledger is restored to before it heard of them; nobody tells Redis."""
+        """A new epoch. With events: the ledger is restored to a moment before them, and Redis keeps its keys."""
         if event_ids:
             for number, process in enumerate(self.system.processes):
                 self.act(process.die)
@@ -199,7 +199,7 @@ class Machine(Steps):
             for store in list(process.away):
                 self.act(partial(process.reach, store, again=True))
         for run in self.held:
-            self.let_go(run, Plan.WORK)
+            self.release(run, Plan.WORK)
         self.settle()
 
     def _all_settle(self) -> None:

@@ -1,8 +1,8 @@
-"""What must be so after every step: a reference model of each event, and the invariants over what is seen.
+"""A reference model of each event, and the invariants that must hold after every step.
 
-Guarantees: pure. `broken` compares what was promised and what handlers did with one look at both stores, and
-names the invariant of the fault matrix that does not hold; `foreseen` says what a delivery must come to when
-nothing is in its way. Neither knows how the service does it.
+Guarantees: no I/O. `broken` compares the promises and the actions of handlers with one look at both stores, and names
+each invariant of the fault matrix that does not hold. `expected` returns the outcome of a delivery without a fault.
+Neither depends on how the service works.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,10 +18,10 @@ SETTLED = frozenset([Status.COMPLETED, Status.IGNORED, Status.DEAD])
 
 
 class Plan(Enum):
-    """How a handler behaves; after its effect, each time."""
+    """What a handler does after its effect."""
 
     WORK = "work"
-    HOLD = "hold"  # until it is told how to end
+    HOLD = "hold"  # until the test ends it
     FAIL = "fail"
     RETRY = "retry"
     PERMANENT = "permanent"
@@ -42,34 +42,36 @@ ENDINGS: Mapping[Plan, tuple[Kind, Status]] = {
 
 @dataclass(slots=True)
 class Story:
-    """One event as the model has it."""
+    """The model's view of one event."""
 
     delivery: Delivery
     wanted: bool  # there is a handler for its type
-    promised: Kind | None = None  # the first 2xx that was answered for it
+    promised: Kind | None = None  # by the first answer with a 2xx
     completed: bool = False
-    attempt: int = 0  # the highest that was seen
+    attempt: int = 0  # the highest seen so far
     replays: int = 0
     started: set[int] = field(default_factory=set)  # attempts whose handler was called
-    rogue: set[int] = field(default_factory=set)  # attempts whose handler committed by itself: I2 is waived for them
+    rogue: set[int] = field(
+        default_factory=set
+    )  # attempts whose handler committed by itself: I2 does not apply to them
     permanent: set[int] = field(default_factory=set)  # attempts whose handler raised Permanent
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What the ledger says. `effects`: the attempts whose effects are committed."""
+    """The ledger's row. `effects`: the attempts whose effects are committed."""
 
     status: Status
     attempt: int
     failures: int
     abandoned: int
-    given_up: bool  # settled after the event's time was over
+    given_up: bool  # settled after give_up_at
     effects: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What Redis holds for an event."""
+    """The event's key in Redis."""
 
     value: bytes
     ttl_ms: int
@@ -85,7 +87,7 @@ class Key:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """Both stores at one quiet moment. `stray`: effects of events that have no row."""
+    """Both stores at a moment when nothing happens. `stray`: effects of events without a row."""
 
     rows: Mapping[str, Row]
     keys: Mapping[str, Key]
@@ -95,27 +97,27 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the service was configured with, as far as it can be seen."""
+    """The settings of the service that have a visible effect."""
 
     lock_ttl_seconds: float
     marker_ttl_seconds: float
     abandoned_most: int
 
 
-# -- what must be so ----------------------------------------------------------------------------------
+# -- invariants --------------------------------------------------------------------------------------
 
 
 def broken(stories: Mapping[str, Story], seen: Seen, limits: Limits) -> list[str]:
-    """Every invariant that does not hold, in words; the stories learn what was seen."""
-    complaints = [f"I2: an effect of {event_id}, which has no row" for event_id in seen.stray]
+    """Every invariant that does not hold, in words. The stories are updated with what was seen."""
+    violations = [f"I2: an effect of {event_id}, which has no row" for event_id in seen.stray]
     for event_id, story in stories.items():
         row, key = seen.rows.get(event_id), seen.keys.get(event_id)
         found = [*(_of_row(story, row, limits) if row else _of_no_row(story)), *_of_key(row, key, seen, limits)]
-        complaints += [f"{each}: {event_id} {story.promised=} {row} {key}" for each in found]
+        violations += [f"{each}: {event_id} {story.promised=} {row} {key}" for each in found]
         if row is not None:
             story.attempt = row.attempt
             story.completed = row.status is Status.COMPLETED
-    return complaints
+    return violations
 
 
 def _of_no_row(story: Story) -> Iterator[str]:
@@ -131,13 +133,13 @@ def _of_row(story: Story, row: Row, limits: Limits) -> list[str]:
     wrong = {
         "I2: not one effect, of the attempt that completed it, or none": orderly != [row.attempt] * completed,
         "I2: an attempt's effect twice": len(set(row.effects)) != len(row.effects),
-        "I2: completed before, and no longer": story.completed and not completed,
+        "I2: completed before, and not any more": story.completed and not completed,
         f"I3: attempt fell from {story.attempt}": row.attempt < story.attempt,
         "I3: an attempt was started that the ledger never gave": row.attempt < max(story.started, default=0),
         "I4: ignored, and there is a handler for it": row.status is Status.IGNORED and story.wanted,
         "I4: dead, and its budget is not spent": row.status is Status.DEAD and not _may_be_dead(story, row, limits),
         "I5: completed, and its handler was not called": completed and row.attempt not in story.started,
-        "charged for more than was tried": row.failures + row.abandoned > row.attempt,
+        "more failures and abandonments than attempts": row.failures + row.abandoned > row.attempt,
     }
     return [words for words, so in wrong.items() if so]
 
@@ -154,13 +156,13 @@ def _of_key(row: Row | None, key: Key | None, seen: Seen, limits: Limits) -> Ite
         yield "I7: a marker of the current epoch, and there is no row"
     life = limits.lock_ttl_seconds if key.claimed else limits.marker_ttl_seconds
     if not 0 <= key.ttl_ms <= life * 1000:
-        yield "a key that outlives its kind"
+        yield "a key that lives longer than its kind may"
 
 
 def dishonest(story: Story, outcome: Outcome, row: Row | None, *, replayed: bool = False) -> str | None:
-    """I1 and I6: what is wrong with an answer, given the row right after it. The story learns what was promised.
+    """I1 and I6: what is wrong with an answer, given the row right after it. The story is updated with the promise.
 
-    `replayed`: an operator did that between the delivery and its answer, which can speak of the time before only.
+    `replayed`: an operator replayed the event between the delivery and its answer, which may then be out of date.
     """
     if outcome.kind in PROMISES and story.promised is None:
         story.promised = outcome.kind
@@ -181,16 +183,16 @@ def dishonest(story: Story, outcome: Outcome, row: Row | None, *, replayed: bool
     )
 
 
-# -- what a delivery must come to ---------------------------------------------------------------------
+# -- the outcome of a delivery ------------------------------------------------------------------------
 
 
-def foreseen(
-    story: Story, row: Row | None, key: Key | None, *, epoch: str | None, plan: Plan, room: bool
+def expected(
+    story: Story, row: Row | None, key: Key | None, *, epoch: str | None, plan: Plan, capacity: bool
 ) -> tuple[Kind | None, Status | None]:
-    """The answer and the row's status, when both stores are there and nobody else is at this event.
+    """The answer and the row's status, if both stores are reachable and nothing else works on this event.
 
-    `epoch` is the one that the process knows, `room` whether a handler could start at once. No answer: the
-    handler is held. No status: the row stays as it is.
+    `epoch` is the one that the process knows; `capacity` is whether a handler could start at once. No answer: the
+    handler is held. No status: the row does not change.
     """
     if key is not None and key.claimed and row is None:
         return Kind.DUPLICATE, Status.PENDING
@@ -199,7 +201,7 @@ def foreseen(
         return Kind.DUPLICATE, None
     if not story.wanted:
         return Kind.UNHANDLED, Status.IGNORED
-    if not room:
+    if not capacity:
         return Kind.DEFERRED, Status.PENDING
     if plan is Plan.HOLD:
         return None, Status.PROCESSING

@@ -1,9 +1,9 @@
-"""One "process" of the service: its parts, behind two proxies that can take everything from it at once.
+"""One "process" of the service: its components, behind two proxies that can cut it off from both stores at once.
 
-Guarantees: dead means that nothing of it reaches a store any more, at whatever instruction it was: both proxies
-refuse, so its code may run on and changes nothing, as little as a killed one's. Frozen means that nothing
-passes in either direction until it thaws, and the stores keep what it had open, as with SIGSTOP. Its handlers
-do as the test planned, and tell the witness.
+Guarantees: dead means that nothing from it reaches a store any more, at whatever instruction it was. Both proxies
+refuse, so its code may continue and changes nothing, like that of a killed process. Frozen means that no data passes
+in either direction until it is resumed, and the stores keep its sessions open, as with SIGSTOP. Its handlers follow
+the plan of the test, and report to the observer.
 """
 
 import asyncio
@@ -28,21 +28,21 @@ from tests.stateful.wire import Effect, Fault, Switch, postgres_tap, redis_tap
 TYPE = "invoice.payment_failed"
 
 SETTINGS: dict[str, Any] = {
-    "lease_seconds": 1.0,  # of the injected clock, and in real time twice what a claim waits for a slot
-    "lock_ttl_seconds": 300.0,  # in real time: ended by a rule, never by waiting
-    "redis_breaker_seconds": 0.0,  # each command finds out anew: what happens does not hang on real time
+    "lease_seconds": 1.0,  # on the injected clock; in real time, a claim waits half of it for a slot
+    "lock_ttl_seconds": 300.0,  # in real time: a rule ends it, never a wait
+    "redis_breaker_seconds": 0.0,  # each command tries again: nothing depends on real time
     "abandoned_most": 3,
     "handler_slots": 3,
     "ingest_connections": 3,
 }
 
 
-# Handlers run in tasks that were made on behalf of a call, and a new task inherits this.
+# Handlers run in tasks that a call has created, and a new task inherits this.
 _caller: ContextVar["asyncio.Task[None] | None"] = ContextVar("_caller", default=None)
 
 
 class State(Enum):
-    """What a process is doing."""
+    """The state of a process."""
 
     AWAKE = auto()
     FROZEN = auto()
@@ -51,7 +51,7 @@ class State(Enum):
 
 @dataclass(eq=False, slots=True)
 class Run:
-    """One call of a handler. `caller`: the test's own call into the process that it came of, and that may wait for it.
+    """One call of a handler. `caller`: the test's call into the process that led to it, and may wait for it.
 
     `severed`: its transaction's connection is gone, so it can commit nothing.
     """
@@ -63,26 +63,26 @@ class Run:
     held: asyncio.Future[Plan] | None = None
 
 
-class Witness(Protocol):
-    """Who is told what handlers do."""
+class Observer(Protocol):
+    """Observes what handlers do."""
 
-    plan: Plan  # of the handlers that are started now
+    plan: Plan  # of the handlers that start now
     happened: Counter[str]
 
     def started(self, process: "Process", run: Run, status: str, attempt: int) -> None:
-        """A handler was called, and this is its row."""
+        """A handler was called; `status` and `attempt` are those of its row."""
 
     def breaks(self, run: Run, plan: Plan) -> None:
-        """It is about to commit by itself, or to raise Permanent."""
+        """The handler is about to commit its transaction itself, or to raise Permanent."""
 
 
 @dataclass(eq=False, slots=True)
 class Process:
-    """Use `spawn`. `busy` are the test's own calls into it."""
+    """Use `spawn`. `busy` are the test's calls into it."""
 
-    witness: Witness
+    observer: Observer
     state: State = State.AWAKE
-    away: set[str] = field(default_factory=set)  # which stores it cannot reach: "redis", "postgres"
+    away: set[str] = field(default_factory=set)  # the stores that it cannot reach: "redis", "postgres"
     runs: list[Run] = field(default_factory=list)
     busy: set[asyncio.Task[None]] = field(default_factory=set)
     switch: Switch = field(init=False)
@@ -92,9 +92,9 @@ class Process:
     _stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
 
     @classmethod
-    async def spawn(cls, witness: Witness, database_url: str, redis_url: str, prefix: str) -> "Process":
-        """A new one; nothing of an earlier one is in it."""
-        self = cls(witness)
+    async def spawn(cls, observer: Observer, database_url: str, redis_url: str, prefix: str) -> "Process":
+        """A new process, without any state of an earlier one."""
+        self = cls(observer)
         self.switch = Switch(self._meet)
         self.postgres, database_url = await self._stack.enter_async_context(before_postgres(database_url))
         self.redis, redis_url = await self._stack.enter_async_context(before_redis(redis_url))
@@ -103,22 +103,22 @@ class Process:
         self.world = await build(database_url, redis_url, prefix, {TYPE: self._handle}, **SETTINGS)
         return self
 
-    # -- what befalls it ------------------------------------------------------------------------------
+    # -- faults ---------------------------------------------------------------------------------------
 
     def die(self) -> None:
-        """Now, wherever it is."""
+        """Kill it now, whatever it is doing."""
         self._become(State.DEAD)
 
     def freeze(self) -> None:
-        """Now, wherever it is, until it thaws."""
+        """Freeze it now, whatever it is doing."""
         self._become(State.FROZEN)
 
     def thaw(self) -> None:
-        """What was held back is forwarded."""
+        """Resume it: data that was held back is forwarded."""
         self._become(State.AWAKE)
 
     def reach(self, store: str, *, again: bool) -> None:
-        """A store is away for this process, or back."""
+        """Make a store unreachable for this process, or reachable again."""
         (self.away.discard if again else self.away.add)(store)
         if store == "postgres" and not again:
             self.sever()
@@ -133,13 +133,13 @@ class Process:
                 proxy.switch(Mode.FROZEN if state is State.FROZEN else Mode.OPEN)
 
     def sever(self) -> None:
-        """The server ends all of its sessions: as its time-outs do with those of a frozen process."""
+        """The server ends all of its sessions, as its timeouts do with those of a frozen process."""
         for run in self.runs:
             run.severed = True
         self.postgres.cut()
 
-    async def bury(self) -> None:
-        """Take away what is left; awake it releases its work first, dead it can do nothing."""
+    async def clean_up(self) -> None:
+        """Remove it. A running process releases its work first; a dead one can do nothing."""
         await self.world.pipeline.drain(0)
         for task in self.busy:
             task.cancel()
@@ -148,16 +148,16 @@ class Process:
         await self._stack.aclose()
 
     def _meet(self, fault: Fault) -> None:
-        self.witness.happened[f"{fault.effect.name} {fault.message}"] += 1
+        self.observer.happened[f"{fault.effect.name} {fault.message}"] += 1
         if fault.effect is Effect.DIE:
             self.die()
         elif fault.effect is Effect.FREEZE:
             self.freeze()
 
-    # -- what it does ---------------------------------------------------------------------------------
+    # -- calls ----------------------------------------------------------------------------------------
 
     def begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Call into it; `quiet` says when that has come as far as it can."""
+        """Call into the process. `quiet` tells when the call can make no further progress."""
 
         async def call() -> None:
             _caller.set(asyncio.current_task())
@@ -169,14 +169,14 @@ class Process:
 
     @property
     def quiet(self) -> bool:
-        """Whether it does nothing but hold handlers that were told to wait, or stands still altogether."""
+        """Whether it does nothing, except for handlers that the test holds; or is frozen."""
         if self.state is State.FROZEN:
             return True
         for task in [task for task in self.busy if task.done()]:
             self.busy.discard(task)
             task.result()
         held = [run for run in self.runs if run.held is not None]
-        # Its own tasks are what waits there; no other way shows that a claim is on its way to a handler.
+        # Only its own tasks show whether a claim is on its way to a handler.
         at_rest = len(self.world.pipeline._tasks) == len(held) == len(self.runs)
         return at_rest and self.busy <= {run.caller for run in held}
 
@@ -184,10 +184,10 @@ class Process:
         run = Run(event.id, context.attempt, _caller.get())
         self.runs.append(run)
         try:
-            plan = self.witness.plan
+            plan = self.observer.plan
             query = text("SELECT status, attempt FROM stripe_events WHERE event_id = :event_id")
             row = (await context.connection.execute(query, {"event_id": event.id})).one()
-            self.witness.started(self, run, row.status, row.attempt)
+            self.observer.started(self, run, row.status, row.attempt)
             await effect(event, context)
             if plan is Plan.HOLD:
                 run.held = asyncio.get_running_loop().create_future()
@@ -204,11 +204,11 @@ class Process:
         if plan is Plan.RETRY:
             raise Retry("as planned", after=1)
         if plan is Plan.PERMANENT:
-            self.witness.breaks(run, plan)
+            self.observer.breaks(run, plan)
             raise Permanent("as planned")
         if plan is Plan.SWALLOW:
             with contextlib.suppress(DBAPIError):
                 await context.connection.execute(text("SELECT 1 / 0"))
         if plan is Plan.COMMIT:
-            self.witness.breaks(run, plan)
+            self.observer.breaks(run, plan)
             await context.connection.execute(text("COMMIT"))

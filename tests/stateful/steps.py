@@ -1,4 +1,4 @@
-"""How the state machine takes a step: arm a fault, begin something, let it go as far as it can, check everything."""
+"""A step of the state machine: arm a fault, start an action, wait until nothing happens any more, check everything."""
 
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, TypeVar
@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine
 
 from firstclaim.outcome import Kind
 from firstclaim.status import TAKEABLE, Status
-from tests.stateful.oracle import Plan, Row, foreseen
+from tests.stateful.oracle import Plan, Row, expected
 from tests.stateful.process import Process, Run
 from tests.stateful.system import Answer, System
 from tests.stateful.wire import Effect, Fault
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Steps(RuleBasedStateMachine):
-    """Over a system that outlives it. `sound` until something was wrong: then the end is not played any more."""
+    """The steps, on a system that outlives the machine. `sound` until a check fails: then the teardown is skipped."""
 
     def __init__(self, system: System) -> None:
         super().__init__()
@@ -27,28 +27,28 @@ class Steps(RuleBasedStateMachine):
     # -- a step ---------------------------------------------------------------------------------------
 
     def arm(self, number: int, fault: Fault | None) -> None:
-        """Have a fault happen to one process in this step, if it comes to that."""
+        """Inject a fault into one process in this step, if its message occurs."""
         alone = len(self.system.processes) - len(self.system.frozen) == 1
         if fault is not None and fault.effect is Effect.FREEZE and alone:
-            return  # somebody has to be awake
+            return  # one process has to run
         self.system.awake(number).switch.armed = fault
 
-    def begin_deliveries(self, shots: Iterable[tuple[Process, str]]) -> None:
-        """All at the same moment."""
-        self.act(lambda: [process.begin(self.system.deliver(process, event_id)) for process, event_id in shots])
+    def begin_deliveries(self, posts: Iterable[tuple[Process, str]]) -> None:
+        """Start all deliveries at the same moment."""
+        self.act(lambda: [process.begin(self.system.deliver(process, event_id)) for process, event_id in posts])
 
     def begin_recovery(self, processes: Iterable[Process]) -> None:
-        """A round of each at the same moment."""
+        """Start a round of recovery in each process at the same moment."""
         self.act(lambda: [process.begin(self.system.recover(process)) for process in processes])
 
-    def let_go(self, run: Run, ending: Plan) -> None:
-        """A handler that is held goes on, and ends so."""
+    def release(self, run: Run, ending: Plan) -> None:
+        """Release a handler that is held; it ends as planned."""
         held = run.held
         assert held is not None
         self.act(lambda: held.set_result(ending))
 
     def settle(self, plan: Plan = Plan.WORK) -> list[Answer]:
-        """The end of every step; `plan` is for the handlers that it starts."""
+        """The end of every step. `plan` applies to handlers that it starts."""
         self.system.plan = plan
         try:
             return self.run(self.system.settle())
@@ -60,20 +60,20 @@ class Steps(RuleBasedStateMachine):
     # -- whole deliveries -----------------------------------------------------------------------------
 
     def deliver(self, number: int, event_id: str, plan: Plan, fault: Fault | None) -> None:
-        """One delivery to one process; where nothing stands in its way it comes to what the model foresees."""
+        """One delivery to one process. Without a fault, its outcome must be the one that the model expects."""
         system, process = self.system, self.system.awake(number)
         before, key = system.seen.rows.get(event_id), system.seen.keys.get(event_id)
         dispatcher = process.world.dispatcher
-        room = dispatcher.free_slots > 0 and (
+        capacity = dispatcher.free_slots > 0 and (
             before is None or before.abandoned == 0 or dispatcher.previously_abandoned_slot_free
         )
         epoch = process.world.claims.epoch.current
-        kind, status = foreseen(system.stories[event_id], before, key, epoch=epoch, plan=plan, room=room)
+        kind, status = expected(system.stories[event_id], before, key, epoch=epoch, plan=plan, capacity=capacity)
         self.arm(number, fault)
         self.begin_deliveries([(process, event_id)])
-        said = [answer.outcome.kind for answer in self.settle(plan) if answer.event_id == event_id]
+        kinds = [answer.outcome.kind for answer in self.settle(plan) if answer.event_id == event_id]
         if fault is None and not process.away:
-            self.check(said == ([] if kind is None else [kind]), f"{event_id}: {said}, not {kind}; {before} {key}")
+            self.check(kinds == ([] if kind is None else [kind]), f"{event_id}: {kinds}, not {kind}; {before} {key}")
             self._compare(event_id, before, kind, status)
 
     def _compare(self, event_id: str, before: Row | None, kind: Kind | None, status: Status | None) -> None:
@@ -87,22 +87,22 @@ class Steps(RuleBasedStateMachine):
             self.check(key is None, f"{event_id}: {key} keeps the next delivery from {row}")
 
     def deliver_at_once(
-        self, new: str, shots: list[tuple[Process, str]], number: int, plan: Plan, fault: Fault | None
+        self, new: str, posts: list[tuple[Process, str]], number: int, plan: Plan, fault: Fault | None
     ) -> None:
-        """Copies of a new event among others: of the copies exactly one is dispatched."""
-        calm = fault is None and not any(process.away for process, _ in shots)
-        room = all(process.world.dispatcher.free_slots >= len(shots) for process, _ in shots)
+        """Copies of a new event, together with other events: exactly one copy is dispatched."""
+        no_fault = fault is None and not any(process.away for process, _ in posts)
+        capacity = all(process.world.dispatcher.free_slots >= len(posts) for process, _ in posts)
         self.arm(number, fault)
-        self.begin_deliveries(shots)
+        self.begin_deliveries(posts)
         kinds = [answer.outcome.kind for answer in self.settle(plan) if answer.event_id == new]
-        if calm and room and plan is Plan.WORK:
+        if no_fault and capacity and plan is Plan.WORK:
             self.check(kinds.count(Kind.PROCESSED) == 1, f"{new}, delivered {len(kinds)} times at once: {kinds}")
             self.check(kinds.count(Kind.DUPLICATE) == len(kinds) - 1, f"{new}, delivered at once: {kinds}")
 
-    # -- on the loop ----------------------------------------------------------------------------------
+    # -- the event loop ------------------------------------------------------------------------------
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Until it is done."""
+        """Run on the event loop until it is done."""
         try:
             return self.system.run(work)
         except BaseException as error:
@@ -110,7 +110,7 @@ class Steps(RuleBasedStateMachine):
             raise
 
     def act(self, act: Callable[[], object]) -> None:
-        """Something that takes no time, but needs the loop."""
+        """Call a function that needs the event loop."""
 
         async def now() -> None:
             act()
@@ -118,14 +118,14 @@ class Steps(RuleBasedStateMachine):
         self.run(now())
 
     def check(self, holds: bool, words: str) -> None:
-        """Fail with these words if it does not hold."""
+        """Fail with this message if the condition does not hold."""
         if not holds:
             error = AssertionError(words)
             self._fails(error)
             raise error
 
     def _fails(self, error: BaseException) -> None:
-        """Said at once: where a race decides, Hypothesis may not find it again, and says only that."""
+        """Print it at once: if a race decides, Hypothesis may not reproduce the error, and then reports only that."""
         if self.sound:
             print(f"{type(error).__name__}: {error}")
         self.sound = False

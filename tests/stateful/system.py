@@ -1,8 +1,8 @@
-"""Where the state machine plays: one database under a standing clock, one Redis prefix, two processes.
+"""The system under the state machine: one database with a stopped clock, one Redis prefix, two processes.
 
-Guarantees: between two steps nothing moves: each call has been answered, or waits at a handler that is held or in a
-process that is frozen, and the server has noticed every lost connection. So one look at both stores sees one
-moment, and a run that failed can be run again.
+Guarantees: between two steps nothing happens. Each call has been answered, or waits for a handler that is held or in
+a process that is frozen, and the server has detected every lost connection. So one look at both stores sees one
+moment, and a run that failed can be repeated.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a delivery came to. `replayed`: an operator did that to the event while it was under way."""
+    """The outcome of a delivery. `replayed`: an operator replayed the event while the delivery was in flight."""
 
     event_id: str
     outcome: Outcome
@@ -54,7 +54,7 @@ class Answer:
 
 
 class System:
-    """Use `prepared`. The witness of what handlers do, and the only one to touch the stores beside the service."""
+    """Use `prepared`. It observes the handlers, and only it and the service use the stores."""
 
     limits: Limits
     clock: Clock
@@ -71,19 +71,19 @@ class System:
         self.processes: list[Process] = []
         self.stories: dict[str, Story] = {}
         self.answers: list[Answer] = []
-        self.complaints: list[str] = []
+        self.violations: list[str] = []
         self.plan = Plan.WORK
         self.seen = Seen({}, {}, None)
-        self.happened: Counter[str] = Counter()  # over all runs: which faults and answers were met at all
+        self.happened: Counter[str] = Counter()  # over all runs: the number of each fault and answer
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """On the one loop; nothing moves on it between two calls."""
+        """Run on the one event loop; nothing runs on it between two calls."""
         return self._runner.run(work)
 
     # -- setting up -----------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """A database of its own, and the processes on it."""
+        """Create the database, and start the processes."""
         self._url = await clone(self._stores)
         self._stack.push_async_callback(drop, self._url)
         self.clock = await self._stack.enter_async_context(installed(self._url, standing=True))
@@ -97,14 +97,14 @@ class System:
         self.limits = Limits(settings.lock_ttl_seconds, settings.marker_ttl_seconds, settings.abandoned_most)
 
     async def close(self) -> None:
-        """Everything that `open` opened."""
+        """Close everything that `open` has opened."""
         for process in self.processes:
-            process.die()  # a frozen one that a failed run left would never let go
-            await process.bury()
+            process.die()  # a frozen one, left by a failed run, would never end
+            await process.clean_up()
         await self._stack.aclose()
 
     async def begin(self) -> None:
-        """Empty stores and awake processes for another run; those that a run left as they were are kept."""
+        """Empty stores and running processes for another run. Processes that are in order are kept."""
         for number, process in enumerate(self.processes):
             if process.state is not State.AWAKE or process.runs or process.busy:
                 process.die()
@@ -116,13 +116,13 @@ class System:
         await self.flush()
         self.stories.clear()
         self.answers.clear()
-        self.complaints.clear()
+        self.violations.clear()
         self.plan = Plan.WORK
         self.seen = await self._look()
 
     async def replace(self, number: int) -> None:
-        """A new process in place of one that is dead or was stopped."""
-        await self.processes[number].bury()
+        """Replace a process that is dead or was stopped."""
+        await self.processes[number].clean_up()
         self.processes[number] = await self._spawn()
 
     async def _spawn(self) -> Process:
@@ -131,13 +131,13 @@ class System:
     # -- what the processes do ------------------------------------------------------------------------
 
     def new_story(self, *, wanted: bool) -> str:
-        """A fresh event."""
+        """A new event."""
         event_id = f"evt_{len(self.stories)}"
         self.stories[event_id] = Story(delivery(event_id, TYPE if wanted else "invoice.paid"), wanted)
         return event_id
 
     async def deliver(self, process: Process, event_id: str) -> None:
-        """One delivery; its answer counts unless the process was dead by then."""
+        """One delivery. Its answer counts unless the process is dead by then."""
         story = self.stories[event_id]
         replays = story.replays
         outcome = await process.world.pipeline.deliver(story.delivery)
@@ -145,46 +145,46 @@ class System:
             self.answers.append(Answer(event_id, outcome, story.replays != replays))
 
     async def recover(self, process: Process) -> None:
-        """One round of recovery, as its loop does it."""
+        """One round of recovery, as the loop runs it."""
         with contextlib.suppress(LedgerUnavailable):
             process.world.claims.epoch.confirm(await process.world.ledger.read_epoch())
             await process.world.pipeline.return_abandoned(9)
             await process.world.pipeline.recover()
 
     def started(self, process: Process, run: Run, status: str, attempt: int) -> None:
-        """I3 and I5, where a handler is called."""
+        """Check I3 and I5 when a handler is called."""
         story = self.stories[run.event_id]
         if (status, attempt) != (Status.PROCESSING, run.attempt):
-            self.complaints.append(f"I5: started {run}, and the row is {status} at attempt {attempt}")
+            self.violations.append(f"I5: started {run}, and the row is {status} at attempt {attempt}")
         if run.attempt in story.started:
-            self.complaints.append(f"I3: {run} was started before")
+            self.violations.append(f"I3: {run} was started before")
         if "redis" in process.away:
-            self.complaints.append(f"I5: started {run} without the lock: Redis is away")
+            self.violations.append(f"I5: started {run} without the lock: Redis is unreachable")
         story.started.add(run.attempt)
         others = [other for each in self.processes if each.state is not State.DEAD for other in each.runs]
         if any(other.event_id == run.event_id and not other.severed for other in others if other is not run):
-            self.complaints.append(f"I3: {run} is the second of that event that can commit")
+            self.violations.append(f"I3: {run} is the second of that event that can commit")
 
     def breaks(self, run: Run, plan: Plan) -> None:
-        """An attempt for which the model has to make an exception."""
+        """Note an attempt for which the model makes an exception."""
         story = self.stories[run.event_id]
         (story.rogue if plan is Plan.COMMIT else story.permanent).add(run.attempt)
 
-    # -- what befalls the stores ----------------------------------------------------------------------
+    # -- faults of the stores -------------------------------------------------------------------------
 
     async def flush(self) -> None:
-        """Redis forgets everything of ours."""
+        """Redis loses every key of this system."""
         if self.stories:
             await self.redis.delete(*(self._prefix + event_id for event_id in self.stories))
 
     async def expire_locks(self) -> None:
-        """The locks that are left, their owners being dead or done, reach the end of their life."""
+        """The remaining locks expire. Their owners are dead or have ended."""
         locks = [self._prefix + event_id for event_id, key in self.seen.keys.items() if key.claimed]
         if locks:
             await self.redis.delete(*locks)
 
     async def forget(self, event_ids: list[str]) -> None:
-        """The ledger never heard of these events: what was promised for them is void."""
+        """Remove these events from the ledger, as a restore would: promises about them no longer count."""
         for event_id in event_ids:
             story = self.stories[event_id]
             self.stories[event_id] = Story(story.delivery, story.wanted)
@@ -192,42 +192,42 @@ class System:
             await self.operator.database.execute(_FORGET.format(table), event_ids)
 
     async def rotate(self) -> None:
-        """As the command does it."""
+        """Rotate the epoch, as the command does."""
         _, self._epoch = await operator.rotate(self._url)
 
     async def replay(self, event_ids: list[str]) -> list[str]:
-        """As an operator does it; returns those that it changed."""
+        """Replay, as an operator does; returns the events that were changed."""
         replayed = await operator.replay(self._url, event_ids)
         for event_id in replayed:
             self.stories[event_id].replays += 1
         return replayed
 
     def awake(self, number: int) -> Process:
-        """This process, or the next one that is awake."""
+        """This process, or the next one that is running."""
         order = self.processes[number:] + self.processes[:number]
         return next(process for process in order if process.state is State.AWAKE)
 
     @property
     def frozen(self) -> list[Process]:
-        """Those that stand still."""
+        """The frozen processes."""
         return [process for process in self.processes if process.state is State.FROZEN]
 
-    # -- looking --------------------------------------------------------------------------------------
+    # -- checks ---------------------------------------------------------------------------------------
 
     async def settle(self) -> list[Answer]:
-        """Wait until nothing moves, then check everything; returns the answers that were given meanwhile."""
+        """Wait until nothing happens any more, then check everything; returns the answers of this step."""
         await until(self._quiet)
         await until(self._lost_sessions_are_over)
         self.seen = await self._look()
         answers, self.answers = self.answers, []
-        complaints, self.complaints = self.complaints, []
+        violations, self.violations = self.violations, []
         for answer in answers:
             self.happened[f"answer {answer.outcome.kind}"] += 1
             story, row = self.stories[answer.event_id], self.seen.rows.get(answer.event_id)
             if said := oracle.dishonest(story, answer.outcome, row, replayed=answer.replayed):
-                complaints.append(f"{said}: {answer} {row}")
-        complaints += oracle.broken(self.stories, self.seen, self.limits)
-        assert not complaints, "\n".join(complaints)
+                violations.append(f"{said}: {answer} {row}")
+        violations += oracle.broken(self.stories, self.seen, self.limits)
+        assert not violations, "\n".join(violations)
         return answers
 
     async def _quiet(self) -> bool:
@@ -237,7 +237,7 @@ class System:
         return all(process.quiet for process in self.processes)
 
     async def _lost_sessions_are_over(self) -> bool:
-        """The server rolls back what was open in a session when it notices that its client is gone, not before."""
+        """The server rolls back a session's transaction only when it detects that the client is gone."""
         known = _OWN_SESSIONS + sum(process.postgres.connections for process in self.processes)
         return bool(await self.operator.database.fetchval(_SESSIONS) <= known)
 
@@ -265,7 +265,7 @@ class System:
 
 @contextlib.contextmanager
 def prepared(stores: Stores) -> Iterator[System]:
-    """A system on its own loop, which is kept for as long as the block runs."""
+    """A system on an event loop of its own, for the duration of the block."""
     with asyncio.Runner() as runner:
         system = System(runner, stores)
         runner.run(system.open())

@@ -8,7 +8,7 @@ from firstclaim import outcome
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.status import Status
 from tests.integration.world import delivery
-from tests.stateful.oracle import Key, Limits, Plan, Row, Seen, Story, broken, dishonest, foreseen
+from tests.stateful.oracle import Key, Limits, Plan, Row, Seen, Story, broken, dishonest, expected
 
 EVENT = "evt_0"
 EPOCH = "0123456789abcdef"
@@ -156,4 +156,4 @@ def test_what_a_delivery_comes_to(
     row: Row | None, key: Key | None, plan: Plan, foresees: tuple[Kind | None, Status | None]
 ) -> None:
     """By the protocol's two tables: the lock's reply, then the row."""
-    assert foreseen(story(), row, key, epoch=EPOCH, plan=plan, room=True) == foresees
+    assert expected(story(), row, key, epoch=EPOCH, plan=plan, capacity=True) == foresees

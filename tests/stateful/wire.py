@@ -1,8 +1,8 @@
-"""Faults at a named message, on the wires between one process and its stores.
+"""Faults at a named message, on the connections between one process and its stores.
 
-Guarantees: a fault happens once, at the first message of its name, either before the server hears it or when the
-server has answered it; a cut concerns that one connection. The service is as it ships: what a message is, is
-read from the statement's own text, so that "the insert" is found however the client sends it.
+Guarantees: a fault happens once, at the first message of its name, either before the server receives it or when the
+server has answered it. A cut affects that one connection. The service is unchanged: the text of the statement
+identifies a message, so that "the insert" is found however the client sends it.
 """
 
 import re
