@@ -113,14 +113,14 @@ async def test_an_interrupted_run_is_run_again(sandbox: Sandbox, command: Comman
 
     def fail(number: int) -> None:
         if number == 2:
-            api.troubles += [error(500, headers=AT_ONCE)] * 6
+            api.responses += [error(500, headers=AT_ONCE)] * 6
 
     api.on_page = fail
     first = printed(await command("reconcile", "--since", "2d", "--json"), 3)
     assert 0 < first["recorded"] < 12
     assert (first["recorded"], first["missing"], first["complete"]) == (first["found"], 0, False)
 
-    api.on_page = lambda number: api.troubles.append(FROZEN) if number == 6 else None
+    api.on_page = lambda number: api.responses.append(FROZEN) if number == 6 else None
     async with command.running("reconcile", "--since", "2d") as running:
         await eventually(lambda: _request_hangs(api))
         running.interrupt()
@@ -137,15 +137,15 @@ async def test_an_interrupted_run_is_run_again(sandbox: Sandbox, command: Comman
 
 
 async def _request_hangs(api: StripeApi) -> bool:
-    return api.pages >= 6 and not api.troubles
+    return api.pages >= 6 and not api.responses
 
 
 async def test_what_stripe_says(command: Command, api: StripeApi) -> None:
     """A rate limit that ends is waited for; one that does not end, and a bad key, end with a sentence and a code."""
     add(api, sample())
-    api.troubles += [error(429, headers=AT_ONCE)] * 5
+    api.responses += [error(429, headers=AT_ONCE)] * 5
     assert printed(await command("reconcile", "--since", "15m", "--json", "--dry-run"))["missing"] == 1
-    api.troubles += [error(429, headers=AT_ONCE)] * 6
+    api.responses += [error(429, headers=AT_ONCE)] * 6
     run = await command("reconcile", "--since", "15m")
     assert run.code == 3, run.output
     run.shows("429", "later")
@@ -185,7 +185,7 @@ async def test_nothing_says_the_key_or_a_payload(command: Command, api: StripeAp
         (answer(200, body=STORY.encode(), headers={"Stripe-Notice": STORY, **AT_ONCE}), 3),
         (page, 1),
     ):
-        api.troubles = [trouble] * 6
+        api.responses = [trouble] * 6
         run = await command("reconcile", "--since", "1s", **loud)
         assert run.code == code, run.output
         assert_silent(run.output)

@@ -36,7 +36,7 @@ async def api(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[StripeApi]:
 
 
 @dataclass(slots=True)
-class Desk:
+class Scenario:
     """The ledger, Stripe, and pauses that are noted instead of waited for."""
 
     world: World
@@ -102,24 +102,24 @@ class Desk:
 
 
 @pytest.fixture
-async def desk(world: World, api: StripeApi) -> Desk:
+async def scenario(world: World, api: StripeApi) -> Scenario:
     """With an empty ledger and an empty audit."""
     await world.database.execute("DELETE FROM operator_actions")
-    return Desk(world, api)
+    return Scenario(world, api)
 
 
 # -- what is recorded ---------------------------------------------------------------------------------
 
 
-async def test_the_row_is_a_deliverys(desk: Desk) -> None:
+async def test_the_row_is_a_deliverys(scenario: Scenario) -> None:
     """Each column is what a delivery that may not dispatch records: pending, attempt 0, due now."""
-    event_id = desk.event(HOUR, account="acct_1", api_version="2024-06-20", livemode=True)
-    body = desk.api.events[0].body
-    await desk.world.ledger.record(Delivery(parse_event(body), body), due_in_seconds=0)
-    delivered = await desk.world.row(event_id)
-    await desk.world.database.execute("DELETE FROM stripe_events; DELETE FROM stripe_event_payloads")
-    assert await desk.reconciled() == (1, 0, 1)
-    row = await desk.world.row(event_id)
+    event_id = scenario.event(HOUR, account="acct_1", api_version="2024-06-20", livemode=True)
+    body = scenario.api.events[0].body
+    await scenario.world.ledger.record(Delivery(parse_event(body), body), due_in_seconds=0)
+    delivered = await scenario.world.row(event_id)
+    await scenario.world.database.execute("DELETE FROM stripe_events; DELETE FROM stripe_event_payloads")
+    assert await scenario.reconciled() == (1, 0, 1)
+    row = await scenario.world.row(event_id)
     own = {"received_at", "due_at", "give_up_at", "due_in", "give_up_in"}
     assert {name: value for name, value in row.items() if name not in own} == {
         name: value for name, value in delivered.items() if name not in own
@@ -130,170 +130,172 @@ async def test_the_row_is_a_deliverys(desk: Desk) -> None:
     assert near(row["give_up_in"], GIVE_UP_SECONDS)
 
 
-async def test_numbers_stay_as_they_were_written(desk: Desk) -> None:
+async def test_numbers_stay_as_they_were_written(scenario: Scenario) -> None:
     """No number of a payload is rounded, and the event is stored by itself, not as a part of the list."""
     event_id, created = "evt_numbers", int(time.time()) - 60
     numbers = b'{"amount":12345678901234567890123,"rate":1.10,"small":1E-9,"text":"\xc3\xa9\\n","none":null}'
     body = b'{"id":"evt_numbers","object":"event","type":"invoice.paid","livemode":false,"created":%d,' % created
     body += b'"data":{"object":%s}}' % numbers
-    desk.api.add(body.replace(b":", b" :\n  "), created, event_id)
-    assert await desk.reconciled() == (1, 0, 1)
-    kept = await desk.world.database.fetchval("SELECT body FROM stripe_event_payloads WHERE event_id = $1", event_id)
+    scenario.api.add(body.replace(b":", b" :\n  "), created, event_id)
+    assert await scenario.reconciled() == (1, 0, 1)
+    kept = await scenario.world.database.fetchval(
+        "SELECT body FROM stripe_event_payloads WHERE event_id = $1", event_id
+    )
     assert kept == body
 
 
-async def test_the_oldest_first_through_windows_pages_and_ties(desk: Desk) -> None:
+async def test_the_oldest_first_through_windows_pages_and_ties(scenario: Scenario) -> None:
     """Events are recorded oldest first, also across windows and pages, and within one second."""
-    desk.api.page_most = 3
+    scenario.api.page_most = 3
     ages = [2 * DAY + HOUR, 2 * DAY, 2 * DAY, DAY, *[HOUR] * 7, 60, 60, 60, 60, 0]
-    events = [desk.event(age) for age in ages]
-    assert await desk.reconciled() == (len(ages), 0, len(ages))
-    assert await desk.recorded() == events
-    assert {each["limit"] for each in desk.api.asked} == {"100"}
-    assert desk.api.keys == {f"Bearer {KEY}"}
+    events = [scenario.event(age) for age in ages]
+    assert await scenario.reconciled() == (len(ages), 0, len(ages))
+    assert await scenario.recorded() == events
+    assert {each["limit"] for each in scenario.api.requests} == {"100"}
+    assert scenario.api.keys == {f"Bearer {KEY}"}
 
 
-async def test_missing_events_are_buffered_up_to_a_limit(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_missing_events_are_buffered_up_to_a_limit(scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
     """More missing events than fit are read in shorter windows, and each is still recorded once, the oldest first."""
-    desk.api.page_most = 2
+    scenario.api.page_most = 2
     most = 4 * len(event_body("invoice.paid"))
     monkeypatch.setattr(reconcile_module, "_BUFFER_MOST_BYTES", most)
     monkeypatch.setattr(reconcile_module, "BATCH", 3)
-    events = [desk.event(age) for age in sorted([*range(0, 40 * 60, 60), *[90] * 11], reverse=True)]
-    assert await desk.reconciled(ReconcileOptions(HOUR)) == (51, 0, 51)
-    assert await desk.recorded() == events
-    assert await desk.reconciled(ReconcileOptions(HOUR)) == (51, 51, 0)
+    events = [scenario.event(age) for age in sorted([*range(0, 40 * 60, 60), *[90] * 11], reverse=True)]
+    assert await scenario.reconciled(ReconcileOptions(HOUR)) == (51, 0, 51)
+    assert await scenario.recorded() == events
+    assert await scenario.reconciled(ReconcileOptions(HOUR)) == (51, 51, 0)
 
 
-async def test_what_is_here_is_left_as_it_is(desk: Desk) -> None:
+async def test_what_is_here_is_left_as_it_is(scenario: Scenario) -> None:
     """An event that is in the ledger is counted, and no column of its row changes, whatever its status."""
-    known = {status: desk.event(HOUR) for status in Status}
+    known = {status: scenario.event(HOUR) for status in Status}
     before = {}
     for status, event_id in known.items():
-        body = desk.api.events[-1].body.replace(desk.api.events[-1].event_id.encode(), event_id.encode())
-        await desk.world.state_of(Delivery(parse_event(body), body), status)
-        before[event_id] = await desk.world.row(event_id)
-    missing = desk.event(HOUR)
-    assert await desk.reconciled() == (len(known) + 1, len(known), 1)
+        body = scenario.api.events[-1].body.replace(scenario.api.events[-1].event_id.encode(), event_id.encode())
+        await scenario.world.state_of(Delivery(parse_event(body), body), status)
+        before[event_id] = await scenario.world.row(event_id)
+    missing = scenario.event(HOUR)
+    assert await scenario.reconciled() == (len(known) + 1, len(known), 1)
     for event_id, row in before.items():
-        assert unchanged(row, await desk.world.row(event_id))
-    assert await desk.world.status(missing) is Status.PENDING
+        assert unchanged(row, await scenario.world.row(event_id))
+    assert await scenario.world.status(missing) is Status.PENDING
 
 
-async def test_a_second_run_records_nothing(desk: Desk) -> None:
+async def test_a_second_run_records_nothing(scenario: Scenario) -> None:
     """The second run finds every event in the ledger; the audit has both runs with the number they recorded."""
     for age in (2 * DAY, HOUR):
-        desk.event(age)
-    assert await desk.reconciled() == (2, 0, 2)
-    before = await desk.recorded()
-    assert await desk.reconciled(ReconcileOptions(3 * DAY, undelivered=True)) == (2, 2, 0)
-    assert await desk.recorded() == before
-    assert await desk.audit() == [
+        scenario.event(age)
+    assert await scenario.reconciled() == (2, 0, 2)
+    before = await scenario.recorded()
+    assert await scenario.reconciled(ReconcileOptions(3 * DAY, undelivered=True)) == (2, 2, 0)
+    assert await scenario.recorded() == before
+    assert await scenario.audit() == [
         (OPERATOR, "reconcile", "since=259200s", 2),
         (OPERATOR, "reconcile", "since=259200s undelivered", 0),
     ]
 
 
-async def test_only_the_time_of_the_options(desk: Desk) -> None:
+async def test_only_the_time_of_the_options(scenario: Scenario) -> None:
     """Older events are not requested."""
-    desk.event(2 * HOUR)
-    young = desk.event(HOUR - 60)
-    assert await desk.reconciled(ReconcileOptions(HOUR)) == (1, 0, 1)
-    assert await desk.recorded() == [young]
+    scenario.event(2 * HOUR)
+    young = scenario.event(HOUR - 60)
+    assert await scenario.reconciled(ReconcileOptions(HOUR)) == (1, 0, 1)
+    assert await scenario.recorded() == [young]
 
 
-async def test_only_what_was_not_delivered(desk: Desk) -> None:
+async def test_only_what_was_not_delivered(scenario: Scenario) -> None:
     """With `undelivered`, events that were delivered are not requested."""
-    desk.event(HOUR, delivered=True)
-    failed = desk.event(HOUR)
-    assert await desk.reconciled(ReconcileOptions(DAY, undelivered=True)) == (1, 0, 1)
-    assert await desk.recorded() == [failed]
-    assert {each["delivery_success"] for each in desk.api.asked} == {"false"}
+    scenario.event(HOUR, delivered=True)
+    failed = scenario.event(HOUR)
+    assert await scenario.reconciled(ReconcileOptions(DAY, undelivered=True)) == (1, 0, 1)
+    assert await scenario.recorded() == [failed]
+    assert {each["delivery_success"] for each in scenario.api.requests} == {"false"}
 
 
-async def test_a_dry_run_changes_nothing(desk: Desk) -> None:
+async def test_a_dry_run_changes_nothing(scenario: Scenario) -> None:
     """It counts what is missing, and writes no row and no line of the audit."""
     for _ in range(3):
-        desk.event(HOUR)
-    progress, failure = await desk.reconcile(dry_run=True)
+        scenario.event(HOUR)
+    progress, failure = await scenario.reconcile(dry_run=True)
     assert (failure, progress.found, progress.already_here, progress.missing, progress.recorded) == (None, 3, 0, 3, 0)
-    assert await desk.recorded() == []
-    assert await desk.audit() == []
+    assert await scenario.recorded() == []
+    assert await scenario.audit() == []
 
 
-async def test_a_delivery_may_be_faster(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_delivery_may_be_faster(scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
     """An event that is delivered between the query and the insert keeps its row, and counts as already here."""
-    event_id = desk.event(60)
-    body = desk.api.events[0].body
+    event_id = scenario.event(60)
+    body = scenario.api.events[0].body
     recorded_ids = Commands.recorded_ids
 
     async def then_delivered(operations: Commands, ids: list[str]) -> set[str]:
         found = await recorded_ids(operations, ids)
-        await desk.world.ledger.claim(Delivery(parse_event(body), body))
+        await scenario.world.ledger.claim(Delivery(parse_event(body), body))
         return found
 
     monkeypatch.setattr(Commands, "recorded_ids", then_delivered)
-    assert await desk.reconciled() == (1, 1, 0)
-    assert await desk.world.status(event_id) is Status.PROCESSING
+    assert await scenario.reconciled() == (1, 1, 0)
+    assert await scenario.world.status(event_id) is Status.PROCESSING
 
 
-async def test_what_is_created_meanwhile_is_found_now_or_next_time(desk: Desk) -> None:
+async def test_what_is_created_meanwhile_is_found_now_or_next_time(scenario: Scenario) -> None:
     """New events that arrive while pages are read hide no other event."""
-    desk.api.page_most = 2
+    scenario.api.page_most = 2
     for _ in range(5):
-        desk.event(30)
+        scenario.event(30)
 
     def add_event(number: int) -> None:
         if number < 4:
-            desk.event(0)
+            scenario.event(0)
 
-    desk.api.on_page = add_event
-    found, _, recorded = await desk.reconciled()
+    scenario.api.on_page = add_event
+    found, _, recorded = await scenario.reconciled()
     assert (found, recorded) == (5, 5)
-    desk.api.on_page = None
-    assert await desk.reconciled() == (8, 5, 3)
+    scenario.api.on_page = None
+    assert await scenario.reconciled() == (8, 5, 3)
 
 
 # -- what goes wrong ----------------------------------------------------------------------------------
 
 
-async def test_an_interrupted_run_is_resumed(desk: Desk) -> None:
+async def test_an_interrupted_run_is_resumed(scenario: Scenario) -> None:
     """After an interruption the recorded events stay, are reported and audited; the next run records the rest."""
-    desk.api.page_most = 2
-    events = [desk.event(age) for age in (2 * DAY, 2 * DAY, *[HOUR] * 4)]
-    desk.api.on_page = lambda number: desk.api.die() if number == 2 else None
-    progress, failure = await desk.reconcile()
+    scenario.api.page_most = 2
+    events = [scenario.event(age) for age in (2 * DAY, 2 * DAY, *[HOUR] * 4)]
+    scenario.api.on_page = lambda number: scenario.api.refuse_connections() if number == 2 else None
+    progress, failure = await scenario.reconcile()
     assert isinstance(failure, StripeUnavailable)
     assert failure.exit_code == 3
-    assert str(failure).startswith(f"Stripe cannot be reached at {desk.api.base} (ConnectError, after 6 attempts)")
+    assert str(failure).startswith(f"Stripe cannot be reached at {scenario.api.base} (ConnectError, after 6 attempts)")
     assert (progress.found, progress.recorded) == (2, 2)
     assert progress.covered < 1
-    assert await desk.recorded() == events[:2]
-    assert await desk.audit() == [(OPERATOR, "reconcile", "since=259200s", 2)]
-    desk.api.on_page = None
-    async with desk.api.listening():
-        assert await desk.reconciled() == (6, 2, 4)
-    assert await desk.recorded() == events
+    assert await scenario.recorded() == events[:2]
+    assert await scenario.audit() == [(OPERATOR, "reconcile", "since=259200s", 2)]
+    scenario.api.on_page = None
+    async with scenario.api.listening():
+        assert await scenario.reconciled() == (6, 2, 4)
+    assert await scenario.recorded() == events
 
 
-async def test_a_rate_limit_is_waited_out(desk: Desk) -> None:
+async def test_a_rate_limit_is_waited_out(scenario: Scenario) -> None:
     """The run waits as long as Stripe asks, or with growing pauses; the same goes for other transient failures."""
-    desk.event(HOUR)
-    desk.api.troubles += [
+    scenario.event(HOUR)
+    scenario.api.responses += [
         error(429, headers={"Retry-After": "7"}),
         error(429),
         error(500),
         answer(503, body=b"<html>"),
         None,
     ]
-    assert await desk.reconciled() == (1, 0, 1)
-    assert desk.slept[0] == 7
-    for slept, longest in zip(desk.slept[1:], (1, 2, 4, 8), strict=True):
+    assert await scenario.reconciled() == (1, 0, 1)
+    assert scenario.slept[0] == 7
+    for slept, longest in zip(scenario.slept[1:], (1, 2, 4, 8), strict=True):
         assert longest / 2 <= slept <= longest
 
 
 @pytest.mark.parametrize(
-    ("trouble", "said", "attempts"),
+    ("response", "message", "attempts"),
     [
         (error(429), "Stripe limits the rate of requests (429, after 6 attempts): run it again later", 6),
         (error(429, headers={"Retry-After": "600"}), "(429, after 1 attempt): wait 600 s before you run it again", 1),
@@ -312,21 +314,21 @@ async def test_a_rate_limit_is_waited_out(desk: Desk) -> None:
         (FROZEN, "(TimeoutError, after 6 attempts)", 6),
     ],
 )
-async def test_stripe_is_unavailable(desk: Desk, trouble: bytes | None, said: str, attempts: int) -> None:
+async def test_stripe_is_unavailable(scenario: Scenario, response: bytes | None, message: str, attempts: int) -> None:
     """After a few attempts the error says what to do, the exit code is 3, and nothing is recorded."""
-    desk.event(HOUR)
-    desk.api.troubles += [trouble] * 20
-    timeout_seconds = 0.05 if trouble is FROZEN else 20
-    progress, failure = await desk.reconcile(timeout_seconds=timeout_seconds)
+    scenario.event(HOUR)
+    scenario.api.responses += [response] * 20
+    timeout_seconds = 0.05 if response is FROZEN else 20
+    progress, failure = await scenario.reconcile(timeout_seconds=timeout_seconds)
     assert isinstance(failure, StripeUnavailable)
-    assert said in str(failure)
+    assert message in str(failure)
     assert failure.exit_code == 3
-    assert (len(desk.api.asked), len(desk.slept)) == (attempts, attempts - 1)
-    assert (progress.found, await desk.recorded()) == (0, [])
+    assert (len(scenario.api.requests), len(scenario.slept)) == (attempts, attempts - 1)
+    assert (progress.found, await scenario.recorded()) == (0, [])
 
 
 @pytest.mark.parametrize(
-    ("trouble", "said"),
+    ("response", "message"),
     [
         (
             error(401, headers={"Request-Id": "req_1"}),
@@ -338,30 +340,30 @@ async def test_stripe_is_unavailable(desk: Desk, trouble: bytes | None, said: st
         (answer(302, {}, headers={"Location": "http://127.0.0.1:1/"}), "the request for its list of events (302)"),
     ],
 )
-async def test_stripe_refuses(desk: Desk, trouble: bytes, said: str) -> None:
+async def test_stripe_refuses(scenario: Scenario, response: bytes, message: str) -> None:
     """It fails at once with exit code 1; the error shows only the code of the response; no redirect is followed."""
-    desk.api.troubles.append(trouble)
-    _, failure = await desk.reconcile()
+    scenario.api.responses.append(response)
+    _, failure = await scenario.reconcile()
     assert isinstance(failure, StripeRefused)
-    assert said in str(failure)
+    assert message in str(failure)
     assert KEY not in str(failure)
-    assert (failure.exit_code, len(desk.api.asked), desk.slept) == (1, 1, [])
+    assert (failure.exit_code, len(scenario.api.requests), scenario.slept) == (1, 1, [])
 
 
-async def test_a_bad_key_is_named_and_not_shown(desk: Desk) -> None:
+async def test_a_bad_key_is_named_and_not_shown(scenario: Scenario) -> None:
     """The error has the setting's name, and nothing of its value."""
-    _, failure = await desk.reconcile(key="sk_test_wr0ng")
+    _, failure = await scenario.reconcile(key="sk_test_wr0ng")
     assert isinstance(failure, StripeRefused)
     assert "STRIPE_API_KEY" in str(failure)
     assert "wr0ng" not in str(failure)
-    assert desk.api.keys == {"Bearer sk_test_wr0ng"}
+    assert scenario.api.keys == {"Bearer sk_test_wr0ng"}
 
 
-async def test_a_malformed_event_is_named(desk: Desk) -> None:
+async def test_a_malformed_event_is_named(scenario: Scenario) -> None:
     """A malformed event, also at the end of a page, is reported with its id and reason; all others are recorded."""
-    desk.api.page_most = 4
+    scenario.api.page_most = 4
     created = int(time.time()) - HOUR
-    good = [desk.event(HOUR)]
+    good = [scenario.event(HOUR)]
     malformed = {
         "evt_livemode": event_body("invoice.paid", "evt_livemode", livemode="yes"),
         "evt_data": event_body("invoice.paid", "evt_data", data=MISSING),
@@ -370,14 +372,14 @@ async def test_a_malformed_event_is_named(desk: Desk) -> None:
         "evt_large": event_body("invoice.paid", "evt_large", more="x" * 100_000),
     }
     for event_id, body in malformed.items():
-        desk.api.add(body, created, event_id)
-        good.append(desk.event(HOUR))
-    desk.api.add(orjson.dumps({"id": KEY}), created, KEY)
-    desk.api.add(b"[17]", created, "nothing")
-    good.append(desk.event(HOUR))
-    progress, failure = await desk.reconcile()
+        scenario.api.add(body, created, event_id)
+        good.append(scenario.event(HOUR))
+    scenario.api.add(orjson.dumps({"id": KEY}), created, KEY)
+    scenario.api.add(b"[17]", created, "nothing")
+    good.append(scenario.event(HOUR))
+    progress, failure = await scenario.reconcile()
     assert failure is None
-    assert await desk.recorded() == good
+    assert await scenario.recorded() == good
     refused = dict(progress.refused)
     assert set(refused) == {*malformed, "[redacted]", "(without an id)"}
     assert refused["evt_livemode"] == '"livemode" must be true or false'
@@ -385,53 +387,58 @@ async def test_a_malformed_event_is_named(desk: Desk) -> None:
     assert (progress.found, progress.already_here, progress.recorded, progress.refused_events) == (14, 0, 7, 7)
 
 
-async def test_only_so_many_are_named(desk: Desk) -> None:
+async def test_only_so_many_are_named(scenario: Scenario) -> None:
     """All malformed events are counted, and the first hundred are named."""
     for number in range(150):
-        desk.api.add(orjson.dumps({"id": f"evt_{number}"}), int(time.time()) - 60, f"evt_{number}")
-    progress, _ = await desk.reconcile()
+        scenario.api.add(orjson.dumps({"id": f"evt_{number}"}), int(time.time()) - 60, f"evt_{number}")
+    progress, _ = await scenario.reconcile()
     assert (progress.found, progress.refused_events, len(progress.refused)) == (150, 150, 100)
 
 
-async def test_a_list_that_repeats_itself_ends_the_run(desk: Desk) -> None:
+async def test_a_list_that_repeats_itself_ends_the_run(scenario: Scenario) -> None:
     """If the API ignores the cursor, the run ends instead of reading forever."""
     page = {"data": [orjson.loads(event_body("invoice.paid", "evt_again"))], "has_more": True}
-    desk.api.troubles += [answer(200, page)] * 10
-    _, failure = await desk.reconcile()
+    scenario.api.responses += [answer(200, page)] * 10
+    _, failure = await scenario.reconcile()
     assert isinstance(failure, StripeUnavailable)
     assert "repeats itself" in str(failure)
-    assert len(desk.api.asked) == 2
+    assert len(scenario.api.requests) == 2
 
 
-async def test_a_cursor_that_has_gone_is_no_end(desk: Desk) -> None:
+async def test_a_cursor_that_has_gone_is_no_end(scenario: Scenario) -> None:
     """If the event at the cursor expires between two pages, the window is read again and the rest recorded."""
-    desk.api.page_most = 2
-    events = [desk.event(30 * 60) for _ in range(4)]
+    scenario.api.page_most = 2
+    events = [scenario.event(30 * 60) for _ in range(4)]
 
     def expire(number: int) -> None:
         if number == 1:
-            del desk.api.events[2:]
+            del scenario.api.events[2:]
 
-    desk.api.on_page = expire
-    assert await desk.reconciled(ReconcileOptions(HOUR)) == (2, 0, 2)
-    assert await desk.recorded() == events[:2]
+    scenario.api.on_page = expire
+    assert await scenario.reconciled(ReconcileOptions(HOUR)) == (2, 0, 2)
+    assert await scenario.recorded() == events[:2]
 
 
-async def test_a_lost_connection_to_the_ledger_ends_the_run(desk: Desk) -> None:
+async def test_a_lost_connection_to_the_ledger_ends_the_run(scenario: Scenario) -> None:
     """What was recorded stays; the audit has no number, which shows that the run was interrupted."""
-    desk.api.page_most = 2
+    scenario.api.page_most = 2
     for age in (2 * DAY, HOUR):
-        desk.event(age)
-    async with Commands.connect(desk.world.url, 5) as operations, StripeEvents.connect(desk.api.base, KEY) as events:
+        scenario.event(age)
+    async with (
+        Commands.connect(scenario.world.url, 5) as operations,
+        StripeEvents.connect(scenario.api.base, KEY) as events,
+    ):
         run = Reconciliation(operations, events, THREE_DAYS, body_most_bytes=100_000, give_up_seconds=GIVE_UP_SECONDS)
         steps = run.run(OPERATOR)
         async for progress in steps:
             if progress.recorded:
                 break
-        await desk.world.database.execute("SELECT pg_terminate_backend($1)", operations._connection.get_server_pid())
+        await scenario.world.database.execute(
+            "SELECT pg_terminate_backend($1)", operations._connection.get_server_pid()
+        )
         with pytest.raises(UNAVAILABLE):
             async for _ in steps:
                 pass
     assert run.progress.recorded == 1
-    assert len(await desk.recorded()) == 1
-    assert [changed for *_, changed in await desk.audit()] == [None]
+    assert len(await scenario.recorded()) == 1
+    assert [changed for *_, changed in await scenario.audit()] == [None]
