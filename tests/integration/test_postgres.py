@@ -1,4 +1,4 @@
-"""Connections to a real Postgres: what is pinned, what is refused, and that a frozen server holds up nobody."""
+"""Connections to a real Postgres: what is pinned, what is refused, and that nothing waits for a frozen server."""
 
 import asyncio
 import time
@@ -24,7 +24,7 @@ from tests.stores import Stores
 
 TIMEOUT_SECONDS = 10.0
 SHORT_SECONDS = 0.5
-# For whatever is said to take no longer than its timeout: what a busy machine adds.
+# What a busy machine adds to a timeout.
 SLACK_SECONDS = 1.2
 
 
@@ -34,7 +34,7 @@ async def opened(
 ) -> AsyncIterator[tuple[Pool, Epoch]]:
     """A pool as the service has it, and the epoch that its connections confirm."""
     epoch = Epoch(fresh_seconds=60)
-    found = Pool(
+    pool = Pool(
         url,
         size=size,
         timeout_seconds=timeout_seconds,
@@ -42,9 +42,9 @@ async def opened(
         epoch=epoch,
     )
     try:
-        yield found, epoch
+        yield pool, epoch
     finally:
-        await found.close()
+        await pool.close()
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ async def configure(admin: asyncpg.Connection, setting: str) -> None:
     await admin.execute(f"ALTER DATABASE {name} SET {setting}")
 
 
-async def ask(pool: Pool, statement: str) -> object:
+async def fetch_value(pool: Pool, statement: str) -> object:
     async with pool.acquire(TIMEOUT_SECONDS) as connection:
         return await connection.fetchval(statement)
 
@@ -71,45 +71,45 @@ async def ask(pool: Pool, statement: str) -> object:
 
 @pytest.mark.parametrize("value", ["off", "local", "remote_write"])
 async def test_synchronous_commit_is_pinned(database_url: str, admin: asyncpg.Connection, value: str) -> None:
-    """Whatever the database says: a COMMIT that was answered is on disk. Also once reused."""
+    """Whatever the database says, a COMMIT that was answered is on disk, also on a reused connection."""
     await configure(admin, f"synchronous_commit = {value}")
     async with opened(database_url) as (pool, _):
         for _ in range(2):
-            assert await ask(pool, "SHOW synchronous_commit") == "on"
+            assert await fetch_value(pool, "SHOW synchronous_commit") == "on"
 
 
 @pytest.mark.parametrize("value", ["serializable", "repeatable read"])
 async def test_read_committed_is_pinned(database_url: str, admin: asyncpg.Connection, value: str) -> None:
-    """Whatever the database says: the claim statements see what others have committed."""
+    """Whatever the database says, the claim statements see what other transactions have committed."""
     await configure(admin, f"default_transaction_isolation = '{value}'")
     async with opened(database_url) as (pool, _):
         for _ in range(2):
-            assert await ask(pool, "SHOW transaction_isolation") == "read committed"
+            assert await fetch_value(pool, "SHOW transaction_isolation") == "read committed"
 
 
 async def test_a_role_cannot_unpin_it(database_url: str, admin: asyncpg.Connection) -> None:
-    """A role's settings in this database go before the database's, and not before ours."""
+    """A role's settings in this database override the database's, but not ours."""
     name = await admin.fetchval("SELECT quote_ident(current_database())")
     for setting in ("synchronous_commit = off", "default_transaction_isolation = serializable"):
         await admin.execute(f"ALTER ROLE CURRENT_USER IN DATABASE {name} SET {setting}")
     try:
         async with opened(database_url) as (pool, _):
-            assert await ask(pool, "SHOW synchronous_commit") == "on"
-            assert await ask(pool, "SHOW transaction_isolation") == "read committed"
+            assert await fetch_value(pool, "SHOW synchronous_commit") == "on"
+            assert await fetch_value(pool, "SHOW transaction_isolation") == "read committed"
     finally:
         await admin.execute(f"ALTER ROLE CURRENT_USER IN DATABASE {name} RESET ALL")
 
 
 async def test_a_read_only_server_is_refused(database_url: str, admin: asyncpg.Connection) -> None:
-    """The losing side of a failover: said so at once, not at the first insert; and taken again when it is writable."""
+    """The losing side of a failover is reported on connecting, not at the first insert; once writable, it is used."""
     await configure(admin, "default_transaction_read_only = on")
     async with opened(database_url) as (pool, epoch):
         with pytest.raises(LedgerUnavailable, match="the server is read-only"):
-            await ask(pool, "SELECT 1")
+            await fetch_value(pool, "SELECT 1")
         assert epoch.current is None
         await admin.execute("SET default_transaction_read_only = off")
         await configure(admin, "default_transaction_read_only = off")
-        assert await ask(pool, "SELECT 1") == 1
+        assert await fetch_value(pool, "SELECT 1") == 1
 
 
 async def test_a_standby_is_refused(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,7 @@ async def test_a_standby_is_refused(database_url: str, monkeypatch: pytest.Monke
 async def test_a_pin_that_does_not_hold_is_refused(
     database_url: str, monkeypatch: pytest.MonkeyPatch, pin: str
 ) -> None:
-    """What cannot be pinned (by a pooler, say) is not worked on, and the connection is closed."""
+    """A connection on which a setting cannot be pinned (behind a pooler, for example) is closed and not used."""
     other = {"'on'": "'off'", "'read committed'": "'serializable'"}[pin]
     monkeypatch.setattr(connection_module, "_PIN", connection_module._PIN.replace(pin, other))
     with pytest.raises(LedgerUnavailable, match="cannot be pinned"):
@@ -134,7 +134,7 @@ async def test_a_pin_that_does_not_hold_is_refused(
 
 
 async def test_a_connection_knows_the_epoch_it_was_opened_under(database_url: str) -> None:
-    """Read when it is opened, and confirmed for the process."""
+    """The epoch is read when the connection is opened, and confirmed for the process."""
     async with opened(database_url) as (pool, epoch):
         assert epoch.current is None
         async with pool.acquire(TIMEOUT_SECONDS) as connection:
@@ -145,14 +145,14 @@ async def test_a_connection_knows_the_epoch_it_was_opened_under(database_url: st
 
 
 async def test_rotating_changes_the_epoch(database_url: str) -> None:
-    """Each time, and the connections of a pool that has noticed are opened anew."""
+    """Every rotation changes the epoch, and a pool that has noticed it opens new connections."""
     before, after = await operator.rotate(database_url)
     assert None not in (before, after)
     assert before != after
     assert (await operator.rotate(database_url))[0] == after
     async with opened(database_url) as (pool, epoch):
-        first = await ask(pool, "SELECT pg_backend_pid()")
-        assert await ask(pool, "SELECT pg_backend_pid()") == first
+        first = await fetch_value(pool, "SELECT pg_backend_pid()")
+        assert await fetch_value(pool, "SELECT pg_backend_pid()") == first
         _, newest = await operator.rotate(database_url)
         epoch.confirm(newest)
         async with pool.acquire(TIMEOUT_SECONDS) as connection:
@@ -171,7 +171,7 @@ async def test_rotating_changes_the_epoch(database_url: str) -> None:
 async def test_uuid_system_and_timeline_each_make_the_epoch(
     database_url: str, admin: asyncpg.Connection, change: str
 ) -> None:
-    """A rotation, a promoted standby or point-in-time recovery (a new timeline), another cluster: another epoch."""
+    """A rotation, a new timeline (a promoted standby, point-in-time recovery) and another cluster change the epoch."""
     before = await read_epoch(admin)
     await admin.execute(change)
     await admin.execute("SET search_path = public, pg_catalog")
@@ -181,7 +181,7 @@ async def test_uuid_system_and_timeline_each_make_the_epoch(
 
 
 async def test_a_server_that_hides_its_identity_has_an_epoch(database_url: str, admin: asyncpg.Connection) -> None:
-    """Some managed servers refuse both functions: the uuid remains, and it rotates."""
+    """Some managed servers refuse both functions: the epoch is made of the uuid alone, and rotates."""
     await admin.execute(
         "CREATE FUNCTION public.pg_control_system(OUT system_identifier bigint) LANGUAGE plpgsql"
         " AS $$ BEGIN RAISE insufficient_privilege; END $$"
@@ -195,14 +195,14 @@ async def test_a_server_that_hides_its_identity_has_an_epoch(database_url: str, 
 
 
 async def test_without_a_ledger_there_is_no_epoch(empty_url: str) -> None:
-    """A database that was never migrated: None, so that no marker counts."""
+    """In a database that was never migrated the epoch is None, so no marker counts."""
     connection = await open_connection(empty_url, TIMEOUT_SECONDS)
     assert connection.epoch is None
     await connection.close()
 
 
 def test_an_epoch_counts_while_it_is_fresh(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Confirmed within its time, and not a moment longer; a new confirmation makes it fresh again."""
+    """An epoch counts for its time after a confirmation and no longer; a new confirmation renews it."""
     now = 1000.0
     monkeypatch.setattr(epoch_module, "time", SimpleNamespace(monotonic=lambda: now))
     epoch = Epoch(fresh_seconds=5)
@@ -220,13 +220,13 @@ def test_an_epoch_counts_while_it_is_fresh(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == [None, "a", None, "b", None]
 
 
-# -- frozen, gone, full -------------------------------------------------------------------------------
+# -- frozen, stopped, full ----------------------------------------------------------------------------
 
 
 async def test_a_frozen_server_is_given_up_in_time(database_url: str) -> None:
-    """A statement that is not answered: `LedgerUnavailable` at its timeout, and the pool is whole when it thaws."""
+    """An unanswered statement is `LedgerUnavailable` at its timeout, and the pool works once the server answers."""
     async with before_postgres(database_url) as (proxy, url), opened(url, timeout_seconds=SHORT_SECONDS) as (pool, _):
-        assert await ask(pool, "SELECT 1") == 1
+        assert await fetch_value(pool, "SELECT 1") == 1
         for mode in (Mode.FROZEN, Mode.MUTE):
             proxy.switch(mode)
             for _ in range(2):  # the first with an open connection, the second without
@@ -236,18 +236,18 @@ async def test_a_frozen_server_is_given_up_in_time(database_url: str) -> None:
                         await connection.execute("SELECT 1")
                 assert time.monotonic() - began < SHORT_SECONDS + SLACK_SECONDS
             proxy.switch(Mode.OPEN)
-            assert await ask(pool, "SELECT 1") == 1
+            assert await fetch_value(pool, "SELECT 1") == 1
 
 
 async def test_a_slow_statement_is_given_up_in_time(database_url: str, admin: asyncpg.Connection) -> None:
-    """The same for a server that works on it: given up, and its place in the pool is free."""
+    """A statement that the server is still running is abandoned too, and its capacity in the pool is free."""
     async with opened(database_url) as (pool, _):
         began = time.monotonic()
         with pytest.raises(LedgerUnavailable):
             async with pool.acquire(SHORT_SECONDS) as connection:
                 await connection.execute("SELECT pg_sleep(600)")
         assert time.monotonic() - began < SHORT_SECONDS + SLACK_SECONDS
-        assert await ask(pool, "SELECT 1") == 1
+        assert await fetch_value(pool, "SELECT 1") == 1
     running = "SELECT count(*) = 0 FROM pg_stat_activity WHERE query LIKE '%pg_sleep(600)%' AND pid <> pg_backend_pid()"
     await admin.execute(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE 'SELECT pg_sleep(600)'"
@@ -256,7 +256,7 @@ async def test_a_slow_statement_is_given_up_in_time(database_url: str, admin: as
 
 
 async def test_a_connection_that_timed_out_does_not_go_back(database_url: str) -> None:
-    """Terminated: the next one would wait for the same frozen backend."""
+    """It is terminated: the next caller would wait for the same frozen backend."""
     async with opened(database_url) as (pool, _):
         lost = asyncio.Event()
         async with pool.acquire(TIMEOUT_SECONDS) as connection:
@@ -266,11 +266,11 @@ async def test_a_connection_that_timed_out_does_not_go_back(database_url: str) -
                 await connection.execute("SELECT pg_sleep(600)")
         async with asyncio.timeout(TIMEOUT_SECONDS):
             await lost.wait()
-        assert await ask(pool, "SELECT 1") == 1
+        assert await fetch_value(pool, "SELECT 1") == 1
 
 
-async def test_a_cancelled_borrower_leaves_no_hole(database_url: str) -> None:
-    """Its connection is closed, whatever it was doing, and the next one gets a new one at once."""
+async def test_a_cancelled_caller_frees_its_capacity(database_url: str) -> None:
+    """Its connection is closed, whatever it was doing, and the next caller gets a new one at once."""
     async with opened(database_url) as (pool, _):
         started = asyncio.Event()
 
@@ -285,11 +285,11 @@ async def test_a_cancelled_borrower_leaves_no_hole(database_url: str) -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         async with asyncio.timeout(5):
-            assert await ask(pool, "SELECT 1") == 1
+            assert await fetch_value(pool, "SELECT 1") == 1
 
 
 async def test_closing_does_not_wait_for_a_frozen_server(database_url: str) -> None:
-    """A stop of the service is not held up by its goodbyes."""
+    """Three connections to a frozen server are closed in a moment: they do not delay a shutdown."""
     async with before_postgres(database_url) as (proxy, url), opened(url, size=3) as (pool, _):
         async with pool.acquire(TIMEOUT_SECONDS), pool.acquire(TIMEOUT_SECONDS), pool.acquire(TIMEOUT_SECONDS):
             pass
@@ -298,8 +298,8 @@ async def test_closing_does_not_wait_for_a_frozen_server(database_url: str) -> N
         proxy.switch(Mode.OPEN)
 
 
-async def test_closing_does_not_wait_for_a_borrower(database_url: str, admin: asyncpg.Connection) -> None:
-    """One that is still at work ends it; its connection is closed when it comes back."""
+async def test_closing_does_not_wait_for_a_connection_in_use(database_url: str, admin: asyncpg.Connection) -> None:
+    """Its work can end, and the connection is closed when it returns."""
     async with opened(database_url) as (pool, _):
         async with pool.acquire(TIMEOUT_SECONDS) as connection:
             await closes_at_once(pool)
@@ -315,21 +315,21 @@ async def closes_at_once(pool: Pool) -> None:
 
 
 async def test_a_stopped_server_is_refused_at_once(database_url: str) -> None:
-    """Down: `LedgerUnavailable` without waiting; back: the next one connects."""
+    """While the server is down the error comes at once; once it is back, the next caller connects."""
     async with before_postgres(database_url) as (proxy, url), opened(url) as (pool, _):
-        assert await ask(pool, "SELECT 1") == 1
+        assert await fetch_value(pool, "SELECT 1") == 1
         proxy.switch(Mode.REFUSE)
         for _ in range(3):
             began = time.monotonic()
             with pytest.raises(LedgerUnavailable):
-                await ask(pool, "SELECT 1")
+                await fetch_value(pool, "SELECT 1")
             assert time.monotonic() - began < SLACK_SECONDS
         proxy.switch(Mode.OPEN)
-        assert await ask(pool, "SELECT 1") == 1
+        assert await fetch_value(pool, "SELECT 1") == 1
 
 
 async def test_a_backend_that_ended_in_the_pool_is_replaced(database_url: str, admin: asyncpg.Connection) -> None:
-    """A server that was restarted: every connection of the pool is dead, and nobody sees an error."""
+    """After a restart of the server every connection of the pool is dead, and no caller sees an error."""
     async with opened(database_url, size=3) as (pool, _):
         async with (
             pool.acquire(TIMEOUT_SECONDS) as one,
@@ -340,47 +340,47 @@ async def test_a_backend_that_ended_in_the_pool_is_replaced(database_url: str, a
         await admin.execute("SELECT pg_terminate_backend(pid) FROM unnest($1::int[]) AS pid", pids)
         await until_closed(one, two, three)
         for _ in range(6):
-            assert await ask(pool, "SELECT 1") == 1
+            assert await fetch_value(pool, "SELECT 1") == 1
 
 
 async def test_a_pool_in_use_is_waited_for(database_url: str) -> None:
-    """A queue of ours is no outage: whoever waits gets the connection, and past the queue's time it says so."""
+    """A waiting caller gets the connection that returns; after the queue's time it gets `LedgerUnavailable`."""
     async with opened(database_url) as (pool, _):
         async with pool.acquire(TIMEOUT_SECONDS):
-            waiting = asyncio.create_task(ask(pool, "SELECT 1"))
+            waiting = asyncio.create_task(fetch_value(pool, "SELECT 1"))
             await asyncio.sleep(0)
             assert not waiting.done()
         assert await waiting == 1
     async with opened(database_url, timeout_seconds=SHORT_SECONDS) as (pool, _), pool.acquire(TIMEOUT_SECONDS):
         with pytest.raises(LedgerUnavailable):
-            await ask(pool, "SELECT 1")
+            await fetch_value(pool, "SELECT 1")
 
 
 async def test_a_connection_in_a_transaction_does_not_go_back(database_url: str, admin: asyncpg.Connection) -> None:
-    """Left open by whoever had it: closed, so that the next one's work is not in it."""
+    """A connection whose transaction was left open is closed: the next caller would work in that transaction."""
     async with opened(database_url) as (pool, _):
         async with pool.acquire(TIMEOUT_SECONDS) as connection:
             await connection.execute("BEGIN; DELETE FROM ledger_epoch")
             pid = connection.get_server_pid()
-        assert await ask(pool, "SELECT pg_backend_pid()") != pid
+        assert await fetch_value(pool, "SELECT pg_backend_pid()") != pid
     assert await admin.fetchval("SELECT count(*) FROM ledger_epoch") == 1
 
 
 async def test_many_at_once_open_one_pool(database_url: str) -> None:
-    """Those who come first come all at once, before anything is open: each is served, on no more than its size."""
+    """Twenty callers at once, before anything is open, are all served on no more connections than its size."""
     async with opened(database_url, size=2) as (pool, _):
-        pids = await asyncio.gather(*(ask(pool, "SELECT pg_backend_pid()") for _ in range(20)))
+        pids = await asyncio.gather(*(fetch_value(pool, "SELECT pg_backend_pid()") for _ in range(20)))
     assert len(set(pids)) <= 2
 
 
-# -- words --------------------------------------------------------------------------------------------
+# -- errors -------------------------------------------------------------------------------------------
 
 
 async def test_an_error_is_described_without_values(database_url: str) -> None:
-    """Class and SQLSTATE; what the server says may quote a row or a password, and stays out of it."""
+    """It is described by class and SQLSTATE: the server's message may quote a row or a password."""
     async with opened(database_url) as (pool, _):
         with pytest.raises(LedgerUnavailable) as refused:
-            await ask(pool, "SELECT CAST('c4n4rypw' AS integer)")
+            await fetch_value(pool, "SELECT CAST('c4n4rypw' AS integer)")
     assert str(refused.value) == "InvalidTextRepresentationError (22P02)"
     assert describe(ConnectionRefusedError(111, "c4n4rypw")) == "ConnectionRefusedError"
     assert describe(QueueTimeout("c4n4rypw")) == "TimeoutError"
@@ -392,7 +392,7 @@ async def test_an_error_is_described_without_values(database_url: str) -> None:
 
 
 async def test_a_lost_connection_puts_the_epoch_in_doubt(database_url: str) -> None:
-    """A server that is restored or fails over drops its connections first: no marker counts until it was asked anew."""
+    """A server that is restored or fails over drops its connections: no marker counts until the epoch is read again."""
     async with opened(database_url) as (pool, epoch):
         async with pool.acquire(TIMEOUT_SECONDS) as connection:
             pid = connection.get_server_pid()
@@ -406,16 +406,16 @@ async def test_a_lost_connection_puts_the_epoch_in_doubt(database_url: str) -> N
             return epoch.current is None
 
         await until(in_doubt)
-        assert await ask(pool, "SELECT 1") == 1
+        assert await fetch_value(pool, "SELECT 1") == 1
         assert epoch.current == confirmed
 
 
 async def test_a_wrong_password_is_not_repeated(stores: Stores) -> None:
-    """Nor is any other part of the address, whatever is wrong with it."""
+    """No part of the address is in the error, whatever is wrong with it."""
     for url in ("postgresql://c4n4rypw:c4n4rypw@127.0.0.1:1/c4n4rypw", stores.database("c4n4rypw")):
         async with opened(url) as (pool, _):
             with pytest.raises(LedgerUnavailable) as refused:
-                await ask(pool, "SELECT 1")
+                await fetch_value(pool, "SELECT 1")
             assert "c4n4rypw" not in str(refused.value)
         with pytest.raises(LedgerUnavailable) as refused:
             await operator.rotate(url)

@@ -1,4 +1,4 @@
-"""Migrations on a real Postgres: any number at once make one schema, and it is the one that the models describe."""
+"""Migrations on a real Postgres: any number of concurrent ones make one schema, which is that of the models."""
 
 import asyncio
 import re
@@ -41,7 +41,7 @@ async def fetch(url: str, query: str, *arguments: Any) -> list[tuple[Any, ...]]:
         await connection.close()
 
 
-# What the catalog says about our tables, in words that do not depend on the order of columns.
+# Our tables as the catalog describes them, independent of the order of columns.
 COLUMNS = """
 SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.attidentity, a.attgenerated,
        coalesce(l.collname, ''), coalesce(pg_get_expr(d.adbin, d.adrelid), '')
@@ -69,7 +69,7 @@ SELECT tablename, indexname, indexdef FROM pg_indexes
 
 
 async def test_eight_at_once_make_one_schema(empty_url: str) -> None:
-    """A first start of eight processes: no error, one of them did it, and one epoch stands in it."""
+    """A first start of eight processes: none fails, one of them migrates, and the ledger has one epoch."""
     results = await asyncio.gather(*(migrate(empty_url, TIMEOUT_SECONDS) for _ in range(8)))
     assert sorted(results, key=str) == [*[(head(), head())] * 7, (None, head())]
     assert await fetch(empty_url, "SELECT version_num FROM alembic_version") == [(head(),)]
@@ -77,7 +77,7 @@ async def test_eight_at_once_make_one_schema(empty_url: str) -> None:
 
 
 async def test_one_migrates_at_a_time(empty_url: str) -> None:
-    """While another holds the migrations' lock, nothing is made; once it is given back, the schema is."""
+    """While another connection holds the migrations' lock nothing is created; once it is released, the schema is."""
     other = await asyncpg.connect(empty_url)
     try:
         await other.execute("BEGIN")
@@ -98,7 +98,7 @@ async def test_one_migrates_at_a_time(empty_url: str) -> None:
 
 
 async def test_migrating_again_changes_nothing(empty_url: str) -> None:
-    """Up to date is up to date: the ledger's epoch, above all, stays what it is."""
+    """A second migration leaves everything as it is, above all the ledger's epoch."""
     assert await migrate(empty_url, TIMEOUT_SECONDS) == (None, head())
     before = await fetch(empty_url, "SELECT * FROM ledger_epoch")
     assert await migrate(empty_url, TIMEOUT_SECONDS) == (head(), head())
@@ -106,7 +106,7 @@ async def test_migrating_again_changes_nothing(empty_url: str) -> None:
 
 
 async def test_a_failed_migration_leaves_nothing(empty_url: str) -> None:
-    """All in one transaction: what stands in the way is reported, and no half of a schema is left behind."""
+    """Migrations run in one transaction: the obstacle is reported, and no partial schema is left behind."""
     await fetch(empty_url, "CREATE TABLE payment_failures (mine int)")
     with pytest.raises(LedgerUnavailable, match=r"DuplicateTableError \(42P07\)"):
         await migrate(empty_url, TIMEOUT_SECONDS)
@@ -116,24 +116,24 @@ async def test_a_failed_migration_leaves_nothing(empty_url: str) -> None:
     assert await migrate(empty_url, TIMEOUT_SECONDS) == (None, head())
 
 
-LOOKING_THROUGH = ["stripe_events_received", "stripe_events_unsuccessful"]
+SEARCH_INDEXES = ["stripe_events_received", "stripe_events_unsuccessful"]
 
 
 async def without_indexes(url: str) -> None:
-    """As 0004 left it."""
-    for name in LOOKING_THROUGH:
+    """The schema as 0004 left it."""
+    for name in SEARCH_INDEXES:
         await fetch(url, f"DROP INDEX {name}")
     await fetch(url, "UPDATE alembic_version SET version_num = '0004'")
 
 
 async def indexes(url: str) -> list[str]:
-    """Those of the two that are there."""
-    found = await fetch(url, "SELECT indexname FROM pg_indexes WHERE indexname = ANY($1) ORDER BY 1", LOOKING_THROUGH)
+    """Which of the two exist."""
+    found = await fetch(url, "SELECT indexname FROM pg_indexes WHERE indexname = ANY($1) ORDER BY 1", SEARCH_INDEXES)
     return [row[0] for row in found]
 
 
 async def without_attempts(url: str) -> None:
-    """As 0003 left it."""
+    """The schema as 0003 left it."""
     await without_indexes(url)
     await fetch(url, "ALTER TABLE stripe_events DROP COLUMN claimed_at, DROP COLUMN claimed_by")
     await fetch(url, "DROP TABLE stripe_event_attempts")
@@ -148,7 +148,7 @@ async def without_attempts(url: str) -> None:
 async def test_the_table_is_changed_between_running_handlers(
     database_url: str, undo: Callable[[str], Awaitable[None]], before: str, lock: str
 ) -> None:
-    """A handler writes: the migration finds its moment behind it, and no delivery waits behind the migration."""
+    """While a handler writes, the migration waits for it, and no delivery waits for the migration."""
     await undo(database_url)
     handler, delivery = [await asyncpg.connect(database_url) for _ in range(2)]
     try:
@@ -173,11 +173,11 @@ async def test_the_table_is_changed_between_running_handlers(
         assert await migrating == (before, head())
     finally:
         await asyncio.gather(handler.close(), delivery.close())
-    assert await indexes(database_url) == LOOKING_THROUGH
+    assert await indexes(database_url) == SEARCH_INDEXES
 
 
-async def test_of_a_large_ledger_no_index_is_made(database_url: str) -> None:
-    """It would lock out every delivery for as long as it takes; the README's statements make it."""
+async def test_a_large_ledger_gets_no_index(database_url: str) -> None:
+    """Every delivery would wait until the index is made; the README's statements make it without blocking."""
     await without_indexes(database_url)
     await fetch(
         database_url,
@@ -195,29 +195,29 @@ async def test_of_a_large_ledger_no_index_is_made(database_url: str) -> None:
     assert len(made) == 2
     for statement in made:
         await fetch(database_url, statement)
-    assert await indexes(database_url) == LOOKING_THROUGH
+    assert await indexes(database_url) == SEARCH_INDEXES
     assert all("CONCURRENTLY IF NOT EXISTS" in statement for statement in made)
 
 
 async def test_a_newer_schema_is_left_alone(database_url: str) -> None:
-    """Migrated by a newer build: this one works on it, and does not touch it."""
+    """A schema that a newer build has migrated is not changed, and this build works on it."""
     await fetch(database_url, "UPDATE alembic_version SET version_num = '9999_from_the_future'")
     assert await migrate(database_url, TIMEOUT_SECONDS) == ("9999_from_the_future", head())
     assert await fetch(database_url, "SELECT version_num FROM alembic_version") == [("9999_from_the_future",)]
 
 
-async def test_a_server_that_is_away_is_said_so(unused_tcp_port: int) -> None:
-    """Without a traceback, and without the address."""
+async def test_an_unreachable_server_is_reported(unused_tcp_port: int) -> None:
+    """The error has neither a traceback nor the address."""
     with pytest.raises(LedgerUnavailable) as refused:
         await migrate(f"postgresql://u:c4n4rypw@127.0.0.1:{unused_tcp_port}/x", TIMEOUT_SECONDS)
     assert "c4n4rypw" not in str(refused.value)
 
 
-# -- what version it is -------------------------------------------------------------------------------
+# -- the version --------------------------------------------------------------------------------------
 
 
 async def test_the_version_is_read(empty_url: str) -> None:
-    """None without a ledger, else the revision."""
+    """The version is None without a ledger, and else the revision."""
     connection = await asyncpg.connect(empty_url)
     try:
         assert await read_version(connection) is None
@@ -230,7 +230,7 @@ async def test_the_version_is_read(empty_url: str) -> None:
 
 
 def test_what_a_version_means(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ours, one of ours before it, none at all, or one that only a newer build can have made."""
+    """The version is ours, an earlier one, none, or one that only a newer build can have made."""
     known = [script.revision for script in schema._scripts().walk_revisions()]
     assert known[0] == head()
     assert compare(head()) is SchemaState.CURRENT
@@ -244,12 +244,12 @@ def test_what_a_version_means(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("version", "says"), [(None, "has no ledger yet"), ("0000", "is at schema 0000, this build")])
 def test_an_outdated_schema_names_the_command(version: str | None, says: str) -> None:
-    """What is wrong, and what to run."""
+    """The error says what is wrong and what to run."""
     assert says in str(outdated(version))
     assert "`firstclaim migrate`" in str(outdated(version))
 
 
-# -- it is what the models describe -------------------------------------------------------------------
+# -- the schema is that of the models -----------------------------------------------------------------
 
 
 async def test_alembic_finds_nothing_to_migrate(database_url: str) -> None:
@@ -275,7 +275,7 @@ async def test_alembic_finds_nothing_to_migrate(database_url: str) -> None:
 
 @pytest.mark.parametrize("query", [COLUMNS, CONSTRAINTS, INDEXES], ids=["columns", "constraints", "indexes"])
 async def test_the_catalog_is_that_of_the_models(database_url: str, empty_url: str, query: str) -> None:
-    """What Alembic does not compare too: CHECK constraints, collations, conditions of indexes, every name."""
+    """So is what Alembic does not compare: CHECK constraints, collations, conditions of indexes, every name."""
     engine = engine_of(empty_url)
     async with engine.begin() as connection:
         for metadata in (ledger, invoices, load_probe):
@@ -288,7 +288,7 @@ async def test_the_catalog_is_that_of_the_models(database_url: str, empty_url: s
 
 
 async def test_the_database_knows_every_status(database_url: str) -> None:
-    """The one enum and the CHECK constraint name the same states."""
+    """The enum and the CHECK constraint name the same states."""
     [(definition,)] = await fetch(
         database_url, "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = 'stripe_events_status_check'"
     )

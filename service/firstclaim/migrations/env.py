@@ -1,4 +1,4 @@
-"""Alembic's entry: runs on the connection it is handed (`firstclaim.migrations.schema`), never opens one."""
+"""Alembic's entry point. It runs on the connection that `firstclaim.migrations.schema` passes, and opens none."""
 
 from alembic import context
 

@@ -1,8 +1,8 @@
-"""The ledger's schema: what version the database is at, and how it gets to this build's.
+"""The ledger's schema: the database's version, and the migrations to this build's version.
 
-Guarantees: migrations run under an advisory lock taken in their own transaction, so any number of processes
-may start `migrate` at once (without it, 35 of 40 concurrent first boots failed). Migrations only ever add:
-an older build keeps running on a newer schema, which is what a rolling deploy and its rollback need.
+Guarantees: migrations run under an advisory lock that is taken in their own transaction, so any number of processes
+may run `migrate` at once (without the lock, 35 of 40 concurrent first boots failed). Migrations only add: an older
+build keeps running on a newer schema, as a rolling deploy and its rollback need.
 """
 
 from enum import Enum, auto
@@ -22,15 +22,15 @@ import firstclaim.migrations
 from firstclaim.errors import LedgerUnavailable, SchemaOutdated
 from firstclaim.postgres.connection import UNAVAILABLE, describe, open_connection
 
-_LOCK = text("SELECT pg_advisory_xact_lock(7331501200934421337)")  # any constant that nobody else uses
+_LOCK = text("SELECT pg_advisory_xact_lock(7331501200934421337)")  # any constant that nothing else uses
 
 
 class SchemaState(Enum):
-    """How the database's schema stands to this build's."""
+    """The database's schema compared with this build's."""
 
     CURRENT = auto()
     OUTDATED = auto()
-    NEWER = auto()  # migrated by a newer build: works, migrations only add
+    NEWER = auto()  # migrated by a newer build; it works, because migrations only add
 
 
 @cache
@@ -46,7 +46,7 @@ def _config() -> Config:
 
 @cache
 def head() -> str:
-    """The revision this build needs."""
+    """The revision that this build needs."""
     revision = _scripts().get_current_head()
     if revision is None:
         raise RuntimeError("the package holds no migrations")
@@ -55,7 +55,7 @@ def head() -> str:
 
 @cache
 def compare(version: str | None) -> SchemaState:
-    """What a stored revision means; None is a database without a ledger."""
+    """Compare a stored revision with this build's; None is a database without a ledger."""
     if version == head():
         return SchemaState.CURRENT
     known = {script.revision for script in _scripts().walk_revisions()}
@@ -64,14 +64,12 @@ def compare(version: str | None) -> SchemaState:
 
 def outdated(version: str | None) -> SchemaOutdated:
     """The error to raise, with the command to run."""
-    stands = "has no ledger yet" if version is None else f"is at schema {version}, this build needs {head()}"
-    return SchemaOutdated(
-        f"the database {stands}: run `firstclaim migrate`, or start with `firstclaim serve --migrate`"
-    )
+    state = "has no ledger yet" if version is None else f"is at schema {version}, this build needs {head()}"
+    return SchemaOutdated(f"the database {state}: run `firstclaim migrate`, or start with `firstclaim serve --migrate`")
 
 
 async def read_version(connection: asyncpg.Connection) -> str | None:
-    """The stored revision, read outside a transaction; None: no ledger yet."""
+    """The stored revision, read outside a transaction; None if there is no ledger yet."""
     try:
         version: str | None = await connection.fetchval("SELECT version_num FROM alembic_version")
     except asyncpg.UndefinedTableError:
@@ -80,7 +78,7 @@ async def read_version(connection: asyncpg.Connection) -> str | None:
 
 
 async def migrate(dsn: str, timeout_seconds: float) -> tuple[str | None, str]:
-    """Bring the database to `head()`; returns the revisions before and after. Raises `LedgerUnavailable`."""
+    """Migrate the database to `head()`. Returns the revisions before and after. Raises `LedgerUnavailable`."""
     engine = create_async_engine(
         "postgresql+asyncpg://",
         async_creator=lambda: open_connection(dsn, timeout_seconds),

@@ -1,4 +1,4 @@
-"""The table of the load test's handler: append only, without a constraint that could hide a doubled effect."""
+"""The table of the load test's handler: append-only, without a constraint that could hide a duplicate effect."""
 
 from alembic import op
 

@@ -1,4 +1,4 @@
-"""Who changed what by hand, when, and which events were meant."""
+"""The audit of operators' changes: who, when, what, and on which events."""
 
 from alembic import op
 

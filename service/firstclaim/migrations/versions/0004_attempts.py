@@ -1,8 +1,8 @@
-"""Who claimed an event and when, and a row for each attempt that did not succeed."""
+"""The process and the time of each claim, and a row for each attempt that did not succeed."""
 
 from alembic import op
 
-from firstclaim.migrations.moments import between_handlers
+from firstclaim.migrations.locking import between_handlers
 
 revision = "0004"
 down_revision = "0003"

@@ -1,9 +1,9 @@
-"""Two indexes for whoever looks through the ledger by time: the page, the lists."""
+"""Two indexes for searches of the ledger by time: the admin page and the lists."""
 
 from alembic import op
 from sqlalchemy import text
 
-from firstclaim.migrations.moments import between_handlers
+from firstclaim.migrations.locking import between_handlers
 
 revision = "0005"
 down_revision = "0004"
@@ -12,10 +12,9 @@ _LARGE_BYTES = 64 * 1024 * 1024
 
 
 def upgrade() -> None:
-    # An index is made in a moment where there are few events, as in every ledger that begins with this version. Where
-    # there are many, making it would lock out every delivery for as long as it takes, and CONCURRENTLY, which does
-    # not, can stand in no transaction: there it is left to the operator (see the README), for nothing but the page's
-    # speed rests on it.
+    # On few events an index takes a moment, as in every ledger that begins with this version. On many events every
+    # delivery would wait until it is made. CONCURRENTLY does not block deliveries, but cannot run in a transaction. So
+    # a large ledger is left to the operator (see the README): only the speed of the page depends on these indexes.
     if op.get_bind().scalar(text("SELECT pg_relation_size('stripe_events')")) > _LARGE_BYTES:
         return
     between_handlers(
