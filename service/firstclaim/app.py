@@ -34,6 +34,8 @@ from firstclaim.inbox.ledger import Ledger
 from firstclaim.inbox.lock import Lock, connect
 from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.inbox.recovery import Recovery
+from firstclaim.inbox.routes import Routes
+from firstclaim.inbox.slots import Slots
 from firstclaim.observability import metrics, tracing
 from firstclaim.observability.logging import configure
 from firstclaim.operations.search import PINS
@@ -109,21 +111,22 @@ def assemble(settings: Settings, registry: Registry) -> Components:
         lease_seconds=settings.lease_seconds,
         give_up_seconds=settings.give_up_seconds,
         idle_in_transaction_seconds=settings.idle_in_transaction_seconds,
-        abandoned_most=settings.abandoned_most,
+        max_abandoned=settings.abandoned_most,
         process=_process(),
     )
-    claims = Claims(lock, ledger, epoch, settings.lock_ttl_seconds)
+    claims = Claims(lock, ledger, epoch, lock_ttl_seconds=settings.lock_ttl_seconds)
+    slots = Slots(settings.handler_slots)
     limits = DispatchLimits(
-        slots=settings.handler_slots,
         deadline_seconds=settings.handler_deadline_seconds,
         lease_seconds=settings.lease_seconds,
         postgres_timeout_seconds=timeout,
     )
     pipeline = Pipeline(
         claims,
-        Dispatcher(handler_connections, ledger, claims, backoff, limits),
-        registry,
-        livemode=settings.livemode,
+        ledger,
+        Dispatcher(handler_connections, ledger, claims, slots, backoff, limits),
+        slots,
+        Routes(registry, settings.livemode),
         budget_seconds=settings.answer_budget_seconds,
     )
     recovery = Recovery(

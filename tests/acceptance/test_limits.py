@@ -58,7 +58,7 @@ async def test_a_handler_slower_than_the_answers_budget(
     """Past the budget: 202, deferred, never before the row is there; the handler goes on, and its effect is one."""
     event = held(gate, event_type)
     answer = await shared_sandbox.deliver(service, event)
-    assert (answer.result, answer.reason) == (DEFERRED, "Recorded; still at work on it")
+    assert (answer.result, answer.reason) == (DEFERRED, "Recorded; still being processed")
     assert answer.seconds < 5
     again = await shared_sandbox.deliver(service, event)
     assert (again.result, again.reason) == (IGNORED, parallel_reason(event.id))

@@ -77,7 +77,7 @@ async def test_row_12_redis_away(break_it: Act, mend_it: Act, servers: Servers, 
 
         await break_it(server, proxy)
         fresh = await answered(history, service, sample())
-        assert (fresh.result, fresh.reason) == (DEFERRED, "Recorded; dispatched when the lock is back")
+        assert (fresh.result, fresh.reason) == (DEFERRED, "Recorded; dispatched when Redis is reachable again")
         load = Load(history, [service], senders=SENDERS, copies=2)
         async with load.running():
             await asyncio.sleep(WINDOWS * BREAKER_SECONDS)  # the length of the outage: some windows of the breaker

@@ -20,6 +20,7 @@ from typing import Any, Final
 import orjson
 
 from firstclaim.inbox.attempt import Attempt
+from firstclaim.inbox.handler_call import HandlerCall
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.postgres.handler_connections import HandlerConnection
@@ -130,11 +131,11 @@ def _note_around_the_handler(file: Path) -> None:
     whole = Attempt._call
 
     @functools.wraps(whole)
-    async def wrapped(self: Attempt, seat: HandlerConnection) -> Any:
+    async def wrapped(self: Attempt, call: HandlerCall, connection: HandlerConnection) -> str:
         began = time.monotonic_ns()
         Line.of(START, self.event.id, self.claim.attempt).append(file)
         try:
-            return await whole(self, seat)
+            return await whole(self, call, connection)
         finally:
             Line.of(END, self.event.id, self.claim.attempt, began).append(file)
 

@@ -148,10 +148,10 @@ async def test_a_copy_is_promised_nothing_before_the_first_is_recorded(
     inserting, go_on = asyncio.Event(), asyncio.Event()
     claim = Ledger.claim
 
-    async def slow(ledger: Ledger, given: Delivery, *, ignored: bool = False) -> Claim | ExistingRow:
+    async def slow(ledger: Ledger, given: Delivery) -> Claim | ExistingRow:
         inserting.set()
         await go_on.wait()
-        return await claim(ledger, given, ignored=ignored)
+        return await claim(ledger, given)
 
     monkeypatch.setattr(Ledger, "claim", slow)
     given = delivery()

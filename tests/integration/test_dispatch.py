@@ -40,7 +40,7 @@ async def ends(
         assert error in row["last_error"]
     # What is to be tried again must not be answered by a marker.
     assert (await world.value(claim.event_id) is None) == (status in (Status.FAILED, Status.PENDING))
-    assert world.dispatcher.free_slots == world.settings.handler_slots
+    assert world.slots.free == world.settings.handler_slots
     return claim, result, row
 
 
@@ -486,7 +486,7 @@ async def too_late(world: World, function: Function) -> Claim:
     row = await world.row(claim.event_id)
     assert (row["status"], row["failures"]) == ("failed", 1)
     assert row["last_error"] in (
-        "TimeoutError: the handler ran longer than its deadline of 0.4 s",
+        "DeadlineExceeded: the handler ran longer than its deadline of 0.4 s",
         "TimeoutError: the handler's deadline has passed; its transaction was rolled back",  # a thread may see it first
     )
     assert await world.value(claim.event_id) is None
@@ -568,7 +568,7 @@ async def test_a_thread_that_blocks_keeps_its_slot(hasty: World, gate: threading
             raise
 
     claim = await too_late(hasty, function)
-    assert hasty.dispatcher.free_slots == 0
+    assert hasty.slots.free == 0
     gate.set()
     await until(lambda: has_free_slot(hasty))
     assert raised == [TimeoutError]
@@ -593,7 +593,7 @@ async def test_a_handler_that_ignores_its_cancellation_keeps_its_slot(hasty: Wor
         return "too_late"
 
     claim = await too_late(hasty, function)
-    assert hasty.dispatcher.free_slots == 0
+    assert hasty.slots.free == 0
     let_go.set()
     await until(lambda: has_free_slot(hasty))
     assert len(raised) == 1
@@ -621,7 +621,7 @@ async def test_a_sync_handler_stops_nobody(make_world: MakeWorld, gate: threadin
 
 
 async def has_free_slot(world: World) -> bool:
-    return world.dispatcher.free_slots == world.settings.handler_slots
+    return world.slots.free == world.settings.handler_slots
 
 
 # -- who holds the row --------------------------------------------------------------------------------
@@ -726,11 +726,11 @@ async def test_no_more_run_than_there_are_slots(make_world: MakeWorld) -> None:
     claims = [await world.claim() for _ in range(10)]
     work = [asyncio.create_task(world.dispatch(held.as_handler(), claim)) for claim in claims]
     await held.reaches(2)
-    assert world.dispatcher.free_slots == 0
+    assert world.slots.free == 0
     held.finish.set()
     assert {result.kind for result in await asyncio.gather(*work)} == {Kind.PROCESSED}
     assert held.most == 2
-    assert world.dispatcher.free_slots == 2
+    assert world.slots.free == 2
 
 
 async def test_a_full_house_charges_nothing(make_world: MakeWorld) -> None:
@@ -747,7 +747,7 @@ async def test_a_full_house_charges_nothing(make_world: MakeWorld) -> None:
     assert await world.value(claim.event_id) is None
     held.finish.set()
     assert (await first).kind is Kind.PROCESSED
-    assert world.dispatcher.free_slots == 1
+    assert world.slots.free == 1
 
 
 async def test_those_abandoned_before_run_one_at_a_time(world: World) -> None:
@@ -762,22 +762,22 @@ async def test_those_abandoned_before_run_one_at_a_time(world: World) -> None:
     assert [claim.abandoned for claim in suspects] == [1, 1]
     work = [asyncio.create_task(world.dispatch(held.as_handler(), claim)) for claim in suspects]
     await held.reaches(1)
-    assert not world.dispatcher.previously_abandoned_slot_free
+    assert not world.slots.previously_abandoned_free
     assert (await world.dispatch(handles, await world.claim())).kind is Kind.PROCESSED
     assert held.running == 1
     held.finish.set()
     assert {result.kind for result in await asyncio.gather(*work)} == {Kind.PROCESSED}
     assert held.most == 1
-    assert world.dispatcher.previously_abandoned_slot_free
+    assert world.slots.previously_abandoned_free
 
 
 async def test_room_is_half_of_the_slots(world: World) -> None:
     """Recovery waits until it can fetch a fair number of events at once."""
     held = HandlerTransaction()
-    await asyncio.wait_for(world.dispatcher.room(), 5)
+    await asyncio.wait_for(world.slots.wait_for_capacity(), 5)
     work = [asyncio.create_task(world.dispatch(held.as_handler(), await world.claim())) for _ in range(3)]
     await held.reaches(3)
-    waiting = asyncio.create_task(world.dispatcher.room())
+    waiting = asyncio.create_task(world.slots.wait_for_capacity())
     await asyncio.sleep(0)
     assert not waiting.done()
     held.finish.set()
@@ -825,7 +825,7 @@ async def test_stopping_releases_a_running_thread(world: World, gate: threading.
     dispatching = asyncio.create_task(world.dispatch(function, claim))
     await asyncio.to_thread(running.wait)
     await released(world, claim, dispatching)
-    assert world.dispatcher.free_slots == world.settings.handler_slots - 1
+    assert world.slots.free == world.settings.handler_slots - 1
     gate.set()
     await until(lambda: has_free_slot(world))
 
@@ -841,7 +841,7 @@ async def test_stopping_releases_what_waits_for_a_slot(make_world: MakeWorld) ->
     await released(world, claim, waiting)
     held.finish.set()
     assert (await first).kind is Kind.PROCESSED
-    assert world.dispatcher.free_slots == 1
+    assert world.slots.free == 1
 
 
 @OWN_ENDS
@@ -1027,7 +1027,7 @@ async def test_a_database_that_cannot_say_promises_nothing(world: World, monkeyp
         with pytest.raises(LedgerUnavailable):
             await world.dispatch(handles, claim)
     assert await world.status(claim.event_id) is Status.COMPLETED
-    assert world.dispatcher.free_slots == world.settings.handler_slots
+    assert world.slots.free == world.settings.handler_slots
 
 
 async def test_a_backend_that_dies_in_the_handler_is_a_failure(world: World) -> None:
@@ -1065,12 +1065,12 @@ async def test_without_a_connection_nothing_is_charged(world: World, unused_tcp_
     epoch = Epoch(fresh_seconds=60)
     nowhere = HandlerConnections(f"postgresql://127.0.0.1:{unused_tcp_port}/x", timeout_seconds=5, epoch=epoch)
     claim = await world.marked()
-    seats, world.dispatcher._seats = world.dispatcher._seats, nowhere
+    seats, world.dispatcher._connections = world.dispatcher._connections, nowhere
     try:
         with pytest.raises(LedgerUnavailable):
             await world.dispatch(must_not_run, claim)
     finally:
-        world.dispatcher._seats = seats
+        world.dispatcher._connections = seats
         await nowhere.close()
     row = await world.row(claim.event_id)
     assert (row["status"], row["failures"], row["abandoned"]) == ("pending", 0, 0)

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from firstclaim.operations.commands import Commands
 from firstclaim.status import TAKEABLE, Status
 from tests.hostile import bodies
 from tests.integration.conftest import MakeWorld
-from tests.integration.world import World, delivery, effect, explained, until
+from tests.integration.world import World, delivery, effect, every_event, explained, until
 
 SETTLED = (Status.COMPLETED, Status.IGNORED, Status.DEAD)
 LEASE_SECONDS = 60.0
@@ -67,8 +68,7 @@ async def test_a_second_claim_finds_the_row(world: World, status: Status) -> Non
 async def test_what_nothing_wants_is_settled_as_it_is_inserted(world: World) -> None:
     """No handler for its type: `ignored` at once, in one statement, never `processing`."""
     given = delivery()
-    claim = await world.ledger.claim(given, ignored=True)
-    assert isinstance(claim, Claim)
+    assert await world.ledger.ignore(given) is None
     row = await world.row(given.event.id)
     assert (row["status"], row["attempt"], row["action"]) == ("ignored", 1, "ignored")
     assert row["settled_at"] is not None
@@ -148,7 +148,7 @@ async def test_an_insert_does_not_wait_for_a_running_handler(world: World) -> No
         assert await world.ledger.record(given, due_in_seconds=0) == ExistingRow(Status.PROCESSING, 1, claim.epoch)
         assert await world.ledger.take_over([claim.event_id]) == []
         assert await world.ledger.return_abandoned(10) == []
-        assert await world.ledger.due(10, abandoned=False) == []
+        assert await world.ledger.due(10, every_event, abandoned=False) == []
 
 
 # -- taking over --------------------------------------------------------------------------------------
@@ -362,18 +362,18 @@ async def test_due_is_the_oldest_first(world: World) -> None:
         other = await world.state_of(delivery(), status)
         await world.change(other.event.id, due_at=3600.0 if status in TAKEABLE else -3600.0)
     oldest_first = sorted(ages, key=lambda event_id: -ages[event_id])
-    assert await world.ledger.due(10, abandoned=False) == oldest_first
-    assert await world.ledger.due(2, abandoned=False) == oldest_first[:2]
-    assert await world.ledger.due(0, abandoned=False) == []
-    assert await world.ledger.due(10, abandoned=True) == []
+    assert await world.ledger.due(10, every_event, abandoned=False) == oldest_first
+    assert await world.ledger.due(2, every_event, abandoned=False) == oldest_first[:2]
+    assert await world.ledger.due(0, every_event, abandoned=False) == []
+    assert await world.ledger.due(10, every_event, abandoned=True) == []
 
 
 async def test_those_abandoned_before_are_due_apart(world: World) -> None:
     """What may end its process again is never fetched among others."""
     well, suspect = [await world.state_of(delivery(), Status.PENDING) for _ in range(2)]
     await world.change(suspect.event.id, abandoned=1)
-    assert await world.ledger.due(10, abandoned=False) == [well.event.id]
-    assert await world.ledger.due(10, abandoned=True) == [suspect.event.id]
+    assert await world.ledger.due(10, every_event, abandoned=False) == [well.event.id]
+    assert await world.ledger.due(10, every_event, abandoned=True) == [suspect.event.id]
 
 
 async def test_looking_for_due_events_reads_the_index(world: World) -> None:
@@ -388,15 +388,20 @@ async def test_looking_for_due_events_reads_the_index(world: World) -> None:
         """
     )
     await world.database.execute("ANALYZE stripe_events")
-    looks: list[tuple[statements.Statement, dict[str, Any]]] = [
-        (statements.DUE, {"limit": 5, "abandoned": False}),
-        (statements.RETURN_ABANDONED, {"limit": 5, "most": 8, "first": 5.0, "longest": 3600.0}),
+    looks: list[tuple[statements.Statement, str, dict[str, Any]]] = [
+        (statements.DUE[False], "stripe_events_waiting", {"limit": 5, "types": ["t"], "livemodes": [False]}),
+        (statements.DUE[True], "stripe_events_waiting_abandoned", {"limit": 5, "types": ["t"], "livemodes": [False]}),
+        (
+            statements.RETURN_ABANDONED,
+            "stripe_events_processing",
+            {"limit": 5, "most": 8, "first": 5.0, "longest": 3600.0},
+        ),
     ]
     async with world.components.ingest.acquire(60) as connection:
-        for statement, parameters in looks:
+        for statement, index, parameters in looks:
             plan = await explained(connection, statement, **parameters)
-            assert "stripe_events_due" in plan
-            assert "Index Cond: (due_at <=" in plan
+            assert index in plan
+            assert re.search(r"Index Cond: \(.*due_at <=", plan)
 
 
 # -- guarded: nothing by id alone ---------------------------------------------------------------------
@@ -406,7 +411,6 @@ CHANGES: dict[str, Change] = {
     "fail": lambda ledger, claim: ledger.fail_if_held(claim, "new", due_in_seconds=5),
     "kill": lambda ledger, claim: ledger.kill_if_held(claim, "new"),
     "release": lambda ledger, claim: ledger.release_if_held(claim),
-    "ignore": lambda ledger, claim: ledger.ignore_if_held(claim),
 }
 
 
@@ -529,15 +533,6 @@ async def test_released_is_pending_and_nothing_is_charged(world: World) -> None:
     assert again.attempt == 2
 
 
-async def test_ignored_is_settled(world: World) -> None:
-    """Nothing here wants it: settled, and a replay can bring it back."""
-    claim = await world.claim()
-    assert await world.ledger.ignore_if_held(claim) is Status.IGNORED
-    row = await world.row(claim.event_id)
-    assert (row["status"], row["action"], row["failures"]) == ("ignored", "ignored", 0)
-    assert row["settled_at"] is not None
-
-
 async def test_a_failure_waits_for_a_transaction_that_may_commit(world: World) -> None:
     """An ambiguous COMMIT: the guarded update waits for the old backend, then sees what became of it."""
     claim = await world.claim()
@@ -643,8 +638,8 @@ async def test_a_server_that_was_started_or_crashed_since_cannot_tell(world: Wor
         await seat.commit()
     assert held is not None
     assert await world.ledger.committed(held)
-    assert not await world.ledger.committed(replace(held, server=LONG_AGO)), "another start of the server"
-    assert not await world.ledger.committed(replace(held, began=LONG_AGO)), "before its last recovery in place"
+    assert not await world.ledger.committed(replace(held, server_started_at=LONG_AGO)), "another start of the server"
+    assert not await world.ledger.committed(replace(held, began_at=LONG_AGO)), "before its last recovery in place"
 
 
 async def test_ending_a_transaction_ends_that_one_only(world: World) -> None:

@@ -200,7 +200,7 @@ async def test_a_key_of_the_wrong_type_is_deleted(redis: Redis, lock: Lock, key:
     await puts[kind]()
     assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.HELD
     assert await redis.get(key) == OURS
-    assert not lock.away
+    assert not lock.unreachable
 
 
 async def test_the_wrong_type_stops_no_marker_and_no_release(redis: Redis, lock: Lock, key: str) -> None:
@@ -209,7 +209,7 @@ async def test_the_wrong_type_stops_no_marker_and_no_release(redis: Redis, lock:
     await lock.mark_recorded(ID, TOKEN, EPOCH)
     await lock.forget(ID, TOKEN, EPOCH)
     assert await redis.type(key) == b"list"
-    assert not lock.away
+    assert not lock.unreachable
 
 
 async def test_of_fifty_at_once_one_holds_it(redis: Redis, lock: Lock) -> None:
@@ -380,10 +380,10 @@ async def listening(server: Server, timeout_seconds: float = 2) -> AsyncIterator
 
 async def is_away(lock: Lock) -> None:
     """Nothing raises: asking is `AWAY`, writing and deleting do nothing."""
-    assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
+    assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.UNREACHABLE
     await lock.mark_recorded(ID, TOKEN, EPOCH)
     await lock.forget(ID, TOKEN, EPOCH)
-    assert lock.away
+    assert lock.unreachable
     with pytest.raises(LockUnavailable):
         await lock.ping()
 
@@ -460,7 +460,7 @@ async def test_a_lost_reply_is_not_asked_for_again(clock: Clock) -> None:
     server = Server()
     server.hang_up = True
     async with listening(server) as client:
-        assert await make(client).acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
+        assert await make(client).acquire(ID, TOKEN, EPOCH) is LockReply.UNREACHABLE
     assert server.heard == ["SET"]
 
 
@@ -491,7 +491,7 @@ async def test_a_late_reply_is_nobodys() -> None:
     server.reply = None
     async with listening(server, timeout_seconds=0.3) as client:
         lock = make(client, breaker_seconds=0)
-        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
+        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.UNREACHABLE
         server.reply = b"$-1\r\n"
         server.connections[0].write(b"$%d\r\n%b\r\n" % (len(RECORDED), RECORDED))
         assert await lock.acquire("evt_2", TOKEN, EPOCH) is LockReply.HELD
@@ -532,12 +532,12 @@ async def test_an_outage_costs_one_timeout_per_window(clock: Clock) -> None:
     server.reply = None
     async with listening(server, timeout_seconds=0.3) as client:
         lock = make(client)
-        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
+        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.UNREACHABLE
         assert server.heard == ["SET"]
         clock.now += BREAKER_SECONDS - 0.001
-        assert lock.away
+        assert lock.unreachable
         for number in range(100):
-            assert await lock.acquire(f"evt_{number}", TOKEN, EPOCH) is LockReply.AWAY
+            assert await lock.acquire(f"evt_{number}", TOKEN, EPOCH) is LockReply.UNREACHABLE
             assert server.heard == ["SET"]
         await lock.mark_recorded(ID, TOKEN, EPOCH)
         await lock.forget(ID, TOKEN, EPOCH)
@@ -551,7 +551,7 @@ async def test_a_thousand_at_once_wait_for_one_timeout(clock: Clock) -> None:
     async with listening(server, timeout_seconds=0.3) as client:
         lock = make(client)
         replies = await asyncio.gather(*(lock.acquire(f"evt_{number}", TOKEN, EPOCH) for number in range(1000)))
-    assert set(replies) == {LockReply.AWAY}
+    assert set(replies) == {LockReply.UNREACHABLE}
     assert (len(server.heard), len(server.connections)) == (200, 1)
 
 
@@ -563,9 +563,9 @@ async def test_after_the_window_one_asks_for_all(clock: Clock) -> None:
         lock = make(client)
         for window in range(1, 4):
             replies = await asyncio.gather(*(lock.acquire(f"evt_{number}", TOKEN, EPOCH) for number in range(20)))
-            assert set(replies) == {LockReply.AWAY}
+            assert set(replies) == {LockReply.UNREACHABLE}
             assert len(server.heard) == 20 + window - 1  # all of the first outage were under way together
-            assert lock.away
+            assert lock.unreachable
             clock.now += BREAKER_SECONDS
 
 
@@ -575,14 +575,14 @@ async def test_the_breaker_closes_when_redis_is_back(clock: Clock) -> None:
     server.reply = ERRORS[0]
     async with listening(server) as client:
         lock = make(client)
-        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
+        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.UNREACHABLE
         server.reply = b"$-1\r\n"
-        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
+        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.UNREACHABLE
         clock.now += BREAKER_SECONDS
-        assert not lock.away
+        assert not lock.unreachable
         for number in range(20):
             assert await lock.acquire(f"evt_{number}", TOKEN, EPOCH) is LockReply.HELD
-        assert not lock.away
+        assert not lock.unreachable
     assert len(server.heard) == 21
 
 
@@ -592,7 +592,7 @@ async def test_a_ping_asks_whatever_the_breaker_says(clock: Clock) -> None:
     server.reply = ERRORS[0]
     async with listening(server) as client:
         lock = make(client)
-        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
+        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.UNREACHABLE
         server.reply = b"+PONG\r\n"
         await lock.ping()
     assert server.heard == ["SET", "PING"]
@@ -607,6 +607,6 @@ async def test_one_odd_key_does_not_trip_the_breaker(redis: Redis, lock: Lock, c
         await redis.rpush(poison, "x")
 
     before(lock, "SET", poison_again)
-    assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.AWAY
-    assert not lock.away
+    assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.UNREACHABLE
+    assert not lock.unreachable
     assert await lock.acquire("evt_2", TOKEN, EPOCH) is LockReply.HELD

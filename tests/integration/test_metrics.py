@@ -43,14 +43,14 @@ async def test_a_slow_ledger_is_not_waited_for(make_world: MakeWorld) -> None:
 async def test_a_read_that_times_out_casts_no_doubt_on_markers(world: World) -> None:
     """A metrics or admin query that times out loses its connection, and the confirmed epoch stays confirmed."""
     await world.ledger.read_epoch()
-    confirmed = world.claims.epoch.current
+    confirmed = world.claims._epoch.current
     assert confirmed is not None
     for pool in (world.components.metrics_pool, world.components.admin):
         lost = asyncio.Event()
         with pytest.raises(LedgerUnavailable):
             await _query_for_too_long(pool, lost)
         await lost.wait()
-    assert world.claims.epoch.current == confirmed
+    assert world.claims._epoch.current == confirmed
 
 
 async def _query_for_too_long(pool: Pool, lost: asyncio.Event) -> None:

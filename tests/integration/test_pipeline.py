@@ -179,7 +179,6 @@ async def test_with_redis_emptied_the_ledger_decides(world: World) -> None:
     ("status", "words"),
     [
         (Status.COMPLETED, "already completed"),
-        (Status.IGNORED, "already recorded as ignored"),
         (Status.DEAD, "is dead: replay it"),
         (Status.PROCESSING, "handled by parallel worker (idempotency lock)"),
     ],
@@ -251,21 +250,14 @@ async def test_the_lock_holder_meets_a_row_that_is_skipped(world: World, monkeyp
 
 
 async def test_a_type_without_a_handler_is_ignored(world: World) -> None:
-    """Settled in one statement, so that a later deploy can replay it; its duplicates are ignored like any other's."""
+    """Settled in one statement, so that a later deploy can replay it; nothing in Redis answers its next delivery."""
     given = delivery(type="balance.available")
     result = await world.pipeline.deliver(given)
     assert result == Outcome(Kind.UNHANDLED, "ignored", "Event type balance.available not handled", 1)
     row = await world.row(given.event.id)
     assert (row["status"], row["action"]) == ("ignored", "ignored")
-    assert await world.pipeline.deliver(given) == duplicate(given.event.id)
-
-
-async def test_a_waiting_event_that_nobody_wants_any_more_is_ignored(world: World) -> None:
-    """Recorded while Redis was away, or failed under an earlier deploy: taken over and settled, never dispatched."""
-    for status in (Status.PENDING, Status.FAILED):
-        given = await world.state_of(delivery(type="balance.available"), status)
-        assert (await world.pipeline.deliver(given)).kind is Kind.UNHANDLED
-        assert await world.status(given.event.id) is Status.IGNORED
+    assert await world.value(given.event.id) is None
+    assert await world.pipeline.deliver(given) == duplicate(given.event.id, "already recorded as ignored")
 
 
 @pytest.mark.parametrize(
@@ -280,7 +272,7 @@ async def test_a_waiting_event_that_nobody_wants_any_more_is_ignored(world: Worl
     ],
 )
 async def test_only_the_wanted_mode_is_handled(make_world: MakeWorld, takes: str, livemode: bool, kind: Kind) -> None:
-    """Live Connect endpoints get test events too: recorded as `ignored`, by a delivery and by recovery alike."""
+    """Live Connect endpoints get test events too: recorded as `ignored`; what another process recorded is left."""
     world = await make_world({TYPE: handles}, livemode=takes)
     given = delivery(livemode=livemode)
     result = await world.pipeline.deliver(given)
@@ -289,8 +281,9 @@ async def test_only_the_wanted_mode_is_handled(make_world: MakeWorld, takes: str
     await recovered(world)
     wanted = kind is Kind.PROCESSED
     for event_id in (given.event.id, waiting.event.id):
-        assert await world.status(event_id) is (Status.COMPLETED if wanted else Status.IGNORED)
         assert await world.effects(event_id) == wanted
+    assert await world.status(given.event.id) is (Status.COMPLETED if wanted else Status.IGNORED)
+    assert await world.status(waiting.event.id) is (Status.COMPLETED if wanted else Status.PENDING)
     if not wanted:
         mode = "live" if livemode else "test"
         assert result.reason == f"Event {given.event.id} is a {mode} mode event; this service takes {takes} mode only"
@@ -304,7 +297,7 @@ async def test_past_its_budget_a_recorded_event_is_deferred(make_world: MakeWorl
     world = await make_world({TYPE: gate.handle}, answer_budget_seconds=1)
     given = delivery()
     result = await world.pipeline.deliver(given)
-    assert result == Outcome(Kind.DEFERRED, "deferred", "Recorded; still at work on it")
+    assert result == Outcome(Kind.DEFERRED, "deferred", "Recorded; still being processed")
     assert await world.status(given.event.id) is Status.PROCESSING
     assert await world.pipeline.deliver(given) == duplicate(given.event.id)
     await gate.running.wait()
@@ -320,8 +313,8 @@ async def test_past_its_budget_nothing_unrecorded_is_promised(
     committed, go_on = asyncio.Event(), asyncio.Event()
     claim = Ledger.claim
 
-    async def slow(ledger: Ledger, given: Delivery, *, ignored: bool = False) -> Claim | ExistingRow:
-        won = await claim(ledger, given, ignored=ignored)
+    async def slow(ledger: Ledger, given: Delivery) -> Claim | ExistingRow:
+        won = await claim(ledger, given)
         committed.set()
         await go_on.wait()
         return won
@@ -425,7 +418,7 @@ async def test_while_redis_is_away_events_are_recorded(
         for each in given:
             async with asyncio.timeout(5):
                 result = await world.pipeline.deliver(each)
-            assert result == Outcome(Kind.DEFERRED, "deferred", "Recorded; dispatched when the lock is back")
+            assert result == Outcome(Kind.DEFERRED, "deferred", "Recorded; dispatched when Redis is reachable again")
             row = await observer.row(each.event.id)
             assert (row["status"], row["attempt"], row["abandoned"]) == ("pending", 0, 0)
             assert row["due_in"] <= 0
@@ -496,8 +489,8 @@ async def test_a_lost_answer_to_the_insert_is_not_a_promise(world: World, monkey
     """Committed, and nobody told us: 503 and no marker; the row waits out its lease, and one effect comes of it."""
     claim = Ledger.claim
 
-    async def lost(ledger: Ledger, given: Delivery, *, ignored: bool = False) -> Claim | ExistingRow:
-        await claim(ledger, given, ignored=ignored)
+    async def lost(ledger: Ledger, given: Delivery) -> Claim | ExistingRow:
+        await claim(ledger, given)
         raise LedgerUnavailable("lost")
 
     await world.pipeline.deliver(delivery())  # from now on the epoch is known: a marker could be written
@@ -520,7 +513,7 @@ async def test_a_marker_that_cannot_be_written_changes_nothing(world: World, mon
 
     async def then_away(*arguments: Any, **more: Any) -> LockReply:
         reply = await acquire(*arguments, **more)
-        monkeypatch.setattr(type(world.lock), "away", True)
+        monkeypatch.setattr(type(world.lock), "unreachable", True)
         return reply
 
     monkeypatch.setattr(world.lock, "acquire", then_away)
@@ -553,7 +546,7 @@ async def test_after_a_restore_markers_of_the_old_ledger_do_not_count(world: Wor
     await world.database.execute("DELETE FROM stripe_events; DELETE FROM stripe_event_payloads; DELETE FROM effects")
     assert await world.pipeline.deliver(given) == duplicate(given.event.id)  # nobody has told us
     await operator.rotate(world.url)
-    world.claims.epoch.confirm(await world.ledger.read_epoch())  # what a round of recovery does
+    world.claims._epoch.confirm(await world.ledger.read_epoch())  # what a round of recovery does
     assert (await world.pipeline.deliver(given)).kind is Kind.PROCESSED
     await settled(world, given.event.id)
 
@@ -562,7 +555,7 @@ async def test_after_a_rotation_markers_count_again(world: World) -> None:
     """The connections of both pools are renewed: what they commit is marked with the new epoch, and sheds load."""
     await world.pipeline.deliver(delivery())
     await operator.rotate(world.url)
-    world.claims.epoch.confirm(await world.ledger.read_epoch())
+    world.claims._epoch.confirm(await world.ledger.read_epoch())
     given = delivery()
     assert (await world.pipeline.deliver(given)).kind is Kind.PROCESSED
     with counting(world) as counted:
@@ -574,7 +567,7 @@ async def test_no_marker_counts_without_a_confirmed_epoch(world: World) -> None:
     """Postgres has not been heard of for a while (it may be being restored): the ledger is asked, not Redis."""
     given = delivery()
     await world.pipeline.deliver(given)
-    world.claims.epoch._confirmed = float("-inf")
+    world.claims._epoch._confirmed = float("-inf")
     assert await world.pipeline.deliver(given) == duplicate(given.event.id, "already completed")
 
 
@@ -584,9 +577,9 @@ async def test_the_marker_is_of_the_ledger_that_committed_the_row(
     """Another epoch is confirmed while the row is inserted: it may not be in that ledger, so no marker says it is."""
     claim = Ledger.claim
 
-    async def then_restored(ledger: Ledger, given: Delivery, *, ignored: bool = False) -> Claim | ExistingRow:
-        won = await claim(ledger, given, ignored=ignored)
-        world.claims.epoch.confirm("0123456789abcdef")
+    async def then_restored(ledger: Ledger, given: Delivery) -> Claim | ExistingRow:
+        won = await claim(ledger, given)
+        world.claims._epoch.confirm("0123456789abcdef")
         return won
 
     given = delivery()
@@ -631,7 +624,7 @@ async def test_recovery_that_finds_redis_away_claims_nothing(
     async with between(stores, observer.url, redis_prefix) as (world, _, redis):
         redis.switch(Mode.REFUSE)
         await recovered(world)
-        assert world.lock.away
+        assert world.lock.unreachable
     row = await observer.row(given.event.id)
     assert (row["status"], row["attempt"]) == ("pending", 0)
 
@@ -766,7 +759,7 @@ async def test_a_bad_round_does_not_end_recovery(world: World, monkeypatch: pyte
         return await recover(pipeline, thorough=thorough)
 
     monkeypatch.setattr(Pipeline, "recover", failing)
-    recovery = Recovery(world.pipeline, world.ledger, world.claims.epoch, interval_seconds=0.01, batch=10)
+    recovery = Recovery(world.pipeline, world.ledger, world.claims._epoch, interval_seconds=0.01, batch=10)
     running = asyncio.create_task(recovery.run())
 
     async def completed_or_over(event_id: str) -> bool:
@@ -775,7 +768,7 @@ async def test_a_bad_round_does_not_end_recovery(world: World, monkeypatch: pyte
     try:
         await until(lambda: completed_or_over(given.event.id))
         assert not running.done()
-        assert recovery.well
+        assert recovery.healthy
     finally:
         running.cancel()
         await asyncio.wait({running})
@@ -786,7 +779,7 @@ async def test_recovery_looks_for_vanished_holders(world: World) -> None:
     """Nobody else does: a claim past its lease, with no handler's lock on its row, is due again after a round."""
     claim = await world.claim()
     await world.change(claim.event_id, due_at=-1.0)
-    recovery = Recovery(world.pipeline, world.ledger, world.claims.epoch, interval_seconds=0.01, batch=10)
+    recovery = Recovery(world.pipeline, world.ledger, world.claims._epoch, interval_seconds=0.01, batch=10)
     await recovery._round()
     row = await world.row(claim.event_id)
     assert (row["status"], row["abandoned"]) == ("pending", 1)
@@ -794,17 +787,17 @@ async def test_recovery_looks_for_vanished_holders(world: World) -> None:
 
 async def test_recovery_confirms_the_epoch(world: World) -> None:
     """Each round reads it anew: without that no marker would count for long, and a rotation would go unnoticed."""
-    recovery = Recovery(world.pipeline, world.ledger, world.claims.epoch, interval_seconds=0.01, batch=10)
+    recovery = Recovery(world.pipeline, world.ledger, world.claims._epoch, interval_seconds=0.01, batch=10)
     await world.ledger.read_epoch()
-    world.claims.epoch._confirmed = float("-inf")  # not for a long time, and no connection is opened anew
+    world.claims._epoch._confirmed = float("-inf")  # not for a long time, and no connection is opened anew
     await recovery._round()
-    before = world.claims.epoch.current
+    before = world.claims._epoch.current
     assert before == await world.ledger.read_epoch()
     _, after = await operator.rotate(world.url)
 
     async def noticed() -> bool:
         await recovery._round()
-        return world.claims.epoch.current == after
+        return world.claims._epoch.current == after
 
     await until(noticed)
     assert None is not after != before

@@ -24,6 +24,7 @@ from firstclaim.inbox.dispatch import Dispatcher
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.lock import Lock
 from firstclaim.inbox.pipeline import Pipeline
+from firstclaim.inbox.slots import Slots
 from firstclaim.inbox.statements import Statement
 from firstclaim.outcome import Outcome
 from firstclaim.postgres.connection import PinnedConnection
@@ -35,6 +36,12 @@ from tests.fixtures import SECRET, event_body
 
 Function = Callable[[Event, Context], Any]
 T = TypeVar("T")
+
+
+def every_event(_type: str, _livemode: bool) -> bool:
+    """A process that wants all events."""
+    return True
+
 
 # Long enough that no test meets one by accident; a test that is about one of them sets it.
 CALM = {
@@ -92,11 +99,15 @@ class World:
 
     @property
     def ledger(self) -> Ledger:
-        return self.claims.ledger
+        return self.claims._ledger
 
     @property
     def dispatcher(self) -> Dispatcher:
         return self.pipeline._dispatcher
+
+    @property
+    def slots(self) -> Slots:
+        return self.pipeline._slots
 
     async def claim(self, given: Delivery | None = None) -> Claim:
         """A claimed row."""
@@ -106,7 +117,8 @@ class World:
 
     async def marked(self) -> Claim:
         """A claimed row with its marker in Redis, as a delivery leaves them when it begins to dispatch."""
-        won = await self.claims.win(delivery(), ignored=None)
+        given = delivery()
+        won = await self.claims.claim(given, await self.claims.lock(given.event.id), unwanted=None)
         assert isinstance(won, Claim)
         assert await self.value(won.event_id) == f"recorded:{won.epoch}".encode()
         return won

@@ -108,14 +108,6 @@ MUTANTS = (
         "AND :attempt > 0",
         "integration/test_ledger.py::test_whoever_was_taken_over_changes_nothing[release]",
     ),
-    TextMutant(
-        "ignored-at-any-attempt",
-        "Settling an event as `ignored` names the attempt.",
-        "IGNORE",
-        "AND attempt = :attempt",
-        "AND :attempt > 0",
-        "integration/test_ledger.py::test_whoever_was_taken_over_changes_nothing[ignore]",
-    ),
     Mutant(
         "returned-claim-has-no-say",
         "A process whose claim was returned as abandoned can still settle it while no other attempt has begun.",
@@ -177,7 +169,7 @@ MUTANTS = (
     TextMutant(
         "a-failure-is-not-noted",
         "Each attempt that did not succeed is noted in the statement that charges it.",
-        "_noting",
+        "_with_attempt",
         "clock_timestamp(), last_error FROM changed",
         "clock_timestamp(), last_error FROM changed WHERE false",
         "integration/test_ledger.py::test_each_attempt_that_did_not_succeed_is_noted",

@@ -63,11 +63,9 @@ class Steps(RuleBasedStateMachine):
         """One delivery to one process. Without a fault, its outcome must be the one that the model expects."""
         system, process = self.system, self.system.awake(number)
         before, key = system.seen.rows.get(event_id), system.seen.keys.get(event_id)
-        dispatcher = process.world.dispatcher
-        capacity = dispatcher.free_slots > 0 and (
-            before is None or before.abandoned == 0 or dispatcher.previously_abandoned_slot_free
-        )
-        epoch = process.world.claims.epoch.current
+        slots = process.world.slots
+        capacity = slots.free > 0 and (before is None or before.abandoned == 0 or slots.previously_abandoned_free)
+        epoch = process.world.claims._epoch.current
         kind, status = expected(system.stories[event_id], before, key, epoch=epoch, plan=plan, capacity=capacity)
         self.arm(number, fault)
         self.begin_deliveries([(process, event_id)])
@@ -91,7 +89,7 @@ class Steps(RuleBasedStateMachine):
     ) -> None:
         """Copies of a new event, together with other events: exactly one copy is dispatched."""
         no_fault = fault is None and not any(process.away for process, _ in posts)
-        capacity = all(process.world.dispatcher.free_slots >= len(posts) for process, _ in posts)
+        capacity = all(process.world.slots.free >= len(posts) for process, _ in posts)
         self.arm(number, fault)
         self.begin_deliveries(posts)
         kinds = [answer.outcome.kind for answer in self.settle(plan) if answer.event_id == new]

@@ -147,7 +147,7 @@ class System:
     async def recover(self, process: Process) -> None:
         """One round of recovery, as the loop runs it."""
         with contextlib.suppress(LedgerUnavailable):
-            process.world.claims.epoch.confirm(await process.world.ledger.read_epoch())
+            process.world.claims._epoch.confirm(await process.world.ledger.read_epoch())
             await process.world.pipeline.return_abandoned(9)
             await process.world.pipeline.recover()
 

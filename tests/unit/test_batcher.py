@@ -30,7 +30,7 @@ def line() -> Line:
 
 
 def made(line: Line, most: int = 100, parallel: int = 1, late_seconds: float = 0) -> Batcher[int, int]:
-    return Batcher(line.run, most=most, parallel=parallel, late_seconds=late_seconds)
+    return Batcher(line.run, max_items=most, parallel=parallel, late_seconds=late_seconds)
 
 
 async def test_calls_of_one_moment_share_a_batch(line: Line) -> None:

@@ -101,9 +101,9 @@ def test_every_kind_has_a_status() -> None:
             b'{"event_id":"evt_1","processed":false,"action":"ignored","reason":"Event evt_1 already completed"}',
         ),
         (
-            outcome.deferred("Recorded; still at work on it"),
+            outcome.deferred("Recorded; still being processed"),
             202,
-            b'{"event_id":"evt_1","processed":false,"action":"deferred","reason":"Recorded; still at work on it"}',
+            b'{"event_id":"evt_1","processed":false,"action":"deferred","reason":"Recorded; still being processed"}',
         ),
         (
             outcome.failed(1),

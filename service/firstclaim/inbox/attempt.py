@@ -1,238 +1,210 @@
 """One attempt at an event: one connection, one transaction, one call of its handler.
 
 Guarantees: the row is locked first and marked last, in the transaction that holds the handler's SQL, so that
-effects and mark commit together or not at all; at its deadline the attempt is over and its connection
-terminated, whatever the handler does; nothing that a handler raises ends the service. What the ledger should
-say about an attempt that did not commit is the dispatcher's business.
+effects and completion mark commit together or not at all. At its deadline the attempt is over and its connection is
+terminated, whatever the handler does. Every way in which an attempt can end is one of `AttemptResult`; what the ledger
+then says is the dispatcher's decision.
 """
 
 import asyncio
 import contextlib
-import contextvars
-import threading
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import asyncpg
 
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.event import Event
+from firstclaim.inbox.handler_call import DeadlineExceeded, HandlerCall
 from firstclaim.inbox.ledger import Claim, HandlerTransaction, Ledger
-from firstclaim.observability import metrics, tracing
 from firstclaim.postgres.connection import UNAVAILABLE, describe
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from firstclaim.registry import Context, Handler
 
-_ENDED = (
+_TRANSACTION_ENDED = (
     "rule broken: a handler must not commit, nor end its transaction in any other way; "
     "what it committed is kept, so it is not retried by itself"
 )
 _SWALLOWED = "rule broken: the handler swallowed an SQL error, which had aborted its transaction"
-_ACTION_MOST_CHARACTERS = 200
-
-
-class TakenOver(Exception):
-    """Another holds the row now."""
 
 
 class TransactionEnded(HandlerRuleBroken):
-    """The handler ended the transaction that it was given: what it wrote besides is committed, or may be."""
+    """The handler ended the transaction that it was given: its other writes are committed, or may be."""
 
     def __init__(self) -> None:
-        super().__init__(_ENDED)
+        super().__init__(_TRANSACTION_ENDED)
 
 
-class CommitUnknown(Exception):
-    """COMMIT was sent, and what came back is not its success."""
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The handler's effects and the completion mark are committed."""
 
-    def __init__(self, action: str, error: str) -> None:
-        super().__init__(f"COMMIT failed: {error}")
-        self.action = action
+    action: str
 
 
-@dataclass(slots=True)
-class Attempt:
-    """One attempt. `held` is its transaction once the row is locked; `work` the handler once it is called.
+@dataclass(frozen=True, slots=True)
+class TakenOver:
+    """Another process holds the row now; the handler was not called."""
 
-    `ended_by_handler`: the attempt came to nothing, and the handler had ended its transaction by then.
+
+@dataclass(frozen=True, slots=True)
+class NotStarted:
+    """There was no connection, or the row could not be locked; the handler was not called."""
+
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class CommitUnknown:
+    """COMMIT was sent, and the reply is not its success."""
+
+    action: str
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The handler failed. `effects_committed`: a retry would repeat them; None: the database cannot say.
+
+    `running`: the handler's task or thread, if it ignores the end of its attempt.
     """
 
-    seats: HandlerConnections
+    error: Exception
+    effects_committed: bool | None
+    running: asyncio.Future[Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Interrupted:
+    """A shutdown cancelled the attempt; the fields are those of `Failed`."""
+
+    effects_committed: bool | None
+    running: asyncio.Future[Any] | None
+
+
+AttemptResult = Committed | TakenOver | NotStarted | CommitUnknown | Failed | Interrupted
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One attempt at `claim`; times in seconds."""
+
+    connections: HandlerConnections
     ledger: Ledger
     claim: Claim
     event: Event
     handler: Handler
     deadline_seconds: float
     postgres_timeout_seconds: float
-    held: HandlerTransaction | None = field(default=None, init=False)
-    ended_by_handler: bool = field(default=False, init=False)
-    work: asyncio.Future[Any] | None = field(default=None, init=False)
 
-    async def run(self) -> str | Exception:
-        """The action once it is committed, or the exception that says why it is not.
-
-        Raises `LedgerUnavailable` when the row cannot be locked at all, and CancelledError when we are stopping.
-        """
+    async def run(self) -> AttemptResult:
+        """Lock the row, call the handler, mark the row, commit. Never raises."""
         try:
-            seat = await self.seats.acquire()
-            self.held = await self._hold(seat)
-        except UNAVAILABLE as error:  # the handler has not begun: this is no failure of it
-            raise LedgerUnavailable(describe(error)) from error
+            connection = await self.connections.acquire()
+            transaction = await self._hold(connection)
+        except UNAVAILABLE as error:
+            return NotStarted(describe(error))
+        except asyncio.CancelledError:
+            return Interrupted(effects_committed=False, running=None)
+        if transaction is None:
+            await self._give_back(connection, None)
+            return TakenOver()
+        call = HandlerCall(self.handler, self.deadline_seconds)
         try:
-            if self.held is None:
-                return TakenOver()
-            action = _checked_action(await self._call(seat))
-            seat.check_rules()
-            await self._mark(seat, self.held, action)
-        except (TimeoutError, asyncio.CancelledError) as error:
-            self.ended_by_handler = self._in_no_transaction(seat)
-            await self._end(seat)
-            if isinstance(error, TimeoutError):
-                return error
-            raise
-        except Exception as error:  # noqa: BLE001  (whatever a handler raises is this attempt's failure)
-            self.ended_by_handler = isinstance(error, TransactionEnded) or self._in_no_transaction(seat)
-            return error
-        else:
-            return await self._commit(seat, action)
-        finally:
-            await self._give_back(seat)
+            action = await self._call(call, connection)
+            await self._mark(connection, transaction, action)
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  (whatever a handler raises is its failure)
+            return await self._not_committed(error, call, connection, transaction)
+        result = await self._commit(connection, action)
+        await self._give_back(connection, transaction)
+        return result
 
-    async def _hold(self, seat: HandlerConnection) -> HandlerTransaction | None:
+    async def _hold(self, connection: HandlerConnection) -> HandlerTransaction | None:
         try:
             async with asyncio.timeout(self.postgres_timeout_seconds):
-                await seat.begin()
-                return await self.ledger.hold(seat.driver, self.claim)
+                await connection.begin()
+                return await self.ledger.hold(connection.driver, self.claim)
         except BaseException:
-            await seat.discard()
+            await connection.discard()
             raise
 
-    async def _call(self, seat: HandlerConnection) -> Any:
-        """Run the handler and wait for it until its deadline, but not for one that ignores its cancellation."""
+    async def _call(self, call: HandlerCall, connection: HandlerConnection) -> str:
         loop = asyncio.get_running_loop()
-        context = Context(self.event, self.claim.attempt, seat, loop, loop.time() + self.deadline_seconds)
-        seat.start()
-        start = _in_task if self.handler.is_async else _in_thread
-        began = time.perf_counter()  # the loop's own clock counts milliseconds
+        context = Context(self.event, self.claim.attempt, connection, loop, loop.time() + self.deadline_seconds)
+        connection.start()
         try:
-            with tracing.span("handler", handler=self.handler.pattern):
-                self.work = work = start(loop, self.handler.function, self.event, context)
-                done, _ = await asyncio.wait({work}, timeout=self.deadline_seconds)
-        except asyncio.CancelledError:
-            _stop(work)
-            raise
+            action = await call.run(self.event, context)
         finally:
-            seat.stop()
-            metrics.handler_seconds(self.handler.pattern).observe(time.perf_counter() - began)
-        if not done:
-            _stop(work)
-            raise TimeoutError(f"the handler ran longer than its deadline of {self.deadline_seconds:g} s")
-        if work.cancelled():  # by something in the handler; were it us, the wait above had raised
-            raise HandlerRuleBroken("a handler must not end by cancelling itself")
-        if (error := work.exception()) is not None and not isinstance(error, Exception):
-            raise _refused(error)
-        return work.result()
+            connection.stop()
+        connection.check_rules()
+        return action
 
-    async def _mark(self, seat: HandlerConnection, held: HandlerTransaction, action: str) -> None:
+    async def _mark(self, connection: HandlerConnection, transaction: HandlerTransaction, action: str) -> None:
         try:
-            marked = await self.ledger.complete_if_held(seat.driver, self.claim, held, action)
+            marked = await self.ledger.complete_if_held(connection.driver, self.claim, transaction, action)
         except asyncpg.InFailedSQLTransactionError as error:
             raise HandlerRuleBroken(_SWALLOWED) from error
         if not marked:  # no longer the transaction that was begun
             raise TransactionEnded
 
-    def _in_no_transaction(self, seat: HandlerConnection) -> bool:
-        """Not even in a failed one: since the handler ended its own, each statement has committed."""
-        try:
-            raw = seat.driver
-        except LedgerUnavailable:  # a lost connection committed nothing more
-            return False
-        return self.held is not None and not raw.is_in_transaction()
-
-    async def _commit(self, seat: HandlerConnection, action: str) -> str | Exception:
+    async def _commit(self, connection: HandlerConnection, action: str) -> Committed | CommitUnknown:
         try:
             async with asyncio.timeout(self.postgres_timeout_seconds):
-                await seat.commit()
+                await connection.commit()
         except (*UNAVAILABLE, LedgerUnavailable, asyncio.CancelledError) as error:
-            await seat.discard()
+            await connection.discard()
             return CommitUnknown(action, describe(error))
-        return action
+        return Committed(action)
 
-    async def _end(self, seat: HandlerConnection) -> None:
-        """Give up on the transaction, whatever the handler and the server are doing in it."""
-        await seat.discard()
-        if self.held is not None:
-            with contextlib.suppress(LedgerUnavailable):  # then the server's own timeouts end it
-                await self.ledger.end(self.held)
+    async def _not_committed(
+        self,
+        error: Exception | asyncio.CancelledError,
+        call: HandlerCall,
+        connection: HandlerConnection,
+        transaction: HandlerTransaction,
+    ) -> Failed | Interrupted:
+        ended_by_handler = isinstance(error, TransactionEnded) or _is_in_no_transaction(connection)
+        if isinstance(error, DeadlineExceeded | asyncio.CancelledError):
+            await self._terminate(connection, transaction)
+        await self._give_back(connection, transaction)
+        committed = True if ended_by_handler else await self._is_committed(transaction)
+        if isinstance(error, asyncio.CancelledError):
+            return Interrupted(committed, call.running)
+        return Failed(error, committed, call.running)
 
-    async def _give_back(self, seat: HandlerConnection) -> None:
+    async def _is_committed(self, transaction: HandlerTransaction) -> bool | None:
+        """Whether it was; None: the database cannot say. A shutdown may cancel the query, which is then repeated."""
+        for _ in range(2):
+            try:
+                return await self.ledger.committed(transaction)
+            except LedgerUnavailable:
+                return None
+            except asyncio.CancelledError:
+                continue
+        return None
+
+    async def _terminate(self, connection: HandlerConnection, transaction: HandlerTransaction) -> None:
+        """End the transaction on both sides, whatever the handler and the server do in it."""
+        await connection.discard()
+        with contextlib.suppress(LedgerUnavailable):  # then the server's own timeouts end it
+            await self.ledger.end(transaction)
+
+    async def _give_back(self, connection: HandlerConnection, transaction: HandlerTransaction | None) -> None:
         try:
-            await seat.roll_back(self.postgres_timeout_seconds)
-            await self.seats.release(seat)
-        except (*UNAVAILABLE, LedgerUnavailable, asyncio.CancelledError):  # or the handler closed it
-            await seat.discard()
+            await connection.roll_back(self.postgres_timeout_seconds)
+            await self.connections.release(connection)
+        except (*UNAVAILABLE, LedgerUnavailable, asyncio.CancelledError):
+            # The handler closed it, or left a statement running on it: the backend may still hold the row's lock.
+            if transaction is None:
+                await connection.discard()
+            else:
+                await self._terminate(connection, transaction)
 
 
-def _in_task(
-    loop: asyncio.AbstractEventLoop, function: Callable[..., Any], event: Event, context: Context
-) -> asyncio.Future[Any]:
-    async def body() -> Any:
-        try:
-            return await function(event, context)
-        except (SystemExit, KeyboardInterrupt) as error:
-            raise _refused(error) from error
-
-    return loop.create_task(body())
-
-
-def _in_thread(
-    loop: asyncio.AbstractEventLoop, function: Callable[..., Any], event: Event, context: Context
-) -> asyncio.Future[Any]:
-    """Run a sync handler in a thread of its own: a daemon, so that one that hangs cannot hold up the exit."""
-    future: asyncio.Future[Any] = loop.create_future()
-
-    def settle(result: Any, error: Exception | None) -> None:
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-            future.exception()  # retrieved: after the deadline nobody else does
-
-    def body() -> None:
-        result: Any = None
-        failure: Exception | None = None
-        try:
-            result = function(event, context)
-        except BaseException as error:  # noqa: BLE001
-            catchable = isinstance(error, Exception) and not isinstance(error, StopIteration)
-            failure = error if catchable else _refused(error)  # type: ignore[assignment]
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the service has gone, recovery has the row
-            loop.call_soon_threadsafe(settle, result, failure)
-
-    run = contextvars.copy_context().run
-    threading.Thread(target=run, args=(body,), daemon=True, name=f"handler-{event.id}").start()
-    return future
-
-
-def _refused(error: BaseException) -> HandlerRuleBroken:
-    """For what would end the event loop, or go past every `except Exception`, were it let through."""
-    return HandlerRuleBroken(f"a handler must not raise {type(error).__name__}")
-
-
-def _stop(work: asyncio.Future[Any]) -> None:
-    """Ask the handler to end. A thread cannot be: its later calls on the connection raise."""
-    if isinstance(work, asyncio.Task):
-        work.cancel()
-        work.add_done_callback(lambda task: task.cancelled() or task.exception())
-
-
-def _checked_action(value: object) -> str:
-    if value is None:
-        return "handled"
-    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= _ACTION_MOST_CHARACTERS:
-        raise HandlerRuleBroken(
-            f"a handler returns its action, a short printable str, or None; this one returned {type(value).__name__}"
-        )
-    return value
+def _is_in_no_transaction(connection: HandlerConnection) -> bool:
+    """Not even in a failed one: since the handler ended its own, each of its statements has committed."""
+    try:
+        driver = connection.driver
+    except LedgerUnavailable:  # a lost connection committed nothing more
+        return False
+    return not driver.is_in_transaction()

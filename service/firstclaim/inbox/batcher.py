@@ -1,9 +1,9 @@
 """Coalescing: concurrent calls share one round trip.
 
-Guarantees: when idle, a call is sent in the same turn of the event loop, and while a batch is under way, calls gather
-for the next one; they go past a batch that takes long as soon as it does, unless as many are under way as may be. Each
-caller gets the answer to its own item, or an error of its own; one that is cancelled disturbs neither its batch nor its
-mates, because a batch runs in a task of its own.
+Guarantees: when idle, a call is sent in the same turn of the event loop; while a batch is running, calls gather for the
+next one. If the running batch is late, the next one starts beside it, up to the maximum number of batches. Each caller
+gets the answer to its own item, or an error of its own. A caller that is cancelled disturbs no other, because a batch
+runs in a task of its own.
 """
 
 import asyncio
@@ -16,53 +16,53 @@ R = TypeVar("R")
 
 
 class Batcher(Generic[T, R]):
-    """Calls of `run` with up to `most` items each; at most `parallel` at once, and a further one only beside late ones.
+    """Calls of `run` with up to `max_items` items each; at most `parallel` batches at once.
 
-    A batch is late after `late_seconds`: before, the next one fills; after, a call goes past it.
+    A further batch starts only beside one that is late, that is, has been running for `late_seconds`.
 
-    `run` answers in the order of its items; an exception in place of an answer is raised to that one caller,
-    and one that `run` raises itself to all of the batch.
+    `run` answers in the order of its items. An exception in place of an answer is raised to that one caller, and one
+    that `run` raises is raised to all callers of the batch.
     """
 
     def __init__(
         self,
         run: Callable[[Sequence[T]], Awaitable[Sequence[R | Exception]]],
         *,
-        most: int,
+        max_items: int,
         parallel: int = 1,
         late_seconds: float = 0,
     ) -> None:
         self._run = run
-        self._most = most
+        self._max_items = max_items
         self._parallel = parallel
         self._late_seconds = late_seconds
         self._began = 0.0  # the batch that was sent last, by the loop's clock
-        self._look_again: asyncio.TimerHandle | None = None
+        self._late_timer: asyncio.TimerHandle | None = None
         self._waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
-        self._working = 0
+        self._running = 0
         self._tasks: set[asyncio.Task[None]] = set()  # the loop itself holds them only weakly
 
     def call(self, item: T) -> asyncio.Future[R]:
         """The answer to `item`, to be awaited."""
         answer: asyncio.Future[R] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, answer))
-        if not self._working or self._look_again is None:
-            self._look()
+        if not self._running or self._late_timer is None:
+            self._start()
         return answer
 
-    def _look(self) -> None:
-        """Send what waits; or, beside a batch that is not late yet, look again when it is."""
-        if self._look_again is not None:
-            self._look_again.cancel()
-            self._look_again = None
-        if not self._waiting or self._working >= self._parallel:
+    def _start(self) -> None:
+        """Send the waiting items, or wait until the running batch is late."""
+        if self._late_timer is not None:
+            self._late_timer.cancel()
+            self._late_timer = None
+        if not self._waiting or self._running >= self._parallel:
             return
         loop = asyncio.get_running_loop()
         late_at = self._began + self._late_seconds
-        if self._working and loop.time() < late_at:
-            self._look_again = loop.call_at(late_at, self._look)
+        if self._running and loop.time() < late_at:
+            self._late_timer = loop.call_at(late_at, self._start)
             return
-        self._working += 1
+        self._running += 1
         self._began = loop.time()
         task = loop.create_task(self._work())
         self._tasks.add(task)
@@ -78,10 +78,10 @@ class Batcher(Generic[T, R]):
     async def _work(self) -> None:
         while self._waiting:
             self._began = asyncio.get_running_loop().time()
-            batch = [self._waiting.popleft() for _ in range(min(self._most, len(self._waiting)))]
+            batch = [self._waiting.popleft() for _ in range(min(self._max_items, len(self._waiting)))]
             try:
                 answers = await self._run([item for item, _ in batch])
-            except Exception as error:  # noqa: BLE001  (every caller has to hear of it)
+            except Exception as error:  # noqa: BLE001  (raised to every caller)
                 answers = [error] * len(batch)
             for (_, future), answer in zip(batch, answers, strict=True):
                 if future.cancelled():
@@ -90,5 +90,5 @@ class Batcher(Generic[T, R]):
                     future.set_exception(answer)
                 else:
                     future.set_result(answer)
-        # Counted off in the same breath as nothing was found waiting: a call in between would wait for ever.
-        self._working -= 1
+        # No await between the empty queue and this line: a call in between would wait for ever.
+        self._running -= 1

@@ -1,184 +1,188 @@
 """Both claims, always in this order: the Redis lock, then the ledger row.
 
-Guarantees: a `Claim` is returned only when both were won; every other answer is an `Outcome` that promises a
-committed row, or nothing. Whoever did not get the lock only ever records. The marker is written after the
-row's COMMIT is known, never before: a marker is a promise that the row exists. Of the copies of one event that
-this process has in its hands at once, the first asks and claims, and the others share what came of it.
+Guarantees: a `Claim` is returned only when both were made; every other result is an `Outcome` that promises a
+committed row, or nothing. A delivery without the lock never dispatches: it only records the event. The marker is
+written after the row's COMMIT is known, never before: a marker is a promise that the row exists and is owned.
+
+Several builds with different handlers may share one ledger (a rolling deploy). An event is *wanted* if this process has
+a handler for it. An unfinished row is always one that its recorder wanted, and only a process that wants it takes it
+over; a process that does not want it records it as `ignored` and leaves no trace in Redis, so that the next delivery
+may reach a process that does.
 """
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from firstclaim import outcome
-from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
 from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.observability import metrics
-from firstclaim.outcome import Kind, Outcome
+from firstclaim.outcome import Outcome
 from firstclaim.postgres.epoch import Epoch
-from firstclaim.status import TAKEABLE, Status
+from firstclaim.status import TAKEABLE, UNFINISHED, Status
 
-_STATES = {
+_SETTLED = {
     Status.COMPLETED: "already completed",
     Status.IGNORED: "already recorded as ignored",
     Status.DEAD: "is dead: replay it",
 }
+_WANTED_ELSEWHERE = "Recorded; dispatched by a process that has a handler for it"
+_IGNORED_MEANWHILE = "Recorded as ignored by another build; deliver it again"
 
 
 @dataclass(frozen=True, slots=True)
 class LockAttempt:
-    """What asking for the lock came to, the token that it was asked with, and what other copies wait for."""
+    """The lock's reply, and the token that the lock was requested with."""
 
     token: str
     reply: LockReply
-    hand: asyncio.Future[Claim | Outcome]
 
 
-@dataclass(frozen=True, slots=True)
 class Claims:
     """The lock and the ledger as one."""
 
-    lock: Lock
-    ledger: Ledger
-    epoch: Epoch
-    lock_ttl_seconds: float
-    _in_flight: dict[str, asyncio.Future[Claim | Outcome]] = field(default_factory=dict, init=False)
+    def __init__(self, lock: Lock, ledger: Ledger, epoch: Epoch, *, lock_ttl_seconds: float) -> None:
+        self._lock = lock
+        self._ledger = ledger
+        self._epoch = epoch
+        self._lock_ttl_seconds = lock_ttl_seconds
 
-    async def ask(self, event_id: str) -> LockAttempt:
-        """Ask for the lock: the one command that a duplicate of a recorded event costs.
+    @property
+    def redis_unreachable(self) -> bool:
+        """Whether the last command to Redis failed, a moment ago."""
+        return self._lock.unreachable
 
-        Unless it is recorded, the event is in hand until `win` has ended.
+    async def lock(self, event_id: str) -> LockAttempt:
+        """Request the lock: the one command that a duplicate of a recorded event costs."""
+        token = self._lock.new_token()
+        return LockAttempt(token, await self._lock.acquire(event_id, token, self._epoch.current))
+
+    async def claim(self, delivery: Delivery, lock: LockAttempt, *, unwanted: str | None) -> Claim | Outcome:
+        """Claim or record a delivered event, after `lock`.
+
+        `unwanted` says why this process does not dispatch the event; None: it has a handler for it. Raises
+        `LedgerUnavailable`: nothing is promised, and our lock is released.
         """
-        token = self.lock.new_token()
-        hand = self._in_flight[event_id] = asyncio.get_running_loop().create_future()
-        try:
-            reply = await self.lock.acquire(event_id, token, self.epoch.current)
-        except BaseException as error:
-            self._let_go(event_id, hand, error)
-            raise
-        if reply is LockReply.RECORDED:
-            self._let_go(event_id, hand, outcome.duplicate(event_id))
-        return LockAttempt(token, reply, hand)
-
-    def in_flight(self, event_id: str) -> asyncio.Future[Claim | Outcome] | None:
-        """What another copy of the event, which is at its claims right now, will have come to; never cancel it."""
-        return self._in_flight.get(event_id)
-
-    async def win(
-        self, delivery: Delivery, asked: LockAttempt | None = None, *, ignored: str | None
-    ) -> Claim | Outcome:
-        """Claim a delivered event. `ignored`: why nothing here wants it; it is then settled, not dispatched.
-
-        Raises `LedgerUnavailable`: nothing is promised, and our lock is gone again.
-        """
-        event_id = delivery.event.id
-        asked = asked or await self.ask(event_id)
-        try:
-            won = await self._win(delivery, asked, ignored)
-        except BaseException as error:
-            self._let_go(event_id, asked.hand, error)
-            raise
-        self._let_go(event_id, asked.hand, won)
-        return won
-
-    def _let_go(
-        self, event_id: str, hand: asyncio.Future[Claim | Outcome], came_of_it: Claim | Outcome | BaseException
-    ) -> None:
-        """Tell the copies that wait, and have the next one ask for itself."""
-        if self._in_flight.get(event_id) is hand:
-            del self._in_flight[event_id]
-        if hand.done():
-            return
-        if isinstance(came_of_it, BaseException):
-            hand.set_exception(LedgerUnavailable(str(came_of_it) or type(came_of_it).__name__))
-            hand.exception()  # retrieved: often nobody else is waiting for it
-        else:
-            hand.set_result(came_of_it)
-
-    async def _win(self, delivery: Delivery, asked: LockAttempt, ignored: str | None) -> Claim | Outcome:
-        event_id, token, reply = delivery.event.id, asked.token, asked.reply
-        if reply is LockReply.RECORDED:
-            return outcome.duplicate(event_id)
-        if reply is LockReply.BUSY:
-            # The holder meets our row and takes it over; if it died, the row is due when its lock has run out.
-            return await self._record(
-                delivery, due_in_seconds=self.lock_ttl_seconds, otherwise=outcome.duplicate(event_id)
-            )
-        if reply is LockReply.AWAY:
-            return await self._record(
-                delivery,
-                due_in_seconds=0,
-                otherwise=outcome.deferred("Recorded; dispatched when the lock is back"),
-            )
-        try:
-            return await self._claim(delivery, token, ignored)
-        except BaseException:
-            # The next delivery must reach the ledger: whether this row exists is not known.
-            await self.lock.forget(event_id, token, None)
-            raise
+        match lock.reply, unwanted:
+            case LockReply.RECORDED, _:
+                return outcome.duplicate(delivery.event.id)
+            case LockReply.HELD, None:
+                return await self._claim(delivery, lock.token)
+            case LockReply.BUSY, None:
+                # The holder meets our row and takes it over; if it died, the row is due when its lock has expired.
+                return await self._record(
+                    delivery, self._lock_ttl_seconds, recorded=outcome.duplicate(delivery.event.id)
+                )
+            case LockReply.BUSY, _:
+                return await self._answer_by_row(delivery.event.id)
+            case LockReply.UNREACHABLE, None:
+                return await self._record(
+                    delivery, 0, recorded=outcome.deferred("Recorded; dispatched when Redis is reachable again")
+                )
+            case _, reason:
+                return await self._ignore(delivery, lock, reason or "")
 
     async def recover(self, event_ids: Sequence[str]) -> list[Claim]:
-        """Claim events that the ledger says are due. While Redis is away, dispatch waits: nothing is claimed."""
-        asked = {event_id: self.lock.new_token() for event_id in event_ids}
+        """Claim events that the ledger says are due. While Redis is unreachable nothing is claimed.
+
+        A marker is no evidence here, because the ledger says that the work is due: it is replaced by the lock.
+        """
+        tokens = {event_id: self._lock.new_token() for event_id in event_ids}
         replies = await asyncio.gather(
-            *(self.lock.acquire(event_id, token, None, over_marker=True) for event_id, token in asked.items())
+            *(self._lock.acquire(event_id, token, None, over_marker=True) for event_id, token in tokens.items())
         )
-        tokens = {each: asked[each] for each, reply in zip(asked, replies, strict=True) if reply is LockReply.HELD}
-        if not tokens:
+        locked = {each: tokens[each] for each, reply in zip(tokens, replies, strict=True) if reply is LockReply.HELD}
+        if not locked:
             return []
-        claimed: list[Claim] = []
+        claims: dict[str, Claim] = {}
         try:
-            claimed = await self.ledger.take_over(list(tokens))
+            claims = {claim.event_id: claim for claim in await self._ledger.take_over(list(locked))}
         finally:
-            metrics.taken_over["recovery"].inc(len(claimed))
-            held = {claim.event_id: claim for claim in claimed}
+            metrics.taken_over["recovery"].inc(len(claims))
             await asyncio.gather(
                 *(
-                    self.lock.mark_recorded(event_id, token, held[event_id].epoch)
-                    if event_id in held
-                    else self.lock.forget(event_id, token, None)
-                    for event_id, token in tokens.items()
+                    self._lock.mark_recorded(event_id, token, claims[event_id].epoch)
+                    if event_id in claims
+                    else self._lock.forget(event_id, token, None)
+                    for event_id, token in locked.items()
                 )
             )
-        return claimed
+        return list(claims.values())
 
     async def forget(self, claim: Claim) -> None:
-        """An attempt is over without settling the event: the next delivery must reach the ledger again."""
-        await self.lock.forget(claim.event_id, "", claim.epoch)
+        """An attempt ended without settling the event: the next delivery must reach the ledger again."""
+        await self._lock.forget(claim.event_id, "", claim.epoch)
 
-    async def _claim(self, delivery: Delivery, token: str, ignored: str | None) -> Claim | Outcome:
+    # -- with the lock ----------------------------------------------------------------------------------
+
+    async def _claim(self, delivery: Delivery, token: str) -> Claim | Outcome:
         event_id = delivery.event.id
-        won = await self.ledger.claim(delivery, ignored=ignored is not None)
-        if isinstance(won, ExistingRow) and won.status in TAKEABLE:
-            # Recorded by a delivery that had no lock, or failed before: ours now, whatever its due_at. If the
-            # row is skipped, recovery has it in its hands at this very moment.
-            won = next(iter(await self.ledger.take_over([event_id])), won)
-            metrics.taken_over["delivery"].inc(isinstance(won, Claim))
-            if isinstance(won, Claim) and ignored is not None and await self.ledger.ignore_if_held(won) is None:
-                # We froze for longer than the lease: another has the row, and `ignored` may not be what it becomes.
-                won = ExistingRow(Status.PROCESSING, won.attempt, won.epoch)
-        await self.lock.mark_recorded(event_id, token, won.epoch)
-        if isinstance(won, ExistingRow):
-            return _answer(event_id, won)
-        return won if ignored is None else outcome.unhandled(ignored, won.attempt)
+        try:
+            row = await self._ledger.claim(delivery)
+            if isinstance(row, ExistingRow) and row.status in (*TAKEABLE, Status.IGNORED):
+                row = await self._take_over(event_id, row)
+        except BaseException:
+            # The next delivery must reach the ledger: whether this row exists is not known.
+            await self._lock.forget(event_id, token, None)
+            raise
+        if isinstance(row, ExistingRow) and row.status is Status.IGNORED:
+            await self._lock.forget(event_id, token, None)
+            return outcome.unavailable(_IGNORED_MEANWHILE)
+        await self._lock.mark_recorded(event_id, token, row.epoch)
+        return row if isinstance(row, Claim) else _answer(event_id, row)
 
-    async def _record(self, delivery: Delivery, *, due_in_seconds: float, otherwise: Outcome) -> Outcome:
-        found = await self.ledger.record(delivery, due_in_seconds=due_in_seconds)
-        if found is None or found.status in TAKEABLE:
-            return otherwise
-        return _answer(delivery.event.id, found)
+    async def _take_over(self, event_id: str, row: ExistingRow) -> Claim | ExistingRow:
+        """Recorded without the lock, failed before, or ignored by another build: ours now, whatever its due_at.
+
+        If the row is skipped, another transaction has it at this moment: a recovery, or a build that ignores it. The
+        first owns the row, the second promised nothing: so an ignored row is read again.
+        """
+        claims = await self._ledger.take_over([event_id], ignored=True)
+        metrics.taken_over["delivery"].inc(len(claims))
+        if claims:
+            return claims[0]
+        return await self._ledger.find(event_id) or row if row.status is Status.IGNORED else row
+
+    async def _ignore(self, delivery: Delivery, lock: LockAttempt, reason: str) -> Outcome:
+        """Record as `ignored`, settled: a build with a handler may take it over, or an operator replays it.
+
+        The lock is released and no marker is written, for either would stop a delivery to such a build.
+        """
+        try:
+            row = await self._ledger.ignore(delivery)
+        finally:
+            if lock.reply is LockReply.HELD:
+                await self._lock.forget(delivery.event.id, lock.token, None)
+        if row is None:
+            return outcome.unhandled(reason, 1)
+        return _answer_unwanted(delivery.event.id, row)
+
+    # -- without it -------------------------------------------------------------------------------------
+
+    async def _record(self, delivery: Delivery, due_in_seconds: float, *, recorded: Outcome) -> Outcome:
+        row = await self._ledger.record(delivery, due_in_seconds=due_in_seconds)
+        if row is None or row.status in TAKEABLE:
+            return recorded
+        if row.status is Status.IGNORED:  # by another build: without the lock it cannot be taken over
+            return outcome.unavailable(_IGNORED_MEANWHILE)
+        return _answer(delivery.event.id, row)
+
+    async def _answer_by_row(self, event_id: str) -> Outcome:
+        """Of an event that this process does not want: another has the lock and may want it, so nothing is inserted."""
+        row = await self._ledger.find(event_id)
+        if row is None:
+            return outcome.unavailable("Not recorded yet; deliver it again")
+        return _answer_unwanted(event_id, row)
 
 
-def shared(event_id: str, won: Claim | Outcome) -> Outcome:
-    """What a copy is told by what the first one, whose row is known to be committed, came to."""
-    if isinstance(won, Claim) or won.kind is Kind.UNHANDLED:
-        return outcome.duplicate(event_id)
-    return won
-
-
-def _answer(event_id: str, found: ExistingRow) -> Outcome:
-    """By a row that is owned or settled."""
-    state = _STATES.get(found.status)
+def _answer(event_id: str, row: ExistingRow) -> Outcome:
+    """For a row that is owned or settled."""
+    state = _SETTLED.get(row.status)
     return outcome.duplicate(event_id) if state is None else outcome.settled(event_id, state)
+
+
+def _answer_unwanted(event_id: str, row: ExistingRow) -> Outcome:
+    """For a process that does not want the event: an unfinished row is durable, and its recorder's to finish."""
+    return outcome.deferred(_WANTED_ELSEWHERE) if row.status in UNFINISHED else _answer(event_id, row)

@@ -1,14 +1,14 @@
-"""Dispatch: a slot for a claimed event, one attempt at it, and the ledger brought in line with how that ended.
+"""Dispatch: a slot for a claimed event, one attempt at it, and the ledger brought in line with its result.
 
-Guarantees: every way an attempt can end is accounted for, guarded by its attempt number, and once; a handler
-that committed by itself is found out however the attempt ended, and never retried by itself; a claim that
-gets no slot in half its lease, or that we interrupt, is released uncharged.
+Guarantees: every result of an attempt is settled in the ledger once, guarded by the attempt's number. A handler that
+committed by itself is detected however its attempt ended, and is not retried by itself. A claim that gets no slot
+within half of its lease, or that a shutdown interrupts, is released without a charge.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import assert_never
 
 import structlog
 
@@ -16,9 +16,20 @@ from firstclaim import outcome
 from firstclaim.backoff import Backoff
 from firstclaim.errors import LedgerUnavailable, Permanent, Retry
 from firstclaim.event import Event
-from firstclaim.inbox.attempt import Attempt, CommitUnknown, TakenOver, TransactionEnded
+from firstclaim.inbox.attempt import (
+    Attempt,
+    AttemptResult,
+    Committed,
+    CommitUnknown,
+    Failed,
+    Interrupted,
+    NotStarted,
+    TakenOver,
+    TransactionEnded,
+)
 from firstclaim.inbox.claims import Claims
 from firstclaim.inbox.ledger import Claim, Ledger
+from firstclaim.inbox.slots import Slots
 from firstclaim.observability import tracing
 from firstclaim.observability.redaction import describe_error, redacted_error
 from firstclaim.outcome import Outcome
@@ -31,52 +42,59 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class DispatchLimits:
-    """Seconds and counts; each argues for itself in `firstclaim.settings`."""
+    """Seconds; `firstclaim.settings` says why each has its default."""
 
-    slots: int
     deadline_seconds: float
     lease_seconds: float
     postgres_timeout_seconds: float
 
 
 class Dispatcher:
-    """Runs handlers, `limits.slots` at once, each on a seat of its own."""
+    """Runs handlers, each in a slot and on a connection of its own."""
 
     def __init__(
-        self, seats: HandlerConnections, ledger: Ledger, claims: Claims, backoff: Backoff, limits: DispatchLimits
+        self,
+        connections: HandlerConnections,
+        ledger: Ledger,
+        claims: Claims,
+        slots: Slots,
+        backoff: Backoff,
+        limits: DispatchLimits,
     ) -> None:
-        self._seats = seats
+        self._connections = connections
         self._ledger = ledger
         self._claims = claims
+        self._slots = slots
         self._backoff = backoff
         self._limits = limits
-        self._slots = asyncio.Semaphore(limits.slots)
-        # An event that was abandoned before may kill the process again: one of those at a time, so that it
-        # drags as few neighbours along as can be.
-        self._suspects = asyncio.Semaphore(1)
-        self._waiting = 0
-        self._running = 0
-        self._roomy = asyncio.Event()
-        self._roomy.set()
-
-    @property
-    def free_slots(self) -> int:
-        """How many handlers could start right now, those already waiting for a slot counted off."""
-        return max(0, self._limits.slots - self._running - self._waiting)
-
-    @property
-    def previously_abandoned_slot_free(self) -> bool:
-        """Whether an event that was abandoned before could start right now."""
-        return not self._suspects.locked()
-
-    async def room(self) -> None:
-        """Wait until half of the slots are free: recovery then fetches its next batch, not single events."""
-        await self._roomy.wait()
 
     async def run(self, claim: Claim, event: Event, handler: Handler) -> Outcome:
-        """Dispatch a claimed event; raises `LedgerUnavailable` when what became of it cannot be told."""
+        """Dispatch a claimed event. Raises `LedgerUnavailable` if its state is unknown or cannot be written."""
+        result: AttemptResult | None = None
+        try:
+            leave = await self._slots.enter(
+                previously_abandoned=claim.abandoned > 0, timeout_seconds=self._limits.lease_seconds / 2
+            )
+            if leave is None:  # the next process with a free slot takes it
+                await self._release(claim)
+                return outcome.deferred("Recorded; dispatched when a handler slot is free", claim.attempt)
+            try:
+                result = await self._attempt(claim, event, handler)
+            finally:
+                running = result.running if isinstance(result, Failed | Interrupted) else None
+                if running is None:
+                    leave()
+                else:  # a handler that ignores the end of its attempt keeps its slot until it returns
+                    running.add_done_callback(lambda _: leave())
+            return await self._settle(claim, result)
+        except asyncio.CancelledError:
+            # A shutdown, while the claim waited for its slot or the result was being settled.
+            await self._settle_interrupted(claim, effects_committed=_effects_committed(result))
+            raise
+
+    async def _attempt(self, claim: Claim, event: Event, handler: Handler) -> AttemptResult:
         attempt = Attempt(
-            self._seats,
+            self._connections,
             self._ledger,
             claim,
             event,
@@ -84,120 +102,94 @@ class Dispatcher:
             self._limits.deadline_seconds,
             self._limits.postgres_timeout_seconds,
         )
-        try:
-            leave = await self._enter(claim)
-            if leave is None:  # a full house: whoever has a free slot next takes it
-                await self._release(claim)
-                return outcome.deferred("Recorded; dispatched when a handler slot is free", claim.attempt)
-            try:
-                with tracing.span("attempt", attempt=claim.attempt):
-                    ended = await attempt.run()
-                    if isinstance(ended, Exception):
-                        tracing.note(error=type(ended).__name__)
-            finally:
-                # A handler that ignores its end keeps its slot until it really ends.
-                if attempt.work is None or attempt.work.done():
-                    leave()
-                else:
-                    attempt.work.add_done_callback(lambda _: leave())
-            return await self._settle(attempt, ended)
-        except LedgerUnavailable:
-            if attempt.held is None:
-                # No connection to begin with (a server that takes no more of them, say). Left claimed it would
-                # count as abandoned, and be dead after eight times; but not at once again, either.
+        with tracing.span("attempt", attempt=claim.attempt):
+            result = await attempt.run()
+            if not isinstance(result, Committed):
+                error = result.error if isinstance(result, Failed) else result
+                tracing.note(error=type(error).__name__)
+        return result
+
+    async def _settle(self, claim: Claim, result: AttemptResult) -> Outcome:
+        """Bring the ledger in line with the result of an attempt."""
+        match result:
+            case Committed(action):
+                return outcome.processed(action, claim.attempt)
+            case TakenOver():
+                return outcome.duplicate(claim.event_id)
+            case NotStarted(error):
+                # A server that takes no more connections, for instance. Left claimed, the event would count as
+                # abandoned, and be dead after eight times; due at once, it would be tried at once again.
                 with contextlib.suppress(LedgerUnavailable):
                     await self._release(claim, due_in_seconds=self._backoff.first_seconds)
-            raise
-        except asyncio.CancelledError:
-            if await self._committed_all_the_same(attempt):
-                await self._ledger.kill_if_held(claim, str(TransactionEnded()))
-            else:
-                await self._release(claim)
-            raise
+                raise LedgerUnavailable(error)
+            case CommitUnknown():
+                return await self._settle_unknown(claim, result)
+            case Failed(error, effects_committed):
+                return await self._settle_failed(claim, error, effects_committed)
+            case Interrupted(effects_committed):
+                await self._settle_interrupted(claim, effects_committed=effects_committed)
+                raise asyncio.CancelledError
+            case _:
+                assert_never(result)
 
-    async def _enter(self, claim: Claim) -> Callable[[], None] | None:
-        """Wait for a slot, half the lease at most; returns what frees it again, or None."""
-        gates = [self._suspects, self._slots] if claim.abandoned else [self._slots]
-        entered: list[asyncio.Semaphore] = []
-        full = any(gate.locked() for gate in gates)
-        self._count(waiting=1)
-        try:
-            async with asyncio.timeout(self._limits.lease_seconds / 2) if full else contextlib.nullcontext():
-                for gate in gates:
-                    await gate.acquire()
-                    entered.append(gate)
-        except BaseException as error:
-            for gate in entered:
-                gate.release()
-            if isinstance(error, TimeoutError):
-                return None
-            raise
-        finally:
-            self._count(waiting=-1)
-        self._count(running=1)
+    async def _settle_unknown(self, claim: Claim, result: CommitUnknown) -> Outcome:
+        """The connection was lost during COMMIT. The guarded update waits for the old backend; a read would not."""
+        self._ledger.connect_anew()
+        wait = self._backoff.after(claim.failures + 1)
+        if await self._ledger.fail_if_held(claim, f"COMMIT failed: {result.error}", due_in_seconds=wait) is not None:
+            await self._claims.forget(claim)
+            return outcome.failed(claim.attempt)
+        row = await self._ledger.find(claim.event_id)
+        if row is None:  # the ledger was restored meanwhile: nothing may be promised for a row that it does not have
+            raise LedgerUnavailable("the row is gone")
+        if (row.status, row.attempt) == (Status.COMPLETED, claim.attempt):
+            return outcome.processed(result.action, claim.attempt)
+        return outcome.duplicate(claim.event_id)
 
-        def release() -> None:
-            self._count(running=-1)
-            for gate in entered:
-                gate.release()
+    async def _settle_failed(self, claim: Claim, error: Exception, effects_committed: bool | None) -> Outcome:
+        log.warning("handler_failed", event_id=claim.event_id, attempt=claim.attempt, error=describe_error(error))
+        if effects_committed is None:
+            raise LedgerUnavailable("it is not known whether the handler's transaction was committed")
+        if effects_committed:
+            await self._ledger.kill_if_held(claim, str(TransactionEnded()))
+            return outcome.failed(claim.attempt)
+        decision = _decision(error)
+        if isinstance(decision, Permanent):
+            await self._ledger.kill_if_held(claim, redacted_error(error))
+            return outcome.dead(claim.event_id, claim.attempt)
+        wait = decision.after if isinstance(decision, Retry) else None
+        if wait is None:
+            wait = self._backoff.after(claim.failures + 1)
+        if await self._ledger.fail_if_held(claim, redacted_error(error), due_in_seconds=wait) is Status.FAILED:
+            await self._claims.forget(claim)
+        return outcome.failed(claim.attempt)
 
-        return release
-
-    def _count(self, *, waiting: int = 0, running: int = 0) -> None:
-        self._waiting += waiting
-        self._running += running
-        if self.free_slots * 2 >= self._limits.slots:
-            self._roomy.set()
-        else:
-            self._roomy.clear()
+    async def _settle_interrupted(self, claim: Claim, *, effects_committed: bool | None) -> None:
+        if effects_committed:
+            await self._ledger.kill_if_held(claim, str(TransactionEnded()))
+        elif effects_committed is not None:  # None: left to recovery, which looks when its lease is over
+            await self._release(claim)
 
     async def _release(self, claim: Claim, *, due_in_seconds: float = 0) -> None:
         await self._ledger.release_if_held(claim, due_in_seconds=due_in_seconds)
         await self._claims.forget(claim)
 
-    async def _settle(self, attempt: Attempt, ended: str | Exception) -> Outcome:
-        """Bring the ledger in line with how the attempt ended: its action, or why it failed."""
-        claim = attempt.claim
-        if isinstance(ended, str):
-            return outcome.processed(ended, claim.attempt)
-        if isinstance(ended, TakenOver):
-            return outcome.duplicate(claim.event_id)
-        if isinstance(ended, CommitUnknown):
-            return await self._settle_unknown(claim, ended)
-        log.warning("handler_failed", event_id=claim.event_id, attempt=claim.attempt, error=describe_error(ended))
-        if await self._committed_all_the_same(attempt):
-            await self._ledger.kill_if_held(claim, str(TransactionEnded()))
-            return outcome.failed(claim.attempt)
-        return await self._fail(claim, ended)
 
-    async def _committed_all_the_same(self, attempt: Attempt) -> bool:
-        """An attempt that did not succeed, of which something is committed, or may be: a retry would double it."""
-        if attempt.ended_by_handler:
-            return True
-        return attempt.held is not None and await self._ledger.committed(attempt.held)
+def _effects_committed(result: AttemptResult | None) -> bool | None:
+    """What a shutdown may assume that comes while `result` is settled; None: it must leave the row alone."""
+    if isinstance(result, Failed | Interrupted):
+        return result.effects_committed
+    return False if result is None or isinstance(result, NotStarted) else None
 
-    async def _fail(self, claim: Claim, error: Exception) -> Outcome:
-        text = redacted_error(error)
-        if isinstance(error, Permanent):
-            await self._ledger.kill_if_held(claim, text)
-            return outcome.dead(claim.event_id, claim.attempt)
-        wait = error.after if isinstance(error, Retry) else None
-        if wait is None:
-            wait = self._backoff.after(claim.failures + 1)
-        if await self._ledger.fail_if_held(claim, text, due_in_seconds=wait) is Status.FAILED:
-            await self._claims.forget(claim)
-        return outcome.failed(claim.attempt)
 
-    async def _settle_unknown(self, claim: Claim, error: CommitUnknown) -> Outcome:
-        """The connection was lost during COMMIT. The guarded update waits for the old backend, a read would not."""
-        self._ledger.connect_anew()
-        wait = self._backoff.after(claim.failures + 1)
-        if await self._ledger.fail_if_held(claim, str(error), due_in_seconds=wait) is not None:
-            await self._claims.forget(claim)
-            return outcome.failed(claim.attempt)
-        found = await self._ledger.find(claim.event_id)
-        if found is None:  # the ledger was set back under us: nothing may be promised for what it does not have
-            raise LedgerUnavailable("the row is gone")
-        if (found.status, found.attempt) == (Status.COMPLETED, claim.attempt):
-            return outcome.processed(error.action, claim.attempt)
-        return outcome.duplicate(claim.event_id)
+def _decision(error: Exception) -> Exception:
+    """The `Permanent` or `Retry` in an exception group (of a task group's, say); else the exception itself."""
+    if isinstance(error, ExceptionGroup):
+        for kind in (Permanent, Retry):
+            group: ExceptionGroup[Exception] | None = error.subgroup(kind)
+            while group is not None:
+                first = group.exceptions[0]
+                if not isinstance(first, ExceptionGroup):
+                    return first
+                group = first
+    return error

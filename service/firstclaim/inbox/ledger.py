@@ -1,12 +1,12 @@
 """The durable record: everything that reads or changes the state of an event.
 
-Guarantees: no state is ever changed by id alone: `..._if_held` names and WHEREs carry status and attempt, so
-whoever was taken over changes nothing. A method that returns has committed (autocommit, one statement); one
-that raises `LedgerUnavailable` may have, and its caller must not promise anything. The clock is always the
-database's; intervals are handed in, in seconds.
+Guarantees: no state is ever changed by id alone: names in `..._if_held` and every WHERE carry status and attempt,
+so that a process whose event was taken over changes nothing. A method that returns has committed (autocommit, one
+statement); one that raises `LedgerUnavailable` may have committed, and its caller must not promise anything. The clock
+is always the database's; intervals are parameters, in seconds.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -22,14 +22,16 @@ from firstclaim.postgres.epoch import read_epoch
 from firstclaim.postgres.pool import Pool
 from firstclaim.status import Status
 
-# Deliveries in one insert: more save nothing more, and all of them wait for the slowest.
-_BATCH_MOST = 100
-# Inserts under way at once: two, so that one which waits for a row holds up no other; and the second only beside one
-# that is late, longer under way than nearly all: they fill better, and a full insert costs an event half of a lone one.
-_BATCHES = 2
+# Deliveries in one insert: a larger batch saves nothing more, and all of it waits for its slowest row.
+_MAX_BATCH = 100
+# Concurrent inserts: two, so that one that waits for a row delays no other. The second starts only beside one that is
+# late, that is, slower than nearly all are: batches then fill better, and an event in a full insert costs half as much
+# as one alone.
+_PARALLEL_BATCHES = 2
 _LATE_SECONDS = 0.02
-# An insert waits this share of its timeout for a row that another transaction has changed: its mates wait too.
-_PATIENCE_SHARE = 3
+# An insert waits at most this fraction of its timeout for a row that another transaction has changed: the rest of its
+# batch waits too.
+_PATIENCE_DIVISOR = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True)
 class ExistingRow:
-    """A row that was there already."""
+    """A row that existed before."""
 
     status: Status
     attempt: int
@@ -55,17 +57,17 @@ class ExistingRow:
 
 @dataclass(frozen=True, slots=True)
 class HandlerTransaction:
-    """A handler's transaction: its id, the process that runs it, when the server was started, and when it began."""
+    """A handler's transaction: its id, its backend, when the server was started, and when the transaction began."""
 
     xid: str
     pid: int
-    server: datetime
-    began: datetime
+    server_started_at: datetime
+    began_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
 class NewRow:
-    """A delivery on its way into the ledger, and how it wants to be entered."""
+    """A delivery to be inserted, and the state that its row gets."""
 
     delivery: Delivery
     status: Status
@@ -74,26 +76,26 @@ class NewRow:
 
     @property
     def event_id(self) -> str:
-        """Of the event that it brings."""
+        """The id of the delivered event."""
         return self.delivery.event.id
 
 
 async def insert(
     connection: PinnedConnection,
-    arrivals: Iterable[NewRow],
+    rows: Iterable[NewRow],
     *,
     patience_seconds: float,
     give_up_seconds: float,
     process: str | None = None,
     timeout_seconds: float | None = None,
 ) -> set[str]:
-    """Enter them with their bodies, in one statement; returns the ids that were new.
+    """Insert rows and their bodies in one statement; returns the ids that were new.
 
-    `patience_seconds`: how long it waits for a row of the same id that is not committed yet. `process`: who claims
-    what is claimed.
+    `patience_seconds`: how long it waits for a row of the same id that is not committed yet. `process`: the process
+    that claims the rows that are claimed.
     """
-    events = [(arrival.delivery.event, arrival) for arrival in arrivals]
-    rows = await statements.INSERT.fetch(
+    events = [(row.delivery.event, row) for row in rows]
+    inserted = await statements.INSERT.fetch(
         connection,
         timeout_seconds=timeout_seconds,
         patience_ms=str(round(patience_seconds * 1000)),
@@ -104,18 +106,22 @@ async def insert(
         api_versions=[event.api_version for event, _ in events],
         object_ids=[event.object_id for event, _ in events],
         created_ats=[event.created for event, _ in events],
-        statuses=[arrival.status for _, arrival in events],
-        attempts=[arrival.attempt for _, arrival in events],
-        due_ins=[arrival.due_in_seconds for _, arrival in events],
-        bodies=[arrival.delivery.body for _, arrival in events],
+        statuses=[row.status for _, row in events],
+        attempts=[row.attempt for _, row in events],
+        due_ins=[row.due_in_seconds for _, row in events],
+        bodies=[row.delivery.body for _, row in events],
         process=process,
         give_up_in=give_up_seconds,
     )
-    return {row["event_id"] for row in rows}
+    return {row["event_id"] for row in inserted}
+
+
+# Of the copies of an event in one batch the first of these is inserted: one that may dispatch, one that wants it done.
+_PRECEDENCE = {Status.PROCESSING: 0, Status.PENDING: 1, Status.IGNORED: 2}
 
 
 class Ledger:
-    """The statements above on the ingest pool; `hold` and `complete_if_held` on a handler's own connection."""
+    """The statements on the ingest pool; `hold` and `complete_if_held` on a handler's own connection."""
 
     def __init__(
         self,
@@ -126,7 +132,7 @@ class Ledger:
         lease_seconds: float,
         give_up_seconds: float,
         idle_in_transaction_seconds: float,
-        abandoned_most: int,
+        max_abandoned: int,
         process: str,
     ) -> None:
         self._pool = pool
@@ -134,57 +140,59 @@ class Ledger:
         self._lease_seconds = lease_seconds
         self._give_up_seconds = give_up_seconds
         self._timeout_ms = str(round(idle_in_transaction_seconds * 1000))
-        self._abandoned_most = abandoned_most
+        self._max_abandoned = max_abandoned
         self._process = process
         self._backoff = backoff
-        self._patience_seconds = timeout_seconds / _PATIENCE_SHARE
-        self._arrivals: Batcher[NewRow, Claim | ExistingRow] = Batcher(
-            self._arrive, most=_BATCH_MOST, parallel=_BATCHES, late_seconds=_LATE_SECONDS
+        self._patience_seconds = timeout_seconds / _PATIENCE_DIVISOR
+        self._inserts: Batcher[NewRow, Claim | ExistingRow] = Batcher(
+            self._insert_batch, max_items=_MAX_BATCH, parallel=_PARALLEL_BATCHES, late_seconds=_LATE_SECONDS
         )
 
-    # -- the two ways in ------------------------------------------------------------------------------
+    # -- inserting --------------------------------------------------------------------------------------
 
-    async def claim(self, delivery: Delivery, *, ignored: bool = False) -> Claim | ExistingRow:
-        """By the lock holder: the first insert wins the right to dispatch. Raises `LedgerUnavailable`.
-
-        `ignored`: nothing here wants the event; the row is settled as it is inserted.
-        """
-        if ignored:
-            return await self._arrivals.call(NewRow(delivery, Status.IGNORED, 1, 0))
-        return await self._arrivals.call(NewRow(delivery, Status.PROCESSING, 1, self._lease_seconds))
+    async def claim(self, delivery: Delivery) -> Claim | ExistingRow:
+        """By the holder of the lock: the first insert may dispatch. Raises `LedgerUnavailable`."""
+        return await self._inserts.call(NewRow(delivery, Status.PROCESSING, 1, self._lease_seconds))
 
     async def record(self, delivery: Delivery, *, due_in_seconds: float) -> ExistingRow | None:
-        """By whoever may not dispatch: recorded for recovery; None: it is, `ExistingRow`: it was there already."""
-        found = await self._arrivals.call(NewRow(delivery, Status.PENDING, 0, due_in_seconds))
-        return found if isinstance(found, ExistingRow) else None
+        """For recovery, by a delivery that may not dispatch; None: it is recorded. Raises `LedgerUnavailable`."""
+        return await self._enter(NewRow(delivery, Status.PENDING, 0, due_in_seconds))
 
-    async def _arrive(self, arrivals: Sequence[NewRow]) -> Sequence[Claim | ExistingRow | Exception]:
-        """Insert all of them in one statement; what is wrong with one row fails that row alone."""
+    async def ignore(self, delivery: Delivery) -> ExistingRow | None:
+        """Settled, because this process has no handler for it; None: it is recorded. Raises `LedgerUnavailable`."""
+        return await self._enter(NewRow(delivery, Status.IGNORED, 1, 0))
+
+    async def _enter(self, row: NewRow) -> ExistingRow | None:
+        existing = await self._inserts.call(row)
+        return existing if isinstance(existing, ExistingRow) else None
+
+    async def _insert_batch(self, rows: Sequence[NewRow]) -> Sequence[Claim | ExistingRow | Exception]:
+        """Insert all of them in one statement; a fault of one row fails that row alone."""
         try:
             async with self._pool.acquire(self._timeout_seconds) as connection:
                 try:
-                    return await self._insert(connection, arrivals)
+                    return await self._insert(connection, rows)
                 except ROW_FAULTS as error:
-                    if len(arrivals) == 1:
+                    if len(rows) == 1:
                         return [LedgerUnavailable(describe(error))]
         except LedgerUnavailable as error:
-            if isinstance(error.__cause__, TimeoutError):  # who asked meanwhile would wait as long again for their 503
-                self._arrivals.refuse_waiting(error)
+            if isinstance(error.__cause__, TimeoutError):  # the waiting deliveries would wait as long again for a 503
+                self._inserts.refuse_waiting(error)
             raise
-        return [answer for arrival in arrivals for answer in await self._alone(arrival)]
+        return [answer for row in rows for answer in await self._insert_one(row)]
 
-    async def _alone(self, arrival: NewRow) -> Sequence[Claim | ExistingRow | Exception]:
+    async def _insert_one(self, row: NewRow) -> Sequence[Claim | ExistingRow | Exception]:
         try:
-            return await self._arrive([arrival])
+            return await self._insert_batch([row])
         except LedgerUnavailable as error:
             return [error]
 
     async def _insert(
-        self, connection: PinnedConnection, arrivals: Sequence[NewRow]
+        self, connection: PinnedConnection, rows: Sequence[NewRow]
     ) -> Sequence[Claim | ExistingRow | Exception]:
-        first: dict[str, NewRow] = {}  # of each event; whoever may dispatch before whoever only records
-        for arrival in sorted(arrivals, key=lambda arrival: arrival.status is Status.PENDING):
-            first.setdefault(arrival.event_id, arrival)
+        first: dict[str, NewRow] = {}  # of each event; a delivery that may dispatch before one that only records
+        for row in sorted(rows, key=lambda row: _PRECEDENCE[row.status]):
+            first.setdefault(row.event_id, row)
         new = await insert(
             connection,
             first.values(),
@@ -193,50 +201,93 @@ class Ledger:
             process=self._process,
         )
         epoch = connection.epoch
-        late = [a.event_id for a in arrivals if a.event_id not in new or first[a.event_id] is not a]
+        late = [row.event_id for row in rows if row.event_id not in new or first[row.event_id] is not row]
         known = (
-            {row["event_id"]: row for row in await statements.FIND.fetch(connection, event_ids=late)} if late else {}
+            {found["event_id"]: found for found in await statements.FIND.fetch(connection, event_ids=late)}
+            if late
+            else {}
         )
 
-        def answer(arrival: NewRow) -> Claim | ExistingRow:
-            event_id = arrival.event_id
-            if event_id in new and first[event_id] is arrival:
-                return Claim(event_id, arrival.attempt, 0, 0, arrival.delivery.body, epoch)
-            if (row := known.get(event_id)) is None:  # pruned between the two statements: it was old and settled
+        def answer(row: NewRow) -> Claim | ExistingRow:
+            event_id = row.event_id
+            if event_id in new and first[event_id] is row:
+                return Claim(event_id, row.attempt, 0, 0, row.delivery.body, epoch)
+            if (found := known.get(event_id)) is None:  # pruned between the two statements: it was old and settled
                 return ExistingRow(Status.COMPLETED, 0, None)
-            return ExistingRow(Status(row["status"]), row["attempt"], epoch)
+            return ExistingRow(Status(found["status"]), found["attempt"], epoch)
 
-        return [answer(arrival) for arrival in arrivals]
+        return [answer(row) for row in rows]
 
     # -- taking over ----------------------------------------------------------------------------------
 
-    async def take_over(self, event_ids: Sequence[str]) -> list[Claim]:
-        """Claim those of `event_ids` that are `pending` or `failed` and that nobody has a lock on."""
-        async with self._pool.acquire(self._timeout_seconds) as raw:
+    async def take_over(self, event_ids: Sequence[str], *, ignored: bool = False) -> list[Claim]:
+        """Claim those of `event_ids` that are `pending` or `failed` and that no transaction has locked.
+
+        `ignored`: also those that a build without a handler has recorded; for a delivery, never for recovery.
+        """
+        async with self._pool.acquire(self._timeout_seconds) as connection:
             rows = await statements.TAKE_OVER.fetch(
-                raw, event_ids=list(event_ids), lease=self._lease_seconds, process=self._process
+                connection,
+                event_ids=list(event_ids),
+                ignored=ignored,
+                lease=self._lease_seconds,
+                give_up_in=self._give_up_seconds,
+                process=self._process,
             )
             return [
-                Claim(r["event_id"], r["attempt"], r["failures"], r["abandoned"], r["body"], raw.epoch) for r in rows
+                Claim(row["event_id"], row["attempt"], row["failures"], row["abandoned"], row["body"], connection.epoch)
+                for row in rows
             ]
 
     async def return_abandoned(self, limit: int) -> list[tuple[str, Status, int]]:
-        """Give up on vanished holders; returns (event id, `pending` or `dead`, times abandoned) of each."""
+        """Return what vanished holders have abandoned: (event id, `pending` or `dead`, times abandoned) of each."""
         rows = await self._run(
             statements.RETURN_ABANDONED,
             limit=limit,
-            most=self._abandoned_most,
+            most=self._max_abandoned,
             first=self._backoff.first_seconds,
             longest=self._backoff.max_seconds,
         )
         return [(row["event_id"], Status(row["status"]), row["abandoned"]) for row in rows]
 
-    async def due(self, limit: int, *, abandoned: bool) -> list[str]:
-        """Ids of `limit` events that are due, oldest first: those never abandoned, or those that were."""
-        return [row["event_id"] for row in await self._run(statements.DUE, limit=limit, abandoned=abandoned)]
+    async def due(self, limit: int, wants: Callable[[str, bool], bool], *, abandoned: bool) -> list[str]:
+        """Ids of `limit` due events, oldest first: those never abandoned, or those that were.
+
+        `wants` decides by type and mode; whatever it refuses costs the look nothing, however many rows there are.
+        """
+        wanted, _ = await self._waiting(wants, abandoned=abandoned)
+        if not wanted:
+            return []
+        types, livemodes = zip(*wanted, strict=True)
+        rows = await self._run(statements.DUE[abandoned], types=types, livemodes=livemodes, limit=limit)
+        return [row["event_id"] for row in rows]
+
+    async def give_up_unwanted(self, limit: int, wants: Callable[[str, bool], bool]) -> list[tuple[str, str]]:
+        """Make events `dead` that no process has taken a day after their time to give up: (event id, type) of each.
+
+        Only events that this process does not want: it would dispatch the others.
+        """
+        unwanted = {each for flag in (False, True) for each in (await self._waiting(wants, abandoned=flag))[1]}
+        if not unwanted:
+            return []
+        types, livemodes = zip(*sorted(unwanted), strict=True)
+        rows = await self._run(statements.GIVE_UP_UNWANTED, types=types, livemodes=livemodes, limit=limit)
+        return [(row["event_id"], row["type"]) for row in rows]
+
+    async def _waiting(
+        self, wants: Callable[[str, bool], bool], *, abandoned: bool
+    ) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
+        """The types and modes of what is pending or failed: those that are wanted, and the others."""
+        rows = await self._run(statements.TYPES_WAITING[abandoned])
+        wanted: list[tuple[str, bool]] = []
+        unwanted: list[tuple[str, bool]] = []
+        for row in rows:
+            each = (row["type"], row["livemode"])
+            (wanted if wants(*each) else unwanted).append(each)
+        return wanted, unwanted
 
     async def read_epoch(self) -> str | None:
-        """The epoch as the server has it now."""
+        """The epoch that the server has now."""
         async with self._pool.acquire(self._timeout_seconds) as connection:
             return await read_epoch(connection)
 
@@ -250,15 +301,15 @@ class Ledger:
         return HandlerTransaction(*rows[0][:4]) if rows else None
 
     async def complete_if_held(
-        self, connection: PinnedConnection, claim: Claim, held: HandlerTransaction, action: str
+        self, connection: PinnedConnection, claim: Claim, transaction: HandlerTransaction, action: str
     ) -> bool:
-        """The completion mark: last statement before COMMIT, and only in the transaction that was held."""
+        """The completion mark: the last statement before COMMIT, and only in the transaction that `hold` began."""
         rows = await statements.COMPLETE.fetch(
             connection,
             timeout_seconds=self._timeout_seconds,
             event_id=claim.event_id,
             attempt=claim.attempt,
-            xid=held.xid,
+            xid=transaction.xid,
             action=action,
         )
         return bool(rows)
@@ -266,11 +317,11 @@ class Ledger:
     # -- after it -------------------------------------------------------------------------------------
 
     def connect_anew(self) -> None:
-        """Whatever is asked next is asked on a new connection: one was lost, and rarely it alone."""
+        """Send the next statements on new connections: one was lost, and usually the others are lost with it."""
         self._pool.discard_free()
 
     async def fail_if_held(self, claim: Claim, error: str, *, due_in_seconds: float) -> Status | None:
-        """This attempt failed: `failed`, or `dead` when it was tried for too long; None: no longer ours.
+        """This attempt failed: `failed`, or `dead` after its time to give up; None: no longer ours.
 
         Waits for a backend that is still committing this row, so it also settles an ambiguous COMMIT.
         """
@@ -284,26 +335,28 @@ class Ledger:
         """Not begun, or interrupted by us: `pending`, nothing charged; None: no longer ours."""
         return await self._settle(statements.RELEASE, claim, due_in=due_in_seconds)
 
-    async def ignore_if_held(self, claim: Claim) -> Status | None:
-        """Nothing here wants it: `ignored`; None: no longer ours."""
-        return await self._settle(statements.IGNORE, claim)
-
     async def find(self, event_id: str) -> ExistingRow | None:
-        """The event's row as it is now, or None."""
-        async with self._pool.acquire(self._timeout_seconds) as raw:
-            rows = await statements.FIND.fetch(raw, event_ids=[event_id])
-            return ExistingRow(Status(rows[0]["status"]), rows[0]["attempt"], raw.epoch) if rows else None
+        """The event's row, or None."""
+        async with self._pool.acquire(self._timeout_seconds) as connection:
+            rows = await statements.FIND.fetch(connection, event_ids=[event_id])
+            return ExistingRow(Status(rows[0]["status"]), rows[0]["attempt"], connection.epoch) if rows else None
 
-    async def end(self, held: HandlerTransaction) -> None:
-        """Terminate the backend of a transaction that was given up on, if it is still in it."""
-        await self._run(statements.END, pid=held.pid, xid=held.xid)
+    async def end(self, transaction: HandlerTransaction) -> None:
+        """Terminate the backend of a transaction whose attempt is over, if it is still in that transaction."""
+        await self._run(statements.END, pid=transaction.pid, xid=transaction.xid)
 
-    async def committed(self, held: HandlerTransaction) -> bool:
+    async def committed(self, transaction: HandlerTransaction) -> bool:
         """Whether a transaction that is over was committed; no, if the server was started or crashed since."""
-        rows = await self._run(statements.XACT_STATUS, xid=held.xid, server=held.server, began=held.began)
+        rows = await self._run(
+            statements.XACT_STATUS,
+            xid=transaction.xid,
+            server=transaction.server_started_at,
+            began=transaction.began_at,
+        )
         return bool(rows[0][0] == "committed")
 
     async def _settle(self, statement: Statement, claim: Claim, **values: object) -> Status | None:
+        """Change the row if it is held; one that was returned as abandoned meanwhile is taken back first."""
         ours = {"event_id": claim.event_id, "attempt": claim.attempt}
         rows = await self._run(statement, **ours, **values)
         if not rows and await self._run(

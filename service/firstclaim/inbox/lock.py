@@ -1,10 +1,11 @@
 """The fast first line: one Redis key per event id, `claimed:<token>` or `recorded:<epoch>`.
 
-Guarantees: a lock is only ever replaced or deleted by whoever knows its exact value (compare-and-set,
+Guarantees: a lock is replaced or deleted only by a caller that knows its exact value (compare-and-set,
 compare-and-delete); one command decides a delivery; an outage costs one timeout per breaker window, not one
 per request. It guarantees nothing about effects: Redis may be flushed, frozen or failed over at any moment
-and no event is lost or doubled, because the ledger alone carries safety. So every error is the same value,
-`AWAY`, and the client never retries: a lost reply retried by the library would look like another's lock.
+and no event is lost or processed twice, because the ledger is the only store that correctness depends on. So every
+error is the same value, `UNREACHABLE`, and the client never retries: if the library retried after a lost reply, the
+lock would look like another's.
 """
 
 import asyncio
@@ -30,8 +31,8 @@ log = structlog.get_logger(__name__)
 
 _CLAIMED = b"claimed:"
 _RECORDED = b"recorded:"
-_AWAY_ERRORS = (RedisError, OSError, TimeoutError)
-_BATCH_MOST = 200  # commands in one write: a reply to the first of more would wait too long for the last
+_UNREACHABLE_ERRORS = (RedisError, OSError, TimeoutError)
+_MAX_BATCH = 200  # commands in one write: in a larger batch the first reply would wait too long for the last
 
 # Lua on every server: `SET ... IFEQ` exists on Valkey 8.1 and Redis 8.4 only.
 _SWAP = """
@@ -41,22 +42,22 @@ if redis.call('GET', KEYS[1]) == ARGV[1] then
 end
 return 0"""
 _DROP = """
-local seen = redis.call('GET', KEYS[1])
-if seen == ARGV[1] or seen == ARGV[2] then return redis.call('DEL', KEYS[1]) end
+local current = redis.call('GET', KEYS[1])
+if current == ARGV[1] or current == ARGV[2] then return redis.call('DEL', KEYS[1]) end
 return 0"""
 
 
 class LockReply(Enum):
-    """What asking for the lock came to."""
+    """The result of a lock attempt."""
 
     HELD = auto()  # ours: claim in the ledger
     RECORDED = auto()  # a durable row exists under the current epoch, and is owned
-    BUSY = auto()  # somebody is between lock and row; nobody has promised anything yet
-    AWAY = auto()  # Redis cannot be asked, or did not answer
+    BUSY = auto()  # another delivery is between lock and row; nothing is promised yet
+    UNREACHABLE = auto()  # Redis did not answer, or refused the command
 
 
 def connect(url: str, *, timeout_seconds: float) -> Redis:
-    """A client as the lock needs it; opens nothing yet. `timeout_seconds` holds per connect and per round trip."""
+    """A client for the lock; opens nothing yet. `timeout_seconds` applies to each connect and each round trip."""
     pool: ConnectionPool = ConnectionPool.from_url(
         url,
         socket_timeout=timeout_seconds,
@@ -71,7 +72,7 @@ def connect(url: str, *, timeout_seconds: float) -> Redis:
 
 
 class Lock:
-    """The lock over all event ids. Its methods never raise: what they could not do is `AWAY` or nothing."""
+    """The locks of all event ids. Its methods never raise: a failure is `UNREACHABLE`, or has no effect."""
 
     def __init__(
         self,
@@ -83,8 +84,8 @@ class Lock:
         breaker_seconds: float,
     ) -> None:
         self._redis = redis
-        # One connection for all that goes on at once, used as it is: a pool and a pipeline of the client's took more
-        # time than Redis.
+        # One connection for all concurrent commands, without the client's pool and pipeline: these took more time than
+        # Redis itself.
         self._connection = redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
         self._timeout_seconds: float = self._connection.socket_timeout
         self._prefix = prefix
@@ -92,41 +93,41 @@ class Lock:
         self._marker_ttl_ms = round(marker_ttl_seconds * 1000)
         self._breaker_seconds = breaker_seconds
         self._tripped = False
-        self._away_until = 0.0
-        self._commands = Batcher(self._send, most=_BATCH_MOST)
+        self._open_until = 0.0
+        self._commands = Batcher(self._send, max_items=_MAX_BATCH)
 
     @staticmethod
     def new_token() -> str:
-        """One per attempt to lock, so that a lock is never mistaken for a later one of the same process."""
+        """One for each lock attempt, so that a lock is never mistaken for a later one of the same process."""
         return secrets.token_hex(8)
 
     @property
-    def away(self) -> bool:
-        """Whether the breaker is open: Redis failed a moment ago and is not asked."""
-        return time.monotonic() < self._away_until
+    def unreachable(self) -> bool:
+        """Whether the breaker is open: Redis failed a moment ago, and no command is sent."""
+        return time.monotonic() < self._open_until
 
     async def acquire(self, event_id: str, token: str, epoch: str | None, *, over_marker: bool = False) -> LockReply:
-        """Try to lock. `epoch` is the ledger's current one, None when unknown: then no marker counts.
+        """Try to lock. `epoch` is the ledger's current one; None, if it is unknown: then no marker counts.
 
-        `over_marker` is recovery's: the ledger has said that work is due, so a marker is no evidence against it.
+        `over_marker` is for recovery: the ledger says that the work is due, so a marker is no evidence against it.
         """
         key, ours = self._key(event_id), _CLAIMED + token.encode()
         try:
-            seen = await self._set_if_absent(key, ours)
-            if seen is None or seen == ours:
+            current = await self._set_if_absent(key, ours)
+            if current is None or current == ours:
                 return LockReply.HELD
-            if epoch is not None and seen == _RECORDED + epoch.encode() and not over_marker:
+            if epoch is not None and current == _RECORDED + epoch.encode() and not over_marker:
                 return LockReply.RECORDED
-            if seen.startswith(_CLAIMED) and not await self._left_over(key):
+            if current.startswith(_CLAIMED) and not await self._is_left_over(key):
                 return LockReply.BUSY
-            swapped = await self._call("EVAL", _SWAP, 1, key, seen, ours, self._lock_ttl_ms)
+            swapped = await self._call("EVAL", _SWAP, 1, key, current, ours, self._lock_ttl_ms)
         except LockUnavailable:
-            return LockReply.AWAY
-        # Not swapped: it changed hands between the two commands, so somebody is at work on it right now.
+            return LockReply.UNREACHABLE
+        # Not swapped: the value changed between the two commands, so another delivery is at work on it right now.
         return LockReply.HELD if swapped else LockReply.BUSY
 
     async def mark_recorded(self, event_id: str, token: str, epoch: str | None) -> None:
-        """Replace our own lock by the marker. Call it only once the row's COMMIT is known; failing changes nothing."""
+        """Replace our own lock by the marker, only once the row's COMMIT is known. A failure changes nothing."""
         if epoch is None:
             return
         key, ours, marker = self._key(event_id), _CLAIMED + token.encode(), _RECORDED + epoch.encode()
@@ -144,10 +145,10 @@ class Lock:
             log.debug("lock_not_deleted", event_id=event_id)
 
     async def ping(self) -> None:
-        """Ask Redis, whatever the breaker says; raises `LockUnavailable`."""
+        """Send a PING, also while the breaker is open. Raises `LockUnavailable`."""
         try:
             await self._redis.ping()
-        except _AWAY_ERRORS as error:
+        except _UNREACHABLE_ERRORS as error:
             raise LockUnavailable(type(error).__name__) from error
 
     async def close(self) -> None:
@@ -159,65 +160,65 @@ class Lock:
         return self._prefix + event_id
 
     async def _set_if_absent(self, key: str, value: bytes) -> bytes | None:
-        """`SET NX GET`: None when it was set, else what is there."""
+        """`SET NX GET`: None if it was set, else the current value."""
         for last in (False, True):
             try:
-                seen: bytes | None = await self._call("SET", key, value, "NX", "GET", "PX", self._lock_ttl_ms)
+                current: bytes | None = await self._call("SET", key, value, "NX", "GET", "PX", self._lock_ttl_ms)
             except _WrongTypeError:
-                # Concerns this one key, not the server: nothing of ours is ever a list or a hash.
+                # It concerns this one key, not the server: no value of ours is ever a list or a hash.
                 await self._call("DEL", key)
                 if last:
                     break
             else:
-                return seen
+                return current
         raise LockUnavailable("the key keeps having the wrong type")
 
-    async def _left_over(self, key: str) -> bool:
-        """A lock that would outlive every lock we write was not written by us as it stands."""
+    async def _is_left_over(self, key: str) -> bool:
+        """Whether a lock has no TTL, or one above ours: no lock of ours looks like that."""
         remaining = int(await self._call("PTTL", key))
         return remaining == -1 or remaining > self._lock_ttl_ms
 
     async def _call(self, *command: str | bytes | int) -> Any:
-        if self.away:
+        if self.unreachable:
             raise LockUnavailable("breaker open")
-        if self._tripped:  # the window is over: this one call finds out, the others keep seeing it open
-            self._away_until = time.monotonic() + self._breaker_seconds
+        if self._tripped:  # the window is over: this one call probes, for the others the breaker stays open
+            self._open_until = time.monotonic() + self._breaker_seconds
         try:
             reply = await self._commands.call(hiredis.pack_command(command))  # type: ignore[arg-type]
         except ResponseError as error:
             if str(error).startswith("WRONGTYPE"):
                 raise _WrongTypeError from error
             raise self._trip(error) from error
-        except _AWAY_ERRORS as error:
+        except _UNREACHABLE_ERRORS as error:
             raise self._trip(error) from error
         if self._tripped:
             log.warning("redis_back")
-            self._tripped, self._away_until = False, 0.0
+            self._tripped, self._open_until = False, 0.0
         return reply
 
     async def _send(self, commands: Sequence[bytes]) -> Sequence[Any]:
-        """One round trip for all of them. A lost connection is the answer to each: none of them is sent again."""
+        """One round trip for all of them. If the connection is lost, each fails: none of them is sent again."""
         try:
             await self._connect()
             async with asyncio.timeout(self._timeout_seconds):
                 await self._connection.send_packed_command(commands, check_health=False)
                 return [await self._reply() for _ in commands]
         except BaseException as error:
-            await self._connection.disconnect(nowait=True)  # what comes on it would be taken for another's reply
-            if isinstance(error, Exception):  # to those as well who asked meanwhile, or each batch waits out a timeout
+            await self._connection.disconnect(nowait=True)  # a late reply on it would be taken for another command's
+            if isinstance(error, Exception):  # also for the waiting: else each batch waits for a timeout
                 self._commands.refuse_waiting(error)
             raise
 
     async def _connect(self) -> None:
-        """Unless it is. Every step of it may take the timeout: on a slow line they are several round trips."""
+        """Connect unless connected. Each step may take the timeout: on a slow line they are several round trips."""
         connection = self._connection
-        if connection.is_connected and await connection.can_read():  # closed while idle; or a reply to nobody
+        if connection.is_connected and await connection.can_read():  # closed while idle, or an unexpected reply
             await connection.disconnect(nowait=True)
         if not connection.is_connected:
             connection.socket_timeout = self._timeout_seconds
             await connection.connect()
             connection.socket_timeout = (
-                None  # from now on there is one for all replies of a batch: it cost as much again
+                None  # from now on one timeout covers all replies of a batch: one for each cost as much again
             )
 
     async def _reply(self) -> Any:
@@ -227,11 +228,11 @@ class Lock:
             return error
 
     def _trip(self, error: BaseException) -> LockUnavailable:
-        # OOM, READONLY and NOPERM are not connection errors, and all the same no lock can be had.
+        # OOM, READONLY and NOPERM are not connection errors, but no lock can be acquired either.
         if not self._tripped:
             metrics.redis_outages.inc()
-            log.warning("redis_away", error=type(error).__name__, asked_again_every_seconds=self._breaker_seconds)
-        self._tripped, self._away_until = True, time.monotonic() + self._breaker_seconds
+            log.warning("redis_away", error=type(error).__name__, retry_every_seconds=self._breaker_seconds)
+        self._tripped, self._open_until = True, time.monotonic() + self._breaker_seconds
         return LockUnavailable(type(error).__name__)
 
 

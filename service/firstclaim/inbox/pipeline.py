@@ -1,125 +1,206 @@
-"""The one path: a delivery and recovery both come through here, and nothing else dispatches.
+"""The one path: deliveries and recovery both use it, and nothing else dispatches.
 
-Guarantees: an answer within the budget, and an honest one: past it, `deferred` only if the row's COMMIT is
-known. The work lives in a tracked task of its own, never in the request's: a client that hangs up cancels
-nothing, and a graceful stop waits for it, then releases what is left.
+Guarantees: an answer within the budget, and an honest one: past the budget, `deferred` only if the row's COMMIT is
+known. The work runs in a tracked task of its own, never in the request's: a client that disconnects cancels nothing,
+and a graceful shutdown waits for it, then releases what is left.
 """
 
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import structlog
 
 from firstclaim import outcome
 from firstclaim.errors import FirstclaimError, LedgerUnavailable
 from firstclaim.event import Delivery, Event, parse_event
-from firstclaim.inbox.claims import Claims, LockAttempt, shared
+from firstclaim.inbox.claims import Claims, LockAttempt
 from firstclaim.inbox.dispatch import Dispatcher
-from firstclaim.inbox.ledger import Claim
+from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.lock import LockReply
+from firstclaim.inbox.routes import Routes
+from firstclaim.inbox.single_flight import Flight, SingleFlight
+from firstclaim.inbox.slots import Slots
 from firstclaim.observability import metrics, tracing
 from firstclaim.observability.redaction import describe_error
 from firstclaim.outcome import Kind, Outcome
-from firstclaim.registry import Registry
+from firstclaim.registry import Handler
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-
-@dataclass(slots=True)
-class _Progress:
-    recorded: bool = False
+_SHUTTING_DOWN = outcome.unavailable("Shutting down")
+_NOT_IN_TIME = outcome.unavailable("Not recorded in time")
+_LEDGER_UNREACHABLE = outcome.unavailable("The ledger cannot be reached")
 
 
 class Pipeline:
-    """Claims, then dispatches; `deliver` for one delivery, `recover` for what is due."""
+    """Claims, then dispatches: `deliver` for one delivery, `recover` for what is due."""
 
     def __init__(
         self,
         claims: Claims,
+        ledger: Ledger,
         dispatcher: Dispatcher,
-        registry: Registry,
+        slots: Slots,
+        routes: Routes,
         *,
-        livemode: Literal["any", "live", "test"],
         budget_seconds: float,
     ) -> None:
         self._claims = claims
+        self._ledger = ledger
         self._dispatcher = dispatcher
-        self._registry = registry
-        self._livemode = livemode
+        self._slots = slots
+        self._routes = routes
         self._budget_seconds = budget_seconds
+        self._flights: SingleFlight[Claim | Outcome] = SingleFlight()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._stopping = False
+        self._draining = False
+
+    # -- deliveries -------------------------------------------------------------------------------------
 
     async def deliver(self, delivery: Delivery) -> Outcome:
-        """What came of `delivery`, within the answer's budget; never raises."""
-        if self._stopping:
-            return outcome.unavailable("Shutting down")
+        """The outcome of `delivery`, within the answer's budget; never raises."""
+        if self._draining:
+            return _SHUTTING_DOWN
         event_id = delivery.event.id
-        if (first := self._claims.in_flight(event_id)) is not None:
-            return _told(await self._share(event_id, first), "process")
-        with tracing.span("lock"):
-            asked = await self._claims.ask(event_id)
-        if asked.reply is LockReply.RECORDED:
-            return _told(outcome.duplicate(event_id), "redis")
-        progress = _Progress()
-        task = self._spawn(self._process(delivery, asked, progress))
-        done, _ = await asyncio.wait({task}, timeout=self._budget_seconds)
-        if done and not task.cancelled():
-            return _told(task.result(), "ledger")
-        if progress.recorded:
-            return outcome.deferred("Recorded; still at work on it")
-        return outcome.unavailable("Not recorded in time")
+        if (leader := self._flights.current(event_id)) is not None:
+            return _counted(await self._follow(event_id, leader), "process")
+        flight = self._flights.begin(event_id)
+        try:
+            with tracing.span("lock"):
+                lock = await self._claims.lock(event_id)
+        except BaseException as error:
+            flight.fail(error)
+            raise
+        if lock.reply is LockReply.RECORDED:  # most duplicates: answered in the request's own task
+            flight.end(outcome.duplicate(event_id))
+            return _counted(outcome.duplicate(event_id), "redis")
+        return _counted(await self._answer(self._spawn(self._process(delivery, lock, flight)), flight), "ledger")
 
-    async def _share(self, event_id: str, first: asyncio.Future[Claim | Outcome]) -> Outcome:
-        """What came of the copy that is at its claims right now, if its row is committed within the budget."""
-        done, _ = await asyncio.wait({first}, timeout=self._budget_seconds)
+    async def _follow(self, event_id: str, leader: asyncio.Future[Claim | Outcome]) -> Outcome:
+        """The outcome of a copy whose leader is at its claims right now."""
+        done, _ = await asyncio.wait({leader}, timeout=self._budget_seconds)
         if not done:
-            return outcome.unavailable("Not recorded in time")
-        if first.exception() is not None:
-            return outcome.unavailable("The ledger cannot be reached")
-        return shared(event_id, first.result())
+            return _NOT_IN_TIME
+        if leader.exception() is not None:
+            return _LEDGER_UNREACHABLE
+        result = leader.result()
+        if isinstance(result, Claim) or result.kind is Kind.UNHANDLED:
+            return outcome.duplicate(event_id)
+        return result
 
-    async def return_abandoned(self, most: int) -> None:
+    async def _answer(self, work: asyncio.Task[Outcome], flight: Flight[Claim | Outcome]) -> Outcome:
+        """The outcome of `work`; past the budget, what is known by then."""
+        done, _ = await asyncio.wait({work}, timeout=self._budget_seconds)
+        if done and not work.cancelled():
+            return work.result()
+        if flight.result.done() and flight.result.exception() is None:
+            return outcome.deferred("Recorded; still being processed")
+        return _NOT_IN_TIME
+
+    async def _process(self, delivery: Delivery, lock: LockAttempt, flight: Flight[Claim | Outcome]) -> Outcome:
+        event, handler = delivery.event, self._routes.find(delivery.event)
+        unwanted = None if isinstance(handler, Handler) else handler
+        try:
+            with tracing.span("claim"):
+                claim = await self._claims.claim(delivery, lock, unwanted=unwanted)
+        except BaseException as error:  # noqa: BLE001  (a cancellation is raised again)
+            flight.fail(error)
+            return _unavailable(error, event.id, "delivery_broke")
+        flight.end(claim)
+        if not isinstance(claim, Claim):
+            return claim
+        try:
+            return await self._dispatch(claim, event, handler)
+        except Exception as error:  # noqa: BLE001
+            return _unavailable(error, event.id, "delivery_broke")
+
+    # -- recovery ---------------------------------------------------------------------------------------
+
+    async def return_abandoned(self, limit: int) -> None:
         """Make events due again whose holder vanished. Raises `LedgerUnavailable`."""
-        for event_id, status, times in await self._claims.ledger.return_abandoned(most):
+        for event_id, status, times in await self._ledger.return_abandoned(limit):
             log.warning("abandoned", event_id=event_id, status=status, times=times)
             metrics.abandoned.inc()
 
-    async def recover(self, *, thorough: bool = True) -> bool:
-        """Claim due events, no more than free handler slots, and set them to work.
+    async def give_up_unwanted(self, limit: int) -> None:
+        """Make events `dead` that no build took, a day after their time to give up. Raises `LedgerUnavailable`."""
+        for event_id, event_type in await self._ledger.give_up_unwanted(limit, self._routes.wants):
+            log.warning("unwanted", event_id=event_id, type=event_type)
 
-        `thorough`: also one that was abandoned before, whatever else is due; that look reads the whole backlog.
-        Returns whether there may be more of them. Raises `LedgerUnavailable`.
+    async def recover(self, *, thorough: bool = True) -> bool:
+        """Claim due events, no more than there are free handler slots, and dispatch them.
+
+        `thorough`: also one that was abandoned before, even under a backlog. Returns whether there may be more of
+        them. Raises `LedgerUnavailable`.
         """
-        if self._claims.lock.away or self._stopping:
+        if self._claims.redis_unreachable or self._draining:
             return False
-        ledger, slots = self._claims.ledger, self._dispatcher.free_slots
+        slots = self._slots.free
         if not slots:
             return True
-        due = await ledger.due(slots, abandoned=False)
+        due = await self._ledger.due(slots, self._routes.wants, abandoned=False)
         full = len(due) == slots
-        if thorough and self._dispatcher.previously_abandoned_slot_free:
-            suspects = await ledger.due(1, abandoned=True)
-            due = suspects + due[: slots - len(suspects)]
-        # In a task of its own: stopped in between, what was just claimed would count as abandoned, a lease later.
+        if thorough and self._slots.previously_abandoned_free:
+            previously_abandoned = await self._ledger.due(1, self._routes.wants, abandoned=True)
+            due = previously_abandoned + due[: slots - len(previously_abandoned)]
+        # In a task of its own: if recovery is cancelled here, the new claims are dispatched or released. Otherwise they
+        # would count as abandoned when their lease is over.
         claimed = await asyncio.shield(self._spawn(self._take_up(due)))
-        # None of a full house of them: others hold their locks, and asking again at once would only spin.
+        # If none of a full batch could be claimed, others hold their locks: an immediate next look would only spin.
         return full and claimed > 0
 
-    async def room(self) -> None:
-        """Wait until there is room for a fair number of due events."""
-        await self._dispatcher.room()
+    async def wait_for_capacity(self) -> None:
+        """Wait until there is capacity for a batch of due events."""
+        await self._slots.wait_for_capacity()
+
+    async def _take_up(self, event_ids: Sequence[str]) -> int:
+        """Claim these events and dispatch them; returns how many could be claimed."""
+        claims = await self._claims.recover(event_ids)
+        for claim in claims:
+            self._spawn(self._recovered(claim))
+        return len(claims)
+
+    async def _recovered(self, claim: Claim) -> Outcome:
+        with tracing.span("recovered", event_id=claim.event_id, attempt=claim.attempt):
+            try:
+                result = await self._dispatch_recovered(claim)
+            except Exception as error:  # noqa: BLE001
+                result = _unavailable(error, claim.event_id, "recovery_broke")
+            else:
+                log.info("recovered", event_id=claim.event_id, attempt=claim.attempt, outcome=result.kind)
+            metrics.recovered[result.kind].inc()
+            tracing.note(outcome=result.kind)
+            return result
+
+    async def _dispatch_recovered(self, claim: Claim) -> Outcome:
+        if claim.body is None:
+            return await self._kill(claim, "its payload has expired: it cannot be dispatched")
+        try:
+            event = parse_event(claim.body)
+        except FirstclaimError as error:  # accepted by a build with other rules
+            return await self._kill(claim, f"its payload cannot be read: {error}")
+        return await self._dispatch(claim, event, self._routes.find(event))
+
+    async def _dispatch(self, claim: Claim, event: Event, handler: Handler | str) -> Outcome:
+        if isinstance(handler, str):  # never claimed, unless the row has another type or mode than its payload
+            return await self._kill(claim, f"its payload is not the event of its row: {handler}")
+        return await self._dispatcher.run(claim, event, handler)
+
+    async def _kill(self, claim: Claim, error: str) -> Outcome:
+        await self._ledger.kill_if_held(claim, error)
+        return outcome.dead(claim.event_id, claim.attempt)
+
+    # -- shutdown ---------------------------------------------------------------------------------------
 
     async def drain(self, seconds: float) -> None:
-        """Take nothing new, give running work `seconds` to end, then release the rest uncharged."""
-        self._stopping = True
+        """Take nothing new, give running work `seconds` to end, then release the rest without a charge."""
+        self._draining = True
         deadline = time.monotonic() + seconds
-        while self._tasks:  # again and again: recovery may be claiming in one of them, and have more to do then
+        while self._tasks:  # repeatedly: recovery may be claiming in one of them, and then begins more
             await asyncio.wait(self._tasks, timeout=max(0, deadline - time.monotonic()))
             if time.monotonic() >= deadline:
                 break
@@ -136,79 +217,19 @@ class Pipeline:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _process(self, delivery: Delivery, asked: LockAttempt, progress: _Progress) -> Outcome:
-        """A delivery's way through; whatever breaks on it, the answer promises nothing that is not so."""
-        event = delivery.event
-        try:
-            with tracing.span("claim"):
-                won = await self._claims.win(delivery, asked, ignored=self._why_ignored(event))
-            progress.recorded = True
-            return await self._dispatch(won, event) if isinstance(won, Claim) else won
-        except LedgerUnavailable as error:
-            log.warning("ledger_unavailable", event_id=event.id, error=str(error))
-            return outcome.unavailable("The ledger cannot be reached")
-        except Exception as error:  # a fault of ours: Stripe and recovery will both try again
-            log.exception("delivery_broke", event_id=event.id, error=describe_error(error))
-            return outcome.unavailable("Internal error")
 
-    async def _take_up(self, event_ids: Sequence[str]) -> int:
-        """Claim these and set them to work; returns how many were to be had."""
-        claims = await self._claims.recover(event_ids)
-        for claim in claims:
-            self._spawn(self._recovered(claim))
-        return len(claims)
-
-    async def _recovered(self, claim: Claim) -> Outcome:
-        """A claim that recovery won, dispatched like a delivery's."""
-        with tracing.span("recovered", event_id=claim.event_id, attempt=claim.attempt):
-            result = await self._settle_recovered(claim)
-            metrics.recovered[result.kind].inc()
-            tracing.note(outcome=result.kind)
-            return result
-
-    async def _settle_recovered(self, claim: Claim) -> Outcome:
-        try:
-            result = await self._dispatch_recovered(claim)
-        except LedgerUnavailable as error:
-            log.warning("ledger_unavailable", event_id=claim.event_id, error=str(error))
-            return outcome.unavailable("The ledger cannot be reached")
-        except Exception as error:
-            log.exception("recovery_broke", event_id=claim.event_id, error=describe_error(error))
-            return outcome.unavailable("Internal error")
-        log.info("recovered", event_id=claim.event_id, attempt=claim.attempt, outcome=result.kind)
-        return result
-
-    async def _dispatch_recovered(self, claim: Claim) -> Outcome:
-        if claim.body is None:
-            await self._claims.ledger.kill_if_held(claim, "its payload has expired: it cannot be dispatched")
-            return outcome.dead(claim.event_id, claim.attempt)
-        try:
-            event = parse_event(claim.body)
-        except FirstclaimError as error:  # accepted by an earlier build, which knew better
-            await self._claims.ledger.kill_if_held(claim, f"its payload cannot be read: {error}")
-            return outcome.dead(claim.event_id, claim.attempt)
-        if (reason := self._why_ignored(event)) is not None:
-            await self._claims.ledger.ignore_if_held(claim)
-            return outcome.unhandled(reason, claim.attempt)
-        return await self._dispatch(claim, event)
-
-    async def _dispatch(self, claim: Claim, event: Event) -> Outcome:
-        handler = self._registry.find(event.type)
-        if handler is None:
-            raise LookupError(event.type)
-        return await self._dispatcher.run(claim, event, handler)
-
-    def _why_ignored(self, event: Event) -> str | None:
-        """Why nothing here wants the event; None: there is a handler for it."""
-        if self._livemode != "any" and event.livemode is not (self._livemode == "live"):
-            mode = "live" if event.livemode else "test"
-            return f"Event {event.id} is a {mode} mode event; this service takes {self._livemode} mode only"
-        if self._registry.find(event.type) is None:
-            return f"Event type {event.type} not handled"
-        return None
+def _unavailable(error: BaseException, event_id: str, log_event: str) -> Outcome:
+    """Nothing is promised after `error`: Stripe and recovery will both try again. Raises a cancellation again."""
+    if isinstance(error, LedgerUnavailable):
+        log.warning("ledger_unavailable", event_id=event_id, error=str(error))
+        return _LEDGER_UNREACHABLE
+    if not isinstance(error, Exception):
+        raise error
+    log.error(log_event, event_id=event_id, error=describe_error(error), exc_info=error)
+    return outcome.unavailable("Internal error")
 
 
-def _told(result: Outcome, stopped_by: metrics.StoppedBy) -> Outcome:
+def _counted(result: Outcome, stopped_by: metrics.StoppedBy) -> Outcome:
     """`result`, counted if it is a duplicate."""
     if result.kind is Kind.DUPLICATE:
         metrics.duplicates[stopped_by].inc()

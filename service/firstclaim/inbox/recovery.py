@@ -1,7 +1,7 @@
 """Recovery: a delivery that Stripe did not have to make. Every process runs it; there is no leader.
 
-Guarantees: the loop is supervised: neither a bad row nor a restarted server ends it; `well` says whether
-its last round was lately. Each round also confirms the ledger's epoch, without which no marker counts.
+Guarantees: neither a bad row nor a restarted server ends the loop, and `healthy` says whether it works. Each round also
+confirms the ledger's epoch, without which no marker counts.
 """
 
 import asyncio
@@ -20,14 +20,14 @@ from firstclaim.postgres.epoch import Epoch
 
 log = structlog.get_logger(__name__)
 
-_ROUNDS_MISSED = 10  # a restart of Postgres is no news; this many intervals without a good round are
-_ROUND_SECONDS = 5  # and a round itself may take its time
+_MAX_MISSED_ROUNDS = 10  # a restart of Postgres is normal; this many intervals without a good round are not
+_ROUND_SECONDS = 5  # for the round itself
 
 
 class Recovery:
-    """The loop of one process: every `interval_seconds`, and as soon as there is room when a round was full.
+    """The loop of one process: every `interval_seconds`, and after a full round as soon as there is capacity.
 
-    `batch` bounds how many abandoned events a round makes due again.
+    A round makes at most `batch` abandoned events due again.
     """
 
     def __init__(
@@ -43,34 +43,35 @@ class Recovery:
         self._upkeep_at = 0.0
 
     @property
-    def well(self) -> bool:
-        """Whether a round went well lately."""
-        return self.idle_seconds < _ROUNDS_MISSED * self._interval_seconds + _ROUND_SECONDS
+    def healthy(self) -> bool:
+        """Whether a round succeeded recently."""
+        return self.idle_seconds < _MAX_MISSED_ROUNDS * self._interval_seconds + _ROUND_SECONDS
 
     @property
     def idle_seconds(self) -> float:
-        """Seconds since a round last went well."""
+        """Seconds since a round last succeeded."""
         return time.monotonic() - self._last_round
 
     async def run(self) -> None:
         """Run rounds until cancelled."""
         while True:
             more = await self._round()
-            # Spread, so that processes started together do not ask together for ever.
+            # Jitter, so that processes started together do not query together for ever.
             pause = self._interval_seconds * random.uniform(0.75, 1)  # noqa: S311
             if not more:
                 await asyncio.sleep(pause)
                 continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
-                    await self._pipeline.room()
+                    await self._pipeline.wait_for_capacity()
 
     async def _round(self) -> bool:
-        """One look; whether there may be more to do at once."""
+        """One round; returns whether there may be more to do at once."""
         try:
             if upkeep := time.monotonic() >= self._upkeep_at:
                 self._epoch.confirm(await self._ledger.read_epoch())
                 await self._pipeline.return_abandoned(self._batch)
+                await self._pipeline.give_up_unwanted(self._batch)
                 self._upkeep_at = time.monotonic() + self._interval_seconds / 2
             more = await self._pipeline.recover(thorough=upkeep)
         except LedgerUnavailable as error:

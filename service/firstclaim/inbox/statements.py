@@ -1,4 +1,4 @@
-"""The ledger's SQL, a line of purpose each.
+"""The ledger's SQL, with a line of purpose for each statement.
 
 Guarantees: every change of state names status and attempt in its WHERE. `ON CONFLICT DO UPDATE` is never used:
 it queues behind a running handler's row lock, `DO NOTHING` does not. The ledger's clock is always
@@ -33,9 +33,12 @@ def statement(sql: str) -> Statement:
     return Statement(str(compiled), tuple(compiled.positiontup or ()))
 
 
-# Insert the events of many deliveries and their bodies, or do nothing where the id is known: an id comes back only
-# to the first. Sorted, for two processes that insert the same ids in opposite order deadlock. A row that another
-# transaction has changed and not committed is waited for, but not for long: its batch mates wait too.
+# By whether the event was abandoned before; each condition has an index of its own.
+_ABANDONED_BEFORE = {False: "abandoned = 0", True: "abandoned > 0"}
+
+# Insert the events of many deliveries and their bodies, or do nothing where the id is known: an id is returned only
+# to the first. Sorted, because two processes that insert the same ids in opposite order deadlock. The insert waits for
+# a row that another transaction has changed and not committed, but not for long: the rest of its batch waits too.
 INSERT = statement("""
 WITH patience AS MATERIALIZED (
     SELECT set_config('lock_timeout', :patience_ms, true)
@@ -69,24 +72,27 @@ FIND = statement("""
 SELECT event_id, status, attempt FROM stripe_events WHERE event_id = ANY(:event_ids)
 """)
 
-# Take over what nobody works on. MATERIALIZED: a plain IN (SELECT ... LIMIT) claimed 200 rows for 5 under
-# another plan. SKIP LOCKED: a row under a running handler's lock is held, however late it is.
+# Take over unfinished events that nobody works on; with :ignored also what a build without a handler has recorded,
+# whose time to give up then begins anew. MATERIALIZED: a plain IN (SELECT ... LIMIT) claimed 200 rows instead of 5
+# under another plan. SKIP LOCKED: a row that a running handler has locked is held, however late it is.
 TAKE_OVER = statement("""
 WITH due AS MATERIALIZED (
     SELECT event_id FROM stripe_events
-     WHERE event_id = ANY(:event_ids) AND status IN ('pending', 'failed')
+     WHERE event_id = ANY(:event_ids) AND (status IN ('pending', 'failed') OR (:ignored AND status = 'ignored'))
        FOR UPDATE SKIP LOCKED
 )
 UPDATE stripe_events e
    SET status = 'processing', attempt = attempt + 1, claimed_at = clock_timestamp(), claimed_by = :process,
-       due_at = clock_timestamp() + make_interval(secs => :lease)
+       due_at = clock_timestamp() + make_interval(secs => :lease), action = NULL, settled_at = NULL,
+       give_up_at = CASE status WHEN 'ignored' THEN clock_timestamp() + make_interval(secs => :give_up_in)
+                                ELSE give_up_at END
   FROM due LEFT JOIN stripe_event_payloads p USING (event_id)
  WHERE e.event_id = due.event_id
 RETURNING e.event_id, e.attempt, e.failures, e.abandoned, p.body
 """)
 
-# Give up on holders that vanished: their claim is past its lease and no handler's lock is on the row. It is
-# due again after a backoff, or dead when it keeps killing its process.
+# Return what a vanished holder has abandoned: its claim is past its lease, and no handler has locked the row. The event
+# is due again after a backoff, or dead if it was abandoned too often: it may be what ends its process.
 RETURN_ABANDONED = statement("""
 WITH due AS MATERIALIZED (
     SELECT event_id FROM stripe_events
@@ -112,16 +118,70 @@ WITH due AS MATERIALIZED (
 SELECT event_id, status, abandoned FROM returned
 """)
 
-# What is due, oldest first; events that were abandoned before are looked for apart. The clock in a subquery: a
-# bare volatile function would be no index condition, and each look would read every row that is not due yet.
-DUE = statement("""
-SELECT event_id FROM stripe_events
- WHERE status IN ('pending', 'failed') AND due_at <= (SELECT clock_timestamp()) AND (abandoned > 0) = :abandoned
+# The types and modes of which anything is pending or failed: one index descent for each, however many rows they have.
+TYPES_WAITING = {
+    abandoned: statement(f"""
+WITH RECURSIVE waiting AS (
+    (SELECT type, livemode FROM stripe_events
+      WHERE status IN ('pending', 'failed') AND {condition}
+      ORDER BY type, livemode LIMIT 1)
+    UNION ALL
+    SELECT following.* FROM waiting, LATERAL (
+        SELECT type, livemode FROM stripe_events
+         WHERE status IN ('pending', 'failed') AND {condition}
+           AND (type, livemode) > (waiting.type, waiting.livemode)
+         ORDER BY type, livemode LIMIT 1) AS following
+)
+SELECT type, livemode FROM waiting
+""")
+    for abandoned, condition in _ABANDONED_BEFORE.items()
+}
+
+# What is due of these types, oldest first; events that were abandoned before are read separately. A filter instead of
+# the walk type by type read past all rows of the other types. The clock is in a subquery: a bare volatile function
+# would be no index condition, and each look would read every row that is not due yet.
+DUE = {
+    abandoned: statement(f"""
+SELECT event_id
+  FROM unnest(CAST(:types AS text[]), CAST(:livemodes AS bool[])) AS wanted (type, livemode), LATERAL (
+      SELECT event_id, due_at FROM stripe_events e
+       WHERE e.type = wanted.type AND e.livemode = wanted.livemode
+         AND status IN ('pending', 'failed') AND {condition}
+         AND due_at <= (SELECT clock_timestamp())
+       ORDER BY due_at LIMIT :limit) AS due
  ORDER BY due_at LIMIT :limit
 """)
+    for abandoned, condition in _ABANDONED_BEFORE.items()
+}
 
-# The first statement of a handler's transaction: lock the row if the claim still holds. The lock is the
-# lease from here on; the timeouts free it when this process freezes.
+# Of types that this process does not want: what nobody has taken a day after its time to give up. No running build has
+# a handler for it.
+GIVE_UP_UNWANTED = statement("""
+WITH due AS MATERIALIZED (
+    SELECT event_id
+      FROM stripe_events
+      JOIN unnest(CAST(:types AS text[]), CAST(:livemodes AS bool[])) AS unwanted (type, livemode)
+     USING (type, livemode)
+     WHERE status IN ('pending', 'failed') AND give_up_at <= (SELECT clock_timestamp()) - interval '1 day'
+     ORDER BY give_up_at LIMIT :limit
+       FOR UPDATE OF stripe_events SKIP LOCKED
+), given_up AS (
+    UPDATE stripe_events e
+       SET status = 'dead', settled_at = clock_timestamp(),
+           last_error = 'no running build has a handler for ' || type || ': replay it once one has'
+      FROM due
+     WHERE e.event_id = due.event_id
+    RETURNING e.event_id, e.type, e.attempt, e.last_error
+), noted AS (
+    INSERT INTO stripe_event_attempts (event_id, attempt, outcome, ended_at, error)
+    SELECT event_id, attempt, 'dead', clock_timestamp(), last_error FROM given_up
+    ON CONFLICT DO NOTHING
+)
+SELECT event_id, type FROM given_up
+""")
+
+# The first statement of a handler's transaction: lock the row if the claim still holds. From here on the row lock is
+# the lease; the timeouts free it if this process freezes.
 HOLD = statement("""
 SELECT pg_current_xact_id()::text AS xid,
        pg_backend_pid() AS pid,
@@ -135,7 +195,7 @@ SELECT pg_current_xact_id()::text AS xid,
    FOR UPDATE SKIP LOCKED
 """)
 
-# The last statement before COMMIT. Another transaction id: the handler ended the transaction by itself.
+# The last statement before COMMIT. If the transaction id differs, the handler has ended its transaction by itself.
 COMPLETE = statement("""
 UPDATE stripe_events
    SET status = 'completed', action = :action, last_error = NULL, settled_at = clock_timestamp()
@@ -145,8 +205,8 @@ RETURNING true
 """)
 
 
-def _noting(change: str) -> str:
-    """`change` is a failed attempt: note it in the same statement, so that there is never the one without the other."""
+def _with_attempt(change: str) -> str:
+    """`change` and a row for the attempt that did not succeed, in one statement: never one without the other."""
     return f"""
 WITH changed AS ({change}RETURNING *
 ), noted AS (
@@ -159,7 +219,7 @@ SELECT status FROM changed
 
 
 FAIL = statement(
-    _noting("""
+    _with_attempt("""
 UPDATE stripe_events
    SET failures = failures + 1, last_error = :error,
        status = CASE WHEN clock_timestamp() >= give_up_at THEN 'dead' ELSE 'failed' END,
@@ -170,7 +230,7 @@ UPDATE stripe_events
 )
 
 KILL = statement(
-    _noting("""
+    _with_attempt("""
 UPDATE stripe_events
    SET status = 'dead', failures = failures + 1, last_error = :error, settled_at = clock_timestamp()
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
@@ -183,14 +243,9 @@ UPDATE stripe_events SET status = 'pending', due_at = clock_timestamp() + make_i
 RETURNING status
 """)
 
-IGNORE = statement("""
-UPDATE stripe_events SET status = 'ignored', action = 'ignored', settled_at = clock_timestamp()
- WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
-RETURNING status
-""")
-
-# We were given up on, and are alive: a handler's row lock goes with its transaction, a moment before our word of how
-# it ended, and past the lease its row looks abandoned then. Nobody has begun since, or the attempt were another.
+# Our event was returned as abandoned although we are alive: a handler's row lock ends with its transaction, a moment
+# before we record the result, and past the lease its row looks abandoned at that moment. Nobody has begun an attempt
+# since: the attempt number would differ.
 TAKE_BACK = statement("""
 WITH taken AS (
     UPDATE stripe_events
@@ -205,17 +260,17 @@ WITH taken AS (
 SELECT true FROM taken
 """)
 
-# A handler was given up on: end its transaction now, not when its statement happens to end. Pids are reused,
-# so only if the backend is still in that very transaction.
+# End the transaction of an attempt that is over now, not when its statement ends. Pids are reused: only if the backend
+# is still in the same transaction.
 END = statement("""
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
  WHERE pid = :pid AND backend_xid = CAST(CAST(CAST(:xid AS text) AS xid8) AS xid)
 """)
 
-# Of this server, unless it was started or has crashed since: a crash forgets the ids of transactions that had nothing
-# on disk, and gives them out again, and what another has committed under the same id is no sign of ours. Started anew,
-# it has another start time; where it lost a process (kill -9, out of memory) and recovered in place it has not, but
-# recovery resets its statistics.
+# The state of a transaction, unless the server was started or has crashed since. A crash forgets the ids of
+# transactions that had nothing on disk and assigns them again: another transaction's commit under the same id says
+# nothing about ours. A restart changes the start time. A server that lost a process (kill -9, out of memory) and
+# recovered in place keeps its start time, but recovery resets its statistics.
 XACT_STATUS = statement("""
 SELECT CASE WHEN pg_postmaster_start_time() = :server AND stats_reset < :began
             THEN pg_xact_status(CAST(CAST(:xid AS text) AS xid8)) END

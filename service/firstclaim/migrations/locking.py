@@ -1,7 +1,9 @@
 """Changes of a table that running services write to."""
 
 from alembic import op
+from sqlalchemy import text
 
+_LARGE_BYTES = 64 * 1024 * 1024
 _ATTEMPTS = 300  # of about half a second each: longer than any handler's deadline
 
 
@@ -30,3 +32,13 @@ def between_handlers(changes: str) -> None:
         $$
         """
     )
+
+
+def index_unless_large(indexes: str) -> None:
+    """Create indexes on `stripe_events` if it is small, as it is in every ledger that begins with their revision.
+
+    On many events every delivery would wait until an index is made. CONCURRENTLY does not block deliveries, but cannot
+    run in a transaction. So on a large ledger they are left to the operator: the README has the statements.
+    """
+    if op.get_bind().scalar(text("SELECT pg_relation_size('stripe_events')")) <= _LARGE_BYTES:
+        between_handlers(indexes)

@@ -32,7 +32,7 @@ def readiness_checks(shutdown: Shutdown, lock: Lock, ingest: Pool, recovery: Rec
 
     async def recovering() -> Finding:
         detail = f"last good round {recovery.idle_seconds:.1f} s ago"
-        return Finding(Health.OK if recovery.well else Health.DOWN, detail)
+        return Finding(Health.OK if recovery.healthy else Health.DOWN, detail)
 
     return [
         HealthCheck("process", process),

@@ -1,0 +1,124 @@
+"""One call of a handler: in a task, or in a thread if it is a plain function.
+
+Guarantees: nothing that a handler raises ends the event loop or the service; whatever it does, the caller waits for it
+no longer than its deadline.
+"""
+
+import asyncio
+import contextlib
+import contextvars
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from firstclaim.errors import HandlerRuleBroken
+from firstclaim.event import Event
+from firstclaim.observability import metrics, tracing
+from firstclaim.registry import Context, Handler
+
+_MAX_ACTION_CHARACTERS = 200
+
+
+class DeadlineExceeded(Exception):
+    """The handler ran longer than its deadline. (Not a TimeoutError: a handler may raise one of its own.)"""
+
+
+class HandlerCall:
+    """A handler, and the task or thread that it runs in once `run` was called."""
+
+    def __init__(self, handler: Handler, deadline_seconds: float) -> None:
+        self._handler = handler
+        self._deadline_seconds = deadline_seconds
+        self._work: asyncio.Future[Any] | None = None
+
+    @property
+    def running(self) -> asyncio.Future[Any] | None:
+        """The task or thread if it still runs: it ignores its cancellation, or cannot be cancelled."""
+        return None if self._work is None or self._work.done() else self._work
+
+    async def run(self, event: Event, context: Context) -> str:
+        """The handler's action. Raises what the handler raises, `DeadlineExceeded` or `HandlerRuleBroken`."""
+        loop = asyncio.get_running_loop()
+        start = _in_task if self._handler.is_async else _in_thread
+        began = time.perf_counter()  # the loop's own clock counts milliseconds
+        try:
+            with tracing.span("handler", handler=self._handler.pattern):
+                self._work = work = start(loop, self._handler.function, event, context)
+                done, _ = await asyncio.wait({work}, timeout=self._deadline_seconds)
+        except asyncio.CancelledError:
+            _cancel(work)
+            raise
+        finally:
+            metrics.handler_seconds(self._handler.pattern).observe(time.perf_counter() - began)
+        if not done:
+            _cancel(work)
+            raise DeadlineExceeded(f"the handler ran longer than its deadline of {self._deadline_seconds:g} s")
+        if work.cancelled():  # by something in the handler; a shutdown would have raised in the wait above
+            raise HandlerRuleBroken("a handler must not end by cancelling itself")
+        if (error := work.exception()) is not None and not isinstance(error, Exception):
+            raise _forbidden(error)
+        return _checked_action(work.result())
+
+
+def _in_task(
+    loop: asyncio.AbstractEventLoop, function: Callable[..., Any], event: Event, context: Context
+) -> asyncio.Future[Any]:
+    async def body() -> Any:
+        try:
+            return await function(event, context)
+        except (SystemExit, KeyboardInterrupt) as error:
+            raise _forbidden(error) from error
+
+    return loop.create_task(body())
+
+
+def _in_thread(
+    loop: asyncio.AbstractEventLoop, function: Callable[..., Any], event: Event, context: Context
+) -> asyncio.Future[Any]:
+    """Run a sync handler in a thread of its own: a daemon, so that one that hangs cannot delay the exit."""
+    future: asyncio.Future[Any] = loop.create_future()
+
+    def settle(result: Any, error: Exception | None) -> None:
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+            future.exception()  # retrieved: after the deadline nobody else does
+
+    def body() -> None:
+        result: Any = None
+        failure: Exception | None = None
+        try:
+            result = function(event, context)
+        except BaseException as error:  # noqa: BLE001
+            catchable = isinstance(error, Exception) and not isinstance(error, StopIteration)
+            failure = error if catchable else _forbidden(error)  # type: ignore[assignment]
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the service has ended, recovery has the row
+            loop.call_soon_threadsafe(settle, result, failure)
+
+    run = contextvars.copy_context().run
+    threading.Thread(target=run, args=(body,), daemon=True, name=f"handler-{event.id}").start()
+    return future
+
+
+def _forbidden(error: BaseException) -> HandlerRuleBroken:
+    """For what would end the event loop, or pass every `except Exception`, if it were raised further."""
+    return HandlerRuleBroken(f"a handler must not raise {type(error).__name__}")
+
+
+def _cancel(work: asyncio.Future[Any]) -> None:
+    """Cancel a task. A thread cannot be cancelled: its later calls on the connection raise."""
+    if isinstance(work, asyncio.Task):
+        work.cancel()
+        work.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+
+def _checked_action(value: object) -> str:
+    if value is None:
+        return "handled"
+    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= _MAX_ACTION_CHARACTERS:
+        raise HandlerRuleBroken(
+            f"a handler returns its action, a short printable str, or None; this one returned {type(value).__name__}"
+        )
+    return value
