@@ -18,7 +18,7 @@ from firstclaim.postgres.connection import UNAVAILABLE
 from firstclaim.status import Status
 from tests.fixtures import MISSING, event_body
 from tests.integration.test_ledger import near, unchanged
-from tests.integration.world import World
+from tests.integration.world import World, every_event
 from tests.operator import GIVE_UP_SECONDS, OPERATOR
 from tests.stripe_api import FROZEN, KEY, StripeApi, answer, error
 
@@ -60,7 +60,14 @@ class Scenario:
             Commands.connect(self.world.url, 5) as operations,
             StripeEvents.connect(self.api.base, key, sleep=sleep, timeout_seconds=timeout_seconds) as events,
         ):
-            run = Reconciliation(operations, events, options, body_most_bytes=100_000, give_up_seconds=GIVE_UP_SECONDS)
+            run = Reconciliation(
+                operations,
+                events,
+                options,
+                wants=lambda event_type, _: event_type != "charge.refunded",
+                body_most_bytes=100_000,
+                give_up_seconds=GIVE_UP_SECONDS,
+            )
             try:
                 async for _ in run.run(OPERATOR, dry_run=dry_run):
                     pass
@@ -77,11 +84,13 @@ class Scenario:
         assert (progress.covered, progress.refused) == (1, [])
         return progress.found, progress.already_here, progress.recorded
 
-    def event(self, age_seconds: int, *, delivered: bool = False, **changes: object) -> str:
+    def event(
+        self, age_seconds: int, *, delivered: bool = False, event_type: str = "invoice.paid", **changes: object
+    ) -> str:
         """Add an event of that age to Stripe's list; its id."""
         event_id = f"evt_{secrets.token_hex(12)}"
         created = int(time.time()) - age_seconds
-        body = event_body("invoice.paid", event_id, **{"created": created, **changes})
+        body = event_body(event_type, event_id, **{"created": created, **changes})
         self.api.add(body, created, event_id, delivered=delivered)
         return event_id
 
@@ -109,6 +118,15 @@ async def scenario(world: World, api: StripeApi) -> Scenario:
 
 
 # -- what is recorded ---------------------------------------------------------------------------------
+
+
+async def test_what_this_build_does_not_want_is_ignored(scenario: Scenario) -> None:
+    """Recorded as settled, not as pending, and counted apart: no build has promised to handle it."""
+    wanted, unwanted = scenario.event(HOUR), scenario.event(HOUR, event_type="charge.refunded")
+    progress, failure = await scenario.reconcile()
+    assert (failure, progress.recorded, progress.ignored) == (None, 2, 1)
+    assert await scenario.recorded() == [wanted]
+    assert await scenario.world.status(unwanted) is Status.IGNORED
 
 
 async def test_the_row_is_a_deliverys(scenario: Scenario) -> None:
@@ -428,7 +446,9 @@ async def test_a_lost_connection_to_the_ledger_ends_the_run(scenario: Scenario) 
         Commands.connect(scenario.world.url, 5) as operations,
         StripeEvents.connect(scenario.api.base, KEY) as events,
     ):
-        run = Reconciliation(operations, events, THREE_DAYS, body_most_bytes=100_000, give_up_seconds=GIVE_UP_SECONDS)
+        run = Reconciliation(
+            operations, events, THREE_DAYS, wants=every_event, body_most_bytes=100_000, give_up_seconds=GIVE_UP_SECONDS
+        )
         steps = run.run(OPERATOR)
         async for progress in steps:
             if progress.recorded:

@@ -105,7 +105,7 @@ def test_a_death_happens_at_its_message(
     """The stores are left with what they had heard by then, and nobody was answered."""
     machine = Machine(system)
     system.happened.clear()
-    event_id = system.new_story(wanted=True)
+    event_id = system.new_story()
     machine.deliver(0, event_id, Plan.WORK, Fault(message, heard, Effect.DIE))
     row, key = system.seen.rows.get(event_id), system.seen.keys.get(event_id)
     assert (row and row.status, key is not None and key.claimed) == (status, locked)
@@ -119,5 +119,5 @@ def test_a_cut_happens_at_its_message(
     """The process lives, and answers by what it can know."""
     machine = Machine(system)
     system.happened.clear()
-    machine.deliver(0, system.new_story(wanted=True), Plan.WORK, Fault(message, heard, Effect.CUT))
+    machine.deliver(0, system.new_story(), Plan.WORK, Fault(message, heard, Effect.CUT))
     assert system.happened == {f"CUT {message}": 1, f"answer {says}": 1}

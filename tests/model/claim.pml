@@ -1,5 +1,5 @@
 /*
- * One event under the claim protocol of service/inbox: Redis lock, ledger row, dispatch, recovery.
+ * One event under the claim protocol of service/firstclaim/inbox: Redis lock, ledger row, dispatch, recovery.
  *
  * `worker` is one lane of work: deliveries of the event, one after the other, or rounds of recovery. Each of
  * its steps is atomic and is one command to Redis or one statement to Postgres; between two steps anything may
@@ -30,6 +30,7 @@ bool I4_settled_when_quiet = false;
 bool I5_dispatched_under_both_claims = false;
 bool I6_processed_is_completed_or_ignored = false;
 bool I7_a_current_marker_has_a_row = false;
+bool I8_what_a_wanting_build_acknowledged_is_not_ignored = false;
 
 #define CHECK(name, condition) assert(name || (condition))
 
@@ -57,7 +58,11 @@ bool I7_a_current_marker_has_a_row = false;
 
 byte key = EMPTY;
 /* A marker of this epoch may have been sent, so that it may come at any time: late, or back with a failover. */
+#ifdef M_UNWANTED_IS_MARKED
 #define MAY_BE_MARKED(e) (row != ABSENT || epoch > (e))
+#else
+#define MAY_BE_MARKED(e) ((row != ABSENT && row != IGNORED) || epoch > (e)) /* an ignored event is never marked */
+#endif
 
 /* ---- Postgres: one row, its row lock, the handlers' transactions -------------------------------------- */
 
@@ -98,6 +103,7 @@ byte late_claim = 0;
 byte effects = 0;          /* commits of a handler's SQL */
 byte claimant = 0;         /* who won the claim that the row shows; 0: nobody who is still at it */
 byte busy = 0;             /* workers that are not idle */
+bit promised = 0;          /* a process with a handler for the event has answered 2xx */
 bit calm = 0;              /* no more faults */
 bit rounds = 0;            /* rounds of recovery that the quiet end still allows */
 
@@ -110,6 +116,7 @@ bit rounds = 0;            /* rounds of recovery that the quiet end still allows
 /* ---- the rules, and the mutants that take them out ---------------------------------------------------- */
 
 #define TAKEABLE (row == PENDING)
+#define TAKEABLE_BY_ME (TAKEABLE || (is_lane && row == IGNORED)) /* a delivery that wants it, and never recovery */
 #define SETTLED (row == COMPLETED || row == DEAD || row == IGNORED)
 
 #if defined(M_NO_FENCE) || defined(M_NO_ATTEMPT)
@@ -151,16 +158,28 @@ bit rounds = 0;            /* rounds of recovery that the quiet end still allows
 
 #ifdef M_DISPATCH_WITHOUT_LOCK
 #define WITHOUT_LOCK WITH_LOCK
+#define WITHOUT_REDIS WITH_LOCK
 #else
-#define WITHOUT_LOCK (is_lane -> RECORD : STOP)
+#ifdef M_UNWANTED_IS_INSERTED_BESIDE_A_LOCK
+#define WITHOUT_LOCK WITHOUT_REDIS
+#else
+#define WITHOUT_LOCK (is_lane -> (wants -> RECORD : FIND_UNWANTED) : STOP)
 #endif
-#define WITH_LOCK (is_lane -> CLAIM : TAKE_OVER)
+#define WITHOUT_REDIS (is_lane -> (wants -> RECORD : IGNORE) : STOP)
+#endif
+#define WITH_LOCK (is_lane -> (wants -> CLAIM : IGNORE) : TAKE_OVER)
 #define DEFERRED_OR_IGNORED (is_lane -> ANSWER_2XX : STOP)
 
 #ifdef M_DEFERRED_ON_UNKNOWN
 #define AFTER_FORGETTING DEFERRED_OR_IGNORED
 #else
 #define AFTER_FORGETTING STOP /* 503 */
+#endif
+
+#ifdef M_UNWANTED_IS_MARKED
+#define AFTER_IGNORING MARK
+#else
+#define AFTER_IGNORING FORGET_AND_ANSWER
 #endif
 
 #define ASKED asked = epoch /* the ledger has just said that there is such a row, or a marker that counts has */
@@ -228,6 +247,7 @@ inline check_state() {
     CHECK(I2_one_effect_if_completed_else_none, effects == (row == COMPLETED -> 1 : 0));
     CHECK(I3_one_handler_at_work, AT_WORK(1) + AT_WORK(2) + AT_WORK(3) + AT_WORK(4) <= 1);
     CHECK(I7_a_current_marker_has_a_row, key != RECORDED(epoch) || row != ABSENT);
+    CHECK(I8_what_a_wanting_build_acknowledged_is_not_ignored, !(promised && row == IGNORED));
     if
     :: late != 0 && LATE_IN_VAIN -> late = 0; late_claim = 0
     :: else
@@ -255,11 +275,13 @@ inline check_state() {
 #define RELEASE 16
 #define FORGET_MARKER_AND_STOP 17
 #define FORGET_MARKER_AND_ANSWER 18
-#define UNSETTLED 19       /* passed through, as are the next */
+#define UNSETTLED 19       /* passed through, as are the next two */
 #define ANSWER_2XX 20
 #define ANSWER_PROCESSED 21
-#define IGNORED_BY_US 22
-#define NOT_OURS 23
+#define TAKE_OVER_IGNORED 22
+#define LOOK_AGAIN 23
+#define FIND_UNWANTED 24
+#define FORGET_AND_ANSWER 25
 
 /* ..._if_held waits for the row's lock. If the row is not ours and was only given up on, we take it back and try once
    more. Of each of these statements the reply may be lost, or it arrives late, or it never does. */
@@ -278,6 +300,14 @@ inline settle(to, if_held, if_not) {
     fi;
     if
     :: step == if_held || step == if_not || step == UNSETTLED -> tries = 0
+    :: else
+    fi
+}
+
+/* A 2xx of a process that wants the event. What the ledger said before it was restored is waived. */
+inline promise() {
+    if
+    :: is_lane && wants && asked == epoch -> promised = 1
     :: else
     fi
 }
@@ -302,18 +332,20 @@ inline stop() {
     tries = 0;
     locked = 0;
     asked = 0;
+    wants = 0;
     connection_epoch = 0;
     busy--;
     step = IDLE
 }
 
-/* Whatever begins with !calm is a fault, or an event that nobody wants. A crash leads to STOP, and so does every answer
+/* Whatever begins with !calm is a fault, or a process of another build. A crash leads to STOP, and so does every answer
    that is not a 2xx: then Stripe delivers again, or it does not. What the process left in Redis and Postgres stays. */
 proctype worker(byte me; bool is_lane) {
     byte step = IDLE;
     byte seen = 0;             /* the value to be replaced */
     byte claim = 0;            /* the attempt that we have won; 0: none */
     byte tries = 0;            /* of a change: 1: it found nothing of ours; 2: we have taken the row back */
+    bit wants = 0;             /* this process has a handler for the event; another build on the ledger may not */
     bit locked = 0;            /* a ghost: Redis has said that the lock is ours */
     bit asked = 0;             /* a ghost: the epoch of what was last said to us about the row */
     bit connection_epoch = 0;  /* the epoch read on the connection that our claim was made on */
@@ -322,7 +354,12 @@ end:
     do
     :: atomic {
         if
-        :: step == IDLE && is_lane && !QUIET -> busy++; ASKED; step = ACQUIRE
+        :: step == IDLE && is_lane && !QUIET ->
+            busy++; ASKED; step = ACQUIRE;
+            if
+            :: wants = 1
+            :: !calm /* a process of another build */
+            fi
         :: step == IDLE && !is_lane && TAKEABLE && (!QUIET || rounds > 0) -> rounds = 0; busy++; ASKED; step = ACQUIRE
 
         /* SET key claimed:<me> NX GET */
@@ -349,16 +386,16 @@ end:
 #else
             :: IS_MARKER && !is_lane -> seen = key; step = SWAP
 #endif
-            :: !calm && key == EMPTY -> key = FORGOTTEN; step = WITHOUT_LOCK /* the reply is lost */
-            :: !calm -> step = WITHOUT_LOCK /* Redis is away */
+            :: !calm && key == EMPTY -> key = FORGOTTEN; step = WITHOUT_REDIS /* the reply is lost */
+            :: !calm -> step = WITHOUT_REDIS /* Redis is unreachable */
             :: !calm -> step = STOP
             fi
         :: step == SWAP ->
             if
             :: key == seen -> key = me; locked = 1; step = WITH_LOCK
             :: key != seen -> step = WITHOUT_LOCK
-            :: !calm && key == seen -> key = FORGOTTEN; step = WITHOUT_LOCK
-            :: !calm -> step = WITHOUT_LOCK
+            :: !calm && key == seen -> key = FORGOTTEN; step = WITHOUT_REDIS
+            :: !calm -> step = WITHOUT_REDIS
             :: !calm -> step = STOP
             fi;
             seen = 0
@@ -368,13 +405,42 @@ end:
         :: step == RECORD ->
             if
             :: row == ABSENT -> row = PENDING; ASKED; step = ANSWER_2XX
+#ifdef M_IGNORED_IS_OWNED
             :: row != ABSENT -> ASKED; step = ANSWER_2XX
+#else
+            :: row != ABSENT && row != IGNORED -> ASKED; step = ANSWER_2XX
+            :: row == IGNORED -> step = STOP /* 503 */
+#endif
             :: !calm && row == ABSENT -> row = PENDING; step = STOP
             :: !calm && late == 0 -> give_up_on(INSERT); step = STOP
             :: !calm -> step = STOP
             fi
 
-        /* By the lock's holder: INSERT processing (or ignored), attempt 1, ON CONFLICT DO NOTHING; then the status. */
+        /* By a process that does not want it, with or without the lock: INSERT ignored, ON CONFLICT DO NOTHING; then the
+           status. An unfinished row is its recorder's: 202. */
+        :: step == IGNORE ->
+#ifdef M_UNWANTED_IS_MARKED
+            connection_epoch = epoch;
+#endif
+            if
+            :: row == ABSENT -> row = IGNORED; attempt = 1; ASKED; CHECK_I6; step = AFTER_IGNORING
+#ifdef M_UNWANTED_IS_SETTLED
+            :: TAKEABLE && row_lock == 0 -> row = IGNORED; ASKED; step = AFTER_IGNORING
+#endif
+            :: row != ABSENT -> ASKED; step = AFTER_IGNORING
+            :: !calm && row == ABSENT -> row = IGNORED; attempt = 1; step = FORGET
+            :: !calm && late == 0 -> give_up_on(INSERT); step = FORGET
+            :: !calm -> step = FORGET
+            :: !calm -> step = STOP
+            fi
+        :: step == FIND_UNWANTED -> /* another has the lock, and may want it */
+            if
+            :: row == ABSENT -> step = STOP /* 503 */
+            :: row != ABSENT -> ASKED; step = ANSWER_2XX
+            :: !calm -> step = STOP
+            fi
+
+        /* By the lock's holder: INSERT processing, attempt 1, ON CONFLICT DO NOTHING; then the status. */
         :: step == CLAIM ->
 #ifdef M_MARKER_BEFORE_COMMIT
             if
@@ -385,61 +451,56 @@ end:
             connection_epoch = epoch;
             if
             :: row == ABSENT -> row = PROCESSING; attempt = 1; claimant = me; claim = 1; ASKED; step = MARK
-            :: row == ABSENT && !calm -> row = IGNORED; attempt = 1; ASKED; CHECK_I6; step = MARK
             :: TAKEABLE -> ASKED; step = TAKE_OVER
+#ifdef M_IGNORED_IS_OWNED
+            :: row == IGNORED -> ASKED; step = MARK
+#else
+            :: row == IGNORED -> step = TAKE_OVER_IGNORED
+#endif
 #ifdef M_LOCK_ALONE
-            :: row != ABSENT && !TAKEABLE && row_lock == 0 ->
+            :: row != ABSENT && !TAKEABLE && row != IGNORED && row_lock == 0 ->
                 take_back(me); claim = attempt; ASKED; step = MARK
 #else
-            :: row != ABSENT && !TAKEABLE -> ASKED; step = MARK
+            :: row != ABSENT && !TAKEABLE && row != IGNORED -> ASKED; step = MARK
 #endif
             :: !calm && row == ABSENT -> row = PROCESSING; attempt = 1; step = FORGET
-            :: !calm && row == ABSENT -> row = IGNORED; attempt = 1; step = FORGET
             :: !calm && late == 0 -> give_up_on(INSERT); step = FORGET
             :: !calm -> step = FORGET
             :: !calm -> step = STOP
             fi
 
-        /* UPDATE processing, attempt + 1, of what is pending or failed and FOR UPDATE SKIP LOCKED has found. Who skips
-           it does not learn why: a lane goes by what it was told before. */
-        :: step == TAKE_OVER ->
+        /* UPDATE processing, attempt + 1, of what is pending or failed (by a delivery that wants it also of what is
+           ignored) and FOR UPDATE SKIP LOCKED has found. Who skips it does not learn why: a lane goes by what it read
+           before; if that was `ignored`, it looks again. */
+        :: step == TAKE_OVER || step == TAKE_OVER_IGNORED ->
             if
-            :: TAKEABLE && row_lock == 0 && (calm || attempt < ATTEMPTS) ->
-                take_over(me); claim = attempt; connection_epoch = epoch; ASKED;
-                if
-                :: step = MARK
-                :: !calm && is_lane -> step = IGNORE
-                fi
-            :: TAKEABLE && row_lock == 0 && !calm && attempt >= ATTEMPTS -> step = STOP /* the bound: we crash */
-            :: !TAKEABLE || row_lock != 0 || !calm -> /* skipped: another's, or under somebody's lock of a moment */
-                step = (is_lane -> MARK : FORGET)
-            :: !calm && TAKEABLE && row_lock == 0 && attempt < ATTEMPTS -> take_over(0); step = FORGET
+            :: TAKEABLE_BY_ME && row_lock == 0 && (calm || attempt < ATTEMPTS) ->
+                take_over(me); claim = attempt; connection_epoch = epoch; ASKED; step = MARK
+            :: TAKEABLE_BY_ME && row_lock == 0 && !calm && attempt >= ATTEMPTS -> step = STOP /* the bound: we crash */
+            :: !TAKEABLE_BY_ME || row_lock != 0 || !calm -> /* skipped: another's, or under somebody's lock of a moment */
+                step = (is_lane -> (step == TAKE_OVER_IGNORED -> LOOK_AGAIN : MARK) : FORGET)
+            :: !calm && TAKEABLE_BY_ME && row_lock == 0 && attempt < ATTEMPTS -> take_over(0); step = FORGET
             :: !calm && late == 0 -> give_up_on(TAKE_OVER_ROW); step = FORGET
             :: !calm -> step = FORGET
             :: !calm -> step = STOP
             fi
 
-        /* Nothing here wants it: ignore_if_held. A lane answers `processed` if it did, else by the row as another's. */
-        :: step == IGNORE && CAN_SETTLE ->
-            settle(IGNORED, IGNORED_BY_US, NOT_OURS);
+        :: step == LOOK_AGAIN ->
             if
-            :: step == IGNORED_BY_US -> CHECK_I6; step = MARK
-#ifdef M_IGNORED_UNASKED
-            :: step == NOT_OURS -> CHECK_I6; step = MARK
+#ifdef M_SKIPPED_IS_OWNED
+            :: row == IGNORED -> ASKED; step = MARK
 #else
-            :: step == NOT_OURS -> step = MARK
+            :: row == IGNORED || row == ABSENT -> step = FORGET /* 503 */
 #endif
-            :: step == UNSETTLED -> step = FORGET
-            :: else
-            fi;
-            if
-            :: step != IGNORE -> claim = 0; step = (is_lane -> step : STOP) /* recovery has marked before */
-            :: else
+            :: row != IGNORED && row != ABSENT -> ASKED; step = MARK
+            :: !calm -> step = FORGET
+            :: !calm -> step = STOP
             fi
 
         /* Our own lock becomes the marker. From here on 202 `deferred` may be answered at any moment. */
         :: step == MARK ->
             CHECK_I1;
+            promise();
             if
             :: MY_LOCK -> key = RECORDED(connection_epoch)
             :: !MY_LOCK || !calm
@@ -448,12 +509,11 @@ end:
             if
             :: claim != 0 -> step = HOLD
             :: claim == 0 -> step = DEFERRED_OR_IGNORED
-            :: claim != 0 && !calm && !is_lane -> step = IGNORE
             :: claim != 0 && !calm && !is_lane -> step = KILL /* its payload has expired, or cannot be read */
             :: !calm -> step = FORGET /* a graceful stop */
             :: !calm -> step = STOP
             fi
-        :: step == FORGET ->
+        :: step == FORGET || step == FORGET_AND_ANSWER ->
             if
 #ifdef M_MARKER_OVER_LOST_COMMIT
             :: MY_LOCK -> key = RECORDED(epoch)
@@ -462,7 +522,7 @@ end:
 #endif
             :: !MY_LOCK || !calm
             fi;
-            step = AFTER_FORGETTING
+            step = (step == FORGET_AND_ANSWER -> ANSWER_2XX : AFTER_FORGETTING)
 
         /* BEGIN; SELECT ... WHERE status = 'processing' AND attempt = ... FOR UPDATE SKIP LOCKED */
         :: step == HOLD ->
@@ -548,8 +608,8 @@ end:
         if /* a crash, or 503; or a claim that never began, or a graceful stop: then it is released */
         :: step == UNSETTLED -> step = STOP
         :: step == UNSETTLED -> step = RELEASE
-        :: step == ANSWER_2XX -> CHECK_I1; step = STOP
-        :: step == ANSWER_PROCESSED -> CHECK_I1; CHECK_I6; step = STOP
+        :: step == ANSWER_2XX -> CHECK_I1; promise(); step = STOP
+        :: step == ANSWER_PROCESSED -> CHECK_I1; CHECK_I6; promise(); step = STOP
         :: else
         fi;
         if
@@ -581,10 +641,9 @@ inline run_late() {
     :: late == INSERT && row == ABSENT -> row = PENDING
     :: late == INSERT && row == ABSENT -> row = PROCESSING; attempt = 1
     :: late == INSERT && row == ABSENT -> row = IGNORED; attempt = 1
-    :: late == TAKE_OVER_ROW && TAKEABLE && row_lock == 0 && attempt < ATTEMPTS -> take_over(0)
+    :: late == TAKE_OVER_ROW && (TAKEABLE || row == IGNORED) && row_lock == 0 && attempt < ATTEMPTS -> take_over(0)
     :: late == CHANGE && row_lock == 0 -> change(DEAD, late_claim)
     :: late == CHANGE && row_lock == 0 -> change(PENDING, late_claim)
-    :: late == CHANGE && row_lock == 0 -> change(IGNORED, late_claim)
     :: late == CHANGE && row_lock == 0 && CAN_TAKE_BACK(late_claim) -> take_back(0)
     :: true /* never */
     fi;
@@ -647,7 +706,7 @@ init {
 #ifdef RESTORE
         :: !calm && epoch == 1 && MAY_BE_MARKED(1) && key != RECORDED(1) -> key = RECORDED(1)
         :: !calm && epoch == 0 && row != ABSENT -> /* to any earlier moment; every connection is gone */
-            epoch = 1;
+            epoch = 1; promised = 0;
             transaction[1] = NONE; transaction[2] = NONE; transaction[3] = NONE; transaction[4] = NONE;
             row_lock = 0; late = 0; late_claim = 0; claimant = 0;
             if

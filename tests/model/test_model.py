@@ -66,12 +66,15 @@ MUTANTS = {
     "M_TAKE_BACK_FROM_ANOTHER": (SMALL, "5"),
     "M_NEVER_LOOK_BACK": (SMALL, "4"),
     "M_UNKNOWN_IS_DONE": (SMALL, "6"),
-    "M_IGNORED_UNASKED": (SMALL, "6"),
+    "M_UNWANTED_IS_MARKED": (SMALL, "8"),
+    "M_UNWANTED_IS_SETTLED": (SMALL, "8"),
+    "M_IGNORED_IS_OWNED": (SMALL, "8"),
+    "M_SKIPPED_IS_OWNED": (SMALL, "8"),
     "M_ANY_EPOCH": (RESTORED, "1"),
     "M_GONE_IS_2XX": (RESTORED, "1"),
 }
 # What only spares time or load, and breaks nothing.
-HARMLESS = ("M_ANY_LOCK", "M_MARKER_KEPT_AFTER_FAILURE")
+HARMLESS = ("M_ANY_LOCK", "M_MARKER_KEPT_AFTER_FAILURE", "M_UNWANTED_IS_INSERTED_BESIDE_A_LOCK")
 
 
 def never_taken(found: Search, *excused: str) -> list[str]:

@@ -11,7 +11,7 @@ from enum import Enum
 
 from firstclaim.event import Delivery
 from firstclaim.outcome import Kind, Outcome
-from firstclaim.status import TAKEABLE, Status
+from firstclaim.status import TAKEABLE, UNFINISHED, Status
 
 PROMISES = frozenset([Kind.PROCESSED, Kind.UNHANDLED, Kind.DUPLICATE, Kind.DEFERRED, Kind.DEAD])  # answered with 2xx
 SETTLED = frozenset([Status.COMPLETED, Status.IGNORED, Status.DEAD])
@@ -45,15 +45,14 @@ class Story:
     """The model's view of one event."""
 
     delivery: Delivery
-    wanted: bool  # there is a handler for its type
+    wanted_by: frozenset[int]  # the processes that have a handler for its type: each may be another build
     promised: Kind | None = None  # by the first answer with a 2xx
+    acknowledged: bool = False  # with a 2xx, by a process that has a handler for it
     completed: bool = False
     attempt: int = 0  # the highest seen so far
     replays: int = 0
     started: set[int] = field(default_factory=set)  # attempts whose handler was called
-    rogue: set[int] = field(
-        default_factory=set
-    )  # attempts whose handler committed by itself: I2 does not apply to them
+    rogue: set[int] = field(default_factory=set)  # attempts whose handler committed by itself: without I2
     permanent: set[int] = field(default_factory=set)  # attempts whose handler raised Permanent
 
 
@@ -136,7 +135,8 @@ def _of_row(story: Story, row: Row, limits: Limits) -> list[str]:
         "I2: completed before, and not any more": story.completed and not completed,
         f"I3: attempt fell from {story.attempt}": row.attempt < story.attempt,
         "I3: an attempt was started that the ledger never gave": row.attempt < max(story.started, default=0),
-        "I4: ignored, and there is a handler for it": row.status is Status.IGNORED and story.wanted,
+        "I8: ignored, although a process with a handler for it has acknowledged it": row.status is Status.IGNORED
+        and story.acknowledged,
         "I4: dead, and its budget is not spent": row.status is Status.DEAD and not _may_be_dead(story, row, limits),
         "I5: completed, and its handler was not called": completed and row.attempt not in story.started,
         "more failures and abandonments than attempts": row.failures + row.abandoned > row.attempt,
@@ -159,20 +159,23 @@ def _of_key(row: Row | None, key: Key | None, seen: Seen, limits: Limits) -> Ite
         yield "a key that lives longer than its kind may"
 
 
-def dishonest(story: Story, outcome: Outcome, row: Row | None, *, replayed: bool = False) -> str | None:
+def dishonest(
+    story: Story, outcome: Outcome, row: Row | None, *, wanted: bool = True, replayed: bool = False
+) -> str | None:
     """I1 and I6: what is wrong with an answer, given the row right after it. The story is updated with the promise.
 
-    `replayed`: an operator replayed the event between the delivery and its answer, which may then be out of date.
+    `wanted`: the process that answered has a handler for the event. `replayed`: an operator replayed the event between the delivery and its answer, which may then be out of date.
     """
     if outcome.kind in PROMISES and story.promised is None:
         story.promised = outcome.kind
+    story.acknowledged |= wanted and outcome.kind in PROMISES
     if outcome.kind is Kind.UNAVAILABLE:
         return None
     if row is None:
         return "I1: answered, and there is no row"
     says = {
         Kind.PROCESSED: row.status is Status.COMPLETED and row.attempt == outcome.attempt,
-        Kind.UNHANDLED: row.status is Status.IGNORED,
+        Kind.UNHANDLED: row.status is Status.IGNORED or row.attempt > 1,  # another build took it over right away
         Kind.DEAD: row.status is Status.DEAD,
     }
     superseded = replayed and outcome.kind is not Kind.PROCESSED
@@ -187,20 +190,26 @@ def dishonest(story: Story, outcome: Outcome, row: Row | None, *, replayed: bool
 
 
 def expected(
-    story: Story, row: Row | None, key: Key | None, *, epoch: str | None, plan: Plan, capacity: bool
+    wanted: bool, row: Row | None, key: Key | None, *, epoch: str | None, plan: Plan, capacity: bool
 ) -> tuple[Kind | None, Status | None]:
     """The answer and the row's status, if both stores are reachable and nothing else works on this event.
 
-    `epoch` is the one that the process knows; `capacity` is whether a handler could start at once. No answer: the
-    handler is held. No status: the row does not change.
+    `wanted`: the process has a handler for the event. `epoch` is the one that the process knows; `capacity` is whether a
+    handler could start at once. No answer: the handler is held. No status: the row does not change.
     """
-    if key is not None and key.claimed and row is None:
-        return Kind.DUPLICATE, Status.PENDING
-    known = key is not None and (key.claimed or key.marks(epoch))
-    if known or (row is not None and row.status not in TAKEABLE):
+    if key is not None and key.marks(epoch):
         return Kind.DUPLICATE, None
-    if not story.wanted:
-        return Kind.UNHANDLED, Status.IGNORED
+    locked = key is not None and key.claimed
+    if not wanted:
+        if row is None:
+            return (Kind.UNAVAILABLE, None) if locked else (Kind.UNHANDLED, Status.IGNORED)
+        return Kind.DEFERRED if row.status in UNFINISHED else Kind.DUPLICATE, None
+    if locked:
+        if row is None:
+            return Kind.DUPLICATE, Status.PENDING
+        return Kind.UNAVAILABLE if row.status is Status.IGNORED else Kind.DUPLICATE, None
+    if row is not None and row.status not in (*TAKEABLE, Status.IGNORED):
+        return Kind.DUPLICATE, None
     if not capacity:
         return Kind.DEFERRED, Status.PENDING
     if plan is Plan.HOLD:

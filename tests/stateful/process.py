@@ -9,7 +9,7 @@ the plan of the test, and report to the observer.
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -26,6 +26,7 @@ from tests.stateful.oracle import Plan
 from tests.stateful.wire import Effect, Fault, Switch, postgres_tap, redis_tap
 
 TYPE = "invoice.payment_failed"
+NEW_TYPE = "customer.created"  # of a newer build
 
 SETTINGS: dict[str, Any] = {
     "lease_seconds": 1.0,  # on the injected clock; in real time, a claim waits half of it for a slot
@@ -81,6 +82,7 @@ class Process:
     """Use `spawn`. `busy` are the test's calls into it."""
 
     observer: Observer
+    types: Sequence[str]  # that it has a handler for
     state: State = State.AWAKE
     away: set[str] = field(default_factory=set)  # the stores that it cannot reach: "redis", "postgres"
     runs: list[Run] = field(default_factory=list)
@@ -92,15 +94,17 @@ class Process:
     _stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
 
     @classmethod
-    async def spawn(cls, observer: Observer, database_url: str, redis_url: str, prefix: str) -> "Process":
-        """A new process, without any state of an earlier one."""
-        self = cls(observer)
+    async def spawn(
+        cls, observer: Observer, types: Sequence[str], database_url: str, redis_url: str, prefix: str
+    ) -> "Process":
+        """A new process with handlers for `types`, without any state of an earlier one."""
+        self = cls(observer, types)
         self.switch = Switch(self._meet)
         self.postgres, database_url = await self._stack.enter_async_context(before_postgres(database_url))
         self.redis, redis_url = await self._stack.enter_async_context(before_redis(redis_url))
         self.postgres.tap = partial(postgres_tap, self.switch)
         self.redis.tap = partial(redis_tap, self.switch)
-        self.world = await build(database_url, redis_url, prefix, {TYPE: self._handle}, **SETTINGS)
+        self.world = await build(database_url, redis_url, prefix, dict.fromkeys(types, self._handle), **SETTINGS)
         return self
 
     # -- faults ---------------------------------------------------------------------------------------

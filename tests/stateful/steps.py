@@ -63,10 +63,10 @@ class Steps(RuleBasedStateMachine):
         """One delivery to one process. Without a fault, its outcome must be the one that the model expects."""
         system, process = self.system, self.system.awake(number)
         before, key = system.seen.rows.get(event_id), system.seen.keys.get(event_id)
-        slots = process.world.slots
+        slots, wanted = process.world.slots, system.stories[event_id].delivery.event.type in process.types
         capacity = slots.free > 0 and (before is None or before.abandoned == 0 or slots.previously_abandoned_free)
         epoch = process.world.claims._epoch.current
-        kind, status = expected(system.stories[event_id], before, key, epoch=epoch, plan=plan, capacity=capacity)
+        kind, status = expected(wanted, before, key, epoch=epoch, plan=plan, capacity=capacity)
         self.arm(number, fault)
         self.begin_deliveries([(process, event_id)])
         kinds = [answer.outcome.kind for answer in self.settle(plan) if answer.event_id == event_id]

@@ -23,10 +23,12 @@ from tests.clock import Clock, installed
 from tests.integration.world import World, build, delivery, until
 from tests.stateful import oracle
 from tests.stateful.oracle import Key, Limits, Plan, Row, Seen, Story
-from tests.stateful.process import TYPE, Process, Run, State
+from tests.stateful.process import NEW_TYPE, TYPE, Process, Run, State
 from tests.stores import Stores, clone, drop
 
-PROCESSES: Final = 2
+# Each process is a build of its own: both handle TYPE, the first also NEW_TYPE, and none handles other types.
+BUILDS: Final = ((TYPE, NEW_TYPE), (TYPE,))
+PROCESSES: Final = len(BUILDS)
 _OWN_SESSIONS: Final = 3  # the clock's, and the operator's two
 
 _LOOK = """
@@ -46,10 +48,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The outcome of a delivery. `replayed`: an operator replayed the event while the delivery was in flight."""
+    """The outcome of a delivery.
+
+    `wanted`: its process has a handler for the event. `replayed`: an operator replayed the event while the delivery was
+    in flight.
+    """
 
     event_id: str
     outcome: Outcome
+    wanted: bool
     replayed: bool
 
 
@@ -92,7 +99,7 @@ class System:
         self._epoch = await self.operator.ledger.read_epoch()
         self.redis = Redis.from_url(self._stores.redis_url)
         self._stack.push_async_callback(self.redis.aclose)
-        self.processes = [await self._spawn() for _ in range(PROCESSES)]
+        self.processes = [await self._spawn(number) for number in range(PROCESSES)]
         settings = self.processes[0].world.settings
         self.limits = Limits(settings.lock_ttl_seconds, settings.marker_ttl_seconds, settings.abandoned_most)
 
@@ -123,17 +130,18 @@ class System:
     async def replace(self, number: int) -> None:
         """Replace a process that is dead or was stopped."""
         await self.processes[number].clean_up()
-        self.processes[number] = await self._spawn()
+        self.processes[number] = await self._spawn(number)
 
-    async def _spawn(self) -> Process:
-        return await Process.spawn(self, self._url, self._stores.redis_url, self._prefix)
+    async def _spawn(self, number: int) -> Process:
+        return await Process.spawn(self, BUILDS[number], self._url, self._stores.redis_url, self._prefix)
 
     # -- what the processes do ------------------------------------------------------------------------
 
-    def new_story(self, *, wanted: bool) -> str:
-        """A new event."""
+    def new_story(self, event_type: str = TYPE) -> str:
+        """A new event of this type."""
         event_id = f"evt_{len(self.stories)}"
-        self.stories[event_id] = Story(delivery(event_id, TYPE if wanted else "invoice.paid"), wanted)
+        wanted_by = frozenset(number for number, types in enumerate(BUILDS) if event_type in types)
+        self.stories[event_id] = Story(delivery(event_id, event_type), wanted_by)
         return event_id
 
     async def deliver(self, process: Process, event_id: str) -> None:
@@ -142,7 +150,8 @@ class System:
         replays = story.replays
         outcome = await process.world.pipeline.deliver(story.delivery)
         if process.state is not State.DEAD:
-            self.answers.append(Answer(event_id, outcome, story.replays != replays))
+            wanted = story.delivery.event.type in process.types
+            self.answers.append(Answer(event_id, outcome, wanted, story.replays != replays))
 
     async def recover(self, process: Process) -> None:
         """One round of recovery, as the loop runs it."""
@@ -187,7 +196,7 @@ class System:
         """Remove these events from the ledger, as a restore would: promises about them no longer count."""
         for event_id in event_ids:
             story = self.stories[event_id]
-            self.stories[event_id] = Story(story.delivery, story.wanted)
+            self.stories[event_id] = Story(story.delivery, story.wanted_by)
         for table in ("stripe_events", "stripe_event_payloads", "effects"):
             await self.operator.database.execute(_FORGET.format(table), event_ids)
 
@@ -224,7 +233,7 @@ class System:
         for answer in answers:
             self.happened[f"answer {answer.outcome.kind}"] += 1
             story, row = self.stories[answer.event_id], self.seen.rows.get(answer.event_id)
-            if said := oracle.dishonest(story, answer.outcome, row, replayed=answer.replayed):
+            if said := oracle.dishonest(story, answer.outcome, row, wanted=answer.wanted, replayed=answer.replayed):
                 violations.append(f"{said}: {answer} {row}")
         violations += oracle.broken(self.stories, self.seen, self.limits)
         assert not violations, "\n".join(violations)

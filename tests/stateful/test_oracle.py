@@ -25,7 +25,8 @@ LOCK = Key(b"claimed:another", 19_000)
 
 def story(**known: object) -> Story:
     """An event whose handler was called twice, and that was promised."""
-    return Story(delivery(EVENT), **{"wanted": True, "promised": Kind.DUPLICATE, "started": {1, 2}, **known})  # type: ignore[arg-type]
+    defaults = {"wanted_by": frozenset({0, 1}), "promised": Kind.DUPLICATE, "started": {1, 2}}
+    return Story(delivery(EVENT), **{**defaults, **known})  # type: ignore[arg-type]
 
 
 def seen(row: Row | None, key: Key | None = None, *stray: str) -> Seen:
@@ -43,7 +44,8 @@ SOUND = {
     "permanent": (story(permanent={2}), seen(DEAD)),
     "given up": (story(), seen(replace(DEAD, given_up=True))),
     "abandoned": (story(), seen(replace(DEAD, failures=0, abandoned=3, attempt=3))),
-    "not wanted": (story(wanted=False, started=set()), seen(IGNORED, MARKER)),
+    "not wanted": (story(wanted_by=frozenset(), started=set()), seen(IGNORED)),
+    "ignored by one build": (story(wanted_by=frozenset({0}), started=set()), seen(IGNORED)),
 }
 
 BROKEN = {
@@ -58,7 +60,7 @@ BROKEN = {
     "I2: completed before": (story(completed=True), seen(FAILED)),
     "I3: attempt fell": (story(attempt=3), seen(FAILED)),
     "I3: an attempt was": (story(started={3}), seen(FAILED)),
-    "I4: ignored": (story(started={1}), seen(IGNORED)),
+    "I8: ignored": (story(started={1}, acknowledged=True), seen(IGNORED)),
     "I4: dead": (story(), seen(DEAD)),
     "I5: a handler": (story(promised=None), seen(None)),
     "I5: completed": (story(started={1}), seen(COMPLETED)),
@@ -98,7 +100,7 @@ def test_the_model_learns_what_it_saw() -> None:
         (outcome.processed("done", 1), COMPLETED, "I6"),
         (outcome.processed("done", 2), FAILED, "I6"),
         (outcome.unhandled("no handler", 1), IGNORED, None),
-        (outcome.unhandled("no handler", 1), FAILED, "I6"),
+        (outcome.unhandled("no handler", 1), replace(FAILED, attempt=1), "I6"),
         (outcome.dead(EVENT, 2), DEAD, None),
         (outcome.dead(EVENT, 2), FAILED, "I6"),
         (outcome.duplicate(EVENT), FAILED, None),
@@ -138,6 +140,15 @@ def test_what_is_answered_with_2xx_is_promised(answer: Outcome, promises: bool) 
     assert (known.promised is not None) is promises
 
 
+def test_only_a_process_with_a_handler_acknowledges() -> None:
+    """A build without a handler may answer 2xx for what it has ignored, and another build may still take it over."""
+    known = story(promised=None)
+    dishonest(known, outcome.unhandled("no handler", 1), IGNORED, wanted=False)
+    assert (known.promised, known.acknowledged) == (Kind.UNHANDLED, False)
+    dishonest(known, outcome.duplicate(EVENT), IGNORED)
+    assert known.acknowledged
+
+
 @pytest.mark.parametrize(
     ("row", "key", "plan", "foresees"),
     [
@@ -150,10 +161,31 @@ def test_what_is_answered_with_2xx_is_promised(answer: Outcome, promises: bool) 
         (FAILED, LOCK, Plan.WORK, (Kind.DUPLICATE, None)),
         (COMPLETED, None, Plan.WORK, (Kind.DUPLICATE, None)),
         (DEAD, OLD_MARKER, Plan.WORK, (Kind.DUPLICATE, None)),
+        (IGNORED, None, Plan.WORK, (Kind.PROCESSED, Status.COMPLETED)),
+        (IGNORED, LOCK, Plan.WORK, (Kind.UNAVAILABLE, None)),
     ],
 )
 def test_what_a_delivery_comes_to(
     row: Row | None, key: Key | None, plan: Plan, foresees: tuple[Kind | None, Status | None]
 ) -> None:
     """By the protocol's two tables: the lock's reply, then the row."""
-    assert expected(story(), row, key, epoch=EPOCH, plan=plan, capacity=True) == foresees
+    assert expected(True, row, key, epoch=EPOCH, plan=plan, capacity=True) == foresees
+
+
+@pytest.mark.parametrize(
+    ("row", "key", "foresees"),
+    [
+        (None, None, (Kind.UNHANDLED, Status.IGNORED)),
+        (None, LOCK, (Kind.UNAVAILABLE, None)),
+        (None, MARKER, (Kind.DUPLICATE, None)),
+        (FAILED, None, (Kind.DEFERRED, None)),
+        (FAILED, LOCK, (Kind.DEFERRED, None)),
+        (COMPLETED, LOCK, (Kind.DUPLICATE, None)),
+        (IGNORED, None, (Kind.DUPLICATE, None)),
+    ],
+)
+def test_what_a_delivery_to_another_build_comes_to(
+    row: Row | None, key: Key | None, foresees: tuple[Kind | None, Status | None]
+) -> None:
+    """A process without a handler settles only what no other has recorded, and promises only what is recorded."""
+    assert expected(False, row, key, epoch=EPOCH, plan=Plan.WORK, capacity=True) == foresees

@@ -49,19 +49,23 @@ def reconcile(
 ) -> None:
     """Record the events that Stripe lists and the ledger lacks. Running services handle them, oldest first.
 
-    Needs DATABASE_URL, and STRIPE_API_KEY with the permission to read Events.
+    Needs DATABASE_URL, STRIPE_API_KEY with the permission to read Events, and the services' FIRSTCLAIM_HANDLERS: events
+    without a handler are recorded as ignored.
 
     After the ledger was lost, reconcile the full list. After an outage of the endpoint, --undelivered is enough.
 
     To resume an interrupted run, repeat the command: what it recorded is in the ledger then.
     """
+    from firstclaim.inbox.routes import Routes
     from firstclaim.operations.reconcile import ReconcileOptions, ReconcileProgress, Reconciliation
     from firstclaim.operations.stripe_api import StripeEvents
+    from firstclaim.registry import Registry
 
     options = ReconcileOptions(since, undelivered)
     progress = ReconcileProgress()
     with reported(), database() as settings:
         key = _key(settings)
+        routes = Routes(Registry.load(settings.handlers), settings.livemode)
 
         async def work(operations: Commands) -> None:
             nonlocal progress
@@ -70,6 +74,7 @@ def reconcile(
                     operations,
                     events,
                     options,
+                    wants=routes.wants,
                     body_most_bytes=settings.body_most_bytes,
                     give_up_seconds=settings.give_up_seconds,
                 )
@@ -102,6 +107,8 @@ def _key(settings: Settings) -> str:
 def _summary(progress: ReconcileProgress, *, complete: bool, dry_run: bool) -> str:
     recorded = f"{progress.missing} would be recorded" if dry_run else f"{progress.recorded} recorded"
     parts = [f"{progress.already_here} already in the ledger", recorded]
+    if progress.ignored:
+        parts[-1] += f" ({progress.ignored} ignored: no handler in FIRSTCLAIM_HANDLERS)"
     if progress.refused_events:
         parts.append(f"{progress.refused_events} refused")
     summary = f"{number_of_events(progress.found)} listed by Stripe: {', '.join(parts)}"
@@ -113,6 +120,7 @@ def _fields(progress: ReconcileProgress, *, complete: bool, dry_run: bool) -> di
         "found": progress.found,
         "already_here": progress.already_here,
         "recorded": progress.recorded,
+        "ignored": progress.ignored,
         "missing": progress.missing - progress.recorded,  # after a dry run all of them are still missing
         "refused": progress.refused_events,
         "refusals": [{"event_id": event_id, "reason": reason} for event_id, reason in progress.refused],

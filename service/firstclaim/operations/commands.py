@@ -221,30 +221,32 @@ class Commands(Queries):
 
     @asynccontextmanager
     async def recording(
-        self, operator: str, selection: str, *, give_up_seconds: float
-    ) -> AsyncIterator[Callable[[Sequence[Delivery]], Awaitable[int]]]:
+        self, operator: str, selection: str, *, wants: Callable[[str, bool], bool], give_up_seconds: float
+    ) -> AsyncIterator[Callable[[Sequence[Delivery]], Awaitable[set[str]]]]:
         """One reconciliation, audited as one action; yields the function that records at most `BATCH` events per call.
 
         They are recorded as a delivery that may not dispatch records them: `pending`, attempt 0, due now. They are due
-        a microsecond apart, because recovery takes up first what has been due longest. The function returns how many
-        were new; no other row is changed.
+        a microsecond apart, because recovery takes up first what has been due longest. What this build does not want,
+        by type and mode, is recorded as `ignored`. The function returns the ids that were new; no other row is changed.
         """
         action = OperatorAction(operator, "reconcile", selection)
 
-        async def record(deliveries: Sequence[Delivery]) -> int:
+        def row(delivery: Delivery, due_in_seconds: float) -> NewRow:
+            if wants(delivery.event.type, delivery.event.livemode):
+                return NewRow(delivery, Status.PENDING, 0, due_in_seconds)
+            return NewRow(delivery, Status.IGNORED, 1, 0)
+
+        async def record(deliveries: Sequence[Delivery]) -> set[str]:
             first = -len(deliveries) * _MICROSECOND
             new = await insert(
                 self._connection,
-                [
-                    NewRow(each, Status.PENDING, 0, first + number * _MICROSECOND)
-                    for number, each in enumerate(deliveries)
-                ],
+                [row(each, first + number * _MICROSECOND) for number, each in enumerate(deliveries)],
                 patience_seconds=_PATIENCE_SECONDS,
                 give_up_seconds=give_up_seconds,
                 timeout_seconds=_RECORD_SECONDS,
             )
             action.changed += len(new)
-            return len(new)
+            return new
 
         async with self._audited(action):
             yield record

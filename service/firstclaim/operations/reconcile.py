@@ -11,7 +11,7 @@ window is open: an event that is created during the run is in it, or is left to 
 """
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -49,6 +49,7 @@ class ReconcileProgress:
     found: int = 0
     missing: int = 0
     recorded: int = 0
+    ignored: int = 0  # of these, the events that this build has no handler for
     refused_events: int = 0
     refused: list[tuple[str, str]] = field(default_factory=list)
     covered: float = 0
@@ -70,7 +71,10 @@ class _Window:
 
 
 class Reconciliation:
-    """One run. `progress` has its result, also if the run was interrupted."""
+    """One run. `progress` has its result, also if the run was interrupted.
+
+    `wants`: whether this build has a handler for a type and mode. Other events are recorded as `ignored`.
+    """
 
     def __init__(
         self,
@@ -78,12 +82,14 @@ class Reconciliation:
         events: StripeEvents,
         options: ReconcileOptions,
         *,
+        wants: Callable[[str, bool], bool],
         body_most_bytes: int,
         give_up_seconds: float,
     ) -> None:
         self._operations = operations
         self._events = events
         self._options = options
+        self._wants = wants
         self._body_most_bytes = body_most_bytes
         self._give_up_seconds = give_up_seconds
         self.progress = ReconcileProgress()
@@ -94,7 +100,9 @@ class Reconciliation:
         `operator` is written to the audit. `dry_run`: nothing is audited and nothing recorded. Raises `StripeRefused`,
         `StripeUnavailable`, and the errors of Postgres; what was recorded until then stays recorded.
         """
-        recording = self._operations.recording(operator, str(self._options), give_up_seconds=self._give_up_seconds)
+        recording = self._operations.recording(
+            operator, str(self._options), wants=self._wants, give_up_seconds=self._give_up_seconds
+        )
         async with nullcontext() if dry_run else recording as record:
             async for window in self._windows():
                 missing = window.missing[::-1]
@@ -105,10 +113,14 @@ class Reconciliation:
                 while record is not None and missing:
                     batch, missing = missing[:BATCH], missing[BATCH:]
                     new = await record(batch)
-                    self.progress.recorded += new
-                    self.progress.missing -= len(batch) - new  # a delivery of them was faster
+                    self.progress.recorded += len(new)
+                    self.progress.ignored += sum(not self._wanted(each) for each in batch if each.event.id in new)
+                    self.progress.missing -= len(batch) - len(new)  # a delivery of them was faster
                     yield self.progress
                 yield self.progress
+
+    def _wanted(self, delivery: Delivery) -> bool:
+        return self._wants(delivery.event.type, delivery.event.livemode)
 
     async def _windows(self) -> AsyncIterator[_Window]:
         """Windows over the whole time, from old to new."""
