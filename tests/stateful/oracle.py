@@ -164,7 +164,8 @@ def dishonest(
 ) -> str | None:
     """I1 and I6: what is wrong with an answer, given the row right after it. The story is updated with the promise.
 
-    `wanted`: the process that answered has a handler for the event. `replayed`: an operator replayed the event between the delivery and its answer, which may then be out of date.
+    `wanted`: the process that answered has a handler for the event. `replayed`: an operator replayed the event
+    between the delivery and its answer, which may then be out of date.
     """
     if outcome.kind in PROMISES and story.promised is None:
         story.promised = outcome.kind
@@ -194,8 +195,8 @@ def expected(
 ) -> tuple[Kind | None, Status | None]:
     """The answer and the row's status, if both stores are reachable and nothing else works on this event.
 
-    `wanted`: the process has a handler for the event. `epoch` is the one that the process knows; `capacity` is whether a
-    handler could start at once. No answer: the handler is held. No status: the row does not change.
+    `wanted`: the process has a handler for the event. `epoch` is the one that the process knows. `capacity`: a handler
+    could start at once. No answer: the handler is held. No status: the row does not change.
     """
     if key is not None and key.marks(epoch):
         return Kind.DUPLICATE, None

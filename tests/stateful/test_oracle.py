@@ -65,9 +65,9 @@ BROKEN = {
     "I5: a handler": (story(promised=None), seen(None)),
     "I5: completed": (story(started={1}), seen(COMPLETED)),
     "I7: a marker": (story(promised=None, started=set()), seen(None, MARKER)),
-    "charged": (story(), seen(replace(FAILED, failures=2, abandoned=1))),
-    "a key that outlives": (story(), seen(FAILED, replace(LOCK, ttl_ms=900_000))),
-    "a key that outlives its kind": (story(), seen(FAILED, replace(MARKER, ttl_ms=-1))),
+    "more failures": (story(), seen(replace(FAILED, failures=2, abandoned=1))),
+    "a key that lives": (story(), seen(FAILED, replace(LOCK, ttl_ms=900_000))),
+    "a key that lives longer": (story(), seen(FAILED, replace(MARKER, ttl_ms=-1))),
 }
 
 
