@@ -9,7 +9,7 @@ REDIS_PASSWORD: Final = "c4n4ryredispassword"
 API_KEY: Final = "sk_live_c4n4ryapikey"
 CARD: Final = "4242424242424242"
 EMAIL: Final = "c4n4ry@person.example"
-TEXT: Final = "c4n4ryt3xt"  # of a payload: nobody can tell it from any other text
+TEXT: Final = "c4n4ryt3xt"  # payload data that looks like any other text
 
 # What may be kept of an exception's message, in the ledger: anything but these.
 REDACTED: Final = (SIGNING_SECRET, DATABASE_PASSWORD, API_KEY, CARD, EMAIL)

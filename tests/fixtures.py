@@ -1,4 +1,4 @@
-"""Events as Stripe sends them, for all tests, built anew from the shipped templates on each call.
+"""Events as Stripe sends them, for all tests, built from the shipped templates on each call.
 
 Guarantees: each call returns a new event id unless the caller gives one, so tests can share a database. A test's
 changes are merged into the template: a dict is merged into the dict of that name, any other value replaces the old one,

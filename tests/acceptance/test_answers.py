@@ -1,4 +1,4 @@
-"""How the endpoint refuses, besides rows 30 and 31 of the chaos suite: what its sender gets to see, and no row."""
+"""Refused requests, in addition to rows 30 and 31 of the chaos suite: their answers, and that they leave no row."""
 
 from collections.abc import AsyncIterator
 

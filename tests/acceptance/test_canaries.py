@@ -1,4 +1,4 @@
-"""Secrets and what a payload holds, put into every input and driven through every error path: nothing says them."""
+"""Secrets and payload data in every input, through every error path: no output shows them."""
 
 import asyncio
 import secrets
@@ -29,17 +29,17 @@ from tests.raw_connection import Reply
 LOUD: Overrides = {
     "STRIPE_WEBHOOK_SECRETS": SIGNING_SECRET,
     "handlers": "tests.acceptance.leaking_handlers",
-    "log_level": "debug",  # all that any library has to say too
+    "log_level": "debug",  # with the messages of all libraries
     "body_timeout_seconds": 1,
     "handler_slots": len(leaking_handlers.ASYNC) + len(leaking_handlers.SYNC),
-    "backoff_first_seconds": 600,  # each tells it once
+    "backoff_first_seconds": 600,  # each handler fails once
     "backoff_most_seconds": 600,
 }
 ASYNC, SYNC = "charge.refunded", "customer.created"
 
 
 def told(how: str, event_type: str = ASYNC, **changes: Any) -> Sample:
-    """An event whose handler tells all in this way."""
+    """An event whose handler puts everything into its error in this way."""
     event_id = f"evt_{secrets.token_hex(12)}"
     changes = {"account": TEXT, "data": {"object": {"metadata": metadata(how=how), "id": TEXT}}, **changes}
     return Sample(event_id, event_body(event_type, event_id, **changes))
@@ -53,7 +53,7 @@ def signed_request(body: bytes) -> bytes:
     return request([HOST, CLOSE, *signed(body, SIGNING_SECRET).items(), length(body)], body)
 
 
-# -- what handlers say --------------------------------------------------------------------------------
+# -- errors of handlers ------------------------------------------------------------------------------
 
 
 async def test_what_a_handler_says_stays_in_the_ledger(sandbox: Sandbox) -> None:
@@ -88,7 +88,7 @@ async def _said(service: Service, word: str) -> bool:
     return word in service.output
 
 
-# -- what callers say ---------------------------------------------------------------------------------
+# -- requests ----------------------------------------------------------------------------------------
 
 
 def refused_bodies() -> Iterator[bytes]:

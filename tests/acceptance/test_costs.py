@@ -1,4 +1,4 @@
-"""What a delivery costs the stores, counted where it goes over the wire: counts do not depend on the machine."""
+"""What a delivery costs the stores, counted on the connections: counts do not depend on the machine."""
 
 import re
 from collections import Counter
@@ -14,7 +14,7 @@ from tests.fixtures import signed
 from tests.proxy import Tap, before_postgres
 
 _CALM: Overrides = {"recovery_interval_seconds": 60}
-# What opens a connection, and recovery's own look at what is due.
+# Statements that open a connection, and recovery's query for due events.
 _UPKEEP = re.compile(
     r"set_config\('synchronous_commit', 'on', false\)|ledger_epoch|pg_control_system|pg_type|'jit'|ORDER BY due_at"
 )
@@ -31,7 +31,7 @@ _NAMES = {
 
 @dataclass
 class Statements(Tap):
-    """Postgres' protocol as a client speaks it: what it has the server execute, without the upkeep."""
+    """Parses a client's Postgres protocol: the statements that it executes, without the upkeep."""
 
     executed: list[str]
     _buffer: bytes = b""
@@ -54,7 +54,7 @@ class Statements(Tap):
 
     def _messages(self) -> Iterator[tuple[bytes, bytes]]:
         while len(self._buffer) >= 5:
-            named = int(self._started)  # the first ones, which open the connection, have no letter
+            named = int(self._started)  # the first messages, which open the connection, have no type byte
             end = named + int.from_bytes(self._buffer[named : named + 4])
             if len(self._buffer) < end:
                 return
@@ -62,7 +62,7 @@ class Statements(Tap):
             if named:
                 yield message[:1], message[5:]
             else:
-                self._started = message[4:8] == b"\0\3\0\0"  # it may ask for TLS first
+                self._started = message[4:8] == b"\0\3\0\0"  # it may request TLS first
 
     def _note(self, sql: str) -> None:
         if not _UPKEEP.search(sql):
@@ -71,7 +71,7 @@ class Statements(Tap):
 
 @dataclass
 class Costs:
-    """A service, and what it asks of the stores while a block runs."""
+    """A service, and its statements and commands to the stores while a block runs."""
 
     sandbox: Sandbox
     service: Service
@@ -87,7 +87,7 @@ class Costs:
 
 @asynccontextmanager
 async def costs(sandbox: Sandbox, workers: int = 1) -> AsyncIterator[Costs]:
-    """Of a service that has its connections open and its statements prepared."""
+    """A service with open connections and prepared statements."""
     executed: list[str] = []
     async with before_postgres(sandbox.database_url) as (proxy, database_url):
         proxy.tap = lambda: Statements(executed)
@@ -131,7 +131,7 @@ async def test_a_duplicate_of_a_completed_event(sandbox: Sandbox) -> None:
 
 
 async def test_an_invalid_signature(sandbox: Sandbox) -> None:
-    """Neither store hears of it."""
+    """It costs neither store a command."""
     async with costs(sandbox) as cost:
         event = sample()
         with cost.counting():

@@ -1,4 +1,4 @@
-"""What a handler may do, what it must not, and what becomes of its event either way."""
+"""What a handler may do, what it must not do, and the outcome of its event in each case."""
 
 import asyncio
 from pathlib import Path
@@ -33,7 +33,7 @@ async def service(shared_sandbox: Sandbox) -> Service:
         "invoice.payment_failed",
         "invoice.paid",  # its handler is a sync one
         "customer.subscription.deleted",  # by the wildcard customer.subscription.*
-        "v1.billing.meter.error_report_triggered",  # a thin event: no data, fetched by whoever needs it
+        "v1.billing.meter.error_report_triggered",  # a thin event: no data, a handler that needs it fetches it
     ],
 )
 async def test_each_kind_of_handler_is_dispatched_once(
@@ -59,7 +59,7 @@ async def test_a_type_that_nobody_handles_is_recorded_and_ignored(shared_sandbox
 
 @pytest.mark.parametrize("event_type", ["invoice.payment_failed", "invoice.paid"])
 async def test_a_handler_that_fails_and_then_works(event_type: str, shared_sandbox: Sandbox, service: Service) -> None:
-    """Twice a 500 in effect, one effect in the end: recovery goes on where Stripe's retry is hours away."""
+    """Two failures, then one effect: recovery retries hours before Stripe would."""
     event = sample("fail", event_type, until=2)
     answer = await shared_sandbox.deliver(service, event)
     assert (answer.result, answer.reason) == (FAILED, "The handler failed; the event will be retried")

@@ -1,4 +1,4 @@
-"""A store is away, or both, and what was promised is kept. (The fault matrix has the longer outages of one.)"""
+"""One store or both are unreachable, and every promise is kept. (The fault matrix has longer outages of one store.)"""
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from tests.proxy import Mode, Proxy, before_postgres, before_redis
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")  # the proxies live on one loop with the tests
 
-# As shipped: these tests are about just these times.
+# The defaults: these tests are about exactly these times.
 AS_SHIPPED: Overrides = {
     "redis_timeout_seconds": 0.2,
     "redis_breaker_seconds": 1,
@@ -58,7 +58,7 @@ async def proxied_service(shared_sandbox: Sandbox) -> AsyncIterator[Proxied]:
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def proxied(proxied_service: Proxied) -> AsyncIterator[Proxied]:
-    """With both stores back and seen to be so, before each test and after it."""
+    """Both stores are reachable, and the service reports that, before and after each test."""
     yield proxied_service
     for proxy in (proxied_service.postgres, proxied_service.redis):
         proxy.switch(Mode.OPEN)
@@ -67,8 +67,8 @@ async def proxied(proxied_service: Proxied) -> AsyncIterator[Proxied]:
     )
 
 
-async def test_no_marker_answers_for_a_ledger_that_cannot_be_asked(proxied: Proxied, shared_sandbox: Sandbox) -> None:
-    """While Postgres is away, perhaps being restored, a duplicate of what it held is promised nothing for long."""
+async def test_no_marker_answers_for_an_unreachable_ledger(proxied: Proxied, shared_sandbox: Sandbox) -> None:
+    """While Postgres is unreachable, perhaps for a restore, a duplicate soon gets a 503 in spite of its marker."""
     event = sample()
     assert (await shared_sandbox.deliver(proxied.service, event)).result == PROCESSED
     assert (await shared_sandbox.deliver(proxied.service, event)).result == IGNORED
@@ -84,7 +84,7 @@ async def test_no_marker_answers_for_a_ledger_that_cannot_be_asked(proxied: Prox
 
 
 async def test_a_start_without_redis(proxied: Proxied, shared_sandbox: Sandbox) -> None:
-    """Redis away is no reason not to start: the service is ready, degraded, records, and dispatches later."""
+    """A service starts without Redis: it is ready and degraded, records events, and dispatches them later."""
     proxied.redis.switch(Mode.REFUSE)
     service = await shared_sandbox.service(AS_SHIPPED | {"REDIS_URL": proxied.redis_url}).start()
     status, components = await service.components()
@@ -97,7 +97,7 @@ async def test_a_start_without_redis(proxied: Proxied, shared_sandbox: Sandbox) 
 
 
 @pytest.mark.smoke
-async def test_both_away(proxied: Proxied, shared_sandbox: Sandbox) -> None:
+async def test_both_unreachable(proxied: Proxied, shared_sandbox: Sandbox) -> None:
     """With neither store nothing can be promised, and the answer says so; both back, the retry is processed."""
     proxied.redis.switch(Mode.REFUSE)
     proxied.postgres.switch(Mode.REFUSE)

@@ -1,4 +1,4 @@
-"""The proxy keeps its own promises: a chaos test that leans on it must not be testing the proxy."""
+"""The proxy works as documented: a chaos test that uses it must not be testing the proxy."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -14,7 +14,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 @dataclass(slots=True)
 class Echo:
-    """A proxy before a server that sends back what it hears, and remembers it."""
+    """A proxy in front of a server that records and echoes what it receives."""
 
     proxy: Proxy
     heard: bytearray
@@ -75,7 +75,7 @@ async def test_open_forwards_both_ways(echo: Echo) -> None:
 
 
 async def test_refuse_cuts_and_refuses_and_the_port_stays(echo: Echo) -> None:
-    """Connections are cut, new ones refused, nobody else can take the port, and reopening serves on it again."""
+    """Connections are cut, new ones refused, no other process gets the port, and after reopening it is served again."""
     reader, writer = await echo.connect()
     writer.write(b"hello")
     await said(reader, 5)
@@ -110,7 +110,7 @@ async def test_frozen_accepts_and_forwards_when_thawed(echo: Echo) -> None:
 
 
 async def test_mute_lets_the_server_hear(echo: Echo) -> None:
-    """The server hears, its reply does not arrive; it does once the proxy is open again."""
+    """The server receives the data, and its reply arrives only once the proxy is open again."""
     reader, writer = await echo.connect()
     echo.proxy.switch(Mode.MUTE)
     writer.write(b"hello")
@@ -136,7 +136,7 @@ async def test_a_hole_lets_nobody_in_and_nothing_through(echo: Echo) -> None:
 
 
 class Cutting(Tap):
-    """Cuts where it is shown the word: `ask` before the server hears it, `answer` when that has heard."""
+    """Cuts the connection at a word: `ask`, before the server receives it; `answer`, after the server has replied."""
 
     def sent(self, chunk: bytes) -> None:
         if b"ask" in chunk:
@@ -149,7 +149,7 @@ class Cutting(Tap):
 
 @pytest.mark.parametrize(("word", "heard"), [(b"ask", b""), (b"answer", b"answer")])
 async def test_a_tap_cuts_its_own_connection(echo: Echo, word: bytes, heard: bytes) -> None:
-    """Before the server hears, or after it has answered; the other connections know nothing of it."""
+    """Before the server receives the data, or after it has answered; other connections are not affected."""
     other, to_other = await echo.connect()
     to_other.write(b"before")
     await said(other, 6)
@@ -163,7 +163,7 @@ async def test_a_tap_cuts_its_own_connection(echo: Echo, word: bytes, heard: byt
 
 
 async def test_a_chunk_is_seen_before_it_is_forwarded(echo: Echo) -> None:
-    """A test can act on the very words that must not arrive: the server has not heard them when the line is cut."""
+    """A test can act at the data that must not arrive: the connection is cut before the server has received it."""
 
     def cut(sent: bytes) -> None:
         if b"COMMIT" in sent:
@@ -180,7 +180,7 @@ async def test_a_chunk_is_seen_before_it_is_forwarded(echo: Echo) -> None:
 
 
 async def test_leaving_closes_everything(echo: Echo) -> None:
-    """After the block nobody is connected, and nobody listens."""
+    """After the block, no client is connected and nothing listens."""
     async with Proxy(Upstream("127.0.0.1", echo.proxy.port)) as outer:
         reader, writer = await asyncio.open_connection("127.0.0.1", outer.port)
         writer.write(b"hello")

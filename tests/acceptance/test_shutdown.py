@@ -1,4 +1,4 @@
-"""How a service ends: asked to, with work in flight; and when the process that looks after it is killed."""
+"""How a service ends: by a signal, with work in flight; and when its supervisor is killed."""
 
 import asyncio
 import signal

@@ -1,4 +1,4 @@
-"""Passwords and payloads where stores are away, refuse or break: what is said of it holds none of them."""
+"""Stores that are unreachable, refuse or break: no message about them holds a password or a payload."""
 
 import asyncio
 import os
@@ -42,8 +42,8 @@ def command(folder: Path, database_url: str, redis_url: str) -> Command:
     return Command(folder, environment)
 
 
-async def test_what_the_command_is_given_it_does_not_show(tmp_path: Path) -> None:
-    """Each command that meets stores that are away, a bad event, place or module: it says why, and no more."""
+async def test_no_command_shows_its_secrets(tmp_path: Path) -> None:
+    """Each command with unreachable stores, a bad event, URL or module: it names the reason, and no secret."""
     run = command(
         tmp_path,
         f"postgresql://shop:{DATABASE_PASSWORD}@127.0.0.1:1/shop",
@@ -53,7 +53,7 @@ async def test_what_the_command_is_given_it_does_not_show(tmp_path: Path) -> Non
     (tmp_path / "event.json").write_text(f"{{{STORY}")
     (tmp_path / "list.json").write_text(f'["{TEXT}"]')
     place = f"http://user:{DATABASE_PASSWORD}@127.0.0.1:1/{TEXT}"
-    stores_away = [["check"], ["serve", "--port", "0"], ["migrate"], ["epoch", "rotate"]]
+    unreachable = [["check"], ["serve", "--port", "0"], ["migrate"], ["epoch", "rotate"]]
     bad = [
         ["send", "--file", "event.json"],
         ["send", "--file", "list.json"],
@@ -62,22 +62,22 @@ async def test_what_the_command_is_given_it_does_not_show(tmp_path: Path) -> Non
         ["send", "invoice.paid", "--url", f"http://user:{DATABASE_PASSWORD}@h:port/"],
     ]
     *runs, broken = await asyncio.gather(
-        *(run(*arguments) for arguments in (*stores_away, *bad)), run("check", FIRSTCLAIM_HANDLERS="shop_broken")
+        *(run(*arguments) for arguments in (*unreachable, *bad)), run("check", FIRSTCLAIM_HANDLERS="shop_broken")
     )
     assert [each.code for each in runs] == [3, 3, 3, 3, 2, 2, 1, 2, 2]
     for each in runs:
         assert_silent(each.output)
     assert broken.code == 2
-    broken.shows("cannot import shop_broken", "RuntimeError", TEXT)  # why is for the operator to know
+    broken.shows("cannot import shop_broken", "RuntimeError", TEXT)  # the operator needs the reason
     assert_silent(broken.output, allowed=(TEXT,))
 
 
-# -- stores that want a password ----------------------------------------------------------------------
+# -- stores that require a password -------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Guarded:
-    """Both stores let nobody in without a password, and a proxy stands before each."""
+    """Both stores require a password, and there is a proxy in front of each."""
 
     own: Own
     postgres: Proxy
@@ -88,7 +88,7 @@ class Guarded:
     @classmethod
     @asynccontextmanager
     async def stores(cls, own: Own) -> AsyncIterator["Guarded"]:
-        """With the passwords that nobody may say."""
+        """Set the passwords that must never be shown."""
         await own.postgres.execute(f"CREATE ROLE shop LOGIN SUPERUSER PASSWORD '{DATABASE_PASSWORD}'")
         rules = own.postgres.data / "pg_hba.conf"
         rules.write_text("local all shop scram-sha-256\n" + rules.read_text())
@@ -102,14 +102,14 @@ class Guarded:
             yield cls(own, postgres, redis, database_url, redis_url)
 
     async def lock_out(self) -> None:
-        """Both have another password from now on, and nobody is in."""
+        """Change both passwords, and end all connections."""
         await self.own.redis.call("CONFIG", "SET", "requirepass", OTHER_PASSWORD)
         await self.own.redis.call("CLIENT", "KILL", "USER", "default")
         await self.own.postgres.execute(f"ALTER ROLE shop PASSWORD '{OTHER_PASSWORD}'")
         self.postgres.cut()
 
     async def let_in(self) -> None:
-        """By the password that the service has."""
+        """Restore the passwords that the service has."""
         await self.own.redis.call("CONFIG", "SET", "requirepass", REDIS_PASSWORD)
         await self.own.postgres.execute(f"ALTER ROLE shop PASSWORD '{DATABASE_PASSWORD}'")
 
@@ -122,18 +122,18 @@ class Guarded:
     async def freeze(self) -> None:
         self._switch(Mode.FROZEN)
 
-    async def mend(self) -> None:
+    async def restore(self) -> None:
         self._switch(Mode.OPEN)
 
     def _switch(self, mode: Mode) -> None:
         self.postgres.switch(mode)
         self.redis.switch(mode)
-        if mode is Mode.OPEN:  # what was sent into the silence has no answer to come
+        if mode is Mode.OPEN:  # requests that were sent meanwhile get no answer
             self.postgres.cut()
             self.redis.cut()
 
 
-async def test_what_is_said_of_stores_that_let_nobody_in(own: Own) -> None:
+async def test_no_message_about_unreachable_stores_shows_a_secret(own: Own) -> None:
     """Refused, frozen, mute, or with another password: no log, answer, probe or command holds a password or payload."""
     async with Guarded.stores(own) as guarded:
         service = await own.history.service(
@@ -147,20 +147,20 @@ async def test_what_is_said_of_stores_that_let_nobody_in(own: Own) -> None:
         ).start()
         run = command(own.history.sandbox.folder, guarded.database_url, guarded.redis_url)
         assert (await run("check")).code == 0
-        for breaks, mends, commands in (
-            (guarded.refuse, guarded.mend, ["check"]),
-            (guarded.freeze, guarded.mend, ["check"]),
-            (guarded.mute, guarded.mend, []),
+        for inject, remove, commands in (
+            (guarded.refuse, guarded.restore, ["check"]),
+            (guarded.freeze, guarded.restore, ["check"]),
+            (guarded.mute, guarded.restore, []),
             (guarded.lock_out, guarded.let_in, ["check", "serve --port 0", "migrate"]),
         ):
-            event = telling()
-            await breaks()
+            event = event_with_secrets()
+            await inject()
             with own.history.postgres_unreachable():
-                said = [await said_of(service, event)]
+                seen = [await answer_and_readiness(service, event)]
                 runs = await asyncio.gather(*(run(*each.split()) for each in commands))
-            await mends()
+            await remove()
             assert {each.code for each in runs} <= {3}
-            for each in (*said, *(each.output for each in runs)):
+            for each in (*seen, *(each.output for each in runs)):
                 assert_silent(each)
             assert (await retried(own.history, service, event)).status in (200, 202)
             await own.history.sandbox.settled(event)
@@ -170,13 +170,13 @@ async def test_what_is_said_of_stores_that_let_nobody_in(own: Own) -> None:
         assert "redis_away" in service.output
 
 
-def telling() -> Sample:
-    """An event that holds all that must not be said."""
+def event_with_secrets() -> Sample:
+    """An event that holds everything that must not be shown."""
     return sample(**metadata())
 
 
-async def said_of(service: Service, event: Sample) -> str:
-    """An answer, and the probe's."""
+async def answer_and_readiness(service: Service, event: Sample) -> str:
+    """The answer to a delivery, and that of `/readyz`."""
     answer = await post(service.url, event.body)
     assert answer.status == 503
     return f"{answer.content} {answer.headers} {(await service.get('/readyz')).text}"

@@ -1,6 +1,6 @@
-"""Rows 17 and 18: the connection is cut at a COMMIT, and nobody can tell from it whether the server did it.
+"""Rows 17 and 18: the connection is cut at a COMMIT, so that the service cannot know whether it was executed.
 
-A proxy stands before Postgres and acts at the very message: the INSERT, which commits by itself, is the first to
+A proxy in front of Postgres acts at exactly that message: the INSERT, which commits by itself, is the first to
 name the event, and the completion's COMMIT is the only one there is.
 """
 
@@ -37,7 +37,7 @@ class Cut:
     proxy: Proxy
 
     def at(self, words: Callable[[bytes], bool], mode: Mode) -> asyncio.Event:
-        """Have the proxy change its mode when such a message comes by, before it is forwarded; tells when it did."""
+        """Have the proxy change its mode at such a message, before forwarding it; the event is set when it does."""
         met = asyncio.Event()
 
         def look(sent: bytes) -> None:
@@ -48,13 +48,13 @@ class Cut:
         self.proxy.on_sent = look
         return met
 
-    def mend(self) -> None:
-        """Cut what stands, and let everybody in again."""
+    def repair(self) -> None:
+        """Cut all connections, and accept new ones again."""
         self.proxy.switch(Mode.REFUSE)
         self.proxy.switch(Mode.OPEN)
 
     async def seen(self, event: Sample, status: Status) -> Row:
-        """Wait until the ledger, asked past the proxy, says so."""
+        """Wait until the ledger, read without the proxy, shows that status."""
         row = await eventually(lambda: self.history.sandbox.row(event), lambda row: row and row.status is status)
         assert row is not None
         return row
@@ -62,7 +62,7 @@ class Cut:
 
 @pytest.fixture
 async def cut(history: History) -> AsyncIterator[Cut]:
-    """One service; what nobody holds is taken over within a second."""
+    """One service, which takes over abandoned events within a second."""
     async with before_postgres(history.sandbox.database_url) as (proxy, through):
         service = await history.service(SHORT_LEASE | {"DATABASE_URL": through}).start()
         yield Cut(history, service, proxy)
@@ -76,7 +76,7 @@ async def test_row_17_insert_cut_before_the_server_saw_it(cut: Cut) -> None:
     assert (await answered(cut.history, cut.service, event)).result == UNAVAILABLE
     assert met.is_set()
     assert await cut.history.sandbox.row(event) is None
-    cut.mend()
+    cut.repair()
     assert (await retried(cut.history, cut.service, event)).result == PROCESSED
     assert (await cut.history.sandbox.settled(event)).counts == (1, 0, 0)
     await verdict(cut.history)
@@ -89,7 +89,7 @@ async def test_row_17_insert_cut_after_the_server_saw_it(cut: Cut) -> None:
     delivery = asyncio.create_task(answered(cut.history, cut.service, event))
     await met.wait()
     await cut.seen(event, Status.PROCESSING)
-    cut.mend()
+    cut.repair()
     assert (await delivery).result == UNAVAILABLE
     assert (await retried(cut.history, cut.service, event)).result in (PROCESSED, IGNORED)
     row = await cut.history.sandbox.settled(event)
@@ -105,7 +105,7 @@ async def test_row_18_completion_cut_after_the_server_saw_it(cut: Cut) -> None:
     delivery = asyncio.create_task(answered(cut.history, cut.service, event))
     await met.wait()
     await cut.seen(event, Status.COMPLETED)
-    cut.mend()
+    cut.repair()
     assert (await delivery).result == PROCESSED
     await completed_once(cut, event)
 
@@ -119,7 +119,7 @@ async def test_row_18_completion_cut_and_the_ledger_gone(cut: Cut) -> None:
     await cut.seen(event, Status.COMPLETED)
     cut.proxy.switch(Mode.REFUSE)
     assert (await delivery).result == UNAVAILABLE
-    cut.mend()
+    cut.repair()
     assert (await retried(cut.history, cut.service, event)).result == IGNORED
     await completed_once(cut, event)
 

@@ -1,4 +1,4 @@
-"""Row 30: whatever stands under a valid signature is an event stored byte for byte, or a 400 and no row."""
+"""Row 30: any content with a valid signature is an event, stored byte for byte, or gets a 400 and no row."""
 
 from collections.abc import Mapping
 from urllib.parse import urlsplit
@@ -119,7 +119,7 @@ async def stored(sandbox: Sandbox) -> dict[str, bytes]:
 
 
 def assert_quiet(service: Service, *expected: str) -> None:
-    """Every line since the service was ready is one JSON object, and none but these tells of anything that broke."""
+    """Every line since the start is one JSON object, and only the expected ones have a level above info."""
     said = [orjson.loads(line) for line in service.output.partition("Application startup complete")[2].splitlines()[1:]]
     assert said
     assert [line["event"] for line in said if line["level"] != "info"] == list(expected)

@@ -1,7 +1,7 @@
-"""Rows 33 to 35: several at one row at once, in every order. One dispatch, no waiting, no deadlock, no row left over.
+"""Rows 33 to 35: concurrent work on one row, in every order. One dispatch, no waiting, no deadlock, no row left over.
 
-What is said here holds however a service groups its statements: the tests fire many deliveries at the same moment,
-so that one that batches them has a batch.
+This must hold however a service groups its statements. The tests send many deliveries at the same moment, so that a
+service that batches them has a batch.
 """
 
 import asyncio
@@ -80,7 +80,7 @@ async def test_row_33_no_insert_waits_for_a_handler(history: History, tmp_path: 
     await verdict(history)
 
 
-# Time for two statements with the same rows to meet in the middle.
+# Slow enough for two statements with the same rows to run into each other.
 _SLOW_INSERTS = """
 CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS
     'BEGIN PERFORM pg_sleep(0.002); RETURN NEW; END';
@@ -108,14 +108,14 @@ async def test_row_34_opposite_orders(history: History) -> None:
 # -- row 35: the holder of the lock, who recorded meanwhile, and recovery -----------------------------
 #
 # `holder` gets the lock and stops there; a copy reaches `other`, which may only record. Then three can finish it:
-# the holder, recovery, and nobody in particular if the holder has died.
+# the holder, recovery, or a later delivery if the holder has died.
 
 LOCK_SECONDS = 20.0  # until the test lets them run out
 Delivery = asyncio.Task[Answer | None]
 
 
 def a_service(history: History, *arguments: Path, stopping_at: str = "", arrivals: int = 1) -> Service:
-    """A service whose locks last; it stops itself at each of the points, once, leaving word in the folder."""
+    """A service with long locks. It stops itself at each of the points, once, and notes that in the folder."""
     settings: Overrides = {"lock_ttl_seconds": LOCK_SECONDS}
     if stopping_at:
         times = stopping_at.count(",") + 1
@@ -139,7 +139,7 @@ async def recorded_behind(holder: Service, other: Service, history: History, eve
 
 
 async def locks_run_out(history: History, clock: Clock) -> None:
-    """As they do by themselves after their time: gone from Redis, and what was recorded behind them is due."""
+    """The locks disappear from Redis as after their TTL, and the events that were recorded meanwhile become due."""
     history.sandbox.empty_redis()
     await clock.advance(LOCK_SECONDS)
 

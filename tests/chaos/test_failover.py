@@ -1,4 +1,4 @@
-"""Row 16: the Redis primary dies with its last writes, and the replica that never heard of them takes its place."""
+"""Row 16: the Redis primary dies with its last writes, and a replica without them takes its place."""
 
 import asyncio
 

@@ -40,13 +40,13 @@ AS_SHIPPED: Overrides = {"backoff_first_seconds": FIRST_SECONDS, "backoff_most_s
 
 @pytest.fixture
 async def standing(history: History) -> AsyncIterator[Clock]:
-    """The history's database has a clock that stands: nothing is due but by the test's doing."""
+    """The history's database has a stopped clock: the test decides what is due."""
     async with clocks.installed(history.sandbox.database_url, standing=True) as clock:
         yield clock
 
 
 async def deliver_all(history: History, service: Service, events: Sequence[Sample]) -> Counter[object]:
-    """What was said to a delivery of each of them."""
+    """Deliver each of the events; returns the results."""
     answers = await asyncio.gather(*(history.deliver(service, event) for event in events))
     return Counter(answer and answer.result for answer in answers)
 
@@ -58,7 +58,7 @@ SELECT count(*) FROM stripe_events
 
 
 async def tried(history: History, events: Sequence[Sample]) -> list[Row]:
-    """Wait until recovery has tried whatever is due; returns the rows."""
+    """Wait until recovery has tried everything that is due; returns the rows."""
 
     async def to_do() -> int:
         count: int = (await history.sandbox.fetch(_TO_DO))[0][0]
@@ -80,7 +80,7 @@ async def test_row_25_fails_and_then_works(history: History, standing: Clock) ->
         whole = FIRST_SECONDS * 2 ** (count - 1)
         waits = [row.due_in_seconds for row in rows]
         assert all(whole / 2 <= wait <= whole for wait in waits), waits
-        assert len(set(waits)) > len(waits) / 2, "they are not to come back together"
+        assert len(set(waits)) > len(waits) / 2, "their retries must not coincide"
         await standing.advance(whole)
     for row in await history.sandbox.all_settled(events):
         assert row.counts == (failures + 1, failures, 0)
@@ -129,7 +129,7 @@ async def test_row_26_fails_for_three_days(history: History, standing: Clock, tm
     assert dead.counts == (last.attempt + 1, last.failures + 1, 0)
     assert (await answered(history, service, event)).result == IGNORED
 
-    # Recovery comes by, for an event that failed later, and leaves it alone.
+    # Recovery runs for an event that failed later, and leaves the dead one alone.
     later = sample("fail", until=1)
     assert (await answered(history, service, later)).result == FAILED
     await standing.advance(FIRST_SECONDS)
@@ -173,7 +173,7 @@ async def test_row_26_an_event_that_aborts_its_process(history: History, tmp_pat
     for event in events:  # as Stripe does, until it is answered; by then the poison may have met recovery
         await eventually(partial(history.deliver, service, event))
 
-    # Each time a worker has to be started anew.
+    # A worker has to be started each time.
     await eventually(
         lambda: history.sandbox.row(poison), lambda row: row and row.status is Status.DEAD, RESTARTS_SECONDS
     )
@@ -186,7 +186,7 @@ async def test_row_26_an_event_that_aborts_its_process(history: History, tmp_pat
     assert max(row.abandoned for row in rows) <= 2, Counter(row.counts for row in rows)
 
     assert (await answered(history, service, sample())).result == PROCESSED, "the supervisor restarted its workers"
-    history.sandbox.empty_redis()  # or the marker answers, and the ledger is not asked
+    history.sandbox.empty_redis()  # otherwise the marker answers, and the ledger is not read
     again = await answered(history, service, poison)
     assert (again.result, again.reason) == (IGNORED, f"Event {poison.id} is dead: replay it")
 

@@ -1,7 +1,7 @@
-"""Rows 5 to 9: kill -9 at the worst moments. Whatever was promised is kept, and nothing is done twice.
+"""Rows 5 to 9: kill -9 at the worst moments. Every promise is kept, and nothing is done twice.
 
-Two services share the sandbox, and the one that a delivery reaches dies of it at a chosen point. The ledger's leases
-run on a clock that the test puts forward: until then nothing is recovered, so each moment can be looked at.
+Two services share the sandbox. The one that receives a delivery is killed at a chosen point. The ledger's leases run
+on a clock that the test advances: until then nothing is recovered, so each state can be checked.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ KILLS = 3
 
 
 async def died_at(point: str, history: History, folder: Path, *events: Sample) -> Service:
-    """Have a service die of `events` at `point`, all unanswered; returns another one, which is well."""
+    """Let a service be killed by `events` at `point`, all of them unanswered; returns another, healthy service."""
     doomed = history.service(PATIENT | armed(point, folder / "kills", arrivals=len(events)))
     survivor = history.service(PATIENT)
     await asyncio.gather(doomed.start(), survivor.start())
@@ -48,10 +48,12 @@ async def test_row_05_killed_after_the_lock(history: History, tmp_path: Path) ->
     """Killed between lock and row: no retry is ignored before there is a row, and each event completes."""
     retried, silent = sample(), sample()
     survivor = await died_at("lock", history, tmp_path, retried, silent)
-    assert (await history.sandbox.key(silent) or b"").startswith(b"claimed:"), "it was to die with the lock held"
+    assert (await history.sandbox.key(silent) or b"").startswith(b"claimed:"), (
+        "it should have been killed with the lock held"
+    )
     assert await history.sandbox.rows() == 0
 
-    # While the dead one's lock lasts a retry is recorded, and then ignored; afterwards it is processed.
+    # While the lock of the killed service lasts, a retry is recorded and then ignored; afterwards it is processed.
     assert (await answered(history, survivor, retried)).result in (IGNORED, PROCESSED)
     assert (await history.sandbox.settled(retried)).counts == (1, 0, 0)
     await eventually(lambda: history.sandbox.key(silent), lambda value: value is None)
@@ -80,10 +82,10 @@ async def dead_before_the_commit(point: str, history: History, clock: Clock, fol
     held = await history.sandbox.settled(event, Status.PROCESSING)  # and no effect is there
     assert held.counts == (1, 0, 0)
     assert (await answered(history, survivor, event)).result == IGNORED
-    assert await history.sandbox.row(event) == held, "nobody takes it over while its lease lasts"
+    assert await history.sandbox.row(event) == held, "nothing takes it over while its lease lasts"
 
     await clock.advance(LEASE_SECONDS)
-    # A vanished holder is no failure of its handler: it is counted apart.
+    # An abandoned attempt is no failure of the handler: it is counted separately.
     assert (await history.sandbox.settled(event)).counts == (2, 0, 1)
     assert dispatched(history, event)[-1] == 2
     await verdict(history)
@@ -104,8 +106,8 @@ async def test_row_08_killed_after_the_completion(history: History, clock: Clock
     await verdict(history)
 
 
-# What is delivered until three processes have died. One event meets a point that its attempts come to one by one;
-# the commit is each event's last.
+# The number of events that are delivered until three processes have been killed. One event is enough for a point that
+# each of its attempts reaches; after a commit an event has no further attempt.
 VICTIMS = {"lock": 1, "insert,take_over": 1, "handler": 1, "mark": 1, "commit": KILLS}
 
 
@@ -113,7 +115,7 @@ VICTIMS = {"lock": 1, "insert,take_over": 1, "handler": 1, "mark": 1, "commit": 
 async def test_row_09_killed_three_times_running(points: str, history: History, tmp_path: Path) -> None:
     """Killed at the same point three times in a row, in any process: the event settles then, with one effect."""
     folder = tmp_path / "kills"
-    # The supervisor starts a worker anew whenever one has died.
+    # The supervisor starts a worker whenever one has died.
     service = await history.service(SHORT_LEASE | armed(points, folder, times=KILLS), workers=2).start()
     events = [sample() for _ in range(VICTIMS[points])]
     for event in events:

@@ -1,4 +1,4 @@
-"""Row 31: what is not a signed event, or never becomes one, costs no store a command and the others no time."""
+"""Row 31: a request that is no signed event, or never becomes one, costs no store a command and delays no other."""
 
 import asyncio
 import contextlib
@@ -27,11 +27,11 @@ LATE_SECONDS: Final = 30.0  # on top of a deadline: the machine may be busy
 _NO_UPKEEP: Final[Overrides] = {"recovery_interval_seconds": 60, "body_timeout_seconds": BODY_SECONDS}
 
 
-# -- what it costs ------------------------------------------------------------------------------------
+# -- costs --------------------------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager
-async def nothing_asked(history: History, service: Service) -> AsyncIterator[None]:
+async def no_store_used(history: History, service: Service) -> AsyncIterator[None]:
     """The block costs no command of Redis and no statement of Postgres and leaves no row; a delivery costs both."""
     async with Sessions.of(history.sandbox) as sessions:
         await sessions.end()
@@ -56,18 +56,18 @@ async def test_row_31_what_is_refused_costs_nothing(history: History) -> None:
     """Every bad signature, framing, size and path, and smuggled deliveries: refused, and no store is contacted."""
     service = await history.service(_NO_UPKEEP).start()
     refused = requests()
-    async with nothing_asked(history, service):
+    async with no_store_used(history, service):
         seen = {name: await one_answer(service, each.chunks) for name, each in refused.items()}
     assert {name: reply.status for name, reply in seen.items()} == {name: each.status for name, each in refused.items()}
     reasons = {name: reason_of(reply.status, reply.body) for name, reply in seen.items()}
     assert all(reasons.values())
-    # Which of the things it is that is wrong with a signature is nobody's business.
+    # The reason does not reveal what is wrong with a signature.
     assert len({reason for name, reason in reasons.items() if name.startswith("signature: ")}) == 1
     await verdict(history)
 
 
 async def one_answer(service: Service, chunks: Sequence[bytes]) -> Reply:
-    """What is answered while the chunks are sent; the service need not take all of them."""
+    """The answer while the chunks are sent; the service need not receive all of them."""
     connection = await RawConnection.open(service.port)
     sending = asyncio.create_task(connection.send(*chunks))
     try:
@@ -144,7 +144,7 @@ AGAIN: Final[dict[str, tuple[bytes, bytes]]] = {  # on a connection that had its
 async def test_row_31_slow_requests_are_given_up(history: History) -> None:
     """Heads, bodies and their framing, stalled or sent byte by byte: 408 when their time is over, not before."""
     service = await history.service(_NO_UPKEEP).start()
-    async with nothing_asked(history, service):
+    async with no_store_used(history, service):
         seen = await asyncio.gather(
             *(slowly(service, first, more) for first, more, *_ in SLOWLY.values()),
             *(slowly(service, first, more, answered_before=True) for first, more in AGAIN.values()),
@@ -161,7 +161,7 @@ async def test_row_31_slow_requests_are_given_up(history: History) -> None:
 async def slowly(
     service: Service, first: bytes, more: bytes, *, answered_before: bool = False
 ) -> tuple[list[int], float]:
-    """The statuses that come until the service hangs up, and after how long it does."""
+    """The statuses until the service closes the connection, and the seconds until then."""
     connection = await RawConnection.open(service.port)
     if answered_before:
         await connection.send(LIVEZ + b"\r\n")

@@ -1,4 +1,4 @@
-"""Rows 12 and 13: Redis is away, or refuses. Acceptance does not wait for it, dispatch does, and nobody sees a 500."""
+"""Rows 12 and 13: Redis is unreachable, or refuses. Acceptance does not wait for it, dispatch does; never a 500."""
 
 import asyncio
 import math
@@ -20,35 +20,35 @@ from tests.proxy import Mode, Proxy, before_redis
 SENDERS = 4
 BREAKER_SECONDS = 0.5
 WINDOWS = 4
-# The time-outs as shipped; the breaker asks twice as often, for more windows in the time of the test.
+# The default timeouts; the breaker tries twice as often, for more windows in the time of the test.
 PATIENCE: Overrides = {"redis_timeout_seconds": 0.2, "redis_breaker_seconds": BREAKER_SECONDS}
 
 
-# -- row 12: away -------------------------------------------------------------------------------------
+# -- row 12: unreachable ------------------------------------------------------------------------------
 
 
 async def stop(server: RedisServer, _: Proxy) -> None:
-    """Nobody listens any more."""
+    """Nothing listens any more."""
     await server.stop()
 
 
 async def start(server: RedisServer, _: Proxy) -> None:
-    """It is back, and empty."""
+    """Redis is back, and empty."""
     await server.start()
 
 
 async def freeze(server: RedisServer, _: Proxy) -> None:
-    """It takes connections and commands, and answers none."""
+    """Redis accepts connections and commands, and answers none."""
     server.pause()
 
 
 async def thaw(server: RedisServer, _: Proxy) -> None:
-    """It answers all of them, long after anybody waits."""
+    """Redis answers all of them, after everyone has stopped waiting."""
     server.resume()
 
 
 async def lose_packets(_: RedisServer, proxy: Proxy) -> None:
-    """Connections stand silent, and no new one is established or refused."""
+    """No data passes, and no new connection is established or refused."""
     proxy.switch(Mode.HOLE)
 
 
@@ -62,11 +62,11 @@ Act = Callable[[RedisServer, Proxy], Awaitable[None]]
 
 @pytest.mark.alone
 @pytest.mark.parametrize(
-    ("break_it", "mend_it"),
+    ("inject", "repair"),
     [(stop, start), (freeze, thaw), (lose_packets, pass_packets)],
     ids=["stopped", "frozen", "black-holed"],
 )
-async def test_row_12_redis_away(break_it: Act, mend_it: Act, servers: Servers, history: History) -> None:
+async def test_row_12_redis_away(inject: Act, repair: Act, servers: Servers, history: History) -> None:
     """Every new event is recorded and deferred within a second, a known one is ignored; later all of them settle."""
     server = await servers.redis()
     history.sandbox.redis_url = server.url
@@ -75,7 +75,7 @@ async def test_row_12_redis_away(break_it: Act, mend_it: Act, servers: Servers, 
         known = sample()
         assert (await answered(history, service, known)).result == PROCESSED
 
-        await break_it(server, proxy)
+        await inject(server, proxy)
         fresh = await answered(history, service, sample())
         assert (fresh.result, fresh.reason) == (DEFERRED, "Recorded; dispatched when Redis is reachable again")
         load = Load(history, [service], senders=SENDERS, copies=2)
@@ -89,7 +89,7 @@ async def test_row_12_redis_away(break_it: Act, mend_it: Act, servers: Servers, 
         assert (status, components["redis"], components["postgres"]) == (200, "degraded", "ok")
         print(f"{len(load.seconds)} deferred, the slowest in {max(load.seconds):.3f} s")
 
-        await mend_it(server, proxy)
+        await repair(server, proxy)
         await verdict(history)
         assert (await answered(history, service, sample())).result == PROCESSED
 
@@ -101,24 +101,24 @@ async def test_row_12_one_timeout_per_breaker_window(servers: Servers, history: 
     history.sandbox.redis_url = server.url
     service = await history.service(PATIENCE | {"redis_timeout_seconds": BREAKER_SECONDS / 5}).start()
     load = Load(history, [service], senders=SENDERS, copies=2)
-    await load.deliver(SENDERS)  # so that connections stand
-    before = await asked(server)
+    await load.deliver(SENDERS)  # so that connections are open
+    before = await commands_received(server)
     began = time.monotonic()
     server.pause()
     async with load.running():
         await asyncio.sleep(WINDOWS * BREAKER_SECONDS)
     server.resume()
     windows = math.ceil((time.monotonic() - began) / BREAKER_SECONDS)
-    # A window's command asks for a lock on a connection that stands, or opens one: that is as far as it gets.
-    times = await asked(server) - before
+    # The command of a window takes a lock on an open connection, or opens one: it gets no further.
+    times = await commands_received(server) - before
     assert WINDOWS // 2 <= times <= SENDERS + windows + 1
     assert load.results[DEFERRED] > 5 * times
-    print(f"{load.results[DEFERRED]} deferred, Redis asked {times} times in {windows} windows")
+    print(f"{load.results[DEFERRED]} deferred, {times} commands to Redis in {windows} windows")
     await verdict(history)
 
 
-async def asked(server: RedisServer) -> int:
-    """How many connections and locks it was asked for, but not by the tests."""
+async def commands_received(server: RedisServer) -> int:
+    """The number of connections and lock commands that it has received, without those of the tests."""
     locks = (await server.call("INFO", "commandstats")).get("cmdstat_set", {"calls": 0})["calls"]
     connections = (await server.call("INFO", "stats"))["total_connections_received"]
     return int(locks + connections - server.calls)
@@ -129,7 +129,7 @@ async def asked(server: RedisServer) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """Commands that make Redis refuse, those that mend it, and what may be answered meanwhile."""
+    """Commands that make Redis refuse, commands that end that, and the results that are allowed meanwhile."""
 
     begin: tuple[str, ...]
     end: tuple[str, ...]
@@ -139,13 +139,13 @@ class Refusal:
 REFUSALS: Final[Mapping[str, Refusal]] = {
     "OOM": Refusal(("CONFIG SET maxmemory 1",), ("CONFIG SET maxmemory 0",)),
     "READONLY": Refusal(("REPLICAOF 127.0.0.1 1",), ("REPLICAOF NO ONE",)),
-    # Whoever was let in before stays in: so all of them are sent out.
+    # Connections that are authenticated stay so: all of them are ended.
     "NOAUTH": Refusal(
         ("CONFIG SET requirepass secret", "CLIENT KILL TYPE normal"),
         ("ACL SETUSER default nopass",),
     ),
     "NOPERM for the lock": Refusal(("ACL SETUSER default -set",), ("ACL SETUSER default +set",)),
-    # A lock can be had, and no marker written: events are processed, until the breaker has noticed.
+    # A lock can be taken, but no marker written: events are processed until the breaker opens.
     "NOPERM for the marker": Refusal(
         ("ACL SETUSER default -eval",), ("ACL SETUSER default +eval",), frozenset({PROCESSED, IGNORED, DEFERRED})
     ),

@@ -93,7 +93,7 @@ async def test_row_22_rotated_under_a_running_service(own: Own) -> None:
     # Lost connections put the epoch in doubt, and a round of recovery finds it to be what it was.
     before = await eventually(lambda: rounds(service))
     await eventually(lambda: rounds(service), lambda good: good > before + 1)
-    # This is the hole that the step closes: by the invariants it is one, so the history is not told.
+    # This is the gap that the runbook's step closes. It violates the invariants, so it is not recorded in the history.
     for event in lost:
         assert (await said(service, event, UNAVAILABLE)).result == IGNORED
         assert await own.history.sandbox.row(event) is None

@@ -1,4 +1,4 @@
-"""The servers that the rows break: each does what it is told, and nothing of it stays."""
+"""The servers of the matrix: every operation on them works, and nothing of them is left."""
 
 import signal
 from pathlib import Path
@@ -54,7 +54,7 @@ async def test_a_postgres_keeps_what_it_committed(template: Path) -> None:
 
 
 async def test_a_postgres_restored(template: Path) -> None:
-    """To the backup itself on the same timeline, and to a moment after it on another; both as often as asked."""
+    """To the backup itself on the same timeline, and to a moment after it on another; both repeatedly."""
     async with own_servers(template) as servers:
         postgres = await servers.postgres()
         await postgres.execute(_EFFECT, "a")

@@ -52,9 +52,9 @@ async def test_row_10_frozen_for_three_leases(history: History, tmp_path: Path) 
     for service in frozen.values():
         resume(service)
     said = [answer and answer.result for answer in await asyncio.gather(*answers)]
-    assert said == [UNAVAILABLE, DEFERRED, DEFERRED], "it is deferred by whoever knows that its row is committed"
+    assert said == [UNAVAILABLE, DEFERRED, DEFERRED], "it is deferred if the process knows that its row is committed"
     for point, service in frozen.items():
-        assert (await answered(history, service, sample())).result == PROCESSED, "it is well again"
+        assert (await answered(history, service, sample())).result == PROCESSED, "it works again"
         assert await history.sandbox.settled(events[point]) == rows[point]
     await verdict(history)
 
@@ -84,8 +84,8 @@ async def test_row_11_a_sync_handler_longer_than_its_lease(history: History, tmp
 
 async def test_row_11_a_sync_handler_over_its_deadline(history: History, tmp_path: Path) -> None:
     """A thread that still blocks at its deadline has failed: no effect, not even a late one, and no other delay."""
-    # Recovery does not look while this runs: between the end of the transaction and the verdict it might, and
-    # would then count the attempt as abandoned.
+    # Recovery does not run during this test. Between the end of the transaction and the record of the failure it would
+    # count the attempt as abandoned.
     service = await history.service(BRIEF | {"recovery_interval_seconds": 30}).start()
     gate = tmp_path / "gate"
     blocking = sample("late", "invoice.paid", until=1, gate=str(gate))

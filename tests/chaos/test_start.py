@@ -1,4 +1,4 @@
-"""Row 29: eight processes of `serve --migrate` on an empty database, all at once: one schema, nobody fails."""
+"""Row 29: eight processes of `serve --migrate` on an empty database, all at once: one schema, and none fails."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -19,7 +19,7 @@ WAITING = "SELECT DISTINCT pid FROM pg_locks WHERE NOT granted"
 
 @asynccontextmanager
 async def held_up(url: str) -> AsyncIterator[None]:
-    """Nobody creates a table while the block runs, so that all who want to go on together from where it ends."""
+    """No table can be created while the block runs, so that all processes continue together at its end."""
     connection = await asyncpg.connect(url)
     try:
         async with connection.transaction():

@@ -12,7 +12,7 @@ from tests.receiver import PROCESSED, receiving, reply
 
 @pytest.mark.parametrize("ids", Ids)
 def test_every_prepared_event_is_another(ids: Ids) -> None:
-    """No two share an id, rising or not, and each is an event of the type that was asked for."""
+    """No two share an id, rising or not, and each is an event of the type that was requested."""
     events = [parse_event(body) for body in Driver("", SECRET, 1, ids=ids)._events(1000)]
     assert len({event.id for event in events}) == 1000
     assert (events == sorted(events, key=lambda event: event.id)) is (ids is Ids.RISING)

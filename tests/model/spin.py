@@ -1,7 +1,7 @@
-"""Spin at work: `claim.pml` and its switches in, what the search found out.
+"""Runs Spin on `claim.pml` with its switches, and parses the result of the search.
 
 Guarantees: `complete` only when every state was visited and compared in full: not bitstate, no hash compaction,
-no partial order reduction, and neither the depth nor the memory given was too little.
+no partial order reduction, and neither the depth nor the memory was too small.
 """
 
 import re
@@ -16,12 +16,12 @@ _CUT_SHORT = ("Search not completed", "max search depth too small", "hash-compac
 
 @dataclass(frozen=True, slots=True)
 class Search:
-    """What pan said. `violated`: names of invariants, "acceptance cycle", "invalid end state"; `unreached`: lines."""
+    """A report of pan. `violated`: names of invariants, "acceptance cycle", "invalid end state"."""
 
     complete: bool
     errors: int
     violated: frozenset[str]
-    unreached: frozenset[int]
+    unreached: frozenset[int]  # lines of the model
     states: int
     depth: int
     megabytes: float
@@ -47,7 +47,7 @@ def search(
     depth: int = 1_000_000,
     megabytes: int = 3500,
 ) -> Search:
-    """Generate the verifier, compile it, run it. `go_on`: search all of it, whatever is violated on the way."""
+    """Generate the verifier, compile it, run it. `go_on`: search all of it, whatever is violated."""
     subprocess.run(["spin", *switches, "-a", str(MODEL)], cwd=folder, check=True, capture_output=True)
     kind = [] if liveness else ["-DSAFETY"]
     options = [optimise, "-w", "-DNOREDUCE", f"-DMEMLIM={megabytes}", *kind]
@@ -63,7 +63,7 @@ def search(
 
 
 def understood(said: str, cpu_seconds: float = 0) -> Search:
-    """Read pan's report. Raises `ValueError` when it is none."""
+    """Read pan's report. Raises `ValueError` if it is not one."""
 
     def number(pattern: str) -> float:
         found = re.search(pattern, said, flags=re.MULTILINE)

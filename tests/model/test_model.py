@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.model, pytest.mark.timeout(900)]
 
 @pytest.fixture(autouse=True)
 def tools() -> None:
-    """Without them nothing is proved: in CI that is a failure, on a desk a skip."""
+    """Without the tools nothing is proved: a failure in CI, a skip elsewhere."""
     if MISSING:
         give_up = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
         give_up(f"not installed: {' and '.join(MISSING)}; run: apt-get install spin gcc")
@@ -73,7 +73,7 @@ MUTANTS = {
     "M_ANY_EPOCH": (RESTORED, "1"),
     "M_GONE_IS_2XX": (RESTORED, "1"),
 }
-# What only spares time or load, and breaks nothing.
+# Rules that only save time or load: without them no invariant breaks.
 HARMLESS = ("M_ANY_LOCK", "M_MARKER_KEPT_AFTER_FAILURE", "M_UNWANTED_IS_INSERTED_BESIDE_A_LOCK")
 
 
@@ -125,14 +125,14 @@ def test_without_the_rule_its_invariants_break(tmp_path: Path, mutant: str) -> N
 
 @pytest.mark.parametrize("mutant", HARMLESS)
 def test_safety_does_not_rest_on_redis(tmp_path: Path, mutant: str) -> None:
-    """Marker and deletion by plain SET and DEL, a marker left behind by a failure: the ledger alone carries safety."""
+    """Marker and deletion by plain SET and DEL, a marker left after a failure: safety depends on the ledger alone."""
     found = search(tmp_path, *SMALL, f"-D{mutant}", optimise="-O0")
     assert found.clean, found
 
 
 @pytest.mark.parametrize(("depth", "megabytes"), [(100, 1000), (50_000, 134)], ids=["depth", "memory"])
 def test_a_search_cut_short_does_not_count(tmp_path: Path, depth: int, megabytes: int) -> None:
-    """Out of depth or of memory on its way, it has found no error, and is neither complete nor clean."""
+    """A search that runs out of depth or memory has found no error, and is neither complete nor clean."""
     found = search(tmp_path, *bounds(1, 1, 3), depth=depth, megabytes=megabytes, optimise="-O0")
     assert found.states > 0
     assert found.errors == 0

@@ -43,7 +43,7 @@ class Effect(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """At which message, whether the server still hears it (then its reply is lost), and what happens."""
+    """The message, whether the server receives it (then its reply is lost), and the effect."""
 
     message: str
     heard: bool
@@ -51,7 +51,7 @@ class Fault:
 
 
 class Switch:
-    """At most one fault armed, for one process; `happen` is told of it, and ends or freezes the process."""
+    """At most one fault armed, for one process; `happen` is called with it, and ends or freezes the process."""
 
     def __init__(self, happen: Callable[[Fault], None]) -> None:
         self.armed: Fault | None = None
@@ -113,7 +113,7 @@ class Statements:
                 break
             kind, content, self._rest = self._rest[: head - 4], self._rest[head:end], self._rest[end:]
             if not self._begun:
-                self._begun = content.startswith(b"\0\3\0\0")  # protocol 3.0; else it asked for TLS
+                self._begun = content.startswith(b"\0\3\0\0")  # protocol 3.0; else it requested TLS
             elif kind == b"P":
                 name, text, _ = content.split(b"\0", 2)
                 self._texts[name] = text
