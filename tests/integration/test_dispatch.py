@@ -240,6 +240,46 @@ async def test_nothing_a_handler_raises_ends_the_process(
     await fails(world, make(error), type(error).__name__)
 
 
+class HostileError(Exception):
+    """An exception that cannot be inspected: each of its attributes raises, `__class__` among them."""
+
+    def __getattribute__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+    def __str__(self) -> str:
+        raise RuntimeError("str")
+
+
+class UnfinishedRetryError(Retry):
+    """A subclass that leaves out its base's attributes."""
+
+    def __init__(self) -> None:
+        pass
+
+
+@both
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (HostileError(), "HostileError: its message cannot be read"),
+        (ExceptionGroup("", [HostileError()]), "ExceptionGroup:  (1 sub-exception)"),
+        (UnfinishedRetryError(), "UnfinishedRetryError: "),
+    ],
+    ids=["attributes", "group", "retry"],
+)
+async def test_a_hostile_exception_is_a_failure(
+    world: World, make: Callable[[BaseException], Function], error: BaseException, text: str
+) -> None:
+    """An exception whose attributes raise, or are missing, is an ordinary failure: answered, charged and retried."""
+    broken: str | None = None
+    try:
+        row = await fails(world, make(error), text)
+    except RuntimeError as raised:  # pytest cannot show an exception whose context is the hostile one
+        broken = repr(raised)
+    assert broken is None
+    assert -15 < row["due_in"] <= 5
+
+
 async def test_sys_exit_does_not_end_the_process(world: World) -> None:
     """The call itself, as a script's code would have it, in a task and in a thread."""
 

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy.exc import DBAPIError
 
 from firstclaim.errors import Permanent
-from firstclaim.observability.redaction import describe_error, redact, redacted_error
+from firstclaim.observability.redaction import describe_error, is_a, redact, redacted_error
 
 CANARY = "c4n4rypw"
 
@@ -96,3 +96,34 @@ def test_an_error_whose_str_raises_is_named() -> None:
 
     assert redacted_error(UnreadableError()) == "UnreadableError: its message cannot be read"
     assert describe_error(UnreadableError()) == "UnreadableError"
+
+
+class HostileType(type):
+    """Of classes whose name cannot be read."""
+
+    @property
+    def __name__(cls) -> str:  # type: ignore[override]
+        raise RuntimeError(CANARY)
+
+
+class HostileError(Exception, metaclass=HostileType):
+    """An exception each of whose attributes raises."""
+
+    def __getattribute__(self, name: str) -> object:
+        raise RuntimeError(CANARY)
+
+    def __str__(self) -> str:
+        raise SystemExit(CANARY)
+
+
+def test_an_error_whose_attributes_raise_is_named() -> None:
+    """An exception whose attributes and class name raise is described like any other: class, place, no message."""
+    error: BaseException | None = None
+    try:
+        raise HostileError
+    except HostileError as raised:
+        error = raised
+    assert describe_error(error).startswith("HostileError at test_redaction.py:")
+    assert redacted_error(error) == "HostileError: its message cannot be read"
+    assert is_a(error, HostileError)
+    assert not is_a(error, Permanent)

@@ -17,6 +17,7 @@ from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.event import Event
 from firstclaim.inbox.handler_call import DeadlineExceeded, HandlerCall
 from firstclaim.inbox.ledger import Claim, HandlerTransaction, Ledger
+from firstclaim.observability.redaction import is_a
 from firstclaim.postgres.connection import UNAVAILABLE, describe
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from firstclaim.registry import Context, Handler
@@ -163,14 +164,14 @@ class Attempt:
         connection: HandlerConnection,
         transaction: HandlerTransaction,
     ) -> Failed | Interrupted:
-        ended_by_handler = isinstance(error, TransactionEnded) or _is_in_no_transaction(connection)
-        if isinstance(error, DeadlineExceeded | asyncio.CancelledError):
+        ended_by_handler = is_a(error, TransactionEnded) or _is_in_no_transaction(connection)
+        if is_a(error, DeadlineExceeded) or is_a(error, asyncio.CancelledError):
             await self._terminate(connection, transaction)
         await self._give_back(connection, transaction)
         committed = True if ended_by_handler else await self._is_committed(transaction)
-        if isinstance(error, asyncio.CancelledError):
-            return Interrupted(committed, call.running)
-        return Failed(error, committed, call.running)
+        if is_a(error, Exception):
+            return Failed(error, committed, call.running)
+        return Interrupted(committed, call.running)
 
     async def _is_committed(self, transaction: HandlerTransaction) -> bool | None:
         """Whether it was; None: the database cannot say. A shutdown may cancel the query, which is then repeated."""

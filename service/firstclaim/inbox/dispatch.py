@@ -31,7 +31,7 @@ from firstclaim.inbox.claims import Claims
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.slots import Slots
 from firstclaim.observability import tracing
-from firstclaim.observability.redaction import describe_error, redacted_error
+from firstclaim.observability.redaction import class_name, describe_error, is_a, redacted_error
 from firstclaim.outcome import Outcome
 from firstclaim.postgres.handler_connections import HandlerConnections
 from firstclaim.registry import Handler
@@ -105,8 +105,8 @@ class Dispatcher:
         with tracing.span("attempt", attempt=claim.attempt):
             result = await attempt.run()
             if not isinstance(result, Committed):
-                error = result.error if isinstance(result, Failed) else result
-                tracing.note(error=type(error).__name__)
+                name = class_name(result.error) if isinstance(result, Failed) else type(result).__name__
+                tracing.note(error=name)
         return result
 
     async def _settle(self, claim: Claim, result: AttemptResult) -> Outcome:
@@ -154,10 +154,10 @@ class Dispatcher:
             await self._ledger.kill_if_held(claim, str(TransactionEnded()))
             return outcome.failed(claim.attempt)
         decision = _decision(error)
-        if isinstance(decision, Permanent):
+        if decision is not None and is_a(decision, Permanent):
             await self._ledger.kill_if_held(claim, redacted_error(error))
             return outcome.dead(claim.event_id, claim.attempt)
-        wait = decision.after if isinstance(decision, Retry) else None
+        wait = _requested_wait(decision) if decision is not None and is_a(decision, Retry) else None
         if wait is None:
             wait = self._backoff.after(claim.failures + 1)
         if await self._ledger.fail_if_held(claim, redacted_error(error), due_in_seconds=wait) is Status.FAILED:
@@ -182,14 +182,25 @@ def _effects_committed(result: AttemptResult | None) -> bool | None:
     return False if result is None or isinstance(result, NotStarted) else None
 
 
-def _decision(error: Exception) -> Exception:
-    """The `Permanent` or `Retry` in an exception group (of a task group's, say); else the exception itself."""
-    if isinstance(error, ExceptionGroup):
-        for kind in (Permanent, Retry):
-            group: ExceptionGroup[Exception] | None = error.subgroup(kind)
-            while group is not None:
-                first = group.exceptions[0]
-                if not isinstance(first, ExceptionGroup):
-                    return first
-                group = first
-    return error
+def _decision(error: Exception) -> Permanent | Retry | None:
+    """The `Permanent` or `Retry` that the handler raised, perhaps in an exception group (of a task group's, say)."""
+    found: Permanent | Retry | None = None
+    left: list[BaseException] = [error]
+    while left:
+        each = left.pop()
+        if is_a(each, BaseExceptionGroup):
+            left.extend(reversed(vars(BaseExceptionGroup)["exceptions"].__get__(each)))
+        elif is_a(each, Permanent):
+            return each
+        elif is_a(each, Retry) and found is None:
+            found = each
+    return found
+
+
+def _requested_wait(retry: Retry) -> float | None:
+    """The seconds of `Retry(after=...)`; None if a subclass leaves the attribute out, or sets it to anything else."""
+    try:
+        after = Retry(after=retry.after).after
+        return None if after is None else float(after)
+    except Exception:  # noqa: BLE001  (a handler's code may run here)
+        return None

@@ -15,6 +15,7 @@ from typing import Any
 from firstclaim.errors import HandlerRuleBroken
 from firstclaim.event import Event
 from firstclaim.observability import metrics, tracing
+from firstclaim.observability.redaction import class_name, is_a
 from firstclaim.registry import Context, Handler
 
 _MAX_ACTION_CHARACTERS = 200
@@ -56,7 +57,7 @@ class HandlerCall:
             raise DeadlineExceeded(f"the handler ran longer than its deadline of {self._deadline_seconds:g} s")
         if work.cancelled():  # by something in the handler; a shutdown would have raised in the wait above
             raise HandlerRuleBroken("a handler must not end by cancelling itself")
-        if (error := work.exception()) is not None and not isinstance(error, Exception):
+        if (error := work.exception()) is not None and not is_a(error, Exception):
             raise _forbidden(error)
         return _checked_action(work.result())
 
@@ -92,7 +93,7 @@ def _in_thread(
         try:
             result = function(event, context)
         except BaseException as error:  # noqa: BLE001
-            catchable = isinstance(error, Exception) and not isinstance(error, StopIteration)
+            catchable = is_a(error, Exception) and not is_a(error, StopIteration)
             failure = error if catchable else _forbidden(error)  # type: ignore[assignment]
         with contextlib.suppress(RuntimeError):  # the loop is closed: the service has ended, recovery has the row
             loop.call_soon_threadsafe(settle, result, failure)
@@ -104,7 +105,7 @@ def _in_thread(
 
 def _forbidden(error: BaseException) -> HandlerRuleBroken:
     """For what would end the event loop, or pass every `except Exception`, if it were raised further."""
-    return HandlerRuleBroken(f"a handler must not raise {type(error).__name__}")
+    return HandlerRuleBroken(f"a handler must not raise {class_name(error)}")
 
 
 def _cancel(work: asyncio.Future[Any]) -> None:

@@ -2,11 +2,15 @@
 
 Guarantees: the log gets nothing of an error's message, because the message may quote any part of a payload. The
 operator gets, on the terminal and in the ledger's `last_error`, one line in which secrets, e-mail addresses and card
-numbers are masked. An exception whose `str()` raises does not raise here.
+numbers are masked. Nothing here raises, whatever the class of an exception overrides: `__str__`, `__class__`,
+`__traceback__` or the name of the class itself. (A handler's failure could otherwise not be settled.)
 """
 
 import re
 from types import TracebackType
+from typing import TypeGuard, TypeVar
+
+E = TypeVar("E", bound=BaseException)
 
 _MAX_CHARACTERS = 500
 _MAX_SEARCHED_CHARACTERS = 2000  # a longer text is cut before the search: searching 60 kB took 20 s
@@ -31,7 +35,18 @@ def redact(text: str) -> str:
 
 def describe_error(error: BaseException) -> str:
     """The class of `error` and where it was raised, without its message: safe to log."""
-    return type(error).__name__ + _place(error.__traceback__)
+    return class_name(error) + _place(vars(BaseException)["__traceback__"].__get__(error))
+
+
+def class_name(error: BaseException) -> str:
+    """The name of the class of `error`, whatever its metaclass says."""
+    name: str = vars(type)["__name__"].__get__(type(error))
+    return name
+
+
+def is_a(error: BaseException, kind: type[E]) -> TypeGuard[E]:
+    """`isinstance`, without the attribute `__class__`, which `isinstance` reads and an exception may override."""
+    return issubclass(type(error), kind)
 
 
 def redacted_error(error: BaseException) -> str:
@@ -39,12 +54,12 @@ def redacted_error(error: BaseException) -> str:
 
     Only the first line, because a database error continues with the row and the parameters.
     """
-    original = getattr(error, "orig", None) or error
     try:
-        message = (str(original).splitlines() or [""])[0]
-    except Exception:  # noqa: BLE001  (the event must be settled even if str() raises)
+        original = getattr(error, "orig", None) or error
+        message = (str.splitlines(str(original)) or [""])[0]
+    except BaseException:  # noqa: BLE001  (a handler's code runs here: whatever it raises, the event must be settled)
         message = "its message cannot be read"
-    return redact(f"{type(error).__name__}: {message}")
+    return redact(f"{class_name(error)}: {message}")
 
 
 def _place(trace: TracebackType | None) -> str:
