@@ -35,6 +35,10 @@ class RawConnection:
             self._writer.write(chunk)
             await self._writer.drain()
 
+    def end(self) -> None:
+        """Send no more, and go on reading."""
+        self._writer.write_eof()
+
     async def reply(self) -> Reply:
         """The next answer."""
         async with asyncio.timeout(ANSWER_SECONDS):

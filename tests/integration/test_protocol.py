@@ -308,6 +308,35 @@ async def test_nothing_behind_an_unanswered_request_is_read(behind: bytes) -> No
         assert await connection.rest() == b""
 
 
+@pytest.mark.parametrize("behind", [b"", GET, b"nonsense\r\n\r\n"], ids=["nothing", "half a request", "no HTTP"])
+async def test_a_client_that_half_closes_gets_its_answer(behind: bytes) -> None:
+    """A client that ends its side after a complete request reads the answer, and then the end of the connection."""
+    async with _served() as served:
+        connection = await served.connect(b"POST /held HTTP/1.1\r\nContent-Length: 1\r\n\r\nx" + behind)
+        await _until(lambda: served.held == 1)
+        [handled] = served.server.server_state.connections
+        assert isinstance(handled, HttpProtocol)
+        connection.end()
+        await _until(lambda: handled._ignoring_input or handled.transport.is_closing())
+        served.gate.set()
+        answer = await connection.rest()
+        assert answer.endswith(b"\r\n\r\nheld")
+        assert behind or b"\r\nconnection: close\r\n" in answer
+        await _until(lambda: served.sockets == 0)
+
+
+@pytest.mark.parametrize("sent", [b"", GET, CHUNKED + b"1\r\n", GET + b"\r\n"], ids=["nothing", "head", "body", "all"])
+async def test_without_an_unanswered_request_a_half_closed_connection_ends(sent: bytes) -> None:
+    """A client that ends its side before its request is complete, or after it was answered, is not waited for."""
+    async with _served() as served:
+        connection = await served.connect(sent)
+        if sent.endswith(b"\r\n\r\n"):
+            await connection.reply()
+        connection.end()
+        await connection.rest()
+        await _until(lambda: (served.sockets, served.tasks) == (0, 0))
+
+
 async def test_pipelined_requests_are_not_queued() -> None:
     """200,000 requests sent at once cost the service no more than the first one."""
     async with _served() as served:

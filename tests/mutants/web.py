@@ -92,6 +92,14 @@ MUTANTS = (
         "integration/test_protocol.py::test_a_slow_body_is_refused",
     ),
     Mutant(
+        "half-closed-is-closed",
+        "A client that ends its side after a complete request gets its answer.",
+        "HttpProtocol.eof_received",
+        "not self._unanswered_complete",
+        "True",
+        "integration/test_protocol.py::test_a_client_that_half_closes_gets_its_answer",
+    ),
+    Mutant(
         "closed-during-a-body",
         "A client that is still sending its body can read the answer.",
         "HttpProtocol.close_after_answer",

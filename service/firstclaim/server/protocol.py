@@ -11,6 +11,8 @@ Guarantees, for every connection:
 - One request at a time. Bytes that arrive behind an unanswered request are not parsed, and the answer to that request
   is the last one on the connection. (uvicorn queues a request for each 20 bytes that it reads, without limit, and
   answers garbage that follows a delivery before it answers the delivery.)
+- A client that ends its side of the connection after a complete request (`shutdown(SHUT_WR)`) gets its answer. (uvicorn
+  closes the connection: the request was processed and never answered.)
 - A client that does not read its answers is disconnected: at `pause_writing`, hundreds of answers are unread.
 - When the process has too many connections or buffered bytes, the `ConnectionLimiter` decides which one is evicted.
 
@@ -95,6 +97,14 @@ class HttpProtocol(HttpToolsProtocol):
             self._stop_reading(error.__context__)
         else:
             self._check_progress()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more. Returns whether the connection stays open: until a complete request is answered."""
+        if not self._unanswered_complete:
+            return False
+        self._ignoring_input = True
+        self.cycle.keep_alive = False  # the answer is the last
+        return True
 
     def pause_writing(self) -> None:
         """The client has left so many answers unread that it must have stopped reading."""
