@@ -28,6 +28,7 @@ from firstclaim.admin.replay import Replay
 from firstclaim.admin.session import Signer
 from firstclaim.backoff import Backoff
 from firstclaim.errors import ConfigurationError
+from firstclaim.inbox.backlog import Backlog
 from firstclaim.inbox.claims import Claims
 from firstclaim.inbox.dispatch import Dispatcher, DispatchLimits
 from firstclaim.inbox.ledger import Ledger
@@ -46,7 +47,7 @@ from firstclaim.postgres.pool import Pool
 from firstclaim.registry import Registry
 from firstclaim.settings import ADMIN_CONNECTIONS, METRICS_CONNECTIONS, Settings
 from firstclaim.shutdown import Shutdown, stop_with_supervisor
-from firstclaim.web.health import HealthCheck, Readiness, livez
+from firstclaim.web.health import HealthCheck, Liveness, Readiness
 from firstclaim.web.metrics import MetricsEndpoint
 from firstclaim.web.readiness_checks import readiness_checks
 from firstclaim.web.webhook import WEBHOOK_PATH, Webhook, refuse_path
@@ -63,6 +64,7 @@ class Components:
     metrics_pool: Pool
     admin: Pool
     lock: Lock
+    slots: Slots
     pipeline: Pipeline
     recovery: Recovery
 
@@ -127,6 +129,7 @@ def assemble(settings: Settings, registry: Registry) -> Components:
         Dispatcher(handler_connections, ledger, claims, slots, backoff, limits),
         slots,
         Routes(registry, settings.livemode),
+        Backlog(leave_out_seconds=settings.lock_ttl_seconds),
         budget_seconds=settings.answer_budget_seconds,
     )
     recovery = Recovery(
@@ -134,6 +137,7 @@ def assemble(settings: Settings, registry: Registry) -> Components:
         ledger,
         epoch,
         interval_seconds=settings.recovery_interval_seconds,
+        lease_seconds=settings.lease_seconds,
         batch=settings.handler_slots,
     )
     # The metrics and the admin page read with an epoch of their own: a read that times out must not cast doubt on the
@@ -141,7 +145,7 @@ def assemble(settings: Settings, registry: Registry) -> Components:
     read_epoch = Epoch(fresh_seconds=0)
     metrics_pool = pool(size=METRICS_CONNECTIONS, epoch=read_epoch)
     admin = pool(size=ADMIN_CONNECTIONS, queue_seconds=QUEUE_SECONDS, epoch=read_epoch, pins=PINS)
-    return Components(ingest, handler_connections, metrics_pool, admin, lock, pipeline, recovery)
+    return Components(ingest, handler_connections, metrics_pool, admin, lock, slots, pipeline, recovery)
 
 
 def admin_page(settings: Settings, components: Components, checks: Sequence[HealthCheck]) -> AdminPage | None:
@@ -226,11 +230,11 @@ def create_app(settings: Settings) -> Starlette:
         settings.signature_tolerance_seconds,
         settings.body_most_bytes,
     )
-    checks = readiness_checks(shutdown, components.lock, components.ingest, components.recovery)
+    checks = readiness_checks(shutdown, components.lock, components.ingest, components.recovery, components.slots)
     readiness = Readiness(checks)
     site = admin_page(settings, components, checks)
     routes = [
-        Route("/livez", livez),
+        Route("/livez", Liveness(components.slots).report),
         Route("/readyz", readiness.report),
         Route("/metrics", MetricsEndpoint(checks, components.metrics_pool).report),
         *(site.routes if site else ()),

@@ -128,7 +128,7 @@ async def test_unreachable_stores_are_reported(sandbox: Sandbox) -> None:
         service = await sandbox.service({"DATABASE_URL": database_url, "REDIS_URL": redis_url}).start()
         healthy = await scraped(service)
         assert {key[1]: value for key, value in healthy.items() if key[0] == "firstclaim_up"} == dict.fromkeys(
-            ("process", "redis", "postgres", "schema", "recovery"), 1.0
+            ("process", "redis", "postgres", "schema", "recovery", "handlers"), 1.0
         )
         assert {key[1] for key in healthy if key[0] == "firstclaim_events"} == set(Status)
 

@@ -14,6 +14,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from firstclaim import Context, Event, Permanent, Retry
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
+from firstclaim.inbox import dispatch
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.postgres.connection import PinnedConnection
@@ -517,14 +518,18 @@ async def hasty(make_world: MakeWorld) -> World:
     return await make_world(handler_slots=1, handler_deadline_seconds=0.4)
 
 
-async def too_late(world: World, function: Function) -> Claim:
-    """At its deadline the attempt has failed: answered, charged, nothing kept, and its backend has gone."""
+async def too_late(world: World, function: Function, *, hung: bool = False) -> Claim:
+    """At its deadline the attempt has failed: answered, charged, nothing kept, and its backend has gone.
+
+    `hung`: its thread runs on, so it counts as abandoned.
+    """
     claim = await world.marked()
     async with asyncio.timeout(20):
         result = await world.dispatch(function, claim)
     assert result.kind is Kind.FAILED
     row = await world.row(claim.event_id)
-    assert (row["status"], row["failures"]) == ("failed", 1)
+    charged = ("pending", 0, 1) if hung else ("failed", 1, 0)
+    assert (row["status"], row["failures"], row["abandoned"]) == charged
     assert row["last_error"] in (
         "DeadlineExceeded: the handler ran longer than its deadline of 0.4 s",
         "TimeoutError: the handler's deadline has passed; its transaction was rolled back",  # a thread may see it first
@@ -595,7 +600,7 @@ async def test_a_slow_statement_of_a_thread_is_ended_at_the_deadline(hasty: Worl
 
 
 async def test_a_thread_that_blocks_keeps_its_slot(hasty: World, gate: threading.Event) -> None:
-    """A thread cannot be ended: its slot stays taken until it ends, and its later calls on the connection raise."""
+    """A thread cannot be ended: it is abandoned, its slot stays taken, and its later calls on the connection raise."""
     raised: list[type[BaseException]] = []
 
     def function(event: Event, context: Context) -> None:
@@ -607,11 +612,15 @@ async def test_a_thread_that_blocks_keeps_its_slot(hasty: World, gate: threading
             raised.append(type(error))
             raise
 
-    claim = await too_late(hasty, function)
+    claim = await too_late(hasty, function, hung=True)
     assert hasty.slots.free == 0
+    assert list(hasty.slots.hung) == [claim.event_id]
+    noted = "SELECT outcome FROM stripe_event_attempts WHERE event_id = $1"
+    assert await hasty.database.fetchval(noted, claim.event_id) == "abandoned"
     gate.set()
     await until(lambda: has_free_slot(hasty))
     assert raised == [TimeoutError]
+    assert not hasty.slots.hung
     await still_works(hasty)
     assert await hasty.effects(claim.event_id) == 0
 
@@ -811,18 +820,67 @@ async def test_those_abandoned_before_run_one_at_a_time(world: World) -> None:
     assert world.slots.previously_abandoned_free
 
 
-async def test_room_is_half_of_the_slots(world: World) -> None:
+async def test_capacity_is_a_quarter_of_the_slots(world: World) -> None:
     """Recovery waits until it can fetch a fair number of events at once."""
     held = HandlerTransaction()
     await asyncio.wait_for(world.slots.wait_for_capacity(), 5)
-    work = [asyncio.create_task(world.dispatch(held.as_handler(), await world.claim())) for _ in range(3)]
-    await held.reaches(3)
+    work = [asyncio.create_task(world.dispatch(held.as_handler(), await world.claim())) for _ in range(4)]
+    await held.reaches(4)
     waiting = asyncio.create_task(world.slots.wait_for_capacity())
     await asyncio.sleep(0)
     assert not waiting.done()
     held.finish.set()
     await asyncio.wait_for(waiting, 5)
     await asyncio.gather(*work)
+
+
+async def test_a_hung_thread_does_not_hold_up_the_next_abandoned_event(
+    make_world: MakeWorld, gate: threading.Event
+) -> None:
+    """The turn of previously abandoned events is over at the deadline, though the thread keeps its slot."""
+    world = await make_world(handler_slots=2, handler_deadline_seconds=0.4)
+
+    def blocks(_event: Event, _context: Context) -> None:
+        gate.wait()
+
+    claim = await world.claim()
+    await world.change(claim.event_id, abandoned=1)
+    await world.ledger.release_if_held(claim)
+    [claim] = await world.ledger.take_over([claim.event_id])
+    assert (await world.dispatch(blocks, claim)).kind is Kind.FAILED
+    assert (await world.row(claim.event_id))["abandoned"] == 2
+    assert world.slots.previously_abandoned_free
+    assert world.slots.work.is_set(), "recovery is not woken for the next one"
+    assert world.slots.free == 1
+    gate.set()
+    await until(lambda: has_free_slot(world))
+
+
+async def test_a_release_is_repeated_until_postgres_is_back(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection for the handler, and no ledger either: released once it can be reached, and nothing is charged."""
+    monkeypatch.setattr(dispatch, "_RELEASE_RETRY_SECONDS", 0.01)
+    whole, tries = Ledger.release_if_held, 0
+
+    async def unreachable_at_first(*arguments: Any, **more: Any) -> Status | None:
+        nonlocal tries
+        tries += 1
+        if tries < 4:
+            raise LedgerUnavailable("away")
+        return await whole(*arguments, **more)
+
+    async def hold(*_: Any) -> None:
+        raise ConnectionResetError
+
+    claim = await world.marked()
+    monkeypatch.setattr(Ledger, "release_if_held", unreachable_at_first)
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "hold", hold)
+        with pytest.raises(LedgerUnavailable):
+            await world.dispatch(must_not_run, claim)
+    await until(lambda: has_status(world, claim, Status.PENDING))
+    row = await world.row(claim.event_id)
+    assert (row["failures"], row["abandoned"]) == (0, 0)
+    assert await world.value(claim.event_id) is None
 
 
 # -- we stop ------------------------------------------------------------------------------------------

@@ -83,6 +83,12 @@ async def recovered(world: World) -> None:
         await asyncio.wait(world.pipeline._tasks)
 
 
+def recovery_of(world: World, lease_seconds: float = 0) -> Recovery:
+    """The loop of a process, whose rounds follow each other quickly."""
+    epoch = world.claims._epoch
+    return Recovery(world.pipeline, world.ledger, epoch, interval_seconds=0.01, lease_seconds=lease_seconds, batch=10)
+
+
 # -- deliveries ---------------------------------------------------------------------------------------
 
 
@@ -753,13 +759,15 @@ async def test_a_bad_round_does_not_end_recovery(world: World, monkeypatch: pyte
     errors: list[Exception] = [LedgerUnavailable("away"), RuntimeError("bug"), LedgerUnavailable("away")]
     recover = Pipeline.recover
 
-    async def failing(pipeline: Pipeline, *, thorough: bool) -> bool:
+    async def failing(pipeline: Pipeline) -> bool:
         if errors:
             raise errors.pop()
-        return await recover(pipeline, thorough=thorough)
+        return await recover(pipeline)
 
     monkeypatch.setattr(Pipeline, "recover", failing)
-    recovery = Recovery(world.pipeline, world.ledger, world.claims._epoch, interval_seconds=0.01, batch=10)
+    recovery = Recovery(
+        world.pipeline, world.ledger, world.claims._epoch, interval_seconds=0.01, lease_seconds=0, batch=10
+    )
     running = asyncio.create_task(recovery.run())
 
     async def completed_or_over(event_id: str) -> bool:
@@ -779,7 +787,9 @@ async def test_recovery_looks_for_vanished_holders(world: World) -> None:
     """Nobody else does: a claim past its lease, with no handler's lock on its row, is due again after a round."""
     claim = await world.claim()
     await world.change(claim.event_id, due_at=-1.0)
-    recovery = Recovery(world.pipeline, world.ledger, world.claims._epoch, interval_seconds=0.01, batch=10)
+    recovery = Recovery(
+        world.pipeline, world.ledger, world.claims._epoch, interval_seconds=0.01, lease_seconds=0, batch=10
+    )
     await recovery._round()
     row = await world.row(claim.event_id)
     assert (row["status"], row["abandoned"]) == ("pending", 1)
@@ -787,7 +797,9 @@ async def test_recovery_looks_for_vanished_holders(world: World) -> None:
 
 async def test_recovery_confirms_the_epoch(world: World) -> None:
     """Each round reads it anew: without that no marker would count for long, and a rotation would go unnoticed."""
-    recovery = Recovery(world.pipeline, world.ledger, world.claims._epoch, interval_seconds=0.01, batch=10)
+    recovery = Recovery(
+        world.pipeline, world.ledger, world.claims._epoch, interval_seconds=0.01, lease_seconds=0, batch=10
+    )
     await world.ledger.read_epoch()
     world.claims._epoch._confirmed = float("-inf")  # not for a long time, and no connection is opened anew
     await recovery._round()
@@ -801,6 +813,127 @@ async def test_recovery_confirms_the_epoch(world: World) -> None:
 
     await until(noticed)
     assert None is not after != before
+
+
+# -- places and the backlog ---------------------------------------------------------------------------
+
+
+async def test_a_delivery_without_a_place_is_recorded(make_world: MakeWorld, gate: Gate) -> None:
+    """Twice as many claims as slots, and no more: the next one is pending, due now, uncharged, and has its marker."""
+    world = await make_world({TYPE: gate.handle}, handler_slots=1)
+    claimed = [asyncio.create_task(world.pipeline.deliver(delivery())) for _ in range(2)]
+    processing = "SELECT count(*) = 2 FROM stripe_events WHERE status = 'processing'"
+    await until(lambda: world.database.fetchval(processing))
+    given = delivery()
+    result = await world.pipeline.deliver(given)
+    assert result == Outcome(Kind.DEFERRED, "deferred", "Recorded; dispatched when a handler slot is free")
+    row = await world.row(given.event.id)
+    assert (row["status"], row["attempt"], row["due_in"] <= 0) == ("pending", 0, True)
+    assert await world.pipeline.deliver(given) == duplicate(given.event.id)
+    gate.finish.set()
+    await asyncio.gather(*claimed)
+    await recovered(world)
+    await settled(world, given.event.id)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (Status.PENDING, Kind.DEFERRED),
+        (Status.FAILED, Kind.DEFERRED),
+        (Status.IGNORED, Kind.UNAVAILABLE),
+        (Status.COMPLETED, Kind.DUPLICATE),
+    ],
+)
+async def test_without_a_place_a_known_event_is_answered_by_its_row(
+    world: World, monkeypatch: pytest.MonkeyPatch, status: Status, kind: Kind
+) -> None:
+    """Nothing is changed; only a row that is owned or settled gets a marker."""
+    monkeypatch.setattr(type(world.slots), "reserve", lambda _: None)
+    given = await world.state_of(delivery(), status)
+    assert (await world.pipeline.deliver(given)).kind is kind
+    assert await world.status(given.event.id) is status
+    assert (await world.value(given.event.id) is None) == (status is not Status.COMPLETED)
+
+
+async def test_recovery_is_woken_when_there_is_a_slot_for_what_was_queued(make_world: MakeWorld, gate: Gate) -> None:
+    """It does not wait for its interval."""
+    world = await make_world({TYPE: gate.handle}, handler_slots=1)
+    loop = Recovery(world.pipeline, world.ledger, world.claims._epoch, interval_seconds=600, lease_seconds=0, batch=10)
+    running = asyncio.create_task(loop.run())
+    try:
+        for _ in range(2):
+            claimed = asyncio.create_task(world.pipeline.deliver(delivery()))
+        await gate.running.wait()
+        given = delivery()
+        await until(lambda: queued(world, given))
+        gate.finish.set()
+        await claimed
+        await until(lambda: has_status(world, given.event.id, Status.COMPLETED))
+    finally:
+        running.cancel()
+        await asyncio.wait({running})
+
+
+async def queued(world: World, given: Delivery) -> bool:
+    """Delivered when both places were taken."""
+    taken = await world.database.fetchval("SELECT count(*) FROM stripe_events WHERE status = 'processing'")
+    return taken == 2 and (await world.pipeline.deliver(given)).kind is Kind.DEFERRED
+
+
+async def test_rows_that_another_transaction_has_locked_hold_up_nobody(make_world: MakeWorld) -> None:
+    """The oldest ten are under somebody's open UPDATE: the twenty behind them are handled, round after round."""
+    world = await make_world({TYPE: handles}, handler_slots=2)
+    stuck = [await world.state_of(delivery(), Status.FAILED) for _ in range(10)]
+    for each in stuck:
+        await world.change(each.event.id, due_at=-1000.0)
+    others = [await world.state_of(delivery(), Status.PENDING) for _ in range(20)]
+    async with world.locked(*(each.event.id for each in stuck)):
+
+        async def handled() -> bool:
+            await recovered(world)
+            return all([await has_status(world, each.event.id, Status.COMPLETED) for each in others])
+
+        await until(handled)
+    assert {await world.status(each.event.id) for each in stuck} == {Status.FAILED}
+    world.pipeline._backlog._left_out.clear()  # a lock's life later
+
+    async def none_left() -> bool:
+        await recovered(world)
+        return all([await has_status(world, each.event.id, Status.COMPLETED) for each in stuck])
+
+    await until(none_left)
+
+
+async def test_an_event_whose_thread_hangs_is_not_tried_again_here(make_world: MakeWorld) -> None:
+    """Neither by a delivery nor by recovery, while the thread lives: another process may."""
+    world, other = await make_world({TYPE: handles}), await make_world({TYPE: handles})
+    given = await world.state_of(delivery(), Status.PENDING)
+    thread: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    world.slots.hang(given.event.id, thread)
+    assert (await world.pipeline.deliver(given)).kind is Kind.DEFERRED
+    await recovered(world)
+    assert await world.status(given.event.id) is Status.PENDING
+    await recovered(other)
+    await settled(world, given.event.id)
+    thread.set_result(None)
+    await asyncio.sleep(0)
+    assert not world.slots.hung
+
+
+async def test_abandoned_events_are_returned_only_after_a_lease_of_contact(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an outage every lease is over, and those that live are about to release their events."""
+    claim = await world.claim()
+    await world.change(claim.event_id, due_at=-1.0)
+    recovery = recovery_of(world, lease_seconds=5)
+    await recovery._round()
+    assert await world.status(claim.event_id) is Status.PROCESSING
+    monkeypatch.setattr(type(world.claims._epoch), "unbroken_seconds", 5)
+    recovery._upkeep_at = 0
+    await recovery._round()
+    assert await world.status(claim.event_id) is Status.PENDING
 
 
 # -- the graceful stop --------------------------------------------------------------------------------
@@ -831,10 +964,10 @@ async def test_draining_waits_for_what_runs(make_world: MakeWorld, gate: Gate) -
 async def test_draining_releases_what_does_not_end(make_world: MakeWorld, gate: Gate) -> None:
     """Running, or waiting for a slot: pending, due now, nothing charged; its delivery was recorded, so 202."""
     world = await make_world({TYPE: gate.handle}, handler_slots=1)
-    given = [delivery() for _ in range(3)]
+    given = [delivery() for _ in range(2)]
     deliveries = [asyncio.create_task(world.pipeline.deliver(each)) for each in given]
     await gate.running.wait()
-    claimed = "SELECT count(*) = 3 FROM stripe_events WHERE status = 'processing'"
+    claimed = "SELECT count(*) = 2 FROM stripe_events WHERE status = 'processing'"
     await until(lambda: world.database.fetchval(claimed))
     await world.pipeline.drain(0)
     assert {result.kind for result in await asyncio.gather(*deliveries)} == {Kind.DEFERRED}

@@ -16,10 +16,11 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from firstclaim.inbox.slots import Slots
 from firstclaim.server import protocol
 from firstclaim.server.connection_limiter import ConnectionLimiter
 from firstclaim.server.protocol import HttpProtocol
-from firstclaim.web.health import livez
+from firstclaim.web.health import Liveness
 from tests.raw_connection import RawConnection
 
 GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
@@ -85,7 +86,7 @@ async def _large(_request: Request) -> Response:
 async def _served(
     max_connections: int = ROOMY[0], max_bytes: int = ROOMY[1], body_seconds: float = 60
 ) -> AsyncIterator[Served]:
-    app = Starlette(routes=[Route("/livez", livez), Route("/headers", _headers, methods=["POST"])])
+    app = Starlette(routes=[Route("/livez", Liveness(Slots(1)).report), Route("/headers", _headers, methods=["POST"])])
     protocol = cast(
         type[asyncio.Protocol], partial(HttpProtocol, ConnectionLimiter(max_connections, max_bytes), body_seconds)
     )

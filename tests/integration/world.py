@@ -24,7 +24,7 @@ from firstclaim.inbox.dispatch import Dispatcher
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.lock import Lock
 from firstclaim.inbox.pipeline import Pipeline
-from firstclaim.inbox.slots import Slots
+from firstclaim.inbox.slots import Place, Slots
 from firstclaim.inbox.statements import Statement
 from firstclaim.outcome import Outcome
 from firstclaim.postgres.connection import PinnedConnection
@@ -126,7 +126,8 @@ class World:
     async def dispatch(self, function: Function, claim: Claim) -> Outcome:
         """What came of dispatching a claim to `function`."""
         assert claim.body is not None
-        return await self.dispatcher.run(claim, parse_event(claim.body), Handler("*", function))
+        place = Place(self.slots, for_delivery=True)
+        return await self.dispatcher.run(claim, parse_event(claim.body), Handler("*", function), place)
 
     async def row(self, event_id: str) -> dict[str, Any]:
         """The ledger's row; `due_in` and `give_up_in` are in seconds by the database's clock."""
@@ -182,12 +183,12 @@ class World:
         return given
 
     @asynccontextmanager
-    async def locked(self, event_id: str) -> AsyncIterator[None]:
+    async def locked(self, *event_ids: str) -> AsyncIterator[None]:
         """Another transaction holds the row while the block runs."""
         other = await asyncpg.connect(self.url)
         try:
             await other.execute("BEGIN")
-            await other.execute("SELECT FROM stripe_events WHERE event_id = $1 FOR UPDATE", event_id)
+            await other.execute("SELECT FROM stripe_events WHERE event_id = ANY($1) FOR UPDATE", event_ids)
             yield
         finally:
             await other.close()

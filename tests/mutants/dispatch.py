@@ -218,8 +218,8 @@ action = await self._call(call, connection)"""
     Mutant(
         "previously-abandoned-run-together",
         "Previously abandoned events run one at a time: one that kills its process takes no others with it.",
-        "Slots.enter",
-        "[self._previously_abandoned, self._slots] if previously_abandoned else [self._slots]",
+        "Slots.gates",
+        "[self.previously_abandoned, self._slots] if previously_abandoned else [self._slots]",
         "[self._slots]",
         "integration/test_dispatch.py::test_those_abandoned_before_run_one_at_a_time",
     ),

@@ -228,15 +228,15 @@ MUTANTS = (
     TextMutant(
         "abandoned-is-not-counted",
         "`abandoned` counts the attempts whose process vanished.",
-        "RETURN_ABANDONED",
-        "SET abandoned = abandoned + 1,",
-        "SET abandoned = greatest(abandoned, 1),",
+        "_ABANDONED",
+        "abandoned = abandoned + 1,",
+        "abandoned = greatest(abandoned, 1),",
         "integration/test_ledger.py::test_a_poison_event_is_dead_at_the_eighth",
     ),
     TextMutant(
         "dead-at-the-ninth",
         "An event that was abandoned eight times is dead: it kills its process.",
-        "RETURN_ABANDONED",
+        "_ABANDONED",
         "abandoned + 1 >= :most THEN 'dead' ELSE 'pending' END, settled_at = CASE WHEN abandoned + 1 >= :most",
         "abandoned + 1 > :most THEN 'dead' ELSE 'pending' END, settled_at = CASE WHEN abandoned + 1 > :most",
         "integration/test_ledger.py::test_a_poison_event_is_dead_at_the_eighth",
@@ -244,7 +244,7 @@ MUTANTS = (
     TextMutant(
         "abandoned-is-due-at-once",
         "An abandoned event is due again after a jittered backoff.",
-        "RETURN_ABANDONED",
+        "_ABANDONED",
         "secs => least(:first * power",
         "secs => 0 * least(:first * power",
         "integration/test_ledger.py::test_every_abandonment_doubles_the_wait",

@@ -1,10 +1,11 @@
 """All mutants, by the headings of README.md and in its order."""
 
-from tests.mutants import builds, dispatch, guards, ledger, lock, pipeline, postgres, recovery, web
+from tests.mutants import builds, capacity, dispatch, guards, ledger, lock, pipeline, postgres, recovery, web
 
 SECTIONS = {
     "Both claims, and the answer": pipeline.MUTANTS,
     "Builds with different handlers": builds.MUTANTS,
+    "Places, hung threads, the head of the queue": capacity.MUTANTS,
     "The lock": lock.MUTANTS,
     "The ledger: claim, record, take over": ledger.MUTANTS,
     "The ledger: changes of state": guards.MUTANTS,

@@ -12,8 +12,9 @@ from starlette.requests import Request
 from starlette.routing import Route
 
 from firstclaim.errors import LedgerUnavailable
+from firstclaim.inbox.slots import Slots
 from firstclaim.web import health
-from firstclaim.web.health import Finding, Health, HealthCheck, Probe, Readiness, livez
+from firstclaim.web.health import Finding, Health, HealthCheck, Liveness, Probe, Readiness
 
 NO_REQUEST = cast(Request, None)
 
@@ -52,10 +53,25 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_livez_uses_no_store() -> None:
     """While the event loop runs, the process is alive, whatever the state of its stores."""
-    app = Starlette(routes=[Route("/livez", livez)])
+    app = Starlette(routes=[Route("/livez", Liveness(Slots(1)).report)])
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
         response = await client.get("/livez")
     assert (response.status_code, response.json()) == (200, {"status": "ok"})
+
+
+async def test_a_process_without_a_usable_slot_is_not_alive() -> None:
+    """Every slot is held by a thread past its deadline: only a restart helps, so the prober has to order one."""
+    slots = Slots(2)
+    app = Starlette(routes=[Route("/livez", Liveness(slots).report)])
+    threads = [asyncio.get_running_loop().create_future() for _ in range(2)]
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
+        for number, thread in enumerate(threads):
+            assert (await client.get("/livez")).status_code == 200
+            slots.hang(f"evt_{number}", thread)
+        assert (await client.get("/livez")).status_code == 503
+        threads[0].set_result(None)
+        await asyncio.sleep(0)
+        assert (await client.get("/livez")).status_code == 200
 
 
 async def test_all_healthy_is_a_200() -> None:

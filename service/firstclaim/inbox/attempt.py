@@ -26,6 +26,7 @@ _TRANSACTION_ENDED = (
     "rule broken: a handler must not commit, nor end its transaction in any other way; "
     "what it committed is kept, so it is not retried by itself"
 )
+_GRACE_SECONDS = 1.0
 _SWALLOWED = "rule broken: the handler swallowed an SQL error, which had aborted its transaction"
 
 
@@ -67,12 +68,14 @@ class CommitUnknown:
 class Failed:
     """The handler failed. `effects_committed`: a retry would repeat them; None: the database cannot say.
 
-    `running`: the handler's task or thread, if it ignores the end of its attempt.
+    `running`: the handler's task or thread, if it ignores the end of its attempt. `hung`: it is a thread that ignores
+    its deadline, and only the end of the process can end it.
     """
 
     error: Exception
     effects_committed: bool | None
     running: asyncio.Future[Any] | None
+    hung: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +173,8 @@ class Attempt:
         await self._give_back(connection, transaction)
         committed = True if ended_by_handler else await self._is_committed(transaction)
         if is_a(error, Exception):
-            return Failed(error, committed, call.running)
+            hung = is_a(error, DeadlineExceeded) and not self.handler.is_async and await _still_runs(call)
+            return Failed(error, committed, call.running, hung)
         return Interrupted(committed, call.running)
 
     async def _is_committed(self, transaction: HandlerTransaction) -> bool | None:
@@ -200,6 +204,14 @@ class Attempt:
                 await connection.discard()
             else:
                 await self._terminate(connection, transaction)
+
+
+async def _still_runs(call: HandlerCall) -> bool:
+    """Whether a thread runs on past its deadline. One that waits for its connection gets an error there, and ends."""
+    if call.running is not None:
+        with contextlib.suppress(asyncio.CancelledError):  # a shutdown: the attempt is over in any case
+            await asyncio.wait({call.running}, timeout=_GRACE_SECONDS)
+    return call.running is not None
 
 
 def _is_in_no_transaction(connection: HandlerConnection) -> bool:

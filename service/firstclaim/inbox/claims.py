@@ -29,6 +29,7 @@ _SETTLED = {
     Status.DEAD: "is dead: replay it",
 }
 _WANTED_ELSEWHERE = "Recorded; dispatched by a process that has a handler for it"
+_QUEUED = outcome.deferred("Recorded; dispatched when a handler slot is free")
 _IGNORED_MEANWHILE = "Recorded as ignored by another build; deliver it again"
 
 
@@ -59,17 +60,20 @@ class Claims:
         token = self._lock.new_token()
         return LockAttempt(token, await self._lock.acquire(event_id, token, self._epoch.current))
 
-    async def claim(self, delivery: Delivery, lock: LockAttempt, *, unwanted: str | None) -> Claim | Outcome:
+    async def claim(
+        self, delivery: Delivery, lock: LockAttempt, *, unwanted: str | None, has_place: bool = True
+    ) -> Claim | Outcome:
         """Claim or record a delivered event, after `lock`.
 
-        `unwanted` says why this process does not dispatch the event; None: it has a handler for it. Raises
-        `LedgerUnavailable`: nothing is promised, and our lock is released.
+        `unwanted` says why this process does not dispatch the event; None: it has a handler for it. Without a place
+        for a handler the event is recorded, and not claimed. Raises `LedgerUnavailable`: nothing is promised, and our
+        lock is released.
         """
         match lock.reply, unwanted:
             case LockReply.RECORDED, _:
                 return outcome.duplicate(delivery.event.id)
             case LockReply.HELD, None:
-                return await self._claim(delivery, lock.token)
+                return await (self._claim if has_place else self._queue)(delivery, lock.token)
             case LockReply.BUSY, None:
                 # The holder meets our row and takes it over; if it died, the row is due when its lock has expired.
                 return await self._record(
@@ -84,18 +88,21 @@ class Claims:
             case _, reason:
                 return await self._ignore(delivery, lock, reason or "")
 
-    async def recover(self, event_ids: Sequence[str]) -> list[Claim]:
-        """Claim events that the ledger says are due. While Redis is unreachable nothing is claimed.
+    async def recover(self, event_ids: Sequence[str]) -> tuple[list[Claim], list[str]]:
+        """Claim events that the ledger says are due; returns the claims, and the ids that another holds.
 
-        A marker is no evidence here, because the ledger says that the work is due: it is replaced by the lock.
+        A marker is no evidence here, because the ledger says that the work is due: it is replaced by the lock. While
+        Redis is unreachable nothing is claimed, and nothing is known of the others.
         """
         tokens = {event_id: self._lock.new_token() for event_id in event_ids}
         replies = await asyncio.gather(
             *(self._lock.acquire(event_id, token, None, over_marker=True) for event_id, token in tokens.items())
         )
-        locked = {each: tokens[each] for each, reply in zip(tokens, replies, strict=True) if reply is LockReply.HELD}
+        by_id = dict(zip(tokens, replies, strict=True))
+        busy = [event_id for event_id, reply in by_id.items() if reply is LockReply.BUSY]
+        locked = {event_id: tokens[event_id] for event_id, reply in by_id.items() if reply is LockReply.HELD}
         if not locked:
-            return []
+            return [], busy
         claims: dict[str, Claim] = {}
         try:
             claims = {claim.event_id: claim for claim in await self._ledger.take_over(list(locked))}
@@ -109,7 +116,7 @@ class Claims:
                     for event_id, token in locked.items()
                 )
             )
-        return list(claims.values())
+        return list(claims.values()), busy + [event_id for event_id in locked if event_id not in claims]
 
     async def forget(self, claim: Claim) -> None:
         """An attempt ended without settling the event: the next delivery must reach the ledger again."""
@@ -132,6 +139,20 @@ class Claims:
             return outcome.unavailable(_IGNORED_MEANWHILE)
         await self._lock.mark_recorded(event_id, token, row.epoch)
         return row if isinstance(row, Claim) else _answer(event_id, row)
+
+    async def _queue(self, delivery: Delivery, token: str) -> Outcome:
+        """Record for recovery, due now, because every place is taken. Its row is owned, so it gets a marker."""
+        event_id = delivery.event.id
+        try:
+            row = await self._ledger.record(delivery, due_in_seconds=0)
+        except BaseException:
+            await self._lock.forget(event_id, token, None)
+            raise
+        if row is not None and row.status in (*TAKEABLE, Status.IGNORED):  # the next delivery may get a place
+            await self._lock.forget(event_id, token, None)
+            return outcome.unavailable(_IGNORED_MEANWHILE) if row.status is Status.IGNORED else _QUEUED
+        await self._lock.mark_recorded(event_id, token, self._epoch.current if row is None else row.epoch)
+        return _QUEUED if row is None else _answer(event_id, row)
 
     async def _take_over(self, event_id: str, row: ExistingRow) -> Claim | ExistingRow:
         """Recorded without the lock, failed before, or ignored by another build: ours now, whatever its due_at.

@@ -8,7 +8,7 @@ within half of its lease, or that a shutdown interrupts, is released without a c
 import asyncio
 import contextlib
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Any, assert_never
 
 import structlog
 
@@ -29,8 +29,8 @@ from firstclaim.inbox.attempt import (
 )
 from firstclaim.inbox.claims import Claims
 from firstclaim.inbox.ledger import Claim, Ledger
-from firstclaim.inbox.slots import Slots
-from firstclaim.observability import tracing
+from firstclaim.inbox.slots import Place, Slots
+from firstclaim.observability import metrics, tracing
 from firstclaim.observability.redaction import class_name, describe_error, is_a, redacted_error
 from firstclaim.outcome import Outcome
 from firstclaim.postgres.handler_connections import HandlerConnections
@@ -38,6 +38,8 @@ from firstclaim.registry import Handler
 from firstclaim.status import Status
 
 log = structlog.get_logger(__name__)
+
+_RELEASE_RETRY_SECONDS = 1.0  # well below a lease: an event that is released in time is not charged
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,25 +69,24 @@ class Dispatcher:
         self._slots = slots
         self._backoff = backoff
         self._limits = limits
+        self._retries: set[asyncio.Task[None]] = set()
 
-    async def run(self, claim: Claim, event: Event, handler: Handler) -> Outcome:
-        """Dispatch a claimed event. Raises `LedgerUnavailable` if its state is unknown or cannot be written."""
+    async def run(self, claim: Claim, event: Event, handler: Handler, place: Place) -> Outcome:
+        """Dispatch a claimed event, and release `place`.
+
+        Raises `LedgerUnavailable` if the event's state is unknown or cannot be written.
+        """
         result: AttemptResult | None = None
         try:
-            leave = await self._slots.enter(
-                previously_abandoned=claim.abandoned > 0, timeout_seconds=self._limits.lease_seconds / 2
-            )
-            if leave is None:  # the next process with a free slot takes it
-                await self._release(claim)
-                return outcome.deferred("Recorded; dispatched when a handler slot is free", claim.attempt)
             try:
+                if not await place.enter(
+                    previously_abandoned=claim.abandoned > 0, timeout_seconds=self._limits.lease_seconds / 2
+                ):  # the next process with a free slot takes it
+                    await self._release(claim)
+                    return outcome.deferred("Recorded; dispatched when a handler slot is free", claim.attempt)
                 result = await self._attempt(claim, event, handler)
             finally:
-                running = result.running if isinstance(result, Failed | Interrupted) else None
-                if running is None:
-                    leave()
-                else:  # a handler that ignores the end of its attempt keeps its slot until it returns
-                    running.add_done_callback(lambda _: leave())
+                place.release(result.running if isinstance(result, Failed | Interrupted) else None)
             return await self._settle(claim, result)
         except asyncio.CancelledError:
             # A shutdown, while the claim waited for its slot or the result was being settled.
@@ -119,11 +120,12 @@ class Dispatcher:
             case NotStarted(error):
                 # A server that takes no more connections, for instance. Left claimed, the event would count as
                 # abandoned, and be dead after eight times; due at once, it would be tried at once again.
-                with contextlib.suppress(LedgerUnavailable):
-                    await self._release(claim, due_in_seconds=self._backoff.first_seconds)
+                await self._release(claim, due_in_seconds=self._backoff.first_seconds)
                 raise LedgerUnavailable(error)
             case CommitUnknown():
                 return await self._settle_unknown(claim, result)
+            case Failed(running=running, hung=True) if running is not None:
+                return await self._settle_hung(claim, result, running)
             case Failed(error, effects_committed):
                 return await self._settle_failed(claim, error, effects_committed)
             case Interrupted(effects_committed):
@@ -164,15 +166,48 @@ class Dispatcher:
             await self._claims.forget(claim)
         return outcome.failed(claim.attempt)
 
+    async def _settle_hung(self, claim: Claim, result: Failed, running: asyncio.Future[Any]) -> Outcome:
+        """A thread ignores its deadline and keeps its slot. Only a restart ends it: the event counts as abandoned."""
+        self._slots.hang(claim.event_id, running)
+        metrics.hung_handlers.inc()
+        log.error("handler_hung", event_id=claim.event_id, attempt=claim.attempt, error=str(result.error))
+        if result.effects_committed:
+            return await self._settle_failed(claim, result.error, result.effects_committed)
+        if await self._ledger.abandon_if_held(claim, redacted_error(result.error)) is Status.PENDING:
+            await self._claims.forget(claim)
+        return outcome.failed(claim.attempt)
+
     async def _settle_interrupted(self, claim: Claim, *, effects_committed: bool | None) -> None:
         if effects_committed:
             await self._ledger.kill_if_held(claim, str(TransactionEnded()))
         elif effects_committed is not None:  # None: left to recovery, which looks when its lease is over
             await self._release(claim)
 
+    async def close(self) -> None:
+        """Stop repeating releases: what could not be released counts as abandoned when its lease is over."""
+        for retry in self._retries:
+            retry.cancel()
+        if self._retries:
+            await asyncio.wait(self._retries)
+
     async def _release(self, claim: Claim, *, due_in_seconds: float = 0) -> None:
+        """Release without a charge. If Postgres is unreachable, repeat it until it succeeds."""
+        try:
+            await self._release_once(claim, due_in_seconds)
+        except LedgerUnavailable:
+            retry = asyncio.create_task(self._release_repeatedly(claim, due_in_seconds))
+            self._retries.add(retry)
+            retry.add_done_callback(self._retries.discard)
+
+    async def _release_once(self, claim: Claim, due_in_seconds: float) -> None:
         await self._ledger.release_if_held(claim, due_in_seconds=due_in_seconds)
         await self._claims.forget(claim)
+
+    async def _release_repeatedly(self, claim: Claim, due_in_seconds: float) -> None:
+        while True:
+            await asyncio.sleep(_RELEASE_RETRY_SECONDS)
+            with contextlib.suppress(LedgerUnavailable):
+                return await self._release_once(claim, due_in_seconds)
 
 
 def _effects_committed(result: AttemptResult | None) -> bool | None:

@@ -6,7 +6,7 @@ statement); one that raises `LedgerUnavailable` may have committed, and its call
 is always the database's; intervals are parameters, in seconds.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -16,6 +16,7 @@ from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
 from firstclaim.inbox import statements
 from firstclaim.inbox.batcher import Batcher
+from firstclaim.inbox.new_row import NewRow, insert
 from firstclaim.inbox.statements import Statement
 from firstclaim.postgres.connection import ROW_FAULTS, PinnedConnection, describe
 from firstclaim.postgres.epoch import read_epoch
@@ -63,57 +64,6 @@ class HandlerTransaction:
     pid: int
     server_started_at: datetime
     began_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class NewRow:
-    """A delivery to be inserted, and the state that its row gets."""
-
-    delivery: Delivery
-    status: Status
-    attempt: int
-    due_in_seconds: float
-
-    @property
-    def event_id(self) -> str:
-        """The id of the delivered event."""
-        return self.delivery.event.id
-
-
-async def insert(
-    connection: PinnedConnection,
-    rows: Iterable[NewRow],
-    *,
-    patience_seconds: float,
-    give_up_seconds: float,
-    process: str | None = None,
-    timeout_seconds: float | None = None,
-) -> set[str]:
-    """Insert rows and their bodies in one statement; returns the ids that were new.
-
-    `patience_seconds`: how long it waits for a row of the same id that is not committed yet. `process`: the process
-    that claims the rows that are claimed.
-    """
-    events = [(row.delivery.event, row) for row in rows]
-    inserted = await statements.INSERT.fetch(
-        connection,
-        timeout_seconds=timeout_seconds,
-        patience_ms=str(round(patience_seconds * 1000)),
-        event_ids=[event.id for event, _ in events],
-        types=[event.type for event, _ in events],
-        accounts=[event.account for event, _ in events],
-        livemodes=[event.livemode for event, _ in events],
-        api_versions=[event.api_version for event, _ in events],
-        object_ids=[event.object_id for event, _ in events],
-        created_ats=[event.created for event, _ in events],
-        statuses=[row.status for _, row in events],
-        attempts=[row.attempt for _, row in events],
-        due_ins=[row.due_in_seconds for _, row in events],
-        bodies=[row.delivery.body for _, row in events],
-        process=process,
-        give_up_in=give_up_seconds,
-    )
-    return {row["event_id"] for row in inserted}
 
 
 # Of the copies of an event in one batch the first of these is inserted: one that may dispatch, one that wants it done.
@@ -250,8 +200,10 @@ class Ledger:
         )
         return [(row["event_id"], Status(row["status"]), row["abandoned"]) for row in rows]
 
-    async def due(self, limit: int, wants: Callable[[str, bool], bool], *, abandoned: bool) -> list[str]:
-        """Ids of `limit` due events, oldest first: those never abandoned, or those that were.
+    async def due(
+        self, limit: int, wants: Callable[[str, bool], bool], left_out: Sequence[str] = (), *, abandoned: bool
+    ) -> list[str]:
+        """Ids of `limit` due events, oldest first and without `left_out`: those never abandoned, or those that were.
 
         `wants` decides by type and mode; whatever it refuses costs the look nothing, however many rows there are.
         """
@@ -259,11 +211,13 @@ class Ledger:
         if not wanted:
             return []
         types, livemodes = zip(*wanted, strict=True)
-        rows = await self._run(statements.DUE[abandoned], types=types, livemodes=livemodes, limit=limit)
+        rows = await self._run(
+            statements.DUE[abandoned], types=types, livemodes=livemodes, left_out=left_out, limit=limit
+        )
         return [row["event_id"] for row in rows]
 
     async def give_up_unwanted(self, limit: int, wants: Callable[[str, bool], bool]) -> list[tuple[str, str]]:
-        """Make events `dead` that no process has taken a day after their time to give up: (event id, type) of each.
+        """Make events `dead` that nobody took until a day after their time to give up: (event id, type) of each.
 
         Only events that this process does not want: it would dispatch the others.
         """
@@ -326,6 +280,17 @@ class Ledger:
         Waits for a backend that is still committing this row, so it also settles an ambiguous COMMIT.
         """
         return await self._settle(statements.FAIL, claim, error=error, due_in=due_in_seconds)
+
+    async def abandon_if_held(self, claim: Claim, error: str) -> Status | None:
+        """This attempt goes on past its end and cannot be ended: charged as abandoned; None: no longer ours."""
+        return await self._settle(
+            statements.ABANDON,
+            claim,
+            error=error,
+            most=self._max_abandoned,
+            first=self._backoff.first_seconds,
+            longest=self._backoff.max_seconds,
+        )
 
     async def kill_if_held(self, claim: Claim, error: str) -> Status | None:
         """No retry will help: `dead`; None: no longer ours."""

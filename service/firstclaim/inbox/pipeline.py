@@ -15,13 +15,14 @@ import structlog
 from firstclaim import outcome
 from firstclaim.errors import FirstclaimError, LedgerUnavailable
 from firstclaim.event import Delivery, Event, parse_event
+from firstclaim.inbox.backlog import Backlog
 from firstclaim.inbox.claims import Claims, LockAttempt
 from firstclaim.inbox.dispatch import Dispatcher
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.lock import LockReply
 from firstclaim.inbox.routes import Routes
 from firstclaim.inbox.single_flight import Flight, SingleFlight
-from firstclaim.inbox.slots import Slots
+from firstclaim.inbox.slots import Place, Slots
 from firstclaim.observability import metrics, tracing
 from firstclaim.observability.redaction import describe_error
 from firstclaim.outcome import Kind, Outcome
@@ -46,6 +47,7 @@ class Pipeline:
         dispatcher: Dispatcher,
         slots: Slots,
         routes: Routes,
+        backlog: Backlog,
         *,
         budget_seconds: float,
     ) -> None:
@@ -54,6 +56,7 @@ class Pipeline:
         self._dispatcher = dispatcher
         self._slots = slots
         self._routes = routes
+        self._backlog = backlog
         self._budget_seconds = budget_seconds
         self._flights: SingleFlight[Claim | Outcome] = SingleFlight()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -104,19 +107,28 @@ class Pipeline:
     async def _process(self, delivery: Delivery, lock: LockAttempt, flight: Flight[Claim | Outcome]) -> Outcome:
         event, handler = delivery.event, self._routes.find(delivery.event)
         unwanted = None if isinstance(handler, Handler) else handler
+        place = self._reserve(event) if unwanted is None and lock.reply is LockReply.HELD else None
         try:
             with tracing.span("claim"):
-                claim = await self._claims.claim(delivery, lock, unwanted=unwanted)
+                claim = await self._claims.claim(delivery, lock, unwanted=unwanted, has_place=place is not None)
         except BaseException as error:  # noqa: BLE001  (a cancellation is raised again)
             flight.fail(error)
+            _give_back(place)
             return _unavailable(error, event.id, "delivery_broke")
         flight.end(claim)
-        if not isinstance(claim, Claim):
-            return claim
+        if not isinstance(claim, Claim) or place is None:
+            _give_back(place)
+            if place is None and lock.reply is LockReply.HELD and isinstance(handler, Handler):
+                self._slots.overflowed()
+            return claim  # type: ignore[return-value]
         try:
-            return await self._dispatch(claim, event, handler)
+            return await self._dispatch(claim, event, handler, place)
         except Exception as error:  # noqa: BLE001
             return _unavailable(error, event.id, "delivery_broke")
+
+    def _reserve(self, event: Event) -> Place | None:
+        """A place for a handler; None: there is none, or a thread of this event still runs here past its deadline."""
+        return None if event.id in self._slots.hung else self._slots.reserve()
 
     # -- recovery ---------------------------------------------------------------------------------------
 
@@ -131,43 +143,52 @@ class Pipeline:
         for event_id, event_type in await self._ledger.give_up_unwanted(limit, self._routes.wants):
             log.warning("unwanted", event_id=event_id, type=event_type)
 
-    async def recover(self, *, thorough: bool = True) -> bool:
-        """Claim due events, no more than there are free handler slots, and dispatch them.
+    async def recover(self) -> bool:
+        """Claim due events, as many as there are free places, and dispatch them.
 
-        `thorough`: also one that was abandoned before, even under a backlog. Returns whether there may be more of
-        them. Raises `LedgerUnavailable`.
+        At most one of them was abandoned before. Returns whether due events are left. Raises `LedgerUnavailable`.
         """
         if self._claims.redis_unreachable or self._draining:
             return False
-        slots = self._slots.free
-        if not slots:
+        free = self._slots.free
+        if not free:
             return True
-        due = await self._ledger.due(slots, self._routes.wants, abandoned=False)
-        full = len(due) == slots
-        if thorough and self._slots.previously_abandoned_free:
-            previously_abandoned = await self._ledger.due(1, self._routes.wants, abandoned=True)
-            due = previously_abandoned + due[: slots - len(previously_abandoned)]
+        left_out = [*self._backlog.left_out, *self._slots.hung]
+        due = await self._ledger.due(self._backlog.look(free), self._routes.wants, left_out, abandoned=False)
+        chosen = self._backlog.choose(due, free)
+        if self._slots.previously_abandoned_free:
+            previously_abandoned = await self._ledger.due(1, self._routes.wants, left_out, abandoned=True)
+            chosen = previously_abandoned + chosen[: free - len(previously_abandoned)]
         # In a task of its own: if recovery is cancelled here, the new claims are dispatched or released. Otherwise they
         # would count as abandoned when their lease is over.
-        claimed = await asyncio.shield(self._spawn(self._take_up(due)))
-        # If none of a full batch could be claimed, others hold their locks: an immediate next look would only spin.
-        return full and claimed > 0
+        await asyncio.shield(self._spawn(self._take_up(chosen)))
+        self._slots.backlog = len(due) > free
+        return self._slots.backlog
 
     async def wait_for_capacity(self) -> None:
         """Wait until there is capacity for a batch of due events."""
         await self._slots.wait_for_capacity()
 
-    async def _take_up(self, event_ids: Sequence[str]) -> int:
-        """Claim these events and dispatch them; returns how many could be claimed."""
-        claims = await self._claims.recover(event_ids)
-        for claim in claims:
-            self._spawn(self._recovered(claim))
-        return len(claims)
+    async def wait_for_work(self) -> None:
+        """Wait until recovery has work before its next interval."""
+        await self._slots.wait_for_work()
 
-    async def _recovered(self, claim: Claim) -> Outcome:
+    async def _take_up(self, event_ids: Sequence[str]) -> None:
+        """Claim these events and dispatch them; what cannot be claimed is left out of the next looks."""
+        places = [Place(self._slots, for_delivery=False) for _ in event_ids]
+        try:
+            claims, held_by_others = await self._claims.recover(event_ids)
+            self._backlog.leave_out(held_by_others)
+            for claim in claims:
+                self._spawn(self._recovered(claim, places.pop()))
+        finally:
+            for place in places:
+                place.release()
+
+    async def _recovered(self, claim: Claim, place: Place) -> Outcome:
         with tracing.span("recovered", event_id=claim.event_id, attempt=claim.attempt):
             try:
-                result = await self._dispatch_recovered(claim)
+                result = await self._dispatch_recovered(claim, place)
             except Exception as error:  # noqa: BLE001
                 result = _unavailable(error, claim.event_id, "recovery_broke")
             else:
@@ -176,22 +197,25 @@ class Pipeline:
             tracing.note(outcome=result.kind)
             return result
 
-    async def _dispatch_recovered(self, claim: Claim) -> Outcome:
+    async def _dispatch_recovered(self, claim: Claim, place: Place) -> Outcome:
         if claim.body is None:
-            return await self._kill(claim, "its payload has expired: it cannot be dispatched")
+            return await self._kill(claim, place, "its payload has expired: it cannot be dispatched")
         try:
             event = parse_event(claim.body)
         except FirstclaimError as error:  # accepted by a build with other rules
-            return await self._kill(claim, f"its payload cannot be read: {error}")
-        return await self._dispatch(claim, event, self._routes.find(event))
+            return await self._kill(claim, place, f"its payload cannot be read: {error}")
+        return await self._dispatch(claim, event, self._routes.find(event), place)
 
-    async def _dispatch(self, claim: Claim, event: Event, handler: Handler | str) -> Outcome:
+    async def _dispatch(self, claim: Claim, event: Event, handler: Handler | str, place: Place) -> Outcome:
         if isinstance(handler, str):  # never claimed, unless the row has another type or mode than its payload
-            return await self._kill(claim, f"its payload is not the event of its row: {handler}")
-        return await self._dispatcher.run(claim, event, handler)
+            return await self._kill(claim, place, f"its payload is not the event of its row: {handler}")
+        return await self._dispatcher.run(claim, event, handler, place)
 
-    async def _kill(self, claim: Claim, error: str) -> Outcome:
-        await self._ledger.kill_if_held(claim, error)
+    async def _kill(self, claim: Claim, place: Place, error: str) -> Outcome:
+        try:
+            await self._ledger.kill_if_held(claim, error)
+        finally:
+            place.release()
         return outcome.dead(claim.event_id, claim.attempt)
 
     # -- shutdown ---------------------------------------------------------------------------------------
@@ -210,6 +234,7 @@ class Pipeline:
         if left:
             log.info("releasing", events=len(left))
             await asyncio.wait(left, timeout=5)
+        await self._dispatcher.close()
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)
@@ -227,6 +252,11 @@ def _unavailable(error: BaseException, event_id: str, log_event: str) -> Outcome
         raise error
     log.error(log_event, event_id=event_id, error=describe_error(error), exc_info=error)
     return outcome.unavailable("Internal error")
+
+
+def _give_back(place: Place | None) -> None:
+    if place is not None:
+        place.release()
 
 
 def _counted(result: Outcome, stopped_by: metrics.StoppedBy) -> Outcome:

@@ -27,16 +27,25 @@ _ROUND_SECONDS = 5  # for the round itself
 class Recovery:
     """The loop of one process: every `interval_seconds`, and after a full round as soon as there is capacity.
 
-    A round makes at most `batch` abandoned events due again.
+    A round makes at most `batch` abandoned events due again, and none before Postgres has been reachable for a lease
+    without a break.
     """
 
     def __init__(
-        self, pipeline: Pipeline, ledger: Ledger, epoch: Epoch, *, interval_seconds: float, batch: int
+        self,
+        pipeline: Pipeline,
+        ledger: Ledger,
+        epoch: Epoch,
+        *,
+        interval_seconds: float,
+        lease_seconds: float,
+        batch: int,
     ) -> None:
         self._pipeline = pipeline
         self._ledger = ledger
         self._epoch = epoch
         self._interval_seconds = interval_seconds
+        self._lease_seconds = lease_seconds
         self._batch = batch
         self._last_round = time.monotonic()
         self._failing = False
@@ -58,22 +67,23 @@ class Recovery:
             more = await self._round()
             # Jitter, so that processes started together do not query together for ever.
             pause = self._interval_seconds * random.uniform(0.75, 1)  # noqa: S311
-            if not more:
-                await asyncio.sleep(pause)
-                continue
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
+                    if not more:
+                        await self._pipeline.wait_for_work()
                     await self._pipeline.wait_for_capacity()
 
     async def _round(self) -> bool:
         """One round; returns whether there may be more to do at once."""
         try:
-            if upkeep := time.monotonic() >= self._upkeep_at:
+            if time.monotonic() >= self._upkeep_at:
                 self._epoch.confirm(await self._ledger.read_epoch())
-                await self._pipeline.return_abandoned(self._batch)
+                # After an outage every lease may be over while its holder lives, and is about to release the event.
+                if self._epoch.unbroken_seconds >= self._lease_seconds:
+                    await self._pipeline.return_abandoned(self._batch)
                 await self._pipeline.give_up_unwanted(self._batch)
                 self._upkeep_at = time.monotonic() + self._interval_seconds / 2
-            more = await self._pipeline.recover(thorough=upkeep)
+            more = await self._pipeline.recover()
         except LedgerUnavailable as error:
             self._note_failure(str(error))
             return False

@@ -1,72 +1,132 @@
-"""The handler slots of one process: how many handlers run at once, and how many claims wait for a slot.
+"""The handler slots of one process, and the places of the claims that wait for one.
 
-Guarantees: at most `size` handlers run at once. Of the events that were abandoned before, one at a time: such an event
-may end the process again, and then it takes as few others with it as possible.
+Guarantees: at most `size` handlers run at once, and at most twice as many claims are held: a delivery that gets no
+place is not claimed. So memory is bounded, and a crash abandons at most twice the slots. While there is a backlog,
+deliveries leave half of the slots to recovery: without that, at a load just above capacity, the oldest event would wait
+without bound. Of the events that were abandoned before, one at a time: such an event may end the process again, and
+then it takes as few others with it as possible.
 """
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from typing import Any
 
 
-class Slots:
-    """`size` slots, and the claims that wait for one."""
+class Place:
+    """The right of one claim to a slot: reserved, then waiting, then running. `release` ends it."""
 
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._slots = asyncio.Semaphore(size)
-        self._previously_abandoned = asyncio.Semaphore(1)
-        self._waiting = 0
-        self._running = 0
-        self._half_free = asyncio.Event()
-        self._half_free.set()
+    def __init__(self, slots: "Slots", *, for_delivery: bool) -> None:
+        self._slots = slots
+        self._for_delivery = for_delivery
+        self._entered: list[asyncio.Semaphore] = []
+        self._released = False
+        slots.count(for_delivery=for_delivery, change=1)
 
-    @property
-    def free(self) -> int:
-        """How many handlers could start now; claims that already wait for a slot are subtracted."""
-        return max(0, self._size - self._running - self._waiting)
-
-    @property
-    def previously_abandoned_free(self) -> bool:
-        """Whether an event that was abandoned before could start now."""
-        return not self._previously_abandoned.locked()
-
-    async def wait_for_capacity(self) -> None:
-        """Wait until half of the slots are free: recovery then fetches a batch, not single events."""
-        await self._half_free.wait()
-
-    async def enter(self, *, previously_abandoned: bool, timeout_seconds: float) -> Callable[[], None] | None:
-        """Wait for a slot; returns the function that frees it, to be called once, or None after `timeout_seconds`."""
-        gates = [self._previously_abandoned, self._slots] if previously_abandoned else [self._slots]
-        entered: list[asyncio.Semaphore] = []
+    async def enter(self, *, previously_abandoned: bool, timeout_seconds: float) -> bool:
+        """Wait for a slot; False: there was none within `timeout_seconds`."""
+        gates = self._slots.gates(previously_abandoned=previously_abandoned)
         full = any(gate.locked() for gate in gates)
-        self._count(waiting=1)
         try:
             async with asyncio.timeout(timeout_seconds) if full else contextlib.nullcontext():
                 for gate in gates:
                     await gate.acquire()
-                    entered.append(gate)
-        except BaseException as error:
-            for gate in entered:
-                gate.release()
-            if isinstance(error, TimeoutError):
-                return None
-            raise
-        finally:
-            self._count(waiting=-1)
-        self._count(running=1)
+                    self._entered.append(gate)
+        except TimeoutError:
+            return False
+        return True
 
-        def leave() -> None:
-            self._count(running=-1)
-            for gate in entered:
-                gate.release()
+    def release(self, running: asyncio.Future[Any] | None = None) -> None:
+        """Free the place, now or when `running` ends: a handler that ignores the end of its attempt keeps its slot.
 
-        return leave
-
-    def _count(self, *, waiting: int = 0, running: int = 0) -> None:
-        self._waiting += waiting
-        self._running += running
-        if self.free * 2 >= self._size:
-            self._half_free.set()
+        The turn of previously abandoned events is free at once: the next one does not wait for such a handler.
+        """
+        if self._slots.previously_abandoned in self._entered:
+            self._entered.remove(self._slots.previously_abandoned)
+            self._slots.previously_abandoned.release()
+            self._slots.work.set()
+        if running is None:
+            self._free()
         else:
-            self._half_free.clear()
+            running.add_done_callback(lambda _: self._free())
+
+    def _free(self) -> None:
+        if self._released:
+            return
+        self._released = True
+        for gate in self._entered:
+            gate.release()
+        self._slots.count(for_delivery=self._for_delivery, change=-1)
+
+
+class Slots:
+    """`size` slots, and places for twice as many claims."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.previously_abandoned = asyncio.Semaphore(1)
+        self.backlog = False  # the last round of recovery left due events behind
+        self.work = asyncio.Event()  # recovery has work before its next interval
+        self.hung: dict[str, asyncio.Future[Any]] = {}  # event id: the thread that ignores its deadline
+        self._slots = asyncio.Semaphore(size)
+        self._deliveries = 0
+        self._recovered = 0
+        self._capacity = asyncio.Event()
+        self._capacity.set()
+
+    def reserve(self) -> Place | None:
+        """A place for a delivery; None: it could not start soon, so it is recorded for recovery."""
+        limit = self.size // 2 if self.backlog else 2 * self.size
+        if self._deliveries < limit and self._deliveries + self._recovered < 2 * self.size:
+            return Place(self, for_delivery=True)
+        return None
+
+    def overflowed(self) -> None:
+        """A delivery was recorded without a place: there is a backlog, and recovery works on it as soon as it can."""
+        self.backlog = True
+        self.work.set()
+
+    @property
+    def free(self) -> int:
+        """How many due events recovery may claim now."""
+        held = self._deliveries + self._recovered
+        share = (self.size + 1) // 2 - self._recovered if self.backlog else 0
+        return max(0, min(max(self.size - held, share), 2 * self.size - held))
+
+    @property
+    def previously_abandoned_free(self) -> bool:
+        """Whether an event that was abandoned before could start now."""
+        return not self.previously_abandoned.locked()
+
+    async def wait_for_capacity(self) -> None:
+        """Wait until recovery may claim a quarter of the slots: it then fetches a batch, not single events."""
+        await self._capacity.wait()
+
+    async def wait_for_work(self) -> None:
+        """Wait until a delivery has been recorded without a place, or a previously abandoned event has ended."""
+        await self.work.wait()
+        self.work.clear()
+
+    @property
+    def all_hung(self) -> bool:
+        """Whether every slot is held by a thread that ignores its deadline: only a restart helps."""
+        return len(self.hung) >= self.size
+
+    def hang(self, event_id: str, running: asyncio.Future[Any]) -> None:
+        """A thread ignores its deadline: its event is not tried again in this process while it lives."""
+        self.hung[event_id] = running
+        running.add_done_callback(lambda _: self.hung.pop(event_id, None))
+
+    def gates(self, *, previously_abandoned: bool) -> list[asyncio.Semaphore]:
+        """What a claim has to pass, in this order."""
+        return [self.previously_abandoned, self._slots] if previously_abandoned else [self._slots]
+
+    def count(self, *, for_delivery: bool, change: int) -> None:
+        """A place was reserved (1) or released (-1)."""
+        if for_delivery:
+            self._deliveries += change
+        else:
+            self._recovered += change
+        if self.free * 4 >= self.size:
+            self._capacity.set()
+        else:
+            self._capacity.clear()

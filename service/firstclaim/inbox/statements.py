@@ -93,7 +93,12 @@ RETURNING e.event_id, e.attempt, e.failures, e.abandoned, p.body
 
 # Return what a vanished holder has abandoned: its claim is past its lease, and no handler has locked the row. The event
 # is due again after a backoff, or dead if it was abandoned too often: it may be what ends its process.
-RETURN_ABANDONED = statement("""
+_ABANDONED = """abandoned = abandoned + 1,
+           status = CASE WHEN abandoned + 1 >= :most THEN 'dead' ELSE 'pending' END,
+           settled_at = CASE WHEN abandoned + 1 >= :most THEN clock_timestamp() END,
+           due_at = clock_timestamp() + make_interval(
+               secs => least(:first * power(2, least(abandoned, 60)), :longest) * (0.5 + random() / 2))"""
+RETURN_ABANDONED = statement(f"""
 WITH due AS MATERIALIZED (
     SELECT event_id FROM stripe_events
      WHERE status = 'processing' AND due_at <= (SELECT clock_timestamp())
@@ -101,12 +106,8 @@ WITH due AS MATERIALIZED (
        FOR UPDATE SKIP LOCKED
 ), returned AS (
     UPDATE stripe_events e
-       SET abandoned = abandoned + 1,
-           status = CASE WHEN abandoned + 1 >= :most THEN 'dead' ELSE 'pending' END,
-           settled_at = CASE WHEN abandoned + 1 >= :most THEN clock_timestamp() END,
-           last_error = 'attempt ' || attempt || ' was abandoned: its process vanished or froze',
-           due_at = clock_timestamp() + make_interval(
-               secs => least(:first * power(2, least(abandoned, 60)), :longest) * (0.5 + random() / 2))
+       SET {_ABANDONED},
+           last_error = 'attempt ' || attempt || ' was abandoned: its process vanished or froze'
       FROM due
      WHERE e.event_id = due.event_id
     RETURNING e.*
@@ -147,7 +148,7 @@ SELECT event_id
       SELECT event_id, due_at FROM stripe_events e
        WHERE e.type = wanted.type AND e.livemode = wanted.livemode
          AND status IN ('pending', 'failed') AND {condition}
-         AND due_at <= (SELECT clock_timestamp())
+         AND due_at <= (SELECT clock_timestamp()) AND event_id <> ALL(CAST(:left_out AS text[]))
        ORDER BY due_at LIMIT :limit) AS due
  ORDER BY due_at LIMIT :limit
 """)
@@ -236,6 +237,20 @@ UPDATE stripe_events
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
 """)
 )
+
+# An attempt that cannot be ended is charged as one whose process vanished.
+ABANDON = statement(f"""
+WITH changed AS (
+    UPDATE stripe_events SET {_ABANDONED}, last_error = :error
+     WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
+    RETURNING *
+), noted AS (
+    INSERT INTO stripe_event_attempts (event_id, attempt, outcome, process, began_at, ended_at, error)
+    SELECT event_id, attempt, 'abandoned', claimed_by, claimed_at, clock_timestamp(), last_error FROM changed
+    ON CONFLICT DO NOTHING
+)
+SELECT status FROM changed
+""")
 
 RELEASE = statement("""
 UPDATE stripe_events SET status = 'pending', due_at = clock_timestamp() + make_interval(secs => :due_in)

@@ -42,6 +42,9 @@ taken_over: Final = _counters(
     "firstclaim_claims_taken_over", "Claims of recorded and of failed events.", "by", ("delivery", "recovery")
 )
 abandoned: Final = Counter("firstclaim_abandoned", "Claims whose process vanished or froze.", registry=REGISTRY)
+hung_handlers: Final = Counter(
+    "firstclaim_hung_handlers", "Sync handlers whose thread ran on past its deadline.", registry=REGISTRY
+)
 recovery_rounds: Final = _counters("firstclaim_recovery_rounds", "Rounds of recovery.", "result", ("good", "failed"))
 redis_outages: Final = Counter("firstclaim_redis_outages", "Times that Redis became unreachable.", registry=REGISTRY)
 _handler_seconds = Histogram(

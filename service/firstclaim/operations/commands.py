@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from firstclaim.errors import LedgerUnavailable, OperatorError
 from firstclaim.event import Delivery
-from firstclaim.inbox.ledger import NewRow, insert
+from firstclaim.inbox.new_row import NewRow, insert
 from firstclaim.inbox.statements import FIND, statement
 from firstclaim.migrations import schema
 from firstclaim.operations.limits import ROW_DAYS_LEAST

@@ -29,15 +29,25 @@ class Epoch:
         self._fresh_seconds = fresh_seconds
         self._value: str | None = None
         self._confirmed = float("-inf")
+        self._unbroken_since = float("inf")
 
     def confirm(self, value: str | None) -> None:
         """Note what a connection has just read."""
+        now = time.monotonic()
+        if now - self._confirmed > self._fresh_seconds:
+            self._unbroken_since = now
         self._value = value
-        self._confirmed = time.monotonic()
+        self._confirmed = now
 
     def doubt(self, _lost: object = None) -> None:
         """No marker counts until the epoch is confirmed again."""
         self._confirmed = float("-inf")
+
+    @property
+    def unbroken_seconds(self) -> float:
+        """For how long it has been confirmed without a break, that is, Postgres has been reachable."""
+        now = time.monotonic()
+        return now - self._unbroken_since if now - self._confirmed <= self._fresh_seconds else 0
 
     @property
     def latest(self) -> str | None:

@@ -17,6 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from firstclaim.errors import FirstclaimError
+from firstclaim.inbox.slots import Slots
 
 PROBE_SECONDS = 1.0  # shorter than the timeout of any prober, longer than a healthy store needs
 
@@ -71,9 +72,18 @@ class HealthCheck:
             return Finding(self.failing, type(error).__name__)
 
 
-async def livez(_request: Request) -> Response:
-    """200 while the event loop runs."""
-    return Response(b'{"status":"ok"}\n', media_type="application/json")
+class Liveness:
+    """`/livez`: 200 while the event loop runs; 503 once only a restart can free a handler slot."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._slots = slots
+
+    async def report(self, _request: Request) -> Response:
+        """Uses no store."""
+        if self._slots.all_hung:
+            body = b'{"status":"down","detail":"every handler slot is held by a thread past its deadline"}\n'
+            return Response(body, 503, media_type="application/json")
+        return Response(b'{"status":"ok"}\n', media_type="application/json")
 
 
 class Readiness:

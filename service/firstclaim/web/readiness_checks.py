@@ -1,14 +1,19 @@
-"""The health checks of `/readyz`: this process, Redis, Postgres, the schema, the recovery loop."""
+"""The health checks of `/readyz`: this process, Redis, Postgres, the schema, the recovery loop, the handlers."""
 
 from firstclaim.inbox.lock import Lock
 from firstclaim.inbox.recovery import Recovery
+from firstclaim.inbox.slots import Slots
 from firstclaim.migrations.schema import SchemaState, compare, outdated, read_version
 from firstclaim.postgres.pool import Pool
 from firstclaim.shutdown import Shutdown
 from firstclaim.web.health import PROBE_SECONDS, Finding, Health, HealthCheck
 
+_HUNG_NAMED = 5  # event ids in the detail
 
-def readiness_checks(shutdown: Shutdown, lock: Lock, ingest: Pool, recovery: Recovery) -> list[HealthCheck]:
+
+def readiness_checks(
+    shutdown: Shutdown, lock: Lock, ingest: Pool, recovery: Recovery, slots: Slots
+) -> list[HealthCheck]:
     """The checks, in the order of their lines. If Redis is unreachable, the service is `degraded`: it still records."""
 
     async def process() -> Finding:
@@ -34,10 +39,20 @@ def readiness_checks(shutdown: Shutdown, lock: Lock, ingest: Pool, recovery: Rec
         detail = f"last good round {recovery.idle_seconds:.1f} s ago"
         return Finding(Health.OK if recovery.healthy else Health.DOWN, detail)
 
+    async def handlers() -> Finding:
+        if not slots.hung:
+            return Finding(Health.OK)
+        events = ", ".join(list(slots.hung)[:_HUNG_NAMED])
+        return Finding(
+            Health.DEGRADED,
+            f"{len(slots.hung)} of {slots.size} slots are held by threads past their deadline ({events}): restart",
+        )
+
     return [
         HealthCheck("process", process),
         HealthCheck("redis", redis, failing=Health.DEGRADED),
         HealthCheck("postgres", postgres),
         HealthCheck("schema", schema),
         HealthCheck("recovery", recovering),
+        HealthCheck("handlers", handlers),
     ]

@@ -1,0 +1,147 @@
+"""Slots and places, and the choice of due events."""
+
+import asyncio
+
+import pytest
+
+from firstclaim.inbox import backlog as backlog_module
+from firstclaim.inbox.backlog import Backlog
+from firstclaim.inbox.slots import Place, Slots
+from firstclaim.postgres.epoch import Epoch
+
+SIZE = 4
+
+
+@pytest.fixture
+def slots() -> Slots:
+    return Slots(SIZE)
+
+
+def reserved(slots: Slots) -> list[Place]:
+    """As many places as deliveries can get."""
+    places = []
+    while (place := slots.reserve()) is not None:
+        places.append(place)
+    return places
+
+
+async def test_deliveries_hold_twice_the_slots_at_most(slots: Slots) -> None:
+    """The next one gets a place when one is released, and a place is released once."""
+    places = reserved(slots)
+    assert len(places) == 2 * SIZE
+    for _ in range(2):
+        places[0].release()
+    assert len(reserved(slots)) == 1
+
+
+async def test_in_a_backlog_recovery_has_half_of_the_slots(slots: Slots) -> None:
+    """Deliveries get the other half, and no queue; together they never hold more than twice the slots."""
+    slots.overflowed()
+    assert len(reserved(slots)) == SIZE // 2
+    assert slots.free == SIZE // 2
+    for _ in range(SIZE // 2):
+        Place(slots, for_delivery=False)
+    assert slots.free == 0
+
+
+async def test_a_backlog_that_begins_under_full_slots_gets_its_share(slots: Slots) -> None:
+    """Though deliveries hold more than all slots; but the bound of twice the slots holds for recovery too."""
+    places = reserved(slots)
+    slots.overflowed()
+    assert slots.free == 0
+    for place in places[: SIZE // 2]:
+        place.release()
+    assert slots.free == SIZE // 2
+    assert slots.reserve() is None
+
+
+async def test_without_a_backlog_recovery_takes_what_is_free(slots: Slots) -> None:
+    """Places that deliveries wait in count."""
+    assert slots.free == SIZE
+    places = [slots.reserve() for _ in range(SIZE + 1)]
+    assert slots.free == 0
+    for place in places[:2]:
+        assert place is not None
+        place.release()
+    assert slots.free == 1
+
+
+async def test_a_running_handler_keeps_its_slot_and_not_its_turn(slots: Slots) -> None:
+    """After its deadline: the next previously abandoned event may start, but not in its slot."""
+    place = Place(slots, for_delivery=False)
+    assert await place.enter(previously_abandoned=True, timeout_seconds=5)
+    assert slots.previously_abandoned.locked()
+    running: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    place.release(running)
+    assert slots.previously_abandoned_free
+    assert slots.free == SIZE - 1
+    running.set_result(None)
+    await asyncio.sleep(0)
+    assert slots.free == SIZE
+
+
+async def test_a_claim_that_gets_no_slot_in_time_says_so() -> None:
+    """And leaves nothing taken."""
+    slots = Slots(1)
+    first, second = Place(slots, for_delivery=True), Place(slots, for_delivery=True)
+    assert await first.enter(previously_abandoned=False, timeout_seconds=5)
+    assert not await second.enter(previously_abandoned=True, timeout_seconds=0.01)
+    second.release()
+    first.release()
+    assert slots.free == 1
+    assert slots.previously_abandoned_free
+
+
+def test_half_of_the_candidates_are_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others are drawn from the rest, so that processes which see the same rows rarely try the same."""
+    due = [f"evt_{number}" for number in range(320)]
+    chosen = Backlog.choose(due, 20)
+    assert chosen[:10] == due[:10]
+    assert len(set(chosen)) == 20
+    assert {*chosen} != {*Backlog.choose(due, 20)}
+
+
+@pytest.mark.parametrize("rows", range(7))
+def test_a_short_queue_is_taken_whole(rows: int) -> None:
+    """As many as asked for, or all there are."""
+    due = [f"evt_{number}" for number in range(rows)]
+    assert sorted(Backlog.choose(due, 5)) == due[:5] or len(due) > 5
+    assert len(Backlog.choose(due, 5)) == min(rows, 5)
+    assert Backlog.choose(due, 0) == []
+
+
+def test_what_cannot_be_claimed_is_left_out_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as long as a lock lives, and of too many the oldest are tried again first."""
+    now = 0.0
+    monkeypatch.setattr("firstclaim.inbox.backlog.time.monotonic", lambda: now)
+    monkeypatch.setattr(backlog_module, "_MAX_LEFT_OUT", 3)
+    backlog = Backlog(leave_out_seconds=20)
+    backlog.leave_out(["a", "b"])
+    now = 10.0
+    backlog.leave_out(["b", "c"])
+    assert sorted(backlog.left_out) == ["a", "b", "c"]
+    backlog.leave_out(["d"])
+    assert sorted(backlog.left_out) == ["b", "c", "d"]
+    now = 31.0
+    assert backlog.left_out == []
+
+
+def test_contact_is_unbroken_since_it_was_last_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lost connection, or a confirmation that came too late, breaks it."""
+    now = 0.0
+    monkeypatch.setattr("firstclaim.postgres.epoch.time.monotonic", lambda: now)
+    epoch = Epoch(fresh_seconds=10)
+    assert epoch.unbroken_seconds == 0
+    for instant in (100.0, 109.0, 118.0):
+        now = instant
+        epoch.confirm("e")
+    assert epoch.unbroken_seconds == 18
+    epoch.doubt()
+    assert epoch.unbroken_seconds == 0
+    epoch.confirm("e")
+    assert epoch.unbroken_seconds == 0
+    now = 140.0
+    assert epoch.unbroken_seconds == 0, "not confirmed for too long"
+    epoch.confirm("e")
+    now = 145.0
+    assert epoch.unbroken_seconds == 5
