@@ -229,6 +229,10 @@ def _capacity() -> dict[str, InvalidRequest]:
         f"POST {WEBHOOK_PATH}%0d%0aX:y": 404,
         f"POST {WEBHOOK_PATH}/../..{WEBHOOK_PATH}": 404,
         f"POST {WEBHOOK_PATH.upper()}": 404,
+        f"POST {WEBHOOK_PATH.replace('s', '%73')}": 404,
+        f"POST {WEBHOOK_PATH}#x": 400,
+        "GET /%6detrics": 404,
+        "GET /%61dmin": 404,
         "POST /livez": 405,
     }
     return {

@@ -225,6 +225,13 @@ async def test_ambiguous_framing_is_refused(sent: bytes) -> None:
         assert await _refusal(served, sent) == MALFORMED
 
 
+@pytest.mark.parametrize("target", [b"/livez#x", b"/livez?a#b", b"http://x/livez#"])
+async def test_a_fragment_in_the_target_is_refused(target: bytes) -> None:
+    """A request target has no fragment: the path in front of one would be served, past a proxy's rule for it."""
+    async with _served() as served:
+        assert await _refusal(served, GET.replace(b"/livez", target) + b"\r\n") == MALFORMED
+
+
 async def test_a_refused_body_ends_for_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     """When a body turns malformed, the application stops waiting for it, although the connection is still open."""
     monkeypatch.setattr(protocol, "LINGER_SECONDS", 60)

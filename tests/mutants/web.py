@@ -108,6 +108,22 @@ MUTANTS = (
         "integration/test_protocol.py::test_who_still_sends_gets_to_read_the_answer",
     ),
     Mutant(
+        "percent-encoded-path-is-served",
+        "A path is served only as it is written: a proxy's rule for `/metrics` does not match `/%6detrics`.",
+        "Application.__call__",
+        """b"%" in scope["raw_path"]""",
+        "False",
+        "unit/test_app.py::test_another_spelling_of_a_path_is_not_found",
+    ),
+    Mutant(
+        "target-with-a-fragment-is-served",
+        "A request target with a fragment is refused: the path in front of it would be served.",
+        "HttpProtocol.on_headers_complete",
+        'b"#" in self.url',
+        "False",
+        "integration/test_protocol.py::test_a_fragment_in_the_target_is_refused",
+    ),
+    Mutant(
         "failure-is-a-2xx",
         "A failed handler is a 500, so that Stripe retries too.",
         "webhook.answer",

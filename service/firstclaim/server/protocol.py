@@ -128,6 +128,8 @@ class HttpProtocol(HttpToolsProtocol):
         self._clear_timer()
         if self._received_bytes > MAX_HEAD_BYTES and self._head_bytes() > MAX_HEAD_BYTES:
             raise _too_large()
+        if b"#" in self.url:  # no valid request target; the path in front of it would be served
+            raise Rejected("malformed", "Malformed HTTP request")
         if self.parser.should_upgrade() and any(name in _FRAMING for name, _ in self.headers):
             raise Rejected("upgrade", "Protocol upgrades are not supported")  # the parser would skip its body
         super().on_headers_complete()
