@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from firstclaim.inbox.attempt import Attempt
+from firstclaim.inbox.attempt import Attempt, Committed
 from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.status import TAKEABLE
@@ -52,7 +52,7 @@ POINTS: Mapping[str, Point] = {
     # The completion mark too is done, and not committed.
     "mark": Point(Attempt, "_mark", lambda _, __: True),
     # Committed; the delivery is not answered yet.
-    "commit": Point(Attempt, "_commit", lambda _, ended: isinstance(ended, str)),
+    "commit": Point(Attempt, "_commit", lambda _, result: isinstance(result, Committed)),
 }
 
 
