@@ -7,6 +7,7 @@
     I5  no handler starts before its own process has taken the lock and then the ledger's claim of that attempt
     I6  `processed: true` -> completed or ignored at that instant; `ignored` -> a row existed at that instant
     I7  a marker of the current epoch -> a row exists
+    I8  nothing that a build with a handler acknowledged is `ignored`, neither at that instant nor at the end
     OUTSIDE  calls to other systems: at least one per completed event, and only by attempts that started
 
 A process can be frozen between an action and the line that records it. So lines are compared as intervals: an order
@@ -82,6 +83,7 @@ def check(evidence: Evidence) -> list[Violation]:
         *_claims(evidence, by_event),
         *_answers(evidence),
         *_markers(evidence),
+        *_builds(evidence),
         *_outside(evidence, by_event),
     ]
 
@@ -225,13 +227,24 @@ def _claims(evidence: Evidence, by_event: Mapping[str, _Lines]) -> Iterator[Viol
             yield Violation("I5", event_id, f"completed by attempt {row.attempt}, whose start was not recorded")
 
 
-# -- I7, and the outside ------------------------------------------------------------------------------
+# -- I7, I8, and the outside --------------------------------------------------------------------------
 
 
 def _markers(evidence: Evidence) -> Iterator[Violation]:
     for event_id, value in evidence.markers.items():
         if value == f"recorded:{evidence.epoch}" and event_id not in evidence.rows:
             yield Violation("I7", event_id, "a marker of the current epoch, and there is no row")
+
+
+def _builds(evidence: Evidence) -> Iterator[Violation]:
+    for delivery in evidence.deliveries:
+        if not (delivery.promised and delivery.wanted):
+            continue
+        last = evidence.rows.get(delivery.event_id)
+        for seen, when in ((delivery.seen, "at that instant"), (last, "at the end")):
+            if isinstance(seen, Row) and seen.status is Status.IGNORED:
+                said = f"{delivery.service} has a handler for it and answered {delivery.result}"
+                yield Violation("I8", delivery.event_id, f"{said}, and {when} it was ignored")
 
 
 def _outside(evidence: Evidence, by_event: Mapping[str, _Lines]) -> Iterator[Violation]:

@@ -17,7 +17,11 @@ from typing import Final
 
 import httpx
 
+from firstclaim.errors import FirstclaimError
+from firstclaim.event import parse_event
+from firstclaim.inbox.routes import Routes
 from firstclaim.postgres.connection import UNAVAILABLE
+from firstclaim.registry import Handler, Registry
 from tests.acceptance.harness import HANDLERS, Answer, Overrides, Row, Sample, Sandbox, Service, post
 from tests.chaos import trace
 
@@ -36,7 +40,7 @@ class Unseen(Enum):
 class Delivery:
     """One POST of an event. `result` holds status, processed and action of the answer; None if there was no answer.
 
-    The row was read at an instant between `answered_at` and `seen_at`.
+    The row was read at an instant between `answered_at` and `seen_at`. `wanted`: the service has a handler for it.
     """
 
     event_id: str
@@ -46,6 +50,7 @@ class Delivery:
     result: tuple[int, bool, str] | None
     seen: Row | Unseen
     seen_at: int
+    wanted: bool
 
     @property
     def promised(self) -> bool:
@@ -64,6 +69,7 @@ class History:
     lost: dict[str, int] = field(default_factory=dict, init=False)  # event id: the instant at which the ledger lost it
     abandoned_most: int = field(default=ABANDONED_MOST, init=False)
     _postgres_unreachable: int = field(default=0, init=False)
+    _routes: dict[str, Routes] = field(default_factory=dict, init=False)  # by the name of the service
 
     def __post_init__(self) -> None:
         self.trace = self.sandbox.folder / f"trace-{secrets.token_hex(4)}.jsonl"
@@ -74,7 +80,9 @@ class History:
         traced: Overrides = {"handlers": TRACED_HANDLERS, trace.VARIABLE: str(self.trace)}
         chosen = traced | (overrides or {})
         self.abandoned_most = min(self.abandoned_most, int(chosen.get("abandoned_most", ABANDONED_MOST)))
-        return self.sandbox.service(chosen, *options, workers=workers)
+        service = self.sandbox.service(chosen, *options, workers=workers)
+        self._routes[service.name] = Routes(Registry.load(str(chosen["handlers"]).split(",")), "any")
+        return service
 
     async def deliver(self, service: Service, event: Sample) -> Answer | None:
         """POST it, read the ledger at once, record both. None when the connection ended without an answer."""
@@ -92,7 +100,8 @@ class History:
             sent_at = answered_at - round(1e9 * answer.seconds) if answer else answered_at
         seen = await self._seen(event) if answer else Unseen.NOT_READ
         result = answer.result if answer else None
-        noted = Delivery(event.id, service.name, sent_at, answered_at, result, seen, time.monotonic_ns())
+        seen_at, wanted = time.monotonic_ns(), self._is_wanted(service, event)
+        noted = Delivery(event.id, service.name, sent_at, answered_at, result, seen, seen_at, wanted)
         self.deliveries.append(noted)
 
     async def note_all(self, posts: Sequence[tuple[Service, Sample]], answers: Iterable[Answer]) -> None:
@@ -112,6 +121,12 @@ class History:
     def restored(self, lost: Iterable[Sample]) -> None:
         """The ledger was restored to a moment before these: what was seen of them until now no longer counts."""
         self.lost |= {event.id: time.monotonic_ns() for event in lost}
+
+    def _is_wanted(self, service: Service, event: Sample) -> bool:
+        try:
+            return isinstance(self._routes[service.name].find(parse_event(event.body)), Handler)
+        except FirstclaimError:  # no event: it is not accepted either
+            return False
 
     async def _seen(self, event: Sample) -> Row | Unseen:
         tolerant = self._postgres_unreachable > 0

@@ -19,8 +19,10 @@ def row(status: Status, attempt: int, failures: int = 0, abandoned: int = 0, err
     return Row(status, attempt, failures, abandoned, None, error, due_in_seconds=60)
 
 
-def delivery(event_id: str, at: int, said: tuple[int, bool, str] | None, seen: Row | Unseen) -> Delivery:
-    return Delivery(event_id, "serve", at, at + 10, said, seen, at + 12)
+def delivery(
+    event_id: str, at: int, said: tuple[int, bool, str] | None, seen: Row | Unseen, *, wanted: bool = True
+) -> Delivery:
+    return Delivery(event_id, "serve", at, at + 10, said, seen, at + 12, wanted)
 
 
 def lines(event_id: str, attempt: int, pid: int, at: int, whats: Iterable[str] = DISPATCH) -> list[Line]:
@@ -36,7 +38,9 @@ AGAIN = row(Status.COMPLETED, 2, failures=1)
 NO_ANSWER = delivery("once", 50, None, Unseen.NOT_READ)
 
 # `once` went through at once, `again` failed once and was completed by another process, `unwanted` has no handler,
-# `poison` killed its process until it was dead, `hopeless` raised Permanent, `unsure` was never recorded.
+# `poison` killed its process until it was dead, `hopeless` raised Permanent, `unsure` was never recorded. `new` has a
+# handler in one of two builds: the other ignored it, and its resend was completed. `old` reached only the other build,
+# except for a delivery that was refused and one that was not answered.
 CLEAN = Evidence(
     deliveries=[
         NO_ANSWER,
@@ -45,10 +49,15 @@ CLEAN = Evidence(
         delivery("once", 200, IGNORED, Unseen.NOT_READ),
         delivery("again", 100, FAILED, row(Status.FAILED, 1, failures=1)),
         delivery("again", 400, IGNORED, AGAIN),
-        delivery("unwanted", 100, UNHANDLED, row(Status.IGNORED, 1)),
+        delivery("unwanted", 100, UNHANDLED, row(Status.IGNORED, 1), wanted=False),
         delivery("poison", 100, DEFERRED, row(Status.PENDING, 0)),
         delivery("hopeless", 100, (200, False, "dead"), row(Status.DEAD, 1, failures=1)),
         delivery("unsure", 100, UNAVAILABLE, Unseen.NO_ROW),
+        delivery("new", 100, UNHANDLED, row(Status.IGNORED, 1), wanted=False),
+        delivery("new", 300, PROCESSED, row(Status.COMPLETED, 2)),
+        delivery("old", 100, UNHANDLED, row(Status.IGNORED, 1), wanted=False),
+        delivery("old", 300, UNAVAILABLE, row(Status.IGNORED, 1)),
+        delivery("old", 400, None, Unseen.NOT_READ),
     ],
     rows={
         "once": DONE,
@@ -56,8 +65,10 @@ CLEAN = Evidence(
         "unwanted": row(Status.IGNORED, 1),
         "poison": row(Status.DEAD, 8, abandoned=8, error="attempt 8 was abandoned: its process vanished or froze"),
         "hopeless": row(Status.DEAD, 1, failures=1, error="Permanent: never"),
+        "new": row(Status.COMPLETED, 2),
+        "old": row(Status.IGNORED, 1),
     },
-    effects=[Effect("once", 1), Effect("again", 2)],
+    effects=[Effect("once", 1), Effect("again", 2), Effect("new", 2)],
     lines=[
         *lines("once", 1, pid=1, at=100),
         *lines("again", 1, pid=1, at=100),
@@ -65,6 +76,7 @@ CLEAN = Evidence(
         *lines("unwanted", 1, pid=1, at=100, whats=(LOCK, CLAIM)),
         *(line for n in range(1, 9) for line in lines("poison", n, pid=n, at=1000 * n, whats=DISPATCH[:5])),
         *lines("hopeless", 1, pid=1, at=100),
+        *lines("new", 2, pid=1, at=300),
     ],
     markers={"once": f"recorded:{EPOCH}", "again": "claimed:5eed", "unsure": "recorded:another epoch"},
     epoch=EPOCH,
@@ -73,8 +85,8 @@ CLEAN = Evidence(
 Change = Callable[[Evidence], Evidence]
 
 
-def answered(event_id: str, said: tuple[int, bool, str], seen: Row | Unseen) -> Change:
-    return lambda e: replace(e, deliveries=[*e.deliveries, delivery(event_id, 900, said, seen)])
+def answered(event_id: str, said: tuple[int, bool, str], seen: Row | Unseen, *, wanted: bool = True) -> Change:
+    return lambda e: replace(e, deliveries=[*e.deliveries, delivery(event_id, 900, said, seen, wanted=wanted)])
 
 
 def with_row(event_id: str, changed: Row) -> Change:
@@ -248,6 +260,22 @@ BROKEN: dict[str, tuple[tuple[Change, ...], set[tuple[str, str]]]] = {
         (with_marker("unsure", f"recorded:{EPOCH}"),),
         {("I7", "unsure")},
     ),
+    "acknowledged by a build with a handler, and ignored at the end": (
+        (answered("old", DEFERRED, row(Status.PENDING, 1)),),
+        {("I8", "old")},
+    ),
+    "a duplicate at a build with a handler, and ignored at the end": (
+        (answered("old", IGNORED, Unseen.NOT_READ),),
+        {("I8", "old")},
+    ),
+    "acknowledged by a build with a handler while it was ignored": (
+        (answered("new", IGNORED, row(Status.IGNORED, 2)),),
+        {("I8", "new")},
+    ),
+    "not handled, said by a build with a handler": (
+        (answered("unwanted", UNHANDLED, row(Status.IGNORED, 1)),),
+        {("I8", "unwanted")},
+    ),
     "completed without a call to the outside": (
         (without_lines("once", OUTSIDE),),
         {("OUTSIDE", "once")},
@@ -273,7 +301,7 @@ def test_a_broken_invariant_is_named(what: str) -> None:
 def test_every_invariant_is_broken_here() -> None:
     """No invariant is without a history that breaks it."""
     broken = {invariant for _, expected in BROKEN.values() for invariant, _ in expected}
-    assert broken == {"I1", "I2", "I3", "I4", "I5", "I6", "I7", "OUTSIDE"}
+    assert broken == {"I1", "I2", "I3", "I4", "I5", "I6", "I7", "I8", "OUTSIDE"}
 
 
 @pytest.mark.parametrize(
@@ -302,8 +330,15 @@ def test_a_frozen_process_may_tell_of_it_late() -> None:
 
 def test_looks_that_overlap_have_no_order() -> None:
     """A look that began earlier and ended later than another may show an earlier attempt."""
-    slow = Delivery("again", "serve", 90, 105, IGNORED, row(Status.PROCESSING, 1), 5000)
+    slow = Delivery("again", "serve", 90, 105, IGNORED, row(Status.PROCESSING, 1), 5000, wanted=True)
     assert check(replace(CLEAN, deliveries=[*CLEAN.deliveries, slow])) == []
+
+
+def test_a_build_without_a_handler_promises_no_handling() -> None:
+    """A 2xx of a build without a handler for the event says nothing about its end: the event may be ignored."""
+    both = answered("old", DEFERRED, row(Status.IGNORED, 1), wanted=False), answered("old", IGNORED, Unseen.NOT_READ)
+    assert named(both[0]) == set()
+    assert named(*both) == {("I8", "old")}
 
 
 def test_a_rogue_handler_waives_only_the_count_of_effects() -> None:
