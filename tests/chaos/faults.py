@@ -11,7 +11,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Final
 
+import asyncpg
+
 from firstclaim.errors import LedgerUnavailable
+from firstclaim.postgres.connection import UNAVAILABLE
 from tests import operator
 from tests.acceptance.harness import eventually
 from tests.chaos.plan import Fault
@@ -21,7 +24,14 @@ from tests.proxy import Mode, Proxy, Upstream
 
 _END_SECONDS: Final = 40.0
 _STORM_SECONDS: Final = 0.05
-
+_FORGOTTEN: Final = """
+UPDATE stripe_events SET due_at = due_at WHERE event_id IN (
+    (SELECT event_id FROM stripe_events WHERE status IN ('pending', 'failed') ORDER BY due_at LIMIT 20
+        FOR UPDATE SKIP LOCKED)
+    UNION ALL
+    (SELECT event_id FROM stripe_events WHERE status = 'ignored' ORDER BY received_at DESC LIMIT 20
+        FOR UPDATE SKIP LOCKED))
+"""
 
 Do = Callable[[Testbed, Fault], Awaitable[None]]
 
@@ -202,6 +212,18 @@ async def lose_backend(testbed: Testbed, fault: Fault) -> None:
         await testbed.postgres.lose(backends[fault.pick % len(backends)])
 
 
+async def forget_update(testbed: Testbed, fault: Fault) -> None:
+    """Somebody's psql holds an open UPDATE of the rows that are next due, and of ignored ones, longer than a lease."""
+    with suppress(*UNAVAILABLE):  # another fault ends it sooner
+        psql = await asyncpg.connect(testbed.postgres.url, timeout=5)
+        try:
+            await psql.execute("BEGIN", timeout=5)
+            await psql.execute(_FORGOTTEN, timeout=5)
+            await asyncio.sleep(3 + 3 * fault.portion)
+        finally:
+            psql.terminate()
+
+
 async def rotate(testbed: Testbed, _: Fault) -> None:
     """`firstclaim epoch rotate`: all markers are invalid from now on."""
     with suppress(LedgerUnavailable):  # Postgres is unreachable: an operator would try again later
@@ -313,5 +335,5 @@ LANES: Final[Mapping[str, Mapping[str, Do]]] = {
         "cut before a statement": _cut_at(b"evt_", Mode.FROZEN),
         "cut after a statement": _cut_at(b"evt_", Mode.MUTE),
     },
-    "epoch": {"rotate": rotate},
+    "operator": {"epoch rotate": rotate, "forgotten UPDATE": forget_update},
 }

@@ -12,6 +12,8 @@ from typing import Final
 
 from firstclaim.status import Status
 from tests.acceptance.harness import Sample, sample
+from tests.chaos.new_build import ADDED
+from tests.chaos.old_build import DROPPED
 
 # A lane's pause between two faults. Most of the time something must work: otherwise nothing could go wrong.
 _QUIET_SECONDS: Final = (2.0, 6.0)
@@ -52,7 +54,10 @@ def faults(seed: int, lane: str, kinds: Sequence[str]) -> Iterator[Fault]:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One event to send: the pause before it, the number of simultaneous copies, and its expected status."""
+    """One event to send: the pause before it, the number of simultaneous copies, and its expected status.
+
+    If only `one_build` handles it, it may also be ignored: unless that build has acknowledged it (the checker's I8).
+    """
 
     event: Sample = field(repr=False)
     behaviour: str
@@ -62,6 +67,7 @@ class Order:
     repeats_after_seconds: tuple[float, ...]
     hangs_up: bool  # first, one client closes its connection without waiting for the answer
     expected: Status
+    one_build: bool  # only one of the two builds has a handler for it
     seed: str  # of the choices that are made while it is sent
 
 
@@ -75,11 +81,15 @@ class _Sort:
 
 
 _SYNC: Final = "invoice.paid"
+_OF_ONE_BUILD: Final = (ADDED, DROPPED)
 _SORTS: Final = (
     _Sort(70, "plain"),
     _Sort(30, "plain", _SYNC),
     _Sort(15, "plain", "customer.subscription.updated"),
     _Sort(15, "plain", "charge.refunded", Status.IGNORED),  # it has no handler
+    *(_Sort(10, "plain", one) for one in _OF_ONE_BUILD),
+    *(_Sort(6, "slow", one, parameters=(("seconds", 1.2),)) for one in _OF_ONE_BUILD),
+    *(_Sort(6, "fail", one, parameters=(("until", 1),)) for one in _OF_ONE_BUILD),
     _Sort(12, "fail", parameters=(("until", 1),)),
     _Sort(6, "fail", parameters=(("until", 3),)),
     _Sort(8, "fail", _SYNC, parameters=(("until", 2),)),
@@ -115,5 +125,6 @@ def orders(seed: int) -> Iterator[Order]:
             ),
             hangs_up=chance.random() < 0.05,
             expected=sort.expected,
+            one_build=sort.type in _OF_ONE_BUILD,
             seed=f"{seed}/order {number}",
         )

@@ -10,6 +10,8 @@ import pytest
 from tests.acceptance.harness import Sample
 from tests.chaos.__main__ import arguments
 from tests.chaos.faults import LANES
+from tests.chaos.new_build import ADDED
+from tests.chaos.old_build import DROPPED
 from tests.chaos.plan import Fault, Order, faults, orders
 
 NOBODY = Sample("", b"")
@@ -48,12 +50,13 @@ def test_the_same_seed_sends_the_same_events() -> None:
 
 
 def test_the_load_has_some_of_everything() -> None:
-    """Copies at once, later repeats, clients that hang up, and every end that an event may have."""
+    """Copies at once, later repeats, clients that hang up, types of one build, and every end that an event may have."""
     some = list(islice(orders(1), 1000))
     assert {order.copies for order in some} == {1, 2, 3, 6}
     assert {len(order.repeats_after_seconds) for order in some} == {0, 1, 2}
     assert {order.hangs_up for order in some} == {True, False}
     assert {str(order.expected) for order in some} == {"completed", "ignored", "dead"}
+    assert {order.type for order in some if order.one_build} == {ADDED, DROPPED}
 
 
 def test_arguments() -> None:

@@ -1,4 +1,4 @@
-"""What a nemesis run breaks: both stores, three services, and the connections of each service to the stores."""
+"""What a nemesis run breaks: both stores, three services of two builds, and the connections of each to the stores."""
 
 from contextlib import suppress
 from dataclasses import dataclass, field
