@@ -1,6 +1,7 @@
 """Connections to a real Postgres: what is pinned, what is refused, and that nothing waits for a frozen server."""
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import asyncpg
 import pytest
+from asyncpg.connection import LoggedQuery
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as QueueTimeout
 
@@ -192,6 +194,46 @@ async def test_a_server_that_hides_its_identity_has_an_epoch(database_url: str, 
     assert before == await read_epoch(admin)
     await admin.execute("UPDATE ledger_epoch SET id = gen_random_uuid()")
     assert before != await read_epoch(admin)
+
+
+async def refusals_of(connection: asyncpg.Connection) -> list[str]:
+    """The errors that reading the epoch twice causes on the server: each is a line in its log."""
+    refused: list[str] = []
+
+    async def note(query: LoggedQuery) -> None:
+        if query.exception is not None:
+            refused.append(type(query.exception).__name__)
+
+    with connection.query_logger(note):
+        first = await read_epoch(connection)
+        assert first is not None
+        assert first == await read_epoch(connection)
+        await connection.execute("SELECT 1")  # until then the last of them may not be noted
+    return refused
+
+
+@pytest.mark.parametrize("function", ["pg_control_system()", "pg_walfile_name(pg_lsn)", "pg_current_wal_insert_lsn()"])
+async def test_a_role_without_the_right_is_not_refused(admin: asyncpg.Connection, function: str) -> None:
+    """A role that may not call one of the functions does not call it: the server's log has no ERROR of ours."""
+    role = f"test_{secrets.token_hex(6)}"
+    await admin.execute(f"CREATE ROLE {role}; GRANT SELECT ON ledger_epoch TO {role}")
+    await admin.execute(f"REVOKE EXECUTE ON FUNCTION {function} FROM PUBLIC")
+    try:
+        await admin.execute(f"SET ROLE {role}")
+        assert await refusals_of(admin) == []
+    finally:
+        await admin.execute(f"RESET ROLE; DROP OWNED BY {role}; DROP ROLE {role}")
+
+
+@pytest.mark.parametrize("state", ["insufficient_privilege", "feature_not_supported"])
+async def test_a_function_that_refuses_is_called_once(admin: asyncpg.Connection, state: str) -> None:
+    """A function that refuses by itself, as on some managed servers, is called once per connection."""
+    await admin.execute(
+        "CREATE FUNCTION public.pg_control_system(OUT system_identifier bigint) LANGUAGE plpgsql"
+        f" AS $$ BEGIN RAISE {state}; END $$"
+    )
+    await admin.execute("SET search_path = public, pg_catalog")
+    assert len(await refusals_of(admin)) == 1
 
 
 async def test_without_a_ledger_there_is_no_epoch(empty_url: str) -> None:

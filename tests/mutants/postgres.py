@@ -84,6 +84,22 @@ MUTANTS = (
         "integration/test_postgres.py::test_uuid_system_and_timeline_each_make_the_epoch",
     ),
     Mutant(
+        "identity-asked-without-the-right",
+        "A role that may not call the functions that identify the server does not call them.",
+        "epoch.read_epoch",
+        'row["may_ask"] and ...',
+        "...",
+        "integration/test_postgres.py::test_a_role_without_the_right_is_not_refused",
+    ),
+    Mutant(
+        "refused-identity-is-asked-again",
+        "A connection on which such a function refused does not call it again.",
+        "epoch.read_epoch",
+        "_refused.add(connection)",
+        "",
+        "integration/test_postgres.py::test_a_function_that_refuses_is_called_once",
+    ),
+    Mutant(
         "connections-keep-an-old-epoch",
         "After a rotation no marker carries the old epoch: connections that have read it are replaced.",
         "connection.is_current",
