@@ -127,13 +127,14 @@ def assemble(settings: Settings, registry: Registry) -> Components:
         lease_seconds=settings.lease_seconds,
         postgres_timeout_seconds=timeout,
     )
+    routes = Routes(registry, settings.livemode)
     pipeline = Pipeline(
         claims,
         ledger,
         Dispatcher(handler_connections, ledger, claims, slots, backoff, limits),
         slots,
-        Routes(registry, settings.livemode),
-        Backlog(leave_out_seconds=settings.lock_ttl_seconds),
+        routes,
+        Backlog(ledger, routes.wants, leave_out_seconds=settings.lock_ttl_seconds),
         budget_seconds=settings.answer_budget_seconds,
     )
     recovery = Recovery(

@@ -10,7 +10,7 @@ from firstclaim.migrations import schema
 from firstclaim.postgres.connection import open_connection
 from firstclaim.status import Status
 from tests.clock import Clock, installed
-from tests.integration.world import World, build, delivery, effect, every_event, explained
+from tests.integration.world import World, build, delivery, due, effect, explained
 from tests.stores import Stores
 
 HOUR_SECONDS = 3600.0
@@ -37,10 +37,10 @@ async def test_a_recorded_event_is_due_when_the_clock_says_so(world: World, cloc
     given = delivery()
     await world.ledger.record(given, due_in_seconds=HOUR_SECONDS)
     await clock.advance(HOUR_SECONDS - 1)
-    assert await world.ledger.due(1, every_event, abandoned=False) == []
+    assert await due(world, 1, abandoned=False) == []
     assert (await world.row(given.event.id))["due_in"] == 1
     await clock.advance(1)
-    assert await world.ledger.due(1, every_event, abandoned=False) == [given.event.id]
+    assert await due(world, 1, abandoned=False) == [given.event.id]
 
 
 async def test_a_lease_ends_when_the_clock_says_so(world: World, clock: Clock) -> None:
@@ -100,9 +100,8 @@ async def test_what_is_due_is_still_found_by_the_index(world: World) -> None:
     """The look for due events plans as it does with the server's own clock: once per look, not once per row."""
     async with world.components.ingest.acquire(60) as connection:
         await connection.execute("SET enable_seqscan = off")
-        plan = await explained(
-            connection, statements.DUE[False], "EXPLAIN VERBOSE", limit=5, types=[TYPE], livemodes=[True], left_out=[]
-        )
+        wanted = {"types": [TYPE], "livemodes": [True], "starts": [None], "left_out": [], "limit": 5}
+        plan = await explained(connection, statements.DUE[False], "EXPLAIN VERBOSE", **wanted)
     assert "InitPlan" in plan
     assert " clock_timestamp()" in plan, "the server's own would be shown as pg_catalog's"
     assert "(e.due_at <= (InitPlan" in plan

@@ -20,7 +20,7 @@ from firstclaim.operations.commands import Commands
 from firstclaim.status import TAKEABLE, Status
 from tests.hostile import bodies
 from tests.integration.conftest import MakeWorld
-from tests.integration.world import World, delivery, effect, every_event, explained, until
+from tests.integration.world import World, delivery, due, effect, explained, until
 
 SETTLED = (Status.COMPLETED, Status.IGNORED, Status.DEAD)
 LEASE_SECONDS = 60.0
@@ -148,7 +148,7 @@ async def test_an_insert_does_not_wait_for_a_running_handler(world: World) -> No
         assert await world.ledger.record(given, due_in_seconds=0) == ExistingRow(Status.PROCESSING, 1, claim.epoch)
         assert await world.ledger.take_over([claim.event_id]) == []
         assert await world.ledger.return_abandoned(10) == []
-        assert await world.ledger.due(10, every_event, abandoned=False) == []
+        assert await due(world, 10, abandoned=False) == []
 
 
 # -- taking over --------------------------------------------------------------------------------------
@@ -362,18 +362,18 @@ async def test_due_is_the_oldest_first(world: World) -> None:
         other = await world.state_of(delivery(), status)
         await world.change(other.event.id, due_at=3600.0 if status in TAKEABLE else -3600.0)
     oldest_first = sorted(ages, key=lambda event_id: -ages[event_id])
-    assert await world.ledger.due(10, every_event, abandoned=False) == oldest_first
-    assert await world.ledger.due(2, every_event, abandoned=False) == oldest_first[:2]
-    assert await world.ledger.due(0, every_event, abandoned=False) == []
-    assert await world.ledger.due(10, every_event, abandoned=True) == []
+    assert await due(world, 10, abandoned=False) == oldest_first
+    assert await due(world, 2, abandoned=False) == oldest_first[:2]
+    assert await due(world, 0, abandoned=False) == []
+    assert await due(world, 10, abandoned=True) == []
 
 
 async def test_those_abandoned_before_are_due_apart(world: World) -> None:
     """What may end its process again is never fetched among others."""
     well, suspect = [await world.state_of(delivery(), Status.PENDING) for _ in range(2)]
     await world.change(suspect.event.id, abandoned=1)
-    assert await world.ledger.due(10, every_event, abandoned=False) == [well.event.id]
-    assert await world.ledger.due(10, every_event, abandoned=True) == [suspect.event.id]
+    assert await due(world, 10, abandoned=False) == [well.event.id]
+    assert await due(world, 10, abandoned=True) == [suspect.event.id]
 
 
 async def test_looking_for_due_events_reads_the_index(world: World) -> None:
@@ -392,12 +392,12 @@ async def test_looking_for_due_events_reads_the_index(world: World) -> None:
         (
             statements.DUE[False],
             "stripe_events_waiting",
-            {"limit": 5, "types": ["t"], "livemodes": [False], "left_out": []},
+            {"limit": 5, "types": ["t"], "livemodes": [False], "starts": [None], "left_out": []},
         ),
         (
             statements.DUE[True],
             "stripe_events_waiting_abandoned",
-            {"limit": 5, "types": ["t"], "livemodes": [False], "left_out": []},
+            {"limit": 5, "types": ["t"], "livemodes": [False], "starts": [None], "left_out": []},
         ),
         (
             statements.RETURN_ABANDONED,

@@ -905,6 +905,44 @@ async def test_rows_that_another_transaction_has_locked_hold_up_nobody(make_worl
     await until(none_left)
 
 
+async def test_looks_between_full_ones_begin_where_the_last_found_something(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So finished rows that an old snapshot keeps in the index are walked over rarely; a full look finds all again."""
+    backlog = world.pipeline._backlog
+    early, late = [await world.state_of(delivery(), Status.PENDING) for _ in range(2)]
+    await world.change(late.event.id, due_at=-10.0)
+    await world.change(early.event.id, due_at=3600.0)
+    assert await backlog.look(1) == [late.event.id]
+    await world.change(early.event.id, due_at=-20.0)
+    backlog._full_look_at[False] = float("inf")
+    assert await backlog.look(1) == [late.event.id]
+    backlog._full_look_at[False] = 0.0
+    assert await backlog.look(1) == [early.event.id, late.event.id]
+
+
+async def test_a_slow_full_look_is_made_rarely(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once in twenty times as long as it takes: the next one waits for that long."""
+    now = 1000.0
+    monkeypatch.setattr("firstclaim.inbox.backlog.time.monotonic", lambda: now)
+    queues = Ledger.queues
+
+    async def slow(ledger: Ledger, *, abandoned: bool) -> list[tuple[str, bool]]:
+        nonlocal now
+        now += 0.5
+        return await queues(ledger, abandoned=abandoned)
+
+    monkeypatch.setattr(Ledger, "queues", slow)
+    backlog = world.pipeline._backlog
+    await backlog.look(1)
+    assert backlog._full_look_at[False] == 1010
+    await world.pipeline._backlog.look(1, abandoned=True)
+    now += 20
+    monkeypatch.setattr(Ledger, "queues", queues)
+    await backlog.look(1)
+    assert backlog._full_look_at[False] < now, "a look that is cheap again is not put off"
+
+
 async def test_an_event_whose_thread_hangs_is_not_tried_again_here(make_world: MakeWorld) -> None:
     """Neither by a delivery nor by recovery, while the thread lives: another process may."""
     world, other = await make_world({TYPE: handles}), await make_world({TYPE: handles})

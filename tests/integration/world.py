@@ -239,6 +239,13 @@ async def build(
     return World(settings, assemble(settings, registry), await asyncpg.connect(database_url))
 
 
+async def due(world: World, count: int, *, abandoned: bool = False) -> list[str]:
+    """Ids of due events, oldest first, as a process that wants all types reads them."""
+    queues = await world.ledger.queues(abandoned=abandoned)
+    events = await world.ledger.due(dict.fromkeys(queues), count, abandoned=abandoned)
+    return [event.event_id for event in events]
+
+
 async def until(look: Callable[[], Awaitable[T]], seconds: float = 20) -> T:
     """Look again and again until there is something to see; returns it. Fails with what was seen last."""
     deadline = time.monotonic() + seconds

@@ -358,7 +358,7 @@ end:
             busy++; ASKED; step = ACQUIRE;
             if
             :: wants = 1
-            :: !calm /* a process of another build */
+            :: !calm && me == 1 /* a process of another build; one such delivery at a time */
             fi
         :: step == IDLE && !is_lane && TAKEABLE && (!QUIET || rounds > 0) -> rounds = 0; busy++; ASKED; step = ACQUIRE
 

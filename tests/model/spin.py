@@ -44,7 +44,7 @@ def search(
     liveness: bool = False,
     go_on: bool = False,
     optimise: str = "-O2",
-    depth: int = 1_000_000,
+    depth: int = 2_000_000,
     megabytes: int = 3500,
 ) -> Search:
     """Generate the verifier, compile it, run it. `go_on`: search all of it, whatever is violated."""

@@ -51,13 +51,13 @@ INVARIANTS = {number: name for name, number in re.findall(r"^bool (I(\d)_\w+) = 
 SMALL = bounds(1, 1, 2)
 RESTORED = bounds(1, 1, 1, "-DRESTORE")
 MUTANTS = {
-    "M_200_ON_CLAIMED": (SMALL, "1"),
-    "M_MARKER_BEFORE_COMMIT": (SMALL, "17"),
+    "M_200_ON_CLAIMED": (SMALL, "18"),
+    "M_MARKER_BEFORE_COMMIT": (SMALL, "178"),
     "M_STATE_BY_ID_ALONE": (SMALL, "2"),
     "M_RECOVERY_BY_NX": (SMALL, "4"),
     "M_NO_FENCE": (SMALL, "35"),
-    "M_MARKER_OVER_LOST_COMMIT": (SMALL, "17"),
-    "M_DEFERRED_ON_UNKNOWN": (SMALL, "1"),
+    "M_MARKER_OVER_LOST_COMMIT": (SMALL, "178"),
+    "M_DEFERRED_ON_UNKNOWN": (SMALL, "18"),
     "M_MARK_APART": (SMALL, "2"),
     "M_LOCK_ALONE": (SMALL, "25"),
     "M_DISPATCH_WITHOUT_LOCK": (SMALL, "5"),

@@ -104,7 +104,7 @@ if row and (claims := await self._ledger.take_over([delivery.event.id])):
     TextMutant(
         "unwanted-events-wait-for-ever",
         "What no process has taken a day after its time to give up becomes `dead`.",
-        "GIVE_UP_UNWANTED",
+        "GIVE_UP",
         "SET status = 'dead', settled_at = clock_timestamp(),",
         "SET status = 'failed',",
         "integration/test_builds.py::test_what_nobody_takes_is_dead_a_day_after_its_time",
@@ -112,7 +112,7 @@ if row and (claims := await self._ledger.take_over([delivery.event.id])):
     TextMutant(
         "unwanted-events-die-early",
         "An event is not given up on as unwanted before that day is over.",
-        "GIVE_UP_UNWANTED",
+        "GIVE_UP",
         "- interval '1 day'",
         "",
         "integration/test_builds.py::test_what_nobody_takes_is_dead_a_day_after_its_time",

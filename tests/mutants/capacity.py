@@ -87,8 +87,8 @@ MUTANTS = (
         "a-hung-event-is-recovered-again",
         "Recovery leaves out an event whose thread hangs in this process.",
         "Pipeline.recover",
-        "[*self._backlog.left_out, *self._slots.hung]",
-        "self._backlog.left_out",
+        "list(self._slots.hung)",
+        "[]",
         "integration/test_pipeline.py::test_an_event_whose_thread_hangs_is_not_tried_again_here",
     ),
     Mutant(
@@ -114,6 +114,14 @@ MUTANTS = (
         "return ...",
         "return list(due[:count])",
         "unit/test_slots.py::test_half_of_the_candidates_are_the_oldest",
+    ),
+    Mutant(
+        "every-look-is-a-full-one",
+        "Looks between the full ones begin where the last one found something.",
+        "Backlog.look",
+        "full = began >= self._full_look_at[abandoned]",
+        "full = True",
+        "integration/test_pipeline.py::test_looks_between_full_ones_begin_where_the_last_found_something",
     ),
     TextMutant(
         "a-filter-over-all-rows",

@@ -1,11 +1,13 @@
 """Slots and places, and the choice of due events."""
 
 import asyncio
+from typing import cast
 
 import pytest
 
 from firstclaim.inbox import backlog as backlog_module
 from firstclaim.inbox.backlog import Backlog
+from firstclaim.inbox.ledger import Ledger
 from firstclaim.inbox.slots import Place, Slots
 from firstclaim.postgres.epoch import Epoch
 
@@ -115,15 +117,15 @@ def test_what_cannot_be_claimed_is_left_out_for_a_while(monkeypatch: pytest.Monk
     now = 0.0
     monkeypatch.setattr("firstclaim.inbox.backlog.time.monotonic", lambda: now)
     monkeypatch.setattr(backlog_module, "_MAX_LEFT_OUT", 3)
-    backlog = Backlog(leave_out_seconds=20)
+    backlog = Backlog(cast(Ledger, None), lambda *_: True, leave_out_seconds=20)
     backlog.leave_out(["a", "b"])
     now = 10.0
     backlog.leave_out(["b", "c"])
-    assert sorted(backlog.left_out) == ["a", "b", "c"]
+    assert sorted(backlog._remembered()) == ["a", "b", "c"]
     backlog.leave_out(["d"])
-    assert sorted(backlog.left_out) == ["b", "c", "d"]
+    assert sorted(backlog._remembered()) == ["b", "c", "d"]
     now = 31.0
-    assert backlog.left_out == []
+    assert backlog._remembered() == []
 
 
 def test_contact_is_unbroken_since_it_was_last_in_doubt(monkeypatch: pytest.MonkeyPatch) -> None:

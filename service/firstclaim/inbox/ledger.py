@@ -6,7 +6,7 @@ statement); one that raises `LedgerUnavailable` may have committed, and its call
 is always the database's; intervals are parameters, in seconds.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
@@ -54,6 +54,18 @@ class ExistingRow:
     status: Status
     attempt: int
     epoch: str | None
+
+
+Queue = tuple[str, bool]  # the events of a type and a mode (livemode)
+
+
+@dataclass(frozen=True, slots=True)
+class DueEvent:
+    """An event that waits for recovery."""
+
+    event_id: str
+    queue: Queue
+    due_at: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,45 +212,35 @@ class Ledger:
         )
         return [(row["event_id"], Status(row["status"]), row["abandoned"]) for row in rows]
 
+    async def queues(self, *, abandoned: bool) -> list[Queue]:
+        """Of which types and modes anything is pending or failed: events never abandoned, or those that were."""
+        rows = await self._run(statements.QUEUES[abandoned])
+        return [(row["type"], row["livemode"]) for row in rows]
+
     async def due(
-        self, limit: int, wants: Callable[[str, bool], bool], left_out: Sequence[str] = (), *, abandoned: bool
-    ) -> list[str]:
-        """Ids of `limit` due events, oldest first and without `left_out`: those never abandoned, or those that were.
-
-        `wants` decides by type and mode; whatever it refuses costs the look nothing, however many rows there are.
-        """
-        wanted, _ = await self._waiting(wants, abandoned=abandoned)
-        if not wanted:
+        self, starts: Mapping[Queue, datetime | None], limit: int, left_out: Sequence[str] = (), *, abandoned: bool
+    ) -> list[DueEvent]:
+        """`limit` due events of these queues, oldest first, each queue from its start on, and without `left_out`."""
+        if not starts:
             return []
-        types, livemodes = zip(*wanted, strict=True)
+        types, livemodes = zip(*starts, strict=True)
         rows = await self._run(
-            statements.DUE[abandoned], types=types, livemodes=livemodes, left_out=left_out, limit=limit
+            statements.DUE[abandoned],
+            types=types,
+            livemodes=livemodes,
+            starts=list(starts.values()),
+            left_out=left_out,
+            limit=limit,
         )
-        return [row["event_id"] for row in rows]
+        return [DueEvent(row["event_id"], (row["type"], row["livemode"]), row["due_at"]) for row in rows]
 
-    async def give_up_unwanted(self, limit: int, wants: Callable[[str, bool], bool]) -> list[tuple[str, str]]:
-        """Make events `dead` that nobody took until a day after their time to give up: (event id, type) of each.
-
-        Only events that this process does not want: it would dispatch the others.
-        """
-        unwanted = {each for flag in (False, True) for each in (await self._waiting(wants, abandoned=flag))[1]}
-        if not unwanted:
+    async def give_up(self, queues: Collection[Queue], limit: int) -> list[DueEvent]:
+        """Make `dead` what nobody took of these queues until a day after its time to give up; returns those events."""
+        if not queues:
             return []
-        types, livemodes = zip(*sorted(unwanted), strict=True)
-        rows = await self._run(statements.GIVE_UP_UNWANTED, types=types, livemodes=livemodes, limit=limit)
-        return [(row["event_id"], row["type"]) for row in rows]
-
-    async def _waiting(
-        self, wants: Callable[[str, bool], bool], *, abandoned: bool
-    ) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]]]:
-        """The types and modes of what is pending or failed: those that are wanted, and the others."""
-        rows = await self._run(statements.TYPES_WAITING[abandoned])
-        wanted: list[tuple[str, bool]] = []
-        unwanted: list[tuple[str, bool]] = []
-        for row in rows:
-            each = (row["type"], row["livemode"])
-            (wanted if wants(*each) else unwanted).append(each)
-        return wanted, unwanted
+        types, livemodes = zip(*sorted(queues), strict=True)
+        rows = await self._run(statements.GIVE_UP, types=types, livemodes=livemodes, limit=limit)
+        return [DueEvent(row["event_id"], (row["type"], row["livemode"]), row["due_at"]) for row in rows]
 
     async def read_epoch(self) -> str | None:
         """The epoch that the server has now."""

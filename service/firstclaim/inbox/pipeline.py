@@ -140,8 +140,8 @@ class Pipeline:
 
     async def give_up_unwanted(self, limit: int) -> None:
         """Make events `dead` that no build took, a day after their time to give up. Raises `LedgerUnavailable`."""
-        for event_id, event_type in await self._ledger.give_up_unwanted(limit, self._routes.wants):
-            log.warning("unwanted", event_id=event_id, type=event_type)
+        for event in await self._backlog.give_up_unwanted(limit):
+            log.warning("unwanted", event_id=event.event_id, type=event.queue[0])
 
     async def recover(self) -> bool:
         """Claim due events, as many as there are free places, and dispatch them.
@@ -153,12 +153,12 @@ class Pipeline:
         free = self._slots.free
         if not free:
             return True
-        left_out = [*self._backlog.left_out, *self._slots.hung]
-        due = await self._ledger.due(self._backlog.look(free), self._routes.wants, left_out, abandoned=False)
+        hung = list(self._slots.hung)
+        due = await self._backlog.look(free, left_out=hung)
         chosen = self._backlog.choose(due, free)
         if self._slots.previously_abandoned_free:
-            previously_abandoned = await self._ledger.due(1, self._routes.wants, left_out, abandoned=True)
-            chosen = previously_abandoned + chosen[: free - len(previously_abandoned)]
+            previously_abandoned = await self._backlog.look(1, abandoned=True, left_out=hung)
+            chosen = previously_abandoned[:1] + chosen[: free - len(previously_abandoned[:1])]
         # In a task of its own: if recovery is cancelled here, the new claims are dispatched or released. Otherwise they
         # would count as abandoned when their lease is over.
         await asyncio.shield(self._spawn(self._take_up(chosen)))

@@ -120,7 +120,7 @@ SELECT event_id, status, abandoned FROM returned
 """)
 
 # The types and modes of which anything is pending or failed: one index descent for each, however many rows they have.
-TYPES_WAITING = {
+QUEUES = {
     abandoned: statement(f"""
 WITH RECURSIVE waiting AS (
     (SELECT type, livemode FROM stripe_events
@@ -138,15 +138,17 @@ SELECT type, livemode FROM waiting
     for abandoned, condition in _ABANDONED_BEFORE.items()
 }
 
-# What is due of these types, oldest first; events that were abandoned before are read separately. A filter instead of
-# the walk type by type read past all rows of the other types. The clock is in a subquery: a bare volatile function
-# would be no index condition, and each look would read every row that is not due yet.
+# What is due of these types, oldest first, each from its start on; events that were abandoned before are read
+# separately. A filter instead of the walk type by type read past all rows of the other types. The clock is in a
+# subquery: a bare volatile function would be no index condition, and each look would read every row not due yet.
 DUE = {
     abandoned: statement(f"""
-SELECT event_id
-  FROM unnest(CAST(:types AS text[]), CAST(:livemodes AS bool[])) AS wanted (type, livemode), LATERAL (
-      SELECT event_id, due_at FROM stripe_events e
+SELECT due.*
+  FROM unnest(CAST(:types AS text[]), CAST(:livemodes AS bool[]), CAST(:starts AS timestamptz[]))
+       AS wanted (type, livemode, start), LATERAL (
+      SELECT event_id, type, livemode, due_at FROM stripe_events e
        WHERE e.type = wanted.type AND e.livemode = wanted.livemode
+         AND due_at >= coalesce(wanted.start, '-infinity')
          AND status IN ('pending', 'failed') AND {condition}
          AND due_at <= (SELECT clock_timestamp()) AND event_id <> ALL(CAST(:left_out AS text[]))
        ORDER BY due_at LIMIT :limit) AS due
@@ -157,7 +159,7 @@ SELECT event_id
 
 # Of types that this process does not want: what nobody has taken a day after its time to give up. No running build has
 # a handler for it.
-GIVE_UP_UNWANTED = statement("""
+GIVE_UP = statement("""
 WITH due AS MATERIALIZED (
     SELECT event_id
       FROM stripe_events
@@ -172,13 +174,13 @@ WITH due AS MATERIALIZED (
            last_error = 'no running build has a handler for ' || type || ': replay it once one has'
       FROM due
      WHERE e.event_id = due.event_id
-    RETURNING e.event_id, e.type, e.attempt, e.last_error
+    RETURNING e.event_id, e.type, e.livemode, e.due_at, e.attempt, e.last_error
 ), noted AS (
     INSERT INTO stripe_event_attempts (event_id, attempt, outcome, ended_at, error)
     SELECT event_id, attempt, 'dead', clock_timestamp(), last_error FROM given_up
     ON CONFLICT DO NOTHING
 )
-SELECT event_id, type FROM given_up
+SELECT event_id, type, livemode, due_at FROM given_up
 """)
 
 # The first statement of a handler's transaction: lock the row if the claim still holds. From here on the row lock is
