@@ -1,4 +1,4 @@
-"""Rows 12 and 13: Redis is unreachable, or refuses. Acceptance does not wait for it, dispatch does; never a 500."""
+"""Rows 12, 13 and 40: Redis is unreachable, or refuses. Acceptance does not wait for it, dispatch does; never a 500."""
 
 import asyncio
 import math
@@ -185,4 +185,37 @@ async def test_row_13_a_key_of_another_type(history: History) -> None:
         assert (await answered(history, service, event)).result == PROCESSED
         assert (await history.sandbox.key(event) or b"").startswith(b"recorded:")
         assert (await answered(history, service, sample())).result == PROCESSED
+    await verdict(history)
+
+
+# -- row 40: what the lock's own key or user stops ----------------------------------------------------
+
+
+async def test_row_40_keys_of_another_type_after_an_outage(servers: Servers, history: History) -> None:
+    """Deferred events whose keys are of another type when Redis is back: all settle, without any delivery."""
+    server = await servers.redis()
+    history.sandbox.redis_url = server.url
+    async with before_redis(server.url) as (proxy, through):
+        service = await history.service(PATIENCE | {"REDIS_URL": through}).start()
+        proxy.switch(Mode.REFUSE)
+        for event in (sample(), sample(), sample()):
+            assert (await answered(history, service, event)).result == DEFERRED
+            await history.sandbox.put(event, "")
+        proxy.switch(Mode.OPEN)
+        await verdict(history)
+
+
+async def test_row_40_a_user_without_eval(servers: Servers, history: History) -> None:
+    """Reported at the start by name; then deferred, also between the breaker's windows; with the right, all settle."""
+    server = await servers.redis()
+    history.sandbox.redis_url = server.url
+    await server.call("ACL", "SETUSER", "default", "-eval")
+    service = await history.service(PATIENCE).start()
+    assert "EVAL is refused" in service.output
+    assert (await answered(history, service, sample())).result == PROCESSED  # its marker is the first EVAL
+    load = Load(history, [service], senders=SENDERS)
+    async with load.running():
+        await asyncio.sleep(WINDOWS * BREAKER_SECONDS)
+    assert set(load.results) == {DEFERRED}
+    await server.call("ACL", "SETUSER", "default", "+eval")
     await verdict(history)

@@ -343,6 +343,7 @@ class Server:
 
     def __init__(self) -> None:
         self.reply: bytes | None = b"+OK\r\n"
+        self.replies: dict[str, bytes] = {}  # by the command's name, before `reply`
         self.heard: list[str] = []
         self.hang_up = False
         self.pause_seconds = 0.0  # before each reply
@@ -362,8 +363,8 @@ class Server:
                 self.heard.append(name)
                 if self.hang_up:
                     writer.close()
-                elif self.reply is not None:
-                    writer.write(self.reply)
+                elif (reply := self.replies.get(name, self.reply)) is not None:
+                    writer.write(reply)
         writer.close()
 
 
@@ -453,6 +454,65 @@ async def test_a_user_without_rights_is_away(stores: Stores) -> None:
                     await is_away(make(client))
         finally:
             await admin.acl_deluser(name)
+
+
+@asynccontextmanager
+async def user(stores: Stores, *rights: str) -> AsyncIterator[tuple[Redis, Redis, str]]:
+    """A client of a user with all rights but these, a client with all, and the user's name."""
+    name = f"test-{secrets.token_hex(4)}"
+    parts = urlsplit(stores.redis_url)
+    url = urlunsplit(parts._replace(netloc=f"{name}:right@{parts.netloc.rpartition('@')[2]}"))
+    async with connect(stores.redis_url, timeout_seconds=2) as admin:
+        await admin.acl_setuser(name, enabled=True, passwords=["+right"], keys=["*"], commands=["+@all", *rights])
+        try:
+            async with connect(url, timeout_seconds=2) as client:
+                yield client, admin, name
+        finally:
+            await admin.acl_deluser(name)
+
+
+@pytest.mark.parametrize("command", ["SET", "GET", "PTTL", "EVAL", "DEL"])
+async def test_each_missing_right_is_named(stores: Stores, redis_prefix: str, command: str) -> None:
+    """Every command that the lock needs is tried, and a refusal names the command."""
+    async with user(stores, f"-{command.lower()}") as (client, _, _):
+        with pytest.raises(LockUnavailable, match=f"^{command} is refused: "):
+            await make(client, redis_prefix).try_commands()
+
+
+async def test_trying_the_commands_changes_no_lock(redis: Redis, lock: Lock, key: str, commands: list[str]) -> None:
+    """The commands are tried on a key of their own, which does not stay: also both scripts change it."""
+    await redis.set(key, THEIRS)
+    await lock.try_commands()
+    assert commands == ["SET", "GET", "PTTL", "DEL", "SET", "EVAL", "EVAL"]
+    assert await redis.keys(key.replace(ID, "*")) == [key.encode()]
+
+
+@pytest.mark.parametrize("reply", [b":1\r\n", b"*0\r\n", b"*1\r\n$1\r\nx\r\n"], ids=["integer", "empty", "array"])
+async def test_a_set_answered_with_another_type_is_away(reply: bytes) -> None:
+    """A reply that SET never has is no exception: the event is recorded without the lock, and Redis was reached."""
+    server = Server()
+    server.reply = reply
+    async with listening(server) as client:
+        lock = make(client)
+        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.UNREACHABLE
+        assert not lock.unreachable
+        server.reply = b"$-1\r\n"
+        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.HELD
+
+
+@pytest.mark.parametrize("command", ["EVAL", "PTTL"])
+@pytest.mark.parametrize("reply", [b"$1\r\n1\r\n", b"*0\r\n", b"$-1\r\n"], ids=["text", "array", "nothing"])
+async def test_no_other_reply_of_another_type_counts(command: str, reply: bytes) -> None:
+    """A script or PTTL that is answered with another type than an integer gives no lock, and raises nothing."""
+    server = Server()
+    current = OTHER_EPOCH if command == "EVAL" else THEIRS
+    server.replies = {"SET": b"$%d\r\n%b\r\n" % (len(current), current), command: reply}
+    async with listening(server) as client:
+        lock = make(client)
+        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.UNREACHABLE
+        await lock.mark_recorded(ID, TOKEN, EPOCH)
+        await lock.forget(ID, TOKEN, EPOCH)
+        assert not lock.unreachable
 
 
 async def test_a_lost_reply_is_not_asked_for_again(clock: Clock) -> None:
@@ -610,3 +670,49 @@ async def test_one_odd_key_does_not_trip_the_breaker(redis: Redis, lock: Lock, c
     assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.UNREACHABLE
     assert not lock.unreachable
     assert await lock.acquire("evt_2", TOKEN, EPOCH) is LockReply.HELD
+
+
+async def test_one_odd_key_closes_the_breaker(redis: Redis, lock: Lock, key: str, clock: Clock) -> None:
+    """After an outage the first command meets a key of another type: Redis has answered, so the breaker closes."""
+    lock._trip(ConnectionError(), "SET")
+    await redis.rpush(key, "x")
+    assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.UNREACHABLE
+    clock.now += BREAKER_SECONDS
+    assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.HELD
+    assert await redis.get(key) == OURS
+    assert await lock.acquire("evt_2", TOKEN, EPOCH) is LockReply.HELD
+
+
+@pytest.mark.parametrize("command", ["EVAL", "PTTL"])
+async def test_after_a_refused_command_the_probe_tries_it(
+    stores: Stores, redis_prefix: str, clock: Clock, command: str
+) -> None:
+    """While a command other than SET is refused, no accepted SET closes the breaker; the right once given does."""
+    async with user(stores, f"-{command.lower()}") as (client, admin, name):
+        lock = make(client, redis_prefix)
+        if command == "PTTL":
+            await admin.set(redis_prefix + ID, THEIRS, px=LOCK_TTL_MS)
+            assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.UNREACHABLE
+        else:
+            assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.HELD
+            await lock.mark_recorded(ID, TOKEN, EPOCH)
+        assert lock.unreachable
+        for number in range(3):
+            clock.now += BREAKER_SECONDS
+            assert await lock.acquire(f"evt_2{number}", TOKEN, EPOCH) is LockReply.UNREACHABLE
+            assert lock.unreachable
+        await admin.acl_setuser(name, enabled=True, commands=[f"+{command.lower()}"])
+        clock.now += BREAKER_SECONDS
+        assert await lock.acquire("evt_3", TOKEN, EPOCH) is LockReply.HELD
+        assert await lock.acquire("evt_4", TOKEN, EPOCH) is LockReply.HELD
+
+
+async def test_a_set_accepted_beside_a_refused_script_closes_nothing(clock: Clock) -> None:
+    """A SET and a script in one round trip, the script refused: the accepted SET does not close the breaker again."""
+    server = Server()
+    server.replies = {"SET": b"$-1\r\n", "EVAL": b"-NOPERM no\r\n"}
+    async with listening(server) as client:
+        lock = make(client)
+        _, reply = await asyncio.gather(lock.mark_recorded(ID, TOKEN, EPOCH), lock.acquire("evt_2", TOKEN, EPOCH))
+        assert reply is LockReply.HELD
+        assert lock.unreachable

@@ -1,11 +1,18 @@
-"""The checks of Postgres before the start, on a server that seems to be set otherwise."""
+"""The checks before the start: on a Postgres that seems to be set otherwise, and on a Redis that refuses commands."""
+
+import asyncio
+import secrets
+from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
+import hiredis
 import pytest
 from pydantic import SecretStr
 
-from firstclaim.server.preflight import Verdict, check_postgres
+from firstclaim.inbox.lock import connect
+from firstclaim.server.preflight import Verdict, check_postgres, check_redis
 from firstclaim.settings import Settings
+from tests.stores import Stores
 
 # The checks call `current_setting()` by its bare name, and this database's search_path names `public` first.
 PRETEND = """
@@ -27,3 +34,58 @@ async def test_a_server_that_can_lose_events_is_reported(database_url: str, name
     found = {check.name: check async for check in check_postgres(settings)}
     assert found[name].verdict is Verdict.WARN
     assert f"{name} = off" in found[name].detail
+
+
+def settings_of(redis_url: str) -> Settings:
+    return Settings(redis_url=SecretStr(redis_url), stripe_webhook_secrets=(SecretStr("whsec_test"),))
+
+
+@pytest.mark.parametrize("command", ["EVAL", "PTTL", "GET", "PING"])
+async def test_a_missing_right_is_named(stores: Stores, command: str) -> None:
+    """A Redis user who may not run one of the lock's commands fails the check, which names the command."""
+    name = f"test-{secrets.token_hex(4)}"
+    parts = urlsplit(stores.redis_url)
+    url = urlunsplit(parts._replace(netloc=f"{name}:right@{parts.netloc.rpartition('@')[2]}"))
+    async with connect(stores.redis_url, timeout_seconds=2) as admin:
+        await admin.acl_setuser(
+            name, enabled=True, passwords=["+right"], keys=["*"], commands=["+@all", f"-{command.lower()}"]
+        )
+        try:
+            [check] = [check async for check in check_redis(settings_of(url))]
+        finally:
+            await admin.acl_deluser(name)
+    assert (check.verdict, check.fatal) == (Verdict.FAIL, False)
+    assert f": {command}" in check.detail.partition(". The lock needs")[0]
+
+
+async def test_a_user_without_info_is_warned(stores: Stores) -> None:
+    """A Redis user who may not run INFO, which the lock does not need, gets a warning and the other checks."""
+    name = f"test-{secrets.token_hex(4)}"
+    parts = urlsplit(stores.redis_url)
+    url = urlunsplit(parts._replace(netloc=f"{name}:right@{parts.netloc.rpartition('@')[2]}"))
+    async with connect(stores.redis_url, timeout_seconds=2) as admin:
+        await admin.acl_setuser(name, enabled=True, passwords=["+right"], keys=["*"], commands=["+@all", "-info"])
+        try:
+            found = [check async for check in check_redis(settings_of(url))]
+        finally:
+            await admin.acl_deluser(name)
+    assert [check.verdict for check in found] == [Verdict.WARN, Verdict.OK]
+
+
+@pytest.mark.parametrize("reply", [b":1\r\n", b"*0\r\n", b"$5\r\nhello\r\n", b"+OK\r\n", b"$-1\r\n"])
+async def test_a_server_that_answers_nonsense_is_a_failed_check(reply: bytes) -> None:
+    """A server whose replies have unexpected types or content fails the check, which raises nothing."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        commands = hiredis.Reader()
+        while chunk := await reader.read(65_536):
+            commands.feed(chunk)
+            while (command := commands.gets()) is not False:
+                writer.write(b"+OK\r\n" if command[0] == b"CLIENT" else reply)
+        writer.close()
+
+    listener = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with listener:
+        url = f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        [check] = [check async for check in check_redis(settings_of(url))]
+    assert (check.verdict, check.fatal) == (Verdict.FAIL, False)

@@ -6,6 +6,9 @@ per request. It guarantees nothing about effects: Redis may be flushed, frozen o
 and no event is lost or processed twice, because the ledger is the only store that correctness depends on. So every
 error is the same value, `UNREACHABLE`, and the client never retries: if the library retried after a lost reply, the
 lock would look like another's.
+
+Only silence and refusals (OOM, READONLY, NOPERM, ...) open the breaker. Any other reply closes it, whatever the key
+holds: a single key of another type would otherwise keep it open for all.
 """
 
 import asyncio
@@ -34,6 +37,14 @@ _RECORDED = b"recorded:"
 _UNREACHABLE_ERRORS = (RedisError, OSError, TimeoutError)
 _MAX_BATCH = 200  # commands in one write: in a larger batch the first reply would wait too long for the last
 
+_REPLIES: dict[str, tuple[type, ...]] = {
+    "SET": (bytes, type(None)),
+    "GET": (bytes, type(None)),
+    "PTTL": (int,),
+    "DEL": (int,),
+    "EVAL": (int,),
+}
+
 # Lua on every server: `SET ... IFEQ` exists on Valkey 8.1 and Redis 8.4 only.
 _SWAP = """
 if redis.call('GET', KEYS[1]) == ARGV[1] then
@@ -53,7 +64,7 @@ class LockReply(Enum):
     HELD = auto()  # ours: claim in the ledger
     RECORDED = auto()  # a durable row exists under the current epoch, and is owned
     BUSY = auto()  # another delivery is between lock and row; nothing is promised yet
-    UNREACHABLE = auto()  # Redis did not answer, or refused the command
+    UNREACHABLE = auto()  # Redis did not answer, refused the command, or gave a reply of an unexpected type
 
 
 def connect(url: str, *, timeout_seconds: float) -> Redis:
@@ -94,6 +105,7 @@ class Lock:
         self._breaker_seconds = breaker_seconds
         self._tripped = False
         self._open_until = 0.0
+        self._probe_all = False  # a command other than SET was refused: a SET that is accepted proves nothing
         self._commands = Batcher(self._send, max_items=_MAX_BATCH)
 
     @staticmethod
@@ -144,12 +156,27 @@ class Lock:
         except LockUnavailable:
             log.debug("lock_not_deleted", event_id=event_id)
 
+    async def try_commands(self) -> None:
+        """Send every command that the lock needs, on a key of its own, whatever the breaker says.
+
+        Raises `LockUnavailable`, whose message names the command that was refused or not answered.
+        """
+        token = self.new_token()
+        key, ours, marker = self._key(f"check/{token}"), _CLAIMED + token.encode(), _RECORDED + token.encode()
+        await self._execute("SET", key, ours, "NX", "GET", "PX", self._lock_ttl_ms)
+        await self._execute("GET", key)  # the scripts need the right to it
+        await self._execute("PTTL", key)
+        await self._execute("DEL", key)
+        await self._execute("SET", key, ours, "NX", "GET", "PX", self._lock_ttl_ms)
+        await self._execute("EVAL", _SWAP, 1, key, ours, marker, self._lock_ttl_ms)
+        await self._execute("EVAL", _DROP, 1, key, ours, marker)
+
     async def ping(self) -> None:
         """Send a PING, also while the breaker is open. Raises `LockUnavailable`."""
         try:
             await self._redis.ping()
         except _UNREACHABLE_ERRORS as error:
-            raise LockUnavailable(type(error).__name__) from error
+            raise LockUnavailable(f"PING: {type(error).__name__}") from error
 
     async def close(self) -> None:
         """Close the connections."""
@@ -178,22 +205,39 @@ class Lock:
         remaining = int(await self._call("PTTL", key))
         return remaining == -1 or remaining > self._lock_ttl_ms
 
-    async def _call(self, *command: str | bytes | int) -> Any:
+    async def _call(self, name: str, *arguments: str | bytes | int) -> Any:
         if self.unreachable:
             raise LockUnavailable("breaker open")
-        if self._tripped:  # the window is over: this one call probes, for the others the breaker stays open
-            self._open_until = time.monotonic() + self._breaker_seconds
+        if not self._tripped:
+            return await self._execute(name, *arguments)
+        # The window is over: this one call probes, for the others the breaker stays open. A reply to an earlier command
+        # closes nothing: it says that a SET is accepted, and an EVAL sent with it was refused.
+        self._open_until = time.monotonic() + self._breaker_seconds
         try:
-            reply = await self._commands.call(hiredis.pack_command(command))  # type: ignore[arg-type]
+            if self._probe_all:
+                await self.try_commands()
+            reply = await self._execute(name, *arguments)
+        except _AnsweredError:
+            self._close_breaker()
+            raise
+        self._close_breaker()
+        return reply
+
+    async def _execute(self, name: str, *arguments: str | bytes | int) -> Any:
+        """Send a command past the breaker. Raises `LockUnavailable`; only a refusal or silence opens the breaker."""
+        try:
+            reply = await self._commands.call(hiredis.pack_command((name, *arguments)))  # type: ignore[arg-type]
         except ResponseError as error:
             if str(error).startswith("WRONGTYPE"):
                 raise _WrongTypeError from error
-            raise self._trip(error) from error
+            self._probe_all = self._probe_all or name != "SET"
+            self._trip(error, name)
+            raise LockUnavailable(f"{name} is refused: {error}") from error
         except _UNREACHABLE_ERRORS as error:
-            raise self._trip(error) from error
-        if self._tripped:
-            log.warning("redis_back")
-            self._tripped, self._open_until = False, 0.0
+            self._trip(error, name)
+            raise LockUnavailable(f"{name} is not answered: {type(error).__name__}") from error
+        if not isinstance(reply, _REPLIES[name]):
+            raise _UnexpectedReplyError(f"the reply to {name} has an unexpected type: {type(reply).__name__}")
         return reply
 
     async def _send(self, commands: Sequence[bytes]) -> Sequence[Any]:
@@ -227,14 +271,26 @@ class Lock:
         except ResponseError as error:
             return error
 
-    def _trip(self, error: BaseException) -> LockUnavailable:
+    def _trip(self, error: BaseException, command: str) -> None:
         # OOM, READONLY and NOPERM are not connection errors, but no lock can be acquired either.
         if not self._tripped:
             metrics.redis_outages.inc()
-            log.warning("redis_away", error=type(error).__name__, retry_every_seconds=self._breaker_seconds)
+            pause = self._breaker_seconds
+            log.warning("redis_away", error=type(error).__name__, command=command, retry_every_seconds=pause)
         self._tripped, self._open_until = True, time.monotonic() + self._breaker_seconds
-        return LockUnavailable(type(error).__name__)
+
+    def _close_breaker(self) -> None:
+        log.warning("redis_back")
+        self._tripped, self._open_until, self._probe_all = False, 0.0, False
 
 
-class _WrongTypeError(LockUnavailable):
+class _AnsweredError(LockUnavailable):
+    """Redis answered, and no lock can be acquired on this one key."""
+
+
+class _WrongTypeError(_AnsweredError):
     """A key of ours holds another type."""
+
+
+class _UnexpectedReplyError(_AnsweredError):
+    """The reply to a command has a type that the command never returns."""

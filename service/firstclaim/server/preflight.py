@@ -14,10 +14,10 @@ from typing import Any, get_args, get_type_hints
 import asyncpg
 import stripe
 from redis.asyncio import Redis
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
-from firstclaim.errors import ConfigurationError, LedgerUnavailable, StoreUnsuitable
-from firstclaim.inbox.lock import Lock, LockReply, connect
+from firstclaim.errors import ConfigurationError, LedgerUnavailable, LockUnavailable, StoreUnsuitable
+from firstclaim.inbox.lock import Lock, connect
 from firstclaim.migrations.schema import SchemaState, compare, outdated, read_version
 from firstclaim.postgres.connection import UNAVAILABLE, describe
 from firstclaim.postgres.epoch import read_epoch
@@ -232,7 +232,9 @@ async def check_redis(settings: Settings) -> AsyncIterator[Check]:
         async for check in _inspect_redis(redis, settings):
             yield check
     except ResponseError as error:
-        yield _fail("redis", f"refuses a command that the lock needs: {str(error).split(' ', 1)[0]}", fatal=False)
+        yield _fail("redis", f"refuses INFO: {error}", fatal=False)
+    except (AttributeError, KeyError, TypeError, ValueError):  # the client parses the reply, and expects a text
+        yield _fail("redis", "the reply to INFO cannot be read: is it a Redis or a Valkey?", fatal=False)
     except (RedisError, OSError, TimeoutError) as error:
         yield _fail(
             "redis",
@@ -244,28 +246,41 @@ async def check_redis(settings: Settings) -> AsyncIterator[Check]:
 
 
 async def _inspect_redis(redis: Redis, settings: Settings) -> AsyncIterator[Check]:
-    info: dict[str, Any] = await redis.info()
+    name = "Redis"
+    try:
+        name, unsuitable = _inspect_info(await redis.info())
+    except NoPermissionError:
+        yield _warn("redis", "the user may not run INFO: version and role are not checked")
+    else:
+        if unsuitable is not None:
+            yield unsuitable
+            return
+    lock = Lock(redis, prefix=settings.redis_prefix, lock_ttl_seconds=1, marker_ttl_seconds=2, breaker_seconds=1)
+    try:
+        await lock.try_commands()
+        await lock.ping()
+    except LockUnavailable as error:
+        detail = f"{name}: {error}. The lock needs SET with NX, GET and PX, GET, PTTL, EVAL, DEL and PING"
+        yield _fail("redis", f"{detail}: check the user's permissions and maxmemory", fatal=False)
+    else:
+        yield _ok("redis", name)
+    finally:
+        await lock.close()
+
+
+def _inspect_info(info: dict[str, Any]) -> tuple[str, Check | None]:
+    """The server's name and version, and the check that fails if it is not suitable."""
     valkey = info.get("valkey_version")
     version = str(valkey or info["redis_version"])
     name = f"{'Valkey' if valkey else 'Redis'} {version}"
     if tuple(int(part) for part in version.split(".")[:2]) < _MIN_REDIS:
-        yield _fail("redis", f"{name} is too old: Redis 7 or Valkey 8, or newer, is required (for SET with NX and GET)")
-        return
+        detail = f"{name} is too old: Redis 7 or Valkey 8, or newer, is required (for SET with NX and GET)"
+        return name, _fail("redis", detail)
     if info.get("cluster_enabled"):
-        yield _fail("redis", f"{name} runs as a Cluster, which is not supported: use a single primary")
-        return
+        return name, _fail("redis", f"{name} runs as a Cluster, which is not supported: use a single primary")
     if info.get("role") != "master":
-        yield _fail("redis", f"{name} is a replica: use the primary's address", fatal=False)
-        return
-    lock = Lock(redis, prefix=settings.redis_prefix, lock_ttl_seconds=1, marker_ttl_seconds=2, breaker_seconds=1)
-    token = lock.new_token()
-    reply = await lock.acquire(f"check-{token}", token, None)
-    await lock.forget(f"check-{token}", token, None)
-    await lock.close()
-    if reply is LockReply.HELD:
-        yield _ok("redis", name)
-    else:
-        yield _fail("redis", f"{name} refuses SET NX GET: check the user's permissions and maxmemory", fatal=False)
+        return name, _fail("redis", f"{name} is a replica: use the primary's address", fatal=False)
+    return name, None
 
 
 def raise_if_fatal(checks: list[Check]) -> None:
