@@ -15,7 +15,7 @@ import pytest
 from firstclaim.errors import LedgerUnavailable, Rejected
 from firstclaim.event import Delivery, parse_event
 from firstclaim.inbox import statements
-from firstclaim.inbox.ledger import Claim, ExistingRow, HandlerTransaction, Ledger
+from firstclaim.inbox.ledger import Claim, ExistingRow, HandlerTransaction, Ledger, Recorded
 from firstclaim.operations.commands import Commands
 from firstclaim.status import TAKEABLE, Status
 from tests.hostile import bodies
@@ -78,7 +78,7 @@ async def test_what_nothing_wants_is_settled_as_it_is_inserted(world: World) -> 
 async def test_a_record_waits_for_recovery(world: World, due_in: float) -> None:
     """Whoever may not dispatch leaves a `pending` row of attempt 0, due now or when the other's lock has run out."""
     given = delivery()
-    assert await world.ledger.record(given, due_in_seconds=due_in) is None
+    assert await world.ledger.record(given, due_in_seconds=due_in) == Recorded(await world.ledger.read_epoch())
     row = await world.row(given.event.id)
     assert (row["status"], row["attempt"], row["failures"], row["settled_at"]) == ("pending", 0, 0, None)
     assert near(row["due_in"], due_in)

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from firstclaim.errors import LedgerUnavailable
+from firstclaim.inbox.ledger import Recorded
 from firstclaim.operations.queries import Backlog, Queries
 from firstclaim.postgres.pool import Pool
 from firstclaim.status import Status
@@ -36,7 +37,7 @@ async def test_a_slow_ledger_is_not_waited_for(make_world: MakeWorld) -> None:
     cached = _CachedQuery(world.components.metrics_pool, lambda queries: queries.backlog(), 60)
     async with world.components.metrics_pool.acquire(60), world.components.metrics_pool.acquire(60):
         scrape = asyncio.create_task(cached.get())
-        assert await world.ledger.record(delivery(), due_in_seconds=0) is None
+        assert isinstance(await world.ledger.record(delivery(), due_in_seconds=0), Recorded)
         assert await scrape is None
 
 

@@ -12,7 +12,7 @@ from sqlalchemy import event as sqlalchemy_event
 from firstclaim import Context, Event
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
-from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger
+from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger, Recorded
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.inbox.recovery import Recovery
@@ -376,7 +376,7 @@ async def test_slow_handlers_do_not_starve_recording(make_world: MakeWorld, gate
     await until(all_held)
     try:
         async with asyncio.timeout(10):
-            assert await world.ledger.record(delivery(), due_in_seconds=0) is None
+            assert isinstance(await world.ledger.record(delivery(), due_in_seconds=0), Recorded)
     finally:
         gate.finish.set()
         await asyncio.wait(slow)
@@ -854,6 +854,25 @@ async def test_without_a_place_a_known_event_is_answered_by_its_row(
     assert (await world.pipeline.deliver(given)).kind is kind
     assert await world.status(given.event.id) is status
     assert (await world.value(given.event.id) is None) == (status is not Status.COMPLETED)
+
+
+async def test_the_marker_of_a_queued_event_is_of_the_ledger_that_committed_its_row(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another epoch is confirmed while the row is inserted, as after a failover: that ledger may not have the row."""
+    record = Ledger.record
+
+    async def then_failed_over(ledger: Ledger, given: Delivery, *, due_in_seconds: float) -> Recorded | ExistingRow:
+        row = await record(ledger, given, due_in_seconds=due_in_seconds)
+        world.claims._epoch.confirm("0123456789abcdef")
+        return row
+
+    given = delivery()
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "record", then_failed_over)
+        patch.setattr(type(world.slots), "reserve", lambda _: None)
+        assert (await world.pipeline.deliver(given)).kind is Kind.DEFERRED
+    assert await world.value(given.event.id) == f"recorded:{await world.ledger.read_epoch()}".encode()
 
 
 async def test_recovery_is_woken_when_there_is_a_slot_for_what_was_queued(make_world: MakeWorld, gate: Gate) -> None:

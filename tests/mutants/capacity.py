@@ -31,9 +31,17 @@ MUTANTS = (
         "a-queued-event-has-no-marker",
         "What is recorded without a place gets its marker after its COMMIT.",
         "Claims._queue",
-        "await self._lock.mark_recorded(event_id, token, self._epoch.current if row is None else row.epoch)",
+        "await self._lock.mark_recorded(event_id, token, row.epoch)",
         "await self._lock.forget(event_id, token, None)",
         "integration/test_pipeline.py::test_without_a_place_a_known_event_is_answered_by_its_row",
+    ),
+    Mutant(
+        "a-queued-events-marker-of-the-newest-epoch",
+        "The marker of a queued event carries the epoch read on the connection that committed its row.",
+        "Claims._queue",
+        "self._lock.mark_recorded(event_id, token, row.epoch)",
+        "self._lock.mark_recorded(event_id, token, self._epoch.current)",
+        "integration/test_pipeline.py::test_the_marker_of_a_queued_event_is_of_the_ledger_that_committed_its_row",
     ),
     Mutant(
         "recovery-sleeps-over-a-queued-event",

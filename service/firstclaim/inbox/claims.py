@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from firstclaim import outcome
 from firstclaim.event import Delivery
-from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger
+from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger, Recorded
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.observability import metrics
 from firstclaim.outcome import Outcome
@@ -148,11 +148,14 @@ class Claims:
         except BaseException:
             await self._lock.forget(event_id, token, None)
             raise
-        if row is not None and row.status in (*TAKEABLE, Status.IGNORED):  # the next delivery may get a place
+        if isinstance(row, ExistingRow) and row.status in (
+            *TAKEABLE,
+            Status.IGNORED,
+        ):  # the next delivery may get a place
             await self._lock.forget(event_id, token, None)
             return outcome.unavailable(_IGNORED_MEANWHILE) if row.status is Status.IGNORED else _QUEUED
-        await self._lock.mark_recorded(event_id, token, self._epoch.current if row is None else row.epoch)
-        return _QUEUED if row is None else _answer(event_id, row)
+        await self._lock.mark_recorded(event_id, token, row.epoch)
+        return _answer(event_id, row) if isinstance(row, ExistingRow) else _QUEUED
 
     async def _take_over(self, event_id: str, row: ExistingRow) -> Claim | ExistingRow:
         """Recorded without the lock, failed before, or ignored by another build: ours now, whatever its due_at.
@@ -184,7 +187,7 @@ class Claims:
 
     async def _record(self, delivery: Delivery, due_in_seconds: float, *, recorded: Outcome) -> Outcome:
         row = await self._ledger.record(delivery, due_in_seconds=due_in_seconds)
-        if row is None or row.status in TAKEABLE:
+        if isinstance(row, Recorded) or row.status in TAKEABLE:
             return recorded
         if row.status is Status.IGNORED:  # by another build: without the lock it cannot be taken over
             return outcome.unavailable(_IGNORED_MEANWHILE)

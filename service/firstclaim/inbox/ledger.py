@@ -48,6 +48,13 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
+class Recorded:
+    """A new row that waits for recovery."""
+
+    epoch: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class ExistingRow:
     """A row that existed before."""
 
@@ -116,17 +123,15 @@ class Ledger:
         """By the holder of the lock: the first insert may dispatch. Raises `LedgerUnavailable`."""
         return await self._inserts.call(NewRow(delivery, Status.PROCESSING, 1, self._lease_seconds))
 
-    async def record(self, delivery: Delivery, *, due_in_seconds: float) -> ExistingRow | None:
-        """For recovery, by a delivery that may not dispatch; None: it is recorded. Raises `LedgerUnavailable`."""
-        return await self._enter(NewRow(delivery, Status.PENDING, 0, due_in_seconds))
+    async def record(self, delivery: Delivery, *, due_in_seconds: float) -> Recorded | ExistingRow:
+        """For recovery, by a delivery that may not dispatch. Raises `LedgerUnavailable`."""
+        row = await self._inserts.call(NewRow(delivery, Status.PENDING, 0, due_in_seconds))
+        return row if isinstance(row, ExistingRow) else Recorded(row.epoch)
 
     async def ignore(self, delivery: Delivery) -> ExistingRow | None:
         """Settled, because this process has no handler for it; None: it is recorded. Raises `LedgerUnavailable`."""
-        return await self._enter(NewRow(delivery, Status.IGNORED, 1, 0))
-
-    async def _enter(self, row: NewRow) -> ExistingRow | None:
-        existing = await self._inserts.call(row)
-        return existing if isinstance(existing, ExistingRow) else None
+        row = await self._inserts.call(NewRow(delivery, Status.IGNORED, 1, 0))
+        return row if isinstance(row, ExistingRow) else None
 
     async def _insert_batch(self, rows: Sequence[NewRow]) -> Sequence[Claim | ExistingRow | Exception]:
         """Insert all of them in one statement; a fault of one row fails that row alone."""
