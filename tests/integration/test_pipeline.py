@@ -879,8 +879,14 @@ async def test_recovery_is_woken_when_there_is_a_slot_for_what_was_queued(make_w
     """It does not wait for its interval."""
     world = await make_world({TYPE: gate.handle}, handler_slots=1)
     loop = Recovery(world.pipeline, world.ledger, world.claims._epoch, interval_seconds=600, lease_seconds=0, batch=10)
+    began = loop._last_round
     running = asyncio.create_task(loop.run())
+
+    async def sleeps() -> bool:
+        return loop._last_round > began
+
     try:
+        await until(sleeps)  # a round that found every slot taken would wait for a slot, not for its interval
         for _ in range(2):
             claimed = asyncio.create_task(world.pipeline.deliver(delivery()))
         await gate.running.wait()
