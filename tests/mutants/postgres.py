@@ -115,6 +115,22 @@ MUTANTS = (
         "",
         "integration/test_postgres.py::test_a_lost_connection_puts_the_epoch_in_doubt",
     ),
+    Mutant(
+        "an-ended-connection-is-a-doubt",
+        "A connection that we end for a reason of our own puts no epoch in doubt: a handler's deadline, for example.",
+        "PinnedConnection.retire",
+        "self.remove_termination_listener(self.on_loss)",
+        "",
+        "integration/test_epoch_doubt.py::test_a_deadline_puts_no_epoch_in_doubt[idles]",
+    ),
+    Mutant(
+        "a-silent-server-is-no-doubt",
+        "A connection that we end because the server is silent does.",
+        "HandlerConnection.discard",
+        "self._pooled.driver.terminate()",
+        "self._pooled.driver.retire()",
+        "integration/test_epoch_doubt.py::test_a_silent_server_puts_the_epoch_in_doubt",
+    ),
     TextMutant(
         "rotation-keeps-the-epoch",
         "`epoch rotate` gives the ledger another epoch.",

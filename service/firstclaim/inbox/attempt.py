@@ -128,8 +128,8 @@ class Attempt:
             async with asyncio.timeout(self.postgres_timeout_seconds):
                 await connection.begin()
                 return await self.ledger.hold(connection.driver, self.claim)
-        except BaseException:
-            await connection.discard()
+        except BaseException as error:
+            await connection.discard(lost=not isinstance(error, asyncio.CancelledError))
             raise
 
     async def _call(self, call: HandlerCall, connection: HandlerConnection) -> str:
@@ -156,7 +156,7 @@ class Attempt:
             async with asyncio.timeout(self.postgres_timeout_seconds):
                 await connection.commit()
         except (*UNAVAILABLE, LedgerUnavailable, asyncio.CancelledError) as error:
-            await connection.discard()
+            await connection.discard(lost=not isinstance(error, asyncio.CancelledError))
             return CommitUnknown(action, describe(error))
         return Committed(action)
 
@@ -169,7 +169,7 @@ class Attempt:
     ) -> Failed | Interrupted:
         ended_by_handler = is_a(error, TransactionEnded) or _is_in_no_transaction(connection)
         if is_a(error, DeadlineExceeded) or is_a(error, asyncio.CancelledError):
-            await self._terminate(connection, transaction)
+            await self._terminate(connection, transaction, lost=False)
         await self._give_back(connection, transaction)
         committed = True if ended_by_handler else await self._is_committed(transaction)
         if is_a(error, Exception):
@@ -188,9 +188,9 @@ class Attempt:
                 continue
         return None
 
-    async def _terminate(self, connection: HandlerConnection, transaction: HandlerTransaction) -> None:
+    async def _terminate(self, connection: HandlerConnection, transaction: HandlerTransaction, *, lost: bool) -> None:
         """End the transaction on both sides, whatever the handler and the server do in it."""
-        await connection.discard()
+        await connection.discard(lost=lost)
         with contextlib.suppress(LedgerUnavailable):  # then the server's own timeouts end it
             await self.ledger.end(transaction)
 
@@ -198,12 +198,13 @@ class Attempt:
         try:
             await connection.roll_back(self.postgres_timeout_seconds)
             await self.connections.release(connection)
-        except (*UNAVAILABLE, LedgerUnavailable, asyncio.CancelledError):
+        except (*UNAVAILABLE, LedgerUnavailable, asyncio.CancelledError) as error:
             # The handler closed it, or left a statement running on it: the backend may still hold the row's lock.
+            lost = not isinstance(error, asyncio.CancelledError | asyncpg.InterfaceError)
             if transaction is None:
-                await connection.discard()
+                await connection.discard(lost=lost)
             else:
-                await self._terminate(connection, transaction)
+                await self._terminate(connection, transaction, lost=lost)
 
 
 async def _still_runs(call: HandlerCall) -> bool:

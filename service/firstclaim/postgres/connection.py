@@ -4,10 +4,14 @@ Guarantees, for every connection: `synchronous_commit` is on and the default iso
 whatever the role or the database says; the server is writable; the ledger's epoch was read when it was opened.
 A connection that timed out is terminated before it returns to its pool: asyncpg would otherwise wait, on release, for
 a frozen server to confirm the cancellation.
+
+A connection that the server or the network ends, or that is terminated because the server is silent, puts the epoch in
+doubt: another server may answer next. One that is retired, for a reason of our own, does not: handlers that exceed
+their deadline would otherwise send most duplicates to Postgres, exactly when the service is slow.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 import asyncpg
@@ -50,6 +54,13 @@ class PinnedConnection(asyncpg.Connection):
     """An asyncpg connection with the ledger's epoch that was read when it was opened; None: no ledger yet."""
 
     epoch: str | None = None
+    on_loss: Callable[[object], None] | None = None
+
+    def retire(self) -> None:
+        """Terminate for a reason of our own (a handler's deadline, a shutdown, a newer epoch): no doubt follows."""
+        if self.on_loss is not None:
+            self.remove_termination_listener(self.on_loss)
+        self.terminate()
 
     async def close(self, *, timeout: float | None = None) -> None:
         """Close, and wait only briefly for the server: SQLAlchemy would wait 2 s for a frozen one, or for ever."""
@@ -85,6 +96,7 @@ async def open_connection(
         raise
     if epoch is not None:
         epoch.confirm(connection.epoch)
+        connection.on_loss = epoch.doubt
         connection.add_termination_listener(epoch.doubt)
     return connection
 

@@ -34,7 +34,8 @@ class Epoch:
     """The ledger's epoch as this process last read it. A marker counts only under an epoch confirmed recently.
 
     While Postgres cannot confirm the epoch, it may be down because it is being restored, so no marker counts. The
-    epoch is in doubt as soon as a connection is lost: the server that answers next may be another one.
+    epoch is in doubt as soon as a connection is lost, or ended because the server is silent: the server that answers
+    next may be another one. A connection that ends for a reason of our own says nothing about the server.
     """
 
     def __init__(self, fresh_seconds: float) -> None:

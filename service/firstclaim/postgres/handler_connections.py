@@ -158,10 +158,16 @@ class HandlerConnection:
                     await driver.execute("SELECT pg_advisory_unlock_all()")
             self._pooled.transaction = None
 
-    async def discard(self) -> None:
-        """Close the connection for good, without waiting for the server, which may be frozen."""
+    async def discard(self, *, lost: bool) -> None:
+        """Close the connection for good, without waiting for the server, which may be frozen.
+
+        `lost`: the server did not answer in time, or not as it must; this puts the epoch in doubt.
+        """
         self.stop()
-        self._pooled.driver.terminate()
+        if lost:
+            self._pooled.driver.terminate()
+        else:
+            self._pooled.driver.retire()
         if self._connection is not None:
             with suppress(exc.SQLAlchemyError):  # the handler closed it, or SQLAlchemy saw it break
                 await self._connection.invalidate()
@@ -173,7 +179,7 @@ class HandlerConnection:
         pooled = self._pooled
         unusable = pooled.driver.is_closed() or pooled.transaction is not None
         if unusable or (self._connection is not None and not _is_unaltered(self._connection)):
-            await self.discard()
+            await self.discard(lost=False)
             return None
         if self._connection is not None and (sync := self._connection.sync_connection) is not None:
             sync.close()
@@ -198,7 +204,7 @@ class HandlerConnections:
             pooled = self._free.pop()
             if is_current(pooled.driver, self._epoch):
                 return HandlerConnection(pooled)
-            pooled.driver.terminate()
+            pooled.driver.retire()
         return HandlerConnection(await self._open())
 
     async def release(self, connection: HandlerConnection) -> None:

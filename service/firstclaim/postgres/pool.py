@@ -50,8 +50,11 @@ class Pool:
             try:
                 async with asyncio.timeout(timeout_seconds):
                     yield connection
-            except (TimeoutError, asyncio.CancelledError):
+            except TimeoutError:
                 connection.terminate()
+                raise
+            except asyncio.CancelledError:
+                connection.retire()
                 raise
             finally:
                 self._put(connection)
@@ -77,7 +80,7 @@ class Pool:
                 connection = self._free.pop()
                 if is_current(connection, self._epoch):
                     return connection
-                connection.terminate()
+                connection.retire()
             return await self._open()
         except BaseException:
             self._capacity.release()
@@ -86,7 +89,7 @@ class Pool:
     def _put(self, connection: PinnedConnection) -> None:
         if not connection.is_closed():
             if self._closed or connection.is_in_transaction():
-                connection.terminate()
+                connection.retire()
             else:
                 self._free.append(connection)
         self._capacity.release()
