@@ -40,6 +40,7 @@ from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.inbox.recovery import Recovery
 from firstclaim.inbox.routes import Routes
 from firstclaim.inbox.slots import Slots
+from firstclaim.inbox.transaction_watch import TransactionWatch
 from firstclaim.observability import metrics, tracing
 from firstclaim.observability.logging import configure
 from firstclaim.operations.search import PINS
@@ -71,10 +72,15 @@ class Components:
     slots: Slots
     pipeline: Pipeline
     recovery: Recovery
+    transaction_watch: TransactionWatch
 
     @contextlib.asynccontextmanager
     async def running(self, shutdown: Shutdown) -> AsyncIterator[None]:
-        """Run recovery while the block runs. Then finish or release the work in flight, and close everything."""
+        """Run recovery while the block runs. Then finish or release the work in flight, and close everything.
+
+        Transactions are watched until the last handler has ended.
+        """
+        watching = asyncio.create_task(self.transaction_watch.run(), name="transaction_watch")
         recovering = asyncio.create_task(self.recovery.run(), name="recovery")
         try:
             yield
@@ -82,6 +88,8 @@ class Components:
             recovering.cancel()
             await asyncio.wait({recovering})
             await self.pipeline.drain(shutdown.remaining_seconds - _CLOSE_SECONDS)
+            watching.cancel()
+            await asyncio.wait({watching})
             await self.lock.close()
             await self.handler_connections.close()
             await self.ingest.close()
@@ -122,6 +130,12 @@ def assemble(settings: Settings, registry: Registry) -> Components:
     )
     claims = Claims(lock, ledger, epoch, lock_ttl_seconds=settings.lock_ttl_seconds)
     slots = Slots(settings.handler_slots)
+    watch = TransactionWatch(
+        ingest,
+        timeout_seconds=timeout,
+        lease_seconds=settings.lease_seconds,
+        first_backoff_seconds=settings.backoff_first_seconds,
+    )
     limits = DispatchLimits(
         deadline_seconds=settings.handler_deadline_seconds,
         lease_seconds=settings.lease_seconds,
@@ -131,7 +145,7 @@ def assemble(settings: Settings, registry: Registry) -> Components:
     pipeline = Pipeline(
         claims,
         ledger,
-        Dispatcher(handler_connections, ledger, claims, slots, backoff, limits),
+        Dispatcher(handler_connections, ledger, claims, slots, watch, backoff, limits),
         slots,
         routes,
         Backlog(ledger, routes.wants, leave_out_seconds=settings.lock_ttl_seconds),
@@ -150,7 +164,7 @@ def assemble(settings: Settings, registry: Registry) -> Components:
     read_epoch = Epoch(fresh_seconds=0)
     metrics_pool = pool(size=METRICS_CONNECTIONS, epoch=read_epoch)
     admin = pool(size=ADMIN_CONNECTIONS, queue_seconds=QUEUE_SECONDS, epoch=read_epoch, pins=PINS)
-    return Components(ingest, handler_connections, metrics_pool, admin, lock, slots, pipeline, recovery)
+    return Components(ingest, handler_connections, metrics_pool, admin, lock, slots, pipeline, recovery, watch)
 
 
 def admin_page(settings: Settings, components: Components, checks: Sequence[HealthCheck]) -> AdminPage | None:

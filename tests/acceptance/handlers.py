@@ -170,6 +170,14 @@ async def _raw_commit(_instructions: _Instructions, context: Context) -> str:
     return "committed_by_itself"
 
 
+async def _raw_commit_and_go_on(instructions: _Instructions, context: Context) -> str:
+    connection = context.connection
+    await connection.exec_driver_sql("COMMIT")
+    await asyncio.sleep(instructions.seconds)
+    await connection.execute(_EFFECT, _effect(context.event, context))
+    return ACTION
+
+
 async def _raw_rollback_and_write(_instructions: _Instructions, context: Context) -> str:
     await context.connection.exec_driver_sql("ROLLBACK")
     await context.connection.execute(_EFFECT, _effect(context.event, context))
@@ -241,6 +249,13 @@ def _slow_in_thread(instructions: _Instructions, _context: Context) -> str:
     return ACTION
 
 
+def _raw_commit_in_thread(instructions: _Instructions, context: Context) -> str:
+    context.execute(text("COMMIT"))
+    time.sleep(instructions.seconds)
+    context.execute(_EFFECT, _effect(context.event, context))
+    return ACTION
+
+
 def _late_in_thread(instructions: _Instructions, context: Context) -> str:
     """Writes again once the gate opens, after its deadline, and reports the result in a file."""
     if instructions.misbehaves(context):
@@ -271,6 +286,7 @@ ASYNC: Mapping[str, Callable[[_Instructions, Context], Awaitable[object]]] = {
     "abort": _abort,
     "swallow": _swallow,
     "raw_commit": _raw_commit,
+    "raw_commit_and_go_on": _raw_commit_and_go_on,
     "raw_rollback_and_write": _raw_rollback_and_write,
     "commit": _commit,
     "commit_and_go_on": _commit_and_go_on,
@@ -287,4 +303,5 @@ SYNC: Mapping[str, Callable[[_Instructions, Context], str]] = {
     "hold": _hold_in_thread,
     "slow": _slow_in_thread,
     "late": _late_in_thread,
+    "raw_commit_and_go_on": _raw_commit_in_thread,
 }

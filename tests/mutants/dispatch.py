@@ -1,6 +1,6 @@
 """Mutants of an attempt, and of how the ledger records its result."""
 
-from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import Mutant, TextMutant
 
 MUTANTS = (
     # -- effects and mark
@@ -106,6 +106,83 @@ action = await self._call(call, connection)"""
         "integration/test_dispatch.py::test_stopping_does_not_forgive_an_own_end",
     ),
     Mutant(
+        "own-commit-is-looked-for-at-the-end-only",
+        "A handler's own end of its transaction is looked for while it runs: past its lease it would be run again.",
+        "TransactionWatch._look",
+        "call.end(TransactionEnded())",
+        "",
+        "integration/test_transaction_watch.py::test_a_handler_past_its_lease_is_killed_and_not_run_again",
+    ),
+    Mutant(
+        "drain-is-not-watched",
+        "So it is until the last handler of a shutdown has ended.",
+        "Components.running",
+        "recovering.cancel()",
+        "recovering.cancel()\nwatching.cancel()",
+        "integration/test_transaction_watch.py::test_handlers_are_watched_during_a_drain",
+    ),
+    Mutant(
+        "thread-hangs-unseen-after-its-own-commit",
+        "A thread that never returns after its own end counts as hung, as one that ignores its deadline.",
+        "Dispatcher._attempt",
+        "loop.call_later(..., self._note_hung, claim, result.error, result.running)",
+        "",
+        "integration/test_transaction_watch.py::test_a_thread_that_never_returns_after_its_own_end_is_hung",
+    ),
+    TextMutant(
+        "a-new-transaction-counts-as-its-own",
+        "A transaction that the handler has begun itself is not the one that it was given.",
+        "ENDED_BY_HANDLER",
+        "OR activity.xact_start <> watched.began",
+        "",
+        "integration/test_transaction_watch.py::test_an_own_end_is_detected_while_the_handler_runs[ROLLBACK/BEGIN]",
+    ),
+    TextMutant(
+        "an-own-commit-and-a-lost-connection",
+        "What a handler has committed is kept, also where its backend is gone.",
+        "ENDED_BY_HANDLER",
+        "= 'committed' END",
+        "= 'unknown' END",
+        "integration/test_transaction_watch.py::test_an_own_commit_before_the_connection_is_lost_is_detected",
+    ),
+    TextMutant(
+        "an-aborted-transaction-counts-as-ended",
+        "A transaction that an error has aborted was not ended by its handler, which is tried again.",
+        "ENDED_BY_HANDLER",
+        "activity.state = 'idle'",
+        "activity.state <> 'active'",
+        "integration/test_transaction_watch.py::test_a_handler_whose_transaction_an_error_aborted_is_left_alone",
+    ),
+    TextMutant(
+        "a-lost-connection-counts-as-ended",
+        "Nor was one whose backend is gone.",
+        "ENDED_BY_HANDLER",
+        "activity.state = 'idle'",
+        "activity.state IS DISTINCT FROM 'active'",
+        "integration/test_transaction_watch.py::test_a_lost_connection_is_no_own_end",
+    ),
+    Mutant(
+        "failed-look-ends-the-watch",
+        "A look that fails does not end the watch.",
+        "TransactionWatch._look",
+        """try:
+    ...
+except LedgerUnavailable:
+    ...
+except Exception as error:
+    ...""",
+        "ended = await self._ended(transactions)",
+        "integration/test_transaction_watch.py::test_a_look_that_fails_does_not_end_the_watch",
+    ),
+    Mutant(
+        "period-ignores-the-lease",
+        "The period of the looks leaves a margin of the lease.",
+        "TransactionWatch.__init__",
+        "lease_seconds / _PERIODS_PER_LEASE",
+        "lease_seconds",
+        "integration/test_transaction_watch.py::test_the_period_leaves_a_margin_of_the_lease",
+    ),
+    Mutant(
         "written-after-an-own-rollback",
         "What a handler writes outside of any transaction is committed: the event is dead, however the handler ended.",
         "Attempt._not_committed",
@@ -118,7 +195,7 @@ action = await self._call(call, connection)"""
         "The same holds at the handler's deadline and during a shutdown.",
         "Attempt._not_committed",
         "is_a(error, TransactionEnded) or _is_in_no_transaction(connection)",
-        "not is_a(error, DeadlineExceeded) and _is_in_no_transaction(connection)",
+        "call.running is None and _is_in_no_transaction(connection)",
         "integration/test_dispatch.py::test_an_own_end_before_the_deadline_is_found_out[writes_in_no_transaction]",
     ),
     Mutant(
@@ -170,8 +247,8 @@ action = await self._call(call, connection)"""
         "deadline-ignored",
         "An attempt fails at its deadline.",
         "HandlerCall.run",
-        "asyncio.wait({work}, timeout=self._deadline_seconds)",
-        "asyncio.wait({work}, timeout=None)",
+        "asyncio.wait({work, self._ended}, timeout=self._deadline_seconds, return_when=...)",
+        "asyncio.wait({work, self._ended}, timeout=None, return_when=...)",
         "integration/test_dispatch.py::test_what_ends_after_the_deadline_has_failed",
     ),
     Mutant(

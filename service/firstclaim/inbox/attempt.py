@@ -1,9 +1,9 @@
 """One attempt at an event: one connection, one transaction, one call of its handler.
 
 Guarantees: the row is locked first and marked last, in the transaction that holds the handler's SQL, so that
-effects and completion mark commit together or not at all. At its deadline the attempt is over and its connection is
-terminated, whatever the handler does. Every way in which an attempt can end is one of `AttemptResult`; what the ledger
-then says is the dispatcher's decision.
+effects and completion mark commit together or not at all. At its deadline, or once it is seen that the handler has
+ended its transaction by itself, the attempt is over and its connection is terminated, whatever the handler does. Every
+way in which an attempt can end is one of `AttemptResult`; what the ledger then says is the dispatcher's decision.
 """
 
 import asyncio
@@ -17,24 +17,14 @@ from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.event import Event
 from firstclaim.inbox.handler_call import DeadlineExceeded, HandlerCall
 from firstclaim.inbox.ledger import Claim, HandlerTransaction, Ledger
+from firstclaim.inbox.transaction_watch import TransactionEnded, TransactionWatch
 from firstclaim.observability.redaction import is_a
 from firstclaim.postgres.connection import UNAVAILABLE, describe
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from firstclaim.registry import Context, Handler
 
-_TRANSACTION_ENDED = (
-    "rule broken: a handler must not commit, nor end its transaction in any other way; "
-    "what it committed is kept, so it is not retried by itself"
-)
 _GRACE_SECONDS = 1.0
 _SWALLOWED = "rule broken: the handler swallowed an SQL error, which had aborted its transaction"
-
-
-class TransactionEnded(HandlerRuleBroken):
-    """The handler ended the transaction that it was given: its other writes are committed, or may be."""
-
-    def __init__(self) -> None:
-        super().__init__(_TRANSACTION_ENDED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +85,7 @@ class Attempt:
 
     connections: HandlerConnections
     ledger: Ledger
+    watch: TransactionWatch
     claim: Claim
     event: Event
     handler: Handler
@@ -115,7 +106,11 @@ class Attempt:
             return TakenOver()
         call = HandlerCall(self.handler, self.deadline_seconds)
         try:
-            action = await self._call(call, connection)
+            self.watch.add(transaction, call)
+            try:
+                action = await self._call(call, connection)
+            finally:
+                self.watch.remove(transaction)
             await self._mark(connection, transaction, action)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  (whatever a handler raises is its failure)
             return await self._not_committed(error, call, connection, transaction)
@@ -168,7 +163,7 @@ class Attempt:
         transaction: HandlerTransaction,
     ) -> Failed | Interrupted:
         ended_by_handler = is_a(error, TransactionEnded) or _is_in_no_transaction(connection)
-        if is_a(error, DeadlineExceeded) or is_a(error, asyncio.CancelledError):
+        if call.running is not None or is_a(error, asyncio.CancelledError):
             await self._terminate(connection, transaction, lost=False)
         await self._give_back(connection, transaction)
         committed = True if ended_by_handler else await self._is_committed(transaction)

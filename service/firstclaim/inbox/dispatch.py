@@ -25,11 +25,11 @@ from firstclaim.inbox.attempt import (
     Interrupted,
     NotStarted,
     TakenOver,
-    TransactionEnded,
 )
 from firstclaim.inbox.claims import Claims
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.slots import Place, Slots
+from firstclaim.inbox.transaction_watch import TransactionEnded, TransactionWatch
 from firstclaim.observability import metrics, tracing
 from firstclaim.observability.redaction import class_name, describe_error, is_a, redacted_error
 from firstclaim.outcome import Outcome
@@ -60,6 +60,7 @@ class Dispatcher:
         ledger: Ledger,
         claims: Claims,
         slots: Slots,
+        watch: TransactionWatch,
         backoff: Backoff,
         limits: DispatchLimits,
     ) -> None:
@@ -67,6 +68,7 @@ class Dispatcher:
         self._ledger = ledger
         self._claims = claims
         self._slots = slots
+        self._watch = watch
         self._backoff = backoff
         self._limits = limits
         self._retries: set[asyncio.Task[None]] = set()
@@ -97,6 +99,7 @@ class Dispatcher:
         attempt = Attempt(
             self._connections,
             self._ledger,
+            self._watch,
             claim,
             event,
             handler,
@@ -108,6 +111,10 @@ class Dispatcher:
             if not isinstance(result, Committed):
                 name = class_name(result.error) if isinstance(result, Failed) else type(result).__name__
                 tracing.note(error=name)
+        if isinstance(result, Failed) and not result.hung and not handler.is_async and result.running is not None:
+            # Its call was ended before its deadline, because it has ended its transaction. It may return in time.
+            loop = asyncio.get_running_loop()
+            loop.call_later(self._limits.deadline_seconds, self._note_hung, claim, result.error, result.running)
         return result
 
     async def _settle(self, claim: Claim, result: AttemptResult) -> Outcome:
@@ -168,14 +175,18 @@ class Dispatcher:
 
     async def _settle_hung(self, claim: Claim, result: Failed, running: asyncio.Future[Any]) -> Outcome:
         """A thread ignores its deadline and keeps its slot. Only a restart ends it: the event counts as abandoned."""
-        self._slots.hang(claim.event_id, running)
-        metrics.hung_handlers.inc()
-        log.error("handler_hung", event_id=claim.event_id, attempt=claim.attempt, error=str(result.error))
+        self._note_hung(claim, result.error, running)
         if result.effects_committed:
             return await self._settle_failed(claim, result.error, result.effects_committed)
         if await self._ledger.abandon_if_held(claim, redacted_error(result.error)) is Status.PENDING:
             await self._claims.forget(claim)
         return outcome.failed(claim.attempt)
+
+    def _note_hung(self, claim: Claim, error: Exception, running: asyncio.Future[Any]) -> None:
+        if not running.done():
+            self._slots.hang(claim.event_id, running)
+            metrics.hung_handlers.inc()
+            log.error("handler_hung", event_id=claim.event_id, attempt=claim.attempt, error=str(error))
 
     async def _settle_interrupted(self, claim: Claim, *, effects_committed: bool | None) -> None:
         if effects_committed:

@@ -1,7 +1,7 @@
 """One call of a handler: in a task, or in a thread if it is a plain function.
 
 Guarantees: nothing that a handler raises ends the event loop or the service; whatever it does, the caller waits for it
-no longer than its deadline.
+no longer than its deadline, or until the call is ended.
 """
 
 import asyncio
@@ -32,28 +32,38 @@ class HandlerCall:
         self._handler = handler
         self._deadline_seconds = deadline_seconds
         self._work: asyncio.Future[Any] | None = None
+        self._ended: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
 
     @property
     def running(self) -> asyncio.Future[Any] | None:
         """The task or thread if it still runs: it ignores its cancellation, or cannot be cancelled."""
         return None if self._work is None or self._work.done() else self._work
 
+    def end(self, reason: Exception) -> None:
+        """Wait for the handler no longer: `run` cancels it and raises `reason`, unless it has returned."""
+        if not self._ended.done():
+            self._ended.set_result(reason)
+
     async def run(self, event: Event, context: Context) -> str:
-        """The handler's action. Raises what the handler raises, `DeadlineExceeded` or `HandlerRuleBroken`."""
+        """The handler's action. Raises what the handler or `end` gives, `DeadlineExceeded` or `HandlerRuleBroken`."""
         loop = asyncio.get_running_loop()
         start = _in_task if self._handler.is_async else _in_thread
         began = time.perf_counter()  # the loop's own clock counts milliseconds
         try:
             with tracing.span("handler", handler=self._handler.pattern):
                 self._work = work = start(loop, self._handler.function, event, context)
-                done, _ = await asyncio.wait({work}, timeout=self._deadline_seconds)
+                await asyncio.wait(
+                    {work, self._ended}, timeout=self._deadline_seconds, return_when=asyncio.FIRST_COMPLETED
+                )
         except asyncio.CancelledError:
             _cancel(work)
             raise
         finally:
             metrics.handler_seconds(self._handler.pattern).observe(time.perf_counter() - began)
-        if not done:
+        if not work.done():
             _cancel(work)
+            if self._ended.done():
+                raise self._ended.result()
             raise DeadlineExceeded(f"the handler ran longer than its deadline of {self._deadline_seconds:g} s")
         if work.cancelled():  # by something in the handler; a shutdown would have raised in the wait above
             raise HandlerRuleBroken("a handler must not end by cancelling itself")

@@ -293,3 +293,21 @@ SELECT CASE WHEN pg_postmaster_start_time() = :server AND stats_reset < :began
             THEN pg_xact_status(CAST(CAST(:xid AS text) AS xid8)) END
   FROM pg_stat_bgwriter
 """)
+
+# Of these handlers' transactions, those that the handler itself has ended: its backend is no longer in it, and it is
+# committed, or the backend is outside of any transaction or in another one. A transaction that an error has aborted,
+# or whose backend is gone, was not ended by its handler. While an aborted transaction rejects a statement its backend
+# is neither idle nor in another transaction: it is looked at again. `backend_xid` alone would not do: an error clears
+# it too.
+ENDED_BY_HANDLER = statement("""
+SELECT watched.number
+  FROM unnest(CAST(:xids AS text[]), CAST(:pids AS int[]),
+              CAST(:servers AS timestamptz[]), CAST(:begans AS timestamptz[])) WITH ORDINALITY
+       AS watched (xid, pid, server, began, number)
+  LEFT JOIN pg_stat_activity AS activity USING (pid)
+ CROSS JOIN pg_stat_bgwriter AS crash
+ WHERE activity.backend_xid IS DISTINCT FROM CAST(CAST(watched.xid AS xid8) AS xid)
+   AND (activity.state = 'idle' OR activity.xact_start <> watched.began
+        OR CASE WHEN pg_postmaster_start_time() = watched.server AND crash.stats_reset < watched.began
+                THEN pg_xact_status(CAST(watched.xid AS xid8)) = 'committed' END)
+""")
