@@ -6,14 +6,15 @@ Every test gets a database of its own, cloned from a migrated template, and a Re
 import asyncio
 import os
 import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 from pydantic import SecretStr
+from redis.asyncio import Redis
 
 from firstclaim.embedded import data_folder
 from firstclaim.migrations import schema
@@ -81,6 +82,19 @@ async def forgo_fsync(stores: Stores) -> None:
     """For a server that ends with this run. With fsync, dropping a test's database takes a second: a checkpoint."""
     await _execute(stores.postgres_url, "ALTER SYSTEM SET fsync = off")
     await _execute(stores.postgres_url, "SELECT pg_reload_conf()")
+
+
+@asynccontextmanager
+async def redis_user(stores: Stores, *rights: str) -> AsyncIterator[tuple[str, str]]:
+    """The name and the address of a Redis user with all rights, and then these (`-eval`)."""
+    name = f"test-{secrets.token_hex(4)}"
+    parts = urlsplit(stores.redis_url)
+    async with Redis.from_url(stores.redis_url) as admin:
+        await admin.acl_setuser(name, enabled=True, passwords=["+right"], keys=["*"], commands=["+@all", *rights])
+        try:
+            yield name, urlunsplit(parts._replace(netloc=f"{name}:right@{parts.netloc.rpartition('@')[2]}"))
+        finally:
+            await admin.acl_deluser(name)
 
 
 async def clone(stores: Stores) -> str:

@@ -1,12 +1,10 @@
 """The lock: one table of replies, on a real server; then every way Redis can be away."""
 
 import asyncio
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import hiredis
 import pytest
@@ -16,7 +14,7 @@ from firstclaim.errors import LockUnavailable
 from firstclaim.inbox import lock as lock_module
 from firstclaim.inbox.lock import Lock, LockReply, connect
 from tests.integration.world import until
-from tests.stores import Stores
+from tests.stores import Stores, redis_user
 
 ID, TOKEN, EPOCH = "evt_1", "0123456789abcdef", "00aa11bb22cc33dd"
 LOCK_TTL_MS, MARKER_TTL_MS = 20_000, 3_600_000
@@ -425,6 +423,7 @@ ERRORS = [
     b"-NOREPLICAS Not enough good replicas to write.\r\n",
     b"-TRYAGAIN Multiple keys request during rehashing of slot\r\n",
     b"-ERR syntax error\r\n",
+    b"-ASK nonsense\r\n",
     b"HTTP/1.1 400 Bad Request\r\n\r\n",
 ]
 
@@ -440,41 +439,16 @@ async def test_a_server_that_refuses_is_away(error: bytes) -> None:
 
 async def test_a_user_without_rights_is_away(stores: Stores) -> None:
     """A real server's own NOPERM, and its WRONGPASS."""
-    name = f"test-{secrets.token_hex(4)}"
-    parts = urlsplit(stores.redis_url)
-    host = parts.netloc.rpartition("@")[2]
-    async with connect(stores.redis_url, timeout_seconds=2) as admin:
-        await admin.acl_setuser(
-            name, enabled=True, passwords=["+right"], keys=["*"], commands=["+@all", "-set", "-ping"]
-        )
-        try:
-            for password in ("right", "wrong"):
-                url = urlunsplit(parts._replace(netloc=f"{name}:{password}@{host}"))
-                async with connect(url, timeout_seconds=2) as client:
-                    await is_away(make(client))
-        finally:
-            await admin.acl_deluser(name)
-
-
-@asynccontextmanager
-async def user(stores: Stores, *rights: str) -> AsyncIterator[tuple[Redis, Redis, str]]:
-    """A client of a user with all rights but these, a client with all, and the user's name."""
-    name = f"test-{secrets.token_hex(4)}"
-    parts = urlsplit(stores.redis_url)
-    url = urlunsplit(parts._replace(netloc=f"{name}:right@{parts.netloc.rpartition('@')[2]}"))
-    async with connect(stores.redis_url, timeout_seconds=2) as admin:
-        await admin.acl_setuser(name, enabled=True, passwords=["+right"], keys=["*"], commands=["+@all", *rights])
-        try:
+    async with redis_user(stores, "-set", "-ping") as (_, right):
+        for url in (right, right.replace(":right@", ":wrong@")):
             async with connect(url, timeout_seconds=2) as client:
-                yield client, admin, name
-        finally:
-            await admin.acl_deluser(name)
+                await is_away(make(client))
 
 
 @pytest.mark.parametrize("command", ["SET", "GET", "PTTL", "EVAL", "DEL"])
 async def test_each_missing_right_is_named(stores: Stores, redis_prefix: str, command: str) -> None:
     """Every command that the lock needs is tried, and a refusal names the command."""
-    async with user(stores, f"-{command.lower()}") as (client, _, _):
+    async with redis_user(stores, f"-{command.lower()}") as (_, url), connect(url, timeout_seconds=2) as client:
         with pytest.raises(LockUnavailable, match=f"^{command} is refused: "):
             await make(client, redis_prefix).try_commands()
 
@@ -685,13 +659,13 @@ async def test_one_odd_key_closes_the_breaker(redis: Redis, lock: Lock, key: str
 
 @pytest.mark.parametrize("command", ["EVAL", "PTTL"])
 async def test_after_a_refused_command_the_probe_tries_it(
-    stores: Stores, redis_prefix: str, clock: Clock, command: str
+    stores: Stores, redis: Redis, redis_prefix: str, clock: Clock, command: str
 ) -> None:
     """While a command other than SET is refused, no accepted SET closes the breaker; the right once given does."""
-    async with user(stores, f"-{command.lower()}") as (client, admin, name):
+    async with redis_user(stores, f"-{command.lower()}") as (name, url), connect(url, timeout_seconds=2) as client:
         lock = make(client, redis_prefix)
         if command == "PTTL":
-            await admin.set(redis_prefix + ID, THEIRS, px=LOCK_TTL_MS)
+            await redis.set(redis_prefix + ID, THEIRS, px=LOCK_TTL_MS)
             assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.UNREACHABLE
         else:
             assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.HELD
@@ -701,7 +675,7 @@ async def test_after_a_refused_command_the_probe_tries_it(
             clock.now += BREAKER_SECONDS
             assert await lock.acquire(f"evt_2{number}", TOKEN, EPOCH) is LockReply.UNREACHABLE
             assert lock.unreachable
-        await admin.acl_setuser(name, enabled=True, commands=[f"+{command.lower()}"])
+        await redis.acl_setuser(name, enabled=True, commands=[f"+{command.lower()}"])
         clock.now += BREAKER_SECONDS
         assert await lock.acquire("evt_3", TOKEN, EPOCH) is LockReply.HELD
         assert await lock.acquire("evt_4", TOKEN, EPOCH) is LockReply.HELD

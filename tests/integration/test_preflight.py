@@ -1,18 +1,15 @@
 """The checks before the start: on a Postgres that seems to be set otherwise, and on a Redis that refuses commands."""
 
 import asyncio
-import secrets
-from urllib.parse import urlsplit, urlunsplit
 
 import asyncpg
 import hiredis
 import pytest
 from pydantic import SecretStr
 
-from firstclaim.inbox.lock import connect
 from firstclaim.server.preflight import Verdict, check_postgres, check_redis
 from firstclaim.settings import Settings
-from tests.stores import Stores
+from tests.stores import Stores, redis_user
 
 # The checks call `current_setting()` by its bare name, and this database's search_path names `public` first.
 PRETEND = """
@@ -43,32 +40,16 @@ def settings_of(redis_url: str) -> Settings:
 @pytest.mark.parametrize("command", ["EVAL", "PTTL", "GET", "PING"])
 async def test_a_missing_right_is_named(stores: Stores, command: str) -> None:
     """A Redis user who may not run one of the lock's commands fails the check, which names the command."""
-    name = f"test-{secrets.token_hex(4)}"
-    parts = urlsplit(stores.redis_url)
-    url = urlunsplit(parts._replace(netloc=f"{name}:right@{parts.netloc.rpartition('@')[2]}"))
-    async with connect(stores.redis_url, timeout_seconds=2) as admin:
-        await admin.acl_setuser(
-            name, enabled=True, passwords=["+right"], keys=["*"], commands=["+@all", f"-{command.lower()}"]
-        )
-        try:
-            [check] = [check async for check in check_redis(settings_of(url))]
-        finally:
-            await admin.acl_deluser(name)
+    async with redis_user(stores, f"-{command.lower()}") as (_, url):
+        [check] = [check async for check in check_redis(settings_of(url))]
     assert (check.verdict, check.fatal) == (Verdict.FAIL, False)
     assert f": {command}" in check.detail.partition(". The lock needs")[0]
 
 
 async def test_a_user_without_info_is_warned(stores: Stores) -> None:
     """A Redis user who may not run INFO, which the lock does not need, gets a warning and the other checks."""
-    name = f"test-{secrets.token_hex(4)}"
-    parts = urlsplit(stores.redis_url)
-    url = urlunsplit(parts._replace(netloc=f"{name}:right@{parts.netloc.rpartition('@')[2]}"))
-    async with connect(stores.redis_url, timeout_seconds=2) as admin:
-        await admin.acl_setuser(name, enabled=True, passwords=["+right"], keys=["*"], commands=["+@all", "-info"])
-        try:
-            found = [check async for check in check_redis(settings_of(url))]
-        finally:
-            await admin.acl_deluser(name)
+    async with redis_user(stores, "-info") as (_, url):
+        found = [check async for check in check_redis(settings_of(url))]
     assert [check.verdict for check in found] == [Verdict.WARN, Verdict.OK]
 
 

@@ -167,7 +167,7 @@ MUTANTS = (
         "only-a-refusal-is-an-outage",
         "After a lost connection or a timeout Redis counts as unreachable.",
         "_UNREACHABLE_ERRORS",
-        "(RedisError, OSError, TimeoutError)",
+        "(RedisError, OSError, TimeoutError, ValueError)",
         "(ResponseError,)",
         "integration/test_lock.py::test_a_stopped_server_is_away",
     ),

@@ -34,7 +34,8 @@ log = structlog.get_logger(__name__)
 
 _CLAIMED = b"claimed:"
 _RECORDED = b"recorded:"
-_UNREACHABLE_ERRORS = (RedisError, OSError, TimeoutError)
+# ValueError: the client raises it over an error reply that it cannot parse (a malformed MOVED).
+_UNREACHABLE_ERRORS = (RedisError, OSError, TimeoutError, ValueError)
 _MAX_BATCH = 200  # commands in one write: in a larger batch the first reply would wait too long for the last
 
 _REPLIES: dict[str, tuple[type, ...]] = {
