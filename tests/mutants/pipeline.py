@@ -91,7 +91,7 @@ except BaseException as error:
         "a-settled-row-is-deferred",
         "A recorder that finds a row answers by its status: settled, dead or owned is a 200.",
         "Claims._record",
-        "row is None or row.status in TAKEABLE",
+        "isinstance(row, Recorded) or row.status in TAKEABLE",
         "True",
         "integration/test_pipeline.py::test_while_redis_is_away_a_settled_row_answers",
     ),
