@@ -5,6 +5,7 @@ import contextlib
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import asyncpg
 import pytest
@@ -299,6 +300,21 @@ async def test_a_lost_connection_is_no_own_end(hasty: World) -> None:
             raise RuntimeError("noticed by other means")
 
         await fails(hasty, function, "RuntimeError: noticed by other means")
+
+
+async def test_another_backend_with_the_same_pid_is_no_own_end(world: World) -> None:
+    """Pids are reused: what a backend does that was started after the transaction says nothing about it."""
+    await world.database.execute("BEGIN")
+    row = await world.database.fetchrow(
+        "SELECT pg_current_xact_id()::text AS xid, pg_postmaster_start_time() AS server, now() AS began"
+    )
+    await world.database.execute("ROLLBACK")
+    assert row is not None
+    other = await asyncpg.connect(world.url)
+    lost = HandlerTransaction(row["xid"], other.get_server_pid(), row["server"], row["began"])
+    ended = replace(lost, began_at=await other.fetchval("SELECT now()"))  # the same, on the other's backend
+    assert await world.components.transaction_watch._ended([lost, ended]) == [ended]
+    await other.close()
 
 
 async def test_an_own_commit_before_the_connection_is_lost_is_detected(hasty: World) -> None:

@@ -161,6 +161,14 @@ action = await self._call(call, connection)"""
         "activity.state IS DISTINCT FROM 'active'",
         "integration/test_transaction_watch.py::test_a_lost_connection_is_no_own_end",
     ),
+    TextMutant(
+        "another-backend-counts-as-the-handlers",
+        "Pids are reused: a backend that was started after the transaction is not the handler's.",
+        "ENDED_BY_HANDLER",
+        "AND activity.backend_start < watched.began",
+        "",
+        "integration/test_transaction_watch.py::test_another_backend_with_the_same_pid_is_no_own_end",
+    ),
     Mutant(
         "failed-look-ends-the-watch",
         "A look that fails does not end the watch.",

@@ -298,13 +298,13 @@ SELECT CASE WHEN pg_postmaster_start_time() = :server AND stats_reset < :began
 # committed, or the backend is outside of any transaction or in another one. A transaction that an error has aborted,
 # or whose backend is gone, was not ended by its handler. While an aborted transaction rejects a statement its backend
 # is neither idle nor in another transaction: it is looked at again. `backend_xid` alone would not do: an error clears
-# it too.
+# it too. A backend that was started later has the pid of one that is gone.
 ENDED_BY_HANDLER = statement("""
 SELECT watched.number
   FROM unnest(CAST(:xids AS text[]), CAST(:pids AS int[]),
               CAST(:servers AS timestamptz[]), CAST(:begans AS timestamptz[])) WITH ORDINALITY
        AS watched (xid, pid, server, began, number)
-  LEFT JOIN pg_stat_activity AS activity USING (pid)
+  LEFT JOIN pg_stat_activity AS activity ON activity.pid = watched.pid AND activity.backend_start < watched.began
  CROSS JOIN pg_stat_bgwriter AS crash
  WHERE activity.backend_xid IS DISTINCT FROM CAST(CAST(watched.xid AS xid8) AS xid)
    AND (activity.state = 'idle' OR activity.xact_start <> watched.began
