@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from firstclaim.inbox.attempt import Attempt, Committed
-from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger
+from firstclaim.inbox.existing_row import ExistingRow
+from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.status import TAKEABLE
 

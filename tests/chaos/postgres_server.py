@@ -135,6 +135,23 @@ class PostgresServer(Server):
         self._write("standby.signal", "")
         await self.start()
 
+    async def follow(self, primary: "PostgresServer", *, port: int) -> None:
+        """Start again as a copy of `primary` that streams from it, through a port of a proxy in front of it."""
+        backup = await primary.backup()
+        self.settings["primary_conninfo"] = f"host=127.0.0.1 port={port} user=postgres application_name=standby"
+        await self.stand_by(backup)
+        streaming = "SELECT FROM pg_stat_replication WHERE application_name = 'standby' AND state = 'streaming'"
+        await eventually(lambda: primary.execute(streaming), bool, START_SECONDS)
+
+    async def promote(self) -> None:
+        """End the standby's recovery: it is a primary, on a new timeline."""
+        await self.execute("SELECT pg_promote()")
+
+    @property
+    def socket(self) -> Path:
+        """Where it listens."""
+        return self.folder / f".s.PGSQL.{_SOCKET_PORT}"
+
     async def restore_point(self, name: str) -> None:
         """Create a restore point at this moment."""
         await self.execute("SELECT pg_create_restore_point($1)", name)

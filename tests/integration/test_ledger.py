@@ -15,7 +15,8 @@ import pytest
 from firstclaim.errors import LedgerUnavailable, Rejected
 from firstclaim.event import Delivery, parse_event
 from firstclaim.inbox import statements
-from firstclaim.inbox.ledger import Claim, ExistingRow, HandlerTransaction, Ledger, Recorded
+from firstclaim.inbox.existing_row import ExistingRow
+from firstclaim.inbox.ledger import Claim, HandlerTransaction, Ledger, Recorded
 from firstclaim.operations.commands import Commands
 from firstclaim.status import TAKEABLE, Status
 from tests.hostile import bodies

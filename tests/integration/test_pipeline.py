@@ -12,7 +12,8 @@ from sqlalchemy import event as sqlalchemy_event
 from firstclaim import Context, Event
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
-from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger, Recorded
+from firstclaim.inbox.existing_row import ExistingRow
+from firstclaim.inbox.ledger import Claim, Ledger, Recorded
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.inbox.recovery import Recovery

@@ -80,6 +80,13 @@ async def test_synchronous_commit_is_pinned(database_url: str, admin: asyncpg.Co
             assert await fetch_value(pool, "SHOW synchronous_commit") == "on"
 
 
+async def test_a_stronger_synchronous_commit_stays(database_url: str, admin: asyncpg.Connection) -> None:
+    """`remote_apply` promises more than `on`: the pin only raises what the database says."""
+    await configure(admin, "synchronous_commit = remote_apply")
+    async with opened(database_url) as (pool, _):
+        assert await fetch_value(pool, "SHOW synchronous_commit") == "remote_apply"
+
+
 @pytest.mark.parametrize("value", ["serializable", "repeatable read"])
 async def test_read_committed_is_pinned(database_url: str, admin: asyncpg.Connection, value: str) -> None:
     """Whatever the database says, the claim statements see what other transactions have committed."""

@@ -7,30 +7,47 @@ import hiredis
 import pytest
 from pydantic import SecretStr
 
-from firstclaim.server.preflight import Verdict, check_postgres, check_redis
+from firstclaim.server.preflight import Check, Verdict, check_postgres, check_redis
 from firstclaim.settings import Settings
 from tests.stores import Stores, redis_user
 
-# The checks call `current_setting()` by its bare name, and this database's search_path names `public` first.
-PRETEND = """
-CREATE FUNCTION current_setting(name text) RETURNS text LANGUAGE sql AS
-    $$ SELECT CASE name WHEN '{name}' THEN 'off' ELSE pg_catalog.current_setting(name) END $$;
+# The checks call functions by their bare names, and this database's search_path names `public` first.
+OURS_FIRST = """
 DO $$ BEGIN
     EXECUTE format('ALTER DATABASE %I SET search_path = public, pg_catalog', current_database());
 END $$;
+"""
+PRETEND = """
+CREATE FUNCTION current_setting(name text) RETURNS text LANGUAGE sql AS
+    $$ SELECT CASE name WHEN '{name}' THEN 'off' ELSE pg_catalog.current_setting(name) END $$;
+"""
+REVOKED = """
+CREATE FUNCTION has_function_privilege(oid, text) RETURNS bool LANGUAGE sql AS $$ SELECT false $$;
 """
 
 
 @pytest.mark.parametrize("name", ["fsync", "full_page_writes"])
 async def test_a_server_that_can_lose_events_is_reported(database_url: str, name: str) -> None:
     """A setting with which a crash loses events that were answered with 200 is a warning that names it."""
-    connection = await asyncpg.connect(database_url)
-    await connection.execute(PRETEND.format(name=name))
-    await connection.close()
-    settings = Settings(database_url=SecretStr(database_url), stripe_webhook_secrets=(SecretStr("whsec_test"),))
-    found = {check.name: check async for check in check_postgres(settings)}
+    found = await checked(database_url, PRETEND.format(name=name))
     assert found[name].verdict is Verdict.WARN
     assert f"{name} = off" in found[name].detail
+    assert "replication" not in found
+
+
+async def test_a_read_that_cannot_wait_for_replication_is_reported(database_url: str) -> None:
+    """Without the right to write a message to the log, no duplicate could be answered by the ledger: it is named."""
+    found = await checked(database_url, REVOKED)
+    assert found["replication"].verdict is Verdict.FAIL
+    assert "pg_logical_emit_message" in found["replication"].detail
+
+
+async def checked(database_url: str, pretend: str) -> dict[str, Check]:
+    connection = await asyncpg.connect(database_url)
+    await connection.execute(pretend + OURS_FIRST)
+    await connection.close()
+    settings = Settings(database_url=SecretStr(database_url), stripe_webhook_secrets=(SecretStr("whsec_test"),))
+    return {check.name: check async for check in check_postgres(settings)}
 
 
 def settings_of(redis_url: str) -> Settings:

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 from firstclaim import outcome
 from firstclaim.event import Delivery
-from firstclaim.inbox.ledger import Claim, ExistingRow, Ledger, Recorded
+from firstclaim.inbox.existing_row import ExistingRow
+from firstclaim.inbox.ledger import Claim, Ledger, Recorded
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.observability import metrics
 from firstclaim.outcome import Outcome

@@ -16,6 +16,7 @@ from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
 from firstclaim.inbox import statements
 from firstclaim.inbox.batcher import Batcher
+from firstclaim.inbox.existing_row import ExistingRow, find
 from firstclaim.inbox.new_row import NewRow, insert
 from firstclaim.inbox.statements import Statement
 from firstclaim.postgres.connection import ROW_FAULTS, PinnedConnection, describe
@@ -51,15 +52,6 @@ class Claim:
 class Recorded:
     """A new row that waits for recovery."""
 
-    epoch: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class ExistingRow:
-    """A row that existed before."""
-
-    status: Status
-    attempt: int
     epoch: str | None
 
 
@@ -160,6 +152,7 @@ class Ledger:
         first: dict[str, NewRow] = {}  # of each event; a delivery that may dispatch before one that only records
         for row in sorted(rows, key=lambda row: _PRECEDENCE[row.status]):
             first.setdefault(row.event_id, row)
+        warnings = connection.warnings
         new = await insert(
             connection,
             first.values(),
@@ -169,19 +162,16 @@ class Ledger:
         )
         epoch = connection.epoch
         late = [row.event_id for row in rows if row.event_id not in new or first[row.event_id] is not row]
-        known = (
-            {found["event_id"]: found for found in await statements.FIND.fetch(connection, event_ids=late)}
-            if late
-            else {}
-        )
+        if connection.warnings != warnings:  # committed, and perhaps not replicated: nothing may be promised yet
+            late = list(first)
+        known = await find(connection, late) if late else {}
 
         def answer(row: NewRow) -> Claim | ExistingRow:
             event_id = row.event_id
             if event_id in new and first[event_id] is row:
                 return Claim(event_id, row.attempt, 0, 0, row.delivery.body, epoch)
-            if (found := known.get(event_id)) is None:  # pruned between the two statements: it was old and settled
-                return ExistingRow(Status.COMPLETED, 0, None)
-            return ExistingRow(Status(found["status"]), found["attempt"], epoch)
+            # Pruned between the two statements: it was old and settled.
+            return known.get(event_id) or ExistingRow(Status.COMPLETED, 0, None)
 
         return [answer(row) for row in rows]
 
@@ -193,6 +183,7 @@ class Ledger:
         `ignored`: also those that a build without a handler has recorded; for a delivery, never for recovery.
         """
         async with self._pool.acquire(self._timeout_seconds) as connection:
+            warnings = connection.warnings
             rows = await statements.TAKE_OVER.fetch(
                 connection,
                 event_ids=list(event_ids),
@@ -201,6 +192,8 @@ class Ledger:
                 give_up_in=self._give_up_seconds,
                 process=self._process,
             )
+            if connection.warnings != warnings:
+                await find(connection, event_ids)
             return [
                 Claim(row["event_id"], row["attempt"], row["failures"], row["abandoned"], row["body"], connection.epoch)
                 for row in rows
@@ -257,7 +250,11 @@ class Ledger:
     async def hold(self, connection: PinnedConnection, claim: Claim) -> HandlerTransaction | None:
         """Lock the claimed row, which begins the transaction; None: the claim was taken over."""
         rows = await statements.HOLD.fetch(
-            connection, event_id=claim.event_id, attempt=claim.attempt, timeout_ms=self._timeout_ms
+            connection,
+            event_id=claim.event_id,
+            attempt=claim.attempt,
+            timeout_ms=self._timeout_ms,
+            synchronous_commit=connection.synchronous_commit,
         )
         return HandlerTransaction(*rows[0][:4]) if rows else None
 
@@ -308,10 +305,9 @@ class Ledger:
         return await self._settle(statements.RELEASE, claim, due_in=due_in_seconds)
 
     async def find(self, event_id: str) -> ExistingRow | None:
-        """The event's row, or None."""
+        """The event's row, replicated like a commit; or None."""
         async with self._pool.acquire(self._timeout_seconds) as connection:
-            rows = await statements.FIND.fetch(connection, event_ids=[event_id])
-            return ExistingRow(Status(rows[0]["status"]), rows[0]["attempt"], connection.epoch) if rows else None
+            return (await find(connection, [event_id])).get(event_id)
 
     async def end(self, transaction: HandlerTransaction) -> None:
         """Terminate the backend of a transaction whose attempt is over, if it is still in that transaction."""

@@ -68,8 +68,12 @@ WITH patience AS MATERIALIZED (
 SELECT event_id FROM event
 """)
 
+# The rows that an answer may rest on. A row is visible before it is replicated when the wait of its COMMIT for the
+# synchronous standby was cut short. The message in the log gives this read a COMMIT of its own, which waits for the
+# standby to have everything that it has read. Without a transaction (`false`) it would not wait.
 FIND = statement("""
-SELECT event_id, status, attempt FROM stripe_events WHERE event_id = ANY(:event_ids)
+SELECT event_id, status, attempt, pg_logical_emit_message(true, 'firstclaim', '')
+  FROM stripe_events WHERE event_id = ANY(:event_ids)
 """)
 
 # Take over unfinished events that nobody works on; with :ignored also what a build without a handler has recorded,
@@ -190,7 +194,7 @@ SELECT pg_current_xact_id()::text AS xid,
        pg_backend_pid() AS pid,
        pg_postmaster_start_time() AS server,
        now() AS began,
-       set_config('synchronous_commit', 'on', true),
+       set_config('synchronous_commit', :synchronous_commit, true),
        set_config('idle_in_transaction_session_timeout', :timeout_ms, true),
        set_config('statement_timeout', :timeout_ms, true)
   FROM stripe_events

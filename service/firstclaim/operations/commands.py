@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from firstclaim.errors import LedgerUnavailable, OperatorError
 from firstclaim.event import Delivery
 from firstclaim.inbox.new_row import NewRow, insert
-from firstclaim.inbox.statements import FIND, statement
+from firstclaim.inbox.statements import statement
 from firstclaim.migrations import schema
 from firstclaim.operations.limits import ROW_DAYS_LEAST
 from firstclaim.operations.queries import SELECTED, Queries, Selection
@@ -34,6 +34,8 @@ SELECT event_id, status, attempt, p.event_id IS NOT NULL AS has_payload
   FROM stripe_events e LEFT JOIN stripe_event_payloads p USING (event_id)
  WHERE {SELECTED} ORDER BY due_at
 """)
+# No promise rests on this read, so it does not wait for replication.
+_RECORDED = statement("SELECT event_id FROM stripe_events WHERE event_id = ANY(:event_ids)")
 # An event is replayed only if its status and its attempt are those that were selected: if they changed, its effects may
 # have happened. It needs its payload, because an event without one cannot be dispatched. The payload is locked too,
 # because a concurrent prune could delete it.
@@ -148,7 +150,7 @@ class Commands(Queries):
 
     async def recorded_ids(self, event_ids: Sequence[str]) -> set[str]:
         """Those of the ids that the ledger has, in any status."""
-        return {row["event_id"] for row in await self._fetch(FIND, event_ids=list(event_ids))}
+        return {row["event_id"] for row in await self._fetch(_RECORDED, event_ids=list(event_ids))}
 
     # -- changing -------------------------------------------------------------------------------------
 

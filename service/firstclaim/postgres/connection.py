@@ -1,7 +1,8 @@
 """Connections to the ledger's Postgres: pinned and checked when they are opened, and closed when they do not answer.
 
-Guarantees, for every connection: `synchronous_commit` is on and the default isolation level is READ COMMITTED,
-whatever the role or the database says; the server is writable; the ledger's epoch was read when it was opened.
+Guarantees, for every connection: `synchronous_commit` is on, or `remote_apply` where the role, the database or the
+server says so; the default isolation level is READ COMMITTED, whatever they say; the server is writable; the ledger's
+epoch was read when it was opened.
 A connection that timed out is terminated before it returns to its pool: asyncpg would otherwise wait, on release, for
 a frozen server to confirm the cancellation.
 
@@ -40,27 +41,42 @@ ROW_FAULTS = (
     UnicodeError,
 )
 
+NOT_REPLICATED = "the wait for the synchronous standby was cancelled"
+
 _CLOSE_SECONDS = 0.2  # on top of a statement's timeout of 1.5 s, a 503 is still sent within 2 s
 
 _PIN = """
-SELECT set_config('synchronous_commit', 'on', false) AS synchronous_commit,
+SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
+                  WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, false) AS synchronous_commit,
        set_config('default_transaction_isolation', 'read committed', false) AS isolation,
        pg_is_in_recovery() OR current_setting('default_transaction_read_only')::bool AS read_only
 """
+_DURABLE = ("on", "remote_apply")
+_WARNING = "01000"
 _PIN_MORE = "SELECT set_config(name, value, false) FROM unnest($1::text[], $2::text[]) AS pin (name, value)"
 
 
 class PinnedConnection(asyncpg.Connection):
-    """An asyncpg connection with the ledger's epoch that was read when it was opened; None: no ledger yet."""
+    """An asyncpg connection with the ledger's epoch that was read when it was opened; None: no ledger yet.
+
+    `synchronous_commit` is what it was pinned to. `warnings` counts the warnings of SQLSTATE 01000 that the server has
+    sent: a COMMIT whose wait for the synchronous standby was cancelled succeeds with one.
+    """
 
     epoch: str | None = None
     on_loss: Callable[[object], None] | None = None
+    synchronous_commit: str = "on"
+    warnings: int = 0
 
     def retire(self) -> None:
         """Terminate for a reason of our own (a handler's deadline, a shutdown, a newer epoch): no doubt follows."""
         if self.on_loss is not None:
             self.remove_termination_listener(self.on_loss)
         self.terminate()
+
+    def note_log_message(self, _: object, message: asyncpg.PostgresLogMessage) -> None:
+        """Count a warning. The driver calls this before whoever awaits the statement resumes."""
+        self.warnings += message.sqlstate == _WARNING
 
     async def close(self, *, timeout: float | None = None) -> None:
         """Close, and wait only briefly for the server: SQLAlchemy would wait 2 s for a frozen one, or for ever."""
@@ -86,11 +102,13 @@ async def open_connection(
             pinned = await connection.fetchrow(_PIN)
             if pinned is None or pinned["read_only"]:  # a standby, or the losing side of a failover
                 raise LedgerUnavailable("the server is read-only")
-            if (pinned["synchronous_commit"], pinned["isolation"]) != ("on", "read committed"):
+            connection.synchronous_commit = pinned["synchronous_commit"]
+            if connection.synchronous_commit not in _DURABLE or pinned["isolation"] != "read committed":
                 raise LedgerUnavailable("synchronous_commit or the isolation level cannot be pinned")
             if pins is not None:
                 await connection.fetch(_PIN_MORE, list(pins), list(pins.values()))
             connection.epoch = await read_epoch(connection)
+        connection.add_log_listener(connection.note_log_message)
     except BaseException:
         connection.terminate()
         raise

@@ -22,7 +22,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from sqlalchemy.pool import AssertionPool
 
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
-from firstclaim.postgres.connection import PinnedConnection, is_current, open_connection
+from firstclaim.postgres.connection import NOT_REPLICATED, PinnedConnection, is_current, open_connection
 from firstclaim.postgres.epoch import Epoch
 
 _MUST_NOT_END = (
@@ -142,11 +142,15 @@ class HandlerConnection:
             raise HandlerRuleBroken(_MUST_NOT_CLOSE)
 
     async def commit(self) -> None:
-        """Commit what `begin` began."""
-        if self._pooled.driver.is_closed() or self._pooled.transaction is None:
+        """Commit what `begin` began. Raises `LedgerUnavailable` also if it is committed and may not be replicated."""
+        driver = self._pooled.driver
+        if driver.is_closed() or self._pooled.transaction is None:
             raise LedgerUnavailable("the transaction is gone")
+        warnings = driver.warnings
         await self._pooled.transaction.commit()
         self._pooled.transaction = None
+        if driver.warnings != warnings:
+            raise LedgerUnavailable(NOT_REPLICATED)
 
     async def roll_back(self, timeout_seconds: float | None = None) -> None:
         """Roll back what `begin` began if it is still open; do nothing if it was committed. Raises TimeoutError."""

@@ -28,6 +28,12 @@ from firstclaim.settings import Settings
 _CONNECT_ATTEMPTS = 20  # half a second apart, for a database that is starting at the same time
 _CONNECT_PAUSE_SECONDS = 0.5
 _MIN_POSTGRES = 140000
+# The read that answers a duplicate by the ledger runs this function, so that it waits for the synchronous standby.
+_MAY_EMIT = """
+SELECT bool_and(has_function_privilege(oid, 'EXECUTE')) FROM pg_proc
+ WHERE proname = 'pg_logical_emit_message' AND pronamespace = 'pg_catalog'::regnamespace
+   AND proargtypes[2] = 'text'::regtype
+"""
 _MIN_REDIS = (7, 0)
 _POOLER_PROBES = 4
 
@@ -160,8 +166,10 @@ async def _inspect_postgres(connection: asyncpg.Connection, dsn: str, settings: 
     ):
         if await _setting(connection, name) == "off":
             yield _warn(name, f"{name} = off: {lost} events that were answered with 200; turn it on")
-    if await _setting(connection, "synchronous_commit") != "on":
+    if await _setting(connection, "synchronous_commit") not in ("on", "remote_apply"):
         yield _ok("synchronous_commit", "is not on by default; our connections set it to on")
+    if not await connection.fetchval(_MAY_EMIT):
+        yield _fail("replication", "the role may not execute pg_logical_emit_message(boolean, text, text): grant it")
     yield await _check_connections(connection, settings)
     yield await _check_schema(connection)
 

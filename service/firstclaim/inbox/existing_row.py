@@ -1,0 +1,30 @@
+"""Reading events from the ledger, as far as an answer may rest on what was read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from firstclaim.errors import LedgerUnavailable
+from firstclaim.inbox import statements
+from firstclaim.postgres.connection import NOT_REPLICATED, PinnedConnection
+from firstclaim.status import Status
+
+
+@dataclass(frozen=True, slots=True)
+class ExistingRow:
+    """A row that existed before."""
+
+    status: Status
+    attempt: int
+    epoch: str | None
+
+
+async def find(connection: PinnedConnection, event_ids: Sequence[str]) -> dict[str, ExistingRow]:
+    """The rows of those events that the ledger has, by id, once they are replicated as a commit of now would be.
+
+    Raises `LedgerUnavailable` when that is not known.
+    """
+    warnings = connection.warnings
+    rows = await statements.FIND.fetch(connection, event_ids=event_ids)
+    if connection.warnings != warnings:
+        raise LedgerUnavailable(NOT_REPLICATED)
+    return {row["event_id"]: ExistingRow(Status(row["status"]), row["attempt"], connection.epoch) for row in rows}
