@@ -233,18 +233,34 @@ class Application(Starlette):
             await super().__call__(scope, receive, send)
 
 
-def create_app(settings: Settings) -> Starlette:
+def release_unstarted(settings: Settings, registry: Registry, pipeline: Pipeline) -> None:
+    """After a crash: release the claims whose attempt had not begun, on an event loop and connections of its own.
+
+    Without a charge, and in the time of a shutdown's end. Attempts that had begun are left alone: recovery finds them
+    when their lease is over, and counts them as abandoned. One of them may have ended the process.
+    """
+
+    async def release() -> None:
+        async with asyncio.timeout(_CLOSE_SECONDS):
+            await assemble(settings, registry).pipeline.release_unstarted(claims)
+
+    if claims := pipeline.unstarted:
+        with contextlib.suppress(Exception):  # then recovery releases them
+            asyncio.run(release())
+
+
+def create_app(settings: Settings, shutdown: Shutdown) -> Starlette:
     """The application for `settings`, which must name both stores. Raises `ConfigurationError`."""
     configure(settings.log_format, settings.log_level)
     registry = Registry.load(settings.handlers)
     components = assemble(settings, registry)
     for handler in registry:
         metrics.handler_seconds(handler.pattern)  # creates the series, so that it exists from the start
-    shutdown = Shutdown(settings.drain_seconds, settings.shutdown_seconds)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         shutdown.install()
+        shutdown.on_crash = partial(release_unstarted, settings, registry, components.pipeline)
         with stop_with_supervisor():
             async with exporting_spans(), components.running(shutdown):
                 # Objects that exist now live as long as the process: exclude them from every later collection.

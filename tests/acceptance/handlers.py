@@ -11,6 +11,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -215,6 +216,37 @@ async def _exit(instructions: _Instructions, context: Context) -> str:
     return ACTION
 
 
+async def _exit_in_a_task(instructions: _Instructions, context: Context) -> str:
+    """Ends the process once the gate is open: asyncio raises a SystemExit of a task out of the event loop."""
+
+    async def leave() -> None:
+        sys.exit(3)
+
+    if instructions.misbehaves(context):
+        await _hold(instructions, context)
+        await asyncio.gather(leave())
+    return ACTION
+
+
+async def _block_a_thread(instructions: _Instructions, context: Context) -> str:
+    """In the event loop's executor: its threads are not daemons."""
+    if instructions.misbehaves(context):
+        await asyncio.to_thread(time.sleep, instructions.seconds)
+    return ACTION
+
+
+async def _block_the_loop(instructions: _Instructions, context: Context) -> str:
+    if instructions.misbehaves(context):
+        time.sleep(instructions.seconds)  # noqa: ASYNC251
+    return ACTION
+
+
+async def _leave_a_thread(instructions: _Instructions, context: Context) -> str:
+    if instructions.misbehaves(context):
+        threading.Thread(target=time.sleep, args=(instructions.seconds,), daemon=False).start()
+    return ACTION
+
+
 async def _cancel(instructions: _Instructions, context: Context) -> str:
     if instructions.misbehaves(context):
         raise asyncio.CancelledError
@@ -293,6 +325,10 @@ ASYNC: Mapping[str, Callable[[_Instructions, Context], Awaitable[object]]] = {
     "rollback": _rollback,
     "close": _close,
     "exit": _exit,
+    "exit_in_a_task": _exit_in_a_task,
+    "block_a_thread": _block_a_thread,
+    "block_the_loop": _block_the_loop,
+    "leave_a_thread": _leave_a_thread,
     "cancel": _cancel,
     "bad_action": _bad_action,
 }

@@ -316,10 +316,10 @@ class Service:
         """The pids of the live processes in its process group."""
         return _alive_in_group(self.pid)
 
-    def terminate(self) -> None:
-        """SIGTERM to the process that was started, as an orchestrator sends it."""
+    def terminate(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """SIGTERM, or another signal, to the process that was started, as an orchestrator sends it."""
         assert self._process is not None
-        self._process.send_signal(signal.SIGTERM)
+        self._process.send_signal(number)
 
     def kill_supervisor(self) -> None:
         """SIGKILL to the process that was started, but not to its workers."""

@@ -50,6 +50,22 @@ async def test_a_second_signal_skips_the_drain_delay(sandbox: Sandbox) -> None:
     assert await service.wait_for_exit() == 0, service.output
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_hangup_drains(workers: int, sandbox: Sandbox, tmp_path: Path) -> None:
+    """SIGHUP, as a closed terminal sends it, is a SIGTERM: the work in flight ends, and the exit code is 0."""
+    service = await sandbox.service(workers=workers).start()
+    gate = tmp_path / "gate"
+    event = sample("hold", gate=str(gate))
+    answer = asyncio.create_task(sandbox.deliver(service, event))
+    await sandbox.settled(event, Status.PROCESSING)
+    service.terminate(signal.SIGHUP)
+    await eventually(_says(service, "Shutting down"))
+    gate.touch()
+    assert await service.wait_for_exit() == 0, service.output
+    assert (await answer).result == PROCESSED
+    assert (await sandbox.settled(event)).counts == (1, 0, 0)
+
+
 async def test_workers_leave_with_their_killed_supervisor(sandbox: Sandbox, tmp_path: Path) -> None:
     """kill -9 of the supervisor: its workers end their work and leave by themselves, and the port is free again."""
     service = await sandbox.service(HASTY, workers=2).start()

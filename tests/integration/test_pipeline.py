@@ -1,7 +1,7 @@
 """The one path, on real stores: deliveries, duplicates, outages, recovery and the graceful stop."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -1092,6 +1092,32 @@ async def test_a_stop_during_the_commit_settles_it(make_world: MakeWorld, monkey
         await delivering
     await settled(world, given.event.id)
     assert (await world.row(given.event.id))["failures"] == 0
+
+
+async def test_a_crash_releases_only_what_had_not_begun(make_world: MakeWorld, gate: Gate) -> None:
+    """Of two claims, the one that waits for a slot is released without a charge; the one that runs is left alone."""
+    world = await make_world({TYPE: gate.handle}, handler_slots=1)
+    running, waiting = delivery(), delivery()
+    deliveries = [asyncio.create_task(world.pipeline.deliver(running))]
+    await gate.running.wait()
+    deliveries.append(asyncio.create_task(world.pipeline.deliver(waiting)))
+    await until(lambda: world.database.fetchval("SELECT count(*) = 2 FROM stripe_events WHERE status = 'processing'"))
+    await until(_has_unstarted(world))
+    claims = world.pipeline.unstarted
+    assert [claim.event_id for claim in claims] == [waiting.event.id]
+    await world.pipeline.release_unstarted(claims)
+    row = await world.row(waiting.event.id)
+    assert (row["status"], row["failures"], row["abandoned"]) == (Status.PENDING, 0, 0)
+    assert (await world.row(running.event.id))["status"] == Status.PROCESSING
+    gate.finish.set()
+    await asyncio.gather(*deliveries)
+
+
+def _has_unstarted(world: World) -> Callable[[], Awaitable[bool]]:
+    async def look() -> bool:
+        return bool(world.pipeline.unstarted)
+
+    return look
 
 
 async def test_draining_nothing_ends_at_once(world: World) -> None:

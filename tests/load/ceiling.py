@@ -46,7 +46,7 @@ def main() -> None:
     settings = Settings(stripe_webhook_secrets=(SecretStr(asked.secret),))
     with socket.create_server(("127.0.0.1", asked.port), backlog=2048) as listener:
         print(f"POST http://127.0.0.1:{listener.getsockname()[1]}{WEBHOOK_PATH}", flush=True)
-        uvicorn.Server(server_config(lambda: application(settings), settings, 1)).run(sockets=[listener])
+        uvicorn.Server(server_config(lambda: application(settings), settings)).run(sockets=[listener])
 
 
 if __name__ == "__main__":

@@ -1,40 +1,138 @@
-"""The drain delay, with a handler of our own where the server's would be."""
+"""The drain delay, with a fake server; the watchdog, with a fake end of the process."""
 
 import asyncio
+import os
+import queue
 import signal
 from collections.abc import Iterator
 
 import pytest
 
-from firstclaim.shutdown import Shutdown
+from firstclaim.shutdown import Shutdown, Watchdog, exit_code, stop_signals
+
+NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+Ends = queue.SimpleQueue[int]
 
 
 @pytest.fixture
-def sigterm() -> Iterator[None]:
-    """The process' handling of SIGTERM and SIGINT, put back afterwards."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+def signals() -> Iterator[None]:
+    """The process' handling of the signals, put back afterwards."""
+    before = {number: signal.getsignal(number) for number in NUMBERS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.usefixtures("sigterm")
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> Ends:
+    """The exit codes that a watchdog ends the process with."""
+    ends: Ends = queue.SimpleQueue()
+    monkeypatch.setattr(os, "_exit", ends.put)
+    return ends
+
+
+class Server:
+    """Handles SIGTERM and SIGINT, as uvicorn does."""
+
+    def __init__(self) -> None:
+        self.handled: list[int] = []
+        self.stopping = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        self.handled.append(number)
+        self.stopping.set()
+
+    async def stopped(self) -> None:
+        async with asyncio.timeout(10):
+            await self.stopping.wait()
+
+
+@pytest.mark.usefixtures("signals")
 async def test_only_a_second_signal_skips_the_drain_delay() -> None:
     """The server's handling of the first signal waits for the drain; that of the second runs at once."""
-    proceeded: list[int] = []
-    skipped = asyncio.Event()
-
-    def proceed(number: int, _frame: object) -> None:
-        proceeded.append(number)
-        skipped.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, proceed)
+    server = Server()
     shutdown = Shutdown(drain_seconds=60, shutdown_seconds=90)
     shutdown.install()
     signal.raise_signal(signal.SIGTERM)
     assert shutdown.requested
     signal.raise_signal(signal.SIGINT)
-    async with asyncio.timeout(10):
-        await skipped.wait()
-    assert proceeded == [signal.SIGINT]
+    await server.stopped()
+    assert server.handled == [signal.SIGINT]
+
+
+@pytest.mark.usefixtures("signals")
+async def test_a_hangup_is_a_request_to_stop() -> None:
+    """SIGHUP, which the server does not handle, starts the same shutdown as SIGTERM."""
+    server = Server()
+    shutdown = Shutdown(drain_seconds=0, shutdown_seconds=90)
+    shutdown.install()
+    assert callable(signal.getsignal(signal.SIGHUP))  # else it would end this process
+    signal.raise_signal(signal.SIGHUP)
+    assert shutdown.requested
+    await server.stopped()
+
+
+@pytest.mark.usefixtures("signals")
+def test_an_ignored_hangup_stays_ignored() -> None:
+    """Under `nohup` SIGHUP is ignored: it is not one of the signals that stop the service."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert signal.SIGHUP not in stop_signals()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    assert signal.SIGHUP in stop_signals()
+
+
+@pytest.mark.usefixtures("signals")
+async def test_a_shutdown_has_a_time_limit(ends: Ends) -> None:
+    """From the first signal on, the watchdog waits for the end of the shutdown's time, and then ends the process."""
+    Server()
+    shutdown = Shutdown(drain_seconds=0, shutdown_seconds=0.05)
+    shutdown.watchdog.start()
+    shutdown.install()
+    signal.raise_signal(signal.SIGTERM)
+    assert ends.get(timeout=10) == 1
+
+
+def test_the_last_limit_counts(ends: Ends) -> None:
+    """A limit replaces the one before it: once everything is released, what remains has no more than a moment."""
+    shutdown = Shutdown(drain_seconds=0, shutdown_seconds=0.05)
+    shutdown.watchdog.limit(600, 1)
+    shutdown.watchdog.start()
+    shutdown.finished()
+    assert ends.get(timeout=10) == 0
+
+
+def test_the_exit_itself_has_a_time_limit(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that never ends does not keep the interpreter alive, and the exit code stays the same."""
+    monkeypatch.setattr("firstclaim.shutdown._EXIT_SECONDS", 0.05)
+    watchdog = Watchdog()
+    watchdog.start()
+    with pytest.raises(SystemExit), watchdog.bounded_exit():
+        raise SystemExit(3)
+    assert ends.get(timeout=10) == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (SystemExit(3), 3),
+        (SystemExit(0), 1),
+        (SystemExit(None), 1),
+        (SystemExit(256), 1),
+        (SystemExit("why"), 1),
+        (KeyboardInterrupt(), 1),
+        (RuntimeError(), 1),
+    ],
+)
+def test_a_crash_never_exits_with_0(error: BaseException, code: int) -> None:
+    """The exit code of a process that a handler ended is the handler's, or 1 if that would mean success."""
+    released: list[str] = []
+    shutdown = Shutdown(drain_seconds=0, shutdown_seconds=1, on_crash=lambda: released.append("once"))
+    assert shutdown.crashed(error) == code
+    assert released == ["once"]
+
+
+def test_the_exit_code_is_that_of_python() -> None:
+    """`SystemExit` without a code is a success, with a text a failure; the kernel keeps eight bits of a number."""
+    assert [exit_code(SystemExit(each)) for each in (None, 0, 3, 259, "why")] == [0, 0, 3, 3, 1]

@@ -30,8 +30,10 @@ def serve(
     from firstclaim.embedded.data_folder import servers
     from firstclaim.server.preflight import Verdict, all_checks, raise_if_fatal
     from firstclaim.server.runner import exit_on_signals, listen, run
+    from firstclaim.shutdown import Watchdog
 
-    with reported():
+    watchdog = Watchdog()
+    with watchdog.bounded_exit(), reported():
         settings = read_settings()
         exit_on_signals()
         listener = listen(host, port)
@@ -44,7 +46,7 @@ def serve(
             raise_if_fatal(checks)
             _print_addresses(settings, ready, listener, workers)
             print_checks([check for check in checks if check.verdict is not Verdict.OK])
-            run(create_app, ready, listener, workers)
+            run(create_app, ready, listener, workers, watchdog)
 
 
 def _print_addresses(settings: Settings, ready: Settings, listener: socket.socket, workers: int) -> None:

@@ -7,6 +7,7 @@ within half of its lease, or that a shutdown interrupts, is released without a c
 
 import asyncio
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, assert_never
 
@@ -71,7 +72,13 @@ class Dispatcher:
         self._watch = watch
         self._backoff = backoff
         self._limits = limits
-        self._retries: set[asyncio.Task[None]] = set()
+        self._retries: dict[asyncio.Task[None], Claim] = {}
+        self._waiting: dict[tuple[str, int], Claim] = {}
+
+    @property
+    def unstarted(self) -> list[Claim]:
+        """The claims whose attempt has not begun: they wait for a slot, or for their release."""
+        return [*self._waiting.values(), *self._retries.values()]
 
     async def run(self, claim: Claim, event: Event, handler: Handler, place: Place) -> Outcome:
         """Dispatch a claimed event, and release `place`.
@@ -79,6 +86,7 @@ class Dispatcher:
         Raises `LedgerUnavailable` if the event's state is unknown or cannot be written.
         """
         result: AttemptResult | None = None
+        self._waiting[claim.event_id, claim.attempt] = claim
         try:
             try:
                 if not await place.enter(
@@ -86,6 +94,7 @@ class Dispatcher:
                 ):  # the next process with a free slot takes it
                     await self._release(claim)
                     return outcome.deferred("Recorded; dispatched when a handler slot is free", claim.attempt)
+                del self._waiting[claim.event_id, claim.attempt]
                 result = await self._attempt(claim, event, handler)
             finally:
                 place.release(result.running if isinstance(result, Failed | Interrupted) else None)
@@ -94,6 +103,8 @@ class Dispatcher:
             # A shutdown, while the claim waited for its slot or the result was being settled.
             await self._settle_interrupted(claim, effects_committed=_effects_committed(result))
             raise
+        finally:
+            self._waiting.pop((claim.event_id, claim.attempt), None)
 
     async def _attempt(self, claim: Claim, event: Event, handler: Handler) -> AttemptResult:
         attempt = Attempt(
@@ -201,14 +212,18 @@ class Dispatcher:
         if self._retries:
             await asyncio.wait(self._retries)
 
+    async def release_unstarted(self, claims: Iterable[Claim]) -> None:
+        """Release claims of `unstarted`, without a charge; what cannot be released is left to recovery."""
+        await asyncio.gather(*(self._release_once(claim, 0) for claim in claims), return_exceptions=True)
+
     async def _release(self, claim: Claim, *, due_in_seconds: float = 0) -> None:
         """Release without a charge. If Postgres is unreachable, repeat it until it succeeds."""
         try:
             await self._release_once(claim, due_in_seconds)
         except LedgerUnavailable:
             retry = asyncio.create_task(self._release_repeatedly(claim, due_in_seconds))
-            self._retries.add(retry)
-            retry.add_done_callback(self._retries.discard)
+            self._retries[retry] = claim
+            retry.add_done_callback(self._retries.pop)
 
     async def _release_once(self, claim: Claim, due_in_seconds: float) -> None:
         await self._ledger.release_if_held(claim, due_in_seconds=due_in_seconds)

@@ -32,6 +32,8 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
+_RELEASE_SECONDS = 1.5  # for releases at the end of a drain, of the 2 s that a shutdown reserves for closing
+
 _SHUTTING_DOWN = outcome.unavailable("Shutting down")
 _NOT_IN_TIME = outcome.unavailable("Not recorded in time")
 _LEDGER_UNREACHABLE = outcome.unavailable("The ledger cannot be reached")
@@ -233,8 +235,17 @@ class Pipeline:
             task.cancel()
         if left:
             log.info("releasing", events=len(left))
-            await asyncio.wait(left, timeout=5)
+            await asyncio.wait(left, timeout=_RELEASE_SECONDS)
         await self._dispatcher.close()
+
+    @property
+    def unstarted(self) -> list[Claim]:
+        """The claims whose attempt has not begun."""
+        return self._dispatcher.unstarted
+
+    async def release_unstarted(self, claims: Sequence[Claim]) -> None:
+        """Release claims of `unstarted`, without a charge; what cannot be released is left to recovery."""
+        await self._dispatcher.release_unstarted(claims)
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.create_task(work)

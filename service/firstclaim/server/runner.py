@@ -1,7 +1,8 @@
 """uvicorn as `serve` runs it: one process, or several workers under a supervisor.
 
 Guarantees: the port is bound before anything else starts, so a port in use fails early. Several workers write their
-metrics to one folder, so that each of them reports the sum.
+metrics to one folder, so that each of them reports the sum. Only a stop that was requested releases running attempts
+without a charge, and it ends within its time.
 """
 
 import asyncio
@@ -10,25 +11,25 @@ import signal
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from types import FrameType
 from typing import cast
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.supervisors import Multiprocess
 
 from firstclaim.errors import ConfigurationError
 from firstclaim.observability import metrics
+from firstclaim.observability.logging import configure
 from firstclaim.server.connection_limiter import ConnectionLimiter, affordable_connections
 from firstclaim.server.protocol import HttpProtocol
+from firstclaim.server.supervisor import Heartbeat, Supervisor
 from firstclaim.settings import Settings
+from firstclaim.shutdown import Shutdown, Watchdog, stop_signals
 
-# How long a worker may be silent before its supervisor kills it. With uvicorn's 5 s, a busy machine killed workers that
-# were still starting, again and again. A SIGTERM waits behind this check, so it is not much longer than a start takes.
-_WORKER_SILENT_SECONDS = 20
 _MAX_BUFFERED_BODIES = 64  # of the maximum size, in memory at once; of an ordinary size, some ten thousand
+_CANCEL_SECONDS = 1.5  # for tasks that are left on the event loop after a shutdown; in the same 2 s as the exit itself
 _KEEP_ALIVE_SECONDS = 75  # longer than a load balancer's idle timeout (60 s is common), or it would use closed sockets
 
 
@@ -44,25 +45,25 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def exit_on_signals() -> None:
-    """Exit through every `finally` on SIGTERM and SIGINT, so that the embedded servers stop with the service."""
+    """Exit through every `finally` on a signal to stop, so that the embedded servers stop with the service."""
+    numbers = stop_signals()
 
     def exit_once(_signum: int, _frame: FrameType | None) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in numbers:
             signal.signal(number, signal.SIG_IGN)  # a second signal must not interrupt the shutdown
         raise SystemExit(0)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in numbers:
         signal.signal(number, exit_once)
 
 
-def server_config(application: Callable[[], Starlette], settings: Settings, workers: int) -> uvicorn.Config:
+def server_config(application: Callable[[], Starlette], settings: Settings) -> uvicorn.Config:
     """The configuration that `serve` runs uvicorn with, for the application that `application` creates."""
     limiter = ConnectionLimiter(affordable_connections(settings), _MAX_BUFFERED_BODIES * settings.body_most_bytes)
     request_seconds = settings.body_timeout_seconds + settings.answer_budget_seconds + 1
     return uvicorn.Config(
         application,
         factory=True,
-        workers=workers,
         loop="uvloop",
         # uvicorn only calls it, to create a protocol.
         http=cast(type[asyncio.Protocol], partial(HttpProtocol, limiter, settings.body_timeout_seconds)),
@@ -73,19 +74,92 @@ def server_config(application: Callable[[], Starlette], settings: Settings, work
         proxy_headers=False,
         server_header=False,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_worker_healthcheck=_WORKER_SILENT_SECONDS,
         timeout_graceful_shutdown=max(1, int(min(request_seconds, settings.shutdown_seconds / 2))),
     )
 
 
-def run(create_app: Callable[[Settings], Starlette], settings: Settings, listener: socket.socket, workers: int) -> None:
-    """Serve until a signal is received."""
-    config = server_config(partial(create_app, settings), settings, workers)
-    if workers > 1:
-        with _shared_metrics():
-            Multiprocess(config, sockets=[listener]).run()
-    else:
-        uvicorn.Server(config).run(sockets=[listener])
+class Server(uvicorn.Server):
+    """uvicorn's server, except for how it ends.
+
+    After a shutdown, the event loop gets a moment to cancel what is left on it, and is not closed: that would wait for
+    tasks that ignore their cancellation, and for threads. If anything else ends the loop, such as a `sys.exit` in a
+    task that a handler started, the loop never runs again: no attempt is cancelled and released by that, and the events
+    of those that run count as abandoned, as after a kill.
+    """
+
+    def __init__(self, config: uvicorn.Config, shutdown: Shutdown) -> None:
+        super().__init__(config)
+        self._shutdown = shutdown
+        self._finished = False
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve until a signal. Raises `SystemExit`, with a code that is not 0, if anything else ends the loop."""
+        runner = asyncio.Runner(loop_factory=self.config.get_loop_factory())
+        try:
+            runner.run(self.serve(sockets))
+        except BaseException as error:
+            if not self._finished:  # else: uvicorn raised the signal again
+                if self._shutdown.on_crash is None:  # the application has not started
+                    raise
+                raise SystemExit(self._shutdown.crashed(error)) from error
+        with suppress(Exception, SystemExit, KeyboardInterrupt):
+            runner.get_loop().run_until_complete(_cancel_all())
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop accepting, answer what is open, end the application's lifespan: then everything is released."""
+        await super().shutdown(sockets)
+        self._finished = True
+        self._shutdown.finished()
+
+
+async def _cancel_all() -> None:
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=_CANCEL_SECONDS)
+
+
+CreateApp = Callable[[Settings, Shutdown], Starlette]
+
+
+def run(create_app: CreateApp, settings: Settings, listener: socket.socket, workers: int, watchdog: Watchdog) -> None:
+    """Serve until a signal. Raises `SystemExit` if a handler ended the process, or a worker had to be killed."""
+    if workers == 1:
+        _serve(create_app, settings, listener, watchdog)
+        return
+    watchdog.start()
+    configure(settings.log_format, settings.log_level)
+    with _shared_metrics():
+        work = partial(_work, create_app, settings, listener)
+        if code := Supervisor(work, workers, settings.shutdown_seconds).run():
+            raise SystemExit(code)
+
+
+def _work(create_app: CreateApp, settings: Settings, listener: socket.socket, heartbeat: Heartbeat) -> None:
+    """One worker process."""
+    exit_on_signals()
+    watchdog = Watchdog()
+    with watchdog.bounded_exit():
+        _serve(create_app, settings, listener, watchdog, heartbeat)
+
+
+def _serve(
+    create_app: CreateApp,
+    settings: Settings,
+    listener: socket.socket,
+    watchdog: Watchdog,
+    heartbeat: Heartbeat | None = None,
+) -> None:
+    shutdown = Shutdown(settings.drain_seconds, settings.shutdown_seconds, watchdog)
+    server = Server(server_config(partial(create_app, settings, shutdown), settings), shutdown)
+    if heartbeat is not None:
+        heartbeat.start(lambda: server.started)
+    watchdog.start()
+    try:
+        server.run(sockets=[listener])
+    finally:
+        watchdog.lift()  # the embedded servers have time limits of their own
 
 
 @contextmanager
