@@ -19,12 +19,14 @@ from tests.acceptance.harness import (
     post,
     sample,
 )
-from tests.chaos.actions import answered, retried
+from tests.chaos.actions import answered, deliver_at_once, retried
 from tests.chaos.load import Load
 from tests.chaos.own import Own
 from tests.chaos.verdict import verdict
 
 POOLED = 15  # connections of a process, as shipped
+SLOTS = 10  # of a process, as shipped
+IN_FLIGHT = 250
 ROUNDS = 10
 DELIVERIES = 60  # in a round
 IDS_MOST = 50  # of transactions, until a forgotten one is given out again
@@ -86,6 +88,38 @@ async def test_row_20_restarted_under_load(own: Own) -> None:
     late = sample("fail", until=1)  # and what its handler fails, recovery completes
     assert (await answered(history, services[0], late)).result == FAILED
     assert (await history.sandbox.settled(late)).counts == (2, 1, 0)
+
+
+@pytest.mark.alone
+@pytest.mark.timeout(200)
+async def test_row_46_restarted_with_events_in_flight(own: Own) -> None:
+    """As shipped: 250 half-second events are acknowledged, Postgres restarts: few are charged, all settle in 45 s."""
+    history = own.history
+    shipped: Overrides = {
+        "lease_seconds": 15,
+        "lock_ttl_seconds": 15,
+        "handler_deadline_seconds": 30,
+        "idle_in_transaction_seconds": 35,
+        "answer_budget_seconds": 1,
+        "backoff_first_seconds": 5,
+        "backoff_most_seconds": 3600,
+        "recovery_interval_seconds": 1,
+        "postgres_timeout_seconds": 1.5,
+    }
+    service = await history.service(shipped).start()
+    events = [sample("slow", seconds=0.5) for _ in range(IN_FLIGHT)]
+    with history.postgres_unreachable():
+        answers = await deliver_at_once(history, [(service, event) for event in events])
+        acknowledged = sum(answer.status in (200, 202) for answer in answers)
+        assert acknowledged == IN_FLIGHT
+        await own.postgres.stop()
+        await asyncio.sleep(3)  # the length of the outage
+        await own.postgres.start()
+    rows = (await verdict(history, seconds=45)).rows
+    charged = [row for row in rows.values() if row.failures or row.abandoned]
+    print(f"{len(charged)} of {len(rows)} charged")
+    assert len(rows) == IN_FLIGHT
+    assert len(charged) <= 2 * SLOTS
 
 
 @pytest.mark.parametrize("how", ["restarted", "recovered in place"])

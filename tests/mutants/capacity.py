@@ -71,7 +71,7 @@ MUTANTS = (
         "a-hung-thread-has-only-failed",
         "A thread that ignores its deadline charges its attempt as abandoned.",
         "Attempt._not_committed",
-        "is_a(error, DeadlineExceeded) and not self.handler.is_async and await _still_runs(call)",
+        "is_a(error, DeadlineExceeded) and not self.handler.is_async and call.running is not None",
         "False",
         "integration/test_dispatch.py::test_a_thread_that_blocks_keeps_its_slot",
     ),

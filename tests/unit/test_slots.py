@@ -47,14 +47,17 @@ async def test_in_a_backlog_recovery_has_half_of_the_slots(slots: Slots) -> None
 
 
 async def test_a_backlog_that_begins_under_full_slots_gets_its_share(slots: Slots) -> None:
-    """Though deliveries hold more than all slots; but the bound of twice the slots holds for recovery too."""
+    """Deliveries hold every slot and wait for more: as these end, recovery gets its half before any delivery."""
     places = reserved(slots)
     slots.overflowed()
     assert slots.free == 0
-    for place in places[: SIZE // 2]:
+    for place in places[SIZE // 2 :]:
+        assert slots.reserve() is None
         place.release()
     assert slots.free == SIZE // 2
     assert slots.reserve() is None
+    places[0].release()
+    assert slots.reserve() is not None
 
 
 async def test_without_a_backlog_recovery_takes_what_is_free(slots: Slots) -> None:

@@ -23,7 +23,6 @@ from firstclaim.postgres.connection import UNAVAILABLE, describe
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from firstclaim.registry import Context, Handler
 
-_GRACE_SECONDS = 1.0
 _SWALLOWED = "rule broken: the handler swallowed an SQL error, which had aborted its transaction"
 
 
@@ -168,7 +167,7 @@ class Attempt:
         await self._give_back(connection, transaction)
         committed = True if ended_by_handler else await self._is_committed(transaction)
         if is_a(error, Exception):
-            hung = is_a(error, DeadlineExceeded) and not self.handler.is_async and await _still_runs(call)
+            hung = is_a(error, DeadlineExceeded) and not self.handler.is_async and call.running is not None
             return Failed(error, committed, call.running, hung)
         return Interrupted(committed, call.running)
 
@@ -200,14 +199,6 @@ class Attempt:
                 await connection.discard(lost=lost)
             else:
                 await self._terminate(connection, transaction, lost=lost)
-
-
-async def _still_runs(call: HandlerCall) -> bool:
-    """Whether a thread runs on past its deadline. One that waits for its connection gets an error there, and ends."""
-    if call.running is not None:
-        with contextlib.suppress(asyncio.CancelledError):  # a shutdown: the attempt is over in any case
-            await asyncio.wait({call.running}, timeout=_GRACE_SECONDS)
-    return call.running is not None
 
 
 def _is_in_no_transaction(connection: HandlerConnection) -> bool:

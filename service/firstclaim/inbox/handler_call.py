@@ -18,6 +18,7 @@ from firstclaim.observability import metrics, tracing
 from firstclaim.observability.redaction import class_name, is_a
 from firstclaim.registry import Context, Handler
 
+_GRACE_SECONDS = 1.0
 _MAX_ACTION_CHARACTERS = 200
 
 
@@ -64,6 +65,10 @@ class HandlerCall:
             _cancel(work)
             if self._ended.done():
                 raise self._ended.result()
+            if not self._handler.is_async:
+                # A thread that waits for its connection gets an error there, and ends. Meanwhile its row is still
+                # locked: no process begins another attempt beside it.
+                await asyncio.wait({work}, timeout=_GRACE_SECONDS)
             raise DeadlineExceeded(f"the handler ran longer than its deadline of {self._deadline_seconds:g} s")
         if work.cancelled():  # by something in the handler; a shutdown would have raised in the wait above
             raise HandlerRuleBroken("a handler must not end by cancelling itself")

@@ -87,10 +87,8 @@ class Slots:
 
     @property
     def free(self) -> int:
-        """How many due events recovery may claim now."""
-        held = self._deliveries + self._recovered
-        share = (self.size + 1) // 2 - self._recovered if self.backlog else 0
-        return max(0, min(max(self.size - held, share), 2 * self.size - held))
+        """How many due events recovery may claim now. Under a backlog, deliveries leave it half of the slots."""
+        return max(0, self.size - self._deliveries - self._recovered)
 
     @property
     def previously_abandoned_free(self) -> bool:
