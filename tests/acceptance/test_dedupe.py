@@ -24,8 +24,8 @@ PAIRS = 50
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def both(shared_sandbox: Sandbox) -> tuple[Service, Service]:
-    """Two services with two workers each, on the same stores."""
-    one, other = shared_sandbox.service(workers=2), shared_sandbox.service(workers=2)
+    """Two services with two workers each, on the same stores; a worker has a place for all events of a service."""
+    one, other = [shared_sandbox.service({"handler_slots": 25}, workers=2) for _ in range(2)]
     await asyncio.gather(one.start(), other.start())
     return one, other
 

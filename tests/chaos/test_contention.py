@@ -36,8 +36,8 @@ ONE_OF_TWO = [IGNORED, PROCESSED]
 
 
 async def two(history: History) -> tuple[Service, Service]:
-    """Two services on the same sandbox."""
-    one, other = history.service(), history.service()
+    """Two services on the same sandbox, with a place for every event of these tests."""
+    one, other = [history.service({"handler_slots": 25}) for _ in range(2)]
     await asyncio.gather(one.start(), other.start())
     return one, other
 
