@@ -79,9 +79,10 @@ async def test_a_statement_left_running_puts_no_epoch_in_doubt(world: World) -> 
     async def function(event: Event, context: Context) -> None:
         await effect(event, context)
         tasks.append(asyncio.create_task(context.fetch("SELECT pg_sleep(60)")))
-        await asyncio.sleep(0)
+        await until(lambda: world.database.fetchval(sleeping))
         raise RuntimeError
 
+    sleeping = "SELECT count(*) > 0 FROM pg_stat_activity WHERE datname = current_database() AND wait_event = 'PgSleep'"
     await keeps_its_epoch(world, function, Kind.FAILED)
     await asyncio.gather(*tasks, return_exceptions=True)
 

@@ -49,8 +49,8 @@ def reconcile(
 ) -> None:
     """Record the events that Stripe lists and the ledger lacks. Running services handle them, oldest first.
 
-    Needs DATABASE_URL, STRIPE_API_KEY with the permission to read Events, and the services' FIRSTCLAIM_HANDLERS: events
-    without a handler are recorded as ignored.
+    Needs DATABASE_URL, STRIPE_API_KEY with the permission to read Events, and
+    the services' FIRSTCLAIM_HANDLERS: other events are recorded as ignored.
 
     After the ledger was lost, reconcile the full list. After an outage of the endpoint, --undelivered is enough.
 
