@@ -260,7 +260,7 @@ def create_app(settings: Settings, shutdown: Shutdown) -> Starlette:
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         shutdown.install()
-        shutdown.on_crash = partial(release_unstarted, settings, registry, components.pipeline)
+        shutdown.started(partial(release_unstarted, settings, registry, components.pipeline))
         with stop_with_supervisor():
             async with exporting_spans(), components.running(shutdown):
                 # Objects that exist now live as long as the process: exclude them from every later collection.

@@ -107,6 +107,8 @@ class Shutdown:
     drain_seconds: float
     shutdown_seconds: float
     watchdog: Watchdog = field(default_factory=Watchdog)
+    # Called when the application starts, before it runs a handler.
+    on_start: Callable[[], None] | None = None
     # Set once the application runs: called when something else than a shutdown has ended the event loop.
     on_crash: Callable[[], None] | None = None
     _requested_at: float | None = None
@@ -133,6 +135,12 @@ class Shutdown:
             if callable(proceed):
                 with contextlib.suppress(ValueError):  # not the main thread: another program embeds the application
                     signal.signal(number, self._delayed(proceed, loop))
+
+    def started(self, on_crash: Callable[[], None]) -> None:
+        """The application starts. From now on, whatever ends the process, it was able to start."""
+        self.on_crash = on_crash
+        if self.on_start is not None:
+            self.on_start()
 
     def finished(self) -> None:
         """Everything is finished or released: what still runs has a moment to end, and is ended then."""

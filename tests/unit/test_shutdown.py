@@ -133,6 +133,15 @@ def test_a_crash_never_exits_with_0(error: BaseException, code: int) -> None:
     assert released == ["once"]
 
 
+def test_the_start_is_reported_before_anything_runs() -> None:
+    """From the application's start on, the end of the process is a crash and no failed start."""
+    reported: list[bool] = []
+    shutdown = Shutdown(drain_seconds=0, shutdown_seconds=1, on_start=lambda: reported.append(True))
+    shutdown.started(lambda: None)
+    assert reported == [True]
+    assert shutdown.on_crash is not None
+
+
 def test_the_exit_code_is_that_of_python() -> None:
     """`SystemExit` without a code is a success, with a text a failure; the kernel keeps eight bits of a number."""
     assert [exit_code(SystemExit(each)) for each in (None, 0, 3, 259, "why")] == [0, 0, 3, 3, 1]

@@ -27,6 +27,8 @@ class Process:
 
     def start(self) -> None:
         self._clock.started.append(self._clock.now)
+        if self._clock.serves_at_once:
+            self._clock.heartbeats[self.pid].send(True)
 
     @property
     def exitcode(self) -> int | None:
@@ -53,6 +55,7 @@ class Clock:
         self.heartbeats: list[Connection] = []
         self.life: tuple[float, int] = (FOR_EVER, 0)
         self.serves = True
+        self.serves_at_once = False
         self.silent = False
         self.stop_at = 100.0
 
@@ -128,6 +131,22 @@ def test_a_worker_that_dies_at_once_is_replaced_ever_more_slowly(clock: Clock) -
     waits = [int(later - earlier) for earlier, later in zip(clock.started, clock.started[1:], strict=False)]
     assert waits[:7] == [0, 1, 2, 4, 8, 10, 10]  # and the half second that it lives
     assert len(clock.started) < 15
+
+
+def test_a_worker_that_ends_with_its_first_event_had_started(clock: Clock) -> None:
+    """Its one report precedes its first handler and counts, even if no heartbeat follows: it is replaced."""
+    clock.life, clock.serves_at_once, clock.silent = (0.1, 3), True, True
+    clock.stop_at = 10
+    assert _run() == 0
+    assert len(clock.started) > 2
+
+
+def test_a_worker_reports_its_start_at_once() -> None:
+    """Not with the next beat: by then a handler may have ended the process."""
+    ours, theirs = Pipe(duplex=False)
+    Heartbeat(theirs).serves()
+    assert ours.poll()
+    assert ours.recv() is True
 
 
 def test_workers_that_cannot_start_end_the_service(clock: Clock) -> None:

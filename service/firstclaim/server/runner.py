@@ -154,7 +154,8 @@ def _serve(
     shutdown = Shutdown(settings.drain_seconds, settings.shutdown_seconds, watchdog)
     server = Server(server_config(partial(create_app, settings, shutdown), settings), shutdown)
     if heartbeat is not None:
-        heartbeat.start(lambda: server.started)
+        shutdown.on_start = heartbeat.serves
+        heartbeat.start()
     watchdog.start()
     try:
         server.run(sockets=[listener])

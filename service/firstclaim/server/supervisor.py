@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -39,22 +40,27 @@ log = structlog.get_logger(__name__)
 
 
 class Heartbeat:
-    """A worker's side: reports every second that it is alive, and whether it has started to serve."""
+    """A worker's side: reports every second that it is alive, and whether its application has started."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._serves = False
 
-    def start(self, serves: Callable[[], bool]) -> None:
+    def start(self) -> None:
         """Report from a thread of its own: only a process that is frozen, or whose interpreter is, becomes silent."""
-        threading.Thread(target=self._beat, args=(serves,), daemon=True, name="heartbeat").start()
+        threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
 
-    def _beat(self, serves: Callable[[], bool]) -> None:
-        try:
+    def serves(self) -> None:
+        """Report now that the application has started: the first handler may end the process before the next beat."""
+        self._serves = True
+        with suppress(OSError):  # the supervisor is gone: see `stop_with_supervisor`
+            self._connection.send(True)
+
+    def _beat(self) -> None:
+        with suppress(OSError):
             while True:
-                self._connection.send(serves())
+                self._connection.send(self._serves)
                 time.sleep(_BEAT_SECONDS)
-        except OSError:  # the supervisor is gone: see `stop_with_supervisor`
-            return
 
 
 @dataclass(slots=True)
@@ -121,6 +127,7 @@ class Supervisor:
     def _note_end(self, worker: _Worker, code: int) -> None:
         """Plan the replacement of a worker that nobody stopped."""
         pid = worker.process.pid if worker.process is not None else None
+        self._read(worker)  # its last words: it may have ended since the last look
         self._close(worker)
         if code > 0 and not self._ever_served:
             log.error("worker_failed_to_start", pid=pid, exit_code=code)
@@ -140,18 +147,22 @@ class Supervisor:
     def _wait(self) -> None:
         """Wait for the end of a worker, a heartbeat or the next look, and read all heartbeats."""
         processes = [worker.process for worker in self._workers if worker.process is not None]
-        heartbeats = {worker.heartbeat: worker for worker in self._workers if worker.heartbeat is not None}
-        ready = wait([*(process.sentinel for process in processes), *heartbeats], timeout=_POLL_SECONDS)
-        for connection, worker in heartbeats.items():
-            if connection not in ready:
-                continue
-            try:
-                while connection.poll():
-                    self._ever_served |= connection.recv()
-                    worker.heard_at = time.monotonic()
-            except (EOFError, OSError):  # it has ended, or is about to
-                connection.close()
-                worker.heartbeat = None
+        heartbeats = [worker.heartbeat for worker in self._workers if worker.heartbeat is not None]
+        wait([*(process.sentinel for process in processes), *heartbeats], timeout=_POLL_SECONDS)
+        for worker in self._workers:
+            self._read(worker)
+
+    def _read(self, worker: _Worker) -> None:
+        """Read the heartbeats that have arrived."""
+        if worker.heartbeat is None:
+            return
+        try:
+            while worker.heartbeat.poll():
+                self._ever_served |= worker.heartbeat.recv()
+                worker.heard_at = time.monotonic()
+        except (EOFError, OSError):  # it has ended, or is about to
+            worker.heartbeat.close()
+            worker.heartbeat = None
 
     def _stop(self) -> int:
         """Stop all workers, in the time that a shutdown has."""
