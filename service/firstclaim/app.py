@@ -57,6 +57,7 @@ from firstclaim.web.readiness_checks import readiness_checks
 from firstclaim.web.webhook import WEBHOOK_PATH, Webhook, refuse_path
 
 _RAW_WEBHOOK_PATH = WEBHOOK_PATH.encode()
+_STATEMENT_SHARE = 0.9  # of the timeout for Postgres
 _CLOSE_SECONDS = 2.0  # of the shutdown's time, reserved for releasing unfinished work and closing connections
 
 
@@ -109,8 +110,12 @@ def assemble(settings: Settings, registry: Registry) -> Components:
     epoch = Epoch(fresh_seconds=5 * settings.recovery_interval_seconds + 2 * timeout)
     queue = settings.answer_budget_seconds
     pool = partial(Pool, dsn, timeout_seconds=timeout, queue_seconds=queue)
-    ingest = pool(size=settings.ingest_connections, epoch=epoch)
-    handler_connections = HandlerConnections(dsn, timeout_seconds=timeout, epoch=epoch)
+    # The server ends a statement that waits (for a table's lock, say) before its client gives up the connection: else
+    # each attempt would leave a backend behind. A handler's statements have a timeout of their own (see `HOLD`).
+    ends = {"statement_timeout": f"{round(timeout * _STATEMENT_SHARE * 1000)}ms"}
+    locks = {"lock_timeout": f"{round(timeout * 1000)}ms"}
+    ingest = pool(size=settings.ingest_connections, epoch=epoch, pins=ends | locks)
+    handler_connections = HandlerConnections(dsn, timeout_seconds=timeout, epoch=epoch, pins=ends)
     lock = Lock(
         connect(settings.redis_url.get_secret_value(), timeout_seconds=settings.redis_timeout_seconds),
         prefix=settings.redis_prefix,

@@ -107,7 +107,7 @@ MUTANTS = (
         "each-batch-times-out",
         "A server that does not answer costs one timeout, however many calls wait.",
         "Ledger._insert_batch",
-        "isinstance(error.__cause__, TimeoutError)",
+        "isinstance(error.__cause__, (TimeoutError, asyncpg.QueryCanceledError))",
         "False",
         "integration/test_coalescing.py::test_a_server_that_does_not_answer_costs_one_timeout",
     ),

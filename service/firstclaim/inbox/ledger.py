@@ -6,10 +6,14 @@ statement); one that raises `LedgerUnavailable` may have committed, and its call
 is always the database's; intervals are parameters, in seconds.
 """
 
+import asyncio
+import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
+
+import asyncpg
 
 from firstclaim.backoff import Backoff
 from firstclaim.errors import LedgerUnavailable
@@ -34,6 +38,7 @@ _LATE_SECONDS = 0.02
 # An insert waits at most this fraction of its timeout for a row that another transaction has changed: the rest of its
 # batch waits too.
 _PATIENCE_DIVISOR = 3
+_ENDED_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +140,8 @@ class Ledger:
                     if len(rows) == 1:
                         return [LedgerUnavailable(describe(error))]
         except LedgerUnavailable as error:
-            if isinstance(error.__cause__, TimeoutError):  # the waiting deliveries would wait as long again for a 503
+            # A timeout, ours or the server's: the waiting deliveries would wait as long again for a 503.
+            if isinstance(error.__cause__, (TimeoutError, asyncpg.QueryCanceledError)):
                 self._inserts.refuse_waiting(error)
             raise
         return [answer for row in rows for answer in await self._insert_one(row)]
@@ -314,14 +320,23 @@ class Ledger:
         await self._run(statements.END, pid=transaction.pid, xid=transaction.xid)
 
     async def committed(self, transaction: HandlerTransaction) -> bool:
-        """Whether a transaction that is over was committed; no, if the server was started or crashed since."""
-        rows = await self._run(
-            statements.XACT_STATUS,
-            xid=transaction.xid,
-            server=transaction.server_started_at,
-            began=transaction.began_at,
-        )
-        return bool(rows[0][0] == "committed")
+        """Whether a transaction was committed; no, if the server was started or crashed since.
+
+        Waits until it has ended. Raises `LedgerUnavailable` if it does not: its COMMIT may be waiting for the standby.
+        """
+        deadline = time.monotonic() + self._timeout_seconds
+        while True:
+            rows = await self._run(
+                statements.XACT_STATUS,
+                xid=transaction.xid,
+                server=transaction.server_started_at,
+                began=transaction.began_at,
+            )
+            if rows[0][0] != "in progress":
+                return bool(rows[0][0] == "committed")
+            if time.monotonic() >= deadline:
+                raise LedgerUnavailable("the handler's transaction has not ended")
+            await asyncio.sleep(_ENDED_POLL_SECONDS)
 
     async def _settle(self, statement: Statement, claim: Claim, **values: object) -> Status | None:
         """Change the row if it is held; one that was returned as abandoned meanwhile is taken back first."""

@@ -282,10 +282,11 @@ SELECT true FROM taken
 """)
 
 # End the transaction of an attempt that is over now, not when its statement ends. Pids are reused: only if the backend
-# is still in the same transaction.
+# is still in the same transaction. One that waits for the standby has committed: ended, it would not be replicated.
 END = statement("""
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
  WHERE pid = :pid AND backend_xid = CAST(CAST(CAST(:xid AS text) AS xid8) AS xid)
+   AND wait_event IS DISTINCT FROM 'SyncRep'
 """)
 
 # The state of a transaction, unless the server was started or has crashed since. A crash forgets the ids of

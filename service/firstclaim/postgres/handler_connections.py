@@ -13,6 +13,7 @@ replaces a lost connection by itself, has none to replace it with.
 """
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -193,11 +194,14 @@ class HandlerConnection:
 class HandlerConnections:
     """The connections of all handlers, opened as they are needed; how many handlers run at once is the caller's limit.
 
-    `timeout_seconds` is for opening one.
+    `timeout_seconds` is for opening one. `pins`: see `open_connection`.
     """
 
-    def __init__(self, dsn: str, *, timeout_seconds: float, epoch: Epoch) -> None:
+    def __init__(
+        self, dsn: str, *, timeout_seconds: float, epoch: Epoch, pins: Mapping[str, str] | None = None
+    ) -> None:
         self._dsn = dsn
+        self._pins = pins
         self._timeout_seconds = timeout_seconds
         self._epoch = epoch
         self._free: list[_PooledConnection] = []
@@ -222,7 +226,7 @@ class HandlerConnections:
         await asyncio.gather(*(pooled.driver.close() for pooled in free))
 
     async def _open(self) -> _PooledConnection:
-        driver = await open_connection(self._dsn, self._timeout_seconds, self._epoch)
+        driver = await open_connection(self._dsn, self._timeout_seconds, self._epoch, self._pins)
         try:
             pooled = _PooledConnection(driver)
             async with asyncio.timeout(self._timeout_seconds):
