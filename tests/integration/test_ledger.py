@@ -410,7 +410,8 @@ async def test_looking_for_due_events_reads_the_index(world: World) -> None:
         for statement, index, parameters in looks:
             plan = await explained(connection, statement, **parameters)
             assert index in plan
-            assert re.search(r"Index Cond: \(.*due_at <=", plan)
+            by_type = r"\(type = .*" if index != "stripe_events_processing" else ""
+            assert re.search(rf"Index Cond: \(.*{by_type}due_at <=", plan)
 
 
 # -- guarded: nothing by id alone ---------------------------------------------------------------------

@@ -113,7 +113,7 @@ MUTANTS = (
         "Backlog.leave_out",
         "self._left_out[event_id] = until",
         "",
-        "integration/test_pipeline.py::test_rows_that_another_transaction_has_locked_hold_up_nobody",
+        "unit/test_slots.py::test_what_cannot_be_claimed_is_left_out_for_a_while",
     ),
     Mutant(
         "all-processes-try-the-oldest",

@@ -13,15 +13,6 @@ MUTANTS = (
         "integration/test_dispatch.py::test_an_exception_is_a_failure[raising]",
     ),
     Mutant(
-        "lost-claim-is-begun",
-        "A handler is not started when its row could not be locked.",
-        "Attempt.run",
-        """if transaction is None:
-    ...""",
-        "",
-        "integration/test_dispatch.py::test_a_claim_that_was_lost_is_not_begun",
-    ),
-    Mutant(
         "swallowed-error-is-success",
         "A handler that swallowed an SQL error fails: its COMMIT would silently roll back.",
         "Attempt._mark",

@@ -109,7 +109,8 @@ except BaseException as error:
         "The marker is written once the row's COMMIT is known, never earlier.",
         "Claims._claim",
         "event_id = delivery.event.id",
-        "event_id = delivery.event.id\nawait self.lock.mark_recorded(event_id, token, self.epoch.current)",
+        """event_id = delivery.event.id
+await self._lock.mark_recorded(event_id, token, self._epoch.current)""",
         "integration/test_pipeline.py::test_a_lost_answer_to_the_insert_is_not_a_promise",
     ),
     Mutant(

@@ -9,7 +9,7 @@ MUTANTS = (
         "Recovery leaves another's live lock alone.",
         "Claims.recover",
         "reply is LockReply.HELD",
-        "reply is not LockReply.AWAY",
+        "reply is not LockReply.UNREACHABLE",
         "integration/test_pipeline.py::test_recovery_leaves_anothers_live_lock_alone",
     ),
     Mutant(
@@ -17,7 +17,7 @@ MUTANTS = (
         "While Redis is unreachable recovery claims nothing.",
         "Claims.recover",
         "reply is LockReply.HELD",
-        "reply in (LockReply.HELD, LockReply.AWAY)",
+        "reply in (LockReply.HELD, LockReply.UNREACHABLE)",
         "integration/test_pipeline.py::test_recovery_that_finds_redis_away_claims_nothing",
     ),
     Mutant(
@@ -40,8 +40,8 @@ MUTANTS = (
         "recovery-takes-more-than-it-can-run",
         "Recovery never fetches more events than there are free handler slots.",
         "Pipeline.recover",
-        "self._backlog.choose(due, free)",
-        "self._backlog.choose(due, 100)",
+        "chosen = previously_abandoned[:1] + chosen[: free - len(previously_abandoned[:1])]",
+        "chosen = previously_abandoned[:1] + list(due)",
         "integration/test_pipeline.py::test_recovery_fetches_no_more_than_it_has_slots",
     ),
     Mutant(

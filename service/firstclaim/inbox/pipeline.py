@@ -118,13 +118,13 @@ class Pipeline:
             _give_back(place)
             return _unavailable(error, event.id, "delivery_broke")
         flight.end(claim)
-        if not isinstance(claim, Claim) or place is None:
+        if not isinstance(claim, Claim):
             _give_back(place)
-            if place is None and lock.reply is LockReply.HELD and isinstance(handler, Handler):
+            if place is None and unwanted is None and lock.reply is LockReply.HELD:
                 self._slots.overflowed()
-            return claim  # type: ignore[return-value]
+            return claim
         try:
-            return await self._dispatch(claim, event, handler, place)
+            return await self._dispatch(claim, event, handler, place or Place(self._slots, for_delivery=True))
         except Exception as error:  # noqa: BLE001
             return _unavailable(error, event.id, "delivery_broke")
 
