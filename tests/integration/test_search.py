@@ -167,7 +167,8 @@ async def test_its_connections_are_pinned(world: World, ledger: LedgerSearch) ->
     pins = {**PINS, "synchronous_commit": "on"}
     assert {name: await ledger._connection.fetchval("SELECT current_setting($1)", name) for name in pins} == pins
     async with world.components.ingest.acquire(10) as connection:
-        assert await connection.fetchval("SELECT current_setting('statement_timeout')") == "0"
+        shown = await connection.fetchval("SELECT current_setting('statement_timeout')")
+    assert shown != PINS["statement_timeout"]
 
 
 @pytest.mark.parametrize(
