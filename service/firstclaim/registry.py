@@ -9,7 +9,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -36,7 +36,7 @@ class Transaction(Protocol):
     def connection(self) -> "AsyncConnection":
         """The transaction as an SQLAlchemy connection."""
 
-    async def fetch(self, sql: str, *values: Any) -> list[Any]:
+    def fetch(self, sql: str, *values: Any) -> "Coroutine[Any, Any, list[Any]]":
         """Run one statement on the driver."""
 
 
@@ -72,13 +72,16 @@ class Context:
         """
         return self._transaction.connection
 
-    async def fetch(self, sql: str, *values: Any) -> list[Any]:
-        """Run one statement in the same transaction, directly on the driver, and return its rows.
+    def fetch(self, sql: str, *values: Any) -> Coroutine[Any, Any, list[Any]]:
+        """Run one statement in the same transaction, directly on the driver, and return its rows. To be awaited.
 
         Parameters are written `$1`, `$2`, ... Values of a row are accessible by name and by index. Raises what asyncpg
-        raises, and `HandlerRuleBroken` after the handler has ended.
+        raises, and `HandlerRuleBroken` after the handler has ended, and in a sync handler: nothing would await it
+        there, and the event would be completed without its effect.
         """
-        return await self._transaction.fetch(sql, *values)
+        if not _is_on_a_loop():
+            raise HandlerRuleBroken("context.fetch() is for async handlers; a sync handler calls context.execute()")
+        return self._transaction.fetch(sql, *values)
 
     def execute(self, statement: "Executable", parameters: Any = None) -> "CursorResult[Any]":
         """Run one statement in the same transaction, from the thread of a sync handler. Its rows are buffered.
@@ -88,11 +91,7 @@ class Context:
         """
         import asyncio
 
-        try:
-            running = asyncio.get_running_loop()
-        except RuntimeError:
-            running = None
-        if running is not None:
+        if _is_on_a_loop():
             raise HandlerRuleBroken(
                 "context.execute() is for sync handlers; an async handler awaits context.connection.execute()"
             )
@@ -107,6 +106,16 @@ class Context:
 
     async def _execute(self, statement: "Executable", parameters: Any) -> "CursorResult[Any]":
         return await self.connection.execute(statement, parameters)
+
+
+def _is_on_a_loop() -> bool:
+    import asyncio
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 H = TypeVar("H", bound=Callable[[Event, Context], Any])

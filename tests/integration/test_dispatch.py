@@ -1204,6 +1204,15 @@ async def fetched(event: Event, context: Context) -> None:
     await context.fetch(sql, event.id, context.attempt)
 
 
+async def test_a_sync_handler_cannot_fetch(world: World) -> None:
+    """Nothing would await the call: it raises, or the event would be completed without its effect."""
+
+    def function(event: Event, context: Context) -> None:
+        _ = context.fetch("INSERT INTO effects (event_id) VALUES ($1)", event.id)
+
+    await fails(world, function, "context.fetch() is for async handlers; a sync handler calls context.execute()")
+
+
 async def test_what_is_fetched_is_in_the_transaction(world: World) -> None:
     """The driver's own call writes beside SQLAlchemy's, sees what that wrote, and goes with it if the handler fails."""
 
