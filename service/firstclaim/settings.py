@@ -115,7 +115,10 @@ class Settings(BaseSettings):
         description="Postgres ends a transaction idle for so long: unlocks a frozen process's row; > handler deadline.",
     )
     handler_slots: int = Field(
-        10, ge=1, le=500, description="Handlers that run at once in a process, with one connection each."
+        10,
+        ge=1,
+        le=500,
+        description="Handlers that run at once, a connection each; as many claims wait, more are left to recovery.",
     )
     ingest_connections: int = Field(
         5,

@@ -910,6 +910,23 @@ async def test_stopping_releases_a_running_handler(world: World) -> None:
     await still_works(world)
 
 
+async def test_an_interrupted_attempt_is_released_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of a shutdown is short: no statement is sent twice."""
+    release, released_claims = Ledger.release_if_held, []
+
+    async def noted(ledger: Ledger, claim: Claim, **more: Any) -> Status | None:
+        released_claims.append(claim)
+        return await release(ledger, claim, **more)
+
+    monkeypatch.setattr(Ledger, "release_if_held", noted)
+    held = HandlerTransaction()
+    claim = await world.marked()
+    dispatching = asyncio.create_task(world.dispatch(held.as_handler(), claim))
+    await held.reaches(1)
+    await released(world, claim, dispatching)
+    assert released_claims == [claim]
+
+
 async def test_stopping_releases_a_running_thread(world: World, gate: threading.Event) -> None:
     """It cannot be ended, but its transaction is: the row does not wait for it."""
     running = threading.Event()

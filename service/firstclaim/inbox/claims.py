@@ -149,11 +149,8 @@ class Claims:
         except BaseException:
             await self._lock.forget(event_id, token, None)
             raise
-        if isinstance(row, ExistingRow) and row.status in (
-            *TAKEABLE,
-            Status.IGNORED,
-        ):  # the next delivery may get a place
-            await self._lock.forget(event_id, token, None)
+        if isinstance(row, ExistingRow) and row.status in (*TAKEABLE, Status.IGNORED):
+            await self._lock.forget(event_id, token, None)  # the next delivery may get a place
             return outcome.unavailable(_IGNORED_MEANWHILE) if row.status is Status.IGNORED else _QUEUED
         await self._lock.mark_recorded(event_id, token, row.epoch)
         return _answer(event_id, row) if isinstance(row, ExistingRow) else _QUEUED

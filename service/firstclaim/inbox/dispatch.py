@@ -100,7 +100,7 @@ class Dispatcher:
                 place.release(result.running if isinstance(result, Failed | Interrupted) else None)
             return await self._settle(claim, result)
         except asyncio.CancelledError:
-            # A shutdown, while the claim waited for its slot or the result was being settled.
+            # A shutdown: during the attempt, or while the claim waited for its slot or its result was being settled.
             await self._settle_interrupted(claim, effects_committed=_effects_committed(result))
             raise
         finally:
@@ -146,8 +146,7 @@ class Dispatcher:
                 return await self._settle_hung(claim, result, running)
             case Failed(error, effects_committed):
                 return await self._settle_failed(claim, error, effects_committed)
-            case Interrupted(effects_committed):
-                await self._settle_interrupted(claim, effects_committed=effects_committed)
+            case Interrupted():  # `run` settles it, as it does when the shutdown comes during a wait of its own
                 raise asyncio.CancelledError
             case _:
                 assert_never(result)
@@ -187,7 +186,7 @@ class Dispatcher:
     async def _settle_hung(self, claim: Claim, result: Failed, running: asyncio.Future[Any]) -> Outcome:
         """A thread ignores its deadline and keeps its slot. Only a restart ends it: the event counts as abandoned."""
         self._note_hung(claim, result.error, running)
-        if result.effects_committed:
+        if result.effects_committed is not False:
             return await self._settle_failed(claim, result.error, result.effects_committed)
         if await self._ledger.abandon_if_held(claim, redacted_error(result.error)) is Status.PENDING:
             await self._claims.forget(claim)
