@@ -429,8 +429,11 @@ async def test_while_redis_is_away_events_are_recorded(
             row = await observer.row(each.event.id)
             assert (row["status"], row["attempt"], row["abandoned"]) == ("pending", 0, 0)
             assert row["due_in"] <= 0
-        assert await world.pipeline.recover() is False
-        assert await observer.effects(given[0].event.id) == 0
+        await world.pipeline.recover()
+        for each in given:
+            row = await observer.row(each.event.id)
+            assert (row["status"], row["attempt"], row["abandoned"]) == ("pending", 0, 0)
+            assert await observer.effects(each.event.id) == 0
         redis.switch(Mode.OPEN)
 
         async def all_settled() -> bool:
@@ -440,6 +443,18 @@ async def test_while_redis_is_away_events_are_recorded(
         await until(all_settled)
         for each in given:
             await settled(observer, each.event.id)
+
+
+async def test_recovery_rests_while_redis_is_known_to_be_away(
+    stores: Stores, make_world: MakeWorld, redis_prefix: str
+) -> None:
+    """More due events than slots, and still no next round at once: nothing could be claimed in it."""
+    observer = await make_world()
+    async with between(stores, observer.url, redis_prefix, redis_breaker_seconds=60) as (world, _, redis):
+        redis.switch(Mode.REFUSE)
+        for _ in range(world.settings.handler_slots + 1):
+            assert (await world.pipeline.deliver(delivery())).kind is Kind.DEFERRED
+        assert await world.pipeline.recover() is False
 
 
 async def test_while_redis_is_away_a_settled_row_answers(
