@@ -212,6 +212,27 @@ async def lose_backend(testbed: Testbed, fault: Fault) -> None:
         await testbed.postgres.lose(backends[fault.pick % len(backends)])
 
 
+async def stall_commits(testbed: Testbed, fault: Fault) -> None:
+    """The synchronous standby is gone: every commit waits for it, longer than any timeout."""
+    await testbed.postgres.configure(synchronous_standby_names="gone")
+    try:
+        await asyncio.sleep(3 + 3 * fault.portion)
+    finally:
+        await testbed.postgres.configure(synchronous_standby_names="")
+
+
+async def forget_lock(testbed: Testbed, fault: Fault) -> None:
+    """Somebody's psql holds ACCESS EXCLUSIVE on the ledger for longer than a lease, as a forgotten migration does."""
+    with suppress(*UNAVAILABLE):  # another fault ends it sooner
+        psql = await asyncpg.connect(testbed.postgres.url, timeout=5)
+        try:
+            await psql.execute("BEGIN", timeout=5)
+            await psql.execute("LOCK TABLE stripe_events IN ACCESS EXCLUSIVE MODE", timeout=5)
+            await asyncio.sleep(3 + 3 * fault.portion)
+        finally:
+            psql.terminate()
+
+
 async def forget_update(testbed: Testbed, fault: Fault) -> None:
     """Somebody's psql holds an open UPDATE of the rows that are next due, and of ignored ones, longer than a lease."""
     with suppress(*UNAVAILABLE):  # another fault ends it sooner
@@ -316,6 +337,7 @@ LANES: Final[Mapping[str, Mapping[str, Do]]] = {
         "freeze backends": freeze_backends,
         "end backends": end_backends,
         "lose a backend": lose_backend,
+        "stall commits": stall_commits,
     },
     "connections to Redis": {
         "cut": _cut("redis"),
@@ -335,5 +357,5 @@ LANES: Final[Mapping[str, Mapping[str, Do]]] = {
         "cut before a statement": _cut_at(b"evt_", Mode.FROZEN),
         "cut after a statement": _cut_at(b"evt_", Mode.MUTE),
     },
-    "operator": {"epoch rotate": rotate, "forgotten UPDATE": forget_update},
+    "operator": {"epoch rotate": rotate, "forgotten UPDATE": forget_update, "forgotten LOCK": forget_lock},
 }
