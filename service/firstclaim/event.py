@@ -4,8 +4,16 @@ Guarantees: an event that `parse_event` accepts can be stored (no column holds a
 and types are printable ASCII) and dispatched. The raw body is kept beside the event, byte for byte, because it is what
 Stripe signed; of nine hostile but signed bodies, `jsonb` refused seven. No `StripeObject` is built: plain dicts are
 easier to compare and copy, and building the objects halved the measured throughput.
+
+Test deliveries that Stripe renders from a fixture have a placeholder for an id, the same one for every event
+(`evt_00000000000000`). In test mode such an id gets a suffix, or the second event ever sent so would count as a
+duplicate of the first. The suffix is a digest of the body: that is all which tells such an event from another, and it
+is the same in a retry, because a fixture is stored nowhere and nothing renders it anew. So the same fixture, sent
+twice on purpose, is a duplicate too: a retry and a second press of the button are the same bytes, and only a retry
+must never run twice. A live event is never renamed: its id is Stripe's, and is unique.
 """
 
+import hashlib
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -15,6 +23,9 @@ from firstclaim.errors import Rejected
 
 # A superset of Stripe's ids and types that is safe in a Redis key, a column and a log line.
 EVENT_ID = re.compile(r"[A-Za-z0-9_.:\-]{1,255}")
+# `evt_00000000000000`, as long as Stripe's ids have been; no id that Stripe draws is all zeros.
+_PLACEHOLDER = re.compile(r"(?:[a-z]{1,16}_){1,3}0{14,24}")
+_SUFFIX_CHARACTERS = 24  # 96 bits of the body's SHA-256
 _TYPE = re.compile(r"[A-Za-z0-9_.\[\]\-]{1,255}")
 
 # The driver stores the first and the last instant of a datetime as infinite.
@@ -30,6 +41,7 @@ class Event:
 
     `data` is Stripe's `data` (`{"object": {...}, "previous_attributes": {...}}`). It is `{}` for most thin events,
     which have a `related_object` instead (see `payload`). `object_id` is the id of the object that the event is about.
+    `id` is Stripe's, except for a placeholder in test mode, which has a suffix that `payload["id"]` lacks.
     """
 
     id: str
@@ -80,7 +92,7 @@ def parse_event(body: bytes) -> Event:
         raise _rejected('"livemode" must be true or false')
     about = payload.get("related_object") if thin else data["object"]
     return Event(
-        id=_required(payload, "id", EVENT_ID),
+        id=_unique(_required(payload, "id", EVENT_ID), livemode, body),
         type=_required(payload, "type", _TYPE),
         account=_optional(payload.get("account") or (payload.get("context") if thin else None)),
         livemode=livemode,
@@ -101,6 +113,13 @@ def _required(payload: dict[str, Any], name: str, pattern: re.Pattern[str]) -> s
     if not isinstance(value, str) or not pattern.fullmatch(value):
         raise _rejected(f'"{name}" is missing or malformed')
     return value
+
+
+def _unique(event_id: str, livemode: bool, body: bytes) -> str:
+    """The id; in test mode a placeholder gets a suffix, which is the same for every delivery of the same bytes."""
+    if livemode or not _PLACEHOLDER.fullmatch(event_id):
+        return event_id
+    return f"{event_id}-{hashlib.sha256(body).hexdigest()[:_SUFFIX_CHARACTERS]}"
 
 
 def _optional(value: object) -> str | None:

@@ -11,7 +11,7 @@ from sqlalchemy import event as sqlalchemy_event
 
 from firstclaim import Context, Event
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.event import Delivery
+from firstclaim.event import Delivery, parse_event
 from firstclaim.inbox.existing_row import ExistingRow
 from firstclaim.inbox.ledger import Claim, Ledger, Recorded
 from firstclaim.inbox.lock import Lock, LockReply
@@ -1151,3 +1151,26 @@ async def test_a_thin_and_a_snapshot_event_share_the_path(make_world: MakeWorld)
         assert (await world.pipeline.deliver(given)).kind is Kind.PROCESSED
         assert await world.pipeline.deliver(given) == duplicate(given.event.id)
         await settled(world, given.event.id)
+
+
+async def test_events_that_share_a_placeholder_id_are_events_of_their_own(make_world: MakeWorld) -> None:
+    """Each test event with a placeholder id has a row and an effect; its retry is a duplicate by either claim."""
+    world = await make_world({"*": handles})
+    first, second = (delivery("evt_00000000000000", type=each) for each in ("invoice.paid", TYPE))
+    for given in (first, second):
+        assert (await world.pipeline.deliver(given)).kind is Kind.PROCESSED
+    for given in (first, second):
+        retry = Delivery(parse_event(given.body), given.body)
+        assert await world.pipeline.deliver(retry) == duplicate(given.event.id)
+        await world.lock.forget(given.event.id, "", await world.ledger.read_epoch())
+        assert await world.pipeline.deliver(retry) == duplicate(given.event.id, "already completed")
+        await settled(world, given.event.id)
+
+
+async def test_recovery_knows_a_placeholder_by_its_row(make_world: MakeWorld) -> None:
+    """Recovery dispatches a recorded test delivery under the id that its delivery had."""
+    world = await make_world({"*": handles})
+    given = delivery("evt_00000000000000")
+    await world.ledger.record(given, due_in_seconds=0)
+    await recovered(world)
+    await settled(world, given.event.id)

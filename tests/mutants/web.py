@@ -179,4 +179,28 @@ MUTANTS = (
         "self.lease_seconds > self.idle_in_transaction_seconds",
         "unit/test_settings.py::test_numbers_must_agree",
     ),
+    Mutant(
+        "placeholder-id-shared",
+        "In test mode, each event with a placeholder id is an event of its own.",
+        "event._unique",
+        "livemode or not _PLACEHOLDER.fullmatch(event_id)",
+        "True",
+        "integration/test_pipeline.py::test_events_that_share_a_placeholder_id_are_events_of_their_own",
+    ),
+    Mutant(
+        "placeholder-id-drawn",
+        "A retry of a delivery with a placeholder id is the same event.",
+        "event._unique",
+        "hashlib.sha256(body)",
+        "hashlib.sha256(__import__('os').urandom(16))",
+        "integration/test_pipeline.py::test_events_that_share_a_placeholder_id_are_events_of_their_own",
+    ),
+    Mutant(
+        "live-id-renamed",
+        "An event in live mode keeps its id, whatever it looks like.",
+        "event._unique",
+        "livemode or not _PLACEHOLDER.fullmatch(event_id)",
+        "not _PLACEHOLDER.fullmatch(event_id)",
+        "unit/test_event.py::test_a_live_event_is_never_renamed",
+    ),
 )

@@ -1,5 +1,6 @@
 """Parsing: snapshot and thin events, malformed events, and hostile content under a valid signature."""
 
+import hashlib
 import json
 import re
 from datetime import UTC, datetime
@@ -92,6 +93,35 @@ def test_a_thin_event_is_parsed() -> None:
     assert (event.id, event.type, event.account, event.object_id) == ("evt_2", THIN, "acct_2", "mtr_1")
     assert event.created == datetime(2026, 11, 2, 9, 0, 41, 500_000, tzinfo=UTC)
     assert (event.thin, event.data) == (True, {})
+
+
+# -- placeholder ids -----------------------------------------------------------------------------------
+
+PLACEHOLDERS = ["evt_00000000000000", "evt_000000000000000000000000", "evt_test_00000000000000"]
+
+
+@pytest.mark.parametrize("placeholder", PLACEHOLDERS)
+def test_a_placeholder_in_test_mode_gets_the_digest_of_its_body(placeholder: str) -> None:
+    """Two test events of one placeholder id have two ids, which begin with it; the same bytes always have the same."""
+    paid = event_body("invoice.paid", placeholder)
+    failed = event_body("invoice.payment_failed", placeholder)
+    ids = [parse_event(body).id for body in (paid, failed, paid)]
+    assert ids[0] == ids[2] != ids[1]
+    assert ids[0] == f"{placeholder}-{hashlib.sha256(paid).hexdigest()[:24]}"
+    assert parse_event(paid).payload["id"] == placeholder
+    assert_storable(parse_event(paid))
+
+
+@pytest.mark.parametrize("placeholder", PLACEHOLDERS)
+def test_a_live_event_is_never_renamed(placeholder: str) -> None:
+    """In live mode an id is Stripe's and unique, whatever it looks like."""
+    assert parse_event(event_body("invoice.paid", placeholder, livemode=True)).id == placeholder
+
+
+@pytest.mark.parametrize("real", ["evt_1", "evt_0000000000000", "evt_1Sca5RKdVq2Wn7RtLxQt0Jx7", "evt_00000000000001"])
+def test_an_id_that_stripe_drew_is_kept(real: str) -> None:
+    """In test mode too, every id that is not all zeros is kept."""
+    assert parse_event(event_body("invoice.paid", real)).id == real
 
 
 @pytest.mark.parametrize("related", [None, MISSING, [], "mtr_1", {"id": 7}, {"id": MISSING}])
