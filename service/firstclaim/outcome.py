@@ -37,7 +37,7 @@ def unhandled(reason: str, attempt: int | None) -> Outcome:
 
 
 def duplicate(event_id: str) -> Outcome:
-    """A row exists and is owned. The reason is worded as in the original design: dashboards search for it."""
+    """A row exists; whether it is settled was not read. Worded as in the original design: dashboards search for it."""
     return Outcome(Kind.DUPLICATE, "ignored", f"Event {event_id} handled by parallel worker (idempotency lock)")
 
 
@@ -51,9 +51,10 @@ def deferred(reason: str, attempt: int | None = None) -> Outcome:
     return Outcome(Kind.DEFERRED, "deferred", reason, attempt)
 
 
-def failed(attempt: int) -> Outcome:
-    """The attempt failed, and its row is updated. The caller gets no details."""
-    return Outcome(Kind.FAILED, "failed", "The handler failed; the event will be retried", attempt)
+def failed(attempt: int, *, dead: bool = False) -> Outcome:
+    """The attempt failed, and its row is updated: retried later, or `dead`. The caller gets no details."""
+    state = "is dead: replay it" if dead else "will be retried"
+    return Outcome(Kind.FAILED, "failed", f"The handler failed; the event {state}", attempt)
 
 
 def dead(event_id: str, attempt: int) -> Outcome:

@@ -34,6 +34,9 @@ async def ends(
     row = await world.row(claim.event_id)
     assert (result.kind, row["status"], row["attempt"]) == (kind, status, 1), row["last_error"]
     assert result.attempt == 1
+    if kind is Kind.FAILED:
+        state = "is dead: replay it" if status is Status.DEAD else "will be retried"
+        assert result.reason == f"The handler failed; the event {state}"
     assert await world.effects(claim.event_id) == effects
     if error is None:
         assert row["last_error"] is None
@@ -47,9 +50,8 @@ async def ends(
 
 async def fails(world: World, function: Function, error: str) -> dict[str, Any]:
     """Nothing of it is kept, one failure is charged, and it is tried again after the first backoff."""
-    _, result, row = await ends(world, function, Kind.FAILED, Status.FAILED, effects=0, error=error)
+    _, _, row = await ends(world, function, Kind.FAILED, Status.FAILED, effects=0, error=error)
     assert (row["failures"], row["abandoned"], row["settled_at"]) == (1, 0, None)
-    assert result.reason == "The handler failed; the event will be retried"
     await still_works(world)
     return row
 
@@ -222,10 +224,11 @@ async def test_permanent_is_dead(world: World, make: Callable[[BaseException], F
 
 
 async def test_failing_for_three_days_is_dead(world: World) -> None:
-    """When Stripe itself has given up, the last failure is the end; answered as a failure, its marker stays."""
+    """When Stripe itself has given up, the last failure is the end; the answer says so, and its marker stays."""
     claim = await world.marked()
     await world.change(claim.event_id, give_up_at=-1.0)
-    assert (await world.dispatch(raising(RuntimeError()), claim)).kind is Kind.FAILED
+    result = await world.dispatch(raising(RuntimeError()), claim)
+    assert (result.kind, result.reason) == (Kind.FAILED, "The handler failed; the event is dead: replay it")
     assert await world.status(claim.event_id) is Status.DEAD
     assert await world.value(claim.event_id) is not None
 
@@ -1113,20 +1116,32 @@ async def test_a_commit_still_under_way_is_waited_for(world: World, monkeypatch:
     assert (row["status"], row["failures"], row["last_error"]) == ("completed", 0, None)
 
 
-async def test_a_commit_that_was_taken_over_is_a_duplicate(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lost, and by the time we ask another holds the row: nothing of it is ours to say."""
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (Status.PROCESSING, "handled by parallel worker (idempotency lock)"),
+        (Status.COMPLETED, "already completed"),
+        (Status.DEAD, "is dead: replay it"),
+    ],
+)
+async def test_a_commit_that_was_taken_over_is_a_duplicate(
+    world: World, monkeypatch: pytest.MonkeyPatch, status: Status, words: str
+) -> None:
+    """COMMIT was lost, and another process has the row by then: it is left alone, and the answer names its state."""
     claim = await world.claim()
 
-    async def lost(seat: HandlerConnection) -> None:
-        await seat.roll_back()
+    async def lost(connection: HandlerConnection) -> None:
+        await connection.roll_back()
         await world.change(claim.event_id, attempt=2)
+        await world.settle(claim.event_id, status)
         raise ConnectionResetError
 
     with monkeypatch.context() as patch:
         patch.setattr(HandlerConnection, "commit", lost)
-        assert (await world.dispatch(handles, claim)).kind is Kind.DUPLICATE
+        result = await world.dispatch(handles, claim)
+    assert result == Outcome(Kind.DUPLICATE, "ignored", f"Event {claim.event_id} {words}")
     row = await world.row(claim.event_id)
-    assert (row["status"], row["attempt"], row["failures"]) == ("processing", 2, 0)
+    assert (row["status"], row["attempt"], row["failures"]) == (status, 2, 0)
 
 
 async def test_a_database_that_cannot_say_promises_nothing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -267,6 +267,14 @@ async def test_a_type_without_a_handler_is_ignored(world: World) -> None:
     assert await world.pipeline.deliver(given) == duplicate(given.event.id, "already recorded as ignored")
 
 
+async def test_a_copy_of_an_event_without_a_handler_is_told_so(world: World) -> None:
+    """The first copy's result is known, so the answer of the second names it instead of a parallel worker."""
+    given = delivery(type="balance.available")
+    first, second = await asyncio.gather(*(world.pipeline.deliver(given) for _ in range(2)))
+    assert first.kind is Kind.UNHANDLED
+    assert second == duplicate(given.event.id, "already recorded as ignored")
+
+
 @pytest.mark.parametrize(
     ("takes", "livemode", "kind"),
     [

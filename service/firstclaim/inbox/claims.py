@@ -24,11 +24,6 @@ from firstclaim.outcome import Outcome
 from firstclaim.postgres.epoch import Epoch
 from firstclaim.status import TAKEABLE, UNFINISHED, Status
 
-_SETTLED = {
-    Status.COMPLETED: "already completed",
-    Status.IGNORED: "already recorded as ignored",
-    Status.DEAD: "is dead: replay it",
-}
 _WANTED_ELSEWHERE = "Recorded; dispatched by a process that has a handler for it"
 _QUEUED = outcome.deferred("Recorded; dispatched when a handler slot is free")
 _IGNORED_MEANWHILE = "Recorded as ignored by another build; deliver it again"
@@ -139,7 +134,7 @@ class Claims:
             await self._lock.forget(event_id, token, None)
             return outcome.unavailable(_IGNORED_MEANWHILE)
         await self._lock.mark_recorded(event_id, token, row.epoch)
-        return row if isinstance(row, Claim) else _answer(event_id, row)
+        return row if isinstance(row, Claim) else row.answer(event_id)
 
     async def _queue(self, delivery: Delivery, token: str) -> Outcome:
         """Record for recovery, due now, because every place is taken. Its row is owned, so it gets a marker."""
@@ -153,7 +148,7 @@ class Claims:
             await self._lock.forget(event_id, token, None)  # the next delivery may get a place
             return outcome.unavailable(_IGNORED_MEANWHILE) if row.status is Status.IGNORED else _QUEUED
         await self._lock.mark_recorded(event_id, token, row.epoch)
-        return _answer(event_id, row) if isinstance(row, ExistingRow) else _QUEUED
+        return row.answer(event_id) if isinstance(row, ExistingRow) else _QUEUED
 
     async def _take_over(self, event_id: str, row: ExistingRow) -> Claim | ExistingRow:
         """Recorded without the lock, failed before, or ignored by another build: ours now, whatever its due_at.
@@ -189,7 +184,7 @@ class Claims:
             return recorded
         if row.status is Status.IGNORED:  # by another build: without the lock it cannot be taken over
             return outcome.unavailable(_IGNORED_MEANWHILE)
-        return _answer(delivery.event.id, row)
+        return row.answer(delivery.event.id)
 
     async def _answer_by_row(self, event_id: str) -> Outcome:
         """Of an event that this process does not want: another has the lock and may want it, so nothing is inserted."""
@@ -199,12 +194,6 @@ class Claims:
         return _answer_unwanted(event_id, row)
 
 
-def _answer(event_id: str, row: ExistingRow) -> Outcome:
-    """For a row that is owned or settled."""
-    state = _SETTLED.get(row.status)
-    return outcome.duplicate(event_id) if state is None else outcome.settled(event_id, state)
-
-
 def _answer_unwanted(event_id: str, row: ExistingRow) -> Outcome:
-    """For a process that does not want the event: an unfinished row is durable, and its recorder's to finish."""
-    return outcome.deferred(_WANTED_ELSEWHERE) if row.status in UNFINISHED else _answer(event_id, row)
+    """For a process that does not want the event. Its recorder wants an unfinished one, and will finish it."""
+    return outcome.deferred(_WANTED_ELSEWHERE) if row.status in UNFINISHED else row.answer(event_id)

@@ -155,15 +155,16 @@ class Dispatcher:
         """The connection was lost during COMMIT. The guarded update waits for the old backend; a read would not."""
         self._ledger.connect_anew()
         wait = self._backoff.after(claim.failures + 1)
-        if await self._ledger.fail_if_held(claim, f"COMMIT failed: {result.error}", due_in_seconds=wait) is not None:
+        status = await self._ledger.fail_if_held(claim, f"COMMIT failed: {result.error}", due_in_seconds=wait)
+        if status is not None:
             await self._claims.forget(claim)
-            return outcome.failed(claim.attempt)
+            return outcome.failed(claim.attempt, dead=status is Status.DEAD)
         row = await self._ledger.find(claim.event_id)
         if row is None:  # the ledger was restored meanwhile: nothing may be promised for a row that it does not have
             raise LedgerUnavailable("the row is gone")
         if (row.status, row.attempt) == (Status.COMPLETED, claim.attempt):
             return outcome.processed(result.action, claim.attempt)
-        return outcome.duplicate(claim.event_id)
+        return row.answer(claim.event_id)
 
     async def _settle_failed(self, claim: Claim, error: Exception, effects_committed: bool | None) -> Outcome:
         log.warning("handler_failed", event_id=claim.event_id, attempt=claim.attempt, error=describe_error(error))
@@ -171,7 +172,7 @@ class Dispatcher:
             raise LedgerUnavailable("it is not known whether the handler's transaction was committed")
         if effects_committed:
             await self._ledger.kill_if_held(claim, str(TransactionEnded()))
-            return outcome.failed(claim.attempt)
+            return outcome.failed(claim.attempt, dead=True)
         decision = _decision(error)
         if decision is not None and is_a(decision, Permanent):
             await self._ledger.kill_if_held(claim, redacted_error(error))
@@ -179,18 +180,20 @@ class Dispatcher:
         wait = _requested_wait(decision) if decision is not None and is_a(decision, Retry) else None
         if wait is None:
             wait = self._backoff.after(claim.failures + 1)
-        if await self._ledger.fail_if_held(claim, redacted_error(error), due_in_seconds=wait) is Status.FAILED:
+        status = await self._ledger.fail_if_held(claim, redacted_error(error), due_in_seconds=wait)
+        if status is Status.FAILED:
             await self._claims.forget(claim)
-        return outcome.failed(claim.attempt)
+        return outcome.failed(claim.attempt, dead=status is Status.DEAD)
 
     async def _settle_hung(self, claim: Claim, result: Failed, running: asyncio.Future[Any]) -> Outcome:
         """A thread ignores its deadline and keeps its slot. Only a restart ends it: the event counts as abandoned."""
         self._note_hung(claim, result.error, running)
         if result.effects_committed is not False:
             return await self._settle_failed(claim, result.error, result.effects_committed)
-        if await self._ledger.abandon_if_held(claim, redacted_error(result.error)) is Status.PENDING:
+        status = await self._ledger.abandon_if_held(claim, redacted_error(result.error))
+        if status is Status.PENDING:
             await self._claims.forget(claim)
-        return outcome.failed(claim.attempt)
+        return outcome.failed(claim.attempt, dead=status is Status.DEAD)
 
     def _note_hung(self, claim: Claim, error: Exception, running: asyncio.Future[Any]) -> None:
         if not running.done():

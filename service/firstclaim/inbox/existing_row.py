@@ -3,10 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from firstclaim import outcome
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox import statements
+from firstclaim.outcome import Outcome
 from firstclaim.postgres.connection import NOT_REPLICATED, PinnedConnection
 from firstclaim.status import Status
+
+_SETTLED = {
+    Status.COMPLETED: "already completed",
+    Status.IGNORED: "already recorded as ignored",
+    Status.DEAD: "is dead: replay it",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +24,11 @@ class ExistingRow:
     status: Status
     attempt: int
     epoch: str | None
+
+    def answer(self, event_id: str) -> Outcome:
+        """The outcome of a duplicate of this event: it names the state if the row is settled."""
+        state = _SETTLED.get(self.status)
+        return outcome.duplicate(event_id) if state is None else outcome.settled(event_id, state)
 
 
 async def find(connection: PinnedConnection, event_ids: Sequence[str]) -> dict[str, ExistingRow]:

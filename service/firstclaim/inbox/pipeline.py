@@ -18,6 +18,7 @@ from firstclaim.event import Delivery, Event, parse_event
 from firstclaim.inbox.backlog import Backlog
 from firstclaim.inbox.claims import Claims, LockAttempt
 from firstclaim.inbox.dispatch import Dispatcher
+from firstclaim.inbox.existing_row import ExistingRow
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.lock import LockReply
 from firstclaim.inbox.routes import Routes
@@ -27,6 +28,7 @@ from firstclaim.observability import metrics, tracing
 from firstclaim.observability.redaction import describe_error
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.registry import Handler
+from firstclaim.status import Status
 
 log = structlog.get_logger(__name__)
 
@@ -93,8 +95,10 @@ class Pipeline:
         if leader.exception() is not None:
             return _LEDGER_UNREACHABLE
         result = leader.result()
-        if isinstance(result, Claim) or result.kind is Kind.UNHANDLED:
+        if isinstance(result, Claim):
             return outcome.duplicate(event_id)
+        if result.kind is Kind.UNHANDLED:
+            return ExistingRow(Status.IGNORED, 1, None).answer(event_id)
         return result
 
     async def _answer(self, work: asyncio.Task[Outcome], flight: Flight[Claim | Outcome]) -> Outcome:
