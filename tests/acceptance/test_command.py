@@ -129,7 +129,7 @@ async def test_stores_that_cannot_be_reached(command: Command) -> None:
         REDIS_URL=f"redis://:{PASSWORD}@127.0.0.1:{port}/0",
     )
     assert run.code == 3, run.output
-    run.shows("postgres", "cannot connect", "check DATABASE_URL", "redis", "cannot be reached")
+    run.shows("postgres", "cannot connect", "DATABASE_URL", "that the server runs", "redis", "cannot be reached")
 
 
 async def test_a_database_that_does_not_exist(command: Command, stores: Stores) -> None:

@@ -14,14 +14,17 @@ from sqlalchemy import Connection
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from firstclaim.errors import LedgerUnavailable
+from firstclaim.errors import LedgerUnavailable, SchemaOutdated
 from firstclaim.handlers.invoices import metadata as invoices
 from firstclaim.handlers.load_probe import metadata as load_probe
 from firstclaim.inbox.model import metadata as ledger
 from firstclaim.migrations import schema
 from firstclaim.migrations.schema import SchemaState, compare, head, migrate, outdated, read_version
+from firstclaim.operations.commands import Commands
+from firstclaim.operations.queries import Selection
 from firstclaim.status import Status
 from tests.integration.world import until
+from tests.stores import Stores
 
 TIMEOUT_SECONDS = 10.0
 
@@ -95,6 +98,27 @@ async def test_one_migrates_at_a_time(empty_url: str) -> None:
     finally:
         await other.close()
     assert await migrating == (None, head())
+
+
+async def test_an_error_of_a_command_says_what_to_do(stores: Stores, empty_url: str) -> None:
+    """No such database; no ledger yet; a ledger whose table is gone: each names the step that helps."""
+    nowhere = stores.database("no_such_database")
+    for work in (migrate(nowhere, TIMEOUT_SECONDS), read_stats(nowhere)):
+        with pytest.raises(LedgerUnavailable, match=r"3D000.*create it"):
+            await work
+    with pytest.raises(SchemaOutdated, match="run `firstclaim migrate`"):
+        await read_stats(empty_url)
+    await migrate(empty_url, TIMEOUT_SECONDS)
+    await read_stats(empty_url)
+    await fetch(empty_url, "ALTER TABLE stripe_events RENAME TO elsewhere")
+    with pytest.raises(LedgerUnavailable, match=r"42P01.*search_path"):
+        await read_stats(empty_url)
+
+
+async def read_stats(url: str) -> None:
+    """What `firstclaim stats` reads."""
+    async with Commands.connect(url, TIMEOUT_SECONDS) as operations:
+        await operations.count(Selection())
 
 
 async def test_migrating_again_changes_nothing(empty_url: str) -> None:

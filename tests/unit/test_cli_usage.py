@@ -185,8 +185,12 @@ def test_two_handlers_for_one_type(run: Run, tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     "command",
     [
+        ["migrate"],
+        ["epoch", "rotate"],
         ["events", "list"],
+        ["events", "show", "evt_1"],
         ["events", "replay", "evt_1"],
+        ["events", "prune"],
         ["stats"],
         ["reconcile", "--since", "1d"],
         ["load", "--secret", SECRET],
@@ -197,11 +201,13 @@ def test_two_handlers_for_one_type(run: Run, tmp_path: Path, monkeypatch: pytest
 def test_a_ledger_that_is_unreachable(
     run: Run, command: list[str], unused_tcp_port: int, listener: socket.socket
 ) -> None:
-    """Nothing listens where Postgres should be: exit 3, Postgres is named, and no request is sent to Stripe."""
+    """Nothing listens where Postgres should be: exit 3, one line says what to check, and Stripe gets no request."""
     settings = {
         "DATABASE_URL": f"postgresql://nobody:{PASSWORD}@127.0.0.1:{unused_tcp_port}/x",
         "STRIPE_API_KEY": KEY,
         "STRIPE_API_BASE": f"http://127.0.0.1:{listener.getsockname()[1]}",
     }
-    assert_refused(run(*command, **settings), "Postgres", code=UNAVAILABLE)
+    code, output = run(*command, **settings)
+    assert_refused((code, output), "Postgres: ConnectionRefusedError", "that the server runs", code=UNAVAILABLE)
+    assert output.count("\n") == 1
     assert connections(listener) == 0

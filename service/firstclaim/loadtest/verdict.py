@@ -16,7 +16,8 @@ import asyncpg
 from firstclaim.errors import LedgerUnavailable, StoreUnsuitable
 from firstclaim.handlers.load_probe import ACTION
 from firstclaim.loadtest.plan import Observed, Plan, entries
-from firstclaim.postgres.connection import UNAVAILABLE, describe
+from firstclaim.postgres.advice import explain
+from firstclaim.postgres.connection import UNAVAILABLE
 from firstclaim.status import UNFINISHED, Status
 
 _CONNECT_SECONDS = 10.0
@@ -131,4 +132,4 @@ async def _connect(dsn: str) -> AsyncIterator[asyncpg.Connection]:
         finally:
             connection.terminate()
     except UNAVAILABLE as error:
-        raise LedgerUnavailable(describe(error)) from error
+        raise LedgerUnavailable(explain(error)) from error

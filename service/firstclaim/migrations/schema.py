@@ -20,7 +20,8 @@ from sqlalchemy.pool import NullPool
 
 import firstclaim.migrations
 from firstclaim.errors import LedgerUnavailable, SchemaOutdated
-from firstclaim.postgres.connection import UNAVAILABLE, describe, open_connection
+from firstclaim.postgres.advice import explain
+from firstclaim.postgres.connection import UNAVAILABLE, open_connection
 
 _LOCK = text("SELECT pg_advisory_xact_lock(7331501200934421337)")  # any constant that nothing else uses
 
@@ -88,7 +89,7 @@ async def migrate(dsn: str, timeout_seconds: float) -> tuple[str | None, str]:
         async with engine.begin() as connection:
             before = await connection.run_sync(_upgrade)
     except UNAVAILABLE as error:
-        raise LedgerUnavailable(describe(error)) from error
+        raise LedgerUnavailable(explain(error)) from error
     finally:
         await engine.dispose()
     return before, head()

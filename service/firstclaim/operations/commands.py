@@ -19,7 +19,8 @@ from firstclaim.inbox.statements import statement
 from firstclaim.migrations import schema
 from firstclaim.operations.limits import ROW_DAYS_LEAST
 from firstclaim.operations.queries import SELECTED, Queries, Selection
-from firstclaim.postgres.connection import UNAVAILABLE, describe, open_connection
+from firstclaim.postgres.advice import explain
+from firstclaim.postgres.connection import UNAVAILABLE, open_connection
 from firstclaim.postgres.epoch import read_epoch
 from firstclaim.status import Status
 
@@ -138,7 +139,7 @@ class Commands(Queries):
             finally:
                 connection.terminate()
         except UNAVAILABLE as error:
-            raise LedgerUnavailable(describe(error)) from error
+            raise LedgerUnavailable(explain(error)) from error
 
     async def count_prunable(self, payload_days: int, row_days: int, *, include_dead: bool) -> tuple[int, int]:
         """The number of payloads and the number of rows that `prune` would delete."""

@@ -101,7 +101,7 @@ async def open_connection(
         async with asyncio.timeout(timeout_seconds):
             pinned = await connection.fetchrow(_PIN)
             if pinned is None or pinned["read_only"]:  # a standby, or the losing side of a failover
-                raise LedgerUnavailable("the server is read-only")
+                raise LedgerUnavailable("the server is read-only: set DATABASE_URL to the primary")
             connection.synchronous_commit = pinned["synchronous_commit"]
             if connection.synchronous_commit not in _DURABLE or pinned["isolation"] != "read committed":
                 raise LedgerUnavailable("synchronous_commit or the isolation level cannot be pinned")

@@ -19,6 +19,7 @@ from redis.exceptions import NoPermissionError, RedisError, ResponseError
 from firstclaim.errors import ConfigurationError, LedgerUnavailable, LockUnavailable, StoreUnsuitable
 from firstclaim.inbox.lock import Lock, connect
 from firstclaim.migrations.schema import SchemaState, compare, outdated, read_version
+from firstclaim.postgres.advice import explain
 from firstclaim.postgres.connection import UNAVAILABLE, describe
 from firstclaim.postgres.epoch import read_epoch
 from firstclaim.registry import Registry
@@ -117,7 +118,7 @@ async def check_postgres(settings: Settings, *, wait: bool = False) -> AsyncIter
     try:
         connection = await _connect(dsn, settings.postgres_timeout_seconds, wait=wait)
     except LedgerUnavailable as error:
-        yield _fail("postgres", f"cannot connect: {error}; check DATABASE_URL and that the server runs")
+        yield _fail("postgres", f"cannot connect: {error}")
         return
     try:
         async for check in _inspect_postgres(connection, dsn, settings):
@@ -135,11 +136,12 @@ async def _connect(dsn: str, timeout_seconds: float, *, wait: bool) -> asyncpg.C
         try:
             return await asyncpg.connect(dsn, timeout=timeout_seconds, statement_cache_size=0)
         except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:
-            raise LedgerUnavailable(str(error)) from error  # the server's message, which holds no password
+            # With the server's message, which holds no password.
+            raise LedgerUnavailable(f"{error} ({explain(error)})") from error
         except asyncpg.ClientConfigurationError as error:
-            raise LedgerUnavailable(str(error)) from error
+            raise LedgerUnavailable(f"DATABASE_URL: {error}") from error
         except (*UNAVAILABLE, ValueError) as error:
-            failure = describe(error)
+            failure = explain(error)
     raise LedgerUnavailable(failure)
 
 
