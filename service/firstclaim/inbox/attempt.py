@@ -23,7 +23,7 @@ from firstclaim.postgres.connection import UNAVAILABLE, describe
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from firstclaim.registry import Context, Handler
 
-_SWALLOWED = "rule broken: the handler swallowed an SQL error, which had aborted its transaction"
+SWALLOWED = "rule broken: the handler swallowed an SQL error, which had aborted its transaction"
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,21 +127,13 @@ class Attempt:
             raise
 
     async def _call(self, call: HandlerCall, connection: HandlerConnection) -> str:
-        loop = asyncio.get_running_loop()
-        context = Context(self.event, self.claim.attempt, connection, loop, loop.time() + self.deadline_seconds)
-        connection.start()
-        try:
-            action = await call.run(self.event, context)
-        finally:
-            connection.stop()
-        connection.check_rules()
-        return action
+        return await call_handler(call, self.event, self.claim.attempt, connection, self.deadline_seconds)
 
     async def _mark(self, connection: HandlerConnection, transaction: HandlerTransaction, action: str) -> None:
         try:
             marked = await self.ledger.complete_if_held(connection.driver, self.claim, transaction, action)
         except asyncpg.InFailedSQLTransactionError as error:
-            raise HandlerRuleBroken(_SWALLOWED) from error
+            raise HandlerRuleBroken(SWALLOWED) from error
         if not marked:  # no longer the transaction that was begun
             raise TransactionEnded
 
@@ -199,6 +191,24 @@ class Attempt:
                 await connection.discard(lost=lost)
             else:
                 await self._terminate(connection, transaction, lost=lost)
+
+
+async def call_handler(
+    call: HandlerCall, event: Event, attempt: int, connection: HandlerConnection, deadline_seconds: float
+) -> str:
+    """Let the handler of `call` work on a connection that is in a transaction; returns its action.
+
+    Raises what the handler or `HandlerCall.end` gives, `DeadlineExceeded`, and `HandlerRuleBroken`.
+    """
+    loop = asyncio.get_running_loop()
+    context = Context(event, attempt, connection, loop, loop.time() + deadline_seconds)
+    connection.start()
+    try:
+        action = await call.run(event, context)
+    finally:
+        connection.stop()
+    connection.check_rules()
+    return action
 
 
 def _is_in_no_transaction(connection: HandlerConnection) -> bool:

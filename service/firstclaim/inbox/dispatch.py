@@ -173,11 +173,11 @@ class Dispatcher:
         if effects_committed:
             await self._ledger.kill_if_held(claim, str(TransactionEnded()))
             return outcome.failed(claim.attempt, dead=True)
-        decision = _decision(error)
-        if decision is not None and is_a(decision, Permanent):
+        decided = decision(error)
+        if decided is not None and is_a(decided, Permanent):
             await self._ledger.kill_if_held(claim, redacted_error(error))
             return outcome.dead(claim.event_id, claim.attempt)
-        wait = _requested_wait(decision) if decision is not None and is_a(decision, Retry) else None
+        wait = _requested_wait(decided) if decided is not None and is_a(decided, Retry) else None
         if wait is None:
             wait = self._backoff.after(claim.failures + 1)
         status = await self._ledger.fail_if_held(claim, redacted_error(error), due_in_seconds=wait)
@@ -245,7 +245,7 @@ def _effects_committed(result: AttemptResult | None) -> bool | None:
     return False if result is None or isinstance(result, NotStarted) else None
 
 
-def _decision(error: Exception) -> Permanent | Retry | None:
+def decision(error: Exception) -> Permanent | Retry | None:
     """The `Permanent` or `Retry` that the handler raised, perhaps in an exception group (of a task group's, say)."""
     found: Permanent | Retry | None = None
     left: list[BaseException] = [error]

@@ -1,0 +1,305 @@
+"""For tests of your handlers: events from the shipped templates, and a transaction that is never committed.
+
+Guarantees: `deliver` calls a handler as the service does, with the same connection, context, rules and deadline. What
+the handler writes can be read until the block of `transaction` ends, and is then rolled back. No ledger, no Redis and
+no signature are involved: what they guarantee is tested in this project, not in yours.
+
+The pytest fixtures of the same purpose are in `firstclaim.pytest_plugin`.
+"""
+
+import asyncio
+import os
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import asyncpg
+import orjson
+from pydantic import SecretStr
+from sqlalchemy import CursorResult, Executable
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from firstclaim.embedded.data_folder import servers
+from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable, Rejected
+from firstclaim.event import Event, parse_event
+from firstclaim.inbox.attempt import SWALLOWED, call_handler
+from firstclaim.inbox.dispatch import decision
+from firstclaim.inbox.handler_call import HandlerCall
+from firstclaim.inbox.transaction_watch import TransactionEnded
+from firstclaim.migrations import schema
+from firstclaim.postgres.connection import PinnedConnection
+from firstclaim.postgres.epoch import Epoch
+from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
+from firstclaim.registry import Context, Handler
+from firstclaim.sending.events import build_event, shipped_types
+from firstclaim.settings import Settings
+from firstclaim.urls import postgres_dsn
+
+_DEADLINE_SECONDS = 30.0  # the default of FIRSTCLAIM_HANDLER_DEADLINE_SECONDS
+_GRACE_SECONDS = 1.0
+_POSTGRES_SECONDS = 10.0
+_XID = "SELECT pg_current_xact_id()::text"
+# Of a type that has no template, the fields of the event around its object are those of this one.
+_ENVELOPE = "invoice.paid"
+
+T = TypeVar("T")
+HandlerFunction = Callable[[Event, Context], Any]
+
+
+# -- events -------------------------------------------------------------------------------------------
+
+
+def make_event(event_type: str, **overrides: Any) -> Event:
+    """A new event of `event_type`, as Stripe renders it. Each call makes new ids.
+
+    `overrides` are fields of the event (`livemode=True`, `account="acct_1"`, `data={"previous_attributes": {...}}`).
+    A dict is merged into the template's dict, any other value replaces the template's. `object` stands for
+    `data.object`: `make_event("invoice.paid", object={"currency": "usd"})`. A type without a template needs all of
+    its object this way. Raises `ValueError`, with the reason, if that gives no event that the service would accept.
+    """
+    if "object" in overrides:
+        overrides = _merged(overrides, {"data": {"object": overrides["object"]}})
+        del overrides["object"]
+    if event_type in shipped_types():
+        payload = orjson.loads(build_event(event_type))
+    else:
+        payload = _without_template(event_type, overrides)
+    try:
+        return parse_event(orjson.dumps(_merged(payload, overrides)))
+    except (Rejected, TypeError) as error:
+        raise ValueError(f"make_event({event_type!r}): not an event that Stripe can send: {error}") from error
+
+
+def _without_template(event_type: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    if "object" not in overrides.get("data", {}):
+        raise ValueError(
+            f"no template for {event_type!r}: pass its whole object, "
+            f'make_event({event_type!r}, object={{"id": ..., "object": ...}}), '
+            f"or use one of {', '.join(shipped_types())}"
+        )
+    payload: dict[str, Any] = orjson.loads(build_event(_ENVELOPE))
+    return payload | {"type": event_type, "data": {"object": {}}}
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for name, change in changes.items():
+        old = merged.get(name)
+        merged[name] = _merged(old, change) if isinstance(old, dict) and isinstance(change, dict) else change
+    return merged
+
+
+# -- a transaction ------------------------------------------------------------------------------------
+
+
+class Transaction:
+    """A transaction that is rolled back at its end: for handlers, and for what a test arranges and reads."""
+
+    def __init__(self, connections: HandlerConnections, driver: PinnedConnection, xid: str) -> None:
+        self._connections = connections
+        self._driver = driver
+        self._xid = xid
+        self._in_use = False
+
+    async def deliver(
+        self,
+        handler: HandlerFunction,
+        event: Event,
+        *,
+        attempt: int = 1,
+        deadline_seconds: float = _DEADLINE_SECONDS,
+    ) -> str:
+        """Call `handler`, async or sync, as the service would. Returns its action.
+
+        Raises what the handler raises. `Retry` and `Permanent` are raised also if the handler raised them in an
+        exception group. `HandlerRuleBroken` names a rule that the handler broke, for example that it committed. If it
+        raises, what the handler wrote is rolled back; what the test and earlier handlers wrote is kept.
+        """
+        call = HandlerCall(Handler(event.type, handler), deadline_seconds)
+        try:
+            async with self._savepoint() as connection:
+                try:
+                    action = await call_handler(call, event, attempt, connection, deadline_seconds)
+                finally:
+                    if call.running is not None:  # it was cancelled at its deadline
+                        await asyncio.wait({call.running}, timeout=_GRACE_SECONDS)
+                    if call.running is not None:  # it ignores that: nothing else may use the connection
+                        self._driver.retire()
+                await self._check_transaction()
+        except Exception as error:
+            if (decided := decision(error)) is not None and decided is not error:
+                raise decided from error
+            raise
+        return action
+
+    async def fetch(self, sql: str, *values: Any) -> list[Any]:
+        """Run one statement on the driver, as `Context.fetch` does, and return its rows."""
+        async with self._savepoint():
+            return list(await self._driver.fetch(sql, *values))
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[AsyncConnection]:
+        """The transaction as an SQLAlchemy connection while the block runs: to arrange and to read with it."""
+        async with self._savepoint() as connection:
+            yield connection.connection
+
+    @asynccontextmanager
+    async def _savepoint(self) -> AsyncIterator[HandlerConnection]:
+        """A use of the connection as a handler has it, in a savepoint of this transaction."""
+        if self._in_use:
+            raise RuntimeError("the transaction is in use: await one call, or leave the block of connect(), first")
+        if self._driver.is_closed() or not self._driver.is_in_transaction():
+            raise LedgerUnavailable("this test's transaction is gone: a handler has ended it, or its connection")
+        self._in_use = True
+        connection = await self._connections.acquire()  # the only one that there is
+        try:
+            await connection.begin()
+            yield connection
+            await connection.commit()
+        finally:
+            await connection.roll_back(_POSTGRES_SECONDS)
+            await self._connections.release(connection)
+            self._in_use = False
+
+    async def _check_transaction(self) -> None:
+        """What the service finds at the completion mark and at COMMIT: raises as these would."""
+        try:
+            if not self._driver.is_in_transaction() or await self._driver.fetchval(_XID) != self._xid:
+                self._driver.retire()
+                raise TransactionEnded
+            # Constraints that are deferred to COMMIT. In a savepoint of its own, so that they are deferred again.
+            check = self._driver.transaction()
+            await check.start()
+            try:
+                await self._driver.execute("SET CONSTRAINTS ALL IMMEDIATE")
+            finally:
+                await check.rollback()
+        except asyncpg.InFailedSQLTransactionError as error:
+            raise HandlerRuleBroken(SWALLOWED) from error
+
+
+@asynccontextmanager
+async def transaction(database_url: str) -> AsyncIterator[Transaction]:
+    """A transaction in this database while the block runs; nothing of it is committed.
+
+    Raises `LedgerUnavailable` or what asyncpg raises if the database cannot be reached.
+    """
+    connections = HandlerConnections(
+        postgres_dsn(database_url), timeout_seconds=_POSTGRES_SECONDS, epoch=Epoch(fresh_seconds=0)
+    )
+    connection = await connections.acquire()
+    driver = connection.driver
+    try:
+        outer = driver.transaction()
+        await outer.start()
+        xid = await driver.fetchval(_XID)
+        await connections.release(connection)
+        yield Transaction(connections, driver, xid)
+    finally:
+        driver.retire()  # then the server rolls back
+
+
+# -- the same for sync tests --------------------------------------------------------------------------
+
+
+class _LoopThread:
+    """An event loop in a thread of its own, for callers that have none."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True, name="firstclaim-testing")
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+@contextmanager
+def _loop_thread() -> Iterator[_LoopThread]:
+    thread = _LoopThread()
+    try:
+        yield thread
+    finally:
+        thread.close()
+
+
+class SyncTransaction:
+    """`Transaction` for sync tests. Async handlers run too, on the event loop of another thread."""
+
+    def __init__(self, loop: _LoopThread, work: Transaction) -> None:
+        self._loop = loop
+        self._transaction = work
+
+    def deliver(
+        self,
+        handler: HandlerFunction,
+        event: Event,
+        *,
+        attempt: int = 1,
+        deadline_seconds: float = _DEADLINE_SECONDS,
+    ) -> str:
+        """As `Transaction.deliver`."""
+        return self._loop.run(
+            self._transaction.deliver(handler, event, attempt=attempt, deadline_seconds=deadline_seconds)
+        )
+
+    def fetch(self, sql: str, *values: Any) -> list[Any]:
+        """Run one statement on the driver and return its rows. Parameters are written `$1`, `$2`, ..."""
+        return self._loop.run(self._transaction.fetch(sql, *values))
+
+    def execute(self, statement: Executable, parameters: Any = None) -> CursorResult[Any]:
+        """Run one SQLAlchemy statement, as `Context.execute` does. Its rows are buffered."""
+
+        async def execute() -> CursorResult[Any]:
+            async with self._transaction.connect() as connection:
+                return await connection.execute(statement, parameters)
+
+        return self._loop.run(execute())
+
+
+@contextmanager
+def sync_transaction(database_url: str) -> Iterator[SyncTransaction]:
+    """As `transaction`, for sync tests."""
+    with _loop_thread() as loop:
+        opened = transaction(database_url)
+        try:
+            yield SyncTransaction(loop, loop.run(opened.__aenter__()))
+        finally:
+            loop.run(_leave(opened))
+
+
+async def _leave(opened: Any) -> None:
+    await opened.__aexit__(None, None, None)
+
+
+# -- a database ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def embedded_postgres() -> Iterator[str]:
+    """The address of a PostgreSQL of this process's own while the block runs; it has firstclaim's tables.
+
+    It takes some seconds to start: once per test session is enough. Needs the extra `firstclaim[embedded]`, else
+    raises `ConfigurationError`.
+    """
+    with tempfile.TemporaryDirectory(prefix="firstclaim-test-", ignore_cleanup_errors=True) as folder:
+        # Not from the environment, which may name a database that tests must not touch.
+        settings = Settings.model_construct(
+            data_dir=Path(os.path.realpath(folder)) / "data",
+            redis_url=SecretStr("redis://127.0.0.1"),  # set, so that no Valkey is started
+            stripe_webhook_secrets=(SecretStr("whsec_test"),),
+        )
+        with servers(settings) as ready, _loop_thread() as loop:
+            if ready.database_url is None:
+                raise LedgerUnavailable("the embedded server has no address")
+            url = ready.database_url.get_secret_value()
+            loop.run(schema.migrate(postgres_dsn(url), _POSTGRES_SECONDS))
+            yield url
