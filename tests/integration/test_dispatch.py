@@ -11,6 +11,7 @@ import asyncpg
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from structlog.testing import capture_logs
 
 from firstclaim import Context, Event, Permanent, Retry
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
@@ -221,6 +222,24 @@ async def test_permanent_is_dead(world: World, make: Callable[[BaseException], F
     assert result.reason == f"Event {claim.event_id} is dead: replay it"
     assert row["failures"] == 1
     await still_works(world)
+
+
+@both
+async def test_the_log_names_the_attempt(world: World, make: Callable[[Exception], Function]) -> None:
+    """An operator finds the event, its attempt and the function that failed, and nothing of the error's message."""
+    claim = await world.marked()
+    with capture_logs() as logged:
+        await world.dispatch(make(RuntimeError("c4n4rypw")), claim)
+    [line] = [each for each in logged if each["event"] == "handler_failed"]
+    assert line.pop("handler").startswith(f"{__name__}.")
+    assert line.pop("error").startswith("RuntimeError at test_dispatch.py:")
+    assert line == {
+        "event": "handler_failed",
+        "log_level": "warning",
+        "event_id": claim.event_id,
+        "type": claim.type,
+        "attempt": 1,
+    }
 
 
 async def test_failing_for_three_days_is_dead(world: World) -> None:

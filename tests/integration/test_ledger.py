@@ -16,7 +16,7 @@ from firstclaim.errors import LedgerUnavailable, Rejected
 from firstclaim.event import Delivery, parse_event
 from firstclaim.inbox import statements
 from firstclaim.inbox.existing_row import ExistingRow
-from firstclaim.inbox.ledger import Claim, HandlerTransaction, Ledger, Recorded
+from firstclaim.inbox.ledger import Claim, HandlerTransaction, Ledger, Recorded, ReturnedEvent
 from firstclaim.operations.commands import Commands
 from firstclaim.status import TAKEABLE, Status
 from tests.hostile import bodies
@@ -225,11 +225,25 @@ async def test_an_expired_payload_is_no_reason_to_skip(world: World) -> None:
 # -- abandoned ----------------------------------------------------------------------------------------
 
 
+async def returned(world: World) -> list[tuple[str, Status, int]]:
+    """Make abandoned events due again: the id, the status and the abandonments of each."""
+    return [(event.event_id, event.status, event.times) for event in await world.ledger.return_abandoned(10)]
+
+
+async def test_an_abandoned_event_is_named_with_its_process(world: World) -> None:
+    """The log says which process vanished, and in which attempt at what."""
+    claim = await world.claim()
+    await world.change(claim.event_id, due_at=-0.1)
+    process = f"{socket.gethostname()}:{os.getpid()}"
+    [event] = await world.ledger.return_abandoned(10)
+    assert event == ReturnedEvent(claim.event_id, claim.type, 1, process, Status.PENDING, 1)
+
+
 async def test_a_vanished_holder_is_given_up_on(world: World) -> None:
     """Past its lease and unlocked: pending again, after a backoff, the abandonment counted and nothing else."""
     claim = await world.claim()
     await world.change(claim.event_id, due_at=-0.1, failures=2)
-    assert await world.ledger.return_abandoned(10) == [(claim.event_id, Status.PENDING, 1)]
+    assert await returned(world) == [(claim.event_id, Status.PENDING, 1)]
     row = await world.row(claim.event_id)
     assert (row["status"], row["attempt"], row["failures"], row["abandoned"]) == ("pending", 1, 2, 1)
     assert row["last_error"] == "attempt 1 was abandoned: its process vanished or froze"
@@ -255,7 +269,7 @@ async def test_the_wait_is_capped(make_world: MakeWorld) -> None:
     world = await make_world(backoff_first_seconds=10.0, backoff_most_seconds=20.0, abandoned_most=1000)
     claim = await world.claim()
     await world.change(claim.event_id, due_at=-0.1, abandoned=900)
-    assert await world.ledger.return_abandoned(10) == [(claim.event_id, Status.PENDING, 901)]
+    assert await returned(world) == [(claim.event_id, Status.PENDING, 901)]
     assert (await world.row(claim.event_id))["due_in"] <= 20
 
 
@@ -263,10 +277,10 @@ async def test_a_poison_event_is_dead_at_the_eighth(world: World) -> None:
     """An event that ends its process each time is not tried for ever."""
     claim = await world.claim()
     await world.change(claim.event_id, due_at=-0.1, abandoned=6)
-    assert await world.ledger.return_abandoned(10) == [(claim.event_id, Status.PENDING, 7)]
+    assert await returned(world) == [(claim.event_id, Status.PENDING, 7)]
     await world.settle(claim.event_id, Status.PROCESSING)
     await world.change(claim.event_id, due_at=-0.1)
-    assert await world.ledger.return_abandoned(10) == [(claim.event_id, Status.DEAD, 8)]
+    assert await returned(world) == [(claim.event_id, Status.DEAD, 8)]
     assert (await world.row(claim.event_id))["settled_at"] is not None
     assert await world.ledger.return_abandoned(10) == []
 
@@ -308,7 +322,7 @@ async def test_a_holder_that_was_given_up_on_and_is_alive_has_the_last_word(
     """Past its lease its row looks abandoned for the moment between its transaction's end and its word of it."""
     claim = replace(await world.claim(), abandoned=before)
     await world.change(claim.event_id, due_at=-0.1, abandoned=before)
-    assert await world.ledger.return_abandoned(10) == [(claim.event_id, given_up, before + 1)]
+    assert await returned(world) == [(claim.event_id, given_up, before + 1)]
     assert await settle(world.ledger, claim) is status
     row = await world.row(claim.event_id)
     assert (row["status"], row["attempt"], row["failures"], row["abandoned"]) == (status, 1, failures, before)
@@ -346,8 +360,8 @@ async def test_as_many_as_asked_the_oldest_first(world: World, plans: tuple[str,
     claims = [await world.claim() for _ in range(10)]
     for number, claim in enumerate(claims):
         await world.change(claim.event_id, due_at=-100.0 + number)
-    returned = await world.ledger.return_abandoned(3)
-    assert {event_id for event_id, _, _ in returned} == {claim.event_id for claim in claims[:3]}
+    events = await world.ledger.return_abandoned(3)
+    assert {event.event_id for event in events} == {claim.event_id for claim in claims[:3]}
 
 
 # -- what is due --------------------------------------------------------------------------------------

@@ -115,8 +115,8 @@ action = await self._call(call, connection)"""
     Mutant(
         "thread-hangs-unseen-after-its-own-commit",
         "A thread that never returns after its own end counts as hung, as one that ignores its deadline.",
-        "Dispatcher._attempt",
-        "loop.call_later(..., self._note_hung, claim, result.error, result.running)",
+        "Dispatcher._note_failed",
+        "loop.call_later(..., self._note_hung, claim, handler, result.running)",
         "",
         "integration/test_transaction_watch.py::test_a_thread_that_never_returns_after_its_own_end_is_hung",
     ),

@@ -1,5 +1,6 @@
 """The README and the other pages agree with the code, as far as a test can check."""
 
+import ast
 import re
 import tomllib
 from importlib import resources
@@ -68,6 +69,42 @@ def test_every_alert_has_its_paragraph() -> None:
     runbook = README.read_text().partition("### Runbook")[2].partition("\n## ")[0]
     assert alerts
     assert [name for name in alerts if f"**{name}**" not in runbook] == []
+
+
+# -- the log ------------------------------------------------------------------------------------------
+
+LOG_EVENTS = ROOT / "docs" / "reference" / "log-events.md"
+LEVELS = ("debug", "info", "warning", "error")
+
+
+def log_calls() -> dict[str, tuple[str, set[str] | None]]:
+    """Name, level and fields of every call of a logger; the fields are None where a call passes a mapping."""
+    calls: dict[str, tuple[str, set[str] | None]] = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(func=ast.Attribute(value=ast.Name("log"), attr=level)) if level in LEVELS:
+                    fields = {keyword.arg for keyword in node.keywords}
+                    known = {field for field in fields if field is not None} if None not in fields else None
+                    names = [node.args[0].value] if isinstance(node.args[0], ast.Constant) else VARIABLE_NAMES
+                    calls.update({str(name): (level, known) for name in names})
+    return calls
+
+
+VARIABLE_NAMES = ["delivery_broke", "recovery_broke"]  # of the one call whose name is an argument
+
+
+def test_every_log_event_is_documented() -> None:
+    """The reference lists each log event with its level and its fields, and none that is not there."""
+    table = LOG_EVENTS.read_text().partition("<!-- log events -->")[2].partition("<!-- /log events -->")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|(.*?)\| ", table, flags=re.MULTILINE)
+    documented = {name: (level, set(re.findall(r"`(\w+)`", fields))) for name, level, fields in rows}
+    assert list(documented) == sorted(documented)
+    calls = log_calls()
+    assert documented.keys() == calls.keys()
+    for name, (level, fields) in calls.items():
+        assert documented[name][0] == level, name
+        assert fields is None or documented[name][1] == fields, name
 
 
 # -- all pages ----------------------------------------------------------------------------------------

@@ -122,11 +122,25 @@ class Dispatcher:
             if not isinstance(result, Committed):
                 name = class_name(result.error) if isinstance(result, Failed) else type(result).__name__
                 tracing.note(error=name)
-        if isinstance(result, Failed) and not result.hung and not handler.is_async and result.running is not None:
-            # Its call was ended before its deadline, because it has ended its transaction. It may return in time.
-            loop = asyncio.get_running_loop()
-            loop.call_later(self._limits.deadline_seconds, self._note_hung, claim, result.error, result.running)
+        if isinstance(result, Failed):
+            self._note_failed(claim, handler, result)
         return result
+
+    def _note_failed(self, claim: Claim, handler: Handler, result: Failed) -> None:
+        log.warning("handler_failed", **_names(claim, handler), error=describe_error(result.error))
+        if result.running is None or handler.is_async:
+            return
+        if result.hung:
+            self._note_hung(claim, handler, result.running)
+        else:  # its call was ended before its deadline, because it has ended its transaction: it may return in time
+            loop = asyncio.get_running_loop()
+            loop.call_later(self._limits.deadline_seconds, self._note_hung, claim, handler, result.running)
+
+    def _note_hung(self, claim: Claim, handler: Handler, running: asyncio.Future[Any]) -> None:
+        if not running.done():
+            self._slots.hang(claim.event_id, running)
+            metrics.hung_handlers.inc()
+            log.error("handler_hung", **_names(claim, handler))
 
     async def _settle(self, claim: Claim, result: AttemptResult) -> Outcome:
         """Bring the ledger in line with the result of an attempt."""
@@ -142,8 +156,8 @@ class Dispatcher:
                 raise LedgerUnavailable(error)
             case CommitUnknown():
                 return await self._settle_unknown(claim, result)
-            case Failed(running=running, hung=True) if running is not None:
-                return await self._settle_hung(claim, result, running)
+            case Failed(hung=True, effects_committed=False):
+                return await self._settle_hung(claim, result.error)
             case Failed(error, effects_committed):
                 return await self._settle_failed(claim, error, effects_committed)
             case Interrupted():  # `run` settles it, as it does when the shutdown comes during a wait of its own
@@ -167,7 +181,6 @@ class Dispatcher:
         return row.answer(claim.event_id)
 
     async def _settle_failed(self, claim: Claim, error: Exception, effects_committed: bool | None) -> Outcome:
-        log.warning("handler_failed", event_id=claim.event_id, attempt=claim.attempt, error=describe_error(error))
         if effects_committed is None:
             raise LedgerUnavailable("it is not known whether the handler's transaction was committed")
         if effects_committed:
@@ -185,21 +198,12 @@ class Dispatcher:
             await self._claims.forget(claim)
         return outcome.failed(claim.attempt, dead=status is Status.DEAD)
 
-    async def _settle_hung(self, claim: Claim, result: Failed, running: asyncio.Future[Any]) -> Outcome:
+    async def _settle_hung(self, claim: Claim, error: Exception) -> Outcome:
         """A thread ignores its deadline and keeps its slot. Only a restart ends it: the event counts as abandoned."""
-        self._note_hung(claim, result.error, running)
-        if result.effects_committed is not False:
-            return await self._settle_failed(claim, result.error, result.effects_committed)
-        status = await self._ledger.abandon_if_held(claim, redacted_error(result.error))
+        status = await self._ledger.abandon_if_held(claim, redacted_error(error))
         if status is Status.PENDING:
             await self._claims.forget(claim)
         return outcome.failed(claim.attempt, dead=status is Status.DEAD)
-
-    def _note_hung(self, claim: Claim, error: Exception, running: asyncio.Future[Any]) -> None:
-        if not running.done():
-            self._slots.hang(claim.event_id, running)
-            metrics.hung_handlers.inc()
-            log.error("handler_hung", event_id=claim.event_id, attempt=claim.attempt, error=str(error))
 
     async def _settle_interrupted(self, claim: Claim, *, effects_committed: bool | None) -> None:
         if effects_committed:
@@ -236,6 +240,11 @@ class Dispatcher:
             await asyncio.sleep(_RELEASE_RETRY_SECONDS)
             with contextlib.suppress(LedgerUnavailable):
                 return await self._release_once(claim, due_in_seconds)
+
+
+def _names(claim: Claim, handler: Handler) -> dict[str, str | int]:
+    """What every log record of an attempt names."""
+    return {"event_id": claim.event_id, "type": claim.type, "attempt": claim.attempt, "handler": handler.name}
 
 
 def _effects_committed(result: AttemptResult | None) -> bool | None:

@@ -46,6 +46,7 @@ class Claim:
     """A ledger row that is ours to dispatch. `attempt` fences it, `epoch` goes into its marker."""
 
     event_id: str
+    type: str
     attempt: int
     failures: int
     abandoned: int
@@ -70,6 +71,18 @@ class DueEvent:
     event_id: str
     queue: Queue
     due_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnedEvent:
+    """An abandoned event that is due again, or dead: the abandoned attempt, its process, and how often by now."""
+
+    event_id: str
+    type: str
+    attempt: int
+    process: str | None
+    status: Status
+    times: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +188,7 @@ class Ledger:
         def answer(row: NewRow) -> Claim | ExistingRow:
             event_id = row.event_id
             if event_id in new and first[event_id] is row:
-                return Claim(event_id, row.attempt, 0, 0, row.delivery.body, epoch)
+                return Claim(event_id, row.delivery.event.type, row.attempt, 0, 0, row.delivery.body, epoch)
             # Pruned between the two statements: it was old and settled.
             return known.get(event_id) or ExistingRow(Status.COMPLETED, 0, None)
 
@@ -200,13 +213,10 @@ class Ledger:
             )
             if connection.warnings != warnings:
                 await find(connection, event_ids)
-            return [
-                Claim(row["event_id"], row["attempt"], row["failures"], row["abandoned"], row["body"], connection.epoch)
-                for row in rows
-            ]
+            return [Claim(**row, epoch=connection.epoch) for row in rows]
 
-    async def return_abandoned(self, limit: int) -> list[tuple[str, Status, int]]:
-        """Return what vanished holders have abandoned: (event id, `pending` or `dead`, times abandoned) of each."""
+    async def return_abandoned(self, limit: int) -> list[ReturnedEvent]:
+        """Make events of vanished holders `pending` with a backoff, or `dead`; returns those events."""
         rows = await self._run(
             statements.RETURN_ABANDONED,
             limit=limit,
@@ -214,7 +224,7 @@ class Ledger:
             first=self._backoff.first_seconds,
             longest=self._backoff.max_seconds,
         )
-        return [(row["event_id"], Status(row["status"]), row["abandoned"]) for row in rows]
+        return [ReturnedEvent(**{**row, "status": Status(row["status"])}) for row in rows]
 
     async def queues(self, *, abandoned: bool) -> list[Queue]:
         """Of which types and modes anything is pending or failed: events never abandoned, or those that were."""

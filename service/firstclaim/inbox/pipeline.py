@@ -8,6 +8,7 @@ and a graceful shutdown waits for it, then releases what is left.
 import asyncio
 import time
 from collections.abc import Coroutine, Sequence
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import structlog
@@ -120,7 +121,7 @@ class Pipeline:
         except BaseException as error:  # noqa: BLE001  (a cancellation is raised again)
             flight.fail(error)
             _give_back(place)
-            return _unavailable(error, event.id, "delivery_broke")
+            return _unavailable(error, event.id, event.type, "delivery_broke")
         flight.end(claim)
         if not isinstance(claim, Claim):
             _give_back(place)
@@ -130,7 +131,7 @@ class Pipeline:
         try:
             return await self._dispatch(claim, event, handler, place or Place(self._slots, for_delivery=True))
         except Exception as error:  # noqa: BLE001
-            return _unavailable(error, event.id, "delivery_broke")
+            return _unavailable(error, event.id, event.type, "delivery_broke")
 
     def _reserve(self, event: Event) -> Place | None:
         """A place for a handler; None: there is none, or a thread of this event still runs here past its deadline."""
@@ -140,8 +141,8 @@ class Pipeline:
 
     async def return_abandoned(self, limit: int) -> None:
         """Make events due again whose holder vanished. Raises `LedgerUnavailable`."""
-        for event_id, status, times in await self._ledger.return_abandoned(limit):
-            log.warning("abandoned", event_id=event_id, status=status, times=times)
+        for event in await self._ledger.return_abandoned(limit):
+            log.warning("abandoned", **asdict(event))
             metrics.abandoned.inc()
 
     async def give_up_unwanted(self, limit: int) -> None:
@@ -196,9 +197,15 @@ class Pipeline:
             try:
                 result = await self._dispatch_recovered(claim, place)
             except Exception as error:  # noqa: BLE001
-                result = _unavailable(error, claim.event_id, "recovery_broke")
+                result = _unavailable(error, claim.event_id, claim.type, "recovery_broke")
             else:
-                log.info("recovered", event_id=claim.event_id, attempt=claim.attempt, outcome=result.kind)
+                log.info(
+                    "recovered",
+                    event_id=claim.event_id,
+                    type=claim.type,
+                    attempt=claim.attempt,
+                    outcome=result.kind,
+                )
             metrics.recovered[result.kind].inc()
             tracing.note(outcome=result.kind)
             return result
@@ -258,14 +265,14 @@ class Pipeline:
         return task
 
 
-def _unavailable(error: BaseException, event_id: str, log_event: str) -> Outcome:
+def _unavailable(error: BaseException, event_id: str, event_type: str, log_event: str) -> Outcome:
     """Nothing is promised after `error`: Stripe and recovery will both try again. Raises a cancellation again."""
     if isinstance(error, LedgerUnavailable):
-        log.warning("ledger_unavailable", event_id=event_id, error=str(error))
+        log.warning("ledger_unavailable", event_id=event_id, type=event_type, error=str(error))
         return _LEDGER_UNREACHABLE
     if not isinstance(error, Exception):
         raise error
-    log.error(log_event, event_id=event_id, error=describe_error(error), exc_info=error)
+    log.error(log_event, event_id=event_id, type=event_type, error=describe_error(error))
     return outcome.unavailable("Internal error")
 
 

@@ -92,7 +92,7 @@ UPDATE stripe_events e
                                 ELSE give_up_at END
   FROM due LEFT JOIN stripe_event_payloads p USING (event_id)
  WHERE e.event_id = due.event_id
-RETURNING e.event_id, e.attempt, e.failures, e.abandoned, p.body
+RETURNING e.event_id, e.type, e.attempt, e.failures, e.abandoned, p.body
 """)
 
 # Return what a vanished holder has abandoned: its claim is past its lease, and no handler has locked the row. The event
@@ -120,7 +120,7 @@ WITH due AS MATERIALIZED (
     SELECT event_id, attempt, 'abandoned', claimed_by, claimed_at, clock_timestamp(), last_error FROM returned
     ON CONFLICT DO NOTHING
 )
-SELECT event_id, status, abandoned FROM returned
+SELECT event_id, type, attempt, claimed_by AS process, status, abandoned AS times FROM returned
 """)
 
 # The types and modes of which anything is pending or failed: one index descent for each, however many rows they have.
