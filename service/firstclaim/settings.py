@@ -8,15 +8,17 @@ setting has no effect.
 import difflib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from firstclaim import urls
 from firstclaim.errors import ConfigurationError
+from firstclaim.listening import Listening
 from firstclaim.passwords import check
 
 PREFIX = "FIRSTCLAIM_"
@@ -31,7 +33,7 @@ def _converted(convert: Callable[[str], str]) -> AfterValidator:
     return AfterValidator(lambda value: None if value is None else SecretStr(convert(value.get_secret_value())))
 
 
-class Settings(BaseSettings):
+class Settings(Listening):
     """All settings. The description of a field is its row in the README, and says why the default is what it is."""
 
     model_config = SettingsConfigDict(
@@ -160,18 +162,6 @@ class Settings(BaseSettings):
     abandoned_most: int = Field(
         8, ge=1, description="An event that was abandoned this often seems to kill its process, and becomes `dead`."
     )
-    connections_most: int = Field(
-        2000,
-        ge=10,
-        le=100_000,
-        description="Connections per process. At the limit, the one with the longest incomplete request is closed.",
-    )
-    body_most_bytes: int = Field(
-        1024 * 1024, ge=1024, description="A larger body is answered with 413. Stripe publishes no maximum."
-    )
-    body_timeout_seconds: float = Field(
-        5, gt=0, le=60, description="A body that takes longer to arrive is answered with 408."
-    )
     signature_tolerance_seconds: int = Field(
         300,
         ge=1,
@@ -289,8 +279,10 @@ class Settings(BaseSettings):
         return self
 
 
-def load_settings(*, receiving: bool = True) -> Settings:
+def load_settings(*, receiving: bool = True, flags: Mapping[str, Any] = MappingProxyType({})) -> Settings:
     """Read and check the environment. Raises `ConfigurationError` with every fault, each of which names its variable.
+
+    `flags` are settings from the command line: they override the environment, and a fault names the option.
 
     `receiving` says whether deliveries will be verified, which needs signing secrets. (`migrate` does not use them, and
     a migration job should not have them.)
@@ -299,12 +291,19 @@ def load_settings(*, receiving: bool = True) -> Settings:
     if receiving and os.environ.get("DATABASE_URL") and not os.environ.get("STRIPE_WEBHOOK_SECRETS", "").strip():
         faults.append("STRIPE_WEBHOOK_SECRETS is missing or blank: set it to the endpoint's signing secret (whsec_...)")
     try:
-        settings = Settings()
+        settings = Settings(**flags)
     except ValidationError as error:
-        raise ConfigurationError([*faults, *_all_faults(error)]) from None
+        named = [_named_by_option(fault, flags) for fault in _all_faults(error)]
+        raise ConfigurationError([*faults, *named]) from None
     if faults:
         raise ConfigurationError(faults)
     return settings
+
+
+def _named_by_option(fault: str, flags: Iterable[str]) -> str:
+    names = {environment_name(field): "--" + field.replace("_", "-") for field in flags}
+    name, colon, text = fault.partition(":")
+    return names.get(name, name) + colon + text
 
 
 def environment_name(field: str) -> str:
@@ -332,7 +331,7 @@ def _all_faults(error: ValidationError) -> list[str]:
     if wrong:
         fields = {name: field for name, field in Settings.model_fields.items() if _key(name) in wrong}
         try:
-            Settings(**{_key(name): field.default for name, field in fields.items()})
+            Settings(**{name: field.default for name, field in fields.items()})
         except ValidationError as between:
             faults += _explain(between)
     return faults

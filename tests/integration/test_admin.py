@@ -3,23 +3,25 @@
 import asyncio
 import hashlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 from pydantic import SecretStr
 from starlette.applications import Starlette
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
 from firstclaim import app as app_module
 from firstclaim.admin import session as sessions
 from firstclaim.admin.page import AdminPage
+from firstclaim.app import Application
 from firstclaim.operations import search
 from firstclaim.passwords import make_hash
 from firstclaim.status import Status
 from firstclaim.web.health import Finding, Health, HealthCheck
+from firstclaim.web.webhook import Webhook
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, build, delivery
 from tests.pages import ADDRESS, ON, PASSWORD, Visitor, checked, logging_as_served, site_of, visitor
@@ -361,7 +363,7 @@ async def test_other_methods_are_refused(site: Starlette, admin: Visitor, method
 
 
 @pytest.mark.parametrize(
-    "path", ["/admin/nothing", "/admin/", "/admin/static/../site.py", "/admin/static/x", "/admin/%00"]
+    "path", ["/admin/nothing", "/admin//", "/admin/static/../site.py", "/admin/static/x", "/admin/%00"]
 )
 async def test_unknown_paths(admin: Visitor, path: str) -> None:
     """An unknown path is answered with 404, with all headers; no folder and no module can be read."""
@@ -643,3 +645,59 @@ async def test_an_internal_error_is_not_shown(
     said = capsys.readouterr().err
     assert "RuntimeError at test_admin.py" in said
     assert "c4n4ry" not in said + response.text
+
+
+# -- below a prefix -----------------------------------------------------------------------------------
+
+
+def _with_root_path(site: Starlette) -> Starlette:
+    return Application(cast(Webhook, None), site.routes, None, root_path="/pay")  # type: ignore[arg-type]
+
+
+def _mounted(site: Starlette) -> Starlette:
+    application = Application(cast(Webhook, None), site.routes, None)  # type: ignore[arg-type]
+    return Starlette(routes=[Mount("/pay", application)])
+
+
+@pytest.mark.parametrize(
+    ("place", "sent"), [(_with_root_path, "/pay"), (_with_root_path, ""), (_mounted, "/pay")], ids=str
+)
+async def test_the_page_works_below_a_prefix(
+    site: Starlette, world: World, place: Callable[[Starlette], Starlette], sent: str
+) -> None:
+    """Every address of the page has the prefix: links, forms, redirects and static files; `sent` is what arrives."""
+    await world.state_of(delivery("evt_prefixed"), Status.DEAD)
+    browser = visitor(place(site))
+
+    def arriving(address: str) -> str:
+        """The address as the proxy passes it on."""
+        assert address.startswith("/pay/admin")
+        return sent + address.removeprefix("/pay")
+
+    async with browser.client:
+        response, _ = await browser.get(sent + "/admin/events/?status=dead")
+        assert response.headers["location"] == "/pay/admin/login?next=%2Fpay%2Fadmin%2Fevents%3Fstatus%3Ddead"
+        _, page = await browser.get(arriving(response.headers["location"]))
+        form = page.form("/pay/admin/login")
+        response, _ = await browser.post(arriving(form.action), [*form.fields[:-1], ("password", PASSWORD)])
+        assert response.headers["location"] == "/pay/admin/events?status=dead"
+        assert all("session-" in name or "login-" in name for name in browser.client.cookies)
+        _, page = await browser.get(arriving(response.headers["location"]))
+        assert "/pay/admin/events/evt_prefixed" in page.links
+        assert 'href="/pay/admin/events" aria-current="page"' in page.html
+        _, page = await browser.get(arriving("/pay/admin/events/evt_prefixed"))
+        form = page.form("/pay/admin/replay")
+        _, page = await browser.post(arriving(form.action), [*form.fields, *form.buttons])
+        form = page.form("/pay/admin/replay/confirmed")
+        response, _ = await browser.post(arriving(form.action), form.fields)
+        assert response.headers["location"] == "/pay/admin/events/evt_prefixed"
+        assert (await world.row("evt_prefixed"))["status"] == "pending"
+        response, _ = await browser.get(arriving("/pay/admin/static/admin.css"))
+        assert response.status_code == 200
+
+
+def test_services_on_one_host_do_not_share_cookies() -> None:
+    """The cookie's name differs with the prefix, because with `__Host-` its path must be the whole host."""
+    names = {sessions.Cookie("session", True, prefix).full_name for prefix in ("", "/pay", "/shop")}
+    assert len(names) == 3
+    assert all(name.startswith("__Host-firstclaim-session") for name in names)

@@ -162,7 +162,7 @@ def test_an_unknown_filter_is_ignored() -> None:
     assert filters.search.object_id == "cus_1"
     assert Filters(q="evt_1").search.selection.event_ids == ["evt_1"]
     assert not Filters(q="in_1").search.customer
-    assert Filters(q="a&b=c", statuses=(Status.DEAD,)).address() == "/admin/events?q=a%26b%3Dc&status=dead"
+    assert Filters(q="a&b=c", statuses=(Status.DEAD,)).address("/admin") == "/admin/events?q=a%26b%3Dc&status=dead"
 
 
 def test_an_invalid_cursor_is_the_start() -> None:

@@ -6,13 +6,7 @@ They are read as text, without Docker and without the network. CI builds and sta
 import json
 import re
 import shlex
-import subprocess
-import sys
-import threading
 import tomllib
-from collections.abc import Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from firstclaim.cli import livez
+from firstclaim.listening import DEFAULT_PORT
 from firstclaim.settings import PREFIX, Settings, environment_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,7 +91,7 @@ def test_the_wheel_holds_one_package() -> None:
 def test_the_sdist_holds_the_package_and_what_documents_it() -> None:
     """The source distribution has the package, its documentation and what its build needs; no tests."""
     included = PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
-    documents = {"/CHANGELOG.md", "/CONTRIBUTING.md", "/docs", "/LICENSE", "/README.md"}
+    documents = {"/CHANGELOG.md", "/CONTRIBUTING.md", "/deploy", "/docs", "/LICENSE", "/README.md"}
     assert set(included) == {*documents, "/pyproject.toml", "/service"}
     assert [name for name in included if not (ROOT / name[1:]).exists()] == []
 
@@ -170,9 +166,10 @@ def test_the_service_is_process_1() -> None:
     entrypoint, command = json.loads(_last("ENTRYPOINT")), json.loads(_last("CMD"))
     assert entrypoint == ["firstclaim"]
     assert entrypoint[0] in PROJECT["scripts"]
-    assert command[0] == "serve"
-    assert command[command.index("--host") + 1] == "0.0.0.0"  # noqa: S104
-    assert command[command.index("--port") + 1] == _last("EXPOSE")
+    # Neither host nor port is an option: each can be set by a variable, also by the platform's PORT.
+    assert command == ["serve"]
+    assert "FIRSTCLAIM_HOST=0.0.0.0" in _last("ENV").split()
+    assert _last("EXPOSE") == str(DEFAULT_PORT)
     assert _last("STOPSIGNAL") == "SIGTERM"
 
 
@@ -202,7 +199,7 @@ def test_the_build_backend_is_the_one_pyproject_asks_for() -> None:
 
 def test_the_image_names_no_address_and_no_secret() -> None:
     """No layer of the image contains an index URL, a download URL or a credential."""
-    recipe = [rest for stage in _stages() for name, rest in stage if name != "HEALTHCHECK"]
+    recipe = [rest for stage in _stages() for _, rest in stage]
     assert not [rest for rest in recipe if re.search(r"https?:|--(extra-)?index-url|--find-links", rest)]
     settings = [rest for stage in _stages() for name, rest in stage if name in ("ARG", "ENV")]
     assert settings
@@ -219,47 +216,12 @@ def test_what_the_dockerfile_copies_is_let_into_the_build() -> None:
     assert not [source for source in sources if not (ROOT / source).exists()]
 
 
-@contextmanager
-def _livez(status: int) -> Iterator[int]:
-    """A server on a free port that answers /livez with `status`, and anything else with 404."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(status if self.path == "/livez" else 404)
-            self.end_headers()
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield server.server_port
-        finally:
-            server.shutdown()
-            thread.join()
-
-
-def _healthcheck(port: int) -> int:
-    """The exit code of the image's own health check against `port`, with a proxy in the environment."""
-    program, *arguments = json.loads(_last("HEALTHCHECK").partition(" CMD ")[2])
-    assert program == "python"
-    code = arguments[-1]
-    exposed = f"127.0.0.1:{_last('EXPOSE')}/"
-    assert exposed in code, "the check does not use the port that the image exposes"
-    command = [sys.executable, *arguments[:-1], code.replace(exposed, f"127.0.0.1:{port}/")]
-    dead_end = {"http_proxy": "http://127.0.0.1:9"}
-    return subprocess.run(command, env=dead_end, check=False, capture_output=True).returncode
-
-
-def test_the_health_check_tells_alive_from_not() -> None:
-    """The HEALTHCHECK's own code passes on a 200 from /livez, and fails on a 503 and on a refused connection."""
-    with _livez(200) as port:
-        assert _healthcheck(port) == 0
-    assert _healthcheck(port) == 1
-    with _livez(503) as port:
-        assert _healthcheck(port) == 1
+def test_the_health_check_is_the_command_that_follows_host_and_port() -> None:
+    """HEALTHCHECK runs `firstclaim livez`, whose tests are in test_livez.py, with enough time for it."""
+    options, _, command = _last("HEALTHCHECK").partition(" CMD ")
+    assert json.loads(command) == ["firstclaim", "livez"]
+    [timeout] = re.findall(r"--timeout=(\d+)s", options)
+    assert int(timeout) > livez._TIMEOUT_SECONDS
 
 
 # -- compose.yaml -------------------------------------------------------------------------------------
@@ -309,6 +271,29 @@ def test_compose_gives_only_settings_that_exist_and_demands_the_secret() -> None
     assert set(given) >= {"DATABASE_URL", "REDIS_URL", "STRIPE_WEBHOOK_SECRETS"}
     assert set(given) <= {environment_name(field) for field in Settings.model_fields}
     assert given["STRIPE_WEBHOOK_SECRETS"].startswith("${STRIPE_WEBHOOK_SECRETS:?")
+
+
+def test_compose_passes_on_what_an_image_of_yours_needs() -> None:
+    """Image, handlers and the page's password come from where compose runs; unset, they are the image's defaults."""
+    given = _given("service")
+    for name in ("FIRSTCLAIM_HANDLERS", "FIRSTCLAIM_ADMIN_PASSWORD"):
+        assert given[name] == f"${{{name}:-}}"
+    assert "  image: ${IMAGE:-firstclaim}\n" in _application()
+
+
+@pytest.mark.parametrize("tool", ["pip", "uv"])
+def test_the_documented_step_installs_into_the_image(tool: str) -> None:
+    """The page's Dockerfile becomes root only for the packages, installs them into the image's venv, and checks it."""
+    page = (ROOT / "docs/how-to/container.md").read_text()
+    blocks = [_logical_lines(block) for block in re.findall(r"```dockerfile\n(.*?)```", page, flags=re.DOTALL)]
+    [lines] = [block for block in blocks if any(f"{tool} pip" in line or f"RUN {tool} " in line for line in block)][-1:]
+    [run] = [line for line in lines if line.startswith("RUN ")]
+    [venv] = [rest.split()[-1] for rest in [copied for name, copied in _stages()[-1] if name == "COPY"]]
+    assert f"--python {venv}/bin/python" in run
+    assert run.count(" check") == 1
+    users = [line.removeprefix("USER ") for line in lines if line.startswith("USER ")]
+    assert users == ["root", _last("USER")]
+    assert lines.index("USER root") < lines.index(run) < lines.index(f"USER {_last('USER')}")
 
 
 def test_compose_keeps_the_secret_from_the_migration() -> None:

@@ -29,7 +29,7 @@ def settings_table() -> str:
     rows = ["| variable | default | what for |", "| --- | --- | --- |"]
     for name, field in Settings.model_fields.items():
         default = field.default
-        if default is None or default == ():
+        if default in (None, (), ""):
             shown = ""
         elif isinstance(default, tuple):
             shown = f"`{','.join(default)}`"

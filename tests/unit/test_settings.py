@@ -62,7 +62,7 @@ def test_every_field_has_a_name_and_a_reason() -> None:
     names = [environment_name(field) for field in Settings.model_fields]
     assert len(set(names)) == len(names)
     assert all(field.description for field in Settings.model_fields.values())
-    plain = {"DATABASE_URL", "REDIS_URL", "STRIPE_WEBHOOK_SECRETS", "STRIPE_API_KEY", "STRIPE_API_BASE"}
+    plain = {"DATABASE_URL", "REDIS_URL", "STRIPE_WEBHOOK_SECRETS", "STRIPE_API_KEY", "STRIPE_API_BASE", "PORT"}
     assert all(name.startswith(PREFIX) for name in set(names) - plain)
 
 
@@ -79,6 +79,71 @@ def test_lists_are_comma_separated(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert [secret.get_secret_value() for secret in settings.stripe_webhook_secrets] == ["whsec_a", "whsec_b"]
     assert settings.handlers == ("shop.handlers", "shop.more")
+
+
+# -- where it listens ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "environment", "port"),
+    [
+        (None, {}, 8000),
+        (None, {"PORT": "5000"}, 5000),
+        (None, {"PORT": "5000", "FIRSTCLAIM_PORT": "6000"}, 6000),
+        (7000, {"PORT": "5000", "FIRSTCLAIM_PORT": "6000"}, 7000),
+        (0, {"PORT": "5000"}, 0),
+        (None, {"PORT": "", "FIRSTCLAIM_PORT": ""}, 8000),
+        (None, {"FIRSTCLAIM_PORT": "tcp://10.0.0.1:80"}, 8000),
+        (None, {"FIRSTCLAIM_PORT": "tcp://10.0.0.1:80", "PORT": "5000"}, 5000),
+    ],
+)
+def test_the_port_is_the_nearest_one(
+    monkeypatch: pytest.MonkeyPatch, flag: int | None, environment: dict[str, str], port: int
+) -> None:
+    """The option, then FIRSTCLAIM_PORT, then the platform's PORT, then 8000; a link of Kubernetes is no setting."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert load_settings(flags={} if flag is None else {"port": flag}).listen_port == port
+
+
+@pytest.mark.parametrize(
+    ("environment", "url"),
+    [
+        ({}, "http://127.0.0.1:8000/webhooks/stripe"),
+        ({"FIRSTCLAIM_HOST": "0.0.0.0", "PORT": "80"}, "http://127.0.0.1:80/webhooks/stripe"),  # noqa: S104
+        ({"FIRSTCLAIM_HOST": "[::]", "FIRSTCLAIM_WEBHOOK_PATH": "/in/"}, "http://[::1]:8000/in"),
+        ({"FIRSTCLAIM_HOST": "shop.internal", "FIRSTCLAIM_ROOT_PATH": "/pay/"}, "http://shop.internal:8000/pay"),
+    ],
+)
+def test_the_endpoint_is_reached_at(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], url: str) -> None:
+    """The endpoint's address on this machine follows the host, the port and the paths."""
+    assert load(monkeypatch, **environment).webhook_url.startswith(url)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("FIRSTCLAIM_WEBHOOK_PATH", value) for value in ("/", "hooks", "/a b", "/%41", "/a?b", "/../x", "/readyz/")),
+        *(("FIRSTCLAIM_WEBHOOK_PATH", value) for value in ("/admin", "/admin/x", "/metrics", "/livez", "//x")),
+        *(("FIRSTCLAIM_ROOT_PATH", value) for value in ("pay", "/pay?x", "/a/../b", "//evil.test", "/<x>", "/a\\b")),
+        *(("FIRSTCLAIM_HOST", value) for value in ("http://x", "a b", "x/y")),
+        *(("FIRSTCLAIM_PORT", value) for value in ("-1", "65536", "http://x", "8000/tcp")),
+        *(("PORT", value) for value in ("0", "65536", "$PORT")),
+        *(("FIRSTCLAIM_WORKERS", value) for value in ("0", "65", "auto")),
+        *(("FIRSTCLAIM_KEEPALIVE_SECONDS", value) for value in ("0", "3601")),
+    ],
+)
+def test_where_it_cannot_listen(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    """An address or a path that cannot be served as it is written is refused by name."""
+    [fault] = faults(monkeypatch, **{name: value})
+    assert fault.startswith(f"{name}: ")
+
+
+def test_a_fault_of_an_option_names_the_option() -> None:
+    """What the command line got wrong is not reported as a variable that nobody has set."""
+    with pytest.raises(ConfigurationError) as refused:
+        load_settings(flags={"root_path": "pay"})
+    assert [fault.partition(":")[0] for fault in refused.value.faults] == ["--root-path"]
 
 
 # -- faults -------------------------------------------------------------------------------------------

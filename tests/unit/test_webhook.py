@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, MutableMapping
+from functools import partial
 from typing import Any, cast
 
 import httpx
@@ -19,6 +20,7 @@ from tests.fixtures import SECRET, event_body, signed
 
 MAX_BODY_BYTES = 4096
 BODY = event_body("balance.available", "evt_1")
+REFUSE_PATH = partial(refuse_path, WEBHOOK_PATH)
 
 
 class FakePipeline:
@@ -48,7 +50,7 @@ async def post(
     """One request through the same routes as the application's."""
     app = Starlette(
         routes=[Route(WEBHOOK_PATH, webhook(pipeline), methods=["POST"])],
-        exception_handlers={404: refuse_path, 405: refuse_path},
+        exception_handlers={404: REFUSE_PATH, 405: REFUSE_PATH},
     )
     if headers is None:
         headers = signed(content if isinstance(content, bytes) else b"")

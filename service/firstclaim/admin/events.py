@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from firstclaim.admin.ledger import AdminLedger
 from firstclaim.admin.rendering import pretty_json
-from firstclaim.admin.request import PATH, AdminRequest, PageError
+from firstclaim.admin.request import AdminRequest, PageError
 from firstclaim.errors import StatementTimeout
 from firstclaim.operations.queries import Selection
 from firstclaim.operations.search import UNSUCCESSFUL, Cursor, Search
@@ -78,10 +78,10 @@ class Filters:
         single = {"q": self.q, "type": self.type, "account": self.account, "age": self.age}
         return [(name, value) for name, value in single.items() if value] + [("status", each) for each in self.statuses]
 
-    def address(self, **more: str) -> str:
+    def address(self, home: str, **more: str) -> str:
         """The address of the list with these filters."""
         query = urlencode([*self.pairs, *more.items()])
-        return f"{PATH}/events" + (f"?{query}" if query else "")
+        return f"{home}/events" + (f"?{query}" if query else "")
 
 
 class Events:
@@ -93,7 +93,7 @@ class Events:
     async def show_list(self, request: AdminRequest) -> Response:
         """One page of the list."""
         filters = Filters.of({name: request.query_values(name) for name in FILTERS})
-        cursor = _parse_cursor(request.query_value("from"))
+        cursor, home = _parse_cursor(request.query_value("from")), request.home
         async with self._ledger.connect() as ledger:
             found = await ledger.page(filters.search, cursor, PAGE_EVENTS)
             try:
@@ -105,9 +105,9 @@ class Events:
             filters=filters,
             found=found,
             cursor=cursor,
-            older=None if found.next_cursor is None else filters.address(**{"from": _format_cursor(found.next_cursor)}),
-            newest=filters.address(),
-            select_all=filters.address(select="all", **({} if cursor is None else {"from": _format_cursor(cursor)})),
+            older=None if found.next_cursor is None else filters.address(home, **_from(found.next_cursor)),
+            newest=filters.address(home),
+            select_all=filters.address(home, select="all", **({} if cursor is None else _from(cursor))),
             all_selected=request.query_value("select") == "all",
             replayable_count=replayable_count,
             replayed_most=REPLAYED_MOST,
@@ -148,8 +148,9 @@ def _unknown() -> PageError:
     return PageError(404, "No such event", text)
 
 
-def _format_cursor(cursor: Cursor) -> str:
-    return f"{cursor.received_at.isoformat()}~{cursor.event_id}"
+def _from(cursor: Cursor) -> dict[str, str]:
+    """The parameter of an address that stands for the cursor."""
+    return {"from": f"{cursor.received_at.isoformat()}~{cursor.event_id}"}
 
 
 def _parse_cursor(text: str | None) -> Cursor | None:

@@ -15,7 +15,7 @@ import structlog
 from starlette.responses import Response
 
 from firstclaim.admin.limits import LoginLimit
-from firstclaim.admin.request import LOGIN_MOST_BYTES, PATH, AdminRequest, PageError, own_address
+from firstclaim.admin.request import LOGIN_MOST_BYTES, AdminRequest, PageError, own_address
 from firstclaim.admin.session import LASTS_SECONDS, Signer, is_equal
 from firstclaim.passwords import MAX_CHARACTERS, Password
 
@@ -35,19 +35,19 @@ class Login:
         self._one_at_a_time = asyncio.Semaphore(1)  # a comparison needs 32 MiB
 
     @staticmethod
-    def address(where: str) -> str:
+    def address(request: AdminRequest, where: str) -> str:
         """The address of the login page that leads to `where`."""
-        return f"{PATH}/login?next={quote(where, safe='')}"
+        return f"{request.home}/login?next={quote(where, safe='')}"
 
     async def show(self, request: AdminRequest) -> Response:
         """The login page."""
-        where = own_address(request.http_request.query_params.get("next", ""))
+        where = own_address(request.http_request.query_params.get("next", ""), request.home)
         return request.redirect(where) if request.session is not None else _login_form(request, where)
 
     async def log_in(self, request: AdminRequest) -> Response:
         """Compare the password and start a session."""
         await request.read_form(LOGIN_MOST_BYTES)
-        where = own_address(request.form_value("next"))
+        where = own_address(request.form_value("next"), request.home)
         # There is no session yet, so the CSRF token is a value that must be in the cookie and in the form. Another site
         # can neither read the cookie nor, because of the prefix __Host-, set it. Nothing signed is sent before the
         # login: a signature would let an attacker check guesses offline.
@@ -77,7 +77,7 @@ class Login:
         """Delete the session's cookie."""
         log.info("admin_logout", address=request.address)
         request.set_cookies = [request.cookie(name).drop() for name in ("session", "notice")]
-        return request.redirect(f"{PATH}/login")
+        return request.redirect(f"{request.home}/login")
 
 
 def _login_form(

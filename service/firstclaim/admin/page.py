@@ -83,7 +83,8 @@ class AdminPage:
         return [Route(PATH, self), Route(PATH + "/{rest:path}", self)]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle one request; any error becomes an error page."""
+        """Handle one request; any error becomes an error page. A trailing slash makes no difference."""
+        scope = {**scope, "path": scope["path"].removesuffix("/")}
         request = self._admin_request(Request(scope, receive))
         scope[_REQUEST_KEY] = request
         has_started = False
@@ -195,7 +196,7 @@ def _to_login(request: AdminRequest) -> Response:
         # A browser that follows a link of another site sends no Strict cookie. It does when one of our pages leads to
         # the address.
         return request.render("redirect.html", where=where)
-    return request.redirect(Login.address(where))
+    return request.redirect(Login.address(request, where))
 
 
 async def _static_file(request: AdminRequest) -> Response:

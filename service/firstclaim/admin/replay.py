@@ -16,7 +16,7 @@ from starlette.responses import Response
 
 from firstclaim.admin.events import FILTERS, REPLAYED_MOST, Filters
 from firstclaim.admin.ledger import AdminLedger
-from firstclaim.admin.request import PATH, AdminRequest, PageError, own_address
+from firstclaim.admin.request import AdminRequest, PageError, own_address
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.formatting import number_of_events
 from firstclaim.operations.commands import ReplayCandidate
@@ -81,7 +81,7 @@ class Replay:
         kept = len(chosen) - done
         log.info("admin_replay", address=request.address, selected=len(chosen), replayed=done)
         request.notice(_result(done, kept), success=not kept)
-        return request.redirect(own_address(request.form_value("back"), f"{PATH}/events"))
+        return request.redirect(own_address(request.form_value("back"), f"{request.home}/events"))
 
     async def _replay(self, request: AdminRequest, chosen: list[ReplayCandidate]) -> int:
         done = 0
@@ -123,4 +123,4 @@ def _form_values(form: Mapping[str, list[str]], name: str) -> list[str]:
 
 def _return_address(request: AdminRequest, filters: Filters) -> str:
     event_id = next(iter(_form_values(request.form, "from_event")), None)
-    return filters.address() if event_id is None else f"{PATH}/events/{event_id}"
+    return filters.address(request.home) if event_id is None else f"{request.home}/events/{event_id}"

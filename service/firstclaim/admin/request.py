@@ -9,7 +9,7 @@ import ipaddress
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, quote, urlsplit
 
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
@@ -54,7 +54,7 @@ class AdminRequest:
 
     def cookie(self, name: str) -> Cookie:
         """The cookie of that name, for this request with or without TLS."""
-        return Cookie(name, self.secure)
+        return Cookie(name, self.secure, self.http_request.scope.get("root_path", ""))
 
     def cookie_value(self, name: str) -> str | None:
         """The value of that cookie in the request."""
@@ -66,6 +66,11 @@ class AdminRequest:
         if self.session is None:
             raise PageError(403, "You are not logged in", "Log in and try again.")
         return self.session
+
+    @property
+    def home(self) -> str:
+        """The address of the page: `PATH`, below the prefix that the application has."""
+        return quote(self.http_request.scope.get("root_path", ""), safe="/:@~") + PATH
 
     @property
     def path(self) -> str:
@@ -106,8 +111,8 @@ class AdminRequest:
         """A page, with the values that all pages need."""
         session = self.session
         shared = {
-            "path": PATH,
-            "current_path": self.path,
+            "path": self.home,
+            "current_path": quote(self.path, safe="/:@~"),
             "token": None if session is None else self.signer.csrf_token(session),
             "notice": self._take_notice(),
         }
@@ -161,7 +166,7 @@ class AdminRequest:
         return is_host and (parsed.scheme == "https" or not self.secure)
 
 
-def own_address(text: str, under: str = PATH) -> str:
+def own_address(text: str, under: str) -> str:
     """`text` if it is the address `under` or an address below it, otherwise `under`."""
     is_under = text == under or text.startswith((f"{under}/", f"{under}?"))
     return text if is_under and text.isprintable() and text.isascii() and "\\" not in text else under

@@ -40,11 +40,18 @@ class Cookie:
 
     name: str
     secure: bool
+    prefix: str = ""
 
     @property
     def full_name(self) -> str:
-        """The name in the browser. It differs without TLS, so that neither cookie is taken for the other."""
-        return f"__Host-firstclaim-{self.name}" if self.secure else f"firstclaim-{self.name}"
+        """The name in the browser. It differs without TLS, so that neither cookie is taken for the other.
+
+        It also differs with the prefix of the application's paths: `__Host-` demands `Path=/`, so nothing else would
+        keep the cookies of two services on one host apart.
+        """
+        of_prefix = f"-{hashlib.sha256(self.prefix.encode()).hexdigest()[:8]}" if self.prefix else ""
+        name = f"firstclaim-{self.name}{of_prefix}"
+        return f"__Host-{name}" if self.secure else name
 
     def set(self, value: str, lasts_seconds: int) -> str:
         """The header `Set-Cookie` that sets the cookie."""

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from firstclaim.cli import admin, database, events, load, reconcile, send, serve
+from firstclaim.cli import admin, database, events, livez, load, reconcile, send, serve
 from firstclaim.cli.terminal import out
 
 app = typer.Typer(
@@ -31,6 +31,14 @@ def _root(
 
 
 app.command()(serve.serve)
+
+
+@app.command("livez")
+def _livez() -> None:
+    """Check that the service on this machine is alive, for a container's health check. Exit code 1 if it is not."""
+    raise typer.Exit(livez.livez())
+
+
 app.command()(database.migrate)
 app.command()(database.check)
 app.command("admin-password")(admin.admin_password)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import getpass
 import socket
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from firstclaim.errors import ConfigurationError
 
@@ -17,12 +18,15 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def read_settings(*, receiving: bool = True) -> Settings:
-    """The settings; also configures logging. `receiving`: whether the command needs what only a receiver needs."""
+def read_settings(*, receiving: bool = True, flags: Mapping[str, Any] = MappingProxyType({})) -> Settings:
+    """The settings; also configures logging. `receiving`: whether the command needs what only a receiver needs.
+
+    `flags` are settings that options override.
+    """
     from firstclaim.observability.logging import configure
     from firstclaim.settings import load_settings
 
-    settings = load_settings(receiving=receiving)
+    settings = load_settings(receiving=receiving, flags=flags)
     configure(settings.log_format, settings.log_level)
     return settings
 

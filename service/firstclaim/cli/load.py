@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from firstclaim.cli.environment import dsn_of, read_settings, signing_secret
-from firstclaim.cli.options import WEBHOOK_URL
+from firstclaim.cli.options import WebhookUrl
 from firstclaim.cli.terminal import invalid_arguments, out, reported
 
 # `firstclaim.loadtest.plan.IN_FLIGHT_MOST`, which a test compares: the help needs no load generator.
@@ -21,7 +21,7 @@ def _percent(help_text: str) -> Any:
 
 
 def load(
-    url: Annotated[str, typer.Option(help="The webhook endpoint.")] = WEBHOOK_URL,
+    url: WebhookUrl = "",
     users: Annotated[
         int, typer.Option(min=1, max=_USERS_MOST, help="Concurrent users; each sends one event at a time.")
     ] = 20,
@@ -68,7 +68,7 @@ def load(
     with reported():
         settings = read_settings(receiving=False)
         plan = Plan(
-            url=url,
+            url=url or settings.webhook_url,
             secret=secret or signing_secret(),
             types=tuple(types or shipped_types()),
             users=users,

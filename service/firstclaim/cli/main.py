@@ -18,6 +18,10 @@ def main() -> None:
     if sys.argv[1:] == ["--version"]:  # without Typer, whose import takes longer than everything else here
         print(_VERSION)
         return
+    if sys.argv[1:] == ["livez"]:  # a container runs it every few seconds
+        from firstclaim.cli.livez import livez
+
+        sys.exit(livez())
     sys.path.insert(0, os.getcwd())  # handler modules in the current folder, as with `python -m`
     from firstclaim.cli.commands import app
 

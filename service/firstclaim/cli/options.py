@@ -9,8 +9,9 @@ import typer
 
 from firstclaim.operations.limits import TEXT_MOST_CHARACTERS, is_storable
 
-WEBHOOK_URL = "http://127.0.0.1:8000/webhooks/stripe"  # where `serve` listens by default
-
+WebhookUrl = Annotated[
+    str, typer.Option("--url", help="The webhook endpoint.", show_default="where serve listens here")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}

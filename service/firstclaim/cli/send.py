@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from firstclaim.cli.environment import signing_secret
-from firstclaim.cli.options import WEBHOOK_URL
+from firstclaim.cli.environment import read_settings, signing_secret
+from firstclaim.cli.options import WebhookUrl
 from firstclaim.cli.terminal import invalid_arguments, out, reported
 from firstclaim.progress import progress_bar
 
@@ -16,7 +16,7 @@ from firstclaim.progress import progress_bar
 def send(
     event_type: Annotated[str, typer.Argument(metavar="TYPE", help="Event type, e.g. invoice.payment_failed.")] = "",
     copies: Annotated[int, typer.Option(min=1, max=10_000, help="Number of copies, up to 200 in flight at once.")] = 1,
-    url: Annotated[str, typer.Option(help="The webhook endpoint.")] = WEBHOOK_URL,
+    url: WebhookUrl = "",
     event_id: Annotated[str, typer.Option("--id", help="Event id. Default: a new one.")] = "",
     file: Annotated[Path | None, typer.Option(help="Send the event in this JSON file instead of a template.")] = None,
 ) -> None:
@@ -31,6 +31,7 @@ def send(
     if bool(event_type) == (file is not None):
         raise typer.BadParameter("give either an event TYPE, or a file with --file")
     with reported():
+        url = url or read_settings(receiving=False).webhook_url
         with invalid_arguments():
             client.check_url(url)
             body = _event(event_type, event_id, file)

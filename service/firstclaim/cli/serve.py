@@ -17,12 +17,37 @@ if TYPE_CHECKING:
 
 
 def serve(
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = 8000,
-    workers: Annotated[int, typer.Option(min=1, max=64, help="Number of worker processes.")] = 1,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Address to listen on.", show_default="FIRSTCLAIM_HOST, or 127.0.0.1"),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            help="Port to listen on; 0 picks a free one.",
+            show_default="FIRSTCLAIM_PORT, or PORT, or 8000",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, help="Number of worker processes.", show_default="FIRSTCLAIM_WORKERS, or 1"),
+    ] = None,
+    root_path: Annotated[
+        str | None,
+        typer.Option(
+            metavar="/PREFIX",
+            help="Prefix of all paths, removed by your proxy or not.",
+            show_default="FIRSTCLAIM_ROOT_PATH, or none",
+        ),
+    ] = None,
     migrate: Annotated[bool, typer.Option("--migrate", help="Migrate the schema first, if it is outdated.")] = False,
 ) -> None:
-    """Receive deliveries at POST /webhooks/stripe until SIGTERM. Also serves /livez, /readyz and /metrics."""
+    """Receive deliveries at POST /webhooks/stripe until SIGTERM. Also serves /livez, /readyz and /metrics.
+
+    An option overrides its setting.
+    """
     import asyncio
 
     from firstclaim.app import create_app
@@ -34,9 +59,10 @@ def serve(
 
     watchdog = Watchdog()
     with watchdog.bounded_exit(), reported():
-        settings = read_settings()
+        flags = {"host": host, "port": port, "workers": workers, "root_path": root_path}
+        settings = read_settings(flags={name: value for name, value in flags.items() if value is not None})
         exit_on_signals()
-        listener = listen(host, port)
+        listener = listen(settings.host, settings.listen_port)
         with servers(settings) as ready:
             checks = asyncio.run(all_checks(ready, wait=True))
             if migrate or settings.embedded_database:
@@ -44,28 +70,35 @@ def serve(
                 migrate_schema(ready)
                 checks = asyncio.run(all_checks(ready))
             raise_if_fatal(checks)
-            _print_addresses(settings, ready, listener, workers)
+            _print_addresses(settings, ready, listener)
             print_checks([check for check in checks if check.verdict is not Verdict.OK])
-            run(create_app, ready, listener, workers, watchdog)
+            run(create_app, ready, listener, settings.workers, watchdog)
 
 
-def _print_addresses(settings: Settings, ready: Settings, listener: socket.socket, workers: int) -> None:
-    from firstclaim.web.webhook import WEBHOOK_PATH
-
+def _print_addresses(settings: Settings, ready: Settings, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
+    address = f"http://{host}:{port}{settings.root_path}"
     lines = {
-        "webhooks": f"POST http://{host}:{port}{WEBHOOK_PATH}",
-        "workers": str(workers),
+        "webhooks": f"POST {address}{settings.webhook_path}",
+        "workers": str(settings.workers),
         "postgres": "DATABASE_URL" if settings.database_url else f"embedded, in {settings.data_dir}",
         "redis": "REDIS_URL" if settings.redis_url else "embedded Valkey",
     }
     if settings.admin_password is not None:
-        lines["admin"] = f"http://{host}:{port}/admin"
+        lines["admin"] = f"{address}/admin"
     if not settings.stripe_webhook_secrets:
         secret = ready.stripe_webhook_secrets[0].get_secret_value()
         lines["secret"] = f"{secret} (generated, stored in {settings.data_dir})"
-        lines["try"] = "firstclaim send invoice.payment_failed --copies 20"
+        lines["try"] = f"firstclaim send invoice.payment_failed --copies 20{_url_option(settings, port)}"
     out.print(f"firstclaim {version('firstclaim')}")
     for name, value in lines.items():
         out.print(f"[bold]{name:10}[/]{value}", soft_wrap=True)  # a secret that is wrapped cannot be copied
+
+
+def _url_option(settings: Settings, port: int) -> str:
+    """The option that `send` needs to reach this service; empty where its default, which follows the settings, does."""
+    from firstclaim.settings import load_settings
+
+    url = settings.model_copy(update={"port": port}).webhook_url
+    return "" if url == load_settings().webhook_url else f" --url {url}"

@@ -30,14 +30,17 @@ from firstclaim.shutdown import Shutdown, Watchdog, stop_signals
 
 _MAX_BUFFERED_BODIES = 64  # of the maximum size, in memory at once; of an ordinary size, some ten thousand
 _CANCEL_SECONDS = 1.5  # for tasks that are left on the event loop after a shutdown; in the same 2 s as the exit itself
-_KEEP_ALIVE_SECONDS = 75  # longer than a load balancer's idle timeout (60 s is common), or it would use closed sockets
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket, which workers inherit. Raises `ConfigurationError`: port in use, unknown host."""
+    """A listening socket, which workers inherit. Raises `ConfigurationError`: port in use, unknown host.
+
+    `::` is every address of both families, whatever the machine's default for IPv6 sockets is.
+    """
+    both = host == "::" and socket.has_dualstack_ipv6()
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048, dualstack_ipv6=both)
     except OSError as error:
         raise ConfigurationError([f"cannot listen on {host} port {port}: {error.strerror or error}"]) from error
     listener.set_inheritable(True)
@@ -73,7 +76,7 @@ def server_config(application: Callable[[], Starlette], settings: Settings) -> u
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+        timeout_keep_alive=settings.keepalive_seconds,  # type: ignore[arg-type]  # it is a delay of the event loop
         timeout_graceful_shutdown=max(1, int(min(request_seconds, settings.shutdown_seconds / 2))),
     )
 

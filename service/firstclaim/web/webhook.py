@@ -1,4 +1,4 @@
-"""POST /webhooks/stripe: reads a delivery, passes it to the pipeline, and answers with the outcome.
+"""The endpoint, by default POST /webhooks/stripe: reads a delivery, passes it on, and answers with the outcome.
 
 Guarantees: the signature is verified over the raw bytes before they are parsed. The size of the body is limited here
 (its time is limited by the HTTP protocol). Every answer has the same JSON fields. The table `STATUS` is the only place
@@ -28,7 +28,7 @@ from firstclaim.web.signature import verify
 
 log = structlog.get_logger(__name__)
 
-WEBHOOK_PATH = "/webhooks/stripe"
+WEBHOOK_PATH = "/webhooks/stripe"  # the default
 STATUS: dict[Kind, tuple[int, bool]] = {  # (HTTP status, processed)
     Kind.PROCESSED: (200, True),
     Kind.UNHANDLED: (200, True),
@@ -134,10 +134,14 @@ def rejection(error: Rejected) -> Response:
     return _respond(error.status, None, False, "rejected", error.reason, headers)
 
 
-async def refuse_path(_request: Request, error: Exception) -> Response:
-    """The responses for 404 and 405, with the same JSON fields as all others. A 405 keeps its header `Allow`."""
+async def refuse_path(webhook_path: str, _request: Request, error: Exception) -> Response:
+    """The responses for 404 and 405, with the same JSON fields as all others. A 405 keeps its header `Allow`.
+
+    A path of your own may be chosen so that nobody guesses it: only the default is told.
+    """
     status = error.status_code if isinstance(error, HTTPException) else 404
-    reason = "Method not allowed" if status == 405 else f"No such path: webhooks go to POST {WEBHOOK_PATH}"
+    hint = f": webhooks go to POST {WEBHOOK_PATH}" if webhook_path == WEBHOOK_PATH else ""
+    reason = "Method not allowed" if status == 405 else f"No such path{hint}"
     metrics.rejected["path"].inc()
     response = rejection(Rejected("path", reason, status))
     response.headers.update(getattr(error, "headers", None) or {})
