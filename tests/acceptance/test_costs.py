@@ -15,7 +15,7 @@ from tests.proxy import Tap, before_postgres
 
 # Enough slots that 100 deliveries at once each get a place.
 _CALM: Overrides = {"recovery_interval_seconds": 60, "handler_slots": 50}
-# Statements that open a connection, recovery's query for due events, and the one about all running handlers, once a second.
+# Statements that open a connection, recovery's query for due events, the watch over running handlers (once a second).
 _UPKEEP = re.compile(
     r"AS synchronous_commit,|ledger_epoch|pg_control_system|pg_type|'jit'|ORDER BY due_at|SELECT watched\.number"
 )
