@@ -75,15 +75,15 @@ class Components:
     transaction_watch: TransactionWatch
 
     @contextlib.asynccontextmanager
-    async def running(self, shutdown: Shutdown) -> AsyncIterator[None]:
+    async def running(self, shutdown: Shutdown) -> AsyncIterator[asyncio.Task[None]]:
         """Run recovery while the block runs. Then finish or release the work in flight, and close everything.
 
-        Transactions are watched until the last handler has ended.
+        Yields the task of recovery. Transactions are watched until the last handler has ended.
         """
         watching = asyncio.create_task(self.transaction_watch.run(), name="transaction_watch")
         recovering = asyncio.create_task(self.recovery.run(), name="recovery")
         try:
-            yield
+            yield recovering
         finally:
             recovering.cancel()
             await asyncio.wait({recovering})
@@ -223,7 +223,7 @@ class Application(Starlette):
         self,
         webhook: Webhook,
         routes: Sequence[BaseRoute],
-        lifespan: Lifespan[Starlette],
+        lifespan: Lifespan[Starlette] | None,
         *,
         webhook_path: str = WEBHOOK_PATH,
         root_path: str = "",
@@ -290,6 +290,28 @@ def release_unstarted(settings: Settings, registry: Registry, pipeline: Pipeline
             asyncio.run(release())
 
 
+def application(
+    settings: Settings, components: Components, shutdown: Shutdown, lifespan: Lifespan[Starlette] | None = None
+) -> Application:
+    """All paths of the service, on these components. `lifespan` runs them, or the caller does."""
+    webhook = Webhook(
+        components.pipeline,
+        [secret.get_secret_value() for secret in settings.stripe_webhook_secrets],
+        settings.signature_tolerance_seconds,
+        settings.body_most_bytes,
+    )
+    checks = readiness_checks(shutdown, components.lock, components.ingest, components.recovery, components.slots)
+    readiness = Readiness(checks)
+    site = admin_page(settings, components, checks)
+    routes = [
+        Route("/livez", Liveness(components.slots).report),
+        Route("/readyz", readiness.report),
+        Route("/metrics", MetricsEndpoint(checks, components.metrics_pool).report),
+        *(site.routes if site else ()),
+    ]
+    return Application(webhook, routes, lifespan, webhook_path=settings.webhook_path, root_path=settings.root_path)
+
+
 def create_app(settings: Settings, shutdown: Shutdown) -> Starlette:
     """The application for `settings`, which must name both stores. Raises `ConfigurationError`."""
     configure(settings.log_format, settings.log_level)
@@ -309,19 +331,4 @@ def create_app(settings: Settings, shutdown: Shutdown) -> Starlette:
                 gc.freeze()
                 yield
 
-    webhook = Webhook(
-        components.pipeline,
-        [secret.get_secret_value() for secret in settings.stripe_webhook_secrets],
-        settings.signature_tolerance_seconds,
-        settings.body_most_bytes,
-    )
-    checks = readiness_checks(shutdown, components.lock, components.ingest, components.recovery, components.slots)
-    readiness = Readiness(checks)
-    site = admin_page(settings, components, checks)
-    routes = [
-        Route("/livez", Liveness(components.slots).report),
-        Route("/readyz", readiness.report),
-        Route("/metrics", MetricsEndpoint(checks, components.metrics_pool).report),
-        *(site.routes if site else ()),
-    ]
-    return Application(webhook, routes, lifespan, webhook_path=settings.webhook_path, root_path=settings.root_path)
+    return application(settings, components, shutdown, lifespan)

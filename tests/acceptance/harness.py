@@ -475,15 +475,19 @@ class Sandbox:
 
         A name in capitals is an environment variable (`TEST_FAILPOINT`). `options` are those of `serve` (`--migrate`).
         """
+        service = Service(self.folder, self.environment(overrides), workers, *options)
+        self._services.append(service)
+        return service
+
+    def environment(self, overrides: Overrides | None = None) -> dict[str, str]:
+        """The environment of a service on this sandbox; see `service`."""
         environment = {"PATH": os.environ["PATH"], "PYTHONPATH": PYTHON_PATH}
         environment |= {"DATABASE_URL": self.database_url, "REDIS_URL": self.redis_url}
         environment["STRIPE_WEBHOOK_SECRETS"] = SECRET
         chosen = {"handlers": HANDLERS, "redis_prefix": self.redis_prefix, **QUICK, **(overrides or {})}
         for name, value in chosen.items():
             environment[name if name.isupper() else f"FIRSTCLAIM_{name.upper()}"] = str(value)
-        service = Service(self.folder, environment, workers, *options)
-        self._services.append(service)
-        return service
+        return environment
 
     # -- deliveries -----------------------------------------------------------------------------------
 

@@ -651,11 +651,11 @@ async def test_an_internal_error_is_not_shown(
 
 
 def _with_root_path(site: Starlette) -> Starlette:
-    return Application(cast(Webhook, None), site.routes, None, root_path="/pay")  # type: ignore[arg-type]
+    return Application(cast(Webhook, None), site.routes, None, root_path="/pay")
 
 
 def _mounted(site: Starlette) -> Starlette:
-    application = Application(cast(Webhook, None), site.routes, None)  # type: ignore[arg-type]
+    application = Application(cast(Webhook, None), site.routes, None)
     return Starlette(routes=[Mount("/pay", application)])
 
 

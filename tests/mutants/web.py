@@ -203,4 +203,21 @@ MUTANTS = (
         "not _PLACEHOLDER.fullmatch(event_id)",
         "unit/test_event.py::test_a_live_event_is_never_renamed",
     ),
+    # -- mounted
+    Mutant(
+        "mounted-accepts-without-recovery",
+        "Mounted in another application, nothing is accepted once recovery has ended.",
+        "MountedApp._target",
+        "_ENDED if self._running.recovery.done() else self._running.paths",
+        "self._running.paths",
+        "integration/test_mounted.py::test_it_accepts_nothing_once_recovery_has_ended[True]",
+    ),
+    Mutant(
+        "mounted-accepts-on-another-loop",
+        "Mounted in another application, nothing is accepted on an event loop without recovery.",
+        "MountedApp._target",
+        "self._running.recovery.get_loop() is not asyncio.get_running_loop()",
+        "False",
+        "integration/test_mounted.py::test_it_accepts_nothing_on_another_event_loop",
+    ),
 )

@@ -57,6 +57,25 @@ def configure(log_format: str, level: str) -> None:
         logging.getLogger(name).propagate = True
 
 
+def configure_embedded() -> None:
+    """Send our records to the standard library's logging, for an application that embeds the service.
+
+    What that application does with them is its own decision, and so is structlog, if it has configured it already.
+    """
+    if structlog.is_configured():
+        return
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            _place_of_exception,
+            _printable,
+            structlog.processors.LogfmtRenderer(key_order=["event"]),
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+    )
+
+
 def _json(record: EventDict, **_: object) -> str:
     """The record as JSON in ASCII, so that special characters in nested values are escaped too."""
     try:
