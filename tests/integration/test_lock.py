@@ -14,6 +14,7 @@ from firstclaim.errors import LockUnavailable
 from firstclaim.inbox import lock as lock_module
 from firstclaim.inbox.lock import Lock, LockReply, connect
 from tests.integration.world import until
+from tests.load.markers import write_markers
 from tests.stores import Stores, redis_user
 
 ID, TOKEN, EPOCH = "evt_1", "0123456789abcdef", "00aa11bb22cc33dd"
@@ -618,6 +619,16 @@ async def test_the_breaker_closes_when_redis_is_back(clock: Clock) -> None:
             assert await lock.acquire(f"evt_{number}", TOKEN, EPOCH) is LockReply.HELD
         assert not lock.unreachable
     assert len(server.heard) == 21
+
+
+async def test_a_marker_is_small(redis: Redis) -> None:
+    """What a marker costs without its slots in the hash tables, on every server: the README's figure rests on it."""
+    keys = await write_markers(redis, 3)
+    try:
+        for key in keys:
+            assert 80 <= (await redis.memory_usage(key) or 0) <= 130
+    finally:
+        await redis.delete(*keys)
 
 
 async def test_a_ping_asks_whatever_the_breaker_says(clock: Clock) -> None:

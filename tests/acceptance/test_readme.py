@@ -1,0 +1,37 @@
+"""The README's commands for the first minute, as they stand there, except for the port and the installation."""
+
+import re
+import shlex
+from pathlib import Path
+
+from tests.acceptance.command import Command, Running
+from tests.acceptance.harness import PYTHON_PATH
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def arguments(pattern: str) -> list[str]:
+    """The words behind `firstclaim` in the README's only command that matches."""
+    [found] = re.findall(rf"^(?:.* && )?\.venv/bin/firstclaim ({pattern})$", README.read_text(), flags=re.MULTILINE)
+    return shlex.split(found)
+
+
+async def address(running: Running) -> str:
+    """The webhook endpoint that `serve` has printed."""
+    await running.shows("try ")
+    found = re.search(r"webhooks +POST (\S+)", running.output.read_text())
+    assert found
+    return found[1]
+
+
+async def test_the_commands_of_the_first_minute(tmp_path: Path) -> None:
+    """`serve` with nothing set starts both servers and prints its secret; `send` then gets one processed answer."""
+    command = Command(tmp_path, {"PATH": "/usr/bin:/bin", "PYTHONPATH": PYTHON_PATH, "HOME": str(tmp_path)})
+    async with command.running(*arguments("serve"), "--port", "0") as service:
+        url = await address(service)
+        assert re.search(r"secret +whsec_\w+ \(generated, stored in \.firstclaim\)", service.output.read_text())
+        sent = await command(*arguments("send .*"), "--url", url)
+        assert sent.code == 0, sent.output
+        sent.shows("Processed once, of 20 copies.")
+        service.interrupt()
+        assert (await service.wait_for_exit()).code == 0

@@ -1,0 +1,261 @@
+"""What the README claims is what the code does: its figures, its commands, its examples, and a test for each promise.
+
+`tests/README.md` lists the promises, each with the tests or the command behind it.
+"""
+
+import ast
+import inspect
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from firstclaim.admin import events as admin_events
+from firstclaim.admin import limits as admin_limits
+from firstclaim.admin import session as admin_session
+from firstclaim.cli import events as events_commands
+from firstclaim.cli import load
+from firstclaim.cli.commands import app
+from firstclaim.embedded import processes
+from firstclaim.inbox import lock, transaction_watch
+from firstclaim.migrations import locking
+from firstclaim.operations import limits, search, stripe_api
+from firstclaim.registry import Registry
+from firstclaim.server import preflight, protocol, runner, supervisor
+from firstclaim.settings import ADMIN_CONNECTIONS, METRICS_CONNECTIONS, Settings
+
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+CLAIMS = ROOT / "tests" / "README.md"
+PAGES = [
+    README,
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted((ROOT / "tests").rglob("*.md")),
+]
+DAY = 86_400
+
+
+def flat(text: str) -> str:
+    """The text with every run of white space as one space: a claim may be wrapped anywhere."""
+    return " ".join(text.split())
+
+
+def default(command: Callable[..., None], name: str) -> Any:
+    """The default of a command's option."""
+    return inspect.signature(command).parameters[name].default
+
+
+# -- figures ------------------------------------------------------------------------------------------
+
+SETTINGS = Settings.model_construct()
+OPEN_CONNECTIONS = SETTINGS.handler_slots + SETTINGS.ingest_connections
+REQUIRES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+
+FIGURES = [
+    f"a machine with Python {REQUIRES.removeprefix('>=')} or newer",
+    f"any PostgreSQL from {preflight._MIN_POSTGRES // 10_000}",
+    f"any Redis from {preflight._MIN_REDIS[0]} or Valkey from 8",
+    f"`FIRSTCLAIM_HANDLER_SLOTS` + `FIRSTCLAIM_INGEST_CONNECTIONS` ({OPEN_CONNECTIONS} by default), "
+    f"{METRICS_CONNECTIONS} for metrics, and {ADMIN_CONNECTIONS} for the admin page",
+    f"`max_connections` >= {SETTINGS.postgres_connections} per worker",
+    f"at most as many bytes of incomplete requests as {runner._MAX_BUFFERED_BODIES} bodies of the maximum size",
+    f"stopping them takes up to {processes.STOP_SECONDS} s more each",
+    f"after at most {supervisor._MAX_DELAY_SECONDS:.0f} s if workers keep dying",
+    f"are `dead` after {('eight' if SETTINGS.abandoned_most == 8 else '?')} times",
+    f"the event was abandoned {SETTINGS.abandoned_most} times",
+    f"due again after {SETTINGS.backoff_first_seconds:g} s, doubling to {SETTINGS.backoff_most_seconds / 3600:g} h",
+    f"failed for {SETTINGS.give_up_seconds / DAY:g} days",
+    f"still processing after {SETTINGS.answer_budget_seconds:g} s",
+    f"body over {SETTINGS.body_most_bytes // 2**20} MiB",
+    f"headers over {protocol.MAX_HEAD_BYTES // 2**10} KiB",
+    f"body slower than {SETTINGS.body_timeout_seconds:g} s, headers slower than {protocol.HEAD_SECONDS:g} s",
+    f"The service looks {'once a second' if transaction_watch._MAX_PERIOD_SECONDS == 1 else '?'}",
+    f"the events of up to the last {limits.LISTED_DAYS_MOST} days through Stripe's API",
+    f"up to {'a minute' if stripe_api._RETRY_AFTER_MOST_SECONDS == 60 else '?'}",
+    f"up to {admin_events.REPLAYED_MOST:,} that match",
+    f"{admin_limits.ADDRESS_ATTEMPTS} attempts per address, then one more per "
+    f"{'minute' if admin_limits.ADDRESS_SECONDS == 60 else '?'}",
+    f"{admin_limits.ALL_ATTEMPTS} attempts, then one more every {admin_limits.ALL_SECONDS:g} seconds",
+    f"A session ends after {admin_session.LASTS_SECONDS // 3600} hours, or after "
+    f"{admin_session.IDLE_SECONDS // 60} minutes without use",
+    f"Postgres ends every statement after {search.STATEMENT_SECONDS} seconds",
+    f"the newest {search.PAYLOADS_MOST:,} payloads",
+    f"if your ledger was large ({locking._LARGE_BYTES // 2**20} MB)",
+    f"Payloads are deleted after {default(events_commands.prune, 'payload_days')} days",
+    f"Rows are deleted after {default(events_commands.prune, 'row_days')} days, "
+    f"and never before {limits.ROW_DAYS_LEAST}",
+    f"{default(load.load, 'concurrent_duplicates')}% of the events are sent as `--copies` "
+    f"({default(load.load, 'copies')})",
+    f"{default(load.load, 'duplicates')}% are sent a second time",
+    f"still unfinished `--settle` seconds ({default(load.load, 'settle')}) after the end",
+]
+
+
+@pytest.mark.parametrize("claim", FIGURES)
+def test_the_figures_are_those_of_the_code(claim: str) -> None:
+    """Each figure of the README is a constant or a default of the code: whoever changes one changes both."""
+    assert claim in flat(README.read_text())
+
+
+def test_the_rights_of_the_redis_user() -> None:
+    """The README lists the commands that the lock sends, and the PING of `/readyz`: no more, and no fewer."""
+    listed = re.search(r"The user needs ([A-Z, ]+) and PING", flat(README.read_text()))
+    assert listed
+    assert set(listed[1].split(", ")) == set(lock._REPLIES)
+
+
+def test_migrations_only_add() -> None:
+    """No migration after the first drops, renames or narrows anything: the previous build works on the new schema."""
+    narrows = re.compile(
+        r"\b(DROP|RENAME|ALTER\s+COLUMN|ADD\s+CONSTRAINT|UNIQUE|TRUNCATE|DELETE|UPDATE)\b", re.IGNORECASE
+    )
+    required = re.compile(r"ADD\s+COLUMN\s[^,;]*NOT\s+NULL(?![^,;]*DEFAULT)", re.IGNORECASE)
+    revisions = sorted((ROOT / "service" / "firstclaim" / "migrations" / "versions").glob("0*.py"))
+    assert len(revisions) >= 6
+    for path in revisions[1:]:
+        code = ast.parse(path.read_text())
+        statements = [
+            node.value for node in ast.walk(code) if isinstance(node, ast.Constant) and node is not _doc(code)
+        ]
+        text = "\n".join(statement for statement in statements if isinstance(statement, str))
+        assert not narrows.search(text), path.name
+        assert not required.search(text), path.name
+
+
+def _doc(tree: ast.Module) -> ast.expr | None:
+    first = tree.body[0]
+    return first.value if isinstance(first, ast.Expr) else None
+
+
+# -- commands -----------------------------------------------------------------------------------------
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The words of each command in a shell block or in backticks; variables before it and comments are left out."""
+    text = page.read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    for line in lines + spans:
+        if "'" in line.replace("'\\''", "") and line.count("'") % 2:
+            continue
+        words = shlex.split(line.replace("[", " ").replace("]", " ") if line in spans else line, comments=True)
+        command: list[str] = []
+        for word in [*words, "&&"]:
+            if word in ("&&", "&", ";", "|"):
+                if command:
+                    yield command
+                command = []
+            elif command or not re.match(r"[A-Z_]+=", word):
+                command.append(word)
+
+
+def options_of(words: list[str]) -> tuple[str, set[str]]:
+    """The command of `firstclaim` that these words call, and its options. Raises `KeyError` if there is none."""
+    command: Any = typer.main.get_command(app)
+    path = "firstclaim"
+    for word in words:
+        if word.startswith("-") or not hasattr(command, "commands"):
+            break
+        command, path = command.commands[word], f"{path} {word}"
+    return path, {option for parameter in command.params for option in parameter.opts} | {"--help"}
+
+
+TASKS = re.findall(r"^(\w+)(?: \*arguments)?:", (ROOT / "justfile").read_text(), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_on_a_page_exists(page: Path) -> None:
+    """Each subcommand, option, task, module and test file that a page tells the reader to run is there."""
+    for words in commands(page):
+        match [words[0].removeprefix(".venv/bin/"), *words[1:]]:
+            case ["firstclaim", *rest] if rest:
+                path, options = options_of(rest)
+                used = {word.partition("=")[0] for word in rest if re.match(r"--?[a-z]", word)}
+                assert used <= options, (path, used - options)
+            case ["just", *rest] if rest and not rest[0].startswith("-"):
+                assert rest[0] in TASKS, rest[0]
+            case ["python" | "python3", "-m", "pytest", *rest]:
+                assert all((ROOT / word).exists() for word in rest if word.startswith("tests/")), rest
+            case ["python" | "python3", "-m", module, *_] if module.startswith("tests."):
+                path_of = ROOT.joinpath(*module.split("."))
+                assert path_of.with_suffix(".py").exists() or (path_of / "__main__.py").exists(), module
+            case ["bash", script, *_]:
+                assert (ROOT / script).exists(), script
+
+
+def test_the_table_of_commands_is_complete() -> None:
+    """The README's table under Operating lists every command of `firstclaim`."""
+    operating = README.read_text().partition("## Operating")[2].partition("Exit codes:")[0]
+    rows = re.findall(r"^\| `firstclaim ([a-z -]+)", operating, flags=re.MULTILINE)
+    listed = {options_of(row.split())[0] for row in rows}
+
+    def leaves(command: Any, path: str) -> Iterator[str]:
+        children = getattr(command, "commands", None)
+        if children is None:
+            yield path
+        else:
+            for name, child in children.items():
+                yield from leaves(child, f"{path} {name}")
+
+    assert listed == set(leaves(typer.main.get_command(app), "firstclaim"))
+
+
+# -- examples -----------------------------------------------------------------------------------------
+
+
+def block(language: str, number: int = 0) -> str:
+    """The text of a fenced block of the README."""
+    found = re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+    text: str = found[number]
+    return text
+
+
+def test_the_handler_of_the_readme_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The example can be loaded as `shop.handlers`, and declares a handler for `invoice.paid`."""
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "handlers.py").write_text(block("python"))
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("shop", "shop.handlers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    handler = Registry.load(["shop.handlers"]).find("invoice.paid")
+    assert handler is not None
+    assert handler.is_async
+
+
+# -- promises -----------------------------------------------------------------------------------------
+
+
+def claims() -> list[tuple[str, str]]:
+    """The rows of `tests/README.md`: a sentence of the README, and what backs it."""
+    text = CLAIMS.read_text().partition("## What the README claims")[2]
+    rows = re.findall(r"^\| (.+?) \| (.+?) \|$", text, flags=re.MULTILINE)
+    return [row for row in rows if row[0] not in ("claim", "---")]
+
+
+def test_every_claim_is_in_the_readme() -> None:
+    """`tests/README.md` quotes the README: a promise that is reworded there is looked at here."""
+    readme = flat(README.read_text())
+    assert [claim for claim, _ in claims() if claim not in readme] == []
+
+
+def test_every_claim_has_a_test_that_exists() -> None:
+    """Behind each claim stands a test that exists, or a command."""
+    names: dict[str, set[str]] = {}
+    for claim, backed_by in claims():
+        tests = re.findall(r"`([\w/]+\.py)::(\w+)`", backed_by)
+        assert tests or re.search(r"`(just|python -m|firstclaim) ?", backed_by), claim
+        for path, name in tests:
+            if path not in names:
+                tree = ast.parse((ROOT / "tests" / path).read_text())
+                names[path] = {
+                    node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                }
+            assert name in names[path], (path, name)
