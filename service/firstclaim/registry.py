@@ -21,7 +21,8 @@ if TYPE_CHECKING:  # importing them takes a quarter of a second, in every comman
     import asyncio
 
     from sqlalchemy import CursorResult, Executable
-    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+    from sqlalchemy.orm import Session
 
 _PATTERN = re.compile(r"\*|[A-Za-z0-9_\[\]\-]+(\.[A-Za-z0-9_\[\]\-]+)*(\.\*)?")
 _DECLARED = "__firstclaim_handlers__"
@@ -36,6 +37,14 @@ class Transaction(Protocol):
     def connection(self) -> "AsyncConnection":
         """The transaction as an SQLAlchemy connection."""
 
+    def session(self, **options: Any) -> "AsyncSession":
+        """A session in a savepoint of the transaction."""
+
+    def sync_session(
+        self, run: Callable[[Coroutine[Any, Any, Any]], Any], **options: Any
+    ) -> "Coroutine[Any, Any, Session]":
+        """A session for a thread, whose statements go through `run`."""
+
     def fetch(self, sql: str, *values: Any) -> "Coroutine[Any, Any, list[Any]]":
         """Run one statement on the driver."""
 
@@ -44,8 +53,8 @@ class Transaction(Protocol):
 class Context:
     """What a handler gets beside the event: the attempt's number (from 1, always rising) and a transaction.
 
-    The completion mark commits in the same transaction: what you write through `connection`, `fetch` or `execute`
-    happens exactly once in this database.
+    The completion mark commits in the same transaction: what you write through it (`connection`, `session`, `fetch`;
+    `execute`, `sync_session`) happens exactly once in this database.
     """
 
     event: Event
@@ -65,12 +74,35 @@ class Context:
 
     @property
     def connection(self) -> "AsyncConnection":
-        """The transaction as an SQLAlchemy connection, for async handlers.
+        """The transaction as an SQLAlchemy connection, for async handlers. Sessions can be bound to it.
 
-        It refuses `commit()` and `rollback()`; savepoints (`begin_nested`) are allowed. Raises `HandlerRuleBroken`
-        after the handler has ended.
+        `commit()` raises; after `rollback()` every statement raises, and the handler fails. Savepoints (`begin_nested`)
+        are allowed. Raises `HandlerRuleBroken` after the handler has ended.
         """
         return self._transaction.connection
+
+    def session(self, **options: Any) -> "AsyncSession":
+        """An SQLAlchemy session in a savepoint of the transaction, for async handlers. `options`: see `AsyncSession`.
+
+        Use it as `async with context.session() as session:`: what is not written yet is written when the block ends.
+        `commit()` releases the savepoint, and `rollback()` undoes what was written since. Nothing is durable before
+        the handler has returned. Raises `HandlerRuleBroken` after the handler has ended, and in a sync handler.
+        """
+        if not _is_on_a_loop():
+            raise HandlerRuleBroken(
+                "context.session() is for async handlers; a sync handler uses context.sync_session()"
+            )
+        return self._transaction.session(**options)
+
+    def sync_session(self, **options: Any) -> "Session":
+        """The same in the thread of a sync handler: `with context.sync_session() as session:`, lazy loads included.
+
+        Raises `HandlerRuleBroken` on the event loop's thread, and `TimeoutError` after the handler's deadline.
+        """
+        if _is_on_a_loop():
+            raise HandlerRuleBroken("context.sync_session() is for sync handlers; an async one uses context.session()")
+        session: Session = self._run(self._transaction.sync_session(self._run, **options))
+        return session
 
     def fetch(self, sql: str, *values: Any) -> Coroutine[Any, Any, list[Any]]:
         """Run one statement in the same transaction, directly on the driver, and return its rows. To be awaited.
@@ -89,19 +121,27 @@ class Context:
         Raises what SQLAlchemy raises; `HandlerRuleBroken` on the event loop's thread (an async handler awaits
         `context.connection.execute`); and `TimeoutError` after the handler's deadline has passed.
         """
-        import asyncio
-
         if _is_on_a_loop():
             raise HandlerRuleBroken(
                 "context.execute() is for sync handlers; an async handler awaits context.connection.execute()"
             )
+        result: CursorResult[Any] = self._run(self._execute(statement, parameters))
+        return result
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Run `work` on the event loop, and wait for it here, in the handler's thread, until the deadline."""
+        import asyncio
+
         remaining = self._deadline - self._loop.time()
         if remaining <= 0:
+            work.close()
             raise TimeoutError(_DEADLINE_PASSED)
-        call = asyncio.run_coroutine_threadsafe(self._execute(statement, parameters), self._loop)
+        call = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return call.result(remaining)
         except TimeoutError:
+            if call.done():  # an error of the statement's own
+                raise
             raise TimeoutError(_DEADLINE_PASSED) from None
 
     async def _execute(self, statement: "Executable", parameters: Any) -> "CursorResult[Any]":

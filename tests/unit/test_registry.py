@@ -4,13 +4,14 @@ import asyncio
 import importlib
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import Session
 
 from firstclaim.errors import ConfigurationError, HandlerRuleBroken
 from firstclaim.event import Event, parse_event
@@ -289,6 +290,12 @@ class Unreachable:
     def connection(self) -> AsyncConnection:
         raise AssertionError("used")
 
+    def session(self, **options: Any) -> AsyncSession:
+        raise AssertionError("used")
+
+    async def sync_session(self, run: Callable[[Coroutine[Any, Any, Any]], Any], **options: Any) -> Session:
+        raise AssertionError("used")
+
     async def fetch(self, sql: str, *values: object) -> list[object]:
         raise AssertionError("fetched")
 
@@ -303,6 +310,15 @@ async def test_execute_on_the_loops_thread_is_refused() -> None:
     """On the event loop's thread `execute` would block for ever; it raises, and says what an async handler awaits."""
     with pytest.raises(HandlerRuleBroken, match=r"an async handler awaits context\.connection\.execute\(\)"):
         context(seconds=30).execute(text("SELECT 1"))
+
+
+async def test_a_session_of_the_other_kind_is_refused() -> None:
+    """A thread cannot await an async session, and a sync one would block the event loop: each says what to use."""
+    given = context(seconds=30)
+    with pytest.raises(HandlerRuleBroken, match=r"an async one uses context\.session\(\)"):
+        given.sync_session()
+    with pytest.raises(HandlerRuleBroken, match=r"a sync handler uses context\.sync_session\(\)"):
+        await asyncio.to_thread(given.session)
 
 
 async def test_execute_after_the_deadline_is_refused() -> None:

@@ -1,7 +1,8 @@
 """The connections that handlers work on: kept open between events, with limits on what a handler may do on them.
 
 Guarantees: one handler at a time has a connection. It gets it outside a transaction and under the ledger's latest
-epoch. While the handler runs it cannot commit, roll back, or continue on another connection when this one is lost.
+epoch. While the handler runs it cannot commit, roll back, or continue on another connection when this one is lost
+(`firstclaim.postgres.handler_sqlalchemy` has what SQLAlchemy sees).
 Once it has ended it reaches nothing. A handler that failed leaves nothing behind: its transaction is rolled back, the
 session's advisory locks, which no rollback frees, are released, and the connection is closed if the handler had ended
 its transaction itself.
@@ -19,17 +20,15 @@ from typing import Any
 
 from asyncpg.transaction import Transaction
 from sqlalchemy import event, exc
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
+from sqlalchemy.orm import Session
 from sqlalchemy.pool import AssertionPool
 
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.postgres.connection import NOT_REPLICATED, PinnedConnection, is_current, open_connection
 from firstclaim.postgres.epoch import Epoch
+from firstclaim.postgres.handler_sqlalchemy import HandlerRules, LoopConnection, RunOnLoop, Sessions
 
-_MUST_NOT_END = (
-    "a handler must not commit or roll back: its transaction carries the completion mark "
-    "(use context.connection.begin_nested() for a part that may fail)"
-)
 _MUST_NOT_CLOSE = "a handler must not close its connection: its transaction carries the completion mark"
 _HAS_ENDED = "this handler has ended: nothing more can be written in its transaction"
 _LOST = "this handler's connection is lost, and its transaction with it: it cannot continue on another one"
@@ -53,9 +52,7 @@ class _PooledConnection:
         self.driver = driver
         # The handler's transaction, until the code that began it has ended it.
         self.transaction: Transaction | None = None
-        self.handler_runs = False
-        # Whether the handler tried to end its transaction.
-        self.handler_refused = False
+        self.rules = HandlerRules()
         self._handed_out = False
         self.engine: AsyncEngine = create_async_engine(
             "postgresql+asyncpg://",
@@ -65,8 +62,8 @@ class _PooledConnection:
             hide_parameters=True,
             isolation_level="AUTOCOMMIT",
         )
-        event.listen(self.engine.sync_engine, "commit", self._refuse)
-        event.listen(self.engine.sync_engine, "rollback", self._refuse)
+        event.listen(self.engine.sync_engine, "commit", self.rules.refuse_commit)
+        event.listen(self.engine.sync_engine, "rollback", self.rules.note_rollback)
 
     async def prepare(self) -> None:
         """Let SQLAlchemy do what it does on a new connection, so that its later checkouts need no round trip."""
@@ -79,13 +76,6 @@ class _PooledConnection:
         self._handed_out = True
         return self.driver
 
-    def _refuse(self, connection: Any) -> None:
-        if connection.closed or connection.invalidated:  # lost, or closed by the handler: there is nothing to end
-            return
-        if self.handler_runs:
-            self.handler_refused = True
-            raise HandlerRuleBroken(_MUST_NOT_END)
-
 
 class HandlerConnection:
     """One handler's use of a connection."""
@@ -93,6 +83,7 @@ class HandlerConnection:
     def __init__(self, pooled: _PooledConnection) -> None:
         self._pooled = pooled
         self._connection: AsyncConnection | None = None
+        self._sessions: Sessions | None = None
         self._has_ended = False
         self._used = False
 
@@ -109,14 +100,28 @@ class HandlerConnection:
         if self._has_ended:
             raise HandlerRuleBroken(_HAS_ENDED)
         if self._connection is None:
-            engine = self._pooled.engine
-            self._connection = AsyncConnection(engine, sync_connection=engine.sync_engine.connect())
+            self._connection = LoopConnection.join(self._pooled.engine, self._pooled.rules)
         return self._connection
+
+    def session(self, **options: Any) -> AsyncSession:
+        """A session in a savepoint of the transaction. Raises as `connection` does."""
+        return self._made_sessions.make_async(self.connection, **options)
+
+    async def sync_session(self, run: RunOnLoop[Any], **options: Any) -> Session:
+        """The same for the handler's thread, whose statements go through `run`."""
+        return self._made_sessions.make(self.connection, run, **options)
+
+    @property
+    def _made_sessions(self) -> Sessions:
+        if self._sessions is None:
+            self._sessions = Sessions()
+        return self._sessions
 
     async def fetch(self, sql: str, *values: Any) -> list[Any]:
         """Run one statement. Raises what asyncpg raises, and `HandlerRuleBroken` once the handler has ended."""
         if self._has_ended:  # the connection may be in another handler's transaction by now
             raise HandlerRuleBroken(_HAS_ENDED)
+        self._pooled.rules.check()
         return await self._pooled.driver.fetch(sql, *values)
 
     async def begin(self) -> None:
@@ -126,21 +131,22 @@ class HandlerConnection:
         await self._pooled.transaction.start()
 
     def start(self) -> None:
-        """The handler starts: from now on its commit() and rollback() raise `HandlerRuleBroken`."""
-        self._pooled.handler_runs, self._pooled.handler_refused = True, False
+        """The handler starts: from now on it must not end its transaction."""
+        self._pooled.rules.start()
         self._used = True
 
     def stop(self) -> None:
         """The handler has ended, or is past its deadline."""
         self._has_ended = True
-        self._pooled.handler_runs = False
+        self._pooled.rules.stop()
 
     def check_rules(self) -> None:
-        """Raise `HandlerRuleBroken` if the handler closed its connection, or swallowed that its commit was refused."""
-        if self._pooled.handler_refused:
-            raise HandlerRuleBroken(_MUST_NOT_END)
+        """Raise `HandlerRuleBroken` if the handler ended its transaction or connection, or left changes unwritten."""
         if self._connection is not None and not _is_open(self._connection):
             raise HandlerRuleBroken(_MUST_NOT_CLOSE)
+        self._pooled.rules.check()
+        if self._sessions is not None:
+            self._sessions.check()
 
     async def commit(self) -> None:
         """Commit what `begin` began. Raises `LedgerUnavailable` also if it is committed and may not be replicated."""

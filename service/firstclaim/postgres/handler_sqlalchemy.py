@@ -1,0 +1,170 @@
+"""SQLAlchemy in a handler: a connection and sessions that see the transaction which the service has begun.
+
+Guarantees: SQLAlchemy takes the handler's transaction as begun, so that a session joins it, and neither begins nor
+ends one of its own. A commit raises. A rollback does not: a session rolls back when a statement has failed, and an
+error raised in its place would hide the real one. But after it nothing more can be executed, and the handler fails.
+A sync handler's statements run on the event loop while its thread waits, so that one driver serves both kinds.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar, cast
+
+from sqlalchemy import Connection, RootTransaction
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+
+from firstclaim.errors import HandlerRuleBroken
+
+T = TypeVar("T")
+
+# Runs a coroutine on the event loop, and waits for it in the handler's thread.
+RunOnLoop = Callable[[Coroutine[Any, Any, T]], T]
+
+_MUST_NOT_END = (
+    "a handler must not commit or roll back: its transaction carries the completion mark "
+    "(for a part that may fail, use context.session() or context.connection.begin_nested())"
+)
+_BUFFERED = {"stream_results": False, "yield_per": None}
+_UNWRITTEN = (
+    "the handler left changes in its session that were never written: "
+    "use `with` on the session, or flush it before the handler returns"
+)
+
+
+class HandlerRules:
+    """Whether a handler runs, and whether it tried to end its transaction: it takes for done what is not."""
+
+    def __init__(self) -> None:
+        self._runs = False
+        self._broken = False
+
+    def start(self) -> None:
+        """The handler starts."""
+        self._runs, self._broken = True, False
+
+    def stop(self) -> None:
+        """The handler has ended: whoever ends the transaction now breaks no rule."""
+        self._runs = False
+
+    def refuse_commit(self, connection: Connection) -> None:
+        """Before SQLAlchemy commits. Raises `HandlerRuleBroken`."""
+        self.note_rollback(connection)
+        if self._runs:
+            self.check()
+
+    def note_rollback(self, connection: Connection) -> None:
+        """Before SQLAlchemy rolls back. A connection that is lost, or closed by the handler, has nothing to end."""
+        if self._runs and not connection.closed and not connection.invalidated:
+            self._broken = True
+
+    def check(self) -> None:
+        """Raise `HandlerRuleBroken` if the handler committed or rolled back."""
+        if self._broken:
+            raise HandlerRuleBroken(_MUST_NOT_END)
+
+
+class LoopConnection(Connection):
+    """SQLAlchemy's connection in the handler's transaction, for the event loop and, with `run`, for one thread."""
+
+    rules: HandlerRules
+    run: RunOnLoop[Any] | None = None
+
+    @classmethod
+    def join(cls, engine: AsyncEngine, rules: HandlerRules) -> AsyncConnection:
+        """A connection of `engine` that is in a transaction, for SQLAlchemy: no statement is sent."""
+        connection = cls(engine.sync_engine)
+        connection.rules = rules
+        connection.begin()
+        return AsyncConnection(engine, sync_connection=connection)
+
+    def begin(self) -> RootTransaction:
+        """Also what SQLAlchemy does before the first statement after a rollback."""
+        self.rules.check()
+        return super().begin()
+
+    def execute(self, *arguments: Any, **options: Any) -> Any:
+        """All statements of sessions, savepoints too, and of lazy loads."""
+        return self._on_loop(super().execute, *arguments, **options)
+
+    def scalar(self, *arguments: Any, **options: Any) -> Any:
+        """See SQLAlchemy."""
+        return self._on_loop(super().scalar, *arguments, **options)
+
+    def exec_driver_sql(self, *arguments: Any, **options: Any) -> Any:
+        """See SQLAlchemy."""
+        return self._on_loop(super().exec_driver_sql, *arguments, **options)
+
+    def _on_loop(self, method: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        if self.run is None or _is_on_a_loop():
+            return method(*arguments, **options)
+        # All rows at once: later ones would be fetched in the thread.
+        options["execution_options"] = {**(options.get("execution_options") or {}), **_BUFFERED}
+        joined = AsyncConnection(AsyncEngine(self.engine), sync_connection=self)
+        result: T = self.run(joined.run_sync(lambda _: method(*arguments, **options)))
+        return result
+
+
+class HandlerAsyncSession(AsyncSession):
+    """A session in a savepoint. As a context manager it writes what is left when the block ends without an error."""
+
+    async def __aexit__(self, type_: Any, value: Any, traceback: Any) -> None:
+        """Flush and release the savepoint, or roll back to it; then close."""
+        try:
+            if type_ is None:
+                await self.commit()
+        finally:
+            await super().__aexit__(type_, value, traceback)
+
+
+class HandlerSession(Session):
+    """The same for sync handlers."""
+
+    def __exit__(self, type_: Any, value: Any, traceback: Any) -> None:
+        """Flush and release the savepoint, or roll back to it; then close."""
+        try:
+            if type_ is None:
+                self.commit()
+        finally:
+            super().__exit__(type_, value, traceback)
+
+
+class Sessions:
+    """The sessions of one handler."""
+
+    def __init__(self) -> None:
+        self._sessions: list[Session] = []
+
+    def make_async(self, connection: AsyncConnection, **options: Any) -> AsyncSession:
+        """A session on `connection`."""
+        session = HandlerAsyncSession(connection, **_options(options))
+        self._sessions.append(session.sync_session)
+        return session
+
+    def make(self, connection: AsyncConnection, run: RunOnLoop[Any], **options: Any) -> Session:
+        """A session for the handler's thread."""
+        sync = cast(LoopConnection, connection.sync_connection)
+        sync.run = run
+        session = HandlerSession(sync, **_options(options))
+        self._sessions.append(session)
+        return session
+
+    def check(self) -> None:
+        """Raise `HandlerRuleBroken` if a session holds changes: the event would be completed without them."""
+        for session in self._sessions:
+            if session.new or session.deleted or any(session.is_modified(each) for each in session.dirty):
+                raise HandlerRuleBroken(_UNWRITTEN)
+
+
+def _options(given: dict[str, Any]) -> dict[str, Any]:
+    # A savepoint: the session's own rollback, after a failed statement too, leaves the handler's transaction usable.
+    # No expiry: reading an attribute after a commit would be a statement, which async code has to await.
+    return {"expire_on_commit": False, "join_transaction_mode": "create_savepoint", **given}
+
+
+def _is_on_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
