@@ -39,10 +39,14 @@ class RawConnection:
         """Send no more, and go on reading."""
         self._writer.write_eof()
 
+    async def head(self) -> bytes:
+        """The next head, in lower case."""
+        return (await self._reader.readuntil(b"\r\n\r\n")).lower()
+
     async def reply(self) -> Reply:
         """The next answer."""
         async with asyncio.timeout(ANSWER_SECONDS):
-            head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+            head = await self.head()
             length = int(head.partition(b"content-length: ")[2].partition(b"\r\n")[0])
             return Reply(int(head.split(b" ")[1]), head, await self._reader.readexactly(length))
 

@@ -164,6 +164,58 @@ async def test_a_large_body_in_small_chunks_passes() -> None:
     assert b"\r\n\r\n[20000," in answer
 
 
+class _Recorder:
+    """A transport that notes what is written to it."""
+
+    def __init__(self, transport: asyncio.Transport, written: list[bytes]) -> None:
+        self._transport, self._written = transport, written
+
+    def write(self, data: bytes) -> None:
+        self._written.append(data)
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._transport, name)
+
+
+@pytest.mark.parametrize("last", [b"\r\n", b"Connection: close\r\n\r\n"])
+async def test_an_answer_is_sent_in_one_piece(last: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Head and body take one write, and so one system call and one packet."""
+    written: list[bytes] = []
+    made = HttpProtocol.connection_made
+    monkeypatch.setattr(
+        HttpProtocol,
+        "connection_made",
+        lambda given, transport: made(given, cast(asyncio.Transport, _Recorder(transport, written))),
+    )
+    async with _served() as served:
+        reply = await (await served.connect(GET + last)).reply()
+    [sent] = written
+    assert sent.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert sent.endswith(reply.body)
+
+
+async def test_an_answer_without_a_body_is_sent() -> None:
+    """The head that answers HEAD is not kept back for a body: neither on an open connection nor on one that closes."""
+    head = b"HEAD /livez HTTP/1.1\r\nHost: x\r\n"
+    async with _served() as served:
+        connection = await served.connect(head + b"\r\n")
+        assert (await connection.head()).startswith(b"http/1.1 200 ok\r\n")
+        await connection.send(head + b"Connection: close\r\n\r\n")
+        last = await connection.rest()
+    assert last.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert last.endswith(b"\r\n\r\n")
+
+
+async def test_a_client_that_waits_to_send_its_body_is_told_to() -> None:
+    """`100 Continue` is no answer that a body follows: it is sent at once."""
+    async with _served() as served:
+        connection = await served.connect(POST + b"Expect: 100-continue\r\nContent-Length: 3\r\n\r\n")
+        assert await connection.head() == b"http/1.1 100 continue\r\n\r\n"
+        await connection.send(b"abc")
+        assert (await connection.reply()).body.startswith(b"[3,")
+
+
 # -- the head -----------------------------------------------------------------------------------------
 
 

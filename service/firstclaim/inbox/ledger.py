@@ -85,7 +85,7 @@ class ReturnedEvent:
     times: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # by identity: the watch looks it up for each event
 class HandlerTransaction:
     """A handler's transaction: its id, its backend, when the server was started, and when the transaction began."""
 

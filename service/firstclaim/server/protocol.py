@@ -29,7 +29,7 @@ import httptools
 import structlog
 from starlette.responses import Response
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from firstclaim import outcome as outcomes
@@ -45,6 +45,7 @@ HEAD_SECONDS = 10.0  # a slow mobile link needs one or two, and no sender of web
 LINGER_SECONDS = 2.0  # for the client to read the last answer; closing at once would reset a client that still sends
 _BETWEEN_HEADER_BYTES = 4  # the colon, a space, the end of the line
 _FRAMING = (b"content-length", b"transfer-encoding")
+_INTERIM = b"HTTP/1.1 1"  # 100 Continue: the client sends its body after it
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -133,7 +134,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade() and any(name in _FRAMING for name, _ in self.headers):
             raise Rejected("upgrade", "Protocol upgrades are not supported")  # the parser would skip its body
         super().on_headers_complete()
-        self.cycle.transport = self._answer_transport
+        self._answer_transport.begin(self.cycle)
         self.headers = []  # the request keeps the old list; trailers are appended to this one, which nobody reads
 
     def on_body(self, body: bytes) -> None:
@@ -149,6 +150,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """The answer is sent: the connection becomes idle, or closes."""
+        self._answer_transport.flush()
         super().on_response_complete()
         self._received_bytes = 0
         if self.transport.is_closing():
@@ -259,16 +261,41 @@ class HttpProtocol(HttpToolsProtocol):
 
 
 class _AnswerTransport(asyncio.Transport):
-    """The transport that answers are written to. uvicorn closes it after the last one, even over an unread body."""
+    """The transport that answers are written to, each in one piece if it is not streamed.
+
+    uvicorn writes the head of an answer before its body is there: one more system call and one more packet for each
+    delivery. And it closes the transport after the last answer, even over an unread body.
+    """
 
     def __init__(self, protocol: HttpProtocol, transport: asyncio.Transport) -> None:
         super().__init__()
         self._protocol = weakref.ref(protocol)  # weak: a cycle would keep the buffers until the next collection
-        self.write = transport.write  # type: ignore[method-assign]
+        self._send = transport.write
+        self._head_is_next = False
+        self._head = b""  # written, and not sent yet
         self.is_closing = transport.is_closing  # type: ignore[method-assign]
+
+    def begin(self, cycle: RequestResponseCycle) -> None:
+        """The answer of `cycle` is the next one."""
+        cycle.transport = self
+        self._head_is_next = True
+
+    def write(self, data: Any) -> None:
+        """Keep the head of an answer until a piece of its body follows."""
+        if self._head_is_next and not data.startswith(_INTERIM):
+            self._head_is_next, self._head = False, data
+        else:
+            self._send(self._head + data)
+            self._head = b""
+
+    def flush(self) -> None:
+        """The answer is complete: send a head that no body has followed, as after HEAD."""
+        if self._head:
+            self.write(b"")
 
     def close(self) -> None:
         """Leave closing to the protocol: a socket closed over unread bytes is reset, which often loses the answer."""
+        self.flush()
         if (protocol := self._protocol()) is not None:
             protocol.close_after_answer()
 
