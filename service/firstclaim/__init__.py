@@ -12,9 +12,10 @@ What a handler module needs, and nothing that opens anything:
 
 from typing import TYPE_CHECKING
 
+from firstclaim.declare import on
 from firstclaim.errors import Permanent, Retry
 from firstclaim.event import Event
-from firstclaim.registry import Context, on
+from firstclaim.registry import Context
 
 if TYPE_CHECKING:
     from firstclaim.mounted import asgi

@@ -96,7 +96,7 @@ async def rows(settings: Settings) -> list[tuple[str, int]]:
 
 def refused(response: httpx.Response, reason: str) -> bool:
     """Whether it is the 503 that Stripe retries, with this reason."""
-    assert reason in response.json()["reason"], response.text
+    assert reason in str(response.json()["reason"]), response.text
     return (response.status_code, "retry-after" in response.headers) == (503, True)
 
 

@@ -1,0 +1,107 @@
+"""The stub `service/firstclaim/declare.pyi`, generated from the installed stripe-python.
+
+    .venv/bin/python -m tests.typed_events > service/firstclaim/declare.pyi
+
+stripe-python lists the event types and the classes of objects, and does not say which belongs to which. Stripe's naming
+does: `object_name` finds the object of a type by it, and `EXCEPTIONS` has the types whose name says something else.
+(The types that the npm package `stripe`, 23.1.0, declares for the same 275 event types agree with the result.)
+"""
+
+from collections import defaultdict
+from itertools import starmap
+
+from stripe._object_classes import OBJECT_CLASSES
+
+from firstclaim.server.preflight import known_event_types
+
+EXCEPTIONS = {
+    "account.external_account": ("bank_account", "card"),
+    "application_fee.refund": ("fee_refund",),
+    "billing.alert.triggered": ("billing.alert_triggered",),
+    "customer.source": ("account", "bank_account", "card", "source"),
+    "source.mandate_notification": ("source_mandate_notification",),
+}
+
+HEAD = '''"""Generated from stripe-python {version} by `python -m tests.typed_events`: do not edit."""
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, TypeVar, overload
+
+import stripe
+
+from firstclaim.event import Event
+from firstclaim.registry import Context
+
+__all__ = ["on"]
+
+_O = TypeVar("_O")
+_R = TypeVar("_R")
+
+class _Declare(Protocol[_O]):
+    def __call__(self, function: Callable[[Event[_O], Context], _R], /) -> Callable[[Event[_O], Context], _R]: ...
+
+'''
+ONE = """@overload
+def on(*patterns: Literal["{pattern}"]) -> _Declare[{object}]: ...
+"""
+SEVERAL = """@overload
+def on(
+    *patterns: Literal[
+{literals}
+    ],
+) -> _Declare[{object}]: ...
+"""
+TAIL = """@overload
+def on(*patterns: str) -> _Declare[Any]: ...
+"""
+
+
+def object_names(event_type: str) -> tuple[str, ...]:
+    """The names of the objects that an event of this type can have, as Stripe's `object` field has them."""
+    prefix, _, _ = event_type.rpartition(".")
+    if found := EXCEPTIONS.get(event_type) or EXCEPTIONS.get(prefix):
+        return found
+    spellings = (prefix, prefix.replace("issuing_", "issuing."), prefix.replace(".", "_"), prefix.rpartition(".")[2])
+    names = [name for name in spellings if name in OBJECT_CLASSES]
+    if not names:
+        raise LookupError(f"which object has {event_type}? Add it to EXCEPTIONS")
+    return (names[0],)
+
+
+def class_name(object_name: str) -> str:
+    """The public name of stripe-python's class, e.g. `stripe.checkout.Session`."""
+    module, name = OBJECT_CLASSES[object_name]
+    return ".".join([*(part for part in module.split(".") if not part.startswith("_")), name])
+
+
+def patterns_by_object() -> dict[str, list[str]]:
+    """The event types of each object, and the wildcards that match types of this object alone."""
+    objects = {each: " | ".join(map(class_name, object_names(each))) for each in sorted(known_event_types())}
+    below: dict[str, set[str]] = defaultdict(set)
+    for event_type, name in objects.items():
+        words = event_type.split(".")
+        for count in range(1, len(words)):
+            below[".".join(words[:count]) + ".*"].add(name)
+    objects |= {wildcard: next(iter(names)) for wildcard, names in below.items() if len(names) == 1}
+    grouped: dict[str, list[str]] = defaultdict(list)
+    for pattern, name in sorted(objects.items()):
+        grouped[name].append(pattern)
+    return dict(sorted(grouped.items()))
+
+
+def overload_of(name: str, patterns: list[str]) -> str:
+    """The overload for one object, as ruff formats it."""
+    if len(patterns) == 1:
+        return ONE.format(object=name, pattern=patterns[0])
+    return SEVERAL.format(object=name, literals="\n".join(f'        "{pattern}",' for pattern in patterns))
+
+
+def stub() -> str:
+    """The text of the stub."""
+    import stripe
+
+    return HEAD.format(version=stripe.VERSION) + "".join(starmap(overload_of, patterns_by_object().items())) + TAIL
+
+
+if __name__ == "__main__":
+    print(stub(), end="")
