@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from firstclaim.errors import ConfigurationError, HandlerRuleBroken
 from firstclaim.event import Event
+from firstclaim.observability.frames import place
 from firstclaim.observability.redaction import redacted_error
 
 if TYPE_CHECKING:  # importing them takes a quarter of a second, in every command and test process
@@ -236,7 +237,9 @@ class Registry:
             try:
                 module = importlib.import_module(name)
             except (Exception, SystemExit) as error:  # noqa: BLE001  (a user's module may raise anything)
-                faults.append(f"FIRSTCLAIM_HANDLERS: cannot import {name}: {redacted_error(error)}")
+                where = place(error)
+                at = f" (at {where})" if where else ""
+                faults.append(f"FIRSTCLAIM_HANDLERS: cannot import {name}: {redacted_error(error)}{at}")
                 continue
             handlers += getattr(module, _DECLARED, [])
             for function in vars(module).values():

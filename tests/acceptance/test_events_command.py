@@ -52,12 +52,14 @@ async def test_a_dead_event_is_found_understood_and_replayed(
 
     run = await command("events", "show", event.id)
     run.shows(event.id, "invoice.payment_failed", "received", "attempt 1", "dead after", "Permanent: never")
+    run.shows("tests/acceptance/handlers.py:")  # where it was raised
     assert "metadata" not in run.output  # the payload only with --payload
     [shown] = objects(await command("events", "show", event.id, "--payload", "--json"))
     assert shown["payload"].encode() == event.body  # the very bytes: numbers are not rounded on the way
     assert (shown["status"], shown["actions"]) == ("dead", [])
     [attempt] = shown["attempts"]
     assert (attempt["attempt"], attempt["outcome"], attempt["error"]) == (1, "dead", "Permanent: never")
+    assert attempt["frames"][0].startswith("tests/acceptance/handlers.py:")
     assert attempt["process"].endswith(f":{service.pid}")
 
     run = await command("events", "replay", "--status", "dead", "--dry-run")

@@ -547,7 +547,8 @@ async def test_one_event_has_a_timeline(world: World, admin: Visitor) -> None:
     await world.database.execute(
         """
         INSERT INTO stripe_event_attempts VALUES
-            ('evt_1', 1, 'failed', 'web-1:7', now() - interval '50 s', now() - interval '40 s', 'ValueError: no'),
+            ('evt_1', 1, 'failed', 'web-1:7', now() - interval '50 s', now() - interval '40 s',
+                E'ValueError: no\\nshop/handlers.py:3 in grant'),
             ('evt_1', 2, 'abandoned', NULL, NULL, now() - interval '30 s', 'vanished')
         """
     )
@@ -555,6 +556,7 @@ async def test_one_event_has_a_timeline(world: World, admin: Visitor) -> None:
     entries = [
         "received",
         "attempt 1 on web-1:7: failed after 10.00 s: ValueError: no",
+        "shop/handlers.py:3 in grant",
         "attempt 2: abandoned: vanished",
         "due in",
     ]

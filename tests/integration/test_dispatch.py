@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -17,6 +18,7 @@ from firstclaim import Context, Event, Permanent, Retry
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.inbox import dispatch
 from firstclaim.inbox.ledger import Claim, Ledger
+from firstclaim.operations.queries import Queries
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.epoch import Epoch
@@ -233,6 +235,7 @@ async def test_the_log_names_the_attempt(world: World, make: Callable[[Exception
     [line] = [each for each in logged if each["event"] == "handler_failed"]
     assert line.pop("handler").startswith(f"{__name__}.")
     assert line.pop("error").startswith("RuntimeError at test_dispatch.py:")
+    assert re.fullmatch(r"tests/integration/test_dispatch\.py:\d+ in .*function", line.pop("frames")[0])
     assert line == {
         "event": "handler_failed",
         "log_level": "warning",
@@ -240,6 +243,19 @@ async def test_the_log_names_the_attempt(world: World, make: Callable[[Exception
         "type": claim.type,
         "attempt": 1,
     }
+
+
+@both
+async def test_the_attempt_keeps_its_frames(world: World, make: Callable[[Exception], Function]) -> None:
+    """Where it was raised, the user's frames first, with its causes, and no message but the error's own."""
+    error = RuntimeError("boom")
+    error.__cause__ = ValueError("c4n4rypw")
+    row = await fails(world, make(error), "RuntimeError: boom")
+    assert row["last_error"] == "RuntimeError: boom"
+    [attempt] = await Queries(world.database).attempts(row["event_id"])  # type: ignore[arg-type]
+    assert attempt.error == "RuntimeError: boom"
+    assert re.fullmatch(r"tests/integration/test_dispatch\.py:\d+ in .*function", attempt.frames[0])
+    assert attempt.frames[-1] == "caused by: ValueError"
 
 
 async def test_failing_for_three_days_is_dead(world: World) -> None:

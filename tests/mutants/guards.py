@@ -170,8 +170,8 @@ MUTANTS = (
         "a-failure-is-not-noted",
         "Each attempt that did not succeed is noted in the statement that charges it.",
         "_with_attempt",
-        "clock_timestamp(), last_error FROM changed",
-        "clock_timestamp(), last_error FROM changed WHERE false",
+        "clock_timestamp(), CAST(:error AS text) FROM changed",
+        "clock_timestamp(), CAST(:error AS text) FROM changed WHERE false",
         "integration/test_ledger.py::test_each_attempt_that_did_not_succeed_is_noted",
     ),
     TextMutant(

@@ -201,7 +201,18 @@ def test_all_faults_of_all_modules_at_once(module: Write) -> None:
 def test_an_import_error_is_shown_without_secrets(module: Write) -> None:
     """The message of a failed import is shown redacted, because it may hold the password of a database."""
     [fault] = faults(module("shop_tells", "raise OSError('postgresql://shop:hunter2@db/shop is down')"))
-    assert fault.endswith("OSError: postgresql://[redacted]@db/shop is down")
+    assert "OSError: postgresql://[redacted]@db/shop is down" in fault
+
+
+def test_an_import_error_has_its_place(module: Write) -> None:
+    """The user's innermost file and line, also where the module that fails is imported by the one that is named."""
+    module("shop_inner", "\nimport shop_away")
+    [fault] = faults(module("shop_outer", "import shop_inner"))
+    assert fault.endswith("No module named 'shop_away' (at shop_inner.py:3)")
+    [fault] = faults(module("shop_typo", "x = (\n"))
+    assert "(at shop_typo.py:" in fault
+    [fault] = faults("shop_missing")
+    assert fault.endswith("No module named 'shop_missing'")
 
 
 def test_a_module_that_exits_is_a_fault(module: Write) -> None:

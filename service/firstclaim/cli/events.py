@@ -129,6 +129,8 @@ def show(
     print_text("")
     for entry in timeline(event, attempts, actions):
         print_field(f"{entry.at:%Y-%m-%d %H:%M:%S.%f}"[:-3], entry.text)
+        for frame in entry.frames:
+            print_field("", f"  {frame}")
     if payload:
         print_text("")
         print_text(printable(text or "The payload was pruned."))

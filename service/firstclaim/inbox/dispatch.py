@@ -32,7 +32,8 @@ from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.slots import Place, Slots
 from firstclaim.inbox.transaction_watch import TransactionEnded, TransactionWatch
 from firstclaim.observability import metrics, tracing
-from firstclaim.observability.redaction import class_name, describe_error, is_a, redacted_error
+from firstclaim.observability.frames import failure_report, frames
+from firstclaim.observability.redaction import class_name, describe_error, is_a
 from firstclaim.outcome import Outcome
 from firstclaim.postgres.handler_connections import HandlerConnections
 from firstclaim.registry import Handler
@@ -127,7 +128,8 @@ class Dispatcher:
         return result
 
     def _note_failed(self, claim: Claim, handler: Handler, result: Failed) -> None:
-        log.warning("handler_failed", **_names(claim, handler), error=describe_error(result.error))
+        error = result.error
+        log.warning("handler_failed", **_names(claim, handler), error=describe_error(error), frames=frames(error))
         if result.running is None or handler.is_async:
             return
         if result.hung:
@@ -188,19 +190,19 @@ class Dispatcher:
             return outcome.failed(claim.attempt, dead=True)
         decided = decision(error)
         if decided is not None and is_a(decided, Permanent):
-            await self._ledger.kill_if_held(claim, redacted_error(error))
+            await self._ledger.kill_if_held(claim, failure_report(error))
             return outcome.dead(claim.event_id, claim.attempt)
         wait = _requested_wait(decided) if decided is not None and is_a(decided, Retry) else None
         if wait is None:
             wait = self._backoff.after(claim.failures + 1)
-        status = await self._ledger.fail_if_held(claim, redacted_error(error), due_in_seconds=wait)
+        status = await self._ledger.fail_if_held(claim, failure_report(error), due_in_seconds=wait)
         if status is Status.FAILED:
             await self._claims.forget(claim)
         return outcome.failed(claim.attempt, dead=status is Status.DEAD)
 
     async def _settle_hung(self, claim: Claim, error: Exception) -> Outcome:
         """A thread ignores its deadline and keeps its slot. Only a restart ends it: the event counts as abandoned."""
-        status = await self._ledger.abandon_if_held(claim, redacted_error(error))
+        status = await self._ledger.abandon_if_held(claim, failure_report(error))
         if status is Status.PENDING:
             await self._claims.forget(claim)
         return outcome.failed(claim.attempt, dead=status is Status.DEAD)

@@ -212,13 +212,17 @@ RETURNING true
 """)
 
 
+# Of a report of several lines (`failure_report`) the event keeps the first, and the attempt all of them.
+_FIRST_LINE = "split_part(CAST(:error AS text), chr(10), 1)"
+
+
 def _with_attempt(change: str) -> str:
     """`change` and a row for the attempt that did not succeed, in one statement: never one without the other."""
     return f"""
 WITH changed AS ({change}RETURNING *
 ), noted AS (
     INSERT INTO stripe_event_attempts (event_id, attempt, outcome, process, began_at, ended_at, error)
-    SELECT event_id, attempt, status, claimed_by, claimed_at, clock_timestamp(), last_error FROM changed
+    SELECT event_id, attempt, status, claimed_by, claimed_at, clock_timestamp(), CAST(:error AS text) FROM changed
     ON CONFLICT DO NOTHING
 )
 SELECT status FROM changed
@@ -226,9 +230,9 @@ SELECT status FROM changed
 
 
 FAIL = statement(
-    _with_attempt("""
+    _with_attempt(f"""
 UPDATE stripe_events
-   SET failures = failures + 1, last_error = :error,
+   SET failures = failures + 1, last_error = {_FIRST_LINE},
        status = CASE WHEN clock_timestamp() >= give_up_at THEN 'dead' ELSE 'failed' END,
        settled_at = CASE WHEN clock_timestamp() >= give_up_at THEN clock_timestamp() END,
        due_at = clock_timestamp() + make_interval(secs => :due_in)
@@ -237,9 +241,9 @@ UPDATE stripe_events
 )
 
 KILL = statement(
-    _with_attempt("""
+    _with_attempt(f"""
 UPDATE stripe_events
-   SET status = 'dead', failures = failures + 1, last_error = :error, settled_at = clock_timestamp()
+   SET status = 'dead', failures = failures + 1, last_error = {_FIRST_LINE}, settled_at = clock_timestamp()
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
 """)
 )
@@ -247,12 +251,12 @@ UPDATE stripe_events
 # An attempt that cannot be ended is charged as one whose process vanished.
 ABANDON = statement(f"""
 WITH changed AS (
-    UPDATE stripe_events SET {_ABANDONED}, last_error = :error
+    UPDATE stripe_events SET {_ABANDONED}, last_error = {_FIRST_LINE}
      WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
     RETURNING *
 ), noted AS (
     INSERT INTO stripe_event_attempts (event_id, attempt, outcome, process, began_at, ended_at, error)
-    SELECT event_id, attempt, 'abandoned', claimed_by, claimed_at, clock_timestamp(), last_error FROM changed
+    SELECT event_id, attempt, 'abandoned', claimed_by, claimed_at, clock_timestamp(), CAST(:error AS text) FROM changed
     ON CONFLICT DO NOTHING
 )
 SELECT status FROM changed

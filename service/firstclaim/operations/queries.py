@@ -131,7 +131,7 @@ class AttemptRow:
     """An attempt that did not succeed: `failed`, `dead` (its failure was final) or `abandoned`.
 
     `began_at` is when it was claimed, and `process` (`host:pid`) what claimed it; None if an older build did not record
-    it.
+    it. `frames` are lines (`firstclaim.observability.frames`): where the error was raised, and its causes.
     """
 
     attempt: int
@@ -140,6 +140,7 @@ class AttemptRow:
     began_at: datetime | None
     ended_at: datetime
     error: str
+    frames: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,7 @@ class TimelineEntry:
     at: datetime
     kind: str
     text: str
+    frames: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +194,7 @@ class Queries:
 
     async def attempts(self, event_id: str) -> list[AttemptRow]:
         """The attempts that did not succeed, the oldest first."""
-        return [AttemptRow(**row) for row in await self._fetch(_ATTEMPTS, event_id=event_id)]
+        return [_attempt_row(**row) for row in await self._fetch(_ATTEMPTS, event_id=event_id)]
 
     async def actions_on(self, event_id: str) -> list[dict[str, Any]]:
         """The actions of operators that named the event's id, the oldest first: `at`, `operator`, `action`."""
@@ -217,6 +219,11 @@ def event_row(row: Mapping[str, Any]) -> EventRow:
     return EventRow(**{**row, "status": Status(row["status"])})
 
 
+def _attempt_row(error: str, **columns: Any) -> AttemptRow:
+    first, *frames = error.split("\n")
+    return AttemptRow(**columns, error=first, frames=frames)
+
+
 def timeline(
     event: EventRow, attempts: Sequence[AttemptRow], actions: Sequence[Mapping[str, Any]]
 ) -> list[TimelineEntry]:
@@ -229,7 +236,7 @@ def timeline(
         lasted = "" if each.began_at is None else f" after {(each.ended_at - each.began_at).total_seconds():.2f} s"
         process = "" if each.process is None else f" on {each.process}"
         text = f"attempt {each.attempt}{process}: {each.outcome}{lasted}: {each.error}"
-        entries.append(TimelineEntry(each.ended_at, each.outcome, text))
+        entries.append(TimelineEntry(each.ended_at, each.outcome, text, each.frames))
     entries += [
         TimelineEntry(each["at"], each["action"], f"{each['action']} by {each['operator']}") for each in actions
     ]
