@@ -12,7 +12,7 @@ import os
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,8 @@ import asyncpg
 import orjson
 from pydantic import SecretStr
 from sqlalchemy import CursorResult, Executable
-from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
+from sqlalchemy.orm import Session
 
 from firstclaim.embedded.data_folder import servers
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable, Rejected
@@ -120,7 +121,7 @@ class Transaction:
         """
         call = HandlerCall(Handler(event.type, handler), deadline_seconds)
         try:
-            async with self._savepoint() as connection:
+            async with self.use() as connection:
                 try:
                     action = await call_handler(call, event, attempt, connection, deadline_seconds)
                 finally:
@@ -137,20 +138,28 @@ class Transaction:
 
     async def fetch(self, sql: str, *values: Any) -> list[Any]:
         """Run one statement on the driver, as `Context.fetch` does, and return its rows."""
-        async with self._savepoint():
+        async with self.use():
             return list(await self._driver.fetch(sql, *values))
 
     @asynccontextmanager
     async def connect(self) -> AsyncIterator[AsyncConnection]:
         """The transaction as an SQLAlchemy connection while the block runs: to arrange and to read with it."""
-        async with self._savepoint() as connection:
+        async with self.use() as connection:
             yield connection.connection
 
     @asynccontextmanager
-    async def _savepoint(self) -> AsyncIterator[HandlerConnection]:
+    async def session(self, **options: Any) -> AsyncIterator[AsyncSession]:
+        """A session of SQLAlchemy's ORM in the transaction while the block runs, as `Context.session`."""
+        async with self.use() as connection, connection.session(**options) as session:
+            yield session
+
+    @asynccontextmanager
+    async def use(self) -> AsyncIterator[HandlerConnection]:
         """A use of the connection as a handler has it, in a savepoint of this transaction."""
         if self._in_use:
-            raise RuntimeError("the transaction is in use: await one call, or leave the block of connect(), first")
+            raise RuntimeError(
+                "the transaction is in use: await one call, or leave the block of connect() or session(), first"
+            )
         if self._driver.is_closed() or not self._driver.is_in_transaction():
             raise LedgerUnavailable("this test's transaction is gone: a handler has ended it, or its connection")
         self._in_use = True
@@ -231,6 +240,27 @@ def _loop_thread() -> Iterator[_LoopThread]:
         thread.close()
 
 
+@contextmanager
+def _entered(loop: _LoopThread, block: AbstractAsyncContextManager[T]) -> Iterator[T]:
+    """An async block, entered and left on `loop`."""
+
+    async def enter() -> T:
+        return await block.__aenter__()
+
+    async def leave(error: BaseException | None) -> bool | None:
+        kind, traceback = (None, None) if error is None else (type(error), error.__traceback__)
+        return await block.__aexit__(kind, error, traceback)
+
+    value = loop.run(enter())
+    try:
+        yield value
+    except BaseException as error:
+        if not loop.run(leave(error)):
+            raise
+    else:
+        loop.run(leave(None))
+
+
 class SyncTransaction:
     """`Transaction` for sync tests. Async handlers run too, on the event loop of another thread."""
 
@@ -264,20 +294,20 @@ class SyncTransaction:
 
         return self._loop.run(execute())
 
+    @contextmanager
+    def session(self, **options: Any) -> Iterator[Session]:
+        """A session of SQLAlchemy's ORM in the transaction while the block runs, as `Context.sync_session`."""
+        run = self._loop.run
+        with _entered(self._loop, self._transaction.use()) as connection:
+            with run(connection.sync_session(run, **options)) as session:
+                yield session
+
 
 @contextmanager
 def sync_transaction(database_url: str) -> Iterator[SyncTransaction]:
     """As `transaction`, for sync tests."""
-    with _loop_thread() as loop:
-        opened = transaction(database_url)
-        try:
-            yield SyncTransaction(loop, loop.run(opened.__aenter__()))
-        finally:
-            loop.run(_leave(opened))
-
-
-async def _leave(opened: Any) -> None:
-    await opened.__aexit__(None, None, None)
+    with _loop_thread() as loop, _entered(loop, transaction(database_url)) as opened:
+        yield SyncTransaction(loop, opened)
 
 
 # -- a database ---------------------------------------------------------------------------------------

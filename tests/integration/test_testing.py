@@ -7,8 +7,9 @@ from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from firstclaim import Context, Event, Permanent, Retry, on
 from firstclaim.errors import FirstclaimError, HandlerRuleBroken, LedgerUnavailable
@@ -76,6 +77,72 @@ async def test_what_the_test_arranges_is_what_the_handler_finds(work: Transactio
         await connection.execute(text("INSERT INTO effects VALUES ('evt_1', 1, 1, '1')"))
     await work.fetch("INSERT INTO effects VALUES ('evt_2', 1, 1, '1')")
     assert await work.deliver(counts, EVENT) == "found_2"
+
+
+class Base(DeclarativeBase):
+    """The models of these tests."""
+
+
+class Access(Base):
+    """What a customer has paid for."""
+
+    __tablename__ = "access"
+    invoice: Mapped[str] = mapped_column(primary_key=True)
+    customer: Mapped[str]
+
+
+async def grants(event: Event, context: Context) -> None:
+    async with context.session() as session:
+        found = await session.get(Access, "in_1")
+        session.add(Access(invoice=str(event.object_id), customer=found.customer if found else "nobody"))
+
+
+def grants_in_thread(event: Event, context: Context) -> None:
+    with context.sync_session() as session:
+        found = session.get(Access, "in_1")
+        session.add(Access(invoice=str(event.object_id), customer=found.customer if found else "nobody"))
+
+
+@pytest.mark.parametrize("function", [grants, grants_in_thread])
+async def test_models_are_arranged_and_read_in_a_session(work: Transaction, function: Any) -> None:
+    """The ORM in the test and in the handler see each other's rows; an error in the test's block undoes its rows."""
+    await work.fetch("CREATE TABLE access (invoice text PRIMARY KEY, customer text NOT NULL)")
+    async with work.session() as session:
+        session.add(Access(invoice="in_1", customer="cus_1"))
+    await work.deliver(function, EVENT)
+
+    async def fails() -> None:
+        async with work.session() as session:
+            session.add(Access(invoice="in_2", customer="cus_2"))
+            await session.flush()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await fails()
+    async with work.session() as session:
+        found = (await session.scalars(select(Access.customer))).all()
+    assert found == ["cus_1", "cus_1"]
+
+
+@pytest.mark.parametrize("function", [grants, grants_in_thread])
+def test_a_sync_test_has_sessions_too(module_database: str, function: Any) -> None:
+    """The same without an event loop of the test's own."""
+    with sync_transaction(module_database) as work:
+        work.fetch("CREATE TABLE access (invoice text PRIMARY KEY, customer text NOT NULL)")
+        with work.session() as session:
+            session.add(Access(invoice="in_1", customer="cus_1"))
+        work.deliver(function, EVENT)
+
+        def fails() -> None:
+            with work.session() as session:
+                session.add(Access(invoice="in_2", customer="cus_2"))
+                session.flush()
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            fails()
+        with work.session() as session:
+            assert session.scalars(select(Access.customer)).all() == ["cus_1", "cus_1"]
 
 
 # -- what a handler raises ----------------------------------------------------------------------------
