@@ -298,9 +298,11 @@ class SyncTransaction:
     def session(self, **options: Any) -> Iterator[Session]:
         """A session of SQLAlchemy's ORM in the transaction while the block runs, as `Context.sync_session`."""
         run = self._loop.run
-        with _entered(self._loop, self._transaction.use()) as connection:
-            with run(connection.sync_session(run, **options)) as session:
-                yield session
+        with (
+            _entered(self._loop, self._transaction.use()) as connection,
+            run(connection.sync_session(run, **options)) as session,
+        ):
+            yield session
 
 
 @contextmanager
