@@ -1,1 +1,1 @@
-"""The HTTP endpoints. No unverified byte gets past this package."""
+"""The HTTP endpoints. A delivery leaves this package only once its signature is verified."""

@@ -1,8 +1,8 @@
 """GET /livez and /readyz.
 
-Guarantees: `/livez` uses no store. `/readyz` runs all health checks concurrently, each with a deadline, and answers
-within that deadline even if a check hangs. A check that hangs is neither cancelled nor started a second time. The body
-has one JSON line per check.
+Guarantees: `/livez` contacts no store. `/readyz` runs all health checks concurrently and answers within
+`PROBE_SECONDS`, even if a check hangs. A check that hangs is neither cancelled nor started a second time: later
+requests wait for the same run. The body has one JSON line per check.
 """
 
 import asyncio
@@ -79,7 +79,7 @@ class Liveness:
         self._slots = slots
 
     async def report(self, _request: Request) -> Response:
-        """Uses no store."""
+        """The answer. Contacts no store."""
         if self._slots.all_hung:
             body = b'{"status":"down","detail":"every handler slot is held by a thread past its deadline"}\n'
             return Response(body, 503, media_type="application/json")

@@ -1,9 +1,10 @@
 """GET /metrics: counters, health checks and the state of the ledger, in Prometheus' text format.
 
-Guarantees: the health checks are those of `/readyz`. The ledger is read on connections of its own, and its results are
-cached, however often Prometheus scrapes: open events for `_OPEN_SECONDS`, settled events (counted row by row) for
-`_SETTLED_SECONDS`. Each query runs for at most a twentieth of the time, and times out after `_TIMEOUT_SECONDS`. If the
-ledger cannot be read, its series are left out rather than reported with old values; `firstclaim_up` then says why.
+Guarantees: the health checks are those of `/readyz`. The ledger is read on connections of its own. The results are
+cached, so the load does not depend on how often Prometheus scrapes: open events for `_OPEN_SECONDS`, settled events
+(counted row by row) for `_SETTLED_SECONDS`, and each result for at least `_CACHE_FACTOR` times as long as its query
+took. A query times out after `_TIMEOUT_SECONDS`. If the ledger cannot be read, its series are left out instead of
+reported with old values, and `firstclaim_up` is 0 for the failed check.
 """
 
 import asyncio

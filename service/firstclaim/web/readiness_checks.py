@@ -14,7 +14,7 @@ _HUNG_NAMED = 5  # event ids in the detail
 def readiness_checks(
     shutdown: Shutdown, lock: Lock, ingest: Pool, recovery: Recovery, slots: Slots
 ) -> list[HealthCheck]:
-    """The checks, in the order of their lines. If Redis is unreachable, the service is `degraded`: it still records."""
+    """The checks, in the order of their lines. An unreachable Redis is `degraded`: events are still recorded."""
 
     async def process() -> Finding:
         return Finding(Health.DOWN, "draining") if shutdown.requested else Finding(Health.OK)

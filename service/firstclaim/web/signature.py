@@ -1,9 +1,9 @@
 """Verification of Stripe's signature over the raw body, before anything else is done with it.
 
-Guarantees: no store is contacted for a body whose signature is invalid, and no input raises anything but `Rejected`.
+Guarantees: a body without a valid signature reaches no store, and the only exception is `Rejected`, whatever the input.
 stripe-python's own check takes one secret, accepts timestamps in the future, and raises UnicodeDecodeError or TypeError
-for some inputs. This module adds: exactly one header, whose form is checked first; several secrets; a tolerance in both
-directions.
+for some inputs. This module therefore requires exactly one header, checks its form first, accepts several secrets, and
+applies the tolerance in both directions.
 """
 
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ import stripe
 
 from firstclaim.errors import Rejected, RejectedKind
 
-_Signature = stripe.WebhookSignature  # resolved once: the package imports it on every access
+_Signature = stripe.WebhookSignature  # kept here, because stripe-python imports it again at every access
 
-_MAX_ITEMS = 32  # more than the secrets that are ever rolled at once; it bounds the comparisons
+_MAX_ITEMS = 32  # of the header: more signatures than a roll of secrets needs; it bounds the comparisons
 
 
 def verify(body: bytes, headers: Sequence[str], secrets: Sequence[str], *, tolerance_seconds: int, now: float) -> None:
@@ -36,7 +36,7 @@ def verify(body: bytes, headers: Sequence[str], secrets: Sequence[str], *, toler
 
 
 def _timestamp(header: str) -> int:
-    """The only `t` of a header `t=<unix>,v1=<hex>[,...]`. Items of other schemes are ignored."""
+    """The timestamp of a header `t=<unix>,v1=<hex>[,...]`, which has exactly one. Other schemes than v1 are ignored."""
     items = header.split(",", _MAX_ITEMS)
     times = [item[2:] for item in items if item.startswith("t=")]
     well_formed = header.isascii() and len(items) <= _MAX_ITEMS and all("=" in item for item in items)
@@ -48,7 +48,7 @@ def _timestamp(header: str) -> int:
 def _signed_by(secret: str, body: str, header: str) -> bool:
     try:
         return bool(_Signature.verify_header(body, header, secret, tolerance=None))
-    except stripe.SignatureVerificationError:  # not chained: it holds the body and the header
+    except stripe.SignatureVerificationError:  # not raised further: it holds the body and the header
         return False
 
 

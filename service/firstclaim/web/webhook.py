@@ -1,8 +1,9 @@
 """The endpoint, by default POST /webhooks/stripe: reads a delivery, passes it on, and answers with the outcome.
 
-Guarantees: the signature is verified over the raw bytes before they are parsed. The size of the body is limited here
-(its time is limited by the HTTP protocol). Every answer has the same JSON fields. The table `STATUS` is the only place
-that turns an outcome into a status code. A 500 or 503 is always safe to retry.
+Guarantees: the signature is verified over the raw bytes before they are parsed. The size of a body is limited here, and
+the time that it may take in `firstclaim.server.protocol`. Every answer has the same JSON fields. The table `STATUS` is
+the only place that turns an outcome into a status code. A delivery that is answered with 500 or 503 can always be sent
+again.
 """
 
 import asyncio
@@ -38,7 +39,7 @@ STATUS: dict[Kind, tuple[int, bool]] = {  # (HTTP status, processed)
     Kind.DEAD: (200, False),
     Kind.UNAVAILABLE: (503, False),
 }
-_RETRY_AFTER_SECONDS = "5"  # shorter outages are not worth a retry; Stripe retries on its own schedule
+_RETRY_AFTER_SECONDS = "5"  # for proxies and other senders: Stripe retries on a schedule of its own
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class Webhook:
             return outcomes.unavailable("Shutting down")
 
     async def _read(self, headers: Headers, receive: Receive) -> bytes:
-        """The raw body, up to its maximum size. Raises `Rejected` (413) and `ClientDisconnect`."""
+        """The raw body. Raises `Rejected` (413) if it is too large, and `ClientDisconnect`."""
         if not _is_at_most(headers.get("content-length", "0").strip(" \t"), self.max_body_bytes):
             raise self._too_large()
         body, more = bytearray(), True
@@ -117,7 +118,7 @@ class Webhook:
 
 
 def _is_at_most(declared: str, limit: int) -> bool:
-    """Whether a Content-Length is a number of at most `limit`. A proxy in front of us may let malformed ones pass."""
+    """Whether a Content-Length is a number up to `limit`. (A proxy in front of the service may pass malformed ones.)"""
     return declared.isascii() and declared.isdigit() and len(declared) < 12 and int(declared) <= limit
 
 
