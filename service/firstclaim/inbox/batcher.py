@@ -1,9 +1,9 @@
 """Coalescing: concurrent calls share one round trip.
 
-Guarantees: when idle, a call is sent in the same turn of the event loop; while a batch is running, calls gather for the
-next one. If the running batch is late, the next one starts beside it, up to the maximum number of batches. Each caller
-gets the answer to its own item, or an error of its own. A caller that is cancelled disturbs no other, because a batch
-runs in a task of its own.
+Guarantees: while no batch is running, a call is sent in the same turn of the event loop. While one is running, calls
+gather for the next. If the running batch is late, the next one starts beside it, up to the maximum number of batches.
+Each caller gets the answer to its own item, or an error of its own. A batch runs in a task of its own, so a caller that
+is cancelled disturbs no other.
 """
 
 import asyncio

@@ -1,13 +1,14 @@
 """Both claims, always in this order: the Redis lock, then the ledger row.
 
-Guarantees: a `Claim` is returned only when both were made; every other result is an `Outcome` that promises a
-committed row, or nothing. A delivery without the lock never dispatches: it only records the event. The marker is
-written after the row's COMMIT is known, never before: a marker is a promise that the row exists and is owned.
+Guarantees: a `Claim` is returned only if both claims were made. Every other result is an `Outcome`, which promises
+either a committed row or nothing. A delivery without the lock never dispatches: it only records the event. The marker
+promises that the row exists and that somebody will finish it, so it is written once the row's COMMIT is known, and
+never before.
 
-Several builds with different handlers may share one ledger (a rolling deploy). An event is *wanted* if this process has
-a handler for it. An unfinished row is always one that its recorder wanted, and only a process that wants it takes it
-over; a process that does not want it records it as `ignored` and leaves no trace in Redis, so that the next delivery
-may reach a process that does.
+Several builds with different handlers may share one ledger (a rolling deploy). A process *wants* an event if it has a
+handler for it. The process that recorded an unfinished row wanted the event, and only a process that wants it takes it
+over. A process that does not want an event records it as `ignored` and leaves nothing in Redis: the next delivery may
+reach a process that wants it.
 """
 
 import asyncio
@@ -38,7 +39,7 @@ class LockAttempt:
 
 
 class Claims:
-    """The lock and the ledger as one."""
+    """Makes both claims."""
 
     def __init__(self, lock: Lock, ledger: Ledger, epoch: Epoch, *, lock_ttl_seconds: float) -> None:
         self._lock = lock
@@ -48,11 +49,11 @@ class Claims:
 
     @property
     def redis_unreachable(self) -> bool:
-        """Whether the last command to Redis failed, a moment ago."""
+        """Whether Redis failed a moment ago, so that no command is sent to it."""
         return self._lock.unreachable
 
     async def lock(self, event_id: str) -> LockAttempt:
-        """Request the lock: the one command that a duplicate of a recorded event costs."""
+        """Request the lock. For a duplicate of a recorded event, this one command is all that it costs."""
         token = self._lock.new_token()
         return LockAttempt(token, await self._lock.acquire(event_id, token, self._epoch.current))
 
@@ -61,9 +62,9 @@ class Claims:
     ) -> Claim | Outcome:
         """Claim or record a delivered event, after `lock`.
 
-        `unwanted` says why this process does not dispatch the event; None: it has a handler for it. Without a place
-        for a handler the event is recorded, and not claimed. Raises `LedgerUnavailable`: nothing is promised, and our
-        lock is released.
+        `unwanted` is the reason why this process does not dispatch the event, or None if it has a handler for it.
+        Without a place for the handler, the event is recorded and not claimed. Raises `LedgerUnavailable`: then nothing
+        is promised, and our lock is released.
         """
         match lock.reply, unwanted:
             case LockReply.RECORDED, _:
@@ -71,7 +72,8 @@ class Claims:
             case LockReply.HELD, None:
                 return await (self._claim if has_place else self._queue)(delivery, lock.token)
             case LockReply.BUSY, None:
-                # The holder meets our row and takes it over; if it died, the row is due when its lock has expired.
+                # The holder of the lock finds our row and takes it over. If it died, the row is due once its lock has
+                # expired.
                 return await self._record(
                     delivery, self._lock_ttl_seconds, recorded=outcome.duplicate(delivery.event.id)
                 )
@@ -85,10 +87,10 @@ class Claims:
                 return await self._ignore(delivery, lock, reason or "")
 
     async def recover(self, event_ids: Sequence[str]) -> tuple[list[Claim], list[str]]:
-        """Claim events that the ledger says are due; returns the claims, and the ids that another holds.
+        """Claim events that are due by the ledger. Returns the claims, and the ids of those that others hold.
 
-        A marker is no evidence here, because the ledger says that the work is due: it is replaced by the lock. While
-        Redis is unreachable nothing is claimed, and nothing is known of the others.
+        The lock replaces a marker: the ledger says that the work is due, so a marker does not count. Where Redis is
+        unreachable, an event is in neither list.
         """
         tokens = {event_id: self._lock.new_token() for event_id in event_ids}
         replies = await asyncio.gather(
@@ -115,7 +117,7 @@ class Claims:
         return list(claims.values()), busy + [event_id for event_id in locked if event_id not in claims]
 
     async def forget(self, claim: Claim) -> None:
-        """An attempt ended without settling the event: the next delivery must reach the ledger again."""
+        """Delete the marker after an attempt that did not settle the event: its next delivery must reach the ledger."""
         await self._lock.forget(claim.event_id, "", claim.epoch)
 
     # -- with the lock ----------------------------------------------------------------------------------
@@ -127,7 +129,7 @@ class Claims:
             if isinstance(row, ExistingRow) and row.status in (*TAKEABLE, Status.IGNORED):
                 row = await self._take_over(event_id, row)
         except BaseException:
-            # The next delivery must reach the ledger: whether this row exists is not known.
+            # It is unknown whether the row exists, so the next delivery must reach the ledger.
             await self._lock.forget(event_id, token, None)
             raise
         if isinstance(row, ExistingRow) and row.status is Status.IGNORED:
@@ -137,7 +139,7 @@ class Claims:
         return row if isinstance(row, Claim) else row.answer(event_id)
 
     async def _queue(self, delivery: Delivery, token: str) -> Outcome:
-        """Record for recovery, due now, because every place is taken. Its row is owned, so it gets a marker."""
+        """Record the event for recovery, due now, as every place is taken. It will be finished, so it is marked."""
         event_id = delivery.event.id
         try:
             row = await self._ledger.record(delivery, due_in_seconds=0)
@@ -151,10 +153,11 @@ class Claims:
         return row.answer(event_id) if isinstance(row, ExistingRow) else _QUEUED
 
     async def _take_over(self, event_id: str, row: ExistingRow) -> Claim | ExistingRow:
-        """Recorded without the lock, failed before, or ignored by another build: ours now, whatever its due_at.
+        """Take over a row that was recorded without the lock, has failed, or was ignored by another build.
 
-        If the row is skipped, another transaction has it at this moment: a recovery, or a build that ignores it. The
-        first owns the row, the second promised nothing: so an ignored row is read again.
+        Its `due_at` does not matter: a delivery need not wait for the backoff. A row that cannot be taken over is
+        locked by another transaction: of a process that recovers it, which will finish it, or of a build that ignores
+        it, which promises nothing. Hence an ignored row is read again.
         """
         claims = await self._ledger.take_over([event_id], ignored=True)
         metrics.taken_over["delivery"].inc(len(claims))
@@ -163,9 +166,9 @@ class Claims:
         return await self._ledger.find(event_id) or row if row.status is Status.IGNORED else row
 
     async def _ignore(self, delivery: Delivery, lock: LockAttempt, reason: str) -> Outcome:
-        """Record as `ignored`, settled: a build with a handler may take it over, or an operator replays it.
+        """Record the event as `ignored`. A build with a handler may take it over, and an operator may replay it.
 
-        The lock is released and no marker is written, for either would stop a delivery to such a build.
+        The lock is released and no marker is written: either would stop a delivery to such a build.
         """
         try:
             row = await self._ledger.ignore(delivery)
@@ -182,12 +185,12 @@ class Claims:
         row = await self._ledger.record(delivery, due_in_seconds=due_in_seconds)
         if isinstance(row, Recorded) or row.status in TAKEABLE:
             return recorded
-        if row.status is Status.IGNORED:  # by another build: without the lock it cannot be taken over
+        if row.status is Status.IGNORED:  # by another build, and only the holder of the lock may take it over
             return outcome.unavailable(_IGNORED_MEANWHILE)
         return row.answer(delivery.event.id)
 
     async def _answer_by_row(self, event_id: str) -> Outcome:
-        """Of an event that this process does not want: another has the lock and may want it, so nothing is inserted."""
+        """Answer for an event that this process does not want. The holder of the lock may want it: insert nothing."""
         row = await self._ledger.find(event_id)
         if row is None:
             return outcome.unavailable("Not recorded yet; deliver it again")
@@ -195,5 +198,5 @@ class Claims:
 
 
 def _answer_unwanted(event_id: str, row: ExistingRow) -> Outcome:
-    """For a process that does not want the event. Its recorder wants an unfinished one, and will finish it."""
+    """Answer for an event that this process does not want. The process that recorded it finishes an unfinished one."""
     return outcome.deferred(_WANTED_ELSEWHERE) if row.status in UNFINISHED else row.answer(event_id)

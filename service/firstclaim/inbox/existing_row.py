@@ -1,4 +1,4 @@
-"""Reading events from the ledger, as far as an answer may rest on what was read."""
+"""Reads events from the ledger for an answer that depends on them, so the read waits for replication."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ _SETTLED = {
 
 @dataclass(frozen=True, slots=True)
 class ExistingRow:
-    """A row that existed before."""
+    """A row that existed before the delivery."""
 
     status: Status
     attempt: int
@@ -32,9 +32,9 @@ class ExistingRow:
 
 
 async def find(connection: PinnedConnection, event_ids: Sequence[str]) -> dict[str, ExistingRow]:
-    """The rows of those events that the ledger has, by id, once they are replicated as a commit of now would be.
+    """The rows that the ledger has of these events, by id, once they are as well replicated as a new commit.
 
-    Raises `LedgerUnavailable` when that is not known.
+    Raises `LedgerUnavailable` if that is not known.
     """
     warnings = connection.warnings
     rows = await statements.FIND.fetch(connection, event_ids=event_ids)

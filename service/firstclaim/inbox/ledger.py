@@ -1,9 +1,9 @@
 """The durable record: everything that reads or changes the state of an event.
 
-Guarantees: no state is ever changed by id alone: names in `..._if_held` and every WHERE carry status and attempt,
-so that a process whose event was taken over changes nothing. A method that returns has committed (autocommit, one
-statement); one that raises `LedgerUnavailable` may have committed, and its caller must not promise anything. The clock
-is always the database's; intervals are parameters, in seconds.
+Guarantees: no state is changed by id alone. Every WHERE names status and attempt, so a process whose event was taken
+over changes nothing: the methods that depend on it are named `..._if_held`. A method that returns has committed
+(autocommit, one statement). One that raises `LedgerUnavailable` may have committed, and its caller must promise
+nothing. The clock is always the database's. Intervals are parameters, in seconds.
 """
 
 import asyncio
@@ -28,11 +28,11 @@ from firstclaim.postgres.epoch import read_epoch
 from firstclaim.postgres.pool import Pool
 from firstclaim.status import Status
 
-# Deliveries in one insert: a larger batch saves nothing more, and all of it waits for its slowest row.
+# Deliveries in one insert. A larger batch saves nothing more, and all its deliveries wait for its slowest row.
 _MAX_BATCH = 100
-# Concurrent inserts: two, so that one that waits for a row delays no other. The second starts only beside one that is
-# late, that is, slower than nearly all are: batches then fill better, and an event in a full insert costs half as much
-# as one alone.
+# Concurrent inserts. Two, so that an insert that waits for a row does not delay the next. The second starts only while
+# the first is late, that is, slower than nearly all inserts are. So batches fill better: an event in a full insert
+# costs half as much as an event alone.
 _PARALLEL_BATCHES = 2
 _LATE_SECONDS = 0.02
 # An insert waits at most this fraction of its timeout for a row that another transaction has changed: the rest of its
@@ -95,7 +95,8 @@ class HandlerTransaction:
     began_at: datetime
 
 
-# Of the copies of an event in one batch the first of these is inserted: one that may dispatch, one that wants it done.
+# If a batch has several copies of an event, the row of the first of these statuses is inserted: that of a delivery
+# which may dispatch, before one which records for recovery, before one which ignores.
 _PRECEDENCE = {Status.PROCESSING: 0, Status.PENDING: 1, Status.IGNORED: 2}
 
 
@@ -130,21 +131,21 @@ class Ledger:
     # -- inserting --------------------------------------------------------------------------------------
 
     async def claim(self, delivery: Delivery) -> Claim | ExistingRow:
-        """By the holder of the lock: the first insert may dispatch. Raises `LedgerUnavailable`."""
+        """Insert the event for dispatch. Only the holder of the lock may call it. Raises `LedgerUnavailable`."""
         return await self._inserts.call(NewRow(delivery, Status.PROCESSING, 1, self._lease_seconds))
 
     async def record(self, delivery: Delivery, *, due_in_seconds: float) -> Recorded | ExistingRow:
-        """For recovery, by a delivery that may not dispatch. Raises `LedgerUnavailable`."""
+        """Insert the event for recovery, because this delivery may not dispatch. Raises `LedgerUnavailable`."""
         row = await self._inserts.call(NewRow(delivery, Status.PENDING, 0, due_in_seconds))
         return row if isinstance(row, ExistingRow) else Recorded(row.epoch)
 
     async def ignore(self, delivery: Delivery) -> ExistingRow | None:
-        """Settled, because this process has no handler for it; None: it is recorded. Raises `LedgerUnavailable`."""
+        """Insert the event as `ignored`. Returns the row that was there, or None. Raises `LedgerUnavailable`."""
         row = await self._inserts.call(NewRow(delivery, Status.IGNORED, 1, 0))
         return row if isinstance(row, ExistingRow) else None
 
     async def _insert_batch(self, rows: Sequence[NewRow]) -> Sequence[Claim | ExistingRow | Exception]:
-        """Insert all of them in one statement; a fault of one row fails that row alone."""
+        """Insert all of them in one statement. If a row is at fault, only that row fails."""
         try:
             async with self._pool.acquire(self._timeout_seconds) as connection:
                 try:
@@ -153,7 +154,7 @@ class Ledger:
                     if len(rows) == 1:
                         return [LedgerUnavailable(describe(error))]
         except LedgerUnavailable as error:
-            # A timeout, ours or the server's: the waiting deliveries would wait as long again for a 503.
+            # After a timeout, ours or the server's, the deliveries that wait would wait as long again for a 503.
             if isinstance(error.__cause__, (TimeoutError, asyncpg.QueryCanceledError)):
                 self._inserts.refuse_waiting(error)
             raise
@@ -168,7 +169,7 @@ class Ledger:
     async def _insert(
         self, connection: PinnedConnection, rows: Sequence[NewRow]
     ) -> Sequence[Claim | ExistingRow | Exception]:
-        first: dict[str, NewRow] = {}  # of each event; a delivery that may dispatch before one that only records
+        first: dict[str, NewRow] = {}  # the row that is inserted, by event id
         for row in sorted(rows, key=lambda row: _PRECEDENCE[row.status]):
             first.setdefault(row.event_id, row)
         warnings = connection.warnings
@@ -199,7 +200,7 @@ class Ledger:
     async def take_over(self, event_ids: Sequence[str], *, ignored: bool = False) -> list[Claim]:
         """Claim those of `event_ids` that are `pending` or `failed` and that no transaction has locked.
 
-        `ignored`: also those that a build without a handler has recorded; for a delivery, never for recovery.
+        `ignored`: also those that a build without a handler has recorded. A delivery may do so, recovery never does.
         """
         async with self._pool.acquire(self._timeout_seconds) as connection:
             warnings = connection.warnings
@@ -227,14 +228,14 @@ class Ledger:
         return [ReturnedEvent(**{**row, "status": Status(row["status"])}) for row in rows]
 
     async def queues(self, *, abandoned: bool) -> list[Queue]:
-        """Of which types and modes anything is pending or failed: events never abandoned, or those that were."""
+        """The types and modes of pending and failed events: of those that were abandoned before, or of the others."""
         rows = await self._run(statements.QUEUES[abandoned])
         return [(row["type"], row["livemode"]) for row in rows]
 
     async def due(
         self, starts: Mapping[Queue, datetime | None], limit: int, left_out: Sequence[str] = (), *, abandoned: bool
     ) -> list[DueEvent]:
-        """`limit` due events of these queues, oldest first, each queue from its start on, and without `left_out`."""
+        """Up to `limit` due events of these queues, oldest first; each queue from its start on, without `left_out`."""
         if not starts:
             return []
         types, livemodes = zip(*starts, strict=True)
@@ -249,7 +250,7 @@ class Ledger:
         return [DueEvent(row["event_id"], (row["type"], row["livemode"]), row["due_at"]) for row in rows]
 
     async def give_up(self, queues: Collection[Queue], limit: int) -> list[DueEvent]:
-        """Make `dead` what nobody took of these queues until a day after its time to give up; returns those events."""
+        """Make events of these queues `dead` that nobody took until a day after their time to give up; returns them."""
         if not queues:
             return []
         types, livemodes = zip(*sorted(queues), strict=True)
@@ -264,7 +265,7 @@ class Ledger:
     # -- inside a handler's transaction ---------------------------------------------------------------
 
     async def hold(self, connection: PinnedConnection, claim: Claim) -> HandlerTransaction | None:
-        """Lock the claimed row, which begins the transaction; None: the claim was taken over."""
+        """Lock the claimed row, as the transaction's first statement. Returns None if the claim was taken over."""
         rows = await statements.HOLD.fetch(
             connection,
             event_id=claim.event_id,
@@ -288,21 +289,21 @@ class Ledger:
         )
         return bool(rows)
 
-    # -- after it -------------------------------------------------------------------------------------
+    # -- after a handler's transaction ----------------------------------------------------------------
 
     def connect_anew(self) -> None:
-        """Send the next statements on new connections: one was lost, and usually the others are lost with it."""
+        """Send the next statements on new connections: if one connection is lost, usually all are."""
         self._pool.discard_free()
 
     async def fail_if_held(self, claim: Claim, error: str, *, due_in_seconds: float) -> Status | None:
-        """This attempt failed: `failed`, or `dead` after its time to give up; None: no longer ours.
+        """The attempt failed: `failed`, or `dead` after the event's time to give up. None if the row is no longer ours.
 
-        Waits for a backend that is still committing this row, so it also settles an ambiguous COMMIT.
+        It waits for a backend that is still committing this row, so it also settles a COMMIT of unknown result.
         """
         return await self._settle(statements.FAIL, claim, error=error, due_in=due_in_seconds)
 
     async def abandon_if_held(self, claim: Claim, error: str) -> Status | None:
-        """This attempt goes on past its end and cannot be ended: charged as abandoned; None: no longer ours."""
+        """The attempt cannot be ended: it counts as abandoned. None if the row is no longer ours."""
         return await self._settle(
             statements.ABANDON,
             claim,
@@ -313,15 +314,15 @@ class Ledger:
         )
 
     async def kill_if_held(self, claim: Claim, error: str) -> Status | None:
-        """No retry will help: `dead`; None: no longer ours."""
+        """No retry will help: `dead`. None if the row is no longer ours."""
         return await self._settle(statements.KILL, claim, error=error)
 
     async def release_if_held(self, claim: Claim, *, due_in_seconds: float = 0) -> Status | None:
-        """Not begun, or interrupted by us: `pending`, nothing charged; None: no longer ours."""
+        """The attempt did not begin, or we interrupted it: `pending`, no charge. None if the row is no longer ours."""
         return await self._settle(statements.RELEASE, claim, due_in=due_in_seconds)
 
     async def find(self, event_id: str) -> ExistingRow | None:
-        """The event's row, replicated like a commit; or None."""
+        """The event's row, or None. Waits until it is replicated, as a COMMIT does."""
         async with self._pool.acquire(self._timeout_seconds) as connection:
             return (await find(connection, [event_id])).get(event_id)
 
@@ -330,9 +331,10 @@ class Ledger:
         await self._run(statements.END, pid=transaction.pid, xid=transaction.xid)
 
     async def committed(self, transaction: HandlerTransaction) -> bool:
-        """Whether a transaction was committed; no, if the server was started or crashed since.
+        """Whether the transaction was committed. False if the server was started or has crashed since.
 
-        Waits until it has ended. Raises `LedgerUnavailable` if it does not: its COMMIT may be waiting for the standby.
+        Waits until the transaction has ended. Raises `LedgerUnavailable` if it does not end: its COMMIT may be waiting
+        for the standby.
         """
         deadline = time.monotonic() + self._timeout_seconds
         while True:
@@ -349,7 +351,7 @@ class Ledger:
             await asyncio.sleep(_ENDED_POLL_SECONDS)
 
     async def _settle(self, statement: Statement, claim: Claim, **values: object) -> Status | None:
-        """Change the row if it is held; one that was returned as abandoned meanwhile is taken back first."""
+        """Change the row if we hold it. If it was returned as abandoned meanwhile, take it back first."""
         ours = {"event_id": claim.event_id, "attempt": claim.attempt}
         rows = await self._run(statement, **ours, **values)
         if not rows and await self._run(

@@ -1,14 +1,13 @@
-"""The fast first line: one Redis key per event id, `claimed:<token>` or `recorded:<epoch>`.
+"""The lock, which is the fast first check: one Redis key per event id, `claimed:<token>` or `recorded:<epoch>`.
 
 Guarantees: a lock is replaced or deleted only by a caller that knows its exact value (compare-and-set,
-compare-and-delete); one command decides a delivery; an outage costs one timeout per breaker window, not one
-per request. It guarantees nothing about effects: Redis may be flushed, frozen or failed over at any moment
-and no event is lost or processed twice, because the ledger is the only store that correctness depends on. So every
-error is the same value, `UNREACHABLE`, and the client never retries: if the library retried after a lost reply, the
-lock would look like another's.
+compare-and-delete). One command decides what to do with a delivery. An outage costs one timeout per breaker window, not
+one per request. Correctness does not depend on this module: Redis may be flushed, frozen or failed over at any moment,
+and no event is lost or processed twice, because the ledger decides. So every error is the same value, `UNREACHABLE`.
+The client never retries a command: after a lost reply, the retry would find our own lock and take it for another's.
 
-Only silence and refusals (OOM, READONLY, NOPERM, ...) open the breaker. Any other reply closes it, whatever the key
-holds: a single key of another type would otherwise keep it open for all.
+Only silence and refusals (OOM, READONLY, NOPERM, ...) open the breaker. Any other reply closes it, even an error about
+one key: otherwise a single key of another type would keep the breaker open for all events.
 """
 
 import asyncio
@@ -36,7 +35,7 @@ _CLAIMED = b"claimed:"
 _RECORDED = b"recorded:"
 # ValueError: the client raises it over an error reply that it cannot parse (a malformed MOVED).
 _UNREACHABLE_ERRORS = (RedisError, OSError, TimeoutError, ValueError)
-_MAX_BATCH = 200  # commands in one write: in a larger batch the first reply would wait too long for the last
+_MAX_BATCH = 200  # commands in one write; all their replies are awaited together, so a larger batch would be late
 
 _REPLIES: dict[str, tuple[type, ...]] = {
     "SET": (bytes, type(None)),
@@ -111,7 +110,7 @@ class Lock:
 
     @staticmethod
     def new_token() -> str:
-        """One for each lock attempt, so that a lock is never mistaken for a later one of the same process."""
+        """A new token for each attempt: a process never mistakes an earlier lock of its own for the current one."""
         return secrets.token_hex(8)
 
     @property
@@ -120,9 +119,9 @@ class Lock:
         return time.monotonic() < self._open_until
 
     async def acquire(self, event_id: str, token: str, epoch: str | None, *, over_marker: bool = False) -> LockReply:
-        """Try to lock. `epoch` is the ledger's current one; None, if it is unknown: then no marker counts.
+        """Try to lock. `epoch` is the ledger's current one, or None if it is unknown: then no marker counts.
 
-        `over_marker` is for recovery: the ledger says that the work is due, so a marker is no evidence against it.
+        `over_marker` is for recovery: the ledger says that the work is due, so the lock replaces a marker.
         """
         key, ours = self._key(event_id), _CLAIMED + token.encode()
         try:
@@ -136,11 +135,11 @@ class Lock:
             swapped = await self._call("EVAL", _SWAP, 1, key, current, ours, self._lock_ttl_ms)
         except LockUnavailable:
             return LockReply.UNREACHABLE
-        # Not swapped: the value changed between the two commands, so another delivery is at work on it right now.
+        # Not swapped: the value changed between the two commands, so another delivery is in flight.
         return LockReply.HELD if swapped else LockReply.BUSY
 
     async def mark_recorded(self, event_id: str, token: str, epoch: str | None) -> None:
-        """Replace our own lock by the marker, only once the row's COMMIT is known. A failure changes nothing."""
+        """Replace our own lock by the marker. Call it only once the row's COMMIT is known. A failure does no harm."""
         if epoch is None:
             return
         key, ours, marker = self._key(event_id), _CLAIMED + token.encode(), _RECORDED + epoch.encode()
@@ -165,7 +164,7 @@ class Lock:
         token = self.new_token()
         key, ours, marker = self._key(f"check/{token}"), _CLAIMED + token.encode(), _RECORDED + token.encode()
         await self._execute("SET", key, ours, "NX", "GET", "PX", self._lock_ttl_ms)
-        await self._execute("GET", key)  # the scripts need the right to it
+        await self._execute("GET", key)  # for the scripts, which run with the user's rights
         await self._execute("PTTL", key)
         await self._execute("DEL", key)
         await self._execute("SET", key, ours, "NX", "GET", "PX", self._lock_ttl_ms)
@@ -193,7 +192,7 @@ class Lock:
             try:
                 current: bytes | None = await self._call("SET", key, value, "NX", "GET", "PX", self._lock_ttl_ms)
             except _WrongTypeError:
-                # It concerns this one key, not the server: no value of ours is ever a list or a hash.
+                # A fault of this one key, not of the server: we never write a list or a hash, so delete it.
                 await self._call("DEL", key)
                 if last:
                     break
@@ -202,7 +201,7 @@ class Lock:
         raise LockUnavailable("the key keeps having the wrong type")
 
     async def _is_left_over(self, key: str) -> bool:
-        """Whether a lock has no TTL, or one above ours: no lock of ours looks like that."""
+        """Whether the lock cannot be one of ours, because it has no TTL or a longer one."""
         remaining = int(await self._call("PTTL", key))
         return remaining == -1 or remaining > self._lock_ttl_ms
 
@@ -211,8 +210,8 @@ class Lock:
             raise LockUnavailable("breaker open")
         if not self._tripped:
             return await self._execute(name, *arguments)
-        # The window is over: this one call probes, for the others the breaker stays open. A reply to an earlier command
-        # closes nothing: it says that a SET is accepted, and an EVAL sent with it was refused.
+        # The window is over: this call is the probe, and for all others the breaker stays open. Only a probe closes it,
+        # not a late reply to an earlier command: a SET may be accepted while the EVAL beside it is refused.
         self._open_until = time.monotonic() + self._breaker_seconds
         try:
             if self._probe_all:
@@ -242,29 +241,28 @@ class Lock:
         return reply
 
     async def _send(self, commands: Sequence[bytes]) -> Sequence[Any]:
-        """One round trip for all of them. If the connection is lost, each fails: none of them is sent again."""
+        """Send all of them in one round trip. If the connection is lost, all fail, and none is sent again."""
         try:
             await self._connect()
             async with asyncio.timeout(self._timeout_seconds):
                 await self._connection.send_packed_command(commands, check_health=False)
                 return [await self._reply() for _ in commands]
         except BaseException as error:
-            await self._connection.disconnect(nowait=True)  # a late reply on it would be taken for another command's
-            if isinstance(error, Exception):  # also for the waiting: else each batch waits for a timeout
+            await self._connection.disconnect(nowait=True)  # a late reply would be taken for that of a later command
+            if isinstance(error, Exception):  # refuse the waiting too, or each batch would wait for a timeout
                 self._commands.refuse_waiting(error)
             raise
 
     async def _connect(self) -> None:
-        """Connect unless connected. Each step may take the timeout: on a slow line they are several round trips."""
+        """Connect, unless connected. Each step may take the timeout: on a slow line, connecting is several steps."""
         connection = self._connection
         if connection.is_connected and await connection.can_read():  # closed while idle, or an unexpected reply
             await connection.disconnect(nowait=True)
         if not connection.is_connected:
             connection.socket_timeout = self._timeout_seconds
             await connection.connect()
-            connection.socket_timeout = (
-                None  # from now on one timeout covers all replies of a batch: one for each cost as much again
-            )
+            # From now on one timeout covers all replies of a batch. A timeout for each reply cost as much again.
+            connection.socket_timeout = None
 
     async def _reply(self) -> Any:
         try:
@@ -273,7 +271,7 @@ class Lock:
             return error
 
     def _trip(self, error: BaseException, command: str) -> None:
-        # OOM, READONLY and NOPERM are not connection errors, but no lock can be acquired either.
+        # Also for OOM, READONLY and NOPERM: the server answers, but it grants no lock.
         if not self._tripped:
             metrics.redis_outages.inc()
             pause = self._breaker_seconds
@@ -286,7 +284,7 @@ class Lock:
 
 
 class _AnsweredError(LockUnavailable):
-    """Redis answered, and no lock can be acquired on this one key."""
+    """Redis answered, but this one key cannot be locked."""
 
 
 class _WrongTypeError(_AnsweredError):

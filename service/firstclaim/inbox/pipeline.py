@@ -1,8 +1,8 @@
-"""The one path: deliveries and recovery both use it, and nothing else dispatches.
+"""The only path to a handler: deliveries and recovery both use it.
 
-Guarantees: an answer within the budget, and an honest one: past the budget, `deferred` only if the row's COMMIT is
-known. The work runs in a tracked task of its own, never in the request's: a client that disconnects cancels nothing,
-and a graceful shutdown waits for it, then releases what is left.
+Guarantees: a delivery is answered within the budget. If its work takes longer, the answer is `deferred` if the row's
+COMMIT is known, and `unavailable` if not. The work runs in a tracked task of its own, never in the request's: a client
+that disconnects cancels nothing, and a graceful shutdown waits for the work, then releases what is left.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ _LEDGER_UNREACHABLE = outcome.unavailable("The ledger cannot be reached")
 
 
 class Pipeline:
-    """Claims, then dispatches: `deliver` for one delivery, `recover` for what is due."""
+    """Claims an event, then dispatches it: `deliver` for one delivery, `recover` for due events."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Pipeline:
         return _counted(await self._answer(self._spawn(self._process(delivery, lock, flight)), flight), "ledger")
 
     async def _follow(self, event_id: str, leader: asyncio.Future[Claim | Outcome]) -> Outcome:
-        """The outcome of a copy whose leader is at its claims right now."""
+        """The outcome of a further copy, while the first one (the leader) makes its claims."""
         done, _ = await asyncio.wait({leader}, timeout=self._budget_seconds)
         if not done:
             return _NOT_IN_TIME
@@ -103,7 +103,7 @@ class Pipeline:
         return result
 
     async def _answer(self, work: asyncio.Task[Outcome], flight: Flight[Claim | Outcome]) -> Outcome:
-        """The outcome of `work`; past the budget, what is known by then."""
+        """The outcome of `work`. If the budget ends first: whether the row is recorded by then."""
         done, _ = await asyncio.wait({work}, timeout=self._budget_seconds)
         if done and not work.cancelled():
             return work.result()
@@ -134,26 +134,27 @@ class Pipeline:
             return _unavailable(error, event.id, event.type, "delivery_broke")
 
     def _reserve(self, event: Event) -> Place | None:
-        """A place for a handler; None: there is none, or a thread of this event still runs here past its deadline."""
+        """A place for a handler. None if none is free, or if a thread of this event still runs past its deadline."""
         return None if event.id in self._slots.hung else self._slots.reserve()
 
     # -- recovery ---------------------------------------------------------------------------------------
 
     async def return_abandoned(self, limit: int) -> None:
-        """Make events due again whose holder vanished. Raises `LedgerUnavailable`."""
+        """Make the events of vanished processes due again. Raises `LedgerUnavailable`."""
         for event in await self._ledger.return_abandoned(limit):
             log.warning("abandoned", **asdict(event))
             metrics.abandoned.inc()
 
     async def give_up_unwanted(self, limit: int) -> None:
-        """Make events `dead` that no build took, a day after their time to give up. Raises `LedgerUnavailable`."""
+        """Make events `dead` that no build has taken a day after their time to give up. Raises `LedgerUnavailable`."""
         for event in await self._backlog.give_up_unwanted(limit):
             log.warning("unwanted", event_id=event.event_id, type=event.queue[0])
 
     async def recover(self) -> bool:
         """Claim due events, as many as there are free places, and dispatch them.
 
-        At most one of them was abandoned before. Returns whether due events are left. Raises `LedgerUnavailable`.
+        At most one of them is an event that was abandoned before. Returns whether due events are left. Raises
+        `LedgerUnavailable`.
         """
         if self._claims.redis_unreachable or self._draining:
             return False
@@ -166,8 +167,8 @@ class Pipeline:
         if self._slots.previously_abandoned_free:
             previously_abandoned = await self._backlog.look(1, abandoned=True, left_out=hung)
             chosen = previously_abandoned[:1] + chosen[: free - len(previously_abandoned[:1])]
-        # In a task of its own: if recovery is cancelled here, the new claims are dispatched or released. Otherwise they
-        # would count as abandoned when their lease is over.
+        # In a task of its own, so that claims which are made while recovery is cancelled here are dispatched or
+        # released. Otherwise they would count as abandoned when their lease is over.
         await asyncio.shield(self._spawn(self._take_up(chosen)))
         self._slots.backlog = len(due) > free
         return self._slots.backlog
@@ -181,7 +182,7 @@ class Pipeline:
         await self._slots.wait_for_work()
 
     async def _take_up(self, event_ids: Sequence[str]) -> None:
-        """Claim these events and dispatch them; what cannot be claimed is left out of the next looks."""
+        """Claim these events and dispatch them. Those that cannot be claimed are left out for a lock's TTL."""
         places = [Place(self._slots, for_delivery=False) for _ in event_ids]
         try:
             claims, held_by_others = await self._claims.recover(event_ids)
@@ -220,7 +221,7 @@ class Pipeline:
         return await self._dispatch(claim, event, self._routes.find(event), place)
 
     async def _dispatch(self, claim: Claim, event: Event, handler: Handler | str, place: Place) -> Outcome:
-        if isinstance(handler, str):  # never claimed, unless the row has another type or mode than its payload
+        if isinstance(handler, str):  # only if the row has another type or mode than its payload
             return await self._kill(claim, place, f"its payload is not the event of its row: {handler}")
         return await self._dispatcher.run(claim, event, handler, place)
 
@@ -234,10 +235,10 @@ class Pipeline:
     # -- shutdown ---------------------------------------------------------------------------------------
 
     async def drain(self, seconds: float) -> None:
-        """Take nothing new, give running work `seconds` to end, then release the rest without a charge."""
+        """Accept no new work, wait up to `seconds` for running work, then release the rest without a charge."""
         self._draining = True
         deadline = time.monotonic() + seconds
-        while self._tasks:  # repeatedly: recovery may be claiming in one of them, and then begins more
+        while self._tasks:  # repeatedly: a task in which recovery claims events starts further tasks
             await asyncio.wait(self._tasks, timeout=max(0, deadline - time.monotonic()))
             if time.monotonic() >= deadline:
                 break
@@ -255,7 +256,7 @@ class Pipeline:
         return self._dispatcher.unstarted
 
     async def release_unstarted(self, claims: Sequence[Claim]) -> None:
-        """Release claims of `unstarted`, without a charge; what cannot be released is left to recovery."""
+        """Release claims that `unstarted` returned, without a charge. Recovery gets those that cannot be released."""
         await self._dispatcher.release_unstarted(claims)
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -266,7 +267,7 @@ class Pipeline:
 
 
 def _unavailable(error: BaseException, event_id: str, event_type: str, log_event: str) -> Outcome:
-    """Nothing is promised after `error`: Stripe and recovery will both try again. Raises a cancellation again."""
+    """The outcome after `error`: nothing is promised, so Stripe retries. A cancellation is raised again."""
     if isinstance(error, LedgerUnavailable):
         log.warning("ledger_unavailable", event_id=event_id, type=event_type, error=str(error))
         return _LEDGER_UNREACHABLE
@@ -282,7 +283,7 @@ def _give_back(place: Place | None) -> None:
 
 
 def _counted(result: Outcome, stopped_by: metrics.StoppedBy) -> Outcome:
-    """`result`, counted if it is a duplicate."""
+    """Count `result` if it is a duplicate, and return it."""
     if result.kind is Kind.DUPLICATE:
         metrics.duplicates[stopped_by].inc()
     return result

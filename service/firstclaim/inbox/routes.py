@@ -1,7 +1,7 @@
 """Which events this process wants, and the handler of each.
 
-Guarantees: one place decides it, for deliveries, recovery and reconcile alike. Another build on the same ledger may
-decide differently; see `firstclaim.inbox.claims`.
+Guarantees: deliveries, recovery and reconcile decide it in the same way. Another build on the same ledger may decide
+differently: see `firstclaim.inbox.claims`.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ Livemode = Literal["any", "live", "test"]
 
 @dataclass(frozen=True, slots=True)
 class Routes:
-    """The handlers of this process, for the mode of events that it takes."""
+    """The handlers of this process, and the mode of the events that it takes."""
 
     registry: Registry
     livemode: Livemode

@@ -1,7 +1,7 @@
 """Concurrent deliveries of one event in this process: the first makes the claims, the others wait for its result.
 
-Guarantees: per event at most one delivery of a process is between lock and row. A follower gets the leader's result or
-its failure, never silence: a flight that has begun always ends, and the next delivery begins one of its own.
+Guarantees: of each event, at most one delivery in this process is between lock and row: the leader. Each follower gets
+the leader's result or its failure, because a flight that has begun always ends. The next delivery then begins another.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Flight(Generic[T]):
-    """The claims of one delivery, from the lock attempt to the committed row. It ends once: later calls do nothing."""
+    """The claims of one delivery, from the lock attempt to the committed row. Only the first end counts."""
 
     def __init__(self, flights: "SingleFlight[T]", event_id: str) -> None:
         self._flights = flights
@@ -26,10 +26,10 @@ class Flight(Generic[T]):
             self.result.set_result(result)
 
     def fail(self, error: BaseException) -> None:
-        """Tell the followers that nothing is promised: they see a `LedgerUnavailable`."""
+        """Raise `LedgerUnavailable` to the followers: nothing is promised."""
         if self._leave():
             self.result.set_exception(LedgerUnavailable(str(error) or type(error).__name__))
-            self.result.exception()  # retrieved: often there is no follower
+            self.result.exception()  # marks it as retrieved, because there may be no follower
 
     def _leave(self) -> bool:
         self._flights.remove(self._event_id)
@@ -43,15 +43,15 @@ class SingleFlight(Generic[T]):
         self._flights: dict[str, Flight[T]] = {}
 
     def begin(self, event_id: str) -> Flight[T]:
-        """Lead: the caller ends the flight, whatever happens."""
+        """Begin a flight as its leader. The caller must end it, whatever happens."""
         flight = self._flights[event_id] = Flight(self, event_id)
         return flight
 
     def current(self, event_id: str) -> "asyncio.Future[T] | None":
-        """The result to wait for, or None: nobody leads. Never cancel it: others wait for it too."""
+        """The leader's result, or None if there is no leader. Never cancel it: other followers wait for it too."""
         flight = self._flights.get(event_id)
         return None if flight is None else flight.result
 
     def remove(self, event_id: str) -> None:
-        """End of a flight: the next delivery leads."""
+        """Remove a flight that has ended: the next delivery is a leader."""
         self._flights.pop(event_id, None)

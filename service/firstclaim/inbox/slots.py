@@ -1,10 +1,10 @@
 """The handler slots of one process, and the places of the claims that wait for one.
 
-Guarantees: at most `size` handlers run at once, and at most twice as many claims are held: a delivery that gets no
-place is not claimed. So memory is bounded, and a crash abandons at most twice the slots. While there is a backlog,
-deliveries leave half of the slots to recovery: without that, at a load just above capacity, the oldest event would wait
-without bound. Of the events that were abandoned before, one at a time: such an event may end the process again, and
-then it takes as few others with it as possible.
+Guarantees: at most `size` handlers run at once, and the process holds at most twice as many claims: a delivery that
+gets no place is not claimed. So memory is bounded, and a crash abandons at most twice as many events as there are
+slots. While there is a backlog, deliveries leave half of the slots to recovery: otherwise, at a load just above
+capacity, the oldest event would wait without bound. Of the events that were abandoned before, only one runs at a time:
+it may end the process again, and then as few other events as possible are abandoned with it.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class Place:
-    """The right of one claim to a slot: reserved, then waiting, then running. `release` ends it."""
+    """The place of one claim, from its reservation until `release`: it waits for a slot (`enter`), then occupies it."""
 
     def __init__(self, slots: "Slots", *, for_delivery: bool) -> None:
         self._slots = slots
@@ -23,7 +23,7 @@ class Place:
         slots.count(for_delivery=for_delivery, change=1)
 
     async def enter(self, *, previously_abandoned: bool, timeout_seconds: float) -> bool:
-        """Wait for a slot; False: there was none within `timeout_seconds`."""
+        """Wait for a slot. Returns whether there was one within `timeout_seconds`."""
         gates = self._slots.gates(previously_abandoned=previously_abandoned)
         full = any(gate.locked() for gate in gates)
         try:
@@ -38,7 +38,7 @@ class Place:
     def release(self, running: asyncio.Future[Any] | None = None) -> None:
         """Free the place, now or when `running` ends: a handler that ignores the end of its attempt keeps its slot.
 
-        The turn of previously abandoned events is free at once: the next one does not wait for such a handler.
+        The next event that was abandoned before may run at once: it does not wait for such a handler.
         """
         if self._slots.previously_abandoned in self._entered:
             self._entered.remove(self._slots.previously_abandoned)
@@ -74,14 +74,14 @@ class Slots:
         self._capacity.set()
 
     def reserve(self) -> Place | None:
-        """A place for a delivery; None: it could not start soon, so it is recorded for recovery."""
+        """A place for a delivery. None if it could not start soon: then it is recorded for recovery."""
         limit = self.size // 2 if self.backlog else 2 * self.size
         if self._deliveries < limit and self._deliveries + self._recovered < 2 * self.size:
             return Place(self, for_delivery=True)
         return None
 
     def overflowed(self) -> None:
-        """A delivery was recorded without a place: there is a backlog, and recovery works on it as soon as it can."""
+        """Note that a delivery was recorded without a place: there is a backlog, so recovery is woken."""
         self.backlog = True
         self.work.set()
 
@@ -106,20 +106,20 @@ class Slots:
 
     @property
     def all_hung(self) -> bool:
-        """Whether every slot is held by a thread that ignores its deadline: only a restart helps."""
+        """Whether every slot is held by a thread that ignores its deadline: then only a restart helps."""
         return len(self.hung) >= self.size
 
     def hang(self, event_id: str, running: asyncio.Future[Any]) -> None:
-        """A thread ignores its deadline: its event is not tried again in this process while it lives."""
+        """Note that a thread ignores its deadline: while it runs, this process does not try its event again."""
         self.hung[event_id] = running
         running.add_done_callback(lambda _: self.hung.pop(event_id, None))
 
     def gates(self, *, previously_abandoned: bool) -> list[asyncio.Semaphore]:
-        """What a claim has to pass, in this order."""
+        """The semaphores that a claim acquires, in this order."""
         return [self.previously_abandoned, self._slots] if previously_abandoned else [self._slots]
 
     def count(self, *, for_delivery: bool, change: int) -> None:
-        """A place was reserved (1) or released (-1)."""
+        """Count a place that was reserved (`change` 1) or released (-1)."""
         if for_delivery:
             self._deliveries += change
         else:

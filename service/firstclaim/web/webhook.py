@@ -39,7 +39,7 @@ STATUS: dict[Kind, tuple[int, bool]] = {  # (HTTP status, processed)
     Kind.DEAD: (200, False),
     Kind.UNAVAILABLE: (503, False),
 }
-_RETRY_AFTER_SECONDS = "5"  # for proxies and other senders: Stripe retries on a schedule of its own
+_RETRY_AFTER_SECONDS = "5"  # sooner, a retry would meet the same outage (Stripe retries on a schedule of its own)
 
 
 @dataclass(frozen=True, slots=True)
