@@ -1,9 +1,9 @@
 """One attempt at an event: one connection, one transaction, one call of its handler.
 
-Guarantees: the row is locked first and marked last, in the transaction that holds the handler's SQL, so that
-effects and completion mark commit together or not at all. At its deadline, or once it is seen that the handler has
-ended its transaction by itself, the attempt is over and its connection is terminated, whatever the handler does. Every
-way in which an attempt can end is one of `AttemptResult`; what the ledger then says is the dispatcher's decision.
+Guarantees: the transaction that holds the handler's SQL locks the row first and marks it last, so that effects and
+completion mark commit together or not at all. The attempt ends at its deadline, or once the handler is seen to have
+ended its transaction itself: then its connection is terminated, whatever the handler does. Every way in which an
+attempt can end is one of `AttemptResult`. The dispatcher decides what the ledger then says.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ class NotStarted:
 
 @dataclass(frozen=True, slots=True)
 class CommitUnknown:
-    """COMMIT was sent, and the reply is not its success."""
+    """COMMIT was sent, and its success was not confirmed."""
 
     action: str
     error: str
@@ -55,8 +55,9 @@ class CommitUnknown:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The handler failed. `effects_committed`: a retry would repeat them; None: the database cannot say.
+    """The handler failed.
 
+    `effects_committed`: its effects are committed, so a retry would repeat them; None if the database cannot say.
     `running`: the handler's task or thread, if it ignores the end of its attempt. `hung`: it is a thread that ignores
     its deadline, and only the end of the process can end it.
     """
@@ -134,7 +135,7 @@ class Attempt:
             marked = await self.ledger.complete_if_held(connection.driver, self.claim, transaction, action)
         except asyncpg.InFailedSQLTransactionError as error:
             raise HandlerRuleBroken(SWALLOWED) from error
-        if not marked:  # no longer the transaction that was begun
+        if not marked:  # it is not in the transaction that was begun for it
             raise TransactionEnded
 
     async def _commit(self, connection: HandlerConnection, action: str) -> Committed | CommitUnknown:
@@ -164,7 +165,7 @@ class Attempt:
         return Interrupted(committed, call.running)
 
     async def _is_committed(self, transaction: HandlerTransaction) -> bool | None:
-        """Whether it was; None: the database cannot say. A shutdown may cancel the query, which is then repeated."""
+        """Whether it was committed, or None if the database cannot say. A query that a shutdown cancels is repeated."""
         for _ in range(2):
             try:
                 return await self.ledger.committed(transaction)
@@ -175,7 +176,7 @@ class Attempt:
         return None
 
     async def _terminate(self, connection: HandlerConnection, transaction: HandlerTransaction, *, lost: bool) -> None:
-        """End the transaction on both sides, whatever the handler and the server do in it."""
+        """Close the connection and end the transaction on the server, whatever the two are doing."""
         await connection.discard(lost=lost)
         with contextlib.suppress(LedgerUnavailable):  # then the server's own timeouts end it
             await self.ledger.end(transaction)
@@ -185,7 +186,7 @@ class Attempt:
             await connection.roll_back(self.postgres_timeout_seconds)
             await self.connections.release(connection)
         except (*UNAVAILABLE, LedgerUnavailable, asyncio.CancelledError) as error:
-            # The handler closed it, or left a statement running on it: the backend may still hold the row's lock.
+            # The handler closed it, or left a statement running on it. The backend may still hold the row's lock.
             lost = not isinstance(error, asyncio.CancelledError | asyncpg.InterfaceError)
             if transaction is None:
                 await connection.discard(lost=lost)
@@ -212,9 +213,9 @@ async def call_handler(
 
 
 def _is_in_no_transaction(connection: HandlerConnection) -> bool:
-    """Not even in a failed one: since the handler ended its own, each of its statements has committed."""
+    """Whether the connection is outside any transaction: the handler ended its own, and later statements commit."""
     try:
         driver = connection.driver
-    except LedgerUnavailable:  # a lost connection committed nothing more
+    except LedgerUnavailable:  # the connection is lost, so nothing more was committed on it
         return False
     return not driver.is_in_transaction()

@@ -1,13 +1,14 @@
 """The events that are due, and which of them a round of recovery tries to claim.
 
-Guarantees: the head of the queue blocks nobody. Half of the candidates are the oldest, the others a random sample of
-the rest, so that processes that look at the same rows rarely try the same ones. What could not be claimed, because
-another transaction has locked its row or another delivery its lock, is left out for as long as a lock lives.
+Guarantees: the oldest events never block the others. Half of the events that a round tries are the oldest, the other
+half are a random sample of the rest, so that processes which look at the same rows rarely try the same ones. An event
+that could not be claimed, because another transaction has locked its row or another delivery has its lock, is left out
+for the TTL of a lock.
 
 A look costs the same at a million due rows as at ten: it walks the index from the oldest row of each type that this
-process wants. Under an old snapshot (a long dump, a forgotten transaction) the index keeps the entries of rows that are
-finished: then a look from the start walks over all of them (0.6 s behind half a million, measured). Such
-a look is made only once in twenty times as long as it takes; those between begin where the last one found something.
+process wants. Under an old snapshot (a long dump, a forgotten transaction), the index keeps the entries of finished
+rows, and a look from the start walks over all of them (0.6 s behind half a million, measured). Such looks take at most
+a twentieth of the time: the looks between them begin where the last one found something.
 """
 
 import random
@@ -17,10 +18,10 @@ from datetime import datetime
 
 from firstclaim.inbox.ledger import DueEvent, Ledger, Queue
 
-# A look reads more than it takes: enough for a sample that eight processes do not share.
+# A look reads more than it takes, so that the random samples of eight processes differ.
 _CANDIDATES_PER_SLOT = 16
 _MIN_CANDIDATES = 64
-_MAX_LEFT_OUT = 1000  # ids in the query; beyond it the oldest are tried again
+_MAX_LEFT_OUT = 1000  # ids in the query; if there are more, those that were left out first are tried again
 _CHEAP_LOOK_SECONDS = 0.05  # a look takes some milliseconds, also over a slow line
 _FULL_LOOK_SHARE = 20
 
@@ -28,7 +29,7 @@ _Start = dict[Queue, datetime | None]  # where a look at each queue begins; None
 
 
 class Backlog:
-    """What one process knows of the due events that it wants."""
+    """The due events that this process wants, and what it remembers of them between rounds."""
 
     def __init__(self, ledger: Ledger, wants: Callable[[str, bool], bool], *, leave_out_seconds: float) -> None:
         self._ledger = ledger
@@ -39,9 +40,9 @@ class Backlog:
         self._full_look_at = {False: 0.0, True: 0.0}
 
     async def look(self, count: int, *, abandoned: bool = False, left_out: Iterable[str] = ()) -> list[str]:
-        """Ids of due events, oldest first, more than `count` of them if there are. Raises `LedgerUnavailable`.
+        """Ids of due events, oldest first, and more than `count` if there are more. Raises `LedgerUnavailable`.
 
-        `abandoned`: those that were abandoned before, instead of the others.
+        `abandoned`: only those that were abandoned before; otherwise only the others.
         """
         limit = max(_CANDIDATES_PER_SLOT * count, _MIN_CANDIDATES)
         began, starts = time.monotonic(), self._starts[abandoned]
@@ -66,13 +67,13 @@ class Backlog:
 
     @staticmethod
     def choose(due: Sequence[str], count: int) -> list[str]:
-        """`count` of the due events, which are sorted from the oldest on."""
+        """Choose `count` of these due events, which are sorted by age, the oldest first."""
         oldest = (count + 1) // 2
         rest = due[oldest:]
         return [*due[:oldest], *random.sample(rest, min(count - min(oldest, len(due)), len(rest)))]
 
     def leave_out(self, event_ids: Iterable[str]) -> None:
-        """These could not be claimed: others hold them."""
+        """Leave these events out of the next looks: they could not be claimed, because others hold them."""
         until = time.monotonic() + self._leave_out_seconds
         for event_id in event_ids:
             self._left_out.pop(event_id, None)

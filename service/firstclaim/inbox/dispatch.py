@@ -1,8 +1,8 @@
-"""Dispatch: a slot for a claimed event, one attempt at it, and the ledger brought in line with its result.
+"""Dispatch: a claimed event gets a slot and one attempt, and the result is recorded in the ledger.
 
-Guarantees: every result of an attempt is settled in the ledger once, guarded by the attempt's number. A handler that
-committed by itself is detected however its attempt ended, and is not retried by itself. A claim that gets no slot
-within half of its lease, or that a shutdown interrupts, is released without a charge.
+Guarantees: the result of an attempt is recorded once, guarded by the attempt's number. A handler that committed by
+itself is detected, however its attempt ended, and is not retried automatically. A claim that gets no slot within half
+of its lease, or that a shutdown interrupts, is released without a charge.
 """
 
 import asyncio
@@ -145,15 +145,15 @@ class Dispatcher:
             log.error("handler_hung", **_names(claim, handler))
 
     async def _settle(self, claim: Claim, result: AttemptResult) -> Outcome:
-        """Bring the ledger in line with the result of an attempt."""
+        """Record the result of an attempt in the ledger."""
         match result:
             case Committed(action):
                 return outcome.processed(action, claim.attempt)
             case TakenOver():
                 return outcome.duplicate(claim.event_id)
             case NotStarted(error):
-                # A server that takes no more connections, for instance. Left claimed, the event would count as
-                # abandoned, and be dead after eight times; due at once, it would be tried at once again.
+                # For example, the server takes no more connections. If the event stayed claimed, it would count as
+                # abandoned, and be dead after eight times. If it were due now, it would be tried again at once.
                 await self._release(claim, due_in_seconds=self._backoff.first_seconds)
                 raise LedgerUnavailable(error)
             case CommitUnknown():
@@ -162,13 +162,13 @@ class Dispatcher:
                 return await self._settle_hung(claim, result.error)
             case Failed(error, effects_committed):
                 return await self._settle_failed(claim, error, effects_committed)
-            case Interrupted():  # `run` settles it, as it does when the shutdown comes during a wait of its own
+            case Interrupted():  # `run` settles it, as it does if the shutdown interrupts `run` itself
                 raise asyncio.CancelledError
             case _:
                 assert_never(result)
 
     async def _settle_unknown(self, claim: Claim, result: CommitUnknown) -> Outcome:
-        """The connection was lost during COMMIT. The guarded update waits for the old backend; a read would not."""
+        """The connection was lost during COMMIT. The guarded update waits for the old backend, unlike a read."""
         self._ledger.connect_anew()
         wait = self._backoff.after(claim.failures + 1)
         status = await self._ledger.fail_if_held(claim, f"COMMIT failed: {result.error}", due_in_seconds=wait)
@@ -176,7 +176,7 @@ class Dispatcher:
             await self._claims.forget(claim)
             return outcome.failed(claim.attempt, dead=status is Status.DEAD)
         row = await self._ledger.find(claim.event_id)
-        if row is None:  # the ledger was restored meanwhile: nothing may be promised for a row that it does not have
+        if row is None:  # the ledger was restored meanwhile: no promise for a row that does not exist
             raise LedgerUnavailable("the row is gone")
         if (row.status, row.attempt) == (Status.COMPLETED, claim.attempt):
             return outcome.processed(result.action, claim.attempt)
@@ -201,7 +201,7 @@ class Dispatcher:
         return outcome.failed(claim.attempt, dead=status is Status.DEAD)
 
     async def _settle_hung(self, claim: Claim, error: Exception) -> Outcome:
-        """A thread ignores its deadline and keeps its slot. Only a restart ends it: the event counts as abandoned."""
+        """The thread ignores its deadline, and only a restart ends it: the event counts as abandoned."""
         status = await self._ledger.abandon_if_held(claim, failure_report(error))
         if status is Status.PENDING:
             await self._claims.forget(claim)
@@ -210,18 +210,18 @@ class Dispatcher:
     async def _settle_interrupted(self, claim: Claim, *, effects_committed: bool | None) -> None:
         if effects_committed:
             await self._ledger.kill_if_held(claim, str(TransactionEnded()))
-        elif effects_committed is not None:  # None: left to recovery, which looks when its lease is over
+        elif effects_committed is not None:  # else it is left to recovery, once its lease is over
             await self._release(claim)
 
     async def close(self) -> None:
-        """Stop repeating releases: what could not be released counts as abandoned when its lease is over."""
+        """Stop repeating releases. Events that could not be released count as abandoned once their lease is over."""
         for retry in self._retries:
             retry.cancel()
         if self._retries:
             await asyncio.wait(self._retries)
 
     async def release_unstarted(self, claims: Iterable[Claim]) -> None:
-        """Release claims of `unstarted`, without a charge; what cannot be released is left to recovery."""
+        """Release claims that `unstarted` returned, without a charge. Recovery gets those that cannot be released."""
         await asyncio.gather(*(self._release_once(claim, 0) for claim in claims), return_exceptions=True)
 
     async def _release(self, claim: Claim, *, due_in_seconds: float = 0) -> None:
@@ -250,14 +250,14 @@ def _names(claim: Claim, handler: Handler) -> dict[str, str | int]:
 
 
 def _effects_committed(result: AttemptResult | None) -> bool | None:
-    """What a shutdown may assume that comes while `result` is settled; None: it must leave the row alone."""
+    """What a shutdown assumes if it interrupts the settling of `result`; None: it must leave the row alone."""
     if isinstance(result, Failed | Interrupted):
         return result.effects_committed
     return False if result is None or isinstance(result, NotStarted) else None
 
 
 def decision(error: Exception) -> Permanent | Retry | None:
-    """The `Permanent` or `Retry` that the handler raised, perhaps in an exception group (of a task group's, say)."""
+    """The `Permanent` or `Retry` that the handler raised, also in an exception group (of an `asyncio.TaskGroup`)."""
     found: Permanent | Retry | None = None
     left: list[BaseException] = [error]
     while left:
@@ -272,7 +272,7 @@ def decision(error: Exception) -> Permanent | Retry | None:
 
 
 def _requested_wait(retry: Retry) -> float | None:
-    """The seconds of `Retry(after=...)`; None if a subclass leaves the attribute out, or sets it to anything else."""
+    """The seconds of `Retry(after=...)`; None if a subclass leaves the attribute out, or sets an invalid one."""
     try:
         after = Retry(after=retry.after).after
         return None if after is None else float(after)

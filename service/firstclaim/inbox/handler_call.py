@@ -1,7 +1,7 @@
 """One call of a handler: in a task, or in a thread if it is a plain function.
 
-Guarantees: nothing that a handler raises ends the event loop or the service; whatever it does, the caller waits for it
-no longer than its deadline, or until the call is ended.
+Guarantees: nothing that a handler raises ends the event loop or the service. Whatever it does, the caller waits for it
+no longer than its deadline, or until `end` is called.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ class DeadlineExceeded(Exception):
 
 
 class HandlerCall:
-    """A handler, and the task or thread that it runs in once `run` was called."""
+    """A handler, and from `run` on the task or thread that it runs in."""
 
     def __init__(self, handler: Handler, deadline_seconds: float) -> None:
         self._handler = handler
@@ -37,16 +37,16 @@ class HandlerCall:
 
     @property
     def running(self) -> asyncio.Future[Any] | None:
-        """The task or thread if it still runs: it ignores its cancellation, or cannot be cancelled."""
+        """The task or thread if it still runs, because it ignores its cancellation or cannot be cancelled."""
         return None if self._work is None or self._work.done() else self._work
 
     def end(self, reason: Exception) -> None:
-        """Wait for the handler no longer: `run` cancels it and raises `reason`, unless it has returned."""
+        """Stop waiting for the handler: unless it has returned, `run` cancels it and raises `reason`."""
         if not self._ended.done():
             self._ended.set_result(reason)
 
     async def run(self, event: Event, context: Context) -> str:
-        """The handler's action. Raises what the handler or `end` gives, `DeadlineExceeded` or `HandlerRuleBroken`."""
+        """The handler's action. Raises the handler's exception, `end`'s, `DeadlineExceeded` or `HandlerRuleBroken`."""
         loop = asyncio.get_running_loop()
         start = _in_task if self._handler.is_async else _in_thread
         began = time.perf_counter()  # the loop's own clock counts milliseconds
@@ -66,8 +66,8 @@ class HandlerCall:
             if self._ended.done():
                 raise self._ended.result()
             if not self._handler.is_async:
-                # A thread that waits for its connection gets an error there, and ends. Meanwhile its row is still
-                # locked: no process begins another attempt beside it.
+                # A thread that uses its connection gets an error there, and ends. Until then its row is locked, so
+                # that no process begins another attempt beside it.
                 await asyncio.wait({work}, timeout=_GRACE_SECONDS)
             raise DeadlineExceeded(f"the handler ran longer than its deadline of {self._deadline_seconds:g} s")
         if work.cancelled():  # by something in the handler; a shutdown would have raised in the wait above
@@ -92,7 +92,7 @@ def _in_task(
 def _in_thread(
     loop: asyncio.AbstractEventLoop, function: Callable[..., Any], event: Event, context: Context
 ) -> asyncio.Future[Any]:
-    """Run a sync handler in a thread of its own: a daemon, so that one that hangs cannot delay the exit."""
+    """Run a sync handler in a thread of its own. It is a daemon thread: if it hangs, it does not delay the exit."""
     future: asyncio.Future[Any] = loop.create_future()
 
     def settle(result: Any, error: Exception | None) -> None:
@@ -100,7 +100,7 @@ def _in_thread(
             future.set_result(result)
         else:
             future.set_exception(error)
-            future.exception()  # retrieved: after the deadline nobody else does
+            future.exception()  # marks it as retrieved: after the deadline nobody retrieves it
 
     def body() -> None:
         result: Any = None
@@ -110,7 +110,7 @@ def _in_thread(
         except BaseException as error:  # noqa: BLE001
             catchable = is_a(error, Exception) and not is_a(error, StopIteration)
             failure = error if catchable else _forbidden(error)  # type: ignore[assignment]
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the service has ended, recovery has the row
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the service has ended, and recovery gets the row
             loop.call_soon_threadsafe(settle, result, failure)
 
     run = contextvars.copy_context().run
@@ -119,7 +119,7 @@ def _in_thread(
 
 
 def _forbidden(error: BaseException) -> HandlerRuleBroken:
-    """For what would end the event loop, or pass every `except Exception`, if it were raised further."""
+    """The error to raise instead of one that would end the event loop, or that no `except Exception` catches."""
     return HandlerRuleBroken(f"a handler must not raise {class_name(error)}")
 
 

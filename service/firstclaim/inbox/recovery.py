@@ -1,6 +1,6 @@
-"""Recovery: a delivery that Stripe did not have to make. Every process runs it; there is no leader.
+"""Recovery: the loop that dispatches due events without a delivery from Stripe. Every process runs it; none leads.
 
-Guarantees: neither a bad row nor a restarted server ends the loop, and `healthy` says whether it works. Each round also
+Guarantees: neither a bad row nor a restarted server ends the loop. `healthy` says whether its rounds succeed. It also
 confirms the ledger's epoch, without which no marker counts.
 """
 
@@ -20,8 +20,8 @@ from firstclaim.postgres.epoch import Epoch
 
 log = structlog.get_logger(__name__)
 
-_MAX_MISSED_ROUNDS = 10  # a restart of Postgres is normal; this many intervals without a good round are not
-_ROUND_SECONDS = 5  # for the round itself
+_MAX_MISSED_ROUNDS = 10  # longer than a restart of Postgres takes, in intervals
+_ROUND_SECONDS = 5  # the time that the round itself may take
 
 
 class Recovery:
@@ -74,11 +74,11 @@ class Recovery:
                     await self._pipeline.wait_for_capacity()
 
     async def _round(self) -> bool:
-        """One round; returns whether there may be more to do at once."""
+        """Run one round. Returns whether there may be more to do right away."""
         try:
             if time.monotonic() >= self._upkeep_at:
                 self._epoch.confirm(await self._ledger.read_epoch())
-                # After an outage every lease may be over while its holder lives, and is about to release the event.
+                # After an outage, a lease may be over although its process is alive and about to release the event.
                 if self._epoch.unbroken_seconds >= self._lease_seconds:
                     await self._pipeline.return_abandoned(self._batch)
                 await self._pipeline.give_up_unwanted(self._batch)

@@ -33,12 +33,13 @@ def statement(sql: str) -> Statement:
     return Statement(str(compiled), tuple(compiled.positiontup or ()))
 
 
-# By whether the event was abandoned before; each condition has an index of its own.
+# The condition by whether the event was abandoned before. Each has an index of its own.
 _ABANDONED_BEFORE = {False: "abandoned = 0", True: "abandoned > 0"}
 
-# Insert the events of many deliveries and their bodies, or do nothing where the id is known: an id is returned only
-# to the first. Sorted, because two processes that insert the same ids in opposite order deadlock. The insert waits for
-# a row that another transaction has changed and not committed, but not for long: the rest of its batch waits too.
+# Insert the events of many deliveries and their bodies, or do nothing where the id is known. An id is returned only to
+# the statement that inserted it. Sorted, because two processes that insert the same ids in opposite order deadlock. The
+# insert waits for a row that another transaction has changed and not committed, but not for long, because the rest of
+# its batch waits too.
 INSERT = statement("""
 WITH patience AS MATERIALIZED (
     SELECT set_config('lock_timeout', :patience_ms, true)
@@ -68,17 +69,17 @@ WITH patience AS MATERIALIZED (
 SELECT event_id FROM event
 """)
 
-# The rows that an answer may rest on. A row is visible before it is replicated when the wait of its COMMIT for the
-# synchronous standby was cut short. The message in the log gives this read a COMMIT of its own, which waits for the
-# standby to have everything that it has read. Without a transaction (`false`) it would not wait.
+# Rows for an answer. A row may be visible and not replicated, if its COMMIT's wait for the synchronous standby was cut
+# short. The message that this read writes to the log gives it a COMMIT of its own, which waits until the standby has
+# everything that was read. A message that is not transactional (`false`) would not wait.
 FIND = statement("""
 SELECT event_id, status, attempt, pg_logical_emit_message(true, 'firstclaim', '')
   FROM stripe_events WHERE event_id = ANY(:event_ids)
 """)
 
-# Take over unfinished events that nobody works on; with :ignored also what a build without a handler has recorded,
-# whose time to give up then begins anew. MATERIALIZED: a plain IN (SELECT ... LIMIT) claimed 200 rows instead of 5
-# under another plan. SKIP LOCKED: a row that a running handler has locked is held, however late it is.
+# Take over unfinished events that no handler is working on; with :ignored also events that a build without a handler
+# has recorded, whose time to give up then starts again. MATERIALIZED: a plain IN (SELECT ... LIMIT) claimed 200 rows
+# instead of 5 under another plan. SKIP LOCKED: a row that a running handler has locked is held, however late it is.
 TAKE_OVER = statement("""
 WITH due AS MATERIALIZED (
     SELECT event_id FROM stripe_events
@@ -95,8 +96,8 @@ UPDATE stripe_events e
 RETURNING e.event_id, e.type, e.attempt, e.failures, e.abandoned, p.body
 """)
 
-# Return what a vanished holder has abandoned: its claim is past its lease, and no handler has locked the row. The event
-# is due again after a backoff, or dead if it was abandoned too often: it may be what ends its process.
+# Return events whose process vanished: the claim is past its lease, and no handler has locked the row. The event is due
+# again after a backoff, or dead if it was abandoned too often, because it may be the cause.
 _ABANDONED = """abandoned = abandoned + 1,
            status = CASE WHEN abandoned + 1 >= :most THEN 'dead' ELSE 'pending' END,
            settled_at = CASE WHEN abandoned + 1 >= :most THEN clock_timestamp() END,
@@ -123,7 +124,7 @@ WITH due AS MATERIALIZED (
 SELECT event_id, type, attempt, claimed_by AS process, status, abandoned AS times FROM returned
 """)
 
-# The types and modes of which anything is pending or failed: one index descent for each, however many rows they have.
+# The types and modes of all pending and failed events: one index descent for each, however many rows they have.
 QUEUES = {
     abandoned: statement(f"""
 WITH RECURSIVE waiting AS (
@@ -142,9 +143,9 @@ SELECT type, livemode FROM waiting
     for abandoned, condition in _ABANDONED_BEFORE.items()
 }
 
-# What is due of these types, oldest first, each from its start on; events that were abandoned before are read
-# separately. A filter instead of the walk type by type read past all rows of the other types. The clock is in a
-# subquery: a bare volatile function would be no index condition, and each look would read every row not due yet.
+# The due events of these types, oldest first, each type from its start on; events that were abandoned before are read
+# separately. One scan with a filter on the types would read past all rows of the other types. The clock is in a
+# subquery: a volatile function by itself cannot be an index condition, and every row that is not due yet would be read.
 DUE = {
     abandoned: statement(f"""
 SELECT due.*
@@ -161,8 +162,8 @@ SELECT due.*
     for abandoned, condition in _ABANDONED_BEFORE.items()
 }
 
-# Of types that this process does not want: what nobody has taken a day after its time to give up. No running build has
-# a handler for it.
+# Give up events of types that this process does not want, if nobody has taken them a day after their time to give up:
+# no running build has a handler for them.
 GIVE_UP = statement("""
 WITH due AS MATERIALIZED (
     SELECT event_id
@@ -202,7 +203,8 @@ SELECT pg_current_xact_id()::text AS xid,
    FOR UPDATE SKIP LOCKED
 """)
 
-# The last statement before COMMIT. If the transaction id differs, the handler has ended its transaction by itself.
+# The completion mark, the last statement before COMMIT. If the transaction id differs, the handler has ended its
+# transaction.
 COMPLETE = statement("""
 UPDATE stripe_events
    SET status = 'completed', action = :action, last_error = NULL, settled_at = clock_timestamp()
@@ -217,7 +219,7 @@ _FIRST_LINE = "split_part(CAST(:error AS text), chr(10), 1)"
 
 
 def _with_attempt(change: str) -> str:
-    """`change` and a row for the attempt that did not succeed, in one statement: never one without the other."""
+    """`change`, and a row for the attempt that did not succeed, in one statement: never one without the other."""
     return f"""
 WITH changed AS ({change}RETURNING *
 ), noted AS (
@@ -248,7 +250,7 @@ UPDATE stripe_events
 """)
 )
 
-# An attempt that cannot be ended is charged as one whose process vanished.
+# An attempt that cannot be ended counts as abandoned, like one whose process vanished.
 ABANDON = statement(f"""
 WITH changed AS (
     UPDATE stripe_events SET {_ABANDONED}, last_error = {_FIRST_LINE}
@@ -268,9 +270,9 @@ UPDATE stripe_events SET status = 'pending', due_at = clock_timestamp() + make_i
 RETURNING status
 """)
 
-# Our event was returned as abandoned although we are alive: a handler's row lock ends with its transaction, a moment
-# before we record the result, and past the lease its row looks abandoned at that moment. Nobody has begun an attempt
-# since: the attempt number would differ.
+# Take back our event that was returned as abandoned although this process is alive. A handler's row lock ends with its
+# transaction, a moment before we record the result: past the lease, the row looks abandoned in that moment. If another
+# attempt had begun since, the attempt number would differ.
 TAKE_BACK = statement("""
 WITH taken AS (
     UPDATE stripe_events
@@ -285,8 +287,9 @@ WITH taken AS (
 SELECT true FROM taken
 """)
 
-# End the transaction of an attempt that is over now, not when its statement ends. Pids are reused: only if the backend
-# is still in the same transaction. One that waits for the standby has committed: ended, it would not be replicated.
+# End the transaction of an attempt that is over, without waiting for its statement. Pids are reused, so the backend
+# must still be in the same transaction. A backend that waits for the standby has committed, and is left alone: if it
+# were terminated, its COMMIT would not be replicated.
 END = statement("""
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
  WHERE pid = :pid AND backend_xid = CAST(CAST(CAST(:xid AS text) AS xid8) AS xid)
@@ -303,11 +306,11 @@ SELECT CASE WHEN pg_postmaster_start_time() = :server AND stats_reset < :began
   FROM pg_stat_bgwriter
 """)
 
-# Of these handlers' transactions, those that the handler itself has ended: its backend is no longer in it, and it is
-# committed, or the backend is outside of any transaction or in another one. A transaction that an error has aborted,
-# or whose backend is gone, was not ended by its handler. While an aborted transaction rejects a statement its backend
-# is neither idle nor in another transaction: it is looked at again. `backend_xid` alone would not do: an error clears
-# it too. A backend that was started later has the pid of one that is gone.
+# Those of these transactions that their handlers have ended: the backend is no longer in the transaction, and either
+# the transaction is committed, or the backend is idle or in another transaction. A transaction that an error has
+# aborted, or whose backend is gone, was not ended by its handler. While an aborted transaction rejects a statement, its
+# backend is neither idle nor in another transaction: the next look decides. `backend_xid` alone is not enough, because
+# an error clears it too. A backend with this pid that started later than the transaction is another one.
 ENDED_BY_HANDLER = statement("""
 SELECT watched.number
   FROM unnest(CAST(:xids AS text[]), CAST(:pids AS int[]),

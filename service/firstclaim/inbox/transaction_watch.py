@@ -1,21 +1,23 @@
-"""The watch over running handlers: whether each still works in the transaction that it was given.
+"""Watches running handlers: does each still work in the transaction that it was given?
 
-Guarantees: a handler that ends its transaction by itself (a raw COMMIT, say) and goes on is detected within two
-periods, and its attempt is then over: the row becomes `dead`, the handler is cancelled, and its connection is closed,
-because whatever it would still write is committed at once. Without the watch this would be detected at the handler's
-end. Until then the row is not locked, so that past its lease another process would run the event again: two effects.
+Guarantees: a handler that ends its transaction itself (by a raw COMMIT, for example) and goes on is detected within two
+periods. Then its attempt is over: the row becomes `dead`, the handler is cancelled, and its connection is closed,
+because each of its further statements would be committed at once. Without the watch, this would be detected only when
+the handler ends. Until then its row is not locked: past the lease, another process would run the event again, with a
+second effect.
 
-One query looks at all handlers of the process that have run for a period. So handlers that are quicker cost no query,
-and nothing is sent while none runs. The driver cannot tell: for it, the connection is in a transaction again after
-`COMMIT; BEGIN`.
+One query looks at all handlers of the process that have run for a period. So a quicker handler costs no query, and none
+is sent while no handler runs. The driver cannot detect it: after `COMMIT; BEGIN`, its connection is in a transaction
+again.
 
-The period is a second. It is shorter if a lease or a first backoff is, since there are two ways to a second run:
+The period is a second, or less if the lease or the first backoff is short, because an event can be run again in two
+ways:
 
-- The handler ends its transaction early. A claim may wait for its slot for half of its lease, and the other half
-  remains: two periods are at most a quarter of the lease, so that another quarter is left to settle the row.
-- It ends its transaction past its lease. Any process may return the row as abandoned at once, and the event is due
-  after at least half of the first backoff. Such a handler has run for long, so one period passes at most: a quarter of
-  that backoff. Returned rows that nobody has taken are taken back (`TAKE_BACK`).
+- The handler ends its transaction early. Its claim may have waited for a slot for half of the lease, so the other half
+  remains. Two periods take at most a quarter of the lease, which leaves a quarter to settle the row.
+- The handler ends its transaction past its lease. Then any process may return the row as abandoned at once, and the
+  event is due after at least half of the first backoff. This handler is watched already, so at most one period passes:
+  a quarter of that backoff. A row that was returned and not taken over is taken back (`TAKE_BACK`).
 """
 
 import asyncio
@@ -36,12 +38,12 @@ _PERIODS_PER_LEASE = 8
 _PERIODS_PER_BACKOFF = 4
 _TRANSACTION_ENDED = (
     "rule broken: a handler must not commit, nor end its transaction in any other way; "
-    "what it committed is kept, so it is not retried by itself"
+    "what it committed is kept, so the event is not retried automatically"
 )
 
 
 class TransactionEnded(HandlerRuleBroken):
-    """The handler ended the transaction that it was given: its other writes are committed, or may be."""
+    """The handler ended the transaction that it was given: its further writes are committed, or may be."""
 
     def __init__(self) -> None:
         super().__init__(_TRANSACTION_ENDED)
@@ -67,7 +69,7 @@ class TransactionWatch:
         self._occupied.set()
 
     def remove(self, transaction: HandlerTransaction) -> None:
-        """The handler has ended: from here on the attempt ends the transaction, which breaks no rule."""
+        """The handler has ended: from here on, the attempt itself ends the transaction."""
         del self._running[transaction]
         if not self._running:
             self._occupied.clear()
@@ -85,12 +87,12 @@ class TransactionWatch:
         try:
             ended = await self._ended(transactions)
         except LedgerUnavailable:
-            return  # recovery reports it, and without this server nobody can take the row over
+            return  # recovery reports it, and while Postgres is unreachable nobody can take the row over
         except Exception as error:  # noqa: BLE001  (one failed look must not end the watch)
             log.warning("transaction_watch_failed", error=describe_error(error))
             return
         for transaction in ended:
-            # Not if the handler has ended since: then its attempt detects it, or has itself ended the transaction.
+            # If the handler has ended since, its attempt detects it, or has ended the transaction itself.
             if (call := self._running.get(transaction)) is not None:
                 call.end(TransactionEnded())
 
