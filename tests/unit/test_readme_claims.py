@@ -68,7 +68,7 @@ FIGURES = [
     f"at most as many bytes of incomplete requests as {runner._MAX_BUFFERED_BODIES} bodies of the maximum size",
     f"stopping them takes up to {processes.STOP_SECONDS} s more each",
     f"after at most {supervisor._MAX_DELAY_SECONDS:.0f} s if workers keep dying",
-    f"are `dead` after {('eight' if SETTINGS.abandoned_most == 8 else '?')} times",
+    f"abandoned {('eight' if SETTINGS.abandoned_most == 8 else '?')} times is `dead`",
     f"the event was abandoned {SETTINGS.abandoned_most} times",
     f"due again after {SETTINGS.backoff_first_seconds:g} s, doubling to {SETTINGS.backoff_most_seconds / 3600:g} h",
     f"failed for {SETTINGS.give_up_seconds / DAY:g} days",
