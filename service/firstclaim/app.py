@@ -36,11 +36,13 @@ from firstclaim.inbox.claims import Claims
 from firstclaim.inbox.dispatch import Dispatcher, DispatchLimits
 from firstclaim.inbox.ledger import Ledger
 from firstclaim.inbox.lock import Lock, connect
+from firstclaim.inbox.loop_watch import LoopWatch
 from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.inbox.recovery import Recovery
 from firstclaim.inbox.routes import Routes
 from firstclaim.inbox.slots import Slots
 from firstclaim.inbox.transaction_watch import TransactionWatch
+from firstclaim.inbox.unawaited import detected
 from firstclaim.observability import metrics, tracing
 from firstclaim.observability.logging import configure
 from firstclaim.operations.search import PINS
@@ -78,16 +80,20 @@ class Components:
     async def running(self, shutdown: Shutdown) -> AsyncIterator[asyncio.Task[None]]:
         """Run recovery while the block runs. Then finish or release the work in flight, and close everything.
 
-        Yields the task of recovery. Transactions are watched until the last handler has ended.
+        Yields the task of recovery. Transactions are watched, and forgotten awaits detected, until the last handler has
+        ended.
         """
         watching = asyncio.create_task(self.transaction_watch.run(), name="transaction_watch")
         recovering = asyncio.create_task(self.recovery.run(), name="recovery")
         try:
-            yield recovering
+            with detected():
+                try:
+                    yield recovering
+                finally:
+                    recovering.cancel()
+                    await asyncio.wait({recovering})
+                    await self.pipeline.drain(shutdown.remaining_seconds - _CLOSE_SECONDS)
         finally:
-            recovering.cancel()
-            await asyncio.wait({recovering})
-            await self.pipeline.drain(shutdown.remaining_seconds - _CLOSE_SECONDS)
             watching.cancel()
             await asyncio.wait({watching})
             await self.lock.close()
@@ -324,7 +330,7 @@ def create_app(settings: Settings, shutdown: Shutdown) -> Starlette:
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:
         shutdown.install()
         shutdown.started(partial(release_unstarted, settings, registry, components.pipeline))
-        with stop_with_supervisor():
+        with stop_with_supervisor(), LoopWatch(lambda: components.transaction_watch.calls).running():
             async with exporting_spans(), components.running(shutdown):
                 # Objects that exist now live as long as the process: exclude them from every later collection.
                 gc.collect()

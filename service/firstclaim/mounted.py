@@ -5,7 +5,9 @@ not ended. Otherwise it is answered 503, and Stripe sends it again: an applicati
 not run that one's lifespan, and without it an event could be recorded that nobody finishes. The lifespan makes the
 checks of `serve`, and does not start where one of them is fatal.
 
-The process stays the user's: no signal handler, no set-up of logging, no change of its limits or its garbage collector.
+The process stays the user's: no signal handler, no thread, no set-up of logging, no change of its limits or its garbage
+collector. Of Python's warnings, those of a coroutine that was never awaited are switched on while the lifespan runs:
+a handler that forgot an `await` must not complete its event.
 """
 
 import asyncio

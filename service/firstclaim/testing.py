@@ -30,6 +30,7 @@ from firstclaim.inbox.attempt import SWALLOWED, call_handler
 from firstclaim.inbox.dispatch import decision
 from firstclaim.inbox.handler_call import HandlerCall
 from firstclaim.inbox.transaction_watch import TransactionEnded
+from firstclaim.inbox.unawaited import detected
 from firstclaim.migrations import schema
 from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.epoch import Epoch
@@ -123,7 +124,8 @@ class Transaction:
         try:
             async with self.use() as connection:
                 try:
-                    action = await call_handler(call, event, attempt, connection, deadline_seconds)
+                    with detected():
+                        action = await call_handler(call, event, attempt, connection, deadline_seconds)
                 finally:
                     if call.running is not None:  # it was cancelled at its deadline
                         await asyncio.wait({call.running}, timeout=_GRACE_SECONDS)

@@ -89,6 +89,22 @@ action = await self._call(call, connection)"""
         "integration/test_orm.py::test_a_session_without_its_block",
     ),
     Mutant(
+        "forgotten-await-is-success",
+        "A handler that dropped a coroutine unawaited fails: the event would be completed without its effect.",
+        "HandlerCall.run",
+        "raise HandlerRuleBroken(_NEVER_AWAITED.format(', '.join(forgotten)))",
+        "pass",
+        "integration/test_blocking_and_forgotten.py::test_a_forgotten_await_is_a_failure[calls-send_mail]",
+    ),
+    Mutant(
+        "forgotten-await-is-seen-once",
+        "Each event of such a handler fails, not only the first one of a process.",
+        "unawaited.detected",
+        '"always"',
+        '"default"',
+        "integration/test_blocking_and_forgotten.py::test_a_forgotten_await_is_a_failure[calls-send_mail]",
+    ),
+    Mutant(
         "swallowed-refusal-is-success",
         "A handler that swallowed the refusal fails: it takes for committed what is not.",
         "call_handler",

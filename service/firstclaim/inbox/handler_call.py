@@ -7,6 +7,7 @@ no longer than its deadline, or until `end` is called.
 import asyncio
 import contextlib
 import contextvars
+import inspect
 import threading
 import time
 from collections.abc import Callable
@@ -14,12 +15,17 @@ from typing import Any
 
 from firstclaim.errors import HandlerRuleBroken
 from firstclaim.event import Event
+from firstclaim.inbox import unawaited
 from firstclaim.observability import metrics, tracing
 from firstclaim.observability.redaction import class_name, is_a
 from firstclaim.registry import Context, Handler
 
 _GRACE_SECONDS = 1.0
 _MAX_ACTION_CHARACTERS = 200
+_NEVER_AWAITED = (
+    "a handler must await what it calls: {} was never awaited, and has done nothing "
+    "(write `await`, in a handler that is an `async def`)"
+)
 
 
 class DeadlineExceeded(Exception):
@@ -32,6 +38,7 @@ class HandlerCall:
     def __init__(self, handler: Handler, deadline_seconds: float) -> None:
         self._handler = handler
         self._deadline_seconds = deadline_seconds
+        self._context: Context | None = None
         self._work: asyncio.Future[Any] | None = None
         self._ended: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
 
@@ -40,6 +47,19 @@ class HandlerCall:
         """The task or thread if it still runs, because it ignores its cancellation or cannot be cancelled."""
         return None if self._work is None or self._work.done() else self._work
 
+    @property
+    def names(self) -> dict[str, str | int]:
+        """What a log record of the call names."""
+        if self._context is None:
+            return {}
+        event = self._context.event
+        return {
+            "event_id": event.id,
+            "type": event.type,
+            "attempt": self._context.attempt,
+            "handler": self._handler.name,
+        }
+
     def end(self, reason: Exception) -> None:
         """Stop waiting for the handler: unless it has returned, `run` cancels it and raises `reason`."""
         if not self._ended.done():
@@ -47,12 +67,14 @@ class HandlerCall:
 
     async def run(self, event: Event, context: Context) -> str:
         """The handler's action. Raises the handler's exception, `end`'s, `DeadlineExceeded` or `HandlerRuleBroken`."""
+        self._context = context
         loop = asyncio.get_running_loop()
         start = _in_task if self._handler.is_async else _in_thread
         began = time.perf_counter()  # the loop's own clock counts milliseconds
         try:
             with tracing.span("handler", handler=self._handler.pattern):
-                self._work = work = start(loop, self._handler.function, event, context)
+                with unawaited.noted() as forgotten:
+                    self._work = work = start(loop, self._handler.function, event, context)
                 await asyncio.wait(
                     {work, self._ended}, timeout=self._deadline_seconds, return_when=asyncio.FIRST_COMPLETED
                 )
@@ -74,7 +96,10 @@ class HandlerCall:
             raise HandlerRuleBroken("a handler must not end by cancelling itself")
         if (error := work.exception()) is not None and not is_a(error, Exception):
             raise _forbidden(error)
-        return _checked_action(work.result())
+        action = _checked_action(work.result())
+        if forgotten:
+            raise HandlerRuleBroken(_NEVER_AWAITED.format(", ".join(forgotten)))
+        return action
 
 
 def _in_task(
@@ -133,6 +158,12 @@ def _cancel(work: asyncio.Future[Any]) -> None:
 def _checked_action(value: object) -> str:
     if value is None:
         return "handled"
+    if inspect.isawaitable(value):
+        name = type(value).__name__
+        if inspect.iscoroutine(value):
+            name = value.__qualname__
+            value.close()  # otherwise Python reports it as well
+        raise HandlerRuleBroken(_NEVER_AWAITED.format(name))
     if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= _MAX_ACTION_CHARACTERS:
         raise HandlerRuleBroken(
             f"a handler returns its action, a short printable str, or None; this one returned {type(value).__name__}"

@@ -74,6 +74,11 @@ class TransactionWatch:
         if not self._running:
             self._occupied.clear()
 
+    @property
+    def calls(self) -> list[HandlerCall]:
+        """The handlers that run."""
+        return list(self._running.values())
+
     async def run(self) -> None:
         """Watch until cancelled. An error never ends the loop."""
         while True:

@@ -15,7 +15,7 @@ import sysconfig
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from types import CodeType, TracebackType
+from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 from firstclaim.observability.redaction import class_name, is_a, redact, redacted_error
@@ -50,6 +50,19 @@ def place(error: BaseException) -> str | None:
             return redact(f"{_shortened(filename)}:{line}")
     user, _ = _frames_of(error)
     return redact(user[0].partition(" in ")[0]) if user else None
+
+
+def running_place(frame: FrameType) -> str | None:
+    """The innermost frame of the user's code of a thread that runs; else the innermost frame that is not ours."""
+    found: list[str] = []
+    left: FrameType | None = frame
+    while left is not None:
+        if is_users(left.f_code):
+            return redact(describe_frame(left.f_code, left.f_lineno))
+        if not is_service(left.f_code):
+            found.append(describe_frame(left.f_code, left.f_lineno))
+        left = left.f_back
+    return redact(found[0]) if found else None
 
 
 def _related(error: BaseException) -> Iterator[tuple[str, BaseException]]:

@@ -1,0 +1,55 @@
+"""Coroutines that a handler forgot to await: nothing of them ran, and the event must not be completed without it.
+
+Guarantees, while `detected()` is entered: a coroutine that is dropped unawaited while a handler runs, in its task, its
+thread, or a task or thread that it started, is on that handler's list when it has ended. Python reports each one
+with a warning as the last reference to it goes, which is where the list is found in the context. One that a cycle of
+references keeps is reported later, by the garbage collector, and to nobody.
+"""
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TextIO
+
+_NEVER_AWAITED = re.compile(r"coroutine '(?P<name>.+)' was never awaited")
+
+_forgotten: ContextVar[list[str] | None] = ContextVar("forgotten", default=None)
+
+
+@contextmanager
+def noted() -> Iterator[list[str]]:
+    """The names of the coroutines that were dropped in tasks and threads that are started in this block."""
+    names: list[str] = []
+    token = _forgotten.set(names)
+    try:
+        yield names
+    finally:
+        _forgotten.reset(token)
+
+
+@contextmanager
+def detected() -> Iterator[None]:
+    """Python's warnings of coroutines that were never awaited go to the handlers that dropped them."""
+    with warnings.catch_warnings():
+        # Each one: by default Python reports one per line of code and process.
+        warnings.filterwarnings("always", _NEVER_AWAITED.pattern, RuntimeWarning)
+        show = warnings.showwarning
+
+        def note(
+            message: Warning | str,
+            category: type[Warning],
+            filename: str,
+            lineno: int,
+            file: TextIO | None = None,
+            line: str | None = None,
+        ) -> None:
+            names, found = _forgotten.get(), _NEVER_AWAITED.match(str(message))
+            if names is not None and found is not None and category is RuntimeWarning:
+                names.append(found["name"])
+            else:
+                show(message, category, filename, lineno, file, line)
+
+        warnings.showwarning = note
+        yield
