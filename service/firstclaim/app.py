@@ -158,7 +158,12 @@ def assemble(settings: Settings, registry: Registry) -> Components:
         Dispatcher(handler_connections, ledger, claims, slots, watch, backoff, limits),
         slots,
         routes,
-        Backlog(ledger, routes.wants, leave_out_seconds=settings.lock_ttl_seconds),
+        Backlog(
+            ledger,
+            routes.wants,
+            interval_seconds=settings.recovery_interval_seconds,
+            leave_out_seconds=settings.lock_ttl_seconds,
+        ),
         budget_seconds=settings.answer_budget_seconds,
     )
     recovery = Recovery(

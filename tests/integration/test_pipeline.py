@@ -954,6 +954,24 @@ async def test_rows_that_another_transaction_has_locked_hold_up_nobody(make_worl
     await until(none_left)
 
 
+async def test_processes_that_look_at_once_rarely_try_the_same(make_world: MakeWorld) -> None:
+    """Eight that see the same due events at the same moment, each with one slot, win most of their tries."""
+    worlds = [await make_world({TYPE: handles}, handler_slots=1) for _ in range(8)]
+    for _ in range(64):
+        await worlds[0].state_of(delivery(), Status.PENDING)
+    rounds = 4
+    for _ in range(rounds):
+        await asyncio.gather(*(world.pipeline.recover() for world in worlds))
+        await until(lambda: are_idle(worlds))
+    taken = await worlds[0].database.fetchval("SELECT count(*) FROM stripe_events WHERE attempt > 0")
+    assert taken > rounds * len(worlds) / 2
+
+
+async def are_idle(worlds: Sequence[World]) -> bool:
+    """No event is in progress in any of these."""
+    return all(world.slots.free for world in worlds)
+
+
 async def test_looks_between_full_ones_begin_where_the_last_found_something(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -964,10 +982,22 @@ async def test_looks_between_full_ones_begin_where_the_last_found_something(
     await world.change(early.event.id, due_at=3600.0)
     assert await backlog.look(1) == [late.event.id]
     await world.change(early.event.id, due_at=-20.0)
-    backlog._full_look_at[False] = float("inf")
+    backlog._next_full_look_at[False] = float("inf")
     assert await backlog.look(1) == [late.event.id]
-    backlog._full_look_at[False] = 0.0
+    backlog._next_full_look_at[False] = 0.0
     assert await backlog.look(1) == [early.event.id, late.event.id]
+
+
+async def test_a_look_that_finds_too_few_is_a_full_one(make_world: MakeWorld) -> None:
+    """An event of a type that nothing waited of is found at once, although the types are read only now and then."""
+    world = await make_world({"*": handles})
+    backlog = world.pipeline._backlog
+    known = await world.state_of(delivery(), Status.PENDING)
+    assert await backlog.look(1) == [known.event.id]
+    backlog._next_full_look_at[False] = float("inf")
+    other = await world.state_of(delivery(type="customer.created"), Status.PENDING)
+    assert await backlog.look(1) == [known.event.id]
+    assert set(await backlog.look(2)) == {known.event.id, other.event.id}
 
 
 async def test_a_slow_full_look_is_made_rarely(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -984,12 +1014,14 @@ async def test_a_slow_full_look_is_made_rarely(world: World, monkeypatch: pytest
     monkeypatch.setattr(Ledger, "queues", slow)
     backlog = world.pipeline._backlog
     await backlog.look(1)
-    assert backlog._full_look_at[False] == 1010
+    assert backlog._next_full_look_at[False] == 1010
+    assert await backlog.look(1) == []
+    assert now == 1000.5
     await world.pipeline._backlog.look(1, abandoned=True)
     now += 20
     monkeypatch.setattr(Ledger, "queues", queues)
     await backlog.look(1)
-    assert backlog._full_look_at[False] < now, "a look that is cheap again is not put off"
+    assert backlog._put_off_until[False] == now, "a look that is cheap again is not put off"
 
 
 async def test_an_event_whose_thread_hangs_is_not_tried_again_here(make_world: MakeWorld) -> None:
