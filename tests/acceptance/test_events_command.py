@@ -68,7 +68,7 @@ async def test_a_dead_event_is_found_understood_and_replayed(
     await sandbox.settled(event, Status.DEAD)
 
     fixed.touch()
-    run = await command("events", "replay", event.id, "--count", "1", "--wait")
+    run = await command("events", "replay", event.id, "--at-most", "1", "--yes", "--wait")
     assert run.code == 0, run.output
     run.shows("1 event is due now", "1 completed")
     row = await sandbox.settled(event)

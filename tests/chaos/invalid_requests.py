@@ -223,7 +223,6 @@ def _capacity() -> dict[str, InvalidRequest]:
         f"PUT {WEBHOOK_PATH}": 405,
         "OPTIONS *": 404,
         "POST /": 404,
-        f"POST {WEBHOOK_PATH}/": 400,
         f"GET {WEBHOOK_PATH}/": 405,
         f"POST {WEBHOOK_PATH}//": 404,
         "GET /metrics/": 404,

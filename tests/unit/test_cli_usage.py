@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from firstclaim.cli.commands import app
+from firstclaim.cli.events import _confirm
 from firstclaim.errors import ConfigurationError
 from firstclaim.operations.stripe_api import StripeEvents
 from firstclaim.settings import Settings, environment_name
@@ -140,6 +142,51 @@ async def test_a_log_that_would_show_payloads(monkeypatch: pytest.MonkeyPatch) -
         async with StripeEvents.connect("https://api.stripe.com", KEY):
             pytest.fail("it would have printed payloads")
     assert refused.value.exit_code == USAGE
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("currency", ["--set currency", "path=value"]),
+        ("data.objekt.currency=usd", ["no 'objekt'", "did you mean object?"]),
+        ("data.object.lines.data.99.amount=1", ["no '99'"]),
+        ("id.x=1", ["--set id.x"]),
+    ],
+)
+def test_a_field_that_cannot_be_set(run: Run, change: str, words: list[str]) -> None:
+    """A change of an event that leads nowhere: exit 2, and the part of the path that is wrong."""
+    assert_refused(run("send", "invoice.paid", "--secret", SECRET, "--set", change), *words)
+
+
+def test_yes_needs_a_limit(run: Run) -> None:
+    """`--yes` alone would replay whatever matches: exit 2, with the option that it needs."""
+    assert_refused(run("events", "replay", "--status", "dead", "--yes"), "--at-most")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "count", "at_most", "passes"),
+    [(3, None, 3, True), (2, None, 3, True), (4, None, 3, False), (3, 3, 3, True), (2, 3, 3, False), (4, 4, 3, False)],
+)
+def test_a_limit_confirms_up_to_it(chosen: int, count: int | None, at_most: int, passes: bool) -> None:
+    """With --at-most and --yes nobody is asked: more events than that, or than --count, are exit 1."""
+    if passes:
+        _confirm(chosen, count, at_most, yes=True)
+        return
+    with pytest.raises(typer.Exit) as refused:
+        _confirm(chosen, count, at_most, yes=True)
+    assert refused.value.exit_code == 1
+
+
+def test_reload_needs_one_worker(run: Run) -> None:
+    """`--reload` with several workers: exit 2, and both options are named."""
+    assert_refused(run("serve", "--reload", "--workers", "2"), "--reload", "--workers 1")
+
+
+@pytest.mark.parametrize("command", [["check"], ["migrate"], ["events", "list"], ["stats"], ["psql"]], ids=" ".join)
+def test_only_serve_creates_a_store(run: Run, tmp_path: Path, command: list[str]) -> None:
+    """A command without stores: exit 2, the variable that is not set, and nothing is created."""
+    assert_refused(run(*command), "DATABASE_URL is not set", "firstclaim serve")
+    assert list(tmp_path.iterdir()) == []
 
 
 # -- exit code 2: settings and handler modules --------------------------------------------------------

@@ -19,7 +19,7 @@ import firstclaim
 from firstclaim.event import parse_event
 from firstclaim.handlers.invoices import payment_failure
 from firstclaim.sending.client import Answer, _client, send, sign
-from firstclaim.sending.events import build_event, marked_event, read_event, shipped_types
+from firstclaim.sending.events import build_event, changed, event_id_of, marked_event, read_event, shipped_types
 from firstclaim.sending.report import exit_code, report
 from tests.fixtures import SECRET, event_body, old_shape_payment_failed, signed
 
@@ -468,3 +468,34 @@ def test_templates_are_pretty_printed_as_stripes_are() -> None:
     """Stripe signs indented JSON, so a receiver that re-serialises before it verifies fails with ours too."""
     body = build_event("customer.created")
     assert body == json.dumps(json.loads(body), indent=2, ensure_ascii=False).encode()
+
+
+# -- what the command line changes and shows ----------------------------------------------------------
+
+
+def test_fields_can_be_set() -> None:
+    """`--set` changes what it names and nothing else: JSON as its value, other text as text, items by number."""
+    body = build_event("invoice.paid")
+    changes = ["data.object.currency=usd", "livemode=true", "data.object.lines.data.0.amount=5", "data.object.note=a=b"]
+    event, before = orjson.loads(changed(body, changes)), orjson.loads(body)
+    invoice = event["data"]["object"]
+    assert (invoice["currency"], event["livemode"], invoice["note"]) == ("usd", True, "a=b")
+    assert invoice["lines"]["data"][0]["amount"] == 5
+    before["data"]["object"] |= {"currency": "usd", "note": "a=b"}
+    before["livemode"] = True
+    before["data"]["object"]["lines"]["data"][0]["amount"] = 5
+    assert event == before
+    assert changed(body, []) is body
+
+
+def test_the_report_shows_the_event_and_the_reasons() -> None:
+    """The id that was sent, and each reason once, with nothing that an unknown server could inject."""
+    body = build_event("invoice.paid")
+    out = io.StringIO()
+    answers = [DONE, *[Answer(200, "ignored", False, 0.003, None, "Event x already completed")] * 2]
+    answers.append(Answer(500, "failed", False, 0.003, None, "bad\x1b[31m"))
+    report(answers, Console(file=out, width=100), event_id_of(body))
+    lines = out.getvalue().splitlines()
+    assert lines[0] == f"event {orjson.loads(body)['id']}"
+    assert lines.count("reason: Event x already completed") == 1
+    assert "reason: 'bad\\x1b[31m'" in lines

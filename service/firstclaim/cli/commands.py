@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from firstclaim.cli import admin, database, events, livez, load, reconcile, send, serve
+from firstclaim.cli import admin, database, events, livez, load, psql, reconcile, send, serve
 from firstclaim.cli.terminal import out
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ def _livez() -> None:
 
 app.command()(database.migrate)
 app.command()(database.check)
+app.command(context_settings=psql.PASS_ON)(psql.psql)
 app.command("admin-password")(admin.admin_password)
 app.command()(admin.dashboard)
 app.command()(send.send)

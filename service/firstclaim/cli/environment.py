@@ -34,9 +34,10 @@ def read_settings(*, receiving: bool = True, flags: Mapping[str, Any] = MappingP
 @contextmanager
 def database() -> Iterator[Settings]:
     """Settings with a database address, for commands that use Postgres alone: no Redis and no secret needed."""
-    from firstclaim.embedded.data_folder import servers
+    from firstclaim.embedded.data_folder import require_store, servers
 
     settings = read_settings(receiving=False)
+    require_store(settings, "database_url")
     with nullcontext(settings) if settings.database_url else servers(settings, share=True) as ready:
         yield ready
 

@@ -15,11 +15,10 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.text import Text
 
 from firstclaim.cli.environment import database, operator, run_on_ledger
 from firstclaim.cli.options import AsJson, duration_option, storable
-from firstclaim.cli.terminal import fail, out, print_field, print_json, print_text, printable, reported
+from firstclaim.cli.terminal import STATUS_COLOURS, fail, out, print_field, print_json, print_text, printable, reported
 from firstclaim.formatting import ago, instant, number_of, number_of_events
 from firstclaim.operations.limits import ROW_DAYS_LEAST
 from firstclaim.progress import progress_bar
@@ -31,14 +30,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="List, show, replay and prune events.")
 
-_COLOURS = {
-    Status.PENDING: "yellow",
-    Status.PROCESSING: "cyan",
-    Status.COMPLETED: "green",
-    Status.IGNORED: "bright_black",
-    Status.FAILED: "magenta",
-    Status.DEAD: "red",
-}
 _POLL_SECONDS = 0.5
 _DAYS_MOST = 36_500
 
@@ -70,8 +61,7 @@ def list_events(
     as_json: AsJson = False,
 ) -> None:
     """List events, newest first."""
-    from rich.table import Table
-
+    from firstclaim.cli.event_list import print_events
     from firstclaim.operations.queries import Selection
 
     selection = Selection(None, status or None, event_type, account, older_than, newer_than)
@@ -81,15 +71,7 @@ def list_events(
         for event in events:
             print_json(asdict(event))
         return
-    table = Table("event", "type", "status", "attempts", "received", "result", box=None, pad_edge=False)
-    for column in table.columns[:2]:
-        column.no_wrap = True
-    for event in events:
-        result = event.last_error or event.action or ""
-        cells = (event.event_id, event.type, event.status, str(event.attempt), ago(event.received_at), result)
-        colour = _COLOURS[event.status]
-        table.add_row(*(Text(printable(cell), colour if cell is event.status else "") for cell in cells))
-    print_text(table if events else "no events")
+    print_events(events)
     if len(events) == limit:
         print_text(f"limited to the newest {limit}; --limit lists more")
 
@@ -125,7 +107,7 @@ def show(
         if name in ("due_at", "give_up_at") and event.settled_at is not None:
             continue  # a settled event is not due any more
         shown = _instant(value) if isinstance(value, datetime) else "-" if value is None else str(value)
-        print_field(name, shown, _COLOURS[event.status] if name == "status" else "")
+        print_field(name, shown, STATUS_COLOURS[event.status] if name == "status" else "")
     print_text("")
     for entry in timeline(event, attempts, actions):
         print_field(f"{entry.at:%Y-%m-%d %H:%M:%S.%f}"[:-3], entry.text)
@@ -148,6 +130,11 @@ def replay(
     count: Annotated[
         int | None, typer.Option(help="How many events you expect. Without it the command asks you.")
     ] = None,
+    at_most: Annotated[
+        int | None,
+        typer.Option(min=1, help="Replay nothing if more events are selected: for a selection that changes meanwhile."),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="With --at-most: do not ask for the number.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Replay completed events too: their effects happen again.")
     ] = False,
@@ -166,16 +153,15 @@ def replay(
     selection = Selection(ids or None, status or None, event_type, account, older_than, newer_than)
     if selection.is_empty:
         raise typer.BadParameter("select events by id, or with --status and the other filters")
+    if yes and at_most is None:
+        raise typer.BadParameter("--yes needs --at-most N: the most events that you mean")
     with reported(), database() as settings:
         found = run_on_ledger(settings, lambda operations: operations.select_candidates(selection))
         chosen = _replayable(found, ids, force=force)
         _print_selected(chosen, pruned=len(found) - len(chosen))
         if dry_run or not chosen:
             raise typer.Exit(0 if chosen else 1)
-        if count is None:
-            count = typer.prompt(f"Type {len(chosen)} to replay {'it' if len(chosen) == 1 else 'them'}", type=int)
-        if count != len(chosen):
-            fail(f"the selection matches {number_of_events(len(chosen))}, not {count}: nothing was changed", 1)
+        _confirm(len(chosen), count, at_most, yes=yes)
         replayed = run_on_ledger(
             settings, lambda operations: _replay(operations, chosen, selection, settings.give_up_seconds, force)
         )
@@ -245,7 +231,7 @@ def stats(as_json: AsJson = False) -> None:
         print_json({"events": events, **asdict(backlog)})
         return
     for status, number in events.items():
-        print_field(status, str(number), _COLOURS[status])
+        print_field(status, str(number), STATUS_COLOURS[status])
     print_field("due now", str(backlog.due))
     print_field("oldest due", "-" if backlog.oldest_due_seconds is None else f"{backlog.oldest_due_seconds:.0f} s")
     print_field("past their lease", str(backlog.past_their_lease))
@@ -269,6 +255,16 @@ def _replayable(found: list[ReplayCandidate], ids: list[str] | None, *, force: b
             1,
         )
     return with_payload
+
+
+def _confirm(chosen: int, count: int | None, at_most: int | None, *, yes: bool) -> None:
+    """Exit unless the operator means that many events."""
+    if at_most is not None and chosen > at_most:
+        fail(f"the selection matches {number_of_events(chosen)}, more than {at_most}: nothing was changed", 1)
+    if count is None and not yes:
+        count = typer.prompt(f"Type {chosen} to replay {'it' if chosen == 1 else 'them'}", type=int)
+    if count is not None and count != chosen:
+        fail(f"the selection matches {number_of_events(chosen)}, not {count}: nothing was changed", 1)
 
 
 def _print_selected(chosen: list[ReplayCandidate], *, pruned: int) -> None:

@@ -19,6 +19,11 @@ def send(
     url: WebhookUrl = "",
     event_id: Annotated[str, typer.Option("--id", help="Event id. Default: a new one.")] = "",
     file: Annotated[Path | None, typer.Option(help="Send the event in this JSON file instead of a template.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="PATH=VALUE", help="Set a field: data.object.currency=usd. Repeat it for more."),
+    ] = None,
+    secret: Annotated[str, typer.Option(help="Signing secret.", show_default="the one that serve uses here")] = "",
 ) -> None:
     """Sign an event as Stripe would, send it, and print the answers.
 
@@ -26,7 +31,7 @@ def send(
     """
     import asyncio
 
-    from firstclaim.sending import client, report
+    from firstclaim.sending import client, events, report
 
     if bool(event_type) == (file is not None):
         raise typer.BadParameter("give either an event TYPE, or a file with --file")
@@ -34,10 +39,10 @@ def send(
         url = url or read_settings(receiving=False).webhook_url
         with invalid_arguments():
             client.check_url(url)
-            body = _event(event_type, event_id, file)
+            body = events.changed(_event(event_type, event_id, file), changes or ())
         with progress_bar(out, "sending", copies) as bar:
-            answers = asyncio.run(client.send(url, body, signing_secret(), copies, lambda _: bar.advance()))
-        report.report(answers, out)
+            answers = asyncio.run(client.send(url, body, secret or signing_secret(), copies, lambda _: bar.advance()))
+        report.report(answers, out, events.event_id_of(body))
         raise typer.Exit(report.exit_code(answers))
 
 

@@ -6,9 +6,11 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
 from firstclaim.cli.environment import read_settings
 from firstclaim.cli.terminal import out, print_checks, reported
+from firstclaim.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import socket
@@ -42,6 +44,9 @@ def serve(
             show_default="FIRSTCLAIM_ROOT_PATH, or none",
         ),
     ] = None,
+    reload: Annotated[
+        bool, typer.Option("--reload", help="Restart whenever a source file changes. For development.")
+    ] = False,
     migrate: Annotated[bool, typer.Option("--migrate", help="Migrate the schema first, if it is outdated.")] = False,
 ) -> None:
     """Receive deliveries at POST /webhooks/stripe until SIGTERM. Also serves /livez, /readyz and /metrics.
@@ -54,13 +59,15 @@ def serve(
     from firstclaim.cli.database import migrate_schema
     from firstclaim.embedded.data_folder import servers
     from firstclaim.server.preflight import Verdict, all_checks, raise_if_fatal
-    from firstclaim.server.runner import exit_on_signals, listen, run
+    from firstclaim.server.runner import exit_on_signals, listen, run, run_reloading
     from firstclaim.shutdown import Watchdog
 
     watchdog = Watchdog()
     with watchdog.bounded_exit(), reported():
         flags = {"host": host, "port": port, "workers": workers, "root_path": root_path}
         settings = read_settings(flags={name: value for name, value in flags.items() if value is not None})
+        if reload and settings.workers > 1:
+            raise ConfigurationError(["--reload replaces one process: use it with --workers 1"])
         exit_on_signals()
         listener = listen(settings.host, settings.listen_port)
         with servers(settings) as ready:
@@ -72,7 +79,10 @@ def serve(
             raise_if_fatal(checks)
             _print_addresses(settings, ready, listener)
             print_checks([check for check in checks if check.verdict is not Verdict.OK])
-            run(create_app, ready, listener, settings.workers, watchdog)
+            if reload:
+                run_reloading(create_app, ready, listener, watchdog)
+            else:
+                run(create_app, ready, listener, settings.workers, watchdog)
 
 
 def _print_addresses(settings: Settings, ready: Settings, listener: socket.socket) -> None:
@@ -82,7 +92,8 @@ def _print_addresses(settings: Settings, ready: Settings, listener: socket.socke
     lines = {
         "webhooks": f"POST {address}{settings.webhook_path}",
         "workers": str(settings.workers),
-        "postgres": "DATABASE_URL" if settings.database_url else f"embedded, in {settings.data_dir}",
+        **_handler_lines(settings),
+        "postgres": "DATABASE_URL" if settings.database_url else f"embedded, in {settings.data_dir}: firstclaim psql",
         "redis": "REDIS_URL" if settings.redis_url else "embedded Valkey",
     }
     if settings.admin_password is not None:
@@ -93,7 +104,18 @@ def _print_addresses(settings: Settings, ready: Settings, listener: socket.socke
         lines["try"] = f"firstclaim send invoice.payment_failed --copies 20{_url_option(settings, port)}"
     out.print(f"firstclaim {version('firstclaim')}")
     for name, value in lines.items():
-        out.print(f"[bold]{name:10}[/]{value}", soft_wrap=True)  # a secret that is wrapped cannot be copied
+        # Not as markup: a pattern may have brackets. A secret that is wrapped cannot be copied.
+        out.print(Text.assemble((f"{name:10}", "bold"), value), soft_wrap=True)
+
+
+def _handler_lines(settings: Settings) -> dict[str, str]:
+    """A line for each pattern; the name stands at the first."""
+    from firstclaim.registry import Registry
+
+    handlers = sorted(Registry.load(settings.handlers), key=lambda handler: handler.pattern)
+    width = max((len(handler.pattern) for handler in handlers), default=0)
+    shown = (f"{handler.pattern:{width}} {handler.name}" for handler in handlers)
+    return {"handlers" if number == 0 else " " * number: line for number, line in enumerate(shown)}
 
 
 def _url_option(settings: Settings, port: int) -> str:

@@ -11,11 +11,21 @@ from rich.console import Console
 from rich.text import Text
 
 from firstclaim.errors import ConfigurationError, LedgerUnavailable, OperatorError
+from firstclaim.status import Status
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from firstclaim.server.preflight import Check
+
+STATUS_COLOURS = {
+    Status.PENDING: "yellow",
+    Status.PROCESSING: "cyan",
+    Status.COMPLETED: "green",
+    Status.IGNORED: "bright_black",
+    Status.FAILED: "magenta",
+    Status.DEAD: "red",
+}
 
 out = Console(highlight=False)
 if not out.is_terminal:

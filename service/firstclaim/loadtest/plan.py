@@ -167,7 +167,7 @@ def kind_of(status: int, content: bytes) -> AnswerKind:
     """The kind of an answer. Status 0: there was none (refused, reset, timed out)."""
     if status == 0:
         return AnswerKind.NO_ANSWER
-    action, processed = outcome_of(content)
+    action, processed, _ = outcome_of(content)
     if action == "ignored":
         return AnswerKind.UNHANDLED if processed else AnswerKind.IGNORED
     if processed:

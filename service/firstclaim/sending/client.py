@@ -28,13 +28,14 @@ _LOOPBACK = re.compile(r"https?://(localhost|127\.|\[::1\])", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The result of one copy: a status, with the body's `action` and `processed` if it had them, or an error."""
+    """The result of one copy: a status, with what the body had of `action`, `processed` and `reason`, or an error."""
 
     status: int | None
     action: str | None
     processed: bool | None
     seconds: float
     error: str | None
+    reason: str | None = None
 
 
 def sign(body: bytes, secret: str, timestamp: int | None = None) -> str:
@@ -105,18 +106,20 @@ async def _post(client: httpx.AsyncClient, url: str, body: bytes, secret: str) -
         text = f"{type(error).__name__}: {error}".removesuffix(": ")
         return Answer(None, None, None, time.perf_counter() - started, text)
     seconds = time.perf_counter() - started
-    return Answer(response.status_code, *outcome_of(response.content), seconds, None)
+    action, processed, reason = outcome_of(response.content)
+    return Answer(response.status_code, action, processed, seconds, None, reason)
 
 
-def outcome_of(content: bytes) -> tuple[str | None, bool | None]:
-    """An answer's `action` and `processed`. The answer of any other server (a proxy, say) has neither."""
+def outcome_of(content: bytes) -> tuple[str | None, bool | None, str | None]:
+    """An answer's `action`, `processed` and `reason`. The answer of any other server (a proxy, say) has none."""
     try:
         answer = orjson.loads(content)
     except orjson.JSONDecodeError:
-        return None, None
+        return None, None, None
     fields = answer if isinstance(answer, dict) else {}
-    action, processed = fields.get("action"), fields.get("processed")
+    action, processed, reason = (fields.get(name) for name in ("action", "processed", "reason"))
     return (
         action if isinstance(action, str) else None,
         processed if isinstance(processed, bool) else None,
+        reason if isinstance(reason, str) else None,
     )

@@ -11,6 +11,7 @@ import difflib
 import re
 import secrets
 import string
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -74,6 +75,50 @@ def read_event(path: Path, event_id: str | None = None) -> bytes:
     if not isinstance(event, dict):
         raise ValueError(f"--file {path}: expected an event, which is a JSON object")
     return body if event_id is None else _dump(event, event_id)
+
+
+def changed(body: bytes, changes: Sequence[str]) -> bytes:
+    """The event with fields set: each change is `path=value`, such as `data.object.currency=usd`.
+
+    A value that is JSON is that value (`true`, `5`, `null`, `{"a": 1}`), any other is a text. The path leads through
+    objects, and by number through lists; only its last name may be new. Raises `ValueError`.
+    """
+    event = orjson.loads(body)
+    for change in changes:
+        path, equals, text = change.partition("=")
+        if not (path and equals):
+            raise ValueError(f"--set {change}: expected path=value, e.g. data.object.currency=usd")
+        *parents, last = path.split(".")
+        place = event
+        for name in parents:
+            place = place[_key(place, name, path)]
+        key = last if isinstance(place, dict) else _key(place, last, path)
+        place[key] = _value(text)
+    return orjson.dumps(event, option=orjson.OPT_INDENT_2) if changes else body
+
+
+def event_id_of(body: bytes) -> str:
+    """The event's id, as far as it has one."""
+    event = orjson.loads(body)
+    return str(event.get("id", "")) if isinstance(event, dict) else ""
+
+
+def _key(place: Any, name: str, path: str) -> Any:
+    """The key of a field, or the index of an item, that is there."""
+    if isinstance(place, dict) and name in place:
+        return name
+    if isinstance(place, list) and name.isdecimal() and int(name) < len(place):
+        return int(name)
+    there = sorted(place) if isinstance(place, dict) else []
+    near = difflib.get_close_matches(name, there, n=1)
+    raise ValueError(f"--set {path}: there is no {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _value(text: str) -> Any:
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return text
 
 
 def _templates() -> Any:

@@ -19,13 +19,17 @@ def exit_code(answers: Sequence[Answer]) -> int:
     return _verdict(answers)[0]
 
 
-def report(answers: Sequence[Answer], console: Console) -> None:
-    """Print how often each answer came, the latency, and the verdict in a line."""
+def report(answers: Sequence[Answer], console: Console, event_id: str = "") -> None:
+    """Print the event's id, how often each answer came, the reasons, the latency, and the verdict in a line."""
+    if event_id:
+        console.print(Text.assemble("event ", _cell(event_id)), soft_wrap=True)
     table = Table("status", "action", "processed")
     table.add_column("count", justify="right")
     for (status, action, processed), count in _tally(answers).most_common():
         table.add_row(_cell(status), _cell(action), _cell(processed), str(count))
     console.print(table)
+    for reason in dict.fromkeys(answer.reason for answer in answers if answer.reason):
+        console.print(Text.assemble("reason: ", _cell(reason)), soft_wrap=True)
     if latencies := sorted(answer.seconds for answer in answers if answer.status is not None):
         line = f"latency p50 {_milliseconds(latencies, 0.5)} ms, p99 {_milliseconds(latencies, 0.99)} ms"
         console.print(line, markup=False, highlight=False)

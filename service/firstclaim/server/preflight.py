@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import asyncpg
 import stripe
@@ -24,6 +24,7 @@ from firstclaim.postgres.connection import UNAVAILABLE, describe
 from firstclaim.postgres.epoch import read_epoch
 from firstclaim.registry import Registry
 from firstclaim.server.connection_limiter import affordable_connections
+from firstclaim.server.event_types import unmatched
 from firstclaim.settings import Settings
 
 _CONNECT_ATTEMPTS = 20  # half a second apart, for a database that is starting at the same time
@@ -87,11 +88,8 @@ def check_handlers(settings: Settings) -> list[Check]:
         return [_fail("handlers", fault) for fault in error.faults]
     if not handlers:
         return [_warn("handlers", f"{', '.join(settings.handlers)} declare none: every event will be ignored")]
-    # There is no public list of thin types (v1., v2.), and a wildcard cannot be checked.
-    named = {h.pattern for h in handlers if "*" not in h.pattern and not h.pattern.startswith(("v1.", "v2."))}
-    unknown = sorted(named - known_event_types())
-    if unknown:
-        return [_warn("handlers", f"stripe-python does not know the event type: {', '.join(unknown)}")]
+    if unknown := unmatched(handler.pattern for handler in handlers):
+        return [_warn("handlers", f"no event type of stripe-python {stripe.VERSION} matches {', '.join(unknown)}")]
     return [_ok("handlers", ", ".join(sorted(h.pattern for h in handlers)))]
 
 
@@ -102,11 +100,6 @@ def check_files(settings: Settings) -> list[Check]:
         detail = f"the limit on open files allows {affordable} connections per process, not {wanted}: raise it"
         return [_warn("files", f"{detail} (ulimit -n)")]
     return [_ok("files", f"enough for {wanted} connections per process")]
-
-
-def known_event_types() -> frozenset[str]:
-    """The snapshot event types that the installed stripe-python lists."""
-    return frozenset(get_args(get_type_hints(stripe.Event)["type"]))
 
 
 # -- Postgres -----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from types import FrameType
 from typing import cast
 
@@ -24,6 +25,7 @@ from firstclaim.observability import metrics
 from firstclaim.observability.logging import configure
 from firstclaim.server.connection_limiter import ConnectionLimiter, affordable_connections
 from firstclaim.server.protocol import HttpProtocol
+from firstclaim.server.reload import Reloader, exit_with, watched_paths
 from firstclaim.server.supervisor import Heartbeat, Supervisor
 from firstclaim.settings import Settings
 from firstclaim.shutdown import Shutdown, Watchdog, stop_signals
@@ -137,6 +139,25 @@ def run(create_app: CreateApp, settings: Settings, listener: socket.socket, work
         work = partial(_work, create_app, settings, listener)
         if code := Supervisor(work, workers, settings.shutdown_seconds).run():
             raise SystemExit(code)
+
+
+def run_reloading(create_app: CreateApp, settings: Settings, listener: socket.socket, watchdog: Watchdog) -> None:
+    """Serve until a signal, in a process that is replaced whenever a source file changes."""
+    watchdog.start()
+    configure(settings.log_format, settings.log_level)
+    work = partial(_work_until_change, create_app, settings, listener)
+    Reloader(work, watched_paths(settings.handlers, Path.cwd()), settings.shutdown_seconds).run()
+
+
+def _work_until_change(create_app: CreateApp, settings: Settings, listener: socket.socket) -> None:
+    """One process of `serve --reload`. A fault in a handler module is told in a line, as at the start."""
+    exit_on_signals()
+    watchdog = Watchdog()
+    with watchdog.bounded_exit():
+        try:
+            _serve(create_app, settings, listener, watchdog)
+        except ConfigurationError as error:
+            exit_with(error.faults)
 
 
 def _work(create_app: CreateApp, settings: Settings, listener: socket.socket, heartbeat: Heartbeat) -> None:
