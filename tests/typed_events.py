@@ -12,7 +12,7 @@ from itertools import starmap
 
 from stripe._object_classes import OBJECT_CLASSES
 
-from firstclaim.server.preflight import known_event_types
+from firstclaim.server.event_types import snapshot_event_types
 
 EXCEPTIONS = {
     "account.external_account": ("bank_account", "card"),
@@ -76,7 +76,7 @@ def class_name(object_name: str) -> str:
 
 def patterns_by_object() -> dict[str, list[str]]:
     """The event types of each object, and the wildcards that match types of this object alone."""
-    objects = {each: " | ".join(map(class_name, object_names(each))) for each in sorted(known_event_types())}
+    objects = {each: " | ".join(map(class_name, object_names(each))) for each in sorted(snapshot_event_types())}
     below: dict[str, set[str]] = defaultdict(set)
     for event_type, name in objects.items():
         words = event_type.split(".")

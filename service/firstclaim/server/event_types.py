@@ -12,7 +12,12 @@ import stripe
 
 def known_event_types() -> frozenset[str]:
     """The types of snapshot events, and of thin events, which begin with `v1.` or `v2.`."""
-    return frozenset(get_args(get_type_hints(stripe.Event)["type"])) | _thin_event_types()
+    return snapshot_event_types() | _thin_event_types()
+
+
+def snapshot_event_types() -> frozenset[str]:
+    """The types of snapshot events alone."""
+    return frozenset(get_args(get_type_hints(stripe.Event)["type"]))
 
 
 def _thin_event_types() -> frozenset[str]:
