@@ -21,6 +21,8 @@ from firstclaim.migrations import schema
 from firstclaim.settings import Settings
 from firstclaim.urls import postgres_dsn
 
+SHIPPED = ("firstclaim.handlers", "firstclaim.handlers.load_probe")  # both have a table
+
 # Deliberately without a unique constraint: a duplicate effect must be visible.
 EFFECTS = """
 CREATE TABLE effects (
@@ -74,7 +76,7 @@ def running(folder: Path, postgres_url: str | None, redis_url: str | None) -> It
 
 async def _make_template(url: str, template: str) -> None:
     await _execute(url, f'CREATE DATABASE "{template}"')
-    await schema.migrate(with_database(url, template), 10)
+    await schema.migrate(with_database(url, template), 10, handlers=SHIPPED)
     await _execute(with_database(url, template), EFFECTS)
 
 

@@ -114,13 +114,14 @@ def assemble(settings: Settings, registry: Registry) -> Components:
     backoff = Backoff(settings.backoff_first_seconds, settings.backoff_most_seconds)
     epoch = Epoch(fresh_seconds=5 * settings.recovery_interval_seconds + 2 * timeout)
     queue = settings.answer_budget_seconds
-    pool = partial(Pool, dsn, timeout_seconds=timeout, queue_seconds=queue)
+    schema = settings.schema_name
+    pool = partial(Pool, dsn, timeout_seconds=timeout, queue_seconds=queue, schema=schema)
     # The server ends a statement that waits (for a table's lock, say) before its client gives up the connection: else
     # each attempt would leave a backend behind. A handler's statements have a timeout of their own (see `HOLD`).
     ends = {"statement_timeout": f"{round(timeout * _STATEMENT_SHARE * 1000)}ms"}
     locks = {"lock_timeout": f"{round(timeout * 1000)}ms"}
     ingest = pool(size=settings.ingest_connections, epoch=epoch, pins=ends | locks)
-    handler_connections = HandlerConnections(dsn, timeout_seconds=timeout, epoch=epoch, pins=ends)
+    handler_connections = HandlerConnections(dsn, timeout_seconds=timeout, epoch=epoch, pins=ends, schema=schema)
     lock = Lock(
         connect(settings.redis_url.get_secret_value(), timeout_seconds=settings.redis_timeout_seconds),
         prefix=settings.redis_prefix,

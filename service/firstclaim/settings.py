@@ -20,6 +20,7 @@ from firstclaim import urls
 from firstclaim.errors import ConfigurationError
 from firstclaim.listening import Listening
 from firstclaim.passwords import check
+from firstclaim.schema_name import DEFAULT_SCHEMA, checked_schema
 
 PREFIX = "FIRSTCLAIM_"
 METRICS_CONNECTIONS = 2  # a pool of their own, so that reading the ledger never delays a delivery
@@ -50,6 +51,11 @@ class Settings(Listening):
         None,
         validation_alias="DATABASE_URL",
         description="PostgreSQL 14 or newer: `postgresql://` or `postgres://`. Unset: an embedded server.",
+    )
+    schema_name: Annotated[str, AfterValidator(checked_schema)] = Field(
+        DEFAULT_SCHEMA,
+        validation_alias="FIRSTCLAIM_SCHEMA",
+        description="Schema of the ledger's tables: one of its own, that your migrations do not look into.",
     )
     redis_url: Annotated[SecretStr | None, _converted(urls.redis_url)] = Field(
         None,
@@ -251,29 +257,22 @@ class Settings(Listening):
 
     @model_validator(mode="after")
     def _numbers_agree(self) -> Self:
-        faults = [
-            message
-            for wrong, message in (
-                (
-                    not self.lease_seconds < self.handler_deadline_seconds < self.idle_in_transaction_seconds,
-                    "FIRSTCLAIM_LEASE_SECONDS < FIRSTCLAIM_HANDLER_DEADLINE_SECONDS < "
-                    "FIRSTCLAIM_IDLE_IN_TRANSACTION_SECONDS must hold, or a live handler could be taken over",
-                ),
-                (
-                    self.marker_ttl_seconds <= self.lock_ttl_seconds,
-                    "FIRSTCLAIM_MARKER_TTL_SECONDS must be longer than FIRSTCLAIM_LOCK_TTL_SECONDS",
-                ),
-                (
-                    self.backoff_first_seconds > self.backoff_most_seconds,
-                    "FIRSTCLAIM_BACKOFF_FIRST_SECONDS must not be above FIRSTCLAIM_BACKOFF_MOST_SECONDS",
-                ),
-                (
-                    self.drain_seconds >= self.shutdown_seconds,
-                    "FIRSTCLAIM_DRAIN_SECONDS must be below FIRSTCLAIM_SHUTDOWN_SECONDS, which includes it",
-                ),
-            )
-            if wrong
-        ]
+        rules = {
+            "FIRSTCLAIM_LEASE_SECONDS < FIRSTCLAIM_HANDLER_DEADLINE_SECONDS < "
+            "FIRSTCLAIM_IDLE_IN_TRANSACTION_SECONDS must hold, or a live handler could be taken over": (
+                self.lease_seconds < self.handler_deadline_seconds < self.idle_in_transaction_seconds
+            ),
+            "FIRSTCLAIM_MARKER_TTL_SECONDS must be longer than FIRSTCLAIM_LOCK_TTL_SECONDS": (
+                self.marker_ttl_seconds > self.lock_ttl_seconds
+            ),
+            "FIRSTCLAIM_BACKOFF_FIRST_SECONDS must not be above FIRSTCLAIM_BACKOFF_MOST_SECONDS": (
+                self.backoff_first_seconds <= self.backoff_most_seconds
+            ),
+            "FIRSTCLAIM_DRAIN_SECONDS must be below FIRSTCLAIM_SHUTDOWN_SECONDS, which includes it": (
+                self.drain_seconds < self.shutdown_seconds
+            ),
+        }
+        faults = [message for message, holds in rules.items() if not holds]
         if faults:
             raise ValueError("\n".join(faults))
         return self

@@ -426,13 +426,13 @@ class Row:
 ROW: Final = """
 SELECT status, attempt, failures, abandoned, action, last_error,
        extract(epoch FROM due_at - clock_timestamp())::float8 AS due_in_seconds
-  FROM stripe_events WHERE event_id = $1
+  FROM firstclaim.stripe_events WHERE event_id = $1
 """
 
 # One statement reads the status and the effects in one snapshot, whatever else is running.
 _BROKEN = """
 SELECT coalesce(e.event_id, f.event_id) AS event_id, e.status, coalesce(f.effects, 0) AS effects
-  FROM stripe_events e
+  FROM firstclaim.stripe_events e
   FULL JOIN (SELECT event_id, count(*) AS effects FROM effects GROUP BY event_id) f USING (event_id)
  WHERE coalesce(f.effects, 0) <> CASE WHEN e.status = 'completed' THEN 1 ELSE 0 END
 """
@@ -534,12 +534,12 @@ class Sandbox:
 
     async def rows(self) -> int:
         """The number of events in the ledger."""
-        counted: int = (await self.fetch("SELECT count(*) FROM stripe_events"))[0][0]
+        counted: int = (await self.fetch("SELECT count(*) FROM firstclaim.stripe_events"))[0][0]
         return counted
 
     async def statuses(self) -> Counter[Status]:
         """The number of events of each status."""
-        found = await self.fetch("SELECT status, count(*) FROM stripe_events GROUP BY status")
+        found = await self.fetch("SELECT status, count(*) FROM firstclaim.stripe_events GROUP BY status")
         return Counter({Status(status): count for status, count in found})
 
     async def fetch(self, query: str, *arguments: object) -> list[asyncpg.Record]:
@@ -556,7 +556,7 @@ class Sandbox:
     async def locked(self, event: Sample) -> AsyncIterator[None]:
         """Another transaction holds the row's lock while the block runs."""
         async with self._connection() as connection, connection.transaction():
-            await connection.execute("SELECT FROM stripe_events WHERE event_id = $1 FOR UPDATE", event.id)
+            await connection.execute("SELECT FROM firstclaim.stripe_events WHERE event_id = $1 FOR UPDATE", event.id)
             yield
 
     @asynccontextmanager

@@ -78,7 +78,7 @@ async def test_several_workers_are_one_page(sandbox: Sandbox, tmp_path: Path) ->
     async with at(service) as admin:
         admin.client.cookies.update(cookies)
         assert (await admin.get("/admin"))[0].status_code == 200
-    [(operator, changed)] = await sandbox.fetch("SELECT operator, changed FROM operator_actions")
+    [(operator, changed)] = await sandbox.fetch("SELECT operator, changed FROM firstclaim.operator_actions")
     assert (operator, changed) == ("admin page from 127.0.0.1", 1)
 
 

@@ -146,19 +146,19 @@ async def overdue(scene: Scene) -> Scrape:
     scene.redis.switch(Mode.REFUSE)  # so that recovery does not take it over
     event = sample()
     assert (await scene.sandbox.deliver(scene.service, event)).result == DEFERRED
-    await scene.sandbox.fetch("UPDATE stripe_events SET due_at = due_at - interval '1 hour'")
+    await scene.sandbox.fetch("UPDATE firstclaim.stripe_events SET due_at = due_at - interval '1 hour'")
     return await scene.seen(lambda scrape: scrape['firstclaim_oldest_due_seconds{instance="a"}'] > 3000)
 
 
 async def recovery_stopped(scene: Scene) -> Scrape:
     await scene.sandbox.fetch(
-        "ALTER TABLE stripe_events RENAME abandoned TO renamed"
+        "ALTER TABLE firstclaim.stripe_events RENAME abandoned TO renamed"
     )  # only recovery reads this column
     return await scene.seen(lambda scrape: not up(scrape, "recovery"))
 
 
 async def schema_outdated(scene: Scene) -> Scrape:
-    await scene.sandbox.fetch("UPDATE alembic_version SET version_num = '0001'")
+    await scene.sandbox.fetch("UPDATE firstclaim.ledger_revision SET version_num = '0001'")
     return await scene.seen(lambda scrape: not up(scrape, "schema"))
 
 
@@ -231,7 +231,9 @@ async def test_an_alert_fires_in_its_state_and_no_other(
         scene.service = await scene.another()
         before = await scraped(scene.service)
         after = await state(scene)
-        sandbox.waived.update(row["event_id"] for row in await sandbox.fetch("SELECT event_id FROM stripe_events"))
+        sandbox.waived.update(
+            row["event_id"] for row in await sandbox.fetch("SELECT event_id FROM firstclaim.stripe_events")
+        )
         check(tmp_path, before, after, {f"Firstclaim{name}" for name in STATES[state]})
 
 

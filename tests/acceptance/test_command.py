@@ -113,7 +113,7 @@ async def test_a_newer_schema(command: Command, empty_database: str) -> None:
     """The schema of a newer build: this build works on it, and warns."""
     assert (await command("migrate", DATABASE_URL=empty_database)).code == 0
     connection = await asyncpg.connect(empty_database)
-    await connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    await connection.execute("UPDATE firstclaim.ledger_revision SET version_num = '9999'")
     await connection.close()
     run = await command("check", DATABASE_URL=empty_database)
     assert run.code == 0, run.output

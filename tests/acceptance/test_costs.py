@@ -22,11 +22,11 @@ _UPKEEP = re.compile(
 
 FRESH = ["insert event", "BEGIN", "hold", "handler", "complete", "COMMIT"]
 _NAMES = {
-    "insert event": "INSERT INTO stripe_events",
+    "insert event": "INSERT INTO firstclaim.stripe_events",
     "hold": "pg_backend_pid() AS pid",
     "handler": "INSERT INTO effects",
     "complete": "SET status = 'completed'",
-    "find": "SELECT event_id, status, attempt FROM stripe_events",
+    "find": "SELECT event_id, status, attempt FROM firstclaim.stripe_events",
 }
 
 

@@ -145,7 +145,7 @@ async def test_what_comes_from_outside_is_printed_as_it_is(sandbox: Sandbox, com
     event = sample()
     assert (await sandbox.deliver(service, event)).result == PROCESSED
     kind, error = "v2.core.account[configuration.merchant].updated", "PatternError: \\[/x] in [bold]"
-    await sandbox.fetch("UPDATE stripe_events SET type = $1, last_error = $2", kind, error + "\x1b[2J")
+    await sandbox.fetch("UPDATE firstclaim.stripe_events SET type = $1, last_error = $2", kind, error + "\x1b[2J")
     for arguments in (["list"], ["show", event.id]):
         run = await command("events", *arguments, COLUMNS="40")
         assert run.code == 0, run.output
@@ -158,12 +158,12 @@ async def test_what_cannot_be_handled_is_not_replayed(sandbox: Sandbox, command:
     event = sample()
     assert (await sandbox.deliver(service, event)).result == PROCESSED
     sandbox.waived.add(event.id)
-    await sandbox.fetch("UPDATE stripe_events SET status = 'ignored'")
+    await sandbox.fetch("UPDATE firstclaim.stripe_events SET status = 'ignored'")
     async with sandbox.locked(event):
         run = await command("events", "replay", event.id, "--count", "1", "--wait")
         assert run.code == 1, run.output
         run.shows("0 events are due now", "1 event not replayed: changed in the meantime, or locked")
-    await sandbox.fetch("DELETE FROM stripe_event_payloads")
+    await sandbox.fetch("DELETE FROM firstclaim.stripe_event_payloads")
     for arguments in ([event.id], ["--status", "ignored"]):
         run = await command("events", "replay", *arguments, "--count", "1", "--wait")
         assert run.code == 1, run.output
@@ -177,7 +177,9 @@ async def test_old_events_are_pruned(sandbox: Sandbox, command: Command) -> None
     for event in (old, young):
         assert (await sandbox.deliver(service, event)).result == PROCESSED
         sandbox.waived.add(event.id)
-    await sandbox.fetch("UPDATE stripe_events SET settled_at = now() - interval '500 days' WHERE event_id = $1", old.id)
+    await sandbox.fetch(
+        "UPDATE firstclaim.stripe_events SET settled_at = now() - interval '500 days' WHERE event_id = $1", old.id
+    )
     run = await command("events", "prune", "--dry-run")
     run.shows("would delete 1 event with its payload, and 0 payloads of other events")
     assert await sandbox.row(old) is not None
@@ -192,6 +194,6 @@ async def test_a_rotation_is_noted(sandbox: Sandbox, command: Command) -> None:
     """The audit has the operator, and the epochs before and after."""
     run = await command("epoch", "rotate")
     assert run.code == 0, run.output
-    [row] = await sandbox.fetch("SELECT action, selection FROM operator_actions")
+    [row] = await sandbox.fetch("SELECT action, selection FROM firstclaim.operator_actions")
     assert row["action"] == "rotate"
     assert row["selection"] in run.output

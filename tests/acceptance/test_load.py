@@ -33,10 +33,10 @@ END $$;
 CREATE TRIGGER tamper BEFORE INSERT ON load_effects FOR EACH ROW EXECUTE FUNCTION tamper();
 CREATE FUNCTION vanish() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
-    DELETE FROM stripe_events WHERE event_id = NEW.event_id;
+    DELETE FROM firstclaim.stripe_events WHERE event_id = NEW.event_id;
     RETURN NULL;
 END $$;
-CREATE TRIGGER vanish AFTER UPDATE ON stripe_events FOR EACH ROW
+CREATE TRIGGER vanish AFTER UPDATE ON firstclaim.stripe_events FOR EACH ROW
   WHEN (NEW.event_id LIKE '%00000004' AND NEW.status = 'completed') EXECUTE FUNCTION vanish()
 """
 

@@ -62,7 +62,7 @@ async def test_a_lost_ledger_is_repaired(sandbox: Sandbox, command: Command, api
     unhandled = sample(type=UNHANDLED)
     add(api, unhandled)
     lost = events[1:7]
-    for table in ("stripe_events", "stripe_event_payloads", "effects"):
+    for table in ("firstclaim.stripe_events", "firstclaim.stripe_event_payloads", "effects"):
         await sandbox.fetch(f"DELETE FROM {table} WHERE event_id = ANY($1)", [each.id for each in lost])
 
     run = await command("reconcile", "--since", "3d", "--dry-run")
@@ -82,7 +82,9 @@ async def test_a_lost_ledger_is_repaired(sandbox: Sandbox, command: Command, api
     assert (again["found"], again["already_here"], again["recorded"], again["missing"]) == (9, 9, 0, 0)
     assert (again["complete"], again["dry_run"], again["refusals"]) == (True, False, [])
     assert await sandbox.statuses() == {Status.COMPLETED: 8, Status.IGNORED: 1}
-    rows = await sandbox.fetch("SELECT operator, action, selection, changed FROM operator_actions ORDER BY at")
+    rows = await sandbox.fetch(
+        "SELECT operator, action, selection, changed FROM firstclaim.operator_actions ORDER BY at"
+    )
     assert [tuple(row)[1:] for row in rows] == [
         ("reconcile", "since=259200s", 7),
         ("reconcile", "since=259200s", 0),

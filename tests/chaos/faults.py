@@ -25,11 +25,11 @@ from tests.proxy import Mode, Proxy, Upstream
 _END_SECONDS: Final = 40.0
 _STORM_SECONDS: Final = 0.05
 _FORGOTTEN: Final = """
-UPDATE stripe_events SET due_at = due_at WHERE event_id IN (
-    (SELECT event_id FROM stripe_events WHERE status IN ('pending', 'failed') ORDER BY due_at LIMIT 20
+UPDATE firstclaim.stripe_events SET due_at = due_at WHERE event_id IN (
+    (SELECT event_id FROM firstclaim.stripe_events WHERE status IN ('pending', 'failed') ORDER BY due_at LIMIT 20
         FOR UPDATE SKIP LOCKED)
     UNION ALL
-    (SELECT event_id FROM stripe_events WHERE status = 'ignored' ORDER BY received_at DESC LIMIT 20
+    (SELECT event_id FROM firstclaim.stripe_events WHERE status = 'ignored' ORDER BY received_at DESC LIMIT 20
         FOR UPDATE SKIP LOCKED))
 """
 
@@ -227,7 +227,7 @@ async def forget_lock(testbed: Testbed, fault: Fault) -> None:
         psql = await asyncpg.connect(testbed.postgres.url, timeout=5)
         try:
             await psql.execute("BEGIN", timeout=5)
-            await psql.execute("LOCK TABLE stripe_events IN ACCESS EXCLUSIVE MODE", timeout=5)
+            await psql.execute("LOCK TABLE firstclaim.stripe_events IN ACCESS EXCLUSIVE MODE", timeout=5)
             await asyncio.sleep(3 + 3 * fault.portion)
         finally:
             psql.terminate()

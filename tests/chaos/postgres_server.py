@@ -18,7 +18,7 @@ from firstclaim.embedded.processes import User, _command_lines, _is_ready, _make
 from firstclaim.migrations import schema
 from tests.acceptance.harness import START_SECONDS, eventually
 from tests.chaos.server import Server
-from tests.stores import EFFECTS, with_database
+from tests.stores import EFFECTS, SHIPPED, with_database
 
 _SOCKET_PORT: Final = 5432  # only a part of the socket's name
 _MIGRATE_SECONDS: Final = 30.0
@@ -170,7 +170,7 @@ class PostgresServer(Server):
             await connection.execute("CREATE DATABASE ledger")
         finally:
             await connection.close()
-        await schema.migrate(self.url, _MIGRATE_SECONDS)
+        await schema.migrate(self.url, _MIGRATE_SECONDS, handlers=SHIPPED)
         await self.execute(EFFECTS)
         await self.stop()
 

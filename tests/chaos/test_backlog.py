@@ -84,7 +84,7 @@ async def drained(own: Own, backlog: Load) -> float:
     began = time.monotonic()
     connection = await asyncpg.connect(own.postgres.url)
     ids = [event.id for event in backlog.events]
-    left = "SELECT count(*) FROM stripe_events WHERE event_id = ANY($1) AND status <> 'completed'"
+    left = "SELECT count(*) FROM firstclaim.stripe_events WHERE event_id = ANY($1) AND status <> 'completed'"
 
     async def look() -> int:
         await asyncio.sleep(0.2)  # looked at more often, the looks would take the time of the work

@@ -113,7 +113,7 @@ async def stored(sandbox: Sandbox) -> dict[str, bytes]:
     """Every body that the ledger holds, by its event's id."""
     connection = await asyncpg.connect(sandbox.database_url)
     try:
-        return dict(map(tuple, await connection.fetch("SELECT event_id, body FROM stripe_event_payloads")))
+        return dict(map(tuple, await connection.fetch("SELECT event_id, body FROM firstclaim.stripe_event_payloads")))
     finally:
         await connection.close()
 

@@ -84,7 +84,7 @@ async def test_row_33_no_insert_waits_for_a_handler(history: History, tmp_path: 
 _SLOW_INSERTS = """
 CREATE FUNCTION slowly() RETURNS trigger LANGUAGE plpgsql AS
     'BEGIN PERFORM pg_sleep(0.002); RETURN NEW; END';
-CREATE TRIGGER slowly BEFORE INSERT ON stripe_events FOR EACH ROW EXECUTE FUNCTION slowly();
+CREATE TRIGGER slowly BEFORE INSERT ON firstclaim.stripe_events FOR EACH ROW EXECUTE FUNCTION slowly();
 """
 
 

@@ -52,7 +52,7 @@ async def deliver_all(history: History, service: Service, events: Sequence[Sampl
 
 
 _TO_DO = """
-SELECT count(*) FROM stripe_events
+SELECT count(*) FROM firstclaim.stripe_events
  WHERE status IN ('pending', 'processing') OR (status = 'failed' AND due_at <= clock_timestamp())
 """
 

@@ -46,8 +46,10 @@ async def test_row_29_eight_first_starts_at_once(own: Own) -> None:
     assert sum("up to date" in service.output for service in services) == PROCESSES - 1, "one of them was to migrate"
     connection = await asyncpg.connect(sandbox.database_url)
     try:
-        assert [row[0] for row in await connection.fetch("SELECT version_num FROM alembic_version")] == [head()]
-        assert await connection.fetchval("SELECT count(*) FROM ledger_epoch") == 1
+        assert [row[0] for row in await connection.fetch("SELECT version_num FROM firstclaim.ledger_revision")] == [
+            head()
+        ]
+        assert await connection.fetchval("SELECT count(*) FROM firstclaim.ledger_epoch") == 1
         await connection.execute(EFFECTS)
     finally:
         await connection.close()

@@ -24,12 +24,12 @@ from tests.chaos.history import History
 _LISTED_MOST: Final = 50
 _STORIES_MOST: Final = 10  # a broken rule tends to break many events in the same way
 
-_UNSETTLED: Final = "SELECT count(*) FROM stripe_events WHERE status IN ('pending', 'processing', 'failed')"
+_UNSETTLED: Final = "SELECT count(*) FROM firstclaim.stripe_events WHERE status IN ('pending', 'processing', 'failed')"
 _ROWS: Final = """
 SELECT event_id, status, attempt, failures, abandoned, action, last_error,
        extract(epoch FROM due_at - clock_timestamp())::float8 AS due_in_seconds,
        coalesce(settled_at >= give_up_at, false) AS given_up
-  FROM stripe_events
+  FROM firstclaim.stripe_events
 """
 
 

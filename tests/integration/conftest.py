@@ -25,7 +25,9 @@ def module_database(stores: Stores) -> Iterator[str]:
 async def make_world(module_database: str, stores: Stores, redis_prefix: str) -> AsyncIterator[MakeWorld]:
     """Puts the parts together over an empty ledger, as often as asked: each is a process of its own."""
     connection = await asyncpg.connect(module_database)
-    await connection.execute("DELETE FROM stripe_events; DELETE FROM stripe_event_payloads; DELETE FROM effects")
+    await connection.execute(
+        "DELETE FROM firstclaim.stripe_events; DELETE FROM firstclaim.stripe_event_payloads; DELETE FROM effects"
+    )
     await connection.close()
     worlds: list[World] = []
 

@@ -35,7 +35,9 @@ XSS = "<img src=x onerror=alert(1)>'\"&<script>alert(2)</script>"
 async def world(make_world: MakeWorld) -> World:
     """With the page switched on."""
     world = await make_world(**ON)
-    await world.database.execute("DELETE FROM operator_actions; DELETE FROM stripe_event_attempts")
+    await world.database.execute(
+        "DELETE FROM firstclaim.operator_actions; DELETE FROM firstclaim.stripe_event_attempts"
+    )
     return world
 
 
@@ -73,7 +75,13 @@ def paths(site: Starlette) -> list[tuple[str, set[str]]]:
 
 async def everything(world: World) -> str:
     """A digest of all rows of the ledger."""
-    tables = ("stripe_events", "stripe_event_payloads", "stripe_event_attempts", "operator_actions", "ledger_epoch")
+    tables = (
+        "firstclaim.stripe_events",
+        "firstclaim.stripe_event_payloads",
+        "firstclaim.stripe_event_attempts",
+        "firstclaim.operator_actions",
+        "firstclaim.ledger_epoch",
+    )
     rows = [await world.database.fetch(f"SELECT t::text FROM {table} t ORDER BY 1") for table in tables]
     return hashlib.sha256(repr(rows).encode()).hexdigest()
 
@@ -414,10 +422,10 @@ async def test_data_is_rendered_as_text(world: World, admin: Visitor) -> None:
     await world.state_of(given, Status.DEAD)
     await world.change("evt_1", last_error=XSS, type=XSS, api_version=XSS, action=XSS, claimed_by=XSS, claimed_at=-1.0)
     await world.database.execute(
-        "INSERT INTO stripe_event_attempts VALUES ('evt_1', 1, 'failed', $1, now(), now(), $1)", XSS
+        "INSERT INTO firstclaim.stripe_event_attempts VALUES ('evt_1', 1, 'failed', $1, now(), now(), $1)", XSS
     )
     await world.database.execute(
-        "INSERT INTO operator_actions (at, operator, action, selection) VALUES (now(), $1, $1, 'evt_1')", XSS
+        "INSERT INTO firstclaim.operator_actions (at, operator, action, selection) VALUES (now(), $1, $1, 'evt_1')", XSS
     )
     pages = [(await admin.get(path))[1] for path in ("/admin", "/admin/events", "/admin/events/evt_1")]
     shown = pages[-1]
@@ -455,7 +463,7 @@ async def test_a_payload_is_shown_only_by_its_form(
     assert "admin_payload_shown" in said
     assert ADDRESS in said
     assert "c4n4ry" not in said
-    await world.database.execute("DELETE FROM stripe_event_payloads")
+    await world.database.execute("DELETE FROM firstclaim.stripe_event_payloads")
     assert "pruned" in (await admin.submit(page.form("/admin/payload")))[1].text
     assert (await admin.submit(page.form("/admin/payload"), ("event", "evt_unknown")))[0].status_code == 404
 
@@ -546,7 +554,7 @@ async def test_one_event_has_a_timeline(world: World, admin: Visitor) -> None:
     await world.change(given.event.id, received_at=-60.0, due_at=90.0)
     await world.database.execute(
         """
-        INSERT INTO stripe_event_attempts VALUES
+        INSERT INTO firstclaim.stripe_event_attempts VALUES
             ('evt_1', 1, 'failed', 'web-1:7', now() - interval '50 s', now() - interval '40 s',
                 E'ValueError: no\\nshop/handlers.py:3 in grant'),
             ('evt_1', 2, 'abandoned', NULL, NULL, now() - interval '30 s', 'vanished')

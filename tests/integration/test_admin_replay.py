@@ -21,7 +21,7 @@ OPERATOR = f"admin page from {ADDRESS}"
 async def world(make_world: MakeWorld) -> World:
     """With the page switched on, and an empty audit."""
     world = await make_world(**ON)
-    await world.database.execute("DELETE FROM operator_actions")
+    await world.database.execute("DELETE FROM firstclaim.operator_actions")
     return world
 
 
@@ -41,7 +41,9 @@ async def event(world: World, status: Status, event_id: str | None = None) -> st
 
 
 async def audit(world: World) -> list[tuple[str, str, str, int | None]]:
-    rows = await world.database.fetch("SELECT operator, action, selection, changed FROM operator_actions ORDER BY at")
+    rows = await world.database.fetch(
+        "SELECT operator, action, selection, changed FROM firstclaim.operator_actions ORDER BY at"
+    )
     return [tuple(row) for row in rows]
 
 
@@ -208,7 +210,7 @@ async def test_a_confirmation_is_for_one_session_and_expires(
 async def test_an_event_without_payload_is_not_replayed(world: World, admin: Visitor) -> None:
     """An event without payload could not be handled: it is not replayed, and the page counts it."""
     dead, pruned = await event(world, Status.DEAD), await event(world, Status.DEAD)
-    await world.database.execute("DELETE FROM stripe_event_payloads WHERE event_id = $1", pruned)
+    await world.database.execute("DELETE FROM firstclaim.stripe_event_payloads WHERE event_id = $1", pruned)
     _, page = await admin.get("/admin/events?status=dead")
     _, page = await admin.submit(page.form("/admin/replay"), ("all", "yes"))
     assert "Replay 1 event?" in page.text
@@ -240,15 +242,16 @@ async def test_a_thousand_with_the_longest_ids_fit_into_a_form(world: World, adm
     long, numbers = "'evt_' || repeat(md5(n::text), 7) || n", "generate_series(1, 999) AS n"
     await world.database.execute(
         f"""
-        INSERT INTO stripe_events (event_id, type, livemode, created_at, status, attempt, received_at, due_at,
-                                   give_up_at, settled_at)
+        INSERT INTO firstclaim.stripe_events
+               (event_id, type, livemode, created_at, status, attempt, received_at, due_at, give_up_at, settled_at)
         SELECT {long}, type, livemode, created_at, status, attempt, received_at, due_at, give_up_at, settled_at
-          FROM stripe_events, {numbers} WHERE event_id = $1
+          FROM firstclaim.stripe_events, {numbers} WHERE event_id = $1
         """,
         given,
     )
     await world.database.execute(
-        f"INSERT INTO stripe_event_payloads SELECT {long}, body FROM stripe_event_payloads, {numbers}"
+        f"INSERT INTO firstclaim.stripe_event_payloads"
+        f" SELECT {long}, body FROM firstclaim.stripe_event_payloads, {numbers}"
     )
     _, page = await admin.get("/admin/events?status=dead")
     _, page = await admin.submit(page.form("/admin/replay"), ("all", "yes"))

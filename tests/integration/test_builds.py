@@ -92,7 +92,7 @@ async def test_beside_anothers_lock_nothing_is_inserted(old: World, row: Status 
     result = await old.pipeline.deliver(given)
     if row is None:
         assert result.kind is Kind.UNAVAILABLE
-        assert await old.database.fetchval("SELECT count(*) FROM stripe_events WHERE type = $1", TYPE) == 0
+        assert await old.database.fetchval("SELECT count(*) FROM firstclaim.stripe_events WHERE type = $1", TYPE) == 0
     else:
         assert result.kind is (Kind.DEFERRED if row in UNFINISHED else Kind.DUPLICATE)
         assert await old.status(given.event.id) is row
@@ -218,7 +218,7 @@ async def test_copies_to_both_builds_at_once_lose_nothing(old: World, new: World
 
     async def all_settled() -> bool:
         # A copy that met the other's lock left its row for recovery, for when that lock has expired.
-        await new.database.execute("UPDATE stripe_events SET due_at = now() WHERE status = 'pending'")
+        await new.database.execute("UPDATE firstclaim.stripe_events SET due_at = now() WHERE status = 'pending'")
         await recovered(new)
         statuses = [await new.status(given[number].event.id) for number in promised]
         return set(statuses) == {Status.COMPLETED}

@@ -109,7 +109,7 @@ async def test_what_is_due_is_still_found_by_the_index(world: World) -> None:
 
 
 async def test_a_database_is_migrated_under_it(empty_url: str) -> None:
-    """Installed before the ledger: the tables are made in `public`, and the pins of a connection hold."""
+    """Installed before the ledger: the tables are made in their schema, and the pins of a connection hold."""
     async with installed(empty_url):
         assert await schema.migrate(empty_url, 10) == (None, schema.head())
         assert await schema.migrate(empty_url, 10) == (schema.head(), schema.head())
@@ -119,7 +119,7 @@ async def test_a_database_is_migrated_under_it(empty_url: str) -> None:
             made_in = await connection.fetch(
                 "SELECT DISTINCT schemaname FROM pg_tables WHERE tablename LIKE 'stripe_%'"
             )
-            assert [row["schemaname"] for row in made_in] == ["public"]
+            assert [row["schemaname"] for row in made_in] == ["firstclaim"]
         finally:
             await connection.close()
 

@@ -59,11 +59,11 @@ async def test_a_server_that_does_not_answer_costs_one_timeout(
 
     async def counting(connection: PinnedConnection, *arguments: Any, **options: Any) -> Any:
         nonlocal asked
-        asked += "INSERT INTO stripe_events" in arguments[0]
+        asked += "INSERT INTO firstclaim.stripe_events" in arguments[0]
         return await fetch(connection, *arguments, **options)
 
     async with world.database.transaction():
-        await world.database.execute("LOCK TABLE stripe_events")
+        await world.database.execute("LOCK TABLE firstclaim.stripe_events")
         monkeypatch.setattr(PinnedConnection, "fetch", counting)
         first = asyncio.create_task(world.ledger.claim(delivery()))
         await asyncio.sleep(0)
@@ -82,7 +82,7 @@ async def test_a_server_that_does_not_answer_costs_one_timeout(
 async def test_one_bad_row_fails_alone(world: World) -> None:
     """What Postgres will not take of one delivery is no reason to refuse the others of its batch."""
     await world.database.execute(
-        "ALTER TABLE stripe_event_payloads ADD CONSTRAINT few CHECK (octet_length(body) < 9000)"
+        "ALTER TABLE firstclaim.stripe_event_payloads ADD CONSTRAINT few CHECK (octet_length(body) < 9000)"
     )
     try:
         good = [delivery() for _ in range(10)]
@@ -91,7 +91,7 @@ async def test_one_bad_row_fails_alone(world: World) -> None:
             *(world.ledger.claim(each) for each in (*good, bad)), return_exceptions=True
         )
     finally:
-        await world.database.execute("ALTER TABLE stripe_event_payloads DROP CONSTRAINT few")
+        await world.database.execute("ALTER TABLE firstclaim.stripe_event_payloads DROP CONSTRAINT few")
     assert [won.event_id if isinstance(won, Claim) else won for won in won] == [each.event.id for each in good]
     assert isinstance(refused, LedgerUnavailable)
     assert await world.ledger.find(bad.event.id) is None
@@ -109,7 +109,8 @@ async def test_a_batch_is_in_the_order_of_its_ids(world: World, other: asyncpg.C
 
 
 INSERT = """
-INSERT INTO stripe_events (event_id, type, livemode, created_at, status, attempt, received_at, due_at, give_up_at)
+INSERT INTO firstclaim.stripe_events
+       (event_id, type, livemode, created_at, status, attempt, received_at, due_at, give_up_at)
 VALUES ($1, 't', false, now(), 'pending', 0, now(), now(), now())
 """
 

@@ -19,7 +19,7 @@ DAY = 86_400.0
 @pytest.fixture
 async def operations(world: World, module_database: str) -> AsyncIterator[Commands]:
     """On a connection of its own, with an empty audit."""
-    await world.database.execute("DELETE FROM operator_actions")
+    await world.database.execute("DELETE FROM firstclaim.operator_actions")
     async with Commands.connect(module_database, 5) as operations:
         yield operations
 
@@ -47,7 +47,9 @@ async def pruned(operations: Commands, payload_days: int, row_days: int, *, incl
 
 async def audit(world: World) -> list[tuple[str, str, str, int | None]]:
     """The audit."""
-    rows = await world.database.fetch("SELECT operator, action, selection, changed FROM operator_actions ORDER BY at")
+    rows = await world.database.fetch(
+        "SELECT operator, action, selection, changed FROM firstclaim.operator_actions ORDER BY at"
+    )
     return [tuple(row) for row in rows]
 
 
@@ -198,7 +200,7 @@ async def test_completed_events_are_replayed_only_with_repeat_completed(world: W
 async def test_what_has_no_payload_is_not_replayed(world: World, operations: Commands) -> None:
     """An event without its payload could not be dispatched, and would be dead for a new reason."""
     dead = await event(world, Status.DEAD)
-    await world.database.execute("DELETE FROM stripe_event_payloads")
+    await world.database.execute("DELETE FROM firstclaim.stripe_event_payloads")
     assert await replayed(operations, Selection([dead])) == []
     assert await world.status(dead) is Status.DEAD
 
@@ -208,10 +210,10 @@ async def test_many_are_replayed_in_batches(world: World, operations: Commands) 
     template = await event(world, Status.DEAD)
     for table, columns in (
         (
-            "stripe_events",
+            "firstclaim.stripe_events",
             "type, livemode, created_at, status, attempt, received_at, due_at, give_up_at, settled_at",
         ),
-        ("stripe_event_payloads", "body"),
+        ("firstclaim.stripe_event_payloads", "body"),
     ):
         await world.database.execute(
             f"""
@@ -248,15 +250,15 @@ async def test_nothing_named_is_nothing(world: World, operations: Commands) -> N
 
 async def test_a_ledger_that_is_not_migrated_is_left_alone(world: World) -> None:
     """Without the audit's table nothing is changed, and the error names the command to run."""
-    before = await world.database.fetchval("SELECT id FROM ledger_epoch")
-    version = await world.database.fetchval("SELECT version_num FROM alembic_version")
-    await world.database.execute("UPDATE alembic_version SET version_num = '0002'")
+    before = await world.database.fetchval("SELECT id FROM firstclaim.ledger_epoch")
+    version = await world.database.fetchval("SELECT version_num FROM firstclaim.ledger_revision")
+    await world.database.execute("UPDATE firstclaim.ledger_revision SET version_num = '0002'")
     try:
         with pytest.raises(SchemaOutdated, match="firstclaim migrate"):
             await rotate(world.url)
     finally:
-        await world.database.execute("UPDATE alembic_version SET version_num = $1", version)
-    assert await world.database.fetchval("SELECT id FROM ledger_epoch") == before
+        await world.database.execute("UPDATE firstclaim.ledger_revision SET version_num = $1", version)
+    assert await world.database.fetchval("SELECT id FROM firstclaim.ledger_epoch") == before
 
 
 # -- prune --------------------------------------------------------------------------------------------
@@ -267,15 +269,17 @@ async def test_old_payloads_go_and_older_rows(world: World, operations: Commands
     ages = {days: await event(world, Status.COMPLETED, settled_days=days) for days in (1, 40, 100)}
     for days in (40, 100):
         await world.database.execute(
-            "INSERT INTO stripe_event_attempts VALUES ($1, 1, 'failed', NULL, NULL, now(), '')", ages[days]
+            "INSERT INTO firstclaim.stripe_event_attempts VALUES ($1, 1, 'failed', NULL, NULL, now(), '')", ages[days]
         )
     assert await operations.count_prunable(30, 90, include_dead=False) == (2, 1)
     assert await pruned(operations, 30, 90) == [1, 1]
     assert [each.event_id for each in await operations.list_events(Selection(), 9)] == [ages[40], ages[1]]
     assert await operations.payload(ages[40]) is None
     assert await operations.payload(ages[1]) is not None
-    assert await world.database.fetchval("SELECT count(*) FROM stripe_event_payloads") == 1
-    assert await world.database.fetchval("SELECT array_agg(event_id) FROM stripe_event_attempts") == [ages[40]]
+    assert await world.database.fetchval("SELECT count(*) FROM firstclaim.stripe_event_payloads") == 1
+    assert await world.database.fetchval("SELECT array_agg(event_id) FROM firstclaim.stripe_event_attempts") == [
+        ages[40]
+    ]
     assert await audit(world) == [(OPERATOR, "prune", "payloads=30d rows=90d", 2)]
     assert await pruned(operations, 30, 90) == [0, 0]
 

@@ -88,7 +88,7 @@ async def test_effects_and_mark_commit_together(world: World, function: Function
     assert (row["action"], row["failures"]) == ("handled_well", 0)
     assert row["settled_at"] is not None
     assert await world.database.fetchval(
-        "SELECT e.xmin = f.xmin AND f.attempt = 1 FROM stripe_events e JOIN effects f USING (event_id)"
+        "SELECT e.xmin = f.xmin AND f.attempt = 1 FROM firstclaim.stripe_events e JOIN effects f USING (event_id)"
         " WHERE event_id = $1",
         claim.event_id,
     )
@@ -658,7 +658,7 @@ async def test_a_thread_that_blocks_keeps_its_slot(hasty: World, gate: threading
     claim = await too_late(hasty, function, hung=True)
     assert hasty.slots.free == 0
     assert list(hasty.slots.hung) == [claim.event_id]
-    noted = "SELECT outcome FROM stripe_event_attempts WHERE event_id = $1"
+    noted = "SELECT outcome FROM firstclaim.stripe_event_attempts WHERE event_id = $1"
     assert await hasty.database.fetchval(noted, claim.event_id) == "abandoned"
     gate.set()
     await until(lambda: has_free_slot(hasty))
@@ -1133,7 +1133,7 @@ async def test_a_commit_still_under_way_is_waited_for(world: World, monkeypatch:
         await seat.roll_back()  # our end of it; the server's end is `backend`, which has the mark and will commit
         await backend.execute("BEGIN")
         await backend.execute(
-            "UPDATE stripe_events SET status = 'completed', settled_at = clock_timestamp() WHERE event_id = $1",
+            "UPDATE firstclaim.stripe_events SET status = 'completed', settled_at = now() WHERE event_id = $1",
             claim.event_id,
         )
         raise ConnectionResetError

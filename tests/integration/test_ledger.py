@@ -18,6 +18,7 @@ from firstclaim.inbox import statements
 from firstclaim.inbox.existing_row import ExistingRow
 from firstclaim.inbox.ledger import Claim, HandlerTransaction, Ledger, Recorded, ReturnedEvent
 from firstclaim.operations.commands import Commands
+from firstclaim.postgres.statement import Statement
 from firstclaim.status import TAKEABLE, Status
 from tests.hostile import bodies
 from tests.integration.conftest import MakeWorld
@@ -108,8 +109,8 @@ async def test_fifty_claims_at_once_have_one_winner(make_world: MakeWorld, statu
     assert sum(isinstance(each, Claim) for each in won) == (status is None)
     found = {each.status for each in won if isinstance(each, ExistingRow)}
     assert found == {Status.PROCESSING if status is None else status}
-    assert await world.database.fetchval("SELECT count(*) FROM stripe_events") == 1
-    assert await world.database.fetchval("SELECT count(*) FROM stripe_event_payloads") == 1
+    assert await world.database.fetchval("SELECT count(*) FROM firstclaim.stripe_events") == 1
+    assert await world.database.fetchval("SELECT count(*) FROM firstclaim.stripe_event_payloads") == 1
 
 
 def storable() -> dict[str, bytes]:
@@ -206,10 +207,13 @@ async def test_five_ids_are_five_claims(world: World, plan: str) -> None:
         given = [delivery() for _ in range(200)]
         for each in given:
             await world.ledger.record(each, due_in_seconds=0)
-        await world.database.execute("ANALYZE stripe_events")
+        await world.database.execute("ANALYZE firstclaim.stripe_events")
         wanted = {each.event.id for each in given[:5]}
         assert {claim.event_id for claim in await world.ledger.take_over(sorted(wanted))} == wanted
-        assert await world.database.fetchval("SELECT count(*) FROM stripe_events WHERE status = 'processing'") == 5
+        assert (
+            await world.database.fetchval("SELECT count(*) FROM firstclaim.stripe_events WHERE status = 'processing'")
+            == 5
+        )
     finally:
         await world.database.execute(f"ALTER ROLE CURRENT_USER IN DATABASE {await name_of(world)} RESET ALL")
 
@@ -217,7 +221,7 @@ async def test_five_ids_are_five_claims(world: World, plan: str) -> None:
 async def test_an_expired_payload_is_no_reason_to_skip(world: World) -> None:
     """A row whose body is gone is claimed all the same: whoever dispatches says what to do about it."""
     given = await world.state_of(delivery(), Status.PENDING)
-    await world.database.execute("DELETE FROM stripe_event_payloads")
+    await world.database.execute("DELETE FROM firstclaim.stripe_event_payloads")
     [claim] = await world.ledger.take_over([given.event.id])
     assert claim.body is None
 
@@ -395,15 +399,15 @@ async def test_looking_for_due_events_reads_the_index(world: World) -> None:
     """Ten thousand rows that are not due yet, or settled, cost nothing: the clock is a condition of the index."""
     await world.database.execute(
         """
-        INSERT INTO stripe_events (event_id, type, livemode, created_at, status, attempt, received_at, due_at,
-                                   give_up_at, settled_at)
+        INSERT INTO firstclaim.stripe_events
+               (event_id, type, livemode, created_at, status, attempt, received_at, due_at, give_up_at, settled_at)
         SELECT 'evt_' || n, 't', false, now(), CASE WHEN n % 2 = 0 THEN 'failed' ELSE 'completed' END, 1, now(),
                now() + make_interval(secs => 3600 * (1 - n % 2 * 2)), now(), CASE WHEN n % 2 = 1 THEN now() END
           FROM generate_series(1, 10000) AS n
         """
     )
-    await world.database.execute("ANALYZE stripe_events")
-    looks: list[tuple[statements.Statement, str, dict[str, Any]]] = [
+    await world.database.execute("ANALYZE firstclaim.stripe_events")
+    looks: list[tuple[Statement, str, dict[str, Any]]] = [
         (
             statements.DUE[False],
             "stripe_events_waiting",
@@ -595,7 +599,7 @@ async def test_the_row_is_held_and_completed_in_one_transaction(world: World) ->
         }
         assert held.pid == seat.driver.get_server_pid()
         with pytest.raises(asyncpg.LockNotAvailableError):
-            await world.database.fetch("SELECT FROM stripe_events FOR UPDATE NOWAIT")
+            await world.database.fetch("SELECT FROM firstclaim.stripe_events FOR UPDATE NOWAIT")
         assert await world.ledger.complete_if_held(seat.driver, claim, held, "done")
         assert await world.status(claim.event_id) is Status.PROCESSING
         await seat.commit()
@@ -672,7 +676,8 @@ async def test_ending_a_transaction_ends_that_one_only(world: World) -> None:
     try:
         await other.execute("BEGIN")
         xid: str = await other.fetchval(
-            "SELECT pg_current_xact_id()::text FROM stripe_events WHERE event_id = $1 FOR UPDATE", claim.event_id
+            "SELECT pg_current_xact_id()::text FROM firstclaim.stripe_events WHERE event_id = $1 FOR UPDATE",
+            claim.event_id,
         )
         pid = other.get_server_pid()
         await world.ledger.end(HandlerTransaction(str(int(xid) + 1), pid, LONG_AGO, LONG_AGO))
@@ -682,7 +687,7 @@ async def test_ending_a_transaction_ends_that_one_only(world: World) -> None:
         await until(lambda: world.database.fetchval(running, pid))
     finally:
         other.terminate()
-    await world.database.fetch("SELECT FROM stripe_events FOR UPDATE")
+    await world.database.fetch("SELECT FROM firstclaim.stripe_events FOR UPDATE")
 
 
 # -- what the tables refuse ---------------------------------------------------------------------------
@@ -713,19 +718,21 @@ async def test_the_table_refuses_states_that_cannot_be(
     """No other status, no negative count, nothing settled without its instant: for whoever writes by hand, too."""
     await world.claim()
     with pytest.raises(error):
-        await world.database.execute(f"UPDATE stripe_events SET {change}")
+        await world.database.execute(f"UPDATE firstclaim.stripe_events SET {change}")
 
 
 async def test_there_is_one_row_per_event_and_one_epoch(world: World) -> None:
     """The primary keys that all of this rests on; ids are compared byte by byte."""
     claim = await world.claim(delivery("evt_a"))
-    copy = "INSERT INTO stripe_events SELECT * FROM stripe_events"
+    copy = "INSERT INTO firstclaim.stripe_events SELECT * FROM firstclaim.stripe_events"
     with pytest.raises(asyncpg.UniqueViolationError):
         await world.database.execute(copy)
     with pytest.raises(asyncpg.UniqueViolationError):
-        await world.database.execute("INSERT INTO ledger_epoch (id, rotated_at) VALUES (gen_random_uuid(), now())")
+        await world.database.execute(
+            "INSERT INTO firstclaim.ledger_epoch (id, rotated_at) VALUES (gen_random_uuid(), now())"
+        )
     with pytest.raises(asyncpg.CheckViolationError):
-        await world.database.execute("INSERT INTO ledger_epoch VALUES (false, gen_random_uuid(), now())")
+        await world.database.execute("INSERT INTO firstclaim.ledger_epoch VALUES (false, gen_random_uuid(), now())")
     for other in ("evt_A", "evt_a.", "EVT_a"):
         assert isinstance(await world.ledger.claim(delivery(other)), Claim)
     assert await world.ledger.claim(same(claim)) == ExistingRow(Status.PROCESSING, 1, claim.epoch)
@@ -735,14 +742,16 @@ async def test_one_bad_statement_promises_nothing(world: World) -> None:
     """What Postgres refuses is `LedgerUnavailable`, without the value, and the next statement works."""
     given = delivery()
     too_long = Delivery(given.event, given.body)
-    await world.database.execute("ALTER TABLE stripe_event_payloads ADD CONSTRAINT none CHECK (octet_length(body) < 1)")
+    await world.database.execute(
+        "ALTER TABLE firstclaim.stripe_event_payloads ADD CONSTRAINT none CHECK (octet_length(body) < 1)"
+    )
     try:
         with pytest.raises(LedgerUnavailable) as refused:
             await world.ledger.claim(too_long)
         assert given.event.id not in str(refused.value)
         assert await world.ledger.find(given.event.id) is None
     finally:
-        await world.database.execute("ALTER TABLE stripe_event_payloads DROP CONSTRAINT none")
+        await world.database.execute("ALTER TABLE firstclaim.stripe_event_payloads DROP CONSTRAINT none")
     assert isinstance(await world.ledger.claim(given), Claim)
 
 
@@ -761,7 +770,9 @@ def same(claim: Claim) -> Delivery:
 
 
 async def stored_body(world: World, event_id: str) -> Any:
-    return await world.database.fetchval("SELECT body FROM stripe_event_payloads WHERE event_id = $1", event_id)
+    return await world.database.fetchval(
+        "SELECT body FROM firstclaim.stripe_event_payloads WHERE event_id = $1", event_id
+    )
 
 
 async def name_of(world: World) -> Any:

@@ -88,7 +88,8 @@ async def rows(settings: Settings) -> list[tuple[str, int]]:
     assert settings.database_url is not None
     connection = await asyncpg.connect(settings.database_url.get_secret_value())
     found = await connection.fetch(
-        "SELECT status, (SELECT count(*) FROM effects f WHERE f.event_id = e.event_id) AS effects FROM stripe_events e"
+        "SELECT status, (SELECT count(*) FROM effects f WHERE f.event_id = e.event_id) AS effects"
+        " FROM firstclaim.stripe_events e"
     )
     await connection.close()
     return [tuple(row) for row in found]

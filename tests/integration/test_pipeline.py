@@ -505,7 +505,7 @@ async def test_while_postgres_is_away_nothing_is_promised(
             # What was held back reaches the server now: a row may be there, claimed by nobody who knows.
             await world.pipeline.deliver(given)
             await observer.database.execute(
-                "UPDATE stripe_events SET due_at = now() WHERE status IN ('processing', 'pending')"
+                "UPDATE firstclaim.stripe_events SET due_at = now() WHERE status IN ('processing', 'pending')"
             )
             await world.pipeline.return_abandoned(10)
             await recovered(world)
@@ -573,7 +573,9 @@ async def test_after_a_restore_markers_of_the_old_ledger_do_not_count(world: Wor
     """Redis says `recorded`, the restored ledger knows nothing: with the epoch rotated, it is recorded again."""
     given = delivery()
     await world.pipeline.deliver(given)
-    await world.database.execute("DELETE FROM stripe_events; DELETE FROM stripe_event_payloads; DELETE FROM effects")
+    await world.database.execute(
+        "DELETE FROM firstclaim.stripe_events; DELETE FROM firstclaim.stripe_event_payloads; DELETE FROM effects"
+    )
     assert await world.pipeline.deliver(given) == duplicate(given.event.id)  # nobody has told us
     await operator.rotate(world.url)
     world.claims._epoch.confirm(await world.ledger.read_epoch())  # what a round of recovery does
@@ -674,7 +676,7 @@ async def test_recovery_fetches_no_more_than_it_has_slots(make_world: MakeWorld,
         await world.state_of(delivery(), Status.PENDING)
     assert await world.pipeline.recover() is True
     await gate.running.wait()
-    claimed = "SELECT count(*) FROM stripe_events WHERE status = 'processing'"
+    claimed = "SELECT count(*) FROM firstclaim.stripe_events WHERE status = 'processing'"
     assert await world.database.fetchval(claimed) == 3
     assert await world.pipeline.recover() is True
     assert await world.database.fetchval(claimed) == 3
@@ -682,11 +684,13 @@ async def test_recovery_fetches_no_more_than_it_has_slots(make_world: MakeWorld,
 
     async def none_left() -> bool:
         await world.pipeline.recover()
-        return not await world.database.fetchval("SELECT count(*) FROM stripe_events WHERE status <> 'completed'")
+        return not await world.database.fetchval(
+            "SELECT count(*) FROM firstclaim.stripe_events WHERE status <> 'completed'"
+        )
 
     await until(none_left)
     assert await world.pipeline.recover() is False
-    assert await world.database.fetchval("SELECT max(failures + abandoned) FROM stripe_events") == 0
+    assert await world.database.fetchval("SELECT max(failures + abandoned) FROM firstclaim.stripe_events") == 0
 
 
 async def test_two_recoveries_do_not_double(make_world: MakeWorld) -> None:
@@ -696,7 +700,9 @@ async def test_two_recoveries_do_not_double(make_world: MakeWorld) -> None:
 
     async def none_left() -> bool:
         await asyncio.gather(*map(recovered, worlds))
-        return not await worlds[0].database.fetchval("SELECT count(*) FROM stripe_events WHERE status <> 'completed'")
+        return not await worlds[0].database.fetchval(
+            "SELECT count(*) FROM firstclaim.stripe_events WHERE status <> 'completed'"
+        )
 
     await until(none_left)
     for each in given:
@@ -711,7 +717,7 @@ async def test_recovery_takes_those_abandoned_before_one_by_one(make_world: Make
         await world.change(each.event.id, abandoned=1)
     for _ in range(3):
         await world.pipeline.recover()
-    claimed = "SELECT count(*) FROM stripe_events WHERE status = 'processing'"
+    claimed = "SELECT count(*) FROM firstclaim.stripe_events WHERE status = 'processing'"
     assert await world.database.fetchval(claimed) == 1
     gate.finish.set()
     for _ in suspects:
@@ -729,7 +735,9 @@ async def test_an_abandoned_event_does_not_wait_for_the_backlog(make_world: Make
     await world.change(suspect.event.id, abandoned=1)
     assert await world.pipeline.recover() is True
     assert await world.status(suspect.event.id) is Status.PROCESSING
-    assert await world.database.fetchval("SELECT count(*) FROM stripe_events WHERE status = 'processing'") == 2
+    assert (
+        await world.database.fetchval("SELECT count(*) FROM firstclaim.stripe_events WHERE status = 'processing'") == 2
+    )
     gate.finish.set()
 
 
@@ -749,7 +757,7 @@ async def test_an_abandoned_event_comes_back(world: World) -> None:
 async def test_an_expired_payload_is_dead(world: World) -> None:
     """It cannot be dispatched any more, and says so; a delivery, which brings the payload, still could."""
     given = await world.state_of(delivery(), Status.PENDING)
-    await world.database.execute("DELETE FROM stripe_event_payloads")
+    await world.database.execute("DELETE FROM firstclaim.stripe_event_payloads")
     await recovered(world)
     row = await world.row(given.event.id)
     assert (row["status"], row["last_error"]) == ("dead", "its payload has expired: it cannot be dispatched")
@@ -758,7 +766,9 @@ async def test_an_expired_payload_is_dead(world: World) -> None:
 async def test_an_unreadable_payload_is_dead(world: World) -> None:
     """Accepted by an earlier build, refused by this one: an operator has to look; other events are not held up."""
     bad, good = [await world.state_of(delivery(), Status.PENDING) for _ in range(2)]
-    await world.database.execute("UPDATE stripe_event_payloads SET body = '{' WHERE event_id = $1", bad.event.id)
+    await world.database.execute(
+        "UPDATE firstclaim.stripe_event_payloads SET body = '{' WHERE event_id = $1", bad.event.id
+    )
     await recovered(world)
     row = await world.row(bad.event.id)
     assert (row["status"], row["last_error"]) == ("dead", "its payload cannot be read: body is not valid JSON")
@@ -846,7 +856,7 @@ async def test_a_delivery_without_a_place_is_recorded(make_world: MakeWorld, gat
     """Twice as many claims as slots, and no more: the next one is pending, due now, uncharged, and has its marker."""
     world = await make_world({TYPE: gate.handle}, handler_slots=1)
     claimed = [asyncio.create_task(world.pipeline.deliver(delivery())) for _ in range(2)]
-    processing = "SELECT count(*) = 2 FROM stripe_events WHERE status = 'processing'"
+    processing = "SELECT count(*) = 2 FROM firstclaim.stripe_events WHERE status = 'processing'"
     await until(lambda: world.database.fetchval(processing))
     given = delivery()
     result = await world.pipeline.deliver(given)
@@ -926,7 +936,7 @@ async def test_recovery_is_woken_when_there_is_a_slot_for_what_was_queued(make_w
 
 async def queued(world: World, given: Delivery) -> bool:
     """Delivered when both places were taken."""
-    taken = await world.database.fetchval("SELECT count(*) FROM stripe_events WHERE status = 'processing'")
+    taken = await world.database.fetchval("SELECT count(*) FROM firstclaim.stripe_events WHERE status = 'processing'")
     return taken == 2 and (await world.pipeline.deliver(given)).kind is Kind.DEFERRED
 
 
@@ -963,7 +973,7 @@ async def test_processes_that_look_at_once_rarely_try_the_same(make_world: MakeW
     for _ in range(rounds):
         await asyncio.gather(*(world.pipeline.recover() for world in worlds))
         await until(lambda: are_idle(worlds))
-    taken = await worlds[0].database.fetchval("SELECT count(*) FROM stripe_events WHERE attempt > 0")
+    taken = await worlds[0].database.fetchval("SELECT count(*) FROM firstclaim.stripe_events WHERE attempt > 0")
     assert taken > rounds * len(worlds) / 2
 
 
@@ -1076,7 +1086,10 @@ async def test_draining_waits_for_what_runs(make_world: MakeWorld, gate: Gate) -
     assert (await running).kind is Kind.PROCESSED
     assert (await world.row(due.event.id))["attempt"] == 0
     assert (
-        await world.database.fetchval("SELECT count(*) FROM stripe_events WHERE event_id = $1", waiting.event.id) == 0
+        await world.database.fetchval(
+            "SELECT count(*) FROM firstclaim.stripe_events WHERE event_id = $1", waiting.event.id
+        )
+        == 0
     )
 
 
@@ -1086,7 +1099,7 @@ async def test_draining_releases_what_does_not_end(make_world: MakeWorld, gate: 
     given = [delivery() for _ in range(2)]
     deliveries = [asyncio.create_task(world.pipeline.deliver(each)) for each in given]
     await gate.running.wait()
-    claimed = "SELECT count(*) = 2 FROM stripe_events WHERE status = 'processing'"
+    claimed = "SELECT count(*) = 2 FROM firstclaim.stripe_events WHERE status = 'processing'"
     await until(lambda: world.database.fetchval(claimed))
     await world.pipeline.drain(0)
     assert {result.kind for result in await asyncio.gather(*deliveries)} == {Kind.DEFERRED}
@@ -1156,7 +1169,9 @@ async def test_a_crash_releases_only_what_had_not_begun(make_world: MakeWorld, g
     deliveries = [asyncio.create_task(world.pipeline.deliver(running))]
     await gate.running.wait()
     deliveries.append(asyncio.create_task(world.pipeline.deliver(waiting)))
-    await until(lambda: world.database.fetchval("SELECT count(*) = 2 FROM stripe_events WHERE status = 'processing'"))
+    await until(
+        lambda: world.database.fetchval("SELECT count(*) = 2 FROM firstclaim.stripe_events WHERE status = 'processing'")
+    )
     await until(_has_unstarted(world))
     claims = world.pipeline.unstarted
     assert [claim.event_id for claim in claims] == [waiting.event.id]

@@ -13,7 +13,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from pydantic import SecretStr
 
-from firstclaim.server.preflight import Check, check_postgres
+from firstclaim.server.check import Check
+from firstclaim.server.preflight import check_postgres
 from firstclaim.settings import Settings
 from tests.acceptance.harness import eventually
 

@@ -16,7 +16,7 @@ from sqlalchemy.exc import TimeoutError as QueueTimeout
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.postgres import connection as connection_module
 from firstclaim.postgres import epoch as epoch_module
-from firstclaim.postgres.connection import describe, open_connection
+from firstclaim.postgres.connection import PinnedConnection, describe, open_connection
 from firstclaim.postgres.epoch import Epoch, read_epoch
 from firstclaim.postgres.pool import Pool
 from tests import operator
@@ -50,14 +50,14 @@ async def opened(
 
 
 @pytest.fixture
-async def admin(database_url: str) -> AsyncIterator[asyncpg.Connection]:
+async def admin(database_url: str) -> AsyncIterator[PinnedConnection]:
     """The test's own connection to the database."""
-    connection = await asyncpg.connect(database_url)
+    connection: PinnedConnection = await asyncpg.connect(database_url, connection_class=PinnedConnection)
     yield connection
     await connection.close()
 
 
-async def configure(admin: asyncpg.Connection, setting: str) -> None:
+async def configure(admin: PinnedConnection, setting: str) -> None:
     """A default of this database, for every connection from now on."""
     name = await admin.fetchval("SELECT quote_ident(current_database())")
     await admin.execute(f"ALTER DATABASE {name} SET {setting}")
@@ -72,7 +72,7 @@ async def fetch_value(pool: Pool, statement: str) -> object:
 
 
 @pytest.mark.parametrize("value", ["off", "local", "remote_write"])
-async def test_synchronous_commit_is_pinned(database_url: str, admin: asyncpg.Connection, value: str) -> None:
+async def test_synchronous_commit_is_pinned(database_url: str, admin: PinnedConnection, value: str) -> None:
     """Whatever the database says, a COMMIT that was answered is on disk, also on a reused connection."""
     await configure(admin, f"synchronous_commit = {value}")
     async with opened(database_url) as (pool, _):
@@ -80,7 +80,7 @@ async def test_synchronous_commit_is_pinned(database_url: str, admin: asyncpg.Co
             assert await fetch_value(pool, "SHOW synchronous_commit") == "on"
 
 
-async def test_a_stronger_synchronous_commit_stays(database_url: str, admin: asyncpg.Connection) -> None:
+async def test_a_stronger_synchronous_commit_stays(database_url: str, admin: PinnedConnection) -> None:
     """`remote_apply` promises more than `on`: the pin only raises what the database says."""
     await configure(admin, "synchronous_commit = remote_apply")
     async with opened(database_url) as (pool, _):
@@ -88,7 +88,7 @@ async def test_a_stronger_synchronous_commit_stays(database_url: str, admin: asy
 
 
 @pytest.mark.parametrize("value", ["serializable", "repeatable read"])
-async def test_read_committed_is_pinned(database_url: str, admin: asyncpg.Connection, value: str) -> None:
+async def test_read_committed_is_pinned(database_url: str, admin: PinnedConnection, value: str) -> None:
     """Whatever the database says, the claim statements see what other transactions have committed."""
     await configure(admin, f"default_transaction_isolation = '{value}'")
     async with opened(database_url) as (pool, _):
@@ -96,7 +96,7 @@ async def test_read_committed_is_pinned(database_url: str, admin: asyncpg.Connec
             assert await fetch_value(pool, "SHOW transaction_isolation") == "read committed"
 
 
-async def test_a_role_cannot_unpin_it(database_url: str, admin: asyncpg.Connection) -> None:
+async def test_a_role_cannot_unpin_it(database_url: str, admin: PinnedConnection) -> None:
     """A role's settings in this database override the database's, but not ours."""
     name = await admin.fetchval("SELECT quote_ident(current_database())")
     for setting in ("synchronous_commit = off", "default_transaction_isolation = serializable"):
@@ -109,7 +109,7 @@ async def test_a_role_cannot_unpin_it(database_url: str, admin: asyncpg.Connecti
         await admin.execute(f"ALTER ROLE CURRENT_USER IN DATABASE {name} RESET ALL")
 
 
-async def test_a_read_only_server_is_refused(database_url: str, admin: asyncpg.Connection) -> None:
+async def test_a_read_only_server_is_refused(database_url: str, admin: PinnedConnection) -> None:
     """The losing side of a failover is reported on connecting, not at the first insert; once writable, it is used."""
     await configure(admin, "default_transaction_read_only = on")
     async with opened(database_url) as (pool, epoch):
@@ -172,13 +172,13 @@ async def test_rotating_changes_the_epoch(database_url: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        "UPDATE ledger_epoch SET id = gen_random_uuid()",
+        "UPDATE firstclaim.ledger_epoch SET id = gen_random_uuid()",
         "CREATE FUNCTION public.pg_walfile_name(pg_lsn) RETURNS text RETURN '0000000200000000000000FF'",
         "CREATE FUNCTION public.pg_control_system(OUT system_identifier bigint) RETURN 7",
     ],
 )
 async def test_uuid_system_and_timeline_each_make_the_epoch(
-    database_url: str, admin: asyncpg.Connection, change: str
+    database_url: str, admin: PinnedConnection, change: str
 ) -> None:
     """A rotation, a new timeline (a promoted standby, point-in-time recovery) and another cluster change the epoch."""
     before = await read_epoch(admin)
@@ -189,7 +189,7 @@ async def test_uuid_system_and_timeline_each_make_the_epoch(
     assert before != after
 
 
-async def test_a_server_that_hides_its_identity_has_an_epoch(database_url: str, admin: asyncpg.Connection) -> None:
+async def test_a_server_that_hides_its_identity_has_an_epoch(database_url: str, admin: PinnedConnection) -> None:
     """Some managed servers refuse both functions: the epoch is made of the uuid alone, and rotates."""
     await admin.execute(
         "CREATE FUNCTION public.pg_control_system(OUT system_identifier bigint) LANGUAGE plpgsql"
@@ -199,11 +199,11 @@ async def test_a_server_that_hides_its_identity_has_an_epoch(database_url: str, 
     before = await read_epoch(admin)
     assert before is not None
     assert before == await read_epoch(admin)
-    await admin.execute("UPDATE ledger_epoch SET id = gen_random_uuid()")
+    await admin.execute("UPDATE firstclaim.ledger_epoch SET id = gen_random_uuid()")
     assert before != await read_epoch(admin)
 
 
-async def refusals_of(connection: asyncpg.Connection) -> list[str]:
+async def refusals_of(connection: PinnedConnection) -> list[str]:
     """The errors that reading the epoch twice causes on the server: each is a line in its log."""
     refused: list[str] = []
 
@@ -220,10 +220,11 @@ async def refusals_of(connection: asyncpg.Connection) -> list[str]:
 
 
 @pytest.mark.parametrize("function", ["pg_control_system()", "pg_walfile_name(pg_lsn)", "pg_current_wal_insert_lsn()"])
-async def test_a_role_without_the_right_is_not_refused(admin: asyncpg.Connection, function: str) -> None:
+async def test_a_role_without_the_right_is_not_refused(admin: PinnedConnection, function: str) -> None:
     """A role that may not call one of the functions does not call it: the server's log has no ERROR of ours."""
     role = f"test_{secrets.token_hex(6)}"
-    await admin.execute(f"CREATE ROLE {role}; GRANT SELECT ON ledger_epoch TO {role}")
+    await admin.execute(f"CREATE ROLE {role}; GRANT USAGE ON SCHEMA firstclaim TO {role}")
+    await admin.execute(f"GRANT SELECT ON firstclaim.ledger_epoch TO {role}")
     await admin.execute(f"REVOKE EXECUTE ON FUNCTION {function} FROM PUBLIC")
     try:
         await admin.execute(f"SET ROLE {role}")
@@ -233,7 +234,7 @@ async def test_a_role_without_the_right_is_not_refused(admin: asyncpg.Connection
 
 
 @pytest.mark.parametrize("state", ["insufficient_privilege", "feature_not_supported"])
-async def test_a_function_that_refuses_is_called_once(admin: asyncpg.Connection, state: str) -> None:
+async def test_a_function_that_refuses_is_called_once(admin: PinnedConnection, state: str) -> None:
     """A function that refuses by itself, as on some managed servers, is called once per connection."""
     await admin.execute(
         "CREATE FUNCTION public.pg_control_system(OUT system_identifier bigint) LANGUAGE plpgsql"
@@ -288,7 +289,7 @@ async def test_a_frozen_server_is_given_up_in_time(database_url: str) -> None:
             assert await fetch_value(pool, "SELECT 1") == 1
 
 
-async def test_a_slow_statement_is_given_up_in_time(database_url: str, admin: asyncpg.Connection) -> None:
+async def test_a_slow_statement_is_given_up_in_time(database_url: str, admin: PinnedConnection) -> None:
     """A statement that the server is still running is abandoned too, and its capacity in the pool is free."""
     async with opened(database_url) as (pool, _):
         began = time.monotonic()
@@ -347,7 +348,7 @@ async def test_closing_does_not_wait_for_a_frozen_server(database_url: str) -> N
         proxy.switch(Mode.OPEN)
 
 
-async def test_closing_does_not_wait_for_a_connection_in_use(database_url: str, admin: asyncpg.Connection) -> None:
+async def test_closing_does_not_wait_for_a_connection_in_use(database_url: str, admin: PinnedConnection) -> None:
     """Its work can end, and the connection is closed when it returns."""
     async with opened(database_url) as (pool, _):
         async with pool.acquire(TIMEOUT_SECONDS) as connection:
@@ -377,7 +378,7 @@ async def test_a_stopped_server_is_refused_at_once(database_url: str) -> None:
         assert await fetch_value(pool, "SELECT 1") == 1
 
 
-async def test_a_backend_that_ended_in_the_pool_is_replaced(database_url: str, admin: asyncpg.Connection) -> None:
+async def test_a_backend_that_ended_in_the_pool_is_replaced(database_url: str, admin: PinnedConnection) -> None:
     """After a restart of the server every connection of the pool is dead, and no caller sees an error."""
     async with opened(database_url, size=3) as (pool, _):
         async with (
@@ -405,14 +406,14 @@ async def test_a_pool_in_use_is_waited_for(database_url: str) -> None:
             await fetch_value(pool, "SELECT 1")
 
 
-async def test_a_connection_in_a_transaction_does_not_go_back(database_url: str, admin: asyncpg.Connection) -> None:
+async def test_a_connection_in_a_transaction_does_not_go_back(database_url: str, admin: PinnedConnection) -> None:
     """A connection whose transaction was left open is closed: the next caller would work in that transaction."""
     async with opened(database_url) as (pool, _):
         async with pool.acquire(TIMEOUT_SECONDS) as connection:
-            await connection.execute("BEGIN; DELETE FROM ledger_epoch")
+            await connection.execute("BEGIN; DELETE FROM firstclaim.ledger_epoch")
             pid = connection.get_server_pid()
         assert await fetch_value(pool, "SELECT pg_backend_pid()") != pid
-    assert await admin.fetchval("SELECT count(*) FROM ledger_epoch") == 1
+    assert await admin.fetchval("SELECT count(*) FROM firstclaim.ledger_epoch") == 1
 
 
 async def test_many_at_once_open_one_pool(database_url: str) -> None:

@@ -7,7 +7,8 @@ import hiredis
 import pytest
 from pydantic import SecretStr
 
-from firstclaim.server.preflight import Check, Verdict, check_postgres, check_redis
+from firstclaim.server.check import Check, Verdict
+from firstclaim.server.preflight import check_postgres, check_redis
 from firstclaim.settings import Settings
 from tests.stores import Stores, redis_user
 

@@ -97,7 +97,7 @@ class Scenario:
     async def recorded(self) -> list[str]:
         """Ids of pending events in the order in which recovery takes them up; no two are due at the same instant."""
         rows = await self.world.database.fetch(
-            "SELECT event_id, due_at FROM stripe_events WHERE status = 'pending' ORDER BY due_at"
+            "SELECT event_id, due_at FROM firstclaim.stripe_events WHERE status = 'pending' ORDER BY due_at"
         )
         assert len({row["due_at"] for row in rows}) == len(rows)
         return [row["event_id"] for row in rows]
@@ -105,7 +105,7 @@ class Scenario:
     async def audit(self) -> list[tuple[str, str, str, int | None]]:
         """The rows of the audit."""
         rows = await self.world.database.fetch(
-            "SELECT operator, action, selection, changed FROM operator_actions ORDER BY at"
+            "SELECT operator, action, selection, changed FROM firstclaim.operator_actions ORDER BY at"
         )
         return [tuple(row) for row in rows]
 
@@ -113,7 +113,7 @@ class Scenario:
 @pytest.fixture
 async def scenario(world: World, api: StripeApi) -> Scenario:
     """With an empty ledger and an empty audit."""
-    await world.database.execute("DELETE FROM operator_actions")
+    await world.database.execute("DELETE FROM firstclaim.operator_actions")
     return Scenario(world, api)
 
 
@@ -135,7 +135,9 @@ async def test_the_row_is_a_deliverys(scenario: Scenario) -> None:
     body = scenario.api.events[0].body
     await scenario.world.ledger.record(Delivery(parse_event(body), body), due_in_seconds=0)
     delivered = await scenario.world.row(event_id)
-    await scenario.world.database.execute("DELETE FROM stripe_events; DELETE FROM stripe_event_payloads")
+    await scenario.world.database.execute(
+        "DELETE FROM firstclaim.stripe_events; DELETE FROM firstclaim.stripe_event_payloads"
+    )
     assert await scenario.reconciled() == (1, 0, 1)
     row = await scenario.world.row(event_id)
     own = {"received_at", "due_at", "give_up_at", "due_in", "give_up_in"}
@@ -157,7 +159,7 @@ async def test_numbers_stay_as_they_were_written(scenario: Scenario) -> None:
     scenario.api.add(body.replace(b":", b" :\n  "), created, event_id)
     assert await scenario.reconciled() == (1, 0, 1)
     kept = await scenario.world.database.fetchval(
-        "SELECT body FROM stripe_event_payloads WHERE event_id = $1", event_id
+        "SELECT body FROM firstclaim.stripe_event_payloads WHERE event_id = $1", event_id
     )
     assert kept == body
 

@@ -43,7 +43,7 @@ END $$;
 """
 # Deferred: raised at COMMIT, where the server raises its own.
 WARN = """
-CREATE CONSTRAINT TRIGGER warn AFTER INSERT OR UPDATE ON stripe_events DEFERRABLE INITIALLY DEFERRED
+CREATE CONSTRAINT TRIGGER warn AFTER INSERT OR UPDATE ON firstclaim.stripe_events DEFERRABLE INITIALLY DEFERRED
    FOR EACH ROW EXECUTE FUNCTION warn()
 """
 CANCEL_READS = "INSERT INTO cancelled VALUES (true)"
@@ -86,9 +86,9 @@ async def test_a_read_commits_on_the_real_server(make_world: MakeWorld) -> None:
     world = await make_world()
     given = delivery()
     await world.ledger.claim(given)
-    async with world.database.transaction():
-        assert await statements.FIND.fetch(world.database, event_ids=[given.event.id])
-        assert await world.database.fetchval("SELECT pg_current_xact_id_if_assigned()") is not None
+    async with world.components.ingest.acquire(10) as connection, connection.transaction():
+        assert await statements.FIND.fetch(connection, event_ids=[given.event.id])
+        assert await connection.fetchval("SELECT pg_current_xact_id_if_assigned()") is not None
 
 
 @pytest.mark.parametrize("way", ["claim", "record", "ignore"])

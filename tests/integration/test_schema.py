@@ -10,18 +10,20 @@ import asyncpg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection
+from sqlalchemy import Connection, MetaData
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
-from firstclaim.errors import LedgerUnavailable, SchemaOutdated
+from firstclaim.errors import LedgerUnavailable, SchemaOutdated, StoreUnsuitable
 from firstclaim.handlers.invoices import metadata as invoices
 from firstclaim.handlers.load_probe import metadata as load_probe
 from firstclaim.inbox.model import metadata as ledger
 from firstclaim.migrations import schema
+from firstclaim.migrations.adoption import VERSION_TABLE
 from firstclaim.migrations.schema import SchemaState, compare, head, migrate, outdated, read_version
 from firstclaim.operations.commands import Commands
 from firstclaim.operations.queries import Selection
+from firstclaim.postgres.connection import open_connection
 from firstclaim.status import Status
 from tests.integration.world import until
 from tests.stores import Stores
@@ -51,20 +53,20 @@ SELECT c.relname, a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull,
   FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
   LEFT JOIN pg_collation l ON l.oid = a.attcollation
   LEFT JOIN pg_attrdef d ON (d.adrelid, d.adnum) = (a.attrelid, a.attnum)
- WHERE c.relnamespace = 'public'::regnamespace AND c.relkind = 'r' AND a.attnum > 0 AND NOT a.attisdropped
-   AND c.relname <> 'alembic_version'
+ WHERE c.relnamespace = 'firstclaim'::regnamespace AND c.relkind = 'r' AND a.attnum > 0 AND NOT a.attisdropped
+   AND c.relname <> 'ledger_revision'
  ORDER BY 1, 2
 """
 CONSTRAINTS = """
 SELECT conrelid::regclass::text, conname, contype::text, pg_get_constraintdef(oid)
   FROM pg_constraint
- WHERE connamespace = 'public'::regnamespace AND contype <> 'n'
-   AND conrelid IS DISTINCT FROM to_regclass('alembic_version')
+ WHERE connamespace = 'firstclaim'::regnamespace AND contype <> 'n'
+   AND conrelid IS DISTINCT FROM to_regclass('firstclaim.ledger_revision')
  ORDER BY 1, 2
 """
 INDEXES = """
 SELECT tablename, indexname, indexdef FROM pg_indexes
- WHERE schemaname = 'public' AND tablename <> 'alembic_version' ORDER BY 1, 2
+ WHERE schemaname = 'firstclaim' AND tablename <> 'ledger_revision' ORDER BY 1, 2
 """
 
 
@@ -75,8 +77,8 @@ async def test_eight_at_once_make_one_schema(empty_url: str) -> None:
     """A first start of eight processes: none fails, one of them migrates, and the ledger has one epoch."""
     results = await asyncio.gather(*(migrate(empty_url, TIMEOUT_SECONDS) for _ in range(8)))
     assert sorted(results, key=str) == [*[(head(), head())] * 7, (None, head())]
-    assert await fetch(empty_url, "SELECT version_num FROM alembic_version") == [(head(),)]
-    assert await fetch(empty_url, "SELECT count(*), count(DISTINCT id) FROM ledger_epoch") == [(1, 1)]
+    assert await fetch(empty_url, "SELECT version_num FROM firstclaim.ledger_revision") == [(head(),)]
+    assert await fetch(empty_url, "SELECT count(*), count(DISTINCT id) FROM firstclaim.ledger_epoch") == [(1, 1)]
 
 
 async def test_one_migrates_at_a_time(empty_url: str) -> None:
@@ -94,7 +96,7 @@ async def test_one_migrates_at_a_time(empty_url: str) -> None:
 
         await until(waits)
         assert not migrating.done()
-        assert await other.fetchval("SELECT to_regclass('stripe_events') IS NULL")
+        assert await other.fetchval("SELECT to_regclass('firstclaim.stripe_events') IS NULL")
     finally:
         await other.close()
     assert await migrating == (None, head())
@@ -110,9 +112,10 @@ async def test_an_error_of_a_command_says_what_to_do(stores: Stores, empty_url: 
         await read_stats(empty_url)
     await migrate(empty_url, TIMEOUT_SECONDS)
     await read_stats(empty_url)
-    await fetch(empty_url, "ALTER TABLE stripe_events RENAME TO elsewhere")
-    with pytest.raises(LedgerUnavailable, match=r"42P01.*search_path"):
-        await read_stats(empty_url)
+    await fetch(empty_url, "ALTER TABLE firstclaim.stripe_events RENAME TO elsewhere")
+    for work in (migrate(empty_url, TIMEOUT_SECONDS), read_stats(empty_url)):
+        with pytest.raises(StoreUnsuitable, match="no table stripe_events"):
+            await work
 
 
 async def read_stats(url: str) -> None:
@@ -124,18 +127,17 @@ async def read_stats(url: str) -> None:
 async def test_migrating_again_changes_nothing(empty_url: str) -> None:
     """A second migration leaves everything as it is, above all the ledger's epoch."""
     assert await migrate(empty_url, TIMEOUT_SECONDS) == (None, head())
-    before = await fetch(empty_url, "SELECT * FROM ledger_epoch")
+    before = await fetch(empty_url, "SELECT * FROM firstclaim.ledger_epoch")
     assert await migrate(empty_url, TIMEOUT_SECONDS) == (head(), head())
-    assert await fetch(empty_url, "SELECT * FROM ledger_epoch") == before
+    assert await fetch(empty_url, "SELECT * FROM firstclaim.ledger_epoch") == before
 
 
 async def test_a_failed_migration_leaves_nothing(empty_url: str) -> None:
     """Migrations run in one transaction: the obstacle is reported, and no partial schema is left behind."""
     await fetch(empty_url, "CREATE TABLE payment_failures (mine int)")
-    with pytest.raises(LedgerUnavailable, match=r"DuplicateTableError \(42P07\)"):
+    with pytest.raises(StoreUnsuitable, match=r"ALTER TABLE public\.payment_failures RENAME"):
         await migrate(empty_url, TIMEOUT_SECONDS)
-    tables = "SELECT tablename FROM pg_tables WHERE schemaname = 'public'"
-    assert await fetch(empty_url, tables) == [("payment_failures",)]
+    assert await fetch(empty_url, "SELECT to_regnamespace('firstclaim')") == [(None,)]
     await fetch(empty_url, "DROP TABLE payment_failures")
     assert await migrate(empty_url, TIMEOUT_SECONDS) == (None, head())
 
@@ -153,8 +155,8 @@ LATER_INDEXES = [  # of 0005 and 0006
 async def without_indexes(url: str) -> None:
     """The schema as 0004 left it."""
     for name in LATER_INDEXES:
-        await fetch(url, f"DROP INDEX {name}")
-    await fetch(url, "UPDATE alembic_version SET version_num = '0004'")
+        await fetch(url, f"DROP INDEX firstclaim.{name}")
+    await fetch(url, "UPDATE firstclaim.ledger_revision SET version_num = '0004'")
 
 
 async def indexes(url: str) -> list[str]:
@@ -166,9 +168,9 @@ async def indexes(url: str) -> list[str]:
 async def without_attempts(url: str) -> None:
     """The schema as 0003 left it."""
     await without_indexes(url)
-    await fetch(url, "ALTER TABLE stripe_events DROP COLUMN claimed_at, DROP COLUMN claimed_by")
-    await fetch(url, "DROP TABLE stripe_event_attempts")
-    await fetch(url, "UPDATE alembic_version SET version_num = '0003'")
+    await fetch(url, "ALTER TABLE firstclaim.stripe_events DROP COLUMN claimed_at, DROP COLUMN claimed_by")
+    await fetch(url, "DROP TABLE firstclaim.stripe_event_attempts")
+    await fetch(url, "UPDATE firstclaim.ledger_revision SET version_num = '0003'")
 
 
 @pytest.mark.parametrize(
@@ -184,13 +186,13 @@ async def test_the_table_is_changed_between_running_handlers(
     handler, delivery = [await asyncpg.connect(database_url) for _ in range(2)]
     try:
         await handler.execute("BEGIN")
-        await handler.execute("UPDATE stripe_events SET failures = 0 WHERE false")
+        await handler.execute("UPDATE firstclaim.stripe_events SET failures = 0 WHERE false")
         migrating = asyncio.create_task(migrate(database_url, TIMEOUT_SECONDS))
 
         async def waits() -> bool:
             found = await delivery.fetchval(
                 "SELECT count(*) > 0 FROM pg_locks"
-                " WHERE NOT granted AND mode = $1 AND relation = 'stripe_events'::regclass",
+                " WHERE NOT granted AND mode = $1 AND relation = 'firstclaim.stripe_events'::regclass",
                 lock,
             )
             return migrating.done() or bool(found)
@@ -199,7 +201,7 @@ async def test_the_table_is_changed_between_running_handlers(
             await until(waits)
             assert not migrating.done()
             await delivery.execute("SET lock_timeout = '1s'")
-            await delivery.execute("UPDATE stripe_events SET failures = 0 WHERE false")
+            await delivery.execute("UPDATE firstclaim.stripe_events SET failures = 0 WHERE false")
         await handler.execute("COMMIT")
         assert await migrating == (before, head())
     finally:
@@ -213,8 +215,9 @@ async def test_a_large_ledger_gets_no_index(database_url: str) -> None:
     await fetch(
         database_url,
         """
-        INSERT INTO stripe_events (event_id, type, livemode, created_at, status, attempt, received_at, due_at,
-                                   give_up_at, settled_at, last_error)
+        INSERT INTO firstclaim.stripe_events
+               (event_id, type, livemode, created_at, status, attempt, received_at, due_at, give_up_at, settled_at,
+                last_error)
         SELECT 'evt_' || n, 'invoice.paid', true, now(), 'completed', 1, now(), now(), now(), now(), repeat('x', 1900)
           FROM generate_series(1, 36000) AS n
         """,
@@ -232,9 +235,11 @@ async def test_a_large_ledger_gets_no_index(database_url: str) -> None:
 
 async def test_a_newer_schema_is_left_alone(database_url: str) -> None:
     """A schema that a newer build has migrated is not changed, and this build works on it."""
-    await fetch(database_url, "UPDATE alembic_version SET version_num = '9999_from_the_future'")
+    await fetch(database_url, "UPDATE firstclaim.ledger_revision SET version_num = '9999_from_the_future'")
     assert await migrate(database_url, TIMEOUT_SECONDS) == ("9999_from_the_future", head())
-    assert await fetch(database_url, "SELECT version_num FROM alembic_version") == [("9999_from_the_future",)]
+    assert await fetch(database_url, "SELECT version_num FROM firstclaim.ledger_revision") == [
+        ("9999_from_the_future",)
+    ]
 
 
 async def test_an_unreachable_server_is_reported(unused_tcp_port: int) -> None:
@@ -249,12 +254,12 @@ async def test_an_unreachable_server_is_reported(unused_tcp_port: int) -> None:
 
 async def test_the_version_is_read(empty_url: str) -> None:
     """The version is None without a ledger, and else the revision."""
-    connection = await asyncpg.connect(empty_url)
+    connection = await open_connection(empty_url, TIMEOUT_SECONDS)
     try:
         assert await read_version(connection) is None
         await migrate(empty_url, TIMEOUT_SECONDS)
         assert await read_version(connection) == head()
-        await connection.execute("DELETE FROM alembic_version")
+        await connection.execute("DELETE FROM firstclaim.ledger_revision")
         assert await read_version(connection) is None
     finally:
         await connection.close()
@@ -286,21 +291,25 @@ def test_an_outdated_schema_names_the_command(version: str | None, says: str) ->
 async def test_alembic_finds_nothing_to_migrate(database_url: str) -> None:
     """Tables, columns, types, server defaults, keys and indexes of the migrated database are those of the models."""
 
-    def differences(connection: Connection) -> list[Any]:
+    def differences(connection: Connection, metadata: list[MetaData]) -> list[Any]:
         context = MigrationContext.configure(
             connection,
             opts={
                 "compare_type": True,
                 "compare_server_default": True,
-                "include_name": lambda name, kind, _: (kind, name) != ("table", "effects"),
+                "include_name": lambda name, kind, _: (
+                    (kind, name) not in (("table", "effects"), ("table", VERSION_TABLE))
+                ),
             },
         )
-        found: list[Any] = compare_metadata(context, [ledger, invoices, load_probe])  # type: ignore[arg-type]
+        found: list[Any] = compare_metadata(context, metadata)  # type: ignore[arg-type]
         return found
 
     engine = engine_of(database_url)
     async with engine.connect() as connection:
-        assert await connection.run_sync(differences) == []
+        assert await connection.run_sync(differences, [invoices, load_probe]) == []
+        await connection.exec_driver_sql("SET search_path = firstclaim")
+        assert await connection.run_sync(differences, [ledger]) == []
     await engine.dispose()
 
 
@@ -309,10 +318,10 @@ async def test_the_catalog_is_that_of_the_models(database_url: str, empty_url: s
     """So is what Alembic does not compare: CHECK constraints, collations, conditions of indexes, every name."""
     engine = engine_of(empty_url)
     async with engine.begin() as connection:
-        for metadata in (ledger, invoices, load_probe):
-            await connection.run_sync(metadata.create_all)
+        await connection.exec_driver_sql("CREATE SCHEMA firstclaim")
+        await connection.exec_driver_sql("SET LOCAL search_path = firstclaim")
+        await connection.run_sync(ledger.create_all)
     await engine.dispose()
-    await fetch(database_url, "DROP TABLE effects")
     migrated, modelled = await fetch(database_url, query), await fetch(empty_url, query)
     assert migrated == modelled
     assert len(migrated) >= 4

@@ -9,11 +9,11 @@ from itertools import pairwise
 import pytest
 
 from firstclaim.errors import StatementTimeout
-from firstclaim.inbox.statements import statement
 from firstclaim.operations import queries as queries_module
 from firstclaim.operations import search as search_module
 from firstclaim.operations.queries import Selection
 from firstclaim.operations.search import PINS, Cursor, LedgerSearch, Search
+from firstclaim.postgres.statement import statement
 from firstclaim.status import Status
 from tests.integration.world import World, delivery
 
@@ -38,14 +38,14 @@ async def fill(world: World) -> None:
     """Add 20000 completed events, of which one in a thousand is dead instead: enough for the planner to use indexes."""
     await world.database.execute(
         """
-        INSERT INTO stripe_events (event_id, type, livemode, created_at, status, attempt, received_at, due_at,
-                                   give_up_at, settled_at)
+        INSERT INTO firstclaim.stripe_events
+               (event_id, type, livemode, created_at, status, attempt, received_at, due_at, give_up_at, settled_at)
         SELECT 'evt_x' || n, 'invoice.paid', true, now(), CASE WHEN n % 1000 = 0 THEN 'dead' ELSE 'completed' END, 1,
                now() - n * interval '1 minute', now(), now(), now()
           FROM generate_series(1, 20000) AS n
         """
     )
-    await world.database.execute("ANALYZE stripe_events")
+    await world.database.execute("ANALYZE firstclaim.stripe_events")
 
 
 async def ids(ledger: LedgerSearch, search: Search, limit: int = 50, cursor: Cursor | None = None) -> list[str]:
@@ -55,7 +55,7 @@ async def ids(ledger: LedgerSearch, search: Search, limit: int = 50, cursor: Cur
 async def test_pages_follow_each_other(world: World, ledger: LedgerSearch) -> None:
     """Each event is listed once, the newest first, also if several were received at once and more come meanwhile."""
     made = [await event(world, age=1000 - number // 3) for number in range(10)]
-    await world.database.execute("UPDATE stripe_events SET received_at = date_trunc('second', received_at)")
+    await world.database.execute("UPDATE firstclaim.stripe_events SET received_at = date_trunc('second', received_at)")
     seen: list[str] = []
     cursor: Cursor | None = None
     while True:
@@ -66,7 +66,9 @@ async def test_pages_follow_each_other(world: World, ledger: LedgerSearch) -> No
             break
     assert sorted(seen) == sorted(made)
     rows = await world.database.fetch(
-        "SELECT event_id FROM stripe_events WHERE event_id = ANY($1) ORDER BY received_at DESC, event_id DESC", made
+        "SELECT event_id FROM firstclaim.stripe_events WHERE event_id = ANY($1) "
+        "ORDER BY received_at DESC, event_id DESC",
+        made,
     )
     assert seen == [row["event_id"] for row in rows]
 
@@ -90,7 +92,7 @@ async def test_a_customer_is_found_in_payloads(world: World, ledger: LedgerSearc
     await event(world, id="in_3", customer="cus_mine2", note="cus_mine is in here")
     search = Search(Selection(), "cus_mine", customer=True)
     assert await ids(ledger, search) == [deep, inside, itself]
-    await world.database.execute("DELETE FROM stripe_event_payloads")
+    await world.database.execute("DELETE FROM firstclaim.stripe_event_payloads")
     assert await ids(ledger, search) == [itself]
 
 

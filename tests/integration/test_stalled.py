@@ -24,7 +24,7 @@ async def test_a_locked_table_leaves_no_backend_behind(make_world: MakeWorld) ->
     await world.claim()
     before = await world.database.fetchval(BACKENDS)
     async with world.database.transaction():
-        await world.database.execute("LOCK TABLE stripe_events IN ACCESS EXCLUSIVE MODE")
+        await world.database.execute("LOCK TABLE firstclaim.stripe_events IN ACCESS EXCLUSIVE MODE")
         for _ in range(ATTEMPTS):
             with pytest.raises(LedgerUnavailable, match="QueryCanceled"):
                 await world.ledger.claim(delivery())
@@ -37,7 +37,7 @@ async def test_a_locked_table_does_not_keep_a_handlers_backend(make_world: MakeW
     world = await make_world(postgres_timeout_seconds=TIMEOUT_SECONDS)
     claim = await world.claim()
     async with world.database.transaction():
-        await world.database.execute("LOCK TABLE stripe_events IN ACCESS EXCLUSIVE MODE")
+        await world.database.execute("LOCK TABLE firstclaim.stripe_events IN ACCESS EXCLUSIVE MODE")
         async with world.seat() as seat:
             await seat.begin()
             with pytest.raises(asyncpg.QueryCanceledError):

@@ -16,7 +16,7 @@ async def test_no_2xx_for_a_row_that_the_ledger_says_is_gone(world: World, monke
 
     async def restored(seat: HandlerConnection) -> None:
         await seat.roll_back()
-        await world.database.execute("DELETE FROM stripe_events WHERE event_id = $1", claim.event_id)
+        await world.database.execute("DELETE FROM firstclaim.stripe_events WHERE event_id = $1", claim.event_id)
         raise ConnectionResetError
 
     with monkeypatch.context() as patch:

@@ -25,10 +25,10 @@ from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.lock import Lock
 from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.inbox.slots import Place, Slots
-from firstclaim.inbox.statements import Statement
 from firstclaim.outcome import Outcome
 from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.handler_connections import HandlerConnection
+from firstclaim.postgres.statement import Statement
 from firstclaim.registry import Handler, Registry
 from firstclaim.settings import Settings
 from firstclaim.status import Status
@@ -135,7 +135,7 @@ class World:
             """
             SELECT *, extract(epoch FROM due_at - clock_timestamp())::float AS due_in,
                    extract(epoch FROM give_up_at - clock_timestamp())::float AS give_up_in
-              FROM stripe_events WHERE event_id = $1
+              FROM firstclaim.stripe_events WHERE event_id = $1
             """,
             event_id,
         )
@@ -160,7 +160,7 @@ class World:
         for name, value in columns.items():
             expression = "clock_timestamp() + make_interval(secs => $2)" if name.endswith("_at") else "$2"
             await self.database.execute(
-                f"UPDATE stripe_events SET {name} = {expression} WHERE event_id = $1", event_id, value
+                f"UPDATE firstclaim.stripe_events SET {name} = {expression} WHERE event_id = $1", event_id, value
             )
 
     async def settle(self, event_id: str, status: Status) -> None:
@@ -168,7 +168,7 @@ class World:
         settled = status in (Status.COMPLETED, Status.IGNORED, Status.DEAD)
         await self.database.execute(
             """
-            UPDATE stripe_events SET status = $2, settled_at = CASE WHEN $3 THEN clock_timestamp() END
+            UPDATE firstclaim.stripe_events SET status = $2, settled_at = CASE WHEN $3 THEN clock_timestamp() END
              WHERE event_id = $1
             """,
             event_id,
@@ -188,7 +188,7 @@ class World:
         other = await asyncpg.connect(self.url)
         try:
             await other.execute("BEGIN")
-            await other.execute("SELECT FROM stripe_events WHERE event_id = ANY($1) FOR UPDATE", event_ids)
+            await other.execute("SELECT FROM firstclaim.stripe_events WHERE event_id = ANY($1) FOR UPDATE", event_ids)
             yield
         finally:
             await other.close()

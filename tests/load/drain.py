@@ -30,10 +30,11 @@ WITH due AS (
     SELECT 'evt_1' || left(md5(n::text), 24) AS event_id, now() - n * interval '10 milliseconds' AS at
       FROM generate_series($1::int, $2::int) AS n
 ), event AS (
-    INSERT INTO stripe_events (event_id, type, livemode, created_at, status, attempt, received_at, due_at, give_up_at)
+    INSERT INTO firstclaim.stripe_events
+           (event_id, type, livemode, created_at, status, attempt, received_at, due_at, give_up_at)
     SELECT event_id, 'invoice.payment_failed', false, at, 'pending', 0, at, at, now() + interval '3 days' FROM due
 )
-INSERT INTO stripe_event_payloads (event_id, body)
+INSERT INTO firstclaim.stripe_event_payloads (event_id, body)
 SELECT event_id, convert_to(replace($3, $4, event_id), 'UTF8') FROM due
 """
 

@@ -17,12 +17,12 @@ from tests.load.driver import Driver, Ids, Kind, side_by_side
 _BATCH = 500_000
 
 _FILL = """
-INSERT INTO stripe_events (event_id, type, livemode, created_at, status, attempt, action,
+INSERT INTO firstclaim.stripe_events (event_id, type, livemode, created_at, status, attempt, action,
                            received_at, due_at, give_up_at, settled_at)
 SELECT 'evt_1' || left(md5(n::text), 24), 'invoice.paid', false, at, 'completed', 1, 'load_effect_recorded',
        at, at, at + interval '3 days', at
   FROM generate_series({first}, {last}) AS n, LATERAL (SELECT now() - n * interval '1 second' AS at) AS received;
-INSERT INTO stripe_event_payloads (event_id, body)
+INSERT INTO firstclaim.stripe_event_payloads (event_id, body)
 SELECT 'evt_1' || left(md5(n::text), 24), '{{}}' FROM generate_series({first}, {last}) AS n;
 INSERT INTO load_effects (event_id, attempt, xid, recorded_at)
 SELECT 'evt_1' || left(md5(n::text), 24), 1, '1', now() FROM generate_series({first}, {last}) AS n
@@ -33,7 +33,7 @@ async def fill(sandbox: Sandbox, rows: int) -> None:
     """Put so many completed events into the ledger, as if they had come at one a second."""
     for first in range(1, rows + 1, _BATCH):
         await execute(sandbox, _FILL.format(first=first, last=min(first + _BATCH - 1, rows)))
-    for table in ("stripe_events", "stripe_event_payloads"):
+    for table in ("firstclaim.stripe_events", "firstclaim.stripe_event_payloads"):
         await execute(sandbox, f"VACUUM (ANALYZE) {table}")
 
 

@@ -34,10 +34,45 @@ MUTANTS = (
         "Attempt.run",
         "action = await self._call(call, connection)",
         (
-            """await connection.fetch("UPDATE stripe_events SET failures = 0 WHERE event_id = $1", self.event.id)
+            """await connection.fetch(
+    "UPDATE firstclaim.stripe_events SET failures = 0 WHERE event_id = $1", self.event.id
+)
 action = await self._call(call, connection)"""
         ),
         "integration/test_pipeline.py::test_a_duplicate_does_not_wait_for_a_running_handler",
+    ),
+    # -- what the handler sets
+    TextMutant(
+        "the-mark-follows-the-search-path",
+        "The completion mark is written to the ledger, whatever search_path the handler has set.",
+        "COMPLETE",
+        "UPDATE firstclaim.stripe_events",
+        "UPDATE stripe_events",
+        "integration/test_handler_settings.py::test_any_search_path_leads_to_the_ledger[elsewhere]",
+    ),
+    Mutant(
+        "the-mark-in-the-handlers-role",
+        "A role that the handler's SQL names is reset before the completion mark.",
+        "HandlerRules.note_statement",
+        "self.role_named = True",
+        "self.role_named = False",
+        "integration/test_handler_settings.py::test_another_role_is_reset_before_the_mark[SET LOCAL ROLE {}-fetch]",
+    ),
+    Mutant(
+        "the-role-is-not-named",
+        "A role that a function has set is named as the cause.",
+        "Attempt._mark",
+        "raise HandlerRuleBroken(_OTHER_ROLE) from error",
+        "raise error",
+        "integration/test_handler_settings.py::test_a_role_that_a_function_sets_is_named",
+    ),
+    TextMutant(
+        "the-handler-weakens-its-commit",
+        "The COMMIT of a handler's transaction is durable, whatever synchronous_commit the handler has set.",
+        "COMPLETE",
+        "set_config('synchronous_commit', :synchronous_commit, true)",
+        "CAST(:synchronous_commit AS text)",
+        "integration/test_handler_settings.py::test_a_handler_cannot_weaken_its_commit",
     ),
     # -- a handler that ends its transaction
     Mutant(

@@ -255,8 +255,9 @@ MUTANTS = (
         "RETURN_ABANDONED",
         "FROM due WHERE e.event_id = due.event_id RETURNING e.*",
         (
-            "WHERE e.event_id IN (SELECT event_id FROM stripe_events WHERE status = 'processing' AND due_at <= "
-            "(SELECT clock_timestamp()) ORDER BY due_at LIMIT :limit FOR UPDATE SKIP LOCKED) RETURNING e.*"
+            "WHERE e.event_id IN (SELECT event_id FROM firstclaim.stripe_events WHERE status = 'processing' "
+            "AND due_at <= (SELECT clock_timestamp()) ORDER BY due_at LIMIT :limit FOR UPDATE SKIP LOCKED) "
+            "RETURNING e.*"
         ),
         "integration/test_ledger.py::test_as_many_as_asked_the_oldest_first",
     ),

@@ -70,7 +70,7 @@ MUTANTS = (
     Mutant(
         "the-right-to-wait-is-not-checked",
         "Without the right to wait for replication, the service does not start.",
-        "_inspect_postgres",
+        "preflight._check_database",
         "not await connection.fetchval(_MAY_EMIT)",
         "False",
         "integration/test_preflight.py::test_a_read_that_cannot_wait_for_replication_is_reported",
@@ -87,8 +87,8 @@ MUTANTS = (
         "a-waiting-handler-leaves-its-backend",
         "The server ends a handler's transaction that waits for a lock on the table.",
         "app.assemble",
-        "HandlerConnections(dsn, timeout_seconds=timeout, epoch=epoch, pins=ends)",
-        "HandlerConnections(dsn, timeout_seconds=timeout, epoch=epoch)",
+        "HandlerConnections(dsn, timeout_seconds=timeout, epoch=epoch, pins=ends, schema=schema)",
+        "HandlerConnections(dsn, timeout_seconds=timeout, epoch=epoch, schema=schema)",
         "integration/test_stalled.py::test_a_locked_table_does_not_keep_a_handlers_backend",
     ),
     Mutant(

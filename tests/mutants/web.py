@@ -175,8 +175,8 @@ MUTANTS = (
         "lease-over-the-deadline",
         "The service starts only if lease < handler deadline < idle-in-transaction timeout.",
         "Settings._numbers_agree",
-        "not self.lease_seconds < self.handler_deadline_seconds < self.idle_in_transaction_seconds",
-        "self.lease_seconds > self.idle_in_transaction_seconds",
+        "self.lease_seconds < self.handler_deadline_seconds < self.idle_in_transaction_seconds",
+        "self.lease_seconds <= self.idle_in_transaction_seconds",
         "unit/test_settings.py::test_numbers_must_agree",
     ),
     Mutant(

@@ -189,7 +189,7 @@ class Process:
         self.runs.append(run)
         try:
             plan = self.observer.plan
-            query = text("SELECT status, attempt FROM stripe_events WHERE event_id = :event_id")
+            query = text("SELECT status, attempt FROM firstclaim.stripe_events WHERE event_id = :event_id")
             row = (await context.connection.execute(query, {"event_id": event.id})).one()
             self.observer.started(self, run, row.status, row.attempt)
             await effect(event, context)

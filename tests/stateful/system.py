@@ -34,7 +34,7 @@ _OWN_SESSIONS: Final = 3  # the clock's, and the operator's two
 _LOOK = """
 SELECT coalesce(e.event_id, f.event_id) AS event_id, e.status, e.attempt, e.failures, e.abandoned,
        coalesce(e.settled_at >= e.give_up_at, false) AS given_up, coalesce(f.attempts, '{}') AS attempts
-  FROM stripe_events e
+  FROM firstclaim.stripe_events e
   FULL JOIN (SELECT event_id, array_agg(attempt ORDER BY attempt) AS attempts FROM effects GROUP BY event_id) f
  USING (event_id)
 """
@@ -197,7 +197,7 @@ class System:
         for event_id in event_ids:
             story = self.stories[event_id]
             self.stories[event_id] = Story(story.delivery, story.wanted_by)
-        for table in ("stripe_events", "stripe_event_payloads", "effects"):
+        for table in ("firstclaim.stripe_events", "firstclaim.stripe_event_payloads", "effects"):
             await self.operator.database.execute(_FORGET.format(table), event_ids)
 
     async def rotate(self) -> None:

@@ -22,7 +22,7 @@ REDIS: Final[Messages] = {
     "forget": re.compile(rb"'DEL'"),
 }
 POSTGRES: Final[Messages] = {
-    "insert": re.compile(rb"INSERT INTO stripe_events"),
+    "insert": re.compile(rb"INSERT INTO firstclaim.stripe_events"),
     "take over": re.compile(rb"attempt = attempt \+ 1"),
     "hold": re.compile(rb"pg_current_xact_id\(\)::text AS xid"),
     "effect": re.compile(rb"INSERT INTO effects"),

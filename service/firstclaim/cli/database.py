@@ -29,7 +29,8 @@ def check() -> None:
     import asyncio
 
     from firstclaim.embedded.data_folder import servers
-    from firstclaim.server.preflight import Verdict, all_checks
+    from firstclaim.server.check import Verdict
+    from firstclaim.server.preflight import all_checks
 
     with reported(), servers(read_settings(), share=True) as settings:
         checks = asyncio.run(all_checks(settings))
@@ -52,7 +53,18 @@ def migrate_schema(settings: Settings) -> None:
 
     from firstclaim.migrations import schema
 
-    before, after = asyncio.run(schema.migrate(dsn_of(settings), settings.postgres_timeout_seconds))
+    def say(line: str) -> None:
+        out.print(line, soft_wrap=True)
+
+    before, after = asyncio.run(
+        schema.migrate(
+            dsn_of(settings),
+            settings.postgres_timeout_seconds,
+            schema=settings.schema_name,
+            handlers=settings.handlers,
+            say=say,
+        )
+    )
     if before != after:
         out.print(f"schema {before or 'empty'} -> {after}")
     else:

@@ -56,7 +56,8 @@ def run_on_ledger(settings: Settings, work: Callable[[Commands], Awaitable[T]]) 
     from firstclaim.operations.commands import Commands
 
     async def connect_and_run() -> T:
-        async with Commands.connect(dsn_of(settings), settings.postgres_timeout_seconds) as operations:
+        timeout = settings.postgres_timeout_seconds
+        async with Commands.connect(dsn_of(settings), timeout, settings.schema_name) as operations:
             return await work(operations)
 
     return asyncio.run(connect_and_run())

@@ -85,4 +85,4 @@ def load(
                 dsn: str | None = postgres_dsn(database_url)
         else:
             dsn = dsn_of(settings) if settings.database_url else running_database(settings)
-        raise typer.Exit(runner.run(plan, dsn, settle, out))
+        raise typer.Exit(runner.run(plan, dsn, settings.schema_name, settle, out))

@@ -58,7 +58,8 @@ def serve(
     from firstclaim.app import create_app
     from firstclaim.cli.database import migrate_schema
     from firstclaim.embedded.data_folder import servers
-    from firstclaim.server.preflight import Verdict, all_checks, raise_if_fatal
+    from firstclaim.server.check import Verdict
+    from firstclaim.server.preflight import all_checks, raise_if_fatal
     from firstclaim.server.runner import exit_on_signals, listen, run, run_reloading
     from firstclaim.shutdown import Watchdog
 

@@ -16,7 +16,7 @@ from firstclaim.status import Status
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from firstclaim.server.preflight import Check
+    from firstclaim.server.check import Check
 
 STATUS_COLOURS = {
     Status.PENDING: "yellow",
@@ -80,7 +80,7 @@ def print_json(content: dict[str, Any]) -> None:
 
 def print_checks(checks: list[Check]) -> None:
     """Print a line for each check."""
-    from firstclaim.server.preflight import Verdict
+    from firstclaim.server.check import Verdict
 
     colours = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "red"}
     for check in checks:

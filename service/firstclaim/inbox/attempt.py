@@ -24,6 +24,11 @@ from firstclaim.postgres.handler_connections import HandlerConnection, HandlerCo
 from firstclaim.registry import Context, Handler
 
 SWALLOWED = "rule broken: the handler swallowed an SQL error, which had aborted its transaction"
+_OTHER_ROLE = (
+    "the handler has left its transaction in another role, which may not write the ledger: a function that sets ROLE "
+    "must be followed by RESET ROLE"
+)
+_READ_ONLY = "the handler has made its transaction read-only: the completion mark cannot be written in it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,9 +137,14 @@ class Attempt:
 
     async def _mark(self, connection: HandlerConnection, transaction: HandlerTransaction, action: str) -> None:
         try:
+            await connection.reset_role(self.postgres_timeout_seconds)
             marked = await self.ledger.complete_if_held(connection.driver, self.claim, transaction, action)
         except asyncpg.InFailedSQLTransactionError as error:
             raise HandlerRuleBroken(SWALLOWED) from error
+        except asyncpg.InsufficientPrivilegeError as error:
+            raise HandlerRuleBroken(_OTHER_ROLE) from error
+        except asyncpg.ReadOnlySQLTransactionError as error:
+            raise HandlerRuleBroken(_READ_ONLY) from error
         if not marked:  # it is not in the transaction that was begun for it
             raise TransactionEnded
 

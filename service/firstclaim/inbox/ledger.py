@@ -22,10 +22,10 @@ from firstclaim.inbox import statements
 from firstclaim.inbox.batcher import Batcher
 from firstclaim.inbox.existing_row import ExistingRow, find
 from firstclaim.inbox.new_row import NewRow, insert
-from firstclaim.inbox.statements import Statement
 from firstclaim.postgres.connection import ROW_FAULTS, PinnedConnection, describe
 from firstclaim.postgres.epoch import read_epoch
 from firstclaim.postgres.pool import Pool
+from firstclaim.postgres.statement import Statement
 from firstclaim.status import Status
 
 # Deliveries in one insert. A larger batch saves nothing more, and all its deliveries wait for its slowest row.
@@ -286,6 +286,7 @@ class Ledger:
             attempt=claim.attempt,
             xid=transaction.xid,
             action=action,
+            synchronous_commit=connection.synchronous_commit,
         )
         return bool(rows)
 

@@ -2,36 +2,11 @@
 
 Guarantees: every change of state names status and attempt in its WHERE. `ON CONFLICT DO UPDATE` is never used:
 it queues behind a running handler's row lock, `DO NOTHING` does not. The ledger's clock is always
-`clock_timestamp()`.
+`clock_timestamp()`. Every table is named with its schema: some of these statements run on a handler's connection, whose
+`search_path` the handler may have changed.
 """
 
-from dataclasses import dataclass
-from typing import Any
-
-import asyncpg
-from sqlalchemy import text
-from sqlalchemy.dialects.postgresql.asyncpg import PGDialect_asyncpg
-
-
-@dataclass(frozen=True, slots=True)
-class Statement:
-    """SQL as the driver takes it, and the names of its parameters in their order."""
-
-    sql: str
-    names: tuple[str, ...]
-
-    async def fetch(
-        self, connection: asyncpg.Connection, *, timeout_seconds: float | None = None, **values: object
-    ) -> list[Any]:
-        """Its rows; raises what asyncpg raises, and TimeoutError."""
-        return await connection.fetch(self.sql, *[values[name] for name in self.names], timeout=timeout_seconds)
-
-
-def statement(sql: str) -> Statement:
-    """Compile `sql` with its `:named` parameters, once: built per call, it cost more than the database's work."""
-    compiled = text(sql).compile(dialect=PGDialect_asyncpg())  # type: ignore[no-untyped-call]
-    return Statement(str(compiled), tuple(compiled.positiontup or ()))
-
+from firstclaim.postgres.statement import statement
 
 # The condition by whether the event was abandoned before. Each has an index of its own.
 _ABANDONED_BEFORE = {False: "abandoned = 0", True: "abandoned > 0"}
@@ -52,8 +27,9 @@ WITH patience AS MATERIALIZED (
       ) AS d (event_id, type, account, livemode, api_version, object_id, created_at, status, attempt, due_in, body)
      ORDER BY d.event_id COLLATE "C"
 ), event AS (
-    INSERT INTO stripe_events (event_id, type, account, livemode, api_version, object_id, created_at, status,
-                               attempt, action, received_at, due_at, give_up_at, settled_at, claimed_at, claimed_by)
+    INSERT INTO firstclaim.stripe_events
+           (event_id, type, account, livemode, api_version, object_id, created_at, status,
+            attempt, action, received_at, due_at, give_up_at, settled_at, claimed_at, claimed_by)
     SELECT event_id, type, account, livemode, api_version, object_id, created_at, status,
            attempt, CASE status WHEN 'ignored' THEN status END,
            now, now + make_interval(secs => due_in), now + make_interval(secs => :give_up_in),
@@ -63,7 +39,8 @@ WITH patience AS MATERIALIZED (
     ON CONFLICT (event_id) DO NOTHING
     RETURNING event_id
 ), payload AS (
-    INSERT INTO stripe_event_payloads (event_id, body) SELECT event_id, body FROM event JOIN delivered USING (event_id)
+    INSERT INTO firstclaim.stripe_event_payloads (event_id, body)
+    SELECT event_id, body FROM event JOIN delivered USING (event_id)
     ON CONFLICT (event_id) DO NOTHING
 )
 SELECT event_id FROM event
@@ -74,7 +51,7 @@ SELECT event_id FROM event
 # everything that was read. A message that is not transactional (`false`) would not wait.
 FIND = statement("""
 SELECT event_id, status, attempt, pg_logical_emit_message(true, 'firstclaim', '')
-  FROM stripe_events WHERE event_id = ANY(:event_ids)
+  FROM firstclaim.stripe_events WHERE event_id = ANY(:event_ids)
 """)
 
 # Take over unfinished events that no handler is working on; with :ignored also events that a build without a handler
@@ -82,16 +59,16 @@ SELECT event_id, status, attempt, pg_logical_emit_message(true, 'firstclaim', ''
 # instead of 5 under another plan. SKIP LOCKED: a row that a running handler has locked is held, however late it is.
 TAKE_OVER = statement("""
 WITH due AS MATERIALIZED (
-    SELECT event_id FROM stripe_events
+    SELECT event_id FROM firstclaim.stripe_events
      WHERE event_id = ANY(:event_ids) AND (status IN ('pending', 'failed') OR (:ignored AND status = 'ignored'))
        FOR UPDATE SKIP LOCKED
 )
-UPDATE stripe_events e
+UPDATE firstclaim.stripe_events e
    SET status = 'processing', attempt = attempt + 1, claimed_at = clock_timestamp(), claimed_by = :process,
        due_at = clock_timestamp() + make_interval(secs => :lease), action = NULL, settled_at = NULL,
        give_up_at = CASE status WHEN 'ignored' THEN clock_timestamp() + make_interval(secs => :give_up_in)
                                 ELSE give_up_at END
-  FROM due LEFT JOIN stripe_event_payloads p USING (event_id)
+  FROM due LEFT JOIN firstclaim.stripe_event_payloads p USING (event_id)
  WHERE e.event_id = due.event_id
 RETURNING e.event_id, e.type, e.attempt, e.failures, e.abandoned, p.body
 """)
@@ -105,19 +82,19 @@ _ABANDONED = """abandoned = abandoned + 1,
                secs => least(:first * power(2, least(abandoned, 60)), :longest) * (0.5 + random() / 2))"""
 RETURN_ABANDONED = statement(f"""
 WITH due AS MATERIALIZED (
-    SELECT event_id FROM stripe_events
+    SELECT event_id FROM firstclaim.stripe_events
      WHERE status = 'processing' AND due_at <= (SELECT clock_timestamp())
      ORDER BY due_at LIMIT :limit
        FOR UPDATE SKIP LOCKED
 ), returned AS (
-    UPDATE stripe_events e
+    UPDATE firstclaim.stripe_events e
        SET {_ABANDONED},
            last_error = 'attempt ' || attempt || ' was abandoned: its process vanished or froze'
       FROM due
      WHERE e.event_id = due.event_id
     RETURNING e.*
 ), noted AS (
-    INSERT INTO stripe_event_attempts (event_id, attempt, outcome, process, began_at, ended_at, error)
+    INSERT INTO firstclaim.stripe_event_attempts (event_id, attempt, outcome, process, began_at, ended_at, error)
     SELECT event_id, attempt, 'abandoned', claimed_by, claimed_at, clock_timestamp(), last_error FROM returned
     ON CONFLICT DO NOTHING
 )
@@ -128,12 +105,12 @@ SELECT event_id, type, attempt, claimed_by AS process, status, abandoned AS time
 QUEUES = {
     abandoned: statement(f"""
 WITH RECURSIVE waiting AS (
-    (SELECT type, livemode FROM stripe_events
+    (SELECT type, livemode FROM firstclaim.stripe_events
       WHERE status IN ('pending', 'failed') AND {condition}
       ORDER BY type, livemode LIMIT 1)
     UNION ALL
     SELECT following.* FROM waiting, LATERAL (
-        SELECT type, livemode FROM stripe_events
+        SELECT type, livemode FROM firstclaim.stripe_events
          WHERE status IN ('pending', 'failed') AND {condition}
            AND (type, livemode) > (waiting.type, waiting.livemode)
          ORDER BY type, livemode LIMIT 1) AS following
@@ -151,7 +128,7 @@ DUE = {
 SELECT due.*
   FROM unnest(CAST(:types AS text[]), CAST(:livemodes AS bool[]), CAST(:starts AS timestamptz[]))
        AS wanted (type, livemode, start), LATERAL (
-      SELECT event_id, type, livemode, due_at FROM stripe_events e
+      SELECT event_id, type, livemode, due_at FROM firstclaim.stripe_events e
        WHERE e.type = wanted.type AND e.livemode = wanted.livemode
          AND due_at >= coalesce(wanted.start, '-infinity')
          AND status IN ('pending', 'failed') AND {condition}
@@ -167,21 +144,21 @@ SELECT due.*
 GIVE_UP = statement("""
 WITH due AS MATERIALIZED (
     SELECT event_id
-      FROM stripe_events
+      FROM firstclaim.stripe_events
       JOIN unnest(CAST(:types AS text[]), CAST(:livemodes AS bool[])) AS unwanted (type, livemode)
      USING (type, livemode)
      WHERE status IN ('pending', 'failed') AND give_up_at <= (SELECT clock_timestamp()) - interval '1 day'
      ORDER BY give_up_at LIMIT :limit
        FOR UPDATE OF stripe_events SKIP LOCKED
 ), given_up AS (
-    UPDATE stripe_events e
+    UPDATE firstclaim.stripe_events e
        SET status = 'dead', settled_at = clock_timestamp(),
            last_error = 'no running build has a handler for ' || type || ': replay it once one has'
       FROM due
      WHERE e.event_id = due.event_id
     RETURNING e.event_id, e.type, e.livemode, e.due_at, e.attempt, e.last_error
 ), noted AS (
-    INSERT INTO stripe_event_attempts (event_id, attempt, outcome, ended_at, error)
+    INSERT INTO firstclaim.stripe_event_attempts (event_id, attempt, outcome, ended_at, error)
     SELECT event_id, attempt, 'dead', clock_timestamp(), last_error FROM given_up
     ON CONFLICT DO NOTHING
 )
@@ -198,19 +175,19 @@ SELECT pg_current_xact_id()::text AS xid,
        set_config('synchronous_commit', :synchronous_commit, true),
        set_config('idle_in_transaction_session_timeout', :timeout_ms, true),
        set_config('statement_timeout', :timeout_ms, true)
-  FROM stripe_events
+  FROM firstclaim.stripe_events
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
    FOR UPDATE SKIP LOCKED
 """)
 
 # The completion mark, the last statement before COMMIT. If the transaction id differs, the handler has ended its
-# transaction.
+# transaction. Its COMMIT is as durable as `HOLD` has asked for, whatever the handler has set.
 COMPLETE = statement("""
-UPDATE stripe_events
+UPDATE firstclaim.stripe_events
    SET status = 'completed', action = :action, last_error = NULL, settled_at = clock_timestamp()
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
    AND pg_current_xact_id()::text = :xid
-RETURNING true
+RETURNING set_config('synchronous_commit', :synchronous_commit, true)
 """)
 
 
@@ -223,7 +200,7 @@ def _with_attempt(change: str) -> str:
     return f"""
 WITH changed AS ({change}RETURNING *
 ), noted AS (
-    INSERT INTO stripe_event_attempts (event_id, attempt, outcome, process, began_at, ended_at, error)
+    INSERT INTO firstclaim.stripe_event_attempts (event_id, attempt, outcome, process, began_at, ended_at, error)
     SELECT event_id, attempt, status, claimed_by, claimed_at, clock_timestamp(), CAST(:error AS text) FROM changed
     ON CONFLICT DO NOTHING
 )
@@ -233,7 +210,7 @@ SELECT status FROM changed
 
 FAIL = statement(
     _with_attempt(f"""
-UPDATE stripe_events
+UPDATE firstclaim.stripe_events
    SET failures = failures + 1, last_error = {_FIRST_LINE},
        status = CASE WHEN clock_timestamp() >= give_up_at THEN 'dead' ELSE 'failed' END,
        settled_at = CASE WHEN clock_timestamp() >= give_up_at THEN clock_timestamp() END,
@@ -244,7 +221,7 @@ UPDATE stripe_events
 
 KILL = statement(
     _with_attempt(f"""
-UPDATE stripe_events
+UPDATE firstclaim.stripe_events
    SET status = 'dead', failures = failures + 1, last_error = {_FIRST_LINE}, settled_at = clock_timestamp()
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
 """)
@@ -253,11 +230,11 @@ UPDATE stripe_events
 # An attempt that cannot be ended counts as abandoned, like one whose process vanished.
 ABANDON = statement(f"""
 WITH changed AS (
-    UPDATE stripe_events SET {_ABANDONED}, last_error = {_FIRST_LINE}
+    UPDATE firstclaim.stripe_events SET {_ABANDONED}, last_error = {_FIRST_LINE}
      WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
     RETURNING *
 ), noted AS (
-    INSERT INTO stripe_event_attempts (event_id, attempt, outcome, process, began_at, ended_at, error)
+    INSERT INTO firstclaim.stripe_event_attempts (event_id, attempt, outcome, process, began_at, ended_at, error)
     SELECT event_id, attempt, 'abandoned', claimed_by, claimed_at, clock_timestamp(), CAST(:error AS text) FROM changed
     ON CONFLICT DO NOTHING
 )
@@ -265,7 +242,7 @@ SELECT status FROM changed
 """)
 
 RELEASE = statement("""
-UPDATE stripe_events SET status = 'pending', due_at = clock_timestamp() + make_interval(secs => :due_in)
+UPDATE firstclaim.stripe_events SET status = 'pending', due_at = clock_timestamp() + make_interval(secs => :due_in)
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
 RETURNING status
 """)
@@ -275,13 +252,13 @@ RETURNING status
 # attempt had begun since, the attempt number would differ.
 TAKE_BACK = statement("""
 WITH taken AS (
-    UPDATE stripe_events
+    UPDATE firstclaim.stripe_events
        SET status = 'processing', abandoned = :abandoned, settled_at = NULL,
            due_at = clock_timestamp() + make_interval(secs => :lease)
      WHERE event_id = :event_id AND status IN ('pending', 'dead') AND attempt = :attempt AND abandoned > :abandoned
     RETURNING event_id, attempt
 ), unnoted AS (
-    DELETE FROM stripe_event_attempts a USING taken
+    DELETE FROM firstclaim.stripe_event_attempts a USING taken
      WHERE a.event_id = taken.event_id AND a.attempt = taken.attempt AND a.outcome = 'abandoned'
 )
 SELECT true FROM taken

@@ -32,7 +32,7 @@ _LISTED_MOST = 20  # event ids of one fate; a longer list is not read
 _CPU_SHARE_MOST = 0.9  # of a core: above it the generator itself was the limit that was measured
 
 
-def run(plan: Plan, dsn: str | None, settle_seconds: float, console: Console) -> int:
+def run(plan: Plan, dsn: str | None, schema: str, settle_seconds: float, console: Console) -> int:
     """Send the load, print the report and the verdict, return the exit code. `dsn` None: no verdict.
 
     Raises `ConfigurationError`, `OperatorError`, `LedgerUnavailable`.
@@ -42,14 +42,14 @@ def run(plan: Plan, dsn: str | None, settle_seconds: float, console: Console) ->
     if faults := [*plan.faults(), *_html_faults(plan.html)]:
         raise ConfigurationError(faults)
     if dsn is not None:
-        asyncio.run(verdict.check(dsn))
+        asyncio.run(verdict.check(dsn, schema))
     console.print(f"run {plan.run}, seed {plan.seed}: events {plan.id_head}...", soft_wrap=True)
     result = generate(plan, console)
     report(plan, result, console)
     fates = None
     if dsn is not None:
         with _waiting(settle_seconds, console) as waiting:
-            found = asyncio.run(verdict.read(dsn, plan, settle_seconds, waiting))
+            found = asyncio.run(verdict.read(dsn, schema, plan, settle_seconds, waiting))
         fates = judge(plan, result.journal, found)
     return report_verdict(plan, result, fates, console)
 

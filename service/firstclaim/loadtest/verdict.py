@@ -18,6 +18,7 @@ from firstclaim.handlers.load_probe import ACTION
 from firstclaim.loadtest.plan import Observed, Plan, entries
 from firstclaim.postgres.advice import explain
 from firstclaim.postgres.connection import UNAVAILABLE
+from firstclaim.postgres.statement import in_schema
 from firstclaim.status import UNFINISHED, Status
 
 _CONNECT_SECONDS = 10.0
@@ -25,13 +26,13 @@ _POLL_SECONDS = 0.5
 
 # The events of the run that wait for dispatch, or are being handled.
 _UNFINISHED = f"""
-SELECT count(*) FROM stripe_events
+SELECT count(*) FROM firstclaim.stripe_events
  WHERE event_id >= $1 AND event_id < $2 AND status IN ({", ".join(f"'{each}'" for each in UNFINISHED)})
 """
 
 _FOUND = """
 SELECT coalesce(e.event_id, f.event_id) AS event_id, e.status, e.action, coalesce(f.effects, 0) AS effects
-  FROM (SELECT event_id, status, action FROM stripe_events WHERE event_id >= $1 AND event_id < $2) e
+  FROM (SELECT event_id, status, action FROM firstclaim.stripe_events WHERE event_id >= $1 AND event_id < $2) e
   FULL JOIN (SELECT event_id, count(*) AS effects FROM load_effects
               WHERE event_id >= $1 AND event_id < $2 GROUP BY event_id) f USING (event_id)
 """
@@ -94,18 +95,21 @@ def judge(plan: Plan, journal: bytes, records: Iterable[EventRecord]) -> dict[Fa
 # -- the database -------------------------------------------------------------------------------------
 
 
-async def check(dsn: str) -> None:
+async def check(dsn: str, schema: str) -> None:
     """Check before the load that a verdict will be possible. Raises `LedgerUnavailable` or `StoreUnsuitable`."""
     async with _connect(dsn) as connection:
-        missing = "to_regclass('stripe_events') IS NULL OR to_regclass('load_effects') IS NULL"
-        if await connection.fetchval(f"SELECT {missing}"):
+        missing = "SELECT to_regclass($1) IS NULL OR to_regclass('load_effects') IS NULL"
+        if await connection.fetchval(missing, in_schema("firstclaim.stripe_events", schema)):
             raise StoreUnsuitable(
                 "the database for the verdict lacks the ledger or the table load_effects: is it the service's own "
-                "(--database-url), and is its schema up to date (`firstclaim migrate`)?"
+                "(--database-url, FIRSTCLAIM_SCHEMA), and was it migrated for the probe "
+                "(`FIRSTCLAIM_HANDLERS=firstclaim.handlers.load_probe firstclaim migrate`)?"
             )
 
 
-async def read(dsn: str, plan: Plan, settle_seconds: float, waiting: Callable[[int], None]) -> list[EventRecord]:
+async def read(
+    dsn: str, schema: str, plan: Plan, settle_seconds: float, waiting: Callable[[int], None]
+) -> list[EventRecord]:
     """The records of the run's events, once all are settled or `settle_seconds` have passed.
 
     Calls `waiting` after every query with the number of unsettled events. Raises `LedgerUnavailable`.
@@ -113,13 +117,14 @@ async def read(dsn: str, plan: Plan, settle_seconds: float, waiting: Callable[[i
     id_range = plan.id_head, plan.id_head + ":"  # the character after "9"
     loop = asyncio.get_running_loop()
     deadline = loop.time() + settle_seconds
+    count, found = in_schema(_UNFINISHED, schema), in_schema(_FOUND, schema)
     async with _connect(dsn) as connection:
-        while (unfinished := await connection.fetchval(_UNFINISHED, *id_range)) and loop.time() < deadline:
+        while (unfinished := await connection.fetchval(count, *id_range)) and loop.time() < deadline:
             waiting(unfinished)
             await asyncio.sleep(_POLL_SECONDS)
         return [
             EventRecord(row["event_id"], row["status"] and Status(row["status"]), row["action"], row["effects"])
-            for row in await connection.fetch(_FOUND, *id_range)
+            for row in await connection.fetch(found, *id_range)
         ]
 
 

@@ -2,13 +2,13 @@
 
 from alembic import context
 
-from firstclaim.handlers.invoices import metadata as invoices
-from firstclaim.handlers.load_probe import metadata as load_probe
-from firstclaim.inbox.model import metadata as ledger
+from firstclaim.inbox.model import metadata
+from firstclaim.migrations.adoption import VERSION_TABLE
 
 context.configure(
     connection=context.config.attributes["connection"],
-    target_metadata=[ledger, invoices, load_probe],
+    target_metadata=metadata,
     transactional_ddl=True,
+    version_table=VERSION_TABLE,
 )
 context.run_migrations()

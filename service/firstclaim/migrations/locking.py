@@ -3,35 +3,37 @@
 from alembic import op
 from sqlalchemy import text
 
+# For one statement that runs while no handler is in a transaction. Waiting for a lock until the longest handler has
+# ended, it would let every delivery wait behind it. So each attempt waits only 200 ms for the lock, and is repeated.
+_BETWEEN_HANDLERS = """
+DO $$
+BEGIN
+    PERFORM set_config('lock_timeout', '200ms', true);
+    FOR attempt IN 1..{attempts} LOOP
+        BEGIN
+            {changes}
+            PERFORM set_config('lock_timeout', '0', true);
+            RETURN;
+        EXCEPTION WHEN lock_not_available THEN
+            PERFORM pg_sleep(0.2 + random() / 5);
+        END;
+    END LOOP;
+    RAISE lock_not_available USING MESSAGE = 'handlers held stripe_events at every attempt to lock it';
+END
+$$
+"""
 _LARGE_BYTES = 64 * 1024 * 1024
 _ATTEMPTS = 300  # of about half a second each: longer than any handler's deadline
 
 
-def between_handlers(changes: str) -> None:
-    """Run `changes`, short DDL statements on `stripe_events`, while no handler is in a transaction.
+def attempted_between_handlers(changes: str) -> str:
+    """The statement that runs `changes`, short DDL statements, while no handler is in a transaction."""
+    return _BETWEEN_HANDLERS.format(attempts=_ATTEMPTS, changes=changes)
 
-    They need a lock. If they waited for it until the longest handler has ended, every delivery would wait behind
-    them. So each attempt waits only 200 ms for the lock, and is repeated.
-    """
-    op.execute(
-        f"""
-        DO $$
-        BEGIN
-            PERFORM set_config('lock_timeout', '200ms', true);
-            FOR attempt IN 1..{_ATTEMPTS} LOOP
-                BEGIN
-                    {changes}
-                    PERFORM set_config('lock_timeout', '0', true);
-                    RETURN;
-                EXCEPTION WHEN lock_not_available THEN
-                    PERFORM pg_sleep(0.2 + random() / 5);
-                END;
-            END LOOP;
-            RAISE lock_not_available USING MESSAGE = 'handlers held stripe_events at every attempt to lock it';
-        END
-        $$
-        """
-    )
+
+def between_handlers(changes: str) -> None:
+    """Run `changes`, short DDL statements on `stripe_events`, in a revision, while no handler is in a transaction."""
+    op.execute(attempted_between_handlers(changes))
 
 
 def index_unless_large(indexes: str) -> None:

@@ -1,10 +1,13 @@
 """The ledger's schema: the database's version, and the migrations to this build's version.
 
-Guarantees: migrations run under an advisory lock that is taken in their own transaction, so any number of processes
-may run `migrate` at once (without the lock, 35 of 40 concurrent first boots failed). Migrations only add: an older
-build keeps running on a newer schema, as a rolling deploy and its rollback need.
+Guarantees: everything of ours is in a schema of our own, also the table with the version, so an Alembic of yours in the
+same database sees none of it, and its `alembic_version` is neither read nor written. Migrations run under an advisory
+lock that is taken in their own transaction, so any number of processes may run `migrate` at once (without the lock, 35
+of 40 concurrent first boots failed). Migrations only add: an older build keeps running on a newer schema, as a rolling
+deploy and its rollback need.
 """
 
+from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from functools import cache
 from pathlib import Path
@@ -19,10 +22,27 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 import firstclaim.migrations
-from firstclaim.errors import LedgerUnavailable, SchemaOutdated
+from firstclaim.errors import LedgerUnavailable, SchemaOutdated, StoreUnsuitable
+from firstclaim.migrations.adoption import VERSION_TABLE, adopt, farewell, find_old_ledger, leave_views
+from firstclaim.migrations.handler_tables import create, tables_of
+from firstclaim.migrations.rights import grants, make_schema, refuse_foreign_tables
 from firstclaim.postgres.advice import explain
-from firstclaim.postgres.connection import UNAVAILABLE, open_connection
+from firstclaim.postgres.connection import UNAVAILABLE, PinnedConnection, open_connection
+from firstclaim.postgres.statement import statement
+from firstclaim.schema_name import DEFAULT_SCHEMA
 
+# The stored revision, and a look into the ledger itself: a version without a ledger is none.
+_VERSION = statement(f"""
+SELECT version_num, EXISTS (SELECT FROM firstclaim.stripe_events WHERE event_id = '') AS looked
+  FROM firstclaim.{VERSION_TABLE}
+""")
+_QUOTED = text("SELECT quote_ident(:schema)")
+_EXISTS = text("""
+SELECT EXISTS (SELECT FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+                WHERE n.nspname = :schema AND c.relname = :table)
+""")
+_IN_SCHEMA = text("SELECT set_config('search_path', :schema, true)")  # the revisions name no schema
+_IN_SEARCH_PATH = text("SET LOCAL search_path TO DEFAULT")
 _LOCK = text("SELECT pg_advisory_xact_lock(7331501200934421337)")  # any constant that nothing else uses
 
 
@@ -69,37 +89,85 @@ def outdated(version: str | None) -> SchemaOutdated:
     return SchemaOutdated(f"the database {state}: run `firstclaim migrate`, or start with `firstclaim serve --migrate`")
 
 
-async def read_version(connection: asyncpg.Connection) -> str | None:
-    """The stored revision, read outside a transaction; None if there is no ledger yet."""
+def _gone(schema: str) -> StoreUnsuitable:
+    return StoreUnsuitable(
+        f"schema {schema} has a revision in {VERSION_TABLE}, and no table stripe_events: restore it from a backup, or "
+        "name the schema of the ledger in FIRSTCLAIM_SCHEMA"
+    )
+
+
+async def read_version(connection: PinnedConnection) -> str | None:
+    """The stored revision, read outside a transaction; None if there is no ledger yet. Also looks into the ledger.
+
+    Raises what asyncpg raises, and `StoreUnsuitable` if the role lacks a right.
+    """
     try:
-        version: str | None = await connection.fetchval("SELECT version_num FROM alembic_version")
-    except asyncpg.UndefinedTableError:
+        rows = await _VERSION.fetch(connection)
+    except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
+        if await connection.fetchval("SELECT to_regclass($1)", f'"{connection.schema}".{VERSION_TABLE}') is not None:
+            raise _gone(connection.schema) from None
         return None
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise StoreUnsuitable(f"{error}: let its owner run {grants(connection.schema, 'the role')}") from error
+    version: str | None = rows[0]["version_num"] if rows else None
     return version
 
 
-async def migrate(dsn: str, timeout_seconds: float) -> tuple[str | None, str]:
-    """Migrate the database to `head()`. Returns the revisions before and after. Raises `LedgerUnavailable`."""
+async def migrate(
+    dsn: str,
+    timeout_seconds: float,
+    *,
+    schema: str = DEFAULT_SCHEMA,
+    handlers: Sequence[str] = ("firstclaim.handlers",),
+    say: Callable[[str], None] = lambda _: None,
+) -> tuple[str | None, str]:
+    """Migrate the database to `head()`. Returns the revisions before and after. `handlers`: the handler modules.
+
+    `say` is called with each line that an operator is to read. Raises `LedgerUnavailable`, and `StoreUnsuitable` with
+    the statement to run where a right is missing or a table of our name is not ours.
+    """
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=lambda: open_connection(dsn, timeout_seconds),
+        async_creator=lambda: open_connection(dsn, timeout_seconds, schema=schema),
         poolclass=NullPool,
     )
+    lines: list[str] = []
     try:
         async with engine.begin() as connection:
-            before = await connection.run_sync(_upgrade)
+            before = await connection.run_sync(_upgrade, schema, handlers, lines)
     except UNAVAILABLE as error:
         raise LedgerUnavailable(explain(error)) from error
     finally:
         await engine.dispose()
+    for line in lines:
+        say(line)
     return before, head()
 
 
-def _upgrade(connection: Connection) -> str | None:
+def _upgrade(connection: Connection, schema: str, handlers: Sequence[str], lines: list[str]) -> str | None:
+    """Everything in one transaction, which begins with the lock."""
     connection.execute(_LOCK)
-    before = MigrationContext.configure(connection).get_current_revision()
+    old = None
+    quoted = connection.scalar(_QUOTED, {"schema": schema})
+    if connection.scalar(_EXISTS, {"schema": schema, "table": VERSION_TABLE}):
+        if not connection.scalar(_EXISTS, {"schema": schema, "table": "stripe_events"}):
+            raise _gone(schema)
+    else:
+        if (old := find_old_ledger(connection, schema)) is None:
+            refuse_foreign_tables(connection, schema)
+        make_schema(connection, schema, old.owner if old else None)
+        if old is not None:
+            adopt(connection, old, quoted)
+    connection.execute(_IN_SCHEMA, {"schema": quoted})
+    context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+    before = context.get_current_revision()
     if compare(before) is SchemaState.OUTDATED:
         config = _config()
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+    connection.execute(_IN_SEARCH_PATH)
+    if old is not None and old.schema != quoted:
+        leave_views(connection, old, quoted)
+        lines += farewell(old, quoted)
+    create(connection, tables_of(handlers), schema)
     return before

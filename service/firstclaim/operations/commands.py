@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from firstclaim.errors import LedgerUnavailable, OperatorError
 from firstclaim.event import Delivery
 from firstclaim.inbox.new_row import NewRow, insert
-from firstclaim.inbox.statements import statement
 from firstclaim.migrations import schema
 from firstclaim.operations.limits import ROW_DAYS_LEAST
 from firstclaim.operations.queries import SELECTED, Queries, Selection
 from firstclaim.postgres.advice import explain
 from firstclaim.postgres.connection import UNAVAILABLE, open_connection
 from firstclaim.postgres.epoch import read_epoch
+from firstclaim.postgres.statement import statement
+from firstclaim.schema_name import DEFAULT_SCHEMA
 from firstclaim.status import Status
 
 BATCH = 500  # events in one transaction: about ten milliseconds, so that no row is locked for long
@@ -32,68 +33,68 @@ REPLAYABLE = (Status.PENDING, Status.FAILED, Status.DEAD, Status.IGNORED)  # a r
 
 _SELECT_CANDIDATES = statement(f"""
 SELECT event_id, status, attempt, p.event_id IS NOT NULL AS has_payload
-  FROM stripe_events e LEFT JOIN stripe_event_payloads p USING (event_id)
+  FROM firstclaim.stripe_events e LEFT JOIN firstclaim.stripe_event_payloads p USING (event_id)
  WHERE {SELECTED} ORDER BY due_at
 """)
 # No promise rests on this read, so it does not wait for replication.
-_RECORDED = statement("SELECT event_id FROM stripe_events WHERE event_id = ANY(:event_ids)")
+_RECORDED = statement("SELECT event_id FROM firstclaim.stripe_events WHERE event_id = ANY(:event_ids)")
 # An event is replayed only if its status and its attempt are those that were selected: if they changed, its effects may
 # have happened. It needs its payload, because an event without one cannot be dispatched. The payload is locked too,
 # because a concurrent prune could delete it.
 _REPLAY = statement("""
 WITH chosen AS MATERIALIZED (
     SELECT e.event_id
-      FROM stripe_events e
+      FROM firstclaim.stripe_events e
       JOIN unnest(CAST(:event_ids AS text[]), CAST(:statuses AS text[]), CAST(:attempts AS int[]))
            AS c (event_id, status, attempt) ON e.event_id = c.event_id
-      JOIN stripe_event_payloads p ON p.event_id = e.event_id
+      JOIN firstclaim.stripe_event_payloads p ON p.event_id = e.event_id
      WHERE e.status = c.status AND e.attempt = c.attempt
        FOR UPDATE OF e, p SKIP LOCKED
 )
-UPDATE stripe_events e
+UPDATE firstclaim.stripe_events e
    SET status = 'pending', failures = 0, abandoned = 0, settled_at = NULL, due_at = clock_timestamp(),
        give_up_at = clock_timestamp() + make_interval(secs => :give_up_in)
   FROM chosen WHERE e.event_id = chosen.event_id
 RETURNING e.event_id
 """)
-_ROTATE = statement("UPDATE ledger_epoch SET id = gen_random_uuid(), rotated_at = clock_timestamp()")
+_ROTATE = statement("UPDATE firstclaim.ledger_epoch SET id = gen_random_uuid(), rotated_at = clock_timestamp()")
 _BEGIN_ACTION = statement("""
-INSERT INTO operator_actions (at, operator, action, selection)
+INSERT INTO firstclaim.operator_actions (at, operator, action, selection)
 VALUES (clock_timestamp(), :operator, :action, :selection) RETURNING action_id
 """)
-_END_ACTION = statement("UPDATE operator_actions SET changed = :changed WHERE action_id = :action_id")
+_END_ACTION = statement("UPDATE firstclaim.operator_actions SET changed = :changed WHERE action_id = :action_id")
 
 # Payloads of events that were settled so long ago, in the order of the ids, from the end of the last batch on. The
 # event's row is locked first, because an event that is being replayed needs its payload.
 _PRUNE_PAYLOADS = statement("""
 WITH old AS MATERIALIZED (
-    SELECT event_id FROM stripe_events JOIN stripe_event_payloads USING (event_id)
+    SELECT event_id FROM firstclaim.stripe_events JOIN firstclaim.stripe_event_payloads USING (event_id)
      WHERE event_id > :after AND status = ANY(:statuses)
        AND settled_at < clock_timestamp() - make_interval(days => :days)
      ORDER BY event_id LIMIT :limit
        FOR UPDATE OF stripe_events SKIP LOCKED
 )
-DELETE FROM stripe_event_payloads p USING old WHERE p.event_id = old.event_id RETURNING p.event_id
+DELETE FROM firstclaim.stripe_event_payloads p USING old WHERE p.event_id = old.event_id RETURNING p.event_id
 """)
 _PRUNE_ROWS = statement("""
 WITH old AS MATERIALIZED (
-    SELECT event_id FROM stripe_events
+    SELECT event_id FROM firstclaim.stripe_events
      WHERE event_id > :after AND status = ANY(:statuses)
        AND settled_at < clock_timestamp() - make_interval(days => :days)
      ORDER BY event_id LIMIT :limit
        FOR UPDATE SKIP LOCKED
 ), payloads AS (
-    DELETE FROM stripe_event_payloads p USING old WHERE p.event_id = old.event_id
+    DELETE FROM firstclaim.stripe_event_payloads p USING old WHERE p.event_id = old.event_id
 ), attempts AS (
-    DELETE FROM stripe_event_attempts a USING old WHERE a.event_id = old.event_id
+    DELETE FROM firstclaim.stripe_event_attempts a USING old WHERE a.event_id = old.event_id
 )
-DELETE FROM stripe_events e USING old WHERE e.event_id = old.event_id RETURNING e.event_id
+DELETE FROM firstclaim.stripe_events e USING old WHERE e.event_id = old.event_id RETURNING e.event_id
 """)
 _COUNT_PRUNABLE = statement("""
 SELECT count(*) FILTER (WHERE p.event_id IS NOT NULL
                           AND settled_at < clock_timestamp() - make_interval(days => :payload_days)) AS payloads,
        count(*) FILTER (WHERE settled_at < clock_timestamp() - make_interval(days => :row_days)) AS rows
-  FROM stripe_events LEFT JOIN stripe_event_payloads p USING (event_id)
+  FROM firstclaim.stripe_events LEFT JOIN firstclaim.stripe_event_payloads p USING (event_id)
  WHERE status = ANY(:statuses)
 """)
 
@@ -123,13 +124,15 @@ class Commands(Queries):
 
     @classmethod
     @asynccontextmanager
-    async def connect(cls, dsn: str, timeout_seconds: float) -> AsyncIterator["Commands"]:
+    async def connect(
+        cls, dsn: str, timeout_seconds: float, schema_name: str = DEFAULT_SCHEMA
+    ) -> AsyncIterator["Commands"]:
         """A connection for the duration of the block. An error of Postgres in the block becomes a `LedgerUnavailable`.
 
         Raises `SchemaOutdated` before anything is changed.
         """
         try:
-            connection = await open_connection(dsn, timeout_seconds)
+            connection = await open_connection(dsn, timeout_seconds, schema=schema_name)
             try:
                 async with asyncio.timeout(timeout_seconds):
                     version = await schema.read_version(connection)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from firstclaim.inbox.statements import Statement, statement
 from firstclaim.postgres.connection import PinnedConnection
+from firstclaim.postgres.statement import Statement, statement
 from firstclaim.status import Status
 
 _STATEMENT_SECONDS = 60.0  # enough to count millions of rows
@@ -30,21 +30,26 @@ SELECTED = """
 COLUMNS = """event_id, type, account, livemode, object_id, api_version, status, attempt, failures, abandoned, action,
        last_error, created_at, received_at, due_at, give_up_at, settled_at, claimed_at, claimed_by"""
 
-_LIST = statement(f"SELECT {COLUMNS} FROM stripe_events e WHERE {SELECTED} ORDER BY received_at DESC LIMIT :limit")
-_COUNT = statement(f"SELECT status, count(*) AS events FROM stripe_events e WHERE {SELECTED} GROUP BY status")
+_LIST = statement(
+    f"SELECT {COLUMNS} FROM firstclaim.stripe_events e WHERE {SELECTED} ORDER BY received_at DESC LIMIT :limit"
+)
+_COUNT = statement(
+    f"SELECT status, count(*) AS events FROM firstclaim.stripe_events e WHERE {SELECTED} GROUP BY status"
+)
 # Each half reads a partial index: `stripe_events_due`, and `stripe_events_unsuccessful`.
 _COUNT_OPEN = statement("""
-SELECT status, count(*) AS events FROM stripe_events WHERE status IN ('pending', 'processing', 'failed') GROUP BY status
+SELECT status, count(*) AS events FROM firstclaim.stripe_events
+ WHERE status IN ('pending', 'processing', 'failed') GROUP BY status
 UNION ALL
-SELECT status, count(*) FROM stripe_events WHERE status = 'dead' GROUP BY status
+SELECT status, count(*) FROM firstclaim.stripe_events WHERE status = 'dead' GROUP BY status
 """)
-_PAYLOAD = statement("SELECT body FROM stripe_event_payloads WHERE event_id = :event_id")
+_PAYLOAD = statement("SELECT body FROM firstclaim.stripe_event_payloads WHERE event_id = :event_id")
 _ATTEMPTS = statement("""
-SELECT attempt, outcome, process, began_at, ended_at, error FROM stripe_event_attempts
+SELECT attempt, outcome, process, began_at, ended_at, error FROM firstclaim.stripe_event_attempts
  WHERE event_id = :event_id ORDER BY ended_at
 """)
 _ACTIONS_ON = statement("""
-SELECT at, operator, action, selection FROM operator_actions
+SELECT at, operator, action, selection FROM firstclaim.operator_actions
  WHERE position(:event_id IN selection) > 0 ORDER BY at
 """)
 _BACKLOG = statement("""
@@ -53,7 +58,7 @@ SELECT count(*) FILTER (WHERE status IN ('pending', 'failed') AND due_at <= now)
             AS float8) AS oldest_due_seconds,
        count(*) FILTER (WHERE status = 'processing' AND due_at <= now) AS past_their_lease,
        count(*) FILTER (WHERE abandoned > 0) AS abandoned_before
-  FROM stripe_events, clock_timestamp() AS now
+  FROM firstclaim.stripe_events, clock_timestamp() AS now
  WHERE status IN ('pending', 'processing', 'failed')
 """)
 

@@ -15,9 +15,9 @@ from typing import Any, Final
 import asyncpg
 
 from firstclaim.errors import StatementTimeout
-from firstclaim.inbox.statements import Statement, statement
 from firstclaim.operations.commands import Commands
 from firstclaim.operations.queries import COLUMNS, SELECTED, EventRow, Selection, event_row
+from firstclaim.postgres.statement import Statement, statement
 from firstclaim.status import Status
 
 STATEMENT_SECONDS: Final = 3  # a person waits no longer for a page, and deliveries share the server with it
@@ -35,7 +35,7 @@ UNSUCCESSFUL: Final = (Status.FAILED, Status.DEAD)
 
 _NEWEST_FIRST = "ORDER BY e.received_at DESC, e.event_id DESC"
 _FROM_CURSOR = f"""
-  FROM stripe_events e
+  FROM firstclaim.stripe_events e
  WHERE {SELECTED}
    AND (CAST(:at AS timestamptz) IS NULL OR (e.received_at, e.event_id) < (CAST(:at AS timestamptz), :id))
  {_NEWEST_FIRST}
@@ -47,7 +47,7 @@ _MATCHES = """
        e.object_id = CAST(:object_id AS text)
     OR CAST(:in_payload AS bytea) IS NOT NULL
    AND position(CAST(:in_payload AS bytea) IN
-                (SELECT p.body FROM stripe_event_payloads p WHERE p.event_id = e.event_id)) > 0
+                (SELECT p.body FROM firstclaim.stripe_event_payloads p WHERE p.event_id = e.event_id)) > 0
 """
 
 
@@ -68,7 +68,7 @@ _IDS, _IDS_MATCHING = _newest("event_id"), _newest_matching("event_id")
 _LAST_SCANNED = statement(f"SELECT received_at, event_id {_FROM_CURSOR} OFFSET :scan_limit - 1 LIMIT 1")
 _HOURLY_COUNTS = statement("""
 SELECT date_trunc('hour', received_at, 'UTC') AS began_at, status, count(*) AS events
-  FROM stripe_events
+  FROM firstclaim.stripe_events
  WHERE received_at >= :since
  GROUP BY 1, 2
 """)

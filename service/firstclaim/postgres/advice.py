@@ -18,7 +18,7 @@ _BY_SQLSTATE = {
     "3D000": "the database in DATABASE_URL does not exist: create it, or correct the name",
     "42501": "the user in DATABASE_URL lacks a right on the ledger's tables: grant it",
     "42703": "a column of the ledger is missing: run `firstclaim migrate`",
-    "42P01": "a table of the ledger is missing: check the database and the search_path, and run `firstclaim migrate`",
+    "42P01": "a table of the ledger is missing: check the database and FIRSTCLAIM_SCHEMA, and run `firstclaim migrate`",
     "53100": "the server's disk is full: free some space",
     "53300": "the server has no connection left: raise max_connections, or stop other clients",
     "55P03": "another transaction holds a lock on the ledger: find it in pg_stat_activity, then run the command again",

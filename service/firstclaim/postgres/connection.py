@@ -20,6 +20,7 @@ from sqlalchemy import exc
 
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.postgres.epoch import Epoch, read_epoch
+from firstclaim.schema_name import DEFAULT_SCHEMA
 
 # Everything that the driver, the pool and the network raise when Postgres is unreachable or refuses.
 UNAVAILABLE = (
@@ -59,10 +60,12 @@ _PIN_MORE = "SELECT set_config(name, value, false) FROM unnest($1::text[], $2::t
 class PinnedConnection(asyncpg.Connection):
     """An asyncpg connection with the ledger's epoch that was read when it was opened; None: no ledger yet.
 
-    `synchronous_commit` is what it was pinned to. `warnings` counts the warnings of SQLSTATE 01000 that the server has
-    sent: a COMMIT whose wait for the synchronous standby was cancelled succeeds with one.
+    `schema` is where the ledger's tables are. `synchronous_commit` is what it was pinned to. `warnings` counts the
+    warnings of SQLSTATE 01000 that the server has sent: a COMMIT whose wait for the synchronous standby was cancelled
+    succeeds with one.
     """
 
+    schema: str = DEFAULT_SCHEMA
     epoch: str | None = None
     on_loss: Callable[[object], None] | None = None
     synchronous_commit: str = "on"
@@ -85,11 +88,15 @@ class PinnedConnection(asyncpg.Connection):
 
 
 async def open_connection(
-    dsn: str, timeout_seconds: float, epoch: Epoch | None = None, pins: Mapping[str, str] | None = None
+    dsn: str,
+    timeout_seconds: float,
+    epoch: Epoch | None = None,
+    pins: Mapping[str, str] | None = None,
+    schema: str = DEFAULT_SCHEMA,
 ) -> PinnedConnection:
     """Connect, pin, check. Raises what `UNAVAILABLE` lists, and `LedgerUnavailable` when the pins do not hold.
 
-    `pins`: further settings of the server, for this connection alone.
+    `pins`: further settings of the server, for this connection alone. `schema`: where the ledger's tables are.
     """
     connection: PinnedConnection = await asyncpg.connect(
         dsn,
@@ -102,6 +109,7 @@ async def open_connection(
             pinned = await connection.fetchrow(_PIN)
             if pinned is None or pinned["read_only"]:  # a standby, or the losing side of a failover
                 raise LedgerUnavailable("the server is read-only: set DATABASE_URL to the primary")
+            connection.schema = schema
             connection.synchronous_commit = pinned["synchronous_commit"]
             if connection.synchronous_commit not in _DURABLE or pinned["isolation"] != "read committed":
                 raise LedgerUnavailable("synchronous_commit or the isolation level cannot be pinned")

@@ -11,15 +11,17 @@ from typing import Any
 
 import asyncpg
 
+from firstclaim.postgres.statement import statement
+
 # With the rights to ask for the timeline: a call that is refused would be an ERROR in the server's log, at every round
 # of every process.
-_STORED = """
+_STORED = statement("""
 SELECT id::text,
        has_function_privilege(to_regprocedure('pg_control_system()'), 'EXECUTE')
        AND has_function_privilege(to_regprocedure('pg_walfile_name(pg_lsn)'), 'EXECUTE')
        AND has_function_privilege(to_regprocedure('pg_current_wal_insert_lsn()'), 'EXECUTE') AS may_ask
-FROM ledger_epoch
-"""
+FROM firstclaim.ledger_epoch
+""")
 _TIMELINE = """
 SELECT (SELECT system_identifier::text FROM pg_control_system())
        || '/' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)
@@ -74,18 +76,19 @@ class Epoch:
 
 
 async def read_epoch(connection: Any) -> str | None:
-    """The epoch as 16 hex digits, read on an asyncpg connection; None while the ledger has no tables.
+    """The epoch as 16 hex digits, read on a `PinnedConnection`; None while the ledger has no tables.
 
     It is a hash of the stored uuid, the system identifier and the timeline: a promoted standby, a point-in-time
     recovery and `firstclaim epoch rotate` each change it. On servers that hide the last two (some managed ones) it is
     a hash of the uuid alone.
     """
     try:
-        row = await connection.fetchrow(_STORED)
-    except asyncpg.UndefinedTableError:
+        rows = await _STORED.fetch(connection)
+    except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
         return None
-    if row is None:
+    if not rows:
         return None
+    [row] = rows
     stored: str = row["id"]
     if row["may_ask"] and connection not in _refused:
         try:

@@ -28,6 +28,7 @@ from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.postgres.connection import NOT_REPLICATED, PinnedConnection, is_current, open_connection
 from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_sqlalchemy import HandlerRules, LoopConnection, RunOnLoop, Sessions
+from firstclaim.schema_name import DEFAULT_SCHEMA
 
 _MUST_NOT_CLOSE = "a handler must not close its connection: its transaction carries the completion mark"
 _HAS_ENDED = "this handler has ended: nothing more can be written in its transaction"
@@ -64,6 +65,7 @@ class _PooledConnection:
         )
         event.listen(self.engine.sync_engine, "commit", self.rules.refuse_commit)
         event.listen(self.engine.sync_engine, "rollback", self.rules.note_rollback)
+        event.listen(self.engine.sync_engine, "before_cursor_execute", self.rules.note_cursor)
 
     async def prepare(self) -> None:
         """Let SQLAlchemy do what it does on a new connection, so that its later checkouts need no round trip."""
@@ -122,6 +124,7 @@ class HandlerConnection:
         if self._has_ended:  # the connection may be in another handler's transaction by now
             raise HandlerRuleBroken(_HAS_ENDED)
         self._pooled.rules.check()
+        self._pooled.rules.note_statement(sql)
         return await self._pooled.driver.fetch(sql, *values)
 
     async def begin(self) -> None:
@@ -147,6 +150,11 @@ class HandlerConnection:
         self._pooled.rules.check()
         if self._sessions is not None:
             self._sessions.check()
+
+    async def reset_role(self, timeout_seconds: float) -> None:
+        """After a handler whose SQL names a role: become the service's own again, which may write the ledger."""
+        if self._pooled.rules.role_named:
+            await self.driver.execute("RESET SESSION AUTHORIZATION; RESET ROLE", timeout=timeout_seconds)
 
     async def commit(self) -> None:
         """Commit what `begin` began. Raises `LedgerUnavailable` also if it is committed and may not be replicated."""
@@ -200,14 +208,21 @@ class HandlerConnection:
 class HandlerConnections:
     """The connections of all handlers, opened as they are needed; how many handlers run at once is the caller's limit.
 
-    `timeout_seconds` is for opening one. `pins`: see `open_connection`.
+    `timeout_seconds` is for opening one. `pins`, `schema`: see `open_connection`.
     """
 
     def __init__(
-        self, dsn: str, *, timeout_seconds: float, epoch: Epoch, pins: Mapping[str, str] | None = None
+        self,
+        dsn: str,
+        *,
+        timeout_seconds: float,
+        epoch: Epoch,
+        pins: Mapping[str, str] | None = None,
+        schema: str = DEFAULT_SCHEMA,
     ) -> None:
         self._dsn = dsn
         self._pins = pins
+        self._schema = schema
         self._timeout_seconds = timeout_seconds
         self._epoch = epoch
         self._free: list[_PooledConnection] = []
@@ -232,7 +247,7 @@ class HandlerConnections:
         await asyncio.gather(*(pooled.driver.close() for pooled in free))
 
     async def _open(self) -> _PooledConnection:
-        driver = await open_connection(self._dsn, self._timeout_seconds, self._epoch, self._pins)
+        driver = await open_connection(self._dsn, self._timeout_seconds, self._epoch, self._pins, self._schema)
         try:
             pooled = _PooledConnection(driver)
             async with asyncio.timeout(self._timeout_seconds):

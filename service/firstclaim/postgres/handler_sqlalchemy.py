@@ -7,6 +7,7 @@ A sync handler's statements run on the event loop while its thread waits, so tha
 """
 
 import asyncio
+import re
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, cast
 
@@ -32,16 +33,33 @@ _UNWRITTEN = (
 )
 
 
+# SQL that may change the role; a function that does so by itself is not seen.
+_NAMES_A_ROLE = re.compile(r"\b(?:role|authorization)\b", re.IGNORECASE)
+
+
 class HandlerRules:
-    """Whether a handler runs, and whether it tried to end its transaction: it takes for done what is not."""
+    """Whether a handler runs, and whether it tried to end its transaction: it takes for done what is not.
+
+    `role_named`: whether a statement of the handler's names a role. It may have set one that may not write the ledger.
+    """
 
     def __init__(self) -> None:
         self._runs = False
         self._broken = False
+        self.role_named = False
 
     def start(self) -> None:
         """The handler starts."""
-        self._runs, self._broken = True, False
+        self._runs, self._broken, self.role_named = True, False, False
+
+    def note_statement(self, sql: str) -> None:
+        """Before each statement of the handler's."""
+        if _NAMES_A_ROLE.search(sql):
+            self.role_named = True
+
+    def note_cursor(self, _connection: Connection, _cursor: object, sql: str, *_: object) -> None:
+        """Before each statement that it sends through SQLAlchemy."""
+        self.note_statement(sql)
 
     def stop(self) -> None:
         """The handler has ended: whoever ends the transaction now breaks no rule."""

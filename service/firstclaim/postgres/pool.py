@@ -8,6 +8,7 @@ from functools import partial
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.postgres.connection import UNAVAILABLE, PinnedConnection, describe, is_current, open_connection
 from firstclaim.postgres.epoch import Epoch
+from firstclaim.schema_name import DEFAULT_SCHEMA
 
 
 class Pool:
@@ -18,7 +19,7 @@ class Pool:
     moment before that fails.
 
     `timeout_seconds` is for connecting. `queue_seconds` is how long a caller waits for a connection that is in use:
-    such a queue is no sign that Postgres is unreachable. `pins`: see `open_connection`.
+    such a queue is no sign that Postgres is unreachable. `pins`, `schema`: see `open_connection`.
     """
 
     def __init__(
@@ -30,8 +31,9 @@ class Pool:
         queue_seconds: float,
         epoch: Epoch,
         pins: Mapping[str, str] | None = None,
+        schema: str = DEFAULT_SCHEMA,
     ) -> None:
-        self._open = partial(open_connection, dsn, timeout_seconds, epoch, pins)
+        self._open = partial(open_connection, dsn, timeout_seconds, epoch, pins, schema)
         self._queue_seconds = queue_seconds
         self._epoch = epoch
         self._capacity = asyncio.Semaphore(size)

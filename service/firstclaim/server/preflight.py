@@ -7,8 +7,6 @@ recorded without Redis.
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import asyncpg
@@ -18,13 +16,13 @@ from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
 from firstclaim.errors import ConfigurationError, LedgerUnavailable, LockUnavailable, StoreUnsuitable
 from firstclaim.inbox.lock import Lock, connect
-from firstclaim.migrations.schema import SchemaState, compare, outdated, read_version
 from firstclaim.postgres.advice import explain
-from firstclaim.postgres.connection import UNAVAILABLE, describe
-from firstclaim.postgres.epoch import read_epoch
+from firstclaim.postgres.connection import UNAVAILABLE, PinnedConnection, describe
 from firstclaim.registry import Registry
+from firstclaim.server.check import Check, fail, ok, warn
 from firstclaim.server.connection_limiter import affordable_connections
 from firstclaim.server.event_types import unmatched
+from firstclaim.server.schema_checks import check_schema
 from firstclaim.settings import Settings
 
 _CONNECT_ATTEMPTS = 20  # half a second apart, for a database that is starting at the same time
@@ -40,39 +38,9 @@ _MIN_REDIS = (7, 0)
 _POOLER_PROBES = 4
 
 
-class Verdict(StrEnum):
-    """The result of a check."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(frozen=True, slots=True)
-class Check:
-    """One line of `firstclaim check`."""
-
-    name: str
-    verdict: Verdict
-    detail: str
-    fatal: bool = False
-
-
-def _ok(name: str, detail: str) -> Check:
-    return Check(name, Verdict.OK, detail)
-
-
-def _warn(name: str, detail: str) -> Check:
-    return Check(name, Verdict.WARN, detail)
-
-
-def _fail(name: str, detail: str, *, fatal: bool = True) -> Check:
-    return Check(name, Verdict.FAIL, detail, fatal)
-
-
 async def all_checks(settings: Settings, *, wait: bool = False) -> list[Check]:
     """Run every check. `wait` allows some seconds for a Postgres that is still starting."""
-    found = [_ok("configuration", "every setting is valid")]
+    found = [ok("configuration", "every setting is valid")]
     found += check_handlers(settings)
     found += check_files(settings)
     found += [check async for check in check_postgres(settings, wait=wait)]
@@ -85,12 +53,12 @@ def check_handlers(settings: Settings) -> list[Check]:
     try:
         handlers = list(Registry.load(settings.handlers))
     except ConfigurationError as error:
-        return [_fail("handlers", fault) for fault in error.faults]
+        return [fail("handlers", fault) for fault in error.faults]
     if not handlers:
-        return [_warn("handlers", f"{', '.join(settings.handlers)} declare none: every event will be ignored")]
+        return [warn("handlers", f"{', '.join(settings.handlers)} declare none: every event will be ignored")]
     if unknown := unmatched(handler.pattern for handler in handlers):
-        return [_warn("handlers", f"no event type of stripe-python {stripe.VERSION} matches {', '.join(unknown)}")]
-    return [_ok("handlers", ", ".join(sorted(h.pattern for h in handlers)))]
+        return [warn("handlers", f"no event type of stripe-python {stripe.VERSION} matches {', '.join(unknown)}")]
+    return [ok("handlers", ", ".join(sorted(h.pattern for h in handlers)))]
 
 
 def check_files(settings: Settings) -> list[Check]:
@@ -98,8 +66,8 @@ def check_files(settings: Settings) -> list[Check]:
     affordable, wanted = affordable_connections(settings), settings.connections_most
     if affordable < wanted:
         detail = f"the limit on open files allows {affordable} connections per process, not {wanted}: raise it"
-        return [_warn("files", f"{detail} (ulimit -n)")]
-    return [_ok("files", f"enough for {wanted} connections per process")]
+        return [warn("files", f"{detail} (ulimit -n)")]
+    return [ok("files", f"enough for {wanted} connections per process")]
 
 
 # -- Postgres -----------------------------------------------------------------------------------------
@@ -109,25 +77,32 @@ async def check_postgres(settings: Settings, *, wait: bool = False) -> AsyncIter
     """Check the version, the pooler, that it is writable, durability, the schema and the connection limit."""
     dsn = settings.database_url.get_secret_value() if settings.database_url else ""
     try:
-        connection = await _connect(dsn, settings.postgres_timeout_seconds, wait=wait)
+        connection = await _connect(dsn, settings, wait=wait)
     except LedgerUnavailable as error:
-        yield _fail("postgres", f"cannot connect: {error}")
+        yield fail("postgres", f"cannot connect: {error}")
         return
     try:
         async for check in _inspect_postgres(connection, dsn, settings):
             yield check
     except UNAVAILABLE as error:
-        yield _fail("postgres", f"failed during the checks: {describe(error)}")
+        yield fail("postgres", f"failed during the checks: {describe(error)}")
     finally:
         connection.terminate()
 
 
-async def _connect(dsn: str, timeout_seconds: float, *, wait: bool) -> asyncpg.Connection:
+async def _connect(dsn: str, settings: Settings, *, wait: bool) -> PinnedConnection:
     for attempt in range(_CONNECT_ATTEMPTS if wait else 1):
         if attempt:
             await asyncio.sleep(_CONNECT_PAUSE_SECONDS)
         try:
-            return await asyncpg.connect(dsn, timeout=timeout_seconds, statement_cache_size=0)
+            connection: PinnedConnection = await asyncpg.connect(
+                dsn,
+                timeout=settings.postgres_timeout_seconds,
+                statement_cache_size=0,
+                connection_class=PinnedConnection,
+            )
+            connection.schema = settings.schema_name
+            return connection
         except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:
             # With the server's message, which holds no password.
             raise LedgerUnavailable(f"{error} ({explain(error)})") from error
@@ -138,15 +113,15 @@ async def _connect(dsn: str, timeout_seconds: float, *, wait: bool) -> asyncpg.C
     raise LedgerUnavailable(failure)
 
 
-async def _inspect_postgres(connection: asyncpg.Connection, dsn: str, settings: Settings) -> AsyncIterator[Check]:
+async def _inspect_postgres(connection: PinnedConnection, dsn: str, settings: Settings) -> AsyncIterator[Check]:
     version = await _setting(connection, "server_version")
     number = int(await _setting(connection, "server_version_num"))
     if number < _MIN_POSTGRES:
-        yield _fail("postgres", f"version {version} is too old: 14 or newer is required")
+        yield fail("postgres", f"version {version} is too old: 14 or newer is required")
         return
-    yield _ok("postgres", f"version {version}")
+    yield ok("postgres", f"version {version}")
     if await _pooled_by_transaction(connection, dsn, settings.postgres_timeout_seconds):
-        yield _fail(
+        yield fail(
             "pooler",
             "DATABASE_URL leads to PgBouncer (or a similar pooler) in transaction mode, which keeps no session "
             "settings, timeouts or ledger epoch; use session mode or the direct address",
@@ -154,29 +129,31 @@ async def _inspect_postgres(connection: asyncpg.Connection, dsn: str, settings: 
     async with connection.transaction():
         recovering = await connection.fetchval("SELECT pg_is_in_recovery()")
         if recovering or await _setting(connection, "default_transaction_read_only") == "on":
-            yield _fail("writable", "the server is read-only (a standby, or default_transaction_read_only = on)")
+            yield fail("writable", "the server is read-only (a standby, or default_transaction_read_only = on)")
     for name, lost in (
         ("fsync", "a crash of the machine can lose or corrupt"),
         ("full_page_writes", "a torn page can corrupt"),
     ):
         if await _setting(connection, name) == "off":
-            yield _warn(name, f"{name} = off: {lost} events that were answered with 200; turn it on")
+            yield warn(name, f"{name} = off: {lost} events that were answered with 200; turn it on")
+    async for check in _check_database(connection, settings):
+        yield check
+
+
+async def _check_database(connection: PinnedConnection, settings: Settings) -> AsyncIterator[Check]:
     if await _setting(connection, "synchronous_commit") not in ("on", "remote_apply"):
-        yield _ok("synchronous_commit", "is not on by default; our connections set it to on")
+        yield ok("synchronous_commit", "is not on by default; our connections set it to on")
     if not await connection.fetchval(_MAY_EMIT):
-        yield _fail("replication", "the role may not execute pg_logical_emit_message(boolean, text, text): grant it")
+        yield fail("replication", "the role may not execute pg_logical_emit_message(boolean, text, text): grant it")
+    if (encoding := await _setting(connection, "server_encoding")) != "UTF8":
+        yield fail(
+            "encoding",
+            f"the database's encoding is {encoding}, which cannot hold every event: create a database with "
+            "CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0;",
+        )
     yield await _check_connections(connection, settings)
-    yield await _check_schema(connection)
-
-
-async def _check_schema(connection: asyncpg.Connection) -> Check:
-    revision = await read_version(connection)
-    state = compare(revision)
-    if state is SchemaState.OUTDATED:
-        return _fail("schema", str(outdated(revision)))
-    if state is SchemaState.NEWER:
-        return _warn("schema", f"at {revision}, migrated by a newer firstclaim: this build works with it")
-    return _ok("schema", f"at {revision}, ledger epoch {await read_epoch(connection)}")
+    async for check in check_schema(connection, settings.handlers):
+        yield check
 
 
 async def _setting(connection: asyncpg.Connection, name: str) -> str:
@@ -188,9 +165,7 @@ async def _check_connections(connection: asyncpg.Connection, settings: Settings)
     maximum = int(await _setting(connection, "max_connections"))
     ours = settings.postgres_connections
     detail = f"{ours} per worker process, of the server's {maximum}"
-    return (
-        _warn("connections", detail + ": raise max_connections") if ours > maximum // 2 else _ok("connections", detail)
-    )
+    return warn("connections", detail + ": raise max_connections") if ours > maximum // 2 else ok("connections", detail)
 
 
 async def _pooled_by_transaction(connection: asyncpg.Connection, dsn: str, timeout_seconds: float) -> bool:
@@ -235,11 +210,11 @@ async def check_redis(settings: Settings) -> AsyncIterator[Check]:
         async for check in _inspect_redis(redis, settings):
             yield check
     except ResponseError as error:
-        yield _fail("redis", f"refuses INFO: {error}", fatal=False)
+        yield fail("redis", f"refuses INFO: {error}", fatal=False)
     except (AttributeError, KeyError, TypeError, ValueError):  # the client parses the reply, and expects a text
-        yield _fail("redis", "the reply to INFO cannot be read: is it a Redis or a Valkey?", fatal=False)
+        yield fail("redis", "the reply to INFO cannot be read: is it a Redis or a Valkey?", fatal=False)
     except (RedisError, OSError, TimeoutError) as error:
-        yield _fail(
+        yield fail(
             "redis",
             f"cannot be reached ({type(error).__name__}): events are recorded, and dispatched once it is reachable",
             fatal=False,
@@ -253,7 +228,7 @@ async def _inspect_redis(redis: Redis, settings: Settings) -> AsyncIterator[Chec
     try:
         name, unsuitable = _inspect_info(await redis.info())
     except NoPermissionError:
-        yield _warn("redis", "the user may not run INFO: version and role are not checked")
+        yield warn("redis", "the user may not run INFO: version and role are not checked")
     else:
         if unsuitable is not None:
             yield unsuitable
@@ -264,9 +239,9 @@ async def _inspect_redis(redis: Redis, settings: Settings) -> AsyncIterator[Chec
         await lock.ping()
     except LockUnavailable as error:
         detail = f"{name}: {error}. The lock needs SET with NX, GET and PX, GET, PTTL, EVAL, DEL and PING"
-        yield _fail("redis", f"{detail}: check the user's permissions and maxmemory", fatal=False)
+        yield fail("redis", f"{detail}: check the user's permissions and maxmemory", fatal=False)
     else:
-        yield _ok("redis", name)
+        yield ok("redis", name)
     finally:
         await lock.close()
 
@@ -278,11 +253,11 @@ def _inspect_info(info: dict[str, Any]) -> tuple[str, Check | None]:
     name = f"{'Valkey' if valkey else 'Redis'} {version}"
     if tuple(int(part) for part in version.split(".")[:2]) < _MIN_REDIS:
         detail = f"{name} is too old: Redis 7 or Valkey 8, or newer, is required (for SET with NX and GET)"
-        return name, _fail("redis", detail)
+        return name, fail("redis", detail)
     if info.get("cluster_enabled"):
-        return name, _fail("redis", f"{name} runs as a Cluster, which is not supported: use a single primary")
+        return name, fail("redis", f"{name} runs as a Cluster, which is not supported: use a single primary")
     if info.get("role") != "master":
-        return name, _fail("redis", f"{name} is a replica: use the primary's address", fatal=False)
+        return name, fail("redis", f"{name} is a replica: use the primary's address", fatal=False)
     return name, None
 
 

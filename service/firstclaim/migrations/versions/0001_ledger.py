@@ -1,4 +1,4 @@
-"""The ledger, its payloads and its epoch; the table of the shipped handler."""
+"""The ledger, its payloads and its epoch."""
 
 from alembic import op
 
@@ -62,22 +62,3 @@ def upgrade() -> None:
         """
     )
     op.execute("INSERT INTO ledger_epoch (id, rotated_at) VALUES (gen_random_uuid(), clock_timestamp())")
-    op.execute(
-        """
-        CREATE TABLE payment_failures (
-            invoice          text COLLATE "C" CONSTRAINT payment_failures_pkey PRIMARY KEY,
-            customer         text,
-            subscription     text,
-            amount_due_minor bigint,
-            currency         text,
-            attempt_count    integer     NOT NULL,
-            next_attempt_at  timestamptz,
-            failed_at        timestamptz NOT NULL,
-            event_id         text COLLATE "C" NOT NULL,
-            CONSTRAINT payment_failures_invoice_check          CHECK (invoice <> ''),
-            CONSTRAINT payment_failures_amount_due_minor_check CHECK (amount_due_minor >= 0),
-            CONSTRAINT payment_failures_currency_check         CHECK (currency <> ''),
-            CONSTRAINT payment_failures_attempt_count_check    CHECK (attempt_count >= 0)
-        )
-        """
-    )

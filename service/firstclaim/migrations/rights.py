@@ -1,0 +1,57 @@
+"""What a migration finds in its way: a right that is missing, or a table of our name that is not ours.
+
+Guarantees: each is refused with the schema, the table and the statement to run, before anything is changed.
+"""
+
+from sqlalchemy import Connection, text
+
+from firstclaim.errors import StoreUnsuitable
+from firstclaim.migrations.adoption import TABLES
+
+_RIGHTS = text("""
+SELECT quote_ident(current_user) AS role, quote_ident(current_database()) AS database,
+       EXISTS (SELECT FROM pg_namespace WHERE nspname = :schema) AS found,
+       CASE WHEN EXISTS (SELECT FROM pg_namespace WHERE nspname = :schema)
+            THEN has_schema_privilege(:schema, 'USAGE') AND has_schema_privilege(:schema, 'CREATE')
+            ELSE has_database_privilege(current_database(), 'CREATE') END AS allowed
+""")
+_RELATIONS = text("""
+SELECT relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ WHERE n.nspname = :schema AND relname = ANY(:tables) ORDER BY relname
+""")
+
+
+def grants(schema: str, role: str) -> str:
+    """The statements that give a service's role its rights, where another role migrates."""
+    return (
+        f"GRANT USAGE ON SCHEMA {schema} TO {role}; "
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {role};"
+    )
+
+
+def refuse_foreign_tables(connection: Connection, schema: str) -> None:
+    """Raise `StoreUnsuitable` if `schema`, in which there is no ledger, has a table of our names."""
+    found = connection.execute(_RELATIONS, {"schema": schema, "tables": list(TABLES)}).scalars().all()
+    if found:
+        place = f"{schema}.{found[0]}"
+        raise StoreUnsuitable(
+            f"{place} exists and is no table of a ledger: rename it (ALTER TABLE {place} RENAME TO ...;), or name "
+            "another schema in FIRSTCLAIM_SCHEMA"
+        )
+
+
+def make_schema(connection: Connection, schema: str, owner: str | None) -> None:
+    """Create `schema` unless it exists; `owner`: another role that is to own it. Raises `StoreUnsuitable`."""
+    rights = connection.execute(_RIGHTS, {"schema": schema}).one()
+    if not rights.allowed:
+        wanted = (
+            f"GRANT USAGE, CREATE ON SCHEMA {schema} TO {rights.role};"
+            if rights.found
+            else f"CREATE SCHEMA {schema} AUTHORIZATION {rights.role};"
+        )
+        action = f"create tables in schema {schema}" if rights.found else f"create the schema {schema}"
+        raise StoreUnsuitable(
+            f"the role {rights.role} may not {action} in database {rights.database}: let its owner run {wanted}"
+        )
+    if not rights.found:
+        connection.exec_driver_sql(f'CREATE SCHEMA "{schema}"' + (f" AUTHORIZATION {owner}" if owner else ""))
