@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 from firstclaim.embedded import data_folder
 from firstclaim.migrations import schema
 from firstclaim.settings import Settings
-from firstclaim.urls import postgres_dsn
+from firstclaim.urls.postgres import postgres_dsn
 
 SHIPPED = ("firstclaim.handlers", "firstclaim.handlers.load_probe")  # both have a table
 

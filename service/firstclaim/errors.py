@@ -92,6 +92,26 @@ class LedgerUnavailable(FirstclaimError):
     """Postgres could not execute the call. It is unknown whether anything was committed."""
 
 
+class LedgerRefused(LedgerUnavailable):
+    """Postgres cannot be used as it is configured, and no other attempt helps: login, database, TLS, a parameter.
+
+    The message says what to change, without any part of the address. `detail` is what the server or the certificate
+    says, which names the user, the database or the host: for the operator's terminal. While the service runs it is
+    treated as any `LedgerUnavailable`, because the server's configuration may be what changed. `exit_code` is 2 if
+    `DATABASE_URL` is at fault by itself.
+    """
+
+    def __init__(self, reason: str, *, detail: str = "", exit_code: int = OperatorError.exit_code) -> None:
+        super().__init__(reason)
+        self.detail = detail
+        self.exit_code = exit_code
+
+    @property
+    def explained(self) -> str:
+        """The detail, with the message."""
+        return f"{self.detail} ({self})" if self.detail else str(self)
+
+
 class StatementTimeout(LedgerUnavailable):
     """Postgres ended a query at its statement timeout. Postgres itself is healthy."""
 

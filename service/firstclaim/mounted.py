@@ -25,7 +25,8 @@ from firstclaim.observability import metrics
 from firstclaim.observability.logging import configure_embedded
 from firstclaim.registry import Registry
 from firstclaim.server.check import Verdict
-from firstclaim.server.preflight import check_postgres, check_redis, raise_if_fatal
+from firstclaim.server.preflight import check_postgres, raise_if_fatal
+from firstclaim.server.redis_check import check_redis
 from firstclaim.settings import Settings, load_settings
 from firstclaim.shutdown import Shutdown
 from firstclaim.web.webhook import answer

@@ -16,11 +16,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from firstclaim import urls
 from firstclaim.errors import ConfigurationError
 from firstclaim.listening import Listening
 from firstclaim.passwords import check
 from firstclaim.schema_name import DEFAULT_SCHEMA, checked_schema
+from firstclaim.urls import postgres, redis, stripe
 
 PREFIX = "FIRSTCLAIM_"
 METRICS_CONNECTIONS = 2  # a pool of their own, so that reading the ledger never delays a delivery
@@ -47,7 +47,7 @@ class Settings(Listening):
         validate_by_alias=True,
     )
 
-    database_url: Annotated[SecretStr | None, _converted(urls.postgres_dsn)] = Field(
+    database_url: Annotated[SecretStr | None, _converted(postgres.postgres_dsn)] = Field(
         None,
         validation_alias="DATABASE_URL",
         description="PostgreSQL 14 or newer: `postgresql://` or `postgres://`. Unset: an embedded server.",
@@ -57,7 +57,7 @@ class Settings(Listening):
         validation_alias="FIRSTCLAIM_SCHEMA",
         description="Schema of the ledger's tables: one of its own, that your migrations do not look into.",
     )
-    redis_url: Annotated[SecretStr | None, _converted(urls.redis_url)] = Field(
+    redis_url: Annotated[SecretStr | None, _converted(redis.redis_url)] = Field(
         None,
         validation_alias="REDIS_URL",
         description="Redis 7 or Valkey 8, or newer: `redis://`, `rediss://` or `unix://`. Unset: an embedded Valkey.",
@@ -67,12 +67,12 @@ class Settings(Listening):
         validation_alias="STRIPE_WEBHOOK_SECRETS",
         description="Signing secrets (`whsec_...`), comma separated: one per endpoint and mode, two during a roll.",
     )
-    stripe_api_key: Annotated[SecretStr | None, _converted(urls.stripe_key)] = Field(
+    stripe_api_key: Annotated[SecretStr | None, _converted(stripe.stripe_key)] = Field(
         None,
         validation_alias="STRIPE_API_KEY",
         description="For `reconcile` only: a secret key, or a restricted key (`rk_...`) that may read Events.",
     )
-    stripe_api_base: Annotated[str, AfterValidator(urls.stripe_base)] = Field(
+    stripe_api_base: Annotated[str, AfterValidator(stripe.stripe_base)] = Field(
         "https://api.stripe.com",
         validation_alias="STRIPE_API_BASE",
         description="Address of Stripe's API for `reconcile`, for tests: `https://`, or `http://` to the loopback.",
@@ -230,15 +230,8 @@ class Settings(Listening):
 
     @field_validator("stripe_webhook_secrets")
     @classmethod
-    def _no_blank_secret(cls, secrets: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
-        if any(not secret.get_secret_value().strip() for secret in secrets):
-            raise ValueError(
-                "one of the secrets is blank (an empty secret would verify anything); remove the extra comma"
-            )
-        if any(not secret.get_secret_value().isascii() or " " in secret.get_secret_value() for secret in secrets):
-            raise ValueError(
-                "a secret holds a space or a non-ASCII character; expected whsec_... values, comma separated"
-            )
+    def _signing_secrets(cls, secrets: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        stripe.check_signing_secrets([secret.get_secret_value() for secret in secrets])
         return secrets
 
     @field_validator("handlers")

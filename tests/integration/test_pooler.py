@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import asyncpg
 import pytest
 from pydantic import SecretStr
 
+from firstclaim.errors import LedgerRefused
+from firstclaim.postgres.connect import connect
 from firstclaim.server.check import Check
 from firstclaim.server.preflight import check_postgres
 from firstclaim.settings import Settings
+from firstclaim.urls.postgres import postgres_dsn
 from tests.acceptance.harness import eventually
 
 PGBOUNCER = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
@@ -77,3 +81,36 @@ async def test_session_mode_passes(pooler: str) -> None:
     found = await _checks(pooler + "by_session")
     assert "pooler" not in found
     assert found["schema"].verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "search_path=shop&application_name=shop",
+        "options=-c%20search_path%3Dshop%20-c%20work_mem%3D8MB",
+        "schema=shop&connection_limit=5",
+    ],
+)
+async def test_settings_of_the_session_reach_it_through_a_pooler(pooler: str, query: str) -> None:
+    """Settings in the address, which PgBouncer refuses at the start of a connection, are set after it."""
+    dsn = postgres_dsn(f"{pooler}by_session?{query}")
+    with pytest.raises(asyncpg.ProtocolViolationError, match="unsupported startup parameter"):
+        await asyncpg.connect(dsn)
+    connection = await connect(dsn, 5, asyncpg.Connection)
+    try:
+        assert (await connection.fetchval("SELECT current_setting('search_path')")).strip('"') == "shop"
+    finally:
+        await connection.close()
+
+
+async def test_an_unknown_parameter_is_named_through_a_pooler(pooler: str) -> None:
+    """A parameter that the server behind the pooler does not know is refused by its name."""
+    with pytest.raises(LedgerRefused, match="the server refuses the parameter unheard_of") as refused:
+        await connect(postgres_dsn(f"{pooler}by_session?unheard_of=1"), 5, asyncpg.Connection)
+    assert refused.value.exit_code == 2
+
+
+async def test_an_unknown_database_at_a_pooler_is_a_refusal(pooler: str) -> None:
+    """PgBouncer gives an unknown database a general code; it is called a refusal all the same."""
+    with pytest.raises(LedgerRefused, match="ProtocolViolationError"):
+        await connect(postgres_dsn(f"{pooler}nowhere"), 5, asyncpg.Connection)

@@ -8,7 +8,8 @@ import pytest
 from pydantic import SecretStr
 
 from firstclaim.server.check import Check, Verdict
-from firstclaim.server.preflight import check_postgres, check_redis
+from firstclaim.server.preflight import check_postgres
+from firstclaim.server.redis_check import check_redis
 from firstclaim.settings import Settings
 from tests.stores import Stores, redis_user
 
@@ -60,7 +61,7 @@ async def test_a_missing_right_is_named(stores: Stores, command: str) -> None:
     """A Redis user who may not run one of the lock's commands fails the check, which names the command."""
     async with redis_user(stores, f"-{command.lower()}") as (_, url):
         [check] = [check async for check in check_redis(settings_of(url))]
-    assert (check.verdict, check.fatal) == (Verdict.FAIL, False)
+    assert (check.verdict, check.fatal) == (Verdict.FAIL, True)
     assert f": {command}" in check.detail.partition(". The lock needs")[0]
 
 
@@ -87,4 +88,4 @@ async def test_a_server_that_answers_nonsense_is_a_failed_check(reply: bytes) ->
     async with listener:
         url = f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
         [check] = [check async for check in check_redis(settings_of(url))]
-    assert (check.verdict, check.fatal) == (Verdict.FAIL, False)
+    assert (check.verdict, check.fatal) == (Verdict.FAIL, True)

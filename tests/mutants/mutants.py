@@ -1,6 +1,6 @@
 """All mutants, by the headings of README.md and in its order."""
 
-from tests.mutants import builds, capacity, dispatch, guards, ledger, lock, pipeline, postgres, recovery, web
+from tests.mutants import addresses, builds, capacity, dispatch, guards, ledger, lock, pipeline, postgres, recovery, web
 
 SECTIONS = {
     "Both claims, and the answer": pipeline.MUTANTS,
@@ -12,6 +12,7 @@ SECTIONS = {
     "Dispatch": dispatch.MUTANTS,
     "Recovery and shutdown": recovery.MUTANTS,
     "Postgres": postgres.MUTANTS,
+    "Addresses": addresses.MUTANTS,
     "Requests and responses": web.MUTANTS,
 }
 MUTANTS = tuple(mutant for section in SECTIONS.values() for mutant in section)

@@ -36,6 +36,22 @@ MUTANTS = (
         "unit/test_signature.py::test_a_bad_header_is_refused",
     ),
     Mutant(
+        "blanks-count",
+        "Blanks and tabs around the commas of a signature header do not count.",
+        "_without_blanks",
+        'item.strip(" \\t")',
+        "item",
+        "unit/test_signature.py::test_blanks_around_a_comma_are_accepted",
+    ),
+    Mutant(
+        "no-blank-counts",
+        "Blanks elsewhere in a signature header do.",
+        "_without_blanks",
+        'item.strip(" \\t")',
+        'item.replace(" ", "")',
+        "unit/test_signature.py::test_a_bad_header_is_refused",
+    ),
+    Mutant(
         "only-the-first-secret",
         "During a secret's rotation either secret may have signed.",
         "verify",

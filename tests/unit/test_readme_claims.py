@@ -27,7 +27,7 @@ from firstclaim.inbox import lock, transaction_watch
 from firstclaim.migrations import locking
 from firstclaim.operations import limits, search, stripe_api
 from firstclaim.registry import Registry
-from firstclaim.server import preflight, protocol, runner, supervisor
+from firstclaim.server import preflight, protocol, redis_check, runner, supervisor
 from firstclaim.settings import ADMIN_CONNECTIONS, METRICS_CONNECTIONS, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -61,7 +61,7 @@ REQUIRES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requ
 FIGURES = [
     f"a machine with Python {REQUIRES.removeprefix('>=')} or newer",
     f"any PostgreSQL from {preflight._MIN_POSTGRES // 10_000}",
-    f"any Redis from {preflight._MIN_REDIS[0]} or Valkey from 8",
+    f"any Redis from {redis_check._MIN_REDIS[0]} or Valkey from 8",
     f"`FIRSTCLAIM_HANDLER_SLOTS` + `FIRSTCLAIM_INGEST_CONNECTIONS` ({OPEN_CONNECTIONS} by default), "
     f"{METRICS_CONNECTIONS} for metrics, and {ADMIN_CONNECTIONS} for the admin page",
     f"`max_connections` >= {SETTINGS.postgres_connections} per worker",

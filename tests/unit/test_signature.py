@@ -66,6 +66,22 @@ def test_other_schemes_are_ignored() -> None:
     assert refusal([f"{v1()},t={NOW}"]) is None
 
 
+@pytest.mark.parametrize(
+    "spaced",
+    [
+        f"t={NOW}, {v1()}",
+        f"t={NOW},\t{v1()}",
+        f"t={NOW} , {v1()}",
+        f"t={NOW}, \t v0=dead ,  {v1(OTHER)}\t,\t{v1()}",
+        f" t={NOW},{v1()} ",
+        f"{v1()}, t={NOW}",
+    ],
+)
+def test_blanks_around_a_comma_are_accepted(spaced: str) -> None:
+    """Blanks and tabs around the commas, which HTTP allows in a list, do not change the result."""
+    assert refusal([spaced]) is None
+
+
 @pytest.mark.parametrize("away", [-300, 0, 300])
 def test_the_tolerance_is_two_sided_and_inclusive(away: int) -> None:
     """A timestamp of exactly 300 s in either direction is within the tolerance."""
@@ -108,6 +124,10 @@ def test_a_body_beyond_ascii_is_verified_as_bytes() -> None:
         ([f"t=+{NOW},{v1()}"], "signature_malformed"),
         ([f"t=-{NOW},{v1()}"], "signature_malformed"),
         ([f"t= {NOW},{v1()}"], "signature_malformed"),
+        ([f"t ={NOW},{v1()}"], "signature_malformed"),
+        ([f"t={NOW},\n{v1()}"], "signature_mismatch"),
+        ([f"t={NOW},v1= {v1()[3:]}"], "signature_mismatch"),
+        ([f"t={NOW}, ,{v1()}"], "signature_malformed"),
         ([f"t={NOW}.0,{v1()}"], "signature_malformed"),
         ([f"t={NOW}=1,{v1()}"], "signature_malformed"),
         ([f"t=1_793_610_041,{v1()}"], "signature_malformed"),

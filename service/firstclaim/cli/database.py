@@ -24,7 +24,7 @@ def migrate() -> None:
 def check() -> None:
     """Check the configuration, the handlers and both stores, and print a line for each. Changes nothing.
 
-    Exit code 2 if the configuration or a handler module is invalid, 3 if another check fails.
+    Exit code 2 if the environment or a handler module is at fault, 3 if another check fails.
     """
     import asyncio
 
@@ -36,7 +36,7 @@ def check() -> None:
         checks = asyncio.run(all_checks(settings))
         print_checks(checks)
         if any(each.verdict is Verdict.FAIL for each in checks):
-            raise typer.Exit(2 if any(each.fatal and each.name == "handlers" for each in checks) else 3)
+            raise typer.Exit(min(each.exit_code for each in checks if each.verdict is Verdict.FAIL))
 
 
 @epoch.command()

@@ -63,7 +63,7 @@ def load(
     from firstclaim.loadtest import runner
     from firstclaim.loadtest.plan import Plan
     from firstclaim.sending.events import shipped_types
-    from firstclaim.urls import postgres_dsn
+    from firstclaim.urls.postgres import postgres_dsn
 
     with reported():
         settings = read_settings(receiving=False)

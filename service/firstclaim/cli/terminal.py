@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from firstclaim.errors import ConfigurationError, LedgerUnavailable, OperatorError
+from firstclaim.errors import ConfigurationError, LedgerRefused, LedgerUnavailable, OperatorError
 from firstclaim.status import Status
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def reported() -> Iterator[None]:
         yield
     except OperatorError as error:
         fail(str(error), error.exit_code)
+    except LedgerRefused as error:
+        fail(f"Postgres: {error.explained}", error.exit_code)
     except LedgerUnavailable as error:
         fail(f"Postgres: {error}", OperatorError.exit_code)
 

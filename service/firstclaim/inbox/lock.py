@@ -14,12 +14,14 @@ import asyncio
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import Enum, auto
 from typing import Any
 
 import hiredis
 import structlog
 from redis.asyncio import ConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
@@ -76,10 +78,18 @@ def connect(url: str, *, timeout_seconds: float) -> Redis:
         retry=Retry(NoBackoff(), 0),
         protocol=2,
         driver_info=None,
-        client_name="firstclaim",
+        redis_connect_func=_introduce,
         maint_notifications_config=MaintNotificationsConfig(enabled=False),
     )
     return Redis.from_pool(pool)
+
+
+async def _introduce(connection: AbstractConnection) -> None:
+    """Log in, choose the database, and name the connection, unless the user may not: the name is for operators only."""
+    await connection.on_connect()
+    await connection.send_command("CLIENT", "SETNAME", "firstclaim", check_health=False)
+    with suppress(ResponseError):
+        await connection.read_response()
 
 
 class Lock:

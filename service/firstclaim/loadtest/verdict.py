@@ -17,6 +17,7 @@ from firstclaim.errors import LedgerUnavailable, StoreUnsuitable
 from firstclaim.handlers.load_probe import ACTION
 from firstclaim.loadtest.plan import Observed, Plan, entries
 from firstclaim.postgres.advice import explain
+from firstclaim.postgres.connect import connect
 from firstclaim.postgres.connection import UNAVAILABLE
 from firstclaim.postgres.statement import in_schema
 from firstclaim.status import UNFINISHED, Status
@@ -131,7 +132,7 @@ async def read(
 @asynccontextmanager
 async def _connect(dsn: str) -> AsyncIterator[asyncpg.Connection]:
     try:
-        connection = await asyncpg.connect(dsn, timeout=_CONNECT_SECONDS)
+        connection = await connect(dsn, _CONNECT_SECONDS, asyncpg.Connection)
         try:
             yield connection
         finally:

@@ -8,8 +8,7 @@ import socket
 import ssl
 
 import asyncpg
-
-from firstclaim.postgres.connection import describe
+from sqlalchemy import exc
 
 _BY_SQLSTATE = {
     "25006": "the server is read-only: set DATABASE_URL to the primary",
@@ -43,6 +42,15 @@ _BY_CLASS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
     ((asyncpg.InterfaceError, asyncpg.InternalClientError), "the connection was lost: run the command again"),
     ((OSError, asyncpg.PostgresConnectionError), _UNREACHABLE),
 )
+
+
+def describe(error: BaseException) -> str:
+    """Class and SQLSTATE: enough to act on, without the values of a row or a URL that a message can hold."""
+    original: BaseException = error
+    if isinstance(error, exc.DBAPIError) and error.orig is not None:
+        original = error.orig.__cause__ or error.orig  # SQLAlchemy's error wraps the driver's
+    state = getattr(original, "sqlstate", None)
+    return type(original).__name__ + (f" ({state})" if state else "")
 
 
 def explain(error: BaseException) -> str:

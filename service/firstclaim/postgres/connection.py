@@ -19,6 +19,8 @@ import asyncpg
 from sqlalchemy import exc
 
 from firstclaim.errors import LedgerUnavailable
+from firstclaim.postgres.advice import describe as describe
+from firstclaim.postgres.connect import connect
 from firstclaim.postgres.epoch import Epoch, read_epoch
 from firstclaim.schema_name import DEFAULT_SCHEMA
 
@@ -96,14 +98,11 @@ async def open_connection(
 ) -> PinnedConnection:
     """Connect, pin, check. Raises what `UNAVAILABLE` lists, and `LedgerUnavailable` when the pins do not hold.
 
+    Raises `LedgerRefused`, which is one, when no other attempt can help.
+
     `pins`: further settings of the server, for this connection alone. `schema`: where the ledger's tables are.
     """
-    connection: PinnedConnection = await asyncpg.connect(
-        dsn,
-        timeout=timeout_seconds,
-        connection_class=PinnedConnection,
-        server_settings={"application_name": "firstclaim"},
-    )
+    connection: PinnedConnection = await connect(dsn, timeout_seconds, PinnedConnection)
     try:
         async with asyncio.timeout(timeout_seconds):
             pinned = await connection.fetchrow(_PIN)
@@ -134,12 +133,3 @@ def is_current(connection: PinnedConnection, epoch: Epoch) -> bool:
     it commits: after a rotation, markers of the old epoch would never count.
     """
     return not connection.is_closed() and connection.epoch == epoch.latest
-
-
-def describe(error: BaseException) -> str:
-    """Class and SQLSTATE: enough to act on, without the values of a row or a URL that a message can hold."""
-    original: BaseException = error
-    if isinstance(error, exc.DBAPIError) and error.orig is not None:
-        original = error.orig.__cause__ or error.orig  # SQLAlchemy's error wraps the driver's
-    state = getattr(original, "sqlstate", None)
-    return type(original).__name__ + (f" ({state})" if state else "")

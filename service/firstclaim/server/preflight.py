@@ -7,21 +7,19 @@ recorded without Redis.
 
 import asyncio
 from collections.abc import AsyncIterator
-from typing import Any
 
 import asyncpg
 import stripe
-from redis.asyncio import Redis
-from redis.exceptions import NoPermissionError, RedisError, ResponseError
 
-from firstclaim.errors import ConfigurationError, LedgerUnavailable, LockUnavailable, StoreUnsuitable
-from firstclaim.inbox.lock import Lock, connect
+from firstclaim.errors import ConfigurationError, LedgerRefused, LedgerUnavailable, StoreUnsuitable
 from firstclaim.postgres.advice import explain
+from firstclaim.postgres.connect import connect
 from firstclaim.postgres.connection import UNAVAILABLE, PinnedConnection, describe
 from firstclaim.registry import Registry
 from firstclaim.server.check import Check, fail, ok, warn
 from firstclaim.server.connection_limiter import affordable_connections
 from firstclaim.server.event_types import unmatched
+from firstclaim.server.redis_check import check_redis
 from firstclaim.server.schema_checks import check_schema
 from firstclaim.settings import Settings
 
@@ -34,7 +32,6 @@ SELECT bool_and(has_function_privilege(oid, 'EXECUTE')) FROM pg_proc
  WHERE proname = 'pg_logical_emit_message' AND pronamespace = 'pg_catalog'::regnamespace
    AND proargtypes[2] = 'text'::regtype
 """
-_MIN_REDIS = (7, 0)
 _POOLER_PROBES = 4
 
 
@@ -53,7 +50,7 @@ def check_handlers(settings: Settings) -> list[Check]:
     try:
         handlers = list(Registry.load(settings.handlers))
     except ConfigurationError as error:
-        return [fail("handlers", fault) for fault in error.faults]
+        return [fail("handlers", fault, exit_code=error.exit_code) for fault in error.faults]
     if not handlers:
         return [warn("handlers", f"{', '.join(settings.handlers)} declare none: every event will be ignored")]
     if unknown := unmatched(handler.pattern for handler in handlers):
@@ -70,21 +67,21 @@ def check_files(settings: Settings) -> list[Check]:
     return [ok("files", f"enough for {wanted} connections per process")]
 
 
-# -- Postgres -----------------------------------------------------------------------------------------
-
-
 async def check_postgres(settings: Settings, *, wait: bool = False) -> AsyncIterator[Check]:
     """Check the version, the pooler, that it is writable, durability, the schema and the connection limit."""
     dsn = settings.database_url.get_secret_value() if settings.database_url else ""
     try:
         connection = await _connect(dsn, settings, wait=wait)
+    except LedgerRefused as error:
+        yield fail("postgres", error.explained, exit_code=error.exit_code)
+        return
     except LedgerUnavailable as error:
         yield fail("postgres", f"cannot connect: {error}")
         return
     try:
         async for check in _inspect_postgres(connection, dsn, settings):
             yield check
-    except UNAVAILABLE as error:
+    except (*UNAVAILABLE, LedgerUnavailable) as error:
         yield fail("postgres", f"failed during the checks: {describe(error)}")
     finally:
         connection.terminate()
@@ -95,20 +92,12 @@ async def _connect(dsn: str, settings: Settings, *, wait: bool) -> PinnedConnect
         if attempt:
             await asyncio.sleep(_CONNECT_PAUSE_SECONDS)
         try:
-            connection: PinnedConnection = await asyncpg.connect(
-                dsn,
-                timeout=settings.postgres_timeout_seconds,
-                statement_cache_size=0,
-                connection_class=PinnedConnection,
-            )
+            connection = await connect(dsn, settings.postgres_timeout_seconds, PinnedConnection, statement_cache_size=0)
             connection.schema = settings.schema_name
             return connection
-        except (asyncpg.InvalidAuthorizationSpecificationError, asyncpg.InvalidCatalogNameError) as error:
-            # With the server's message, which holds no password.
-            raise LedgerUnavailable(f"{error} ({explain(error)})") from error
-        except asyncpg.ClientConfigurationError as error:
-            raise LedgerUnavailable(f"DATABASE_URL: {error}") from error
-        except (*UNAVAILABLE, ValueError) as error:
+        except asyncpg.PostgresError as error:
+            failure = f"{error} ({explain(error)})"  # with the server's message, which holds no password
+        except UNAVAILABLE as error:
             failure = explain(error)
     raise LedgerUnavailable(failure)
 
@@ -187,7 +176,7 @@ async def _pooled_by_transaction(connection: asyncpg.Connection, dsn: str, timeo
     others: list[asyncpg.Connection] = []
     try:
         for _ in range(_POOLER_PROBES):
-            other = await asyncpg.connect(dsn, timeout=timeout_seconds, statement_cache_size=0)
+            other = await connect(dsn, timeout_seconds, asyncpg.Connection, statement_cache_size=0)
             others.append(other)
             await other.execute("BEGIN")
             if await backend(other) == mine:
@@ -199,72 +188,10 @@ async def _pooled_by_transaction(connection: asyncpg.Connection, dsn: str, timeo
             other.terminate()
 
 
-# -- Redis --------------------------------------------------------------------------------------------
-
-
-async def check_redis(settings: Settings) -> AsyncIterator[Check]:
-    """Check the version, the role, and that the lock's commands are supported and allowed."""
-    url = settings.redis_url.get_secret_value() if settings.redis_url else ""
-    redis = connect(url, timeout_seconds=max(1.0, settings.redis_timeout_seconds))
-    try:
-        async for check in _inspect_redis(redis, settings):
-            yield check
-    except ResponseError as error:
-        yield fail("redis", f"refuses INFO: {error}", fatal=False)
-    except (AttributeError, KeyError, TypeError, ValueError):  # the client parses the reply, and expects a text
-        yield fail("redis", "the reply to INFO cannot be read: is it a Redis or a Valkey?", fatal=False)
-    except (RedisError, OSError, TimeoutError) as error:
-        yield fail(
-            "redis",
-            f"cannot be reached ({type(error).__name__}): events are recorded, and dispatched once it is reachable",
-            fatal=False,
-        )
-    finally:
-        await redis.aclose()
-
-
-async def _inspect_redis(redis: Redis, settings: Settings) -> AsyncIterator[Check]:
-    name = "Redis"
-    try:
-        name, unsuitable = _inspect_info(await redis.info())
-    except NoPermissionError:
-        yield warn("redis", "the user may not run INFO: version and role are not checked")
-    else:
-        if unsuitable is not None:
-            yield unsuitable
-            return
-    lock = Lock(redis, prefix=settings.redis_prefix, lock_ttl_seconds=1, marker_ttl_seconds=2, breaker_seconds=1)
-    try:
-        await lock.try_commands()
-        await lock.ping()
-    except LockUnavailable as error:
-        detail = f"{name}: {error}. The lock needs SET with NX, GET and PX, GET, PTTL, EVAL, DEL and PING"
-        yield fail("redis", f"{detail}: check the user's permissions and maxmemory", fatal=False)
-    else:
-        yield ok("redis", name)
-    finally:
-        await lock.close()
-
-
-def _inspect_info(info: dict[str, Any]) -> tuple[str, Check | None]:
-    """The server's name and version, and the check that fails if it is not suitable."""
-    valkey = info.get("valkey_version")
-    version = str(valkey or info["redis_version"])
-    name = f"{'Valkey' if valkey else 'Redis'} {version}"
-    if tuple(int(part) for part in version.split(".")[:2]) < _MIN_REDIS:
-        detail = f"{name} is too old: Redis 7 or Valkey 8, or newer, is required (for SET with NX and GET)"
-        return name, fail("redis", detail)
-    if info.get("cluster_enabled"):
-        return name, fail("redis", f"{name} runs as a Cluster, which is not supported: use a single primary")
-    if info.get("role") != "master":
-        return name, fail("redis", f"{name} is a replica: use the primary's address", fatal=False)
-    return name, None
-
-
 def raise_if_fatal(checks: list[Check]) -> None:
-    """Raise `StoreUnsuitable` (or `ConfigurationError` for handlers) with all fatal checks, if there are any."""
+    """Raise `ConfigurationError` with the checks that find the environment at fault, or `StoreUnsuitable` with all."""
     fatal = [check for check in checks if check.fatal]
-    if handlers := [check.detail for check in fatal if check.name == "handlers"]:
-        raise ConfigurationError(handlers)
+    if faults := [check.detail for check in fatal if check.exit_code == ConfigurationError.exit_code]:
+        raise ConfigurationError(faults)
     if fatal:
         raise StoreUnsuitable("\n".join(f"{check.name}: {check.detail}" for check in fatal))

@@ -2,8 +2,9 @@
 
 Guarantees: a body without a valid signature reaches no store, and the only exception is `Rejected`, whatever the input.
 stripe-python's own check takes one secret, accepts timestamps in the future, and raises UnicodeDecodeError or TypeError
-for some inputs. This module therefore requires exactly one header, checks its form first, accepts several secrets, and
-applies the tolerance in both directions.
+for some inputs. This module therefore requires exactly one header, checks its form first, accepts blanks and tabs
+around its commas, which HTTP allows and a proxy may insert, accepts several secrets, and applies the tolerance in both
+directions.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ def verify(body: bytes, headers: Sequence[str], secrets: Sequence[str], *, toler
     """
     if len(headers) != 1:
         raise _rejected("signature_missing" if not headers else "signature_repeated")
-    header = headers[0]
+    header = _without_blanks(headers[0])
     if abs(now - _timestamp(header)) > tolerance_seconds:
         raise _rejected("signature_stale")
     try:
@@ -33,6 +34,11 @@ def verify(body: bytes, headers: Sequence[str], secrets: Sequence[str], *, toler
         raise _rejected("body_not_utf8") from None
     if not any(_signed_by(secret, text, header) for secret in secrets):
         raise _rejected("signature_mismatch")
+
+
+def _without_blanks(header: str) -> str:
+    """`header` without the blanks and tabs around its commas. What follows the most items is left as it is."""
+    return ",".join(item.strip(" \t") for item in header.split(",", _MAX_ITEMS))
 
 
 def _timestamp(header: str) -> int:

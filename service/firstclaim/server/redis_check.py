@@ -1,0 +1,182 @@
+"""The check of Redis before the start: the server, its version and role, and the commands that the lock needs.
+
+Guarantees: what no later attempt can help (a certificate, a login, a missing right, a database that does not exist, a
+file that cannot be read) is fatal, and named. Only silence and what passes by itself (a server that starts or fails
+over, a full memory) is not: events are recorded without Redis.
+"""
+
+import asyncio
+import errno
+import ssl
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+from redis.asyncio import Redis
+from redis.exceptions import AuthenticationError, InvalidResponse, NoPermissionError, RedisError, ResponseError
+
+from firstclaim.errors import ConfigurationError, LockUnavailable
+from firstclaim.inbox.lock import Lock, connect
+from firstclaim.server.check import Check, fail, ok, warn
+from firstclaim.settings import Settings
+from firstclaim.urls.parts import unreadable_file
+from firstclaim.urls.redis import TLS_FILES
+
+_MIN_REDIS = (7, 0)
+_PROBE_SECONDS = 1.0
+_OTHER_KIND = {
+    True: "the server has no TLS, and REDIS_URL asks for it; expected redis://",
+    False: "the server expects TLS; expected rediss:// in REDIS_URL",
+}
+
+
+async def check_redis(settings: Settings) -> AsyncIterator[Check]:
+    """Check the files for TLS, the login, the version, the role, and that the lock's commands are allowed."""
+    url = settings.redis_url.get_secret_value() if settings.redis_url else ""
+    if fault := unreadable_file(dict(parse_qsl(urlsplit(url).query)), TLS_FILES):
+        yield fail("redis", f"REDIS_URL: {fault}", exit_code=ConfigurationError.exit_code)
+        return
+    redis = connect(url, timeout_seconds=max(1.0, settings.redis_timeout_seconds))
+    try:
+        await _log_in(redis)
+        async for check in _inspect_redis(redis, settings):
+            yield check
+    except (
+        AttributeError,
+        InvalidResponse,
+        KeyError,
+        TypeError,
+        ValueError,
+    ):  # the client expects a text, and parses it
+        yield fail("redis", "its reply cannot be read: is it a Redis or a Valkey?")
+    except (RedisError, OSError, TimeoutError) as error:
+        check = _failed(error)
+        if not check.fatal and await _is_the_other_kind(url):
+            check = fail("redis", _OTHER_KIND[url.startswith("rediss:")])
+        yield check
+    finally:
+        await redis.aclose()
+
+
+async def _is_the_other_kind(url: str) -> bool:
+    """Whether a server that seems silent answers with TLS where the address has none, or without where it has."""
+    parts = urlsplit(url)
+    if parts.scheme == "unix":
+        return False
+    context = None if parts.scheme == "rediss" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if context is not None:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with suppress(OSError, TimeoutError):
+        async with asyncio.timeout(_PROBE_SECONDS):
+            reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 6379, ssl=context)
+            try:
+                if context is not None:
+                    return True
+                writer.write(b"PING\r\n")  # no password: nothing secret is sent without TLS
+                return await reader.read(1) in (b"+", b"-")
+            finally:
+                writer.transport.abort()
+    return False
+
+
+async def _log_in(redis: Redis) -> None:
+    """Connect as the lock does. Raises what the client and the network raise."""
+    connection = redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    try:
+        await connection.connect()
+    finally:
+        await connection.disconnect(nowait=True)
+
+
+async def _inspect_redis(redis: Redis, settings: Settings) -> AsyncIterator[Check]:
+    name = "Redis"
+    try:
+        name, unsuitable = _inspect_info(await redis.info())
+    except (NoPermissionError, ResponseError) as error:
+        if not isinstance(error, NoPermissionError) and "unknown command" not in str(error):
+            raise
+        yield warn("redis", "the user may not run INFO: version and role are not checked")
+    else:
+        if unsuitable is not None:
+            yield unsuitable
+            return
+    lock = Lock(redis, prefix=settings.redis_prefix, lock_ttl_seconds=1, marker_ttl_seconds=2, breaker_seconds=1)
+    try:
+        await lock.try_commands()
+        await lock.ping()
+    except LockUnavailable as error:
+        detail = f"{name}: {error}. The lock needs SET with NX, GET and PX, GET, PTTL, EVAL, DEL and PING"
+        hopeless = _hopeless(error) is not None
+        yield fail("redis", f"{detail}: check the user's permissions and maxmemory", fatal=hopeless)
+    else:
+        yield ok("redis", name)
+    finally:
+        await lock.close()
+
+
+def _failed(error: Exception) -> Check:
+    """The check that fails with `error`, which stops `serve` only if no other attempt can help."""
+    if (reason := _hopeless(error)) is not None:
+        return fail("redis", reason)
+    if isinstance(error, ResponseError):
+        return fail("redis", f"refuses INFO: {error}", fatal=False)
+    detail = f"cannot be reached ({type(error).__name__}): events are recorded, and dispatched once it is reachable"
+    return fail("redis", detail, fatal=False)
+
+
+def _hopeless(error: BaseException) -> str | None:
+    """What to change, if `error`, or one that it was raised over, says that no other attempt can help."""
+    found = (_refusal(each) or _network_refusal(each) for each in _chain(error))
+    return next((reason for reason in found if reason is not None), None)
+
+
+def _refusal(error: BaseException) -> str | None:
+    match error:
+        case AuthenticationError():
+            return f"refuses the login: {error}; check the user and the password in REDIS_URL"
+        case NoPermissionError():
+            return f"refuses the user: {error}"
+        case ResponseError() if "DB index" in str(error):
+            return f"has no database of this number: {error}; correct REDIS_URL"
+        case ResponseError() if "unknown command" in str(error):
+            return f"lacks a command: {error}"
+    return None
+
+
+def _network_refusal(error: BaseException) -> str | None:
+    match error:
+        case ssl.SSLEOFError() | ssl.SSLZeroReturnError():  # it ended: it may be restarting
+            return None
+        case ssl.SSLCertVerificationError():
+            return (
+                f"its certificate is refused: {error.verify_message}; name the file of its CA in ssl_ca_certs, or "
+                "do not verify it, with ssl_cert_reqs=none"
+            )
+        case ssl.SSLError():
+            reason = error.reason or type(error).__name__
+            return f"TLS fails ({reason}): check that it has TLS on this port, and {', '.join(TLS_FILES)}"
+        case OSError(errno=errno.EACCES):
+            return "this process may not use its socket: permission denied"
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _inspect_info(info: dict[str, Any]) -> tuple[str, Check | None]:
+    """The server's name and version, and the check that fails if it is not suitable."""
+    valkey = info.get("valkey_version")
+    version = str(valkey or info["redis_version"])
+    name = f"{'Valkey' if valkey else 'Redis'} {version}"
+    if tuple(int(part) for part in version.split(".")[:2]) < _MIN_REDIS:
+        detail = f"{name} is too old: Redis 7 or Valkey 8, or newer, is required (for SET with NX and GET)"
+        return name, fail("redis", detail)
+    if info.get("cluster_enabled"):
+        return name, fail("redis", f"{name} runs as a Cluster, which is not supported: use a single primary")
+    if info.get("role") != "master":
+        return name, fail("redis", f"{name} is a replica: use the primary's address", fatal=False)
+    return name, None
