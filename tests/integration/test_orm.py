@@ -2,21 +2,25 @@
 
 import asyncio
 import contextlib
+import re
+import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import asyncpg
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import ForeignKey, select, text
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 
-from firstclaim import Context, Event, Permanent
+from firstclaim import Context, Event, Permanent, on
 from firstclaim.outcome import Kind
 from firstclaim.status import Status
 from tests.integration.test_dispatch import ends, fails
-from tests.integration.world import Function, World, effect
+from tests.integration.world import Function, World, delivery, effect
 
 RULE = "HandlerRuleBroken: a handler must not commit or roll back"
 
@@ -186,6 +190,16 @@ async def test_ending_the_transaction_is_never_without_effect(world: World, firs
         await getattr(context.connection, method)()
 
     await fails(world, function, RULE)
+
+
+async def test_a_second_transaction_is_refused(world: World) -> None:
+    """`connection.begin()` says that there is one, and what to use: SQLAlchemy's message would say to commit first."""
+
+    async def function(event: Event, context: Context) -> None:
+        async with context.connection.begin():
+            await effect(event, context)
+
+    await fails(world, function, "the handler's transaction has begun already: use context.connection.begin_nested()")
 
 
 # -- the error that the handler made is the one it sees ---------------------------------------------------
@@ -536,3 +550,75 @@ async def test_execute_from_a_thread_of_an_async_handler(world: World) -> None:
             assert len((await session.scalars(select(Effect).where(Effect.event_id == event.id))).all()) == 2
 
     await completes(world, function, effects=2)
+
+
+# -- the README -----------------------------------------------------------------------------------------
+
+
+class Customer(Base):
+    """What the README's `shop.models` has."""
+
+    __tablename__ = "readme_customers"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    name: Mapped[str]
+    orders: Mapped[list["Order"]] = relationship()
+
+
+class Order(Base):
+    """An order of a customer."""
+
+    __tablename__ = "readme_orders"
+
+    id: Mapped[int] = mapped_column(primary_key=True)
+    customer: Mapped[str] = mapped_column(ForeignKey(Customer.id))
+
+    def cancelled(self) -> "Cancellation":
+        """The record of its cancellation."""
+        return Cancellation(order=self.id)
+
+
+class Cancellation(Base):
+    """A cancelled order."""
+
+    __tablename__ = "readme_cancellations"
+
+    order: Mapped[int] = mapped_column(primary_key=True)
+
+
+SHOP = """
+DROP TABLE IF EXISTS readme_customers, readme_orders, readme_cancellations, access;
+CREATE TABLE readme_customers (id text PRIMARY KEY, name text);
+CREATE TABLE readme_orders (id int PRIMARY KEY, customer text);
+CREATE TABLE readme_cancellations ("order" int PRIMARY KEY);
+CREATE TABLE access (customer text);
+INSERT INTO readme_customers VALUES ('cus_1', 'before');
+INSERT INTO readme_orders VALUES (1, 'cus_1'), (2, 'cus_1'), (3, 'cus_2');
+INSERT INTO access VALUES ('cus_1'), ('cus_2');
+"""
+
+
+async def test_the_readmes_handlers_with_sessions_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As printed: the async one changes an object, the sync one reads a collection lazily, adds and deletes."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    [code] = [each for each in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "sync_session" in each]
+    models = ModuleType("shop.models")
+    models.Customer = Customer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "shop", ModuleType("shop"))
+    monkeypatch.setitem(sys.modules, "shop.models", models)
+    shop: dict[str, Any] = {"__name__": __name__, "on": on, "text": text, "Event": Event, "Context": Context}
+    exec(code, shop)  # noqa: S102
+    await world.database.execute(SHOP)
+
+    async def dispatch(name: str) -> str:
+        given = delivery(
+            type="customer.created", data={"object": {"object": "customer", "id": "cus_1", "name": "after"}}
+        )
+        return (await world.dispatch(shop[name], await world.claim(given))).action
+
+    assert await dispatch("rename") == "handled"
+    assert await world.database.fetchval("SELECT name FROM readme_customers") == "after"
+    assert await dispatch("close_account") == "account_closed"
+    cancelled = await world.database.fetch('SELECT "order" FROM readme_cancellations ORDER BY 1')
+    assert [row["order"] for row in cancelled] == [1, 2]
+    assert await world.database.fetchval("SELECT array_agg(customer) FROM access") == ["cus_2"]

@@ -26,6 +26,7 @@ _MUST_NOT_END = (
     "a handler must not commit or roll back: its transaction carries the completion mark "
     "(for a part that may fail, use context.session() or context.connection.begin_nested())"
 )
+_HAS_BEGUN = "the handler's transaction has begun already: use context.connection.begin_nested() for a part of it"
 _BUFFERED = {"stream_results": False, "yield_per": None}
 _UNWRITTEN = (
     "the handler left changes in its session that were never written: "
@@ -99,6 +100,8 @@ class LoopConnection(Connection):
     def begin(self) -> RootTransaction:
         """Also what SQLAlchemy does before the first statement after a rollback."""
         self.rules.check()
+        if self.in_transaction():  # SQLAlchemy's own message says to commit or roll back first
+            raise HandlerRuleBroken(_HAS_BEGUN)
         return super().begin()
 
     def execute(self, *arguments: Any, **options: Any) -> Any:
