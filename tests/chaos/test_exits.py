@@ -50,7 +50,7 @@ async def test_row_38_exit_in_a_task(history: History, tmp_path: Path) -> None:
     await verdict(history)
 
 
-@pytest.mark.alone
+@pytest.mark.timeout(200)
 async def test_row_38_exit_in_a_task_of_a_worker(history: History, tmp_path: Path) -> None:
     """An event that exits each worker that handles it: each is replaced, the others serve on, dead after eight."""
     sandbox, service = history.sandbox, await history.service(SHORT_LEASE, workers=2).start()

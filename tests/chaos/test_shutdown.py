@@ -25,7 +25,7 @@ from tests.chaos.own import Own
 from tests.chaos.verdict import verdict
 
 SHUTDOWN_SECONDS = 4
-EXIT_SECONDS = 3  # for the interpreter's own end, which took 0.9 s on two busy cores
+EXIT_SECONDS = 6  # for the interpreter's own end: 2 s at most, and three times that for a busy machine
 HASTY: Overrides = {"answer_budget_seconds": 1.5, "shutdown_seconds": SHUTDOWN_SECONDS, "lock_ttl_seconds": 1}
 
 
@@ -76,7 +76,6 @@ async def test_row_28_sigterm_with_work_in_flight(workers: int, history: History
     await verdict(history)
 
 
-@pytest.mark.alone
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("behaviour", ["block_a_thread", "leave_a_thread", "stubborn", "block_the_loop"])
 async def test_row_39_what_never_ends(behaviour: str, workers: int, history: History, tmp_path: Path) -> None:
@@ -110,7 +109,6 @@ async def test_row_39_what_never_ends(behaviour: str, workers: int, history: His
     await verdict(history)
 
 
-@pytest.mark.alone
 async def test_row_39_frozen_postgres(own: Own, tmp_path: Path) -> None:
     """Postgres is frozen and a handler runs: nothing can be released, and the stop ends in its time all the same."""
     sandbox, service = own.history.sandbox, await own.history.service(HASTY).start()
@@ -132,7 +130,6 @@ async def test_row_39_frozen_postgres(own: Own, tmp_path: Path) -> None:
     await verdict(own.history)
 
 
-@pytest.mark.alone
 async def test_row_39_a_frozen_worker(history: History) -> None:
     """One of two workers is frozen: the supervisor stops the other one, and kills the frozen one in time."""
     service = await history.service(HASTY, workers=2).start()
