@@ -128,7 +128,7 @@ async def migrate(
     """
     engine = create_async_engine(
         "postgresql+asyncpg://",
-        async_creator=lambda: open_connection(dsn, timeout_seconds, schema=schema),
+        async_creator=lambda: open_connection(dsn, timeout_seconds, schema=schema, for_migration=True),
         poolclass=NullPool,
     )
     lines: list[str] = []

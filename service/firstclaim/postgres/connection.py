@@ -95,12 +95,15 @@ async def open_connection(
     epoch: Epoch | None = None,
     pins: Mapping[str, str] | None = None,
     schema: str = DEFAULT_SCHEMA,
+    *,
+    for_migration: bool = False,
 ) -> PinnedConnection:
     """Connect, pin, check. Raises what `UNAVAILABLE` lists, and `LedgerUnavailable` when the pins do not hold.
 
     Raises `LedgerRefused`, which is one, when no other attempt can help.
 
     `pins`: further settings of the server, for this connection alone. `schema`: where the ledger's tables are.
+    `for_migration`: nothing is read there, where anything may be.
     """
     connection: PinnedConnection = await connect(dsn, timeout_seconds, PinnedConnection)
     try:
@@ -114,7 +117,8 @@ async def open_connection(
                 raise LedgerUnavailable("synchronous_commit or the isolation level cannot be pinned")
             if pins is not None:
                 await connection.fetch(_PIN_MORE, list(pins), list(pins.values()))
-            connection.epoch = await read_epoch(connection)
+            if not for_migration:
+                connection.epoch = await read_epoch(connection)
         connection.add_log_listener(connection.note_log_message)
     except BaseException:
         connection.terminate()
