@@ -670,7 +670,9 @@ def _mounted(site: Starlette) -> Starlette:
 
 
 @pytest.mark.parametrize(
-    ("place", "sent"), [(_with_root_path, "/pay"), (_with_root_path, ""), (_mounted, "/pay")], ids=str
+    ("place", "sent"),
+    [(_with_root_path, "/pay"), (_with_root_path, ""), (_mounted, "/pay")],
+    ids=["passed on", "stripped", "mounted"],
 )
 async def test_the_page_works_below_a_prefix(
     site: Starlette, world: World, place: Callable[[Starlette], Starlette], sent: str
