@@ -166,6 +166,22 @@ def test_an_address_taken_apart() -> None:
     assert PostgresAddress.of("postgresql://u@/db").hosts == ()
 
 
+@pytest.mark.parametrize(
+    ("given", "for_libpq"),
+    [
+        ("postgresql://u:p@h/db?sslmode=require", "postgresql://u:p@h/db?sslmode=require"),
+        ("postgresql://u:p@h/db?schema=shop", "postgresql://u:p@h/db?options=-c%20search_path%3D%22shop%22"),
+        (
+            "postgresql://u@/db?host=/run/pg&a.b=c%20d&options=endpoint%3De",
+            "postgresql://u@/db?host=/run/pg&options=-c%20a.b%3Dc%5C%20d%20endpoint%3De",
+        ),
+    ],
+)
+def test_an_address_for_psql(given: str, for_libpq: str) -> None:
+    """psql knows no setting of the session as a parameter, so it gets them in `options`."""
+    assert PostgresAddress.of(postgres_dsn(given)).libpq_url == for_libpq
+
+
 # -- Redis --------------------------------------------------------------------------------------------
 
 

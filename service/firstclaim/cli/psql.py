@@ -30,9 +30,10 @@ def psql(
     The exit code is psql's; 3 if there is no psql, and then the address to use with another client is printed.
     """
     from firstclaim.embedded.data_folder import psql_of_wheel
+    from firstclaim.urls.postgres import PostgresAddress
 
     with reported(), database() as settings:
-        address, password = without_password(dsn_of(settings))
+        address, password = without_password(PostgresAddress.of(dsn_of(settings)).libpq_url)
         if (program := psql_of_wheel() or shutil.which("psql")) is None:
             fail(f"psql is not installed: install PostgreSQL's client, or use another one with {address}", 3)
         given = {**os.environ, **({} if password is None else {"PGPASSWORD": password})}

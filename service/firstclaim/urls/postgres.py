@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
-from urllib.parse import parse_qsl, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 from firstclaim.urls.parts import require_one_of, split_hosts, split_url
 
@@ -84,6 +84,15 @@ class PostgresAddress:
         settings = {name: value for name, value in given.items() if name not in _DRIVER}
         hosts = tuple((unquote(host), port) for host, port in split_hosts(parts.netloc, EXAMPLE))
         return cls(parts._replace(query=urlencode(parameters)).geturl(), hosts or _hosts(given), parameters, settings)
+
+    @property
+    def libpq_url(self) -> str:
+        """For PostgreSQL's own clients, which take settings of the session in `options` alone."""
+        escaped = {name: re.sub(r"([\\ ])", r"\\\1", value) for name, value in self.settings.items()}
+        words = [value if name == "options" else f"-c {name}={escaped[name]}" for name, value in self.settings.items()]
+        query = dict(self.parameters) | ({"options": " ".join(words)} if words else {})
+        shown = urlencode(query, safe="/:,", quote_via=quote)  # libpq reads no + as a space
+        return urlsplit(self.driver_url)._replace(query=shown).geturl()
 
 
 def postgres_dsn(url: str) -> str:
