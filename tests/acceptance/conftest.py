@@ -9,6 +9,8 @@ import pytest_asyncio
 from tests.acceptance.harness import Sandbox
 from tests.stores import Stores
 
+collect_ignore = ["shop"]  # an application of its own, whose tests `test_shop.py` runs
+
 
 @pytest.fixture
 async def sandbox(stores: Stores, tmp_path: Path) -> AsyncIterator[Sandbox]:

@@ -1,0 +1,1 @@
+"""A made-up shop. Its package is named `service`, as many are."""
