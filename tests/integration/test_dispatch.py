@@ -252,7 +252,8 @@ async def test_the_attempt_keeps_its_frames(world: World, make: Callable[[Except
     error.__cause__ = ValueError("c4n4rypw")
     row = await fails(world, make(error), "RuntimeError: boom")
     assert row["last_error"] == "RuntimeError: boom"
-    [attempt] = await Queries(world.database).attempts(row["event_id"])  # type: ignore[arg-type]
+    async with world.components.ingest.acquire(10) as connection:
+        [attempt] = await Queries(connection).attempts(row["event_id"])
     assert attempt.error == "RuntimeError: boom"
     assert re.fullmatch(r"tests/integration/test_dispatch\.py:\d+ in .*function", attempt.frames[0])
     assert attempt.frames[-1] == "caused by: ValueError"
