@@ -170,6 +170,7 @@ def assemble(settings: Settings, registry: Registry) -> Components:
     recovery = Recovery(
         pipeline,
         ledger,
+        slots,
         epoch,
         interval_seconds=settings.recovery_interval_seconds,
         lease_seconds=settings.lease_seconds,

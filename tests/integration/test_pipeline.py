@@ -87,7 +87,9 @@ async def recovered(world: World) -> None:
 def recovery_of(world: World, lease_seconds: float = 0) -> Recovery:
     """The loop of a process, whose rounds follow each other quickly."""
     epoch = world.claims._epoch
-    return Recovery(world.pipeline, world.ledger, epoch, interval_seconds=0.01, lease_seconds=lease_seconds, batch=10)
+    return Recovery(
+        world.pipeline, world.ledger, world.slots, epoch, interval_seconds=0.01, lease_seconds=lease_seconds, batch=10
+    )
 
 
 # -- deliveries ---------------------------------------------------------------------------------------
@@ -800,7 +802,7 @@ async def test_a_bad_round_does_not_end_recovery(world: World, monkeypatch: pyte
 
     monkeypatch.setattr(Pipeline, "recover", failing)
     recovery = Recovery(
-        world.pipeline, world.ledger, world.claims._epoch, interval_seconds=0.01, lease_seconds=0, batch=10
+        world.pipeline, world.ledger, world.slots, world.claims._epoch, interval_seconds=0.01, lease_seconds=0, batch=10
     )
     running = asyncio.create_task(recovery.run())
 
@@ -822,7 +824,7 @@ async def test_recovery_looks_for_vanished_holders(world: World) -> None:
     claim = await world.claim()
     await world.change(claim.event_id, due_at=-1.0)
     recovery = Recovery(
-        world.pipeline, world.ledger, world.claims._epoch, interval_seconds=0.01, lease_seconds=0, batch=10
+        world.pipeline, world.ledger, world.slots, world.claims._epoch, interval_seconds=0.01, lease_seconds=0, batch=10
     )
     await recovery._round()
     row = await world.row(claim.event_id)
@@ -832,7 +834,7 @@ async def test_recovery_looks_for_vanished_holders(world: World) -> None:
 async def test_recovery_confirms_the_epoch(world: World) -> None:
     """Each round reads it anew: without that no marker would count for long, and a rotation would go unnoticed."""
     recovery = Recovery(
-        world.pipeline, world.ledger, world.claims._epoch, interval_seconds=0.01, lease_seconds=0, batch=10
+        world.pipeline, world.ledger, world.slots, world.claims._epoch, interval_seconds=0.01, lease_seconds=0, batch=10
     )
     await world.ledger.read_epoch()
     world.claims._epoch._confirmed = float("-inf")  # not for a long time, and no connection is opened anew
@@ -912,7 +914,9 @@ async def test_the_marker_of_a_queued_event_is_of_the_ledger_that_committed_its_
 async def test_recovery_is_woken_when_there_is_a_slot_for_what_was_queued(make_world: MakeWorld, gate: Gate) -> None:
     """It does not wait for its interval."""
     world = await make_world({TYPE: gate.handle}, handler_slots=1)
-    loop = Recovery(world.pipeline, world.ledger, world.claims._epoch, interval_seconds=600, lease_seconds=0, batch=10)
+    loop = Recovery(
+        world.pipeline, world.ledger, world.slots, world.claims._epoch, interval_seconds=600, lease_seconds=0, batch=10
+    )
     began = loop._last_round
     running = asyncio.create_task(loop.run())
 

@@ -173,14 +173,6 @@ class Pipeline:
         self._slots.backlog = len(due) > free
         return self._slots.backlog
 
-    async def wait_for_capacity(self) -> None:
-        """Wait until there is capacity for a batch of due events."""
-        await self._slots.wait_for_capacity()
-
-    async def wait_for_work(self) -> None:
-        """Wait until recovery has work before its next interval."""
-        await self._slots.wait_for_work()
-
     async def _take_up(self, event_ids: Sequence[str]) -> None:
         """Claim these events and dispatch them. Those that cannot be claimed are left out for a lock's TTL."""
         places = [Place(self._slots, for_delivery=False) for _ in event_ids]

@@ -14,6 +14,7 @@ import structlog
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox.ledger import Ledger
 from firstclaim.inbox.pipeline import Pipeline
+from firstclaim.inbox.slots import Slots
 from firstclaim.observability import metrics
 from firstclaim.observability.redaction import describe_error
 from firstclaim.postgres.epoch import Epoch
@@ -35,6 +36,7 @@ class Recovery:
         self,
         pipeline: Pipeline,
         ledger: Ledger,
+        slots: Slots,
         epoch: Epoch,
         *,
         interval_seconds: float,
@@ -43,6 +45,7 @@ class Recovery:
     ) -> None:
         self._pipeline = pipeline
         self._ledger = ledger
+        self._slots = slots
         self._epoch = epoch
         self._interval_seconds = interval_seconds
         self._lease_seconds = lease_seconds
@@ -70,8 +73,8 @@ class Recovery:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     if not more:
-                        await self._pipeline.wait_for_work()
-                    await self._pipeline.wait_for_capacity()
+                        await self._slots.wait_for_work()
+                    await self._slots.wait_for_capacity()
 
     async def _round(self) -> bool:
         """Run one round. Returns whether there may be more to do right away."""
