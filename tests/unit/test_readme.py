@@ -8,7 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from firstclaim.observability import metrics
+from firstclaim.operations.queries import Backlog
 from firstclaim.settings import Settings, environment_name
+from firstclaim.status import Status
+from firstclaim.web.health import Health
+from firstclaim.web.metrics import _Gauges
 from firstclaim.web.webhook import STATUS
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +74,38 @@ def test_every_alert_has_its_paragraph() -> None:
     runbook = README.read_text().partition("### Runbook")[2].partition("\n## ")[0]
     assert alerts
     assert [name for name in alerts if f"**{name}**" not in runbook] == []
+
+
+# -- the metrics --------------------------------------------------------------------------------------
+
+METRICS = ROOT / "docs" / "reference" / "metrics.md"
+
+
+def metrics_table() -> str:
+    """The table of metrics, generated from their definitions, by name as Prometheus stores it."""
+    gauges = _Gauges({"redis": Health.OK}, Backlog(0, 0.0, 0, 0), dict.fromkeys(Status, 0))
+    rows = []
+    for metric in [*metrics.REGISTRY.collect(), *gauges.collect()]:
+        labels: dict[str, list[str]] = {}
+        for sample in metric.samples:
+            for name, value in sample.labels.items():
+                labels.setdefault(name, []).append(value)
+        if metric.type == "histogram":
+            labels = {"handler": ["the handlers' patterns"]}
+        elif metric.name == "firstclaim_up":
+            labels = {"part": ["the checks of `/readyz`"]}
+        shown = "; ".join(f"`{name}`: {', '.join(sorted(set(values)))}" for name, values in labels.items())
+        suffix = {"counter": "_total", "histogram": "_bucket, _sum, _count"}.get(metric.type, "")
+        full = ", ".join(f"`{metric.name}{each}`" for each in suffix.split(", "))
+        rows.append(f"| {full} | {metric.type} | {shown} | {metric.documentation} |")
+    return "\n".join(["| metric | type | labels | meaning |", "| --- | --- | --- | --- |", *sorted(rows)])
+
+
+def test_metrics_table() -> None:
+    """The table of metrics is the one that is generated from the code."""
+    found = re.search(r"<!-- metrics -->\n(.*?)\n<!-- /metrics -->", METRICS.read_text(), flags=re.DOTALL)
+    assert found
+    assert found.group(1) == metrics_table()
 
 
 # -- the log ------------------------------------------------------------------------------------------

@@ -39,13 +39,22 @@ duplicates: Final = _counters(
 )  # fmt: skip
 recovered: Final = _counters("firstclaim_recovered", "Events dispatched by recovery, by outcome.", "outcome", Kind)
 taken_over: Final = _counters(
-    "firstclaim_claims_taken_over", "Claims of recorded and of failed events.", "by", ("delivery", "recovery")
+    "firstclaim_claims_taken_over",
+    "Recorded or failed events that were taken over, by what took them over.",
+    "by",
+    ("delivery", "recovery"),
 )
-abandoned: Final = Counter("firstclaim_abandoned", "Claims whose process vanished or froze.", registry=REGISTRY)
+abandoned: Final = Counter(
+    "firstclaim_abandoned",
+    "Attempts that were counted as abandoned, because their process vanished or froze.",
+    registry=REGISTRY,
+)
 hung_handlers: Final = Counter(
     "firstclaim_hung_handlers", "Sync handlers whose thread ran on past its deadline.", registry=REGISTRY
 )
-recovery_rounds: Final = _counters("firstclaim_recovery_rounds", "Rounds of recovery.", "result", ("good", "failed"))
+recovery_rounds: Final = _counters(
+    "firstclaim_recovery_rounds", "Rounds of recovery, by result.", "result", ("good", "failed")
+)
 redis_outages: Final = Counter("firstclaim_redis_outages", "Times that Redis became unreachable.", registry=REGISTRY)
 _handler_seconds = Histogram(
     "firstclaim_handler_seconds", "Duration of handlers, by the pattern that they are declared for.", ["handler"],
