@@ -117,7 +117,7 @@ class StatementTimeout(LedgerUnavailable):
 
 
 class LockUnavailable(FirstclaimError):
-    """Redis refused the connection, timed out, or answered with an error. The command may have been applied."""
+    """Redis refused the connection, timed out, or answered with an error. It may have executed the command."""
 
 
 # -- the handler's author must act --------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """A real PostgreSQL and a real Valkey where `DATABASE_URL` or `REDIS_URL` is not set, in a data folder.
 
-Guarantees: there is one service per data folder (a flock, which the kernel releases when the process ends, however it
-ends, so it is never stale). The servers stop with the block that started them, and if their service is killed, at the
-latest before the next one starts. What Postgres committed survives, and so does the signing secret. Only the user who
-runs the servers can reach their sockets, and root never runs them.
+Guarantees: at most one service uses a data folder at a time. (A flock ensures it: the kernel releases it whenever the
+process ends, so it is never stale.) The servers stop with the block that started them. If their service was killed,
+they stop before the next service starts, at the latest. What Postgres committed survives, and so does the signing
+secret. Only the user who runs the servers can reach their sockets, and root never runs them.
 
 `firstclaim.embedded.processes` runs the servers, and documents why it does not use the wheels' own helpers.
 """

@@ -2,9 +2,8 @@
 
 Guarantees, for every connection: `synchronous_commit` is on, or `remote_apply` where the role, the database or the
 server says so; the default isolation level is READ COMMITTED, whatever they say; the server is writable; the ledger's
-epoch was read when it was opened.
-A connection that timed out is terminated before it returns to its pool: asyncpg would otherwise wait, on release, for
-a frozen server to confirm the cancellation.
+epoch was read when it was opened. A connection that timed out is terminated before it returns to its pool: otherwise
+asyncpg would wait, on release, until a frozen server confirms the cancellation.
 
 A connection that the server or the network ends, or that is terminated because the server is silent, puts the epoch in
 doubt: another server may answer next. One that is retired, for a reason of our own, does not: handlers that exceed

@@ -1,4 +1,4 @@
-"""The ledger's epoch: which ledger the markers in Redis speak of.
+"""The ledger's epoch, which identifies the ledger that a marker in Redis belongs to.
 
 A restore or a failover replaces the ledger, while Redis still holds the markers of the old one. A marker carries the
 epoch of its ledger, and counts only under that epoch.

@@ -1,11 +1,10 @@
 """The connections that handlers work on: kept open between events, with limits on what a handler may do on them.
 
-Guarantees: one handler at a time has a connection. It gets it outside a transaction and under the ledger's latest
-epoch. While the handler runs it cannot commit, roll back, or continue on another connection when this one is lost
-(`firstclaim.postgres.handler_sqlalchemy` has what SQLAlchemy sees).
-Once it has ended it reaches nothing. A handler that failed leaves nothing behind: its transaction is rolled back, the
-session's advisory locks, which no rollback frees, are released, and the connection is closed if the handler had ended
-its transaction itself.
+Guarantees: at most one handler at a time has a connection. The handler gets it outside a transaction and under the
+ledger's latest epoch. While the handler runs, it cannot commit, roll back, or continue on another connection when this
+one is lost (`firstclaim.postgres.handler_sqlalchemy` has what SQLAlchemy sees). Once it has ended, it can use nothing
+of the connection. A handler that failed leaves nothing behind: its transaction is rolled back, the session's advisory
+locks, which no rollback frees, are released, and the connection is closed if the handler had ended its transaction.
 
 Handlers may use SQLAlchemy, and those that do not use it do not pay for it: its connection object is made on first
 use. (One for each event, checked out of SQLAlchemy's pool on the event loop, took a tenth of what an event costs.)
@@ -51,7 +50,7 @@ class _PooledConnection:
 
     def __init__(self, driver: PinnedConnection) -> None:
         self.driver = driver
-        # The handler's transaction, until the code that began it has ended it.
+        # The handler's transaction, until the code that began it ends it.
         self.transaction: Transaction | None = None
         self.rules = HandlerRules()
         self._handed_out = False

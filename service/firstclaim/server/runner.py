@@ -1,8 +1,8 @@
 """uvicorn as `serve` runs it: one process, or several workers under a supervisor.
 
 Guarantees: the port is bound before anything else starts, so a port in use fails early. Several workers write their
-metrics to one folder, so that each of them reports the sum. Only a stop that was requested releases running attempts
-without a charge, and it ends within its time.
+metrics to one folder, so that each of them reports the sum. A requested stop releases running attempts without a charge
+and ends within its time; any other end of the process leaves them to be counted as abandoned.
 """
 
 import asyncio
@@ -86,10 +86,10 @@ def server_config(application: Callable[[], Starlette], settings: Settings) -> u
 class Server(uvicorn.Server):
     """uvicorn's server, except for how it ends.
 
-    After a shutdown, the event loop gets a moment to cancel what is left on it, and is not closed: that would wait for
-    tasks that ignore their cancellation, and for threads. If anything else ends the loop, such as a `sys.exit` in a
-    task that a handler started, the loop never runs again: no attempt is cancelled and released by that, and the events
-    of those that run count as abandoned, as after a kill.
+    After a shutdown, the event loop gets a moment to cancel what is left on it. It is not closed: closing would wait
+    for tasks that ignore their cancellation, and for threads. If anything else ends the loop, such as a `sys.exit` in a
+    task that a handler started, the loop never runs again. So running attempts are not released, and their events count
+    as abandoned, as after a kill.
     """
 
     def __init__(self, config: uvicorn.Config, shutdown: Shutdown) -> None:
