@@ -165,7 +165,10 @@ def options_of(words: list[str]) -> tuple[str, set[str]]:
         if word.startswith("-") or not hasattr(command, "commands"):
             break
         command, path = command.commands[word], f"{path} {word}"
-    return path, {option for parameter in command.params for option in parameter.opts} | {"--help"}
+    passed_on = {
+        word for word in words if command.context_settings.get("ignore_unknown_options")
+    }  # to another program, as `psql`
+    return path, {option for parameter in command.params for option in parameter.opts} | {"--help"} | passed_on
 
 
 TASKS = re.findall(r"^(\w+)(?: \*arguments)?:", (ROOT / "justfile").read_text(), flags=re.MULTILINE)
