@@ -34,6 +34,8 @@ def database(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("postgresql://u:p%40s@h:1/d?a=b", "postgresql://u@h:1/d?a=b", "p@s"),
         ("postgresql://u@h/d", "postgresql://u@h/d", None),
         ("postgresql://h/d", "postgresql://h/d", None),
+        ("postgresql:///d?user=u&password=p%40s&host=/tmp/x", "postgresql:///d?user=u&host=/tmp/x", "p@s"),
+        ("postgresql:/d?options=-c%20a%3D1", "postgresql:///d?options=-c%20a%3D1", None),
         ("postgresql://postgres@/d?host=/tmp/x&port=5432", "postgresql://postgres@/d?host=/tmp/x&port=5432", None),
     ],
 )
