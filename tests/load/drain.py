@@ -44,7 +44,7 @@ async def fill(connection: asyncpg.Connection, rows: int) -> None:
     body = event_body(id=_EVENT_ID).decode()
     for first in range(1, rows + 1, _BATCH):
         await connection.execute(_FILL, first, min(first + _BATCH - 1, rows), body, _EVENT_ID)
-    await connection.execute("VACUUM (ANALYZE) stripe_events")
+    await connection.execute("VACUUM (ANALYZE) firstclaim.stripe_events")
 
 
 class Drain:
