@@ -2,7 +2,11 @@
 
 import re
 import shlex
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 from tests.acceptance.command import Command, Running
 from tests.acceptance.harness import PYTHON_PATH
@@ -24,9 +28,17 @@ async def address(running: Running) -> str:
     return found[1]
 
 
-async def test_the_commands_of_the_first_minute(tmp_path: Path) -> None:
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Not below pytest's own folder: another session takes the right to search it from the servers' user."""
+    with tempfile.TemporaryDirectory(prefix="firstclaim-readme-") as path:
+        yield Path(path) / "trial"
+
+
+async def test_the_commands_of_the_first_minute(folder: Path) -> None:
     """`serve` with nothing set starts both servers and prints its secret; `send` then gets one processed answer."""
-    command = Command(tmp_path, {"PATH": "/usr/bin:/bin", "PYTHONPATH": PYTHON_PATH, "HOME": str(tmp_path)})
+    folder.mkdir()
+    command = Command(folder, {"PATH": "/usr/bin:/bin", "PYTHONPATH": PYTHON_PATH, "HOME": str(folder)})
     async with command.running(*arguments("serve"), "--port", "0") as service:
         url = await address(service)
         assert re.search(r"secret +whsec_\w+ \(generated, stored in \.firstclaim\)", service.output.read_text())
