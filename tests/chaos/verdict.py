@@ -14,6 +14,7 @@ from typing import Final
 import asyncpg
 import redis
 
+from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.epoch import read_epoch
 from firstclaim.status import Status
 from tests.acceptance.harness import SETTLE_SECONDS, Row, eventually
@@ -65,7 +66,7 @@ async def collect(history: History, *, waived: Collection[str] = ()) -> Evidence
     """
     sandbox = history.sandbox
     markers = _markers(sandbox.redis_url, sandbox.redis_prefix)
-    connection = await asyncpg.connect(sandbox.database_url, timeout=SETTLE_SECONDS)
+    connection = await asyncpg.connect(sandbox.database_url, timeout=SETTLE_SECONDS, connection_class=PinnedConnection)
     try:
         async with connection.transaction(isolation="repeatable_read"):  # one snapshot of rows and effects
             rows = [dict(row) for row in await connection.fetch(_ROWS)]
