@@ -244,6 +244,14 @@ MUTANTS = (
         "integration/test_schema.py::test_one_migrates_at_a_time",
     ),
     TextMutant(
+        "ready-without-a-ledger",
+        "`/readyz` looks into the ledger, not only at the revision.",
+        "migrations.schema._VERSION",
+        "EXISTS (SELECT FROM firstclaim.stripe_events WHERE event_id = '')",
+        "true",
+        "integration/test_schema_rights.py::test_a_revision_without_a_ledger_is_not_ready",
+    ),
+    TextMutant(
         "ids-in-the-locales-order",
         "Event ids are compared byte by byte.",
         "0001_ledger.upgrade",
