@@ -50,10 +50,12 @@ from firstclaim.passwords import Password
 from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_connections import HandlerConnections
 from firstclaim.postgres.pool import Pool
+from firstclaim.postgres.probe import Probe
 from firstclaim.registry import Registry
 from firstclaim.settings import ADMIN_CONNECTIONS, METRICS_CONNECTIONS, Settings
 from firstclaim.shutdown import Shutdown, stop_with_supervisor
 from firstclaim.web.health import HealthCheck, Liveness, Readiness
+from firstclaim.web.metrics import PINS as METRICS_PINS
 from firstclaim.web.metrics import MetricsEndpoint
 from firstclaim.web.readiness_checks import readiness_checks
 from firstclaim.web.webhook import WEBHOOK_PATH, Webhook, refuse_path
@@ -66,6 +68,7 @@ _CLOSE_SECONDS = 2.0  # of the shutdown's time, reserved for releasing unfinishe
 class Components:
     """The long-lived objects of one process."""
 
+    probe: Probe
     ingest: Pool
     handler_connections: HandlerConnections
     metrics_pool: Pool
@@ -101,6 +104,7 @@ class Components:
             await self.ingest.close()
             await self.metrics_pool.close()
             await self.admin.close()
+            await self.probe.close()
 
 
 def assemble(settings: Settings, registry: Registry) -> Components:
@@ -115,13 +119,16 @@ def assemble(settings: Settings, registry: Registry) -> Components:
     epoch = Epoch(fresh_seconds=5 * settings.recovery_interval_seconds + 2 * timeout)
     queue = settings.answer_budget_seconds
     schema = settings.schema_name
-    pool = partial(Pool, dsn, timeout_seconds=timeout, queue_seconds=queue, schema=schema)
+    probe = Probe(dsn, timeout_seconds=timeout)
+    pool = partial(Pool, dsn, probe, timeout_seconds=timeout, queue_seconds=queue, schema=schema)
     # The server ends a statement that waits (for a table's lock, say) before its client gives up the connection: else
     # each attempt would leave a backend behind. A handler's statements have a timeout of their own (see `HOLD`).
     ends = {"statement_timeout": f"{round(timeout * _STATEMENT_SHARE * 1000)}ms"}
     locks = {"lock_timeout": f"{round(timeout * 1000)}ms"}
     ingest = pool(size=settings.ingest_connections, epoch=epoch, pins=ends | locks)
-    handler_connections = HandlerConnections(dsn, timeout_seconds=timeout, epoch=epoch, pins=ends, schema=schema)
+    handler_connections = HandlerConnections(
+        dsn, probe, size=settings.handler_slots, timeout_seconds=timeout, epoch=epoch, pins=ends, schema=schema
+    )
     lock = Lock(
         connect(settings.redis_url.get_secret_value(), timeout_seconds=settings.redis_timeout_seconds),
         prefix=settings.redis_prefix,
@@ -179,9 +186,9 @@ def assemble(settings: Settings, registry: Registry) -> Components:
     # The metrics and the admin page read with an epoch of their own: a read that times out must not cast doubt on the
     # markers of deliveries.
     read_epoch = Epoch(fresh_seconds=0)
-    metrics_pool = pool(size=METRICS_CONNECTIONS, epoch=read_epoch)
-    admin = pool(size=ADMIN_CONNECTIONS, queue_seconds=QUEUE_SECONDS, epoch=read_epoch, pins=PINS)
-    return Components(ingest, handler_connections, metrics_pool, admin, lock, slots, pipeline, recovery, watch)
+    metrics_pool = pool(size=METRICS_CONNECTIONS, epoch=read_epoch, pins=METRICS_PINS, commits=False)
+    admin = pool(size=ADMIN_CONNECTIONS, queue_seconds=QUEUE_SECONDS, epoch=read_epoch, pins=PINS, commits=False)
+    return Components(probe, ingest, handler_connections, metrics_pool, admin, lock, slots, pipeline, recovery, watch)
 
 
 def admin_page(settings: Settings, components: Components, checks: Sequence[HealthCheck]) -> AdminPage | None:

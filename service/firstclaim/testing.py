@@ -35,6 +35,7 @@ from firstclaim.migrations import schema
 from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
+from firstclaim.postgres.probe import Probe
 from firstclaim.registry import Context, Handler
 from firstclaim.sending.events import build_event, shipped_types
 from firstclaim.settings import Settings
@@ -198,10 +199,15 @@ async def transaction(database_url: str) -> AsyncIterator[Transaction]:
 
     Raises `LedgerUnavailable` or what asyncpg raises if the database cannot be reached.
     """
-    connections = HandlerConnections(
-        postgres_dsn(database_url), timeout_seconds=_POSTGRES_SECONDS, epoch=Epoch(fresh_seconds=0)
-    )
-    connection = await connections.acquire()
+    dsn = postgres_dsn(database_url)
+    probe = Probe(dsn, timeout_seconds=_POSTGRES_SECONDS)
+    epoch = Epoch(fresh_seconds=0)
+    connections = HandlerConnections(dsn, probe, size=1, timeout_seconds=_POSTGRES_SECONDS, epoch=epoch)
+    try:
+        connection = await connections.acquire()
+    except BaseException:
+        await probe.close()
+        raise
     driver = connection.driver
     try:
         outer = driver.transaction()
@@ -211,6 +217,7 @@ async def transaction(database_url: str) -> AsyncIterator[Transaction]:
         yield Transaction(connections, driver, xid)
     finally:
         driver.retire()  # then the server rolls back
+        await probe.close()
 
 
 # -- the same for sync tests --------------------------------------------------------------------------

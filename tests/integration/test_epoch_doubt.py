@@ -15,6 +15,7 @@ from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_connections import HandlerConnection
 from firstclaim.postgres.pool import Pool
+from firstclaim.postgres.probe import Probe
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import Function, World, effect, until
 
@@ -174,9 +175,11 @@ async def epoch() -> Epoch:
 @pytest.fixture
 async def pool(module_database: str, epoch: Epoch) -> AsyncIterator[Pool]:
     """A pool as the service has it."""
-    pool = Pool(module_database, size=2, timeout_seconds=SECONDS, queue_seconds=SECONDS, epoch=epoch)
+    probe = Probe(module_database, timeout_seconds=SECONDS)
+    pool = Pool(module_database, probe, size=2, timeout_seconds=SECONDS, queue_seconds=SECONDS, epoch=epoch)
     yield pool
     await pool.close()
+    await probe.close()
 
 
 async def test_a_statement_that_times_out_puts_the_epoch_in_doubt(pool: Pool, epoch: Epoch) -> None:
@@ -223,7 +226,7 @@ async def test_a_renewed_connection_puts_no_epoch_in_doubt(
     async with pool.acquire(SECONDS):
         pass
     epoch.confirm("renewed")
-    monkeypatch.setattr(pool, "_open", refused)
+    monkeypatch.setattr(pool._places, "open", refused)
     with pytest.raises(LedgerUnavailable):
         await pool.acquire(SECONDS).__aenter__()
     assert seen == ["renewed"]

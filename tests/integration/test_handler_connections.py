@@ -13,10 +13,12 @@ from sqlalchemy.exc import DBAPIError, ResourceClosedError
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
+from firstclaim.postgres.probe import Probe
 from tests.integration.world import until, until_closed
 from tests.proxy import Mode, before_postgres
 
 TIMEOUT_SECONDS = 10.0
+PLACES = 12
 SLACK_SECONDS = 1.2
 INSERT = "INSERT INTO effects (event_id, attempt, pid, xid) VALUES ('evt_1', 1, 1, '1')"
 
@@ -24,11 +26,15 @@ INSERT = "INSERT INTO effects (event_id, attempt, pid, xid) VALUES ('evt_1', 1, 
 @asynccontextmanager
 async def opened(url: str) -> AsyncIterator[HandlerConnections]:
     """The connections as the service has them."""
-    connections = HandlerConnections(url, timeout_seconds=TIMEOUT_SECONDS, epoch=Epoch(fresh_seconds=60))
+    probe = Probe(url, timeout_seconds=TIMEOUT_SECONDS)
+    connections = HandlerConnections(
+        url, probe, size=PLACES, timeout_seconds=TIMEOUT_SECONDS, epoch=Epoch(fresh_seconds=60)
+    )
     try:
         yield connections
     finally:
         await connections.close()
+        await probe.close()
 
 
 @pytest.fixture
@@ -97,8 +103,8 @@ async def test_discarding_does_not_wait_for_a_frozen_server(database_url: str) -
                 await connection.connection.execute(text("SELECT 1"))
             proxy.switch(Mode.FROZEN)
             began = time.monotonic()
-            await connection.discard(lost=True)
-            await connection.discard(lost=True)
+            await connection.discard(TimeoutError())
+            await connection.discard(TimeoutError())
             assert time.monotonic() - began < SLACK_SECONDS
             with pytest.raises(LedgerUnavailable, match="gone"):
                 _ = connection.driver

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from types import SimpleNamespace
 
 import asyncpg
@@ -19,6 +19,7 @@ from firstclaim.postgres import epoch as epoch_module
 from firstclaim.postgres.connection import PinnedConnection, describe, open_connection
 from firstclaim.postgres.epoch import Epoch, read_epoch
 from firstclaim.postgres.pool import Pool
+from firstclaim.postgres.probe import Probe
 from tests import operator
 from tests.integration.world import until, until_closed
 from tests.proxy import Mode, before_postgres
@@ -26,6 +27,7 @@ from tests.stores import Stores
 
 TIMEOUT_SECONDS = 10.0
 SHORT_SECONDS = 0.5
+STATEMENT_MILLISECONDS = 700  # a backend whose client gave up goes on until then, and has its place
 # What a busy machine adds to a timeout.
 SLACK_SECONDS = 1.2
 
@@ -36,17 +38,21 @@ async def opened(
 ) -> AsyncIterator[tuple[Pool, Epoch]]:
     """A pool as the service has it, and the epoch that its connections confirm."""
     epoch = Epoch(fresh_seconds=60)
+    probe = Probe(url, timeout_seconds=timeout_seconds)
     pool = Pool(
         url,
+        probe,
         size=size,
         timeout_seconds=timeout_seconds,
         queue_seconds=timeout_seconds,
         epoch=epoch,
+        pins={"statement_timeout": f"{STATEMENT_MILLISECONDS}ms"},
     )
     try:
         yield pool, epoch
     finally:
         await pool.close()
+        await probe.close()
 
 
 @pytest.fixture
@@ -61,6 +67,13 @@ async def configure(admin: PinnedConnection, setting: str) -> None:
     """A default of this database, for every connection from now on."""
     name = await admin.fetchval("SELECT quote_ident(current_database())")
     await admin.execute(f"ALTER DATABASE {name} SET {setting}")
+
+
+async def served(pool: Pool) -> bool:
+    """Whether the pool serves a caller at this moment."""
+    with suppress(LedgerUnavailable):
+        return await fetch_value(pool, "SELECT 1") == 1
+    return False
 
 
 async def fetch_value(pool: Pool, statement: str) -> object:
@@ -281,12 +294,12 @@ async def test_a_frozen_server_is_given_up_in_time(database_url: str) -> None:
             proxy.switch(mode)
             for _ in range(2):  # the first with an open connection, the second without
                 began = time.monotonic()
-                with pytest.raises(LedgerUnavailable, match="TimeoutError"):
+                with pytest.raises(LedgerUnavailable):
                     async with pool.acquire(SHORT_SECONDS) as connection:
                         await connection.execute("SELECT 1")
                 assert time.monotonic() - began < SHORT_SECONDS + SLACK_SECONDS
             proxy.switch(Mode.OPEN)
-            assert await fetch_value(pool, "SELECT 1") == 1
+            await until(lambda: served(pool))
 
 
 async def test_a_slow_statement_is_given_up_in_time(database_url: str, admin: PinnedConnection) -> None:
@@ -365,7 +378,7 @@ async def closes_at_once(pool: Pool) -> None:
 
 
 async def test_a_stopped_server_is_refused_at_once(database_url: str) -> None:
-    """While the server is down the error comes at once; once it is back, the next caller connects."""
+    """While the server is down the error comes at once; soon after it is back, callers connect."""
     async with before_postgres(database_url) as (proxy, url), opened(url) as (pool, _):
         assert await fetch_value(pool, "SELECT 1") == 1
         proxy.switch(Mode.REFUSE)
@@ -375,7 +388,7 @@ async def test_a_stopped_server_is_refused_at_once(database_url: str) -> None:
                 await fetch_value(pool, "SELECT 1")
             assert time.monotonic() - began < SLACK_SECONDS
         proxy.switch(Mode.OPEN)
-        assert await fetch_value(pool, "SELECT 1") == 1
+        await until(lambda: served(pool))
 
 
 async def test_a_backend_that_ended_in_the_pool_is_replaced(database_url: str, admin: PinnedConnection) -> None:

@@ -217,6 +217,7 @@ class World:
         await self.components.ingest.close()
         await self.components.metrics_pool.close()
         await self.components.admin.close()
+        await self.components.probe.close()
         await self.database.close()
 
 

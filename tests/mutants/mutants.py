@@ -1,6 +1,19 @@
 """All mutants, by the headings of README.md and in its order."""
 
-from tests.mutants import addresses, builds, capacity, dispatch, guards, ledger, lock, pipeline, postgres, recovery, web
+from tests.mutants import (
+    addresses,
+    builds,
+    capacity,
+    dispatch,
+    guards,
+    ledger,
+    lock,
+    pipeline,
+    postgres,
+    recovery,
+    stalled,
+    web,
+)
 
 SECTIONS = {
     "Both claims, and the answer": pipeline.MUTANTS,
@@ -12,6 +25,7 @@ SECTIONS = {
     "Dispatch": dispatch.MUTANTS,
     "Recovery and shutdown": recovery.MUTANTS,
     "Postgres": postgres.MUTANTS,
+    "A Postgres that stalls": stalled.MUTANTS,
     "Addresses": addresses.MUTANTS,
     "Requests and responses": web.MUTANTS,
 }

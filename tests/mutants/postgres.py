@@ -87,8 +87,8 @@ MUTANTS = (
         "a-waiting-handler-leaves-its-backend",
         "The server ends a handler's transaction that waits for a lock on the table.",
         "app.assemble",
-        "HandlerConnections(dsn, timeout_seconds=timeout, epoch=epoch, pins=ends, schema=schema)",
-        "HandlerConnections(dsn, timeout_seconds=timeout, epoch=epoch, schema=schema)",
+        "HandlerConnections(..., ..., size=..., timeout_seconds=..., epoch=..., pins=ends, schema=...)",
+        "HandlerConnections(..., ..., size=..., timeout_seconds=..., epoch=..., schema=...)",
         "integration/test_stalled.py::test_a_locked_table_does_not_keep_a_handlers_backend",
     ),
     Mutant(
@@ -118,7 +118,7 @@ MUTANTS = (
     Mutant(
         "pins-not-checked",
         "A connection on which a pinned setting does not hold is refused.",
-        "open_connection",
+        "connection.pin",
         'connection.synchronous_commit not in _DURABLE or pinned["isolation"] != "read committed"',
         "False",
         "integration/test_postgres.py::test_a_pin_that_does_not_hold_is_refused",
@@ -126,7 +126,7 @@ MUTANTS = (
     Mutant(
         "read-only-accepted",
         "A read-only server is refused: it is a standby, or the losing side of a failover.",
-        "open_connection",
+        "connection.pin",
         'pinned is None or pinned["read_only"]',
         "pinned is None",
         "integration/test_postgres.py::test_a_read_only_server_is_refused",
@@ -166,7 +166,7 @@ MUTANTS = (
     Mutant(
         "epoch-not-read-when-opened",
         "The epoch is read on every new connection.",
-        "open_connection",
+        "connection.prepare",
         "connection.epoch = await read_epoch(connection)",
         "",
         "integration/test_postgres.py::test_a_connection_knows_the_epoch_it_was_opened_under",
@@ -206,7 +206,7 @@ MUTANTS = (
     Mutant(
         "a-lost-connection-is-no-doubt",
         "A lost connection puts the epoch in doubt at once.",
-        "open_connection",
+        "connection.prepare",
         "connection.add_termination_listener(epoch.doubt)",
         "",
         "integration/test_postgres.py::test_a_lost_connection_puts_the_epoch_in_doubt",

@@ -129,7 +129,7 @@ class Attempt:
                 await connection.begin()
                 return await self.ledger.hold(connection.driver, self.claim)
         except BaseException as error:
-            await connection.discard(lost=not isinstance(error, asyncio.CancelledError))
+            await connection.discard(error)
             raise
 
     async def _call(self, call: HandlerCall, connection: HandlerConnection) -> str:
@@ -145,6 +145,9 @@ class Attempt:
             raise HandlerRuleBroken(_OTHER_ROLE) from error
         except asyncpg.ReadOnlySQLTransactionError as error:
             raise HandlerRuleBroken(_READ_ONLY) from error
+        except TimeoutError as error:
+            await self._terminate(connection, transaction, error)
+            raise
         if not marked:  # it is not in the transaction that was begun for it
             raise TransactionEnded
 
@@ -153,7 +156,7 @@ class Attempt:
             async with asyncio.timeout(self.postgres_timeout_seconds):
                 await connection.commit()
         except (*UNAVAILABLE, LedgerUnavailable, asyncio.CancelledError) as error:
-            await connection.discard(lost=not isinstance(error, asyncio.CancelledError))
+            await connection.discard(error)
             return CommitUnknown(action, describe(error))
         return Committed(action)
 
@@ -166,7 +169,7 @@ class Attempt:
     ) -> Failed | Interrupted:
         ended_by_handler = is_a(error, TransactionEnded) or _is_in_no_transaction(connection)
         if call.running is not None or is_a(error, asyncio.CancelledError):
-            await self._terminate(connection, transaction, lost=False)
+            await self._terminate(connection, transaction)
         await self._give_back(connection, transaction)
         committed = True if ended_by_handler else await self._is_committed(transaction)
         if is_a(error, Exception):
@@ -185,9 +188,11 @@ class Attempt:
                 continue
         return None
 
-    async def _terminate(self, connection: HandlerConnection, transaction: HandlerTransaction, *, lost: bool) -> None:
+    async def _terminate(
+        self, connection: HandlerConnection, transaction: HandlerTransaction, error: BaseException | None = None
+    ) -> None:
         """Close the connection and end the transaction on the server, whatever the two are doing."""
-        await connection.discard(lost=lost)
+        await connection.discard(error)
         with contextlib.suppress(LedgerUnavailable):  # then the server's own timeouts end it
             await self.ledger.end(transaction)
 
@@ -197,11 +202,10 @@ class Attempt:
             await self.connections.release(connection)
         except (*UNAVAILABLE, LedgerUnavailable, asyncio.CancelledError) as error:
             # The handler closed it, or left a statement running on it. The backend may still hold the row's lock.
-            lost = not isinstance(error, asyncio.CancelledError | asyncpg.InterfaceError)
             if transaction is None:
-                await connection.discard(lost=lost)
+                await connection.discard(error)
             else:
-                await self._terminate(connection, transaction, lost=lost)
+                await self._terminate(connection, transaction, error)
 
 
 async def call_handler(

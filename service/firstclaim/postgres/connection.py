@@ -13,6 +13,8 @@ their deadline would otherwise send most duplicates to Postgres, exactly when th
 import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
 
 import asyncpg
 from sqlalchemy import exc
@@ -51,22 +53,34 @@ _PIN = """
 SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
                   WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, false) AS synchronous_commit,
        set_config('default_transaction_isolation', 'read committed', false) AS isolation,
-       pg_is_in_recovery() OR current_setting('default_transaction_read_only')::bool AS read_only
+       pg_is_in_recovery() OR current_setting('default_transaction_read_only')::bool AS read_only,
+       pg_backend_pid() AS pid,
+       (SELECT backend_start FROM pg_stat_get_activity(pg_backend_pid())) AS backend_start
 """
 _DURABLE = ("on", "remote_apply")
 _WARNING = "01000"
 _PIN_MORE = "SELECT set_config(name, value, false) FROM unnest($1::text[], $2::text[]) AS pin (name, value)"
 
 
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A server process of ours. Pids are reused, so its start names it too; None: it has not told it yet."""
+
+    pid: int
+    started_at: datetime | None
+
+
 class PinnedConnection(asyncpg.Connection):
     """An asyncpg connection with the ledger's epoch that was read when it was opened; None: no ledger yet.
 
-    `schema` is where the ledger's tables are. `synchronous_commit` is what it was pinned to. `warnings` counts the
-    warnings of SQLSTATE 01000 that the server has sent: a COMMIT whose wait for the synchronous standby was cancelled
-    succeeds with one.
+    `schema` is where the ledger's tables are. `backend` serves it; None: a pooler's, which ends it or gives it to
+    others when this connection is closed. `synchronous_commit` is what it was pinned to. `warnings` counts the warnings
+    of SQLSTATE 01000 that the server has sent: a COMMIT whose wait for the synchronous standby was cancelled succeeds
+    with one.
     """
 
     schema: str = DEFAULT_SCHEMA
+    backend: Backend | None = None
     epoch: str | None = None
     on_loss: Callable[[object], None] | None = None
     synchronous_commit: str = "on"
@@ -97,28 +111,44 @@ async def open_connection(
     *,
     for_migration: bool = False,
 ) -> PinnedConnection:
-    """Connect, pin, check. Raises what `UNAVAILABLE` lists, and `LedgerUnavailable` when the pins do not hold.
+    """`connect_unpinned` and `prepare`. Raises what they raise; `LedgerRefused` when no other attempt can help.
 
-    Raises `LedgerRefused`, which is one, when no other attempt can help.
-
-    `pins`: further settings of the server, for this connection alone. `schema`: where the ledger's tables are.
-    `for_migration`: nothing is read there, where anything may be.
+    `schema`: where the ledger's tables are.
     """
-    connection: PinnedConnection = await connect(dsn, timeout_seconds, PinnedConnection)
+    connection = await connect_unpinned(dsn, timeout_seconds, schema)
+    await prepare(connection, timeout_seconds, epoch, pins, for_migration=for_migration)
+    return connection
+
+
+async def connect_unpinned(dsn: str, timeout_seconds: float, schema: str = DEFAULT_SCHEMA) -> PinnedConnection:
+    """A connection on which nothing is pinned yet. Raises what `UNAVAILABLE` lists, and `LedgerUnavailable`."""
+    connection = await connect(dsn, timeout_seconds, PinnedConnection)
+    connection.schema = schema
+    connection.backend = Backend(connection.get_server_pid(), None)
+    connection.add_log_listener(connection.note_log_message)
+    return connection
+
+
+async def prepare(
+    connection: PinnedConnection,
+    timeout_seconds: float,
+    epoch: Epoch | None = None,
+    pins: Mapping[str, str] | None = None,
+    *,
+    for_migration: bool = False,
+) -> None:
+    """Pin, check, read the epoch. If that fails, the connection is terminated.
+
+    Raises what `UNAVAILABLE` lists, and `LedgerUnavailable` when the pins do not hold. `pins`: further settings of the
+    server, for this connection alone. `for_migration`: nothing is read in the schema, where anything may be.
+    """
     try:
         async with asyncio.timeout(timeout_seconds):
-            pinned = await connection.fetchrow(_PIN)
-            if pinned is None or pinned["read_only"]:  # a standby, or the losing side of a failover
-                raise LedgerUnavailable("the server is read-only: set DATABASE_URL to the primary")
-            connection.schema = schema
-            connection.synchronous_commit = pinned["synchronous_commit"]
-            if connection.synchronous_commit not in _DURABLE or pinned["isolation"] != "read committed":
-                raise LedgerUnavailable("synchronous_commit or the isolation level cannot be pinned")
+            await pin(connection)
             if pins is not None:
                 await connection.fetch(_PIN_MORE, list(pins), list(pins.values()))
             if not for_migration:
                 connection.epoch = await read_epoch(connection)
-        connection.add_log_listener(connection.note_log_message)
     except BaseException:
         connection.terminate()
         raise
@@ -126,7 +156,18 @@ async def open_connection(
         epoch.confirm(connection.epoch)
         connection.on_loss = epoch.doubt
         connection.add_termination_listener(epoch.doubt)
-    return connection
+
+
+async def pin(connection: PinnedConnection) -> None:
+    """Pin `synchronous_commit` and the isolation level. Raises as `prepare` does."""
+    pinned = await connection.fetchrow(_PIN)
+    if pinned is None or pinned["read_only"]:  # a standby, or the losing side of a failover
+        raise LedgerUnavailable("the server is read-only: set DATABASE_URL to the primary")
+    is_direct = pinned["pid"] == connection.get_server_pid()
+    connection.backend = Backend(pinned["pid"], pinned["backend_start"]) if is_direct else None
+    connection.synchronous_commit = pinned["synchronous_commit"]
+    if connection.synchronous_commit not in _DURABLE or pinned["isolation"] != "read committed":
+        raise LedgerUnavailable("synchronous_commit or the isolation level cannot be pinned")
 
 
 def is_current(connection: PinnedConnection, epoch: Epoch) -> bool:

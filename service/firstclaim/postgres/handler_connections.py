@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+import asyncpg
 from asyncpg.transaction import Transaction
 from sqlalchemy import event, exc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
@@ -24,9 +25,11 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import AssertionPool
 
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
-from firstclaim.postgres.connection import NOT_REPLICATED, PinnedConnection, is_current, open_connection
+from firstclaim.postgres.connection import NOT_REPLICATED, PinnedConnection, is_current
 from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_sqlalchemy import HandlerRules, LoopConnection, RunOnLoop, Sessions
+from firstclaim.postgres.places import Places
+from firstclaim.postgres.probe import Probe
 from firstclaim.schema_name import DEFAULT_SCHEMA
 
 _MUST_NOT_CLOSE = "a handler must not close its connection: its transaction carries the completion mark"
@@ -81,8 +84,10 @@ class _PooledConnection:
 class HandlerConnection:
     """One handler's use of a connection."""
 
-    def __init__(self, pooled: _PooledConnection) -> None:
+    def __init__(self, pooled: _PooledConnection, places: Places) -> None:
         self._pooled = pooled
+        self._places = places
+        self._has_place = True
         self._connection: AsyncConnection | None = None
         self._sessions: Sessions | None = None
         self._has_ended = False
@@ -153,7 +158,8 @@ class HandlerConnection:
     async def reset_role(self, timeout_seconds: float) -> None:
         """After a handler whose SQL names a role: become the service's own again, which may write the ledger."""
         if self._pooled.rules.role_named:
-            await self.driver.execute("RESET SESSION AUTHORIZATION; RESET ROLE", timeout=timeout_seconds)
+            async with asyncio.timeout(timeout_seconds):
+                await self.driver.execute("RESET SESSION AUTHORIZATION; RESET ROLE")
 
     async def commit(self) -> None:
         """Commit what `begin` began. Raises `LedgerUnavailable` also if it is committed and may not be replicated."""
@@ -176,16 +182,25 @@ class HandlerConnection:
                     await driver.execute("SELECT pg_advisory_unlock_all()")
             self._pooled.transaction = None
 
-    async def discard(self, *, lost: bool) -> None:
+    async def discard(self, error: BaseException | None = None) -> None:
         """Close the connection for good, without waiting for the server, which may be frozen.
 
-        `lost`: the server did not answer in time, or not as it must; this puts the epoch in doubt.
+        `error`: why it cannot be used any more; None: for a reason of our own. The epoch is in doubt if the server did
+        not answer in time, or not as it must; it did if we cancelled, or if the handler closed its connection or left
+        a statement running on it. After a timeout it is in doubt, too, whether commits are confirmed.
         """
         self.stop()
-        if lost:
-            self._pooled.driver.terminate()
-        else:
+        # No await before this line: else the driver cancels what the server does, and that may be the wait of a COMMIT
+        # for the standby.
+        if error is None or isinstance(error, asyncio.CancelledError | asyncpg.InterfaceError):
             self._pooled.driver.retire()
+        else:
+            self._pooled.driver.terminate()
+        if self._has_place:
+            self._has_place = False
+            self._places.leave(self._pooled.driver)
+            if isinstance(error, TimeoutError):
+                self._places.doubt()
         if self._connection is not None:
             with suppress(exc.SQLAlchemyError):  # the handler closed it, or SQLAlchemy saw it break
                 await self._connection.invalidate()
@@ -197,7 +212,7 @@ class HandlerConnection:
         pooled = self._pooled
         unusable = pooled.driver.is_closed() or pooled.transaction is not None
         if unusable or (self._connection is not None and not _is_unaltered(self._connection)):
-            await self.discard(lost=False)
+            await self.discard()
             return None
         if self._connection is not None and (sync := self._connection.sync_connection) is not None:
             sync.close()
@@ -205,40 +220,57 @@ class HandlerConnection:
 
 
 class HandlerConnections:
-    """The connections of all handlers, opened as they are needed; how many handlers run at once is the caller's limit.
+    """The connections of all handlers, at most `size`, opened as they are needed; see `Places`.
 
-    `timeout_seconds` is for opening one. `pins`, `schema`: see `open_connection`.
+    `timeout_seconds` is for opening one, and for waiting for a place: how many handlers run at once is the caller's
+    limit, but a connection that was lost may leave its backend for a while. `pins`, `schema`: see `open_connection`.
     """
 
     def __init__(
         self,
         dsn: str,
+        probe: Probe,
         *,
+        size: int,
         timeout_seconds: float,
         epoch: Epoch,
         pins: Mapping[str, str] | None = None,
         schema: str = DEFAULT_SCHEMA,
     ) -> None:
-        self._dsn = dsn
-        self._pins = pins
-        self._schema = schema
+        self._places = Places(
+            dsn,
+            probe,
+            size=size,
+            timeout_seconds=timeout_seconds,
+            queue_seconds=timeout_seconds,
+            epoch=epoch,
+            pins=pins,
+            schema=schema,
+        )
         self._timeout_seconds = timeout_seconds
         self._epoch = epoch
         self._free: list[_PooledConnection] = []
 
     async def acquire(self) -> HandlerConnection:
-        """A connection outside a transaction, until `release` or its `discard`. Raises what `UNAVAILABLE` lists."""
+        """A connection outside a transaction, until `release` or its `discard`.
+
+        Raises what `UNAVAILABLE` lists, and `LedgerUnavailable`.
+        """
+        await self._places.take()
         while self._free:
             pooled = self._free.pop()
             if is_current(pooled.driver, self._epoch):
-                return HandlerConnection(pooled)
+                return HandlerConnection(pooled, self._places)
             pooled.driver.retire()
-        return HandlerConnection(await self._open())
+            self._places.leave(pooled.driver)
+            await self._places.take()
+        return HandlerConnection(await self._open(), self._places)
 
     async def release(self, connection: HandlerConnection) -> None:
         """Keep the connection for the next handler, or close it."""
         if (pooled := await connection.release()) is not None:
             self._free.append(pooled)
+            self._places.release()
 
     async def close(self) -> None:
         """Close all that are free; a frozen server gets a moment to confirm it."""
@@ -246,13 +278,16 @@ class HandlerConnections:
         await asyncio.gather(*(pooled.driver.close() for pooled in free))
 
     async def _open(self) -> _PooledConnection:
-        driver = await open_connection(self._dsn, self._timeout_seconds, self._epoch, self._pins, self._schema)
+        driver = await self._places.open()
         try:
             pooled = _PooledConnection(driver)
             async with asyncio.timeout(self._timeout_seconds):
                 await pooled.prepare()
-        except BaseException:
+        except BaseException as error:
             driver.terminate()
+            self._places.leave(driver)
+            if isinstance(error, TimeoutError):
+                self._places.doubt()
             raise
         return pooled
 

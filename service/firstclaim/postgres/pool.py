@@ -2,29 +2,32 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, nullcontext
-from functools import partial
+from contextlib import asynccontextmanager
 
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.postgres.connection import UNAVAILABLE, PinnedConnection, describe, is_current, open_connection
+from firstclaim.postgres.connection import UNAVAILABLE, PinnedConnection, describe, is_current
 from firstclaim.postgres.epoch import Epoch
+from firstclaim.postgres.places import Places
+from firstclaim.postgres.probe import Probe
 from firstclaim.schema_name import DEFAULT_SCHEMA
 
 
 class Pool:
-    """At most `size` connections, opened as they are needed.
+    """At most `size` connections, opened as they are needed; see `Places`.
 
     SQLAlchemy's pool takes longer than a short statement, and asyncpg's resets a connection at each return; this one
     does neither. A connection that the server has ended is replaced once the driver has noticed; a statement sent a
     moment before that fails.
 
     `timeout_seconds` is for connecting. `queue_seconds` is how long a caller waits for a connection that is in use:
-    such a queue is no sign that Postgres is unreachable. `pins`, `schema`: see `open_connection`.
+    such a queue is no sign that Postgres is unreachable. `pins`, `schema`: see `open_connection`. `commits`: see
+    `Places`.
     """
 
     def __init__(
         self,
         dsn: str,
+        probe: Probe,
         *,
         size: int,
         timeout_seconds: float,
@@ -32,11 +35,20 @@ class Pool:
         epoch: Epoch,
         pins: Mapping[str, str] | None = None,
         schema: str = DEFAULT_SCHEMA,
+        commits: bool = True,
     ) -> None:
-        self._open = partial(open_connection, dsn, timeout_seconds, epoch, pins, schema)
-        self._queue_seconds = queue_seconds
+        self._places = Places(
+            dsn,
+            probe,
+            size=size,
+            timeout_seconds=timeout_seconds,
+            queue_seconds=queue_seconds,
+            epoch=epoch,
+            pins=pins,
+            schema=schema,
+            commits=commits,
+        )
         self._epoch = epoch
-        self._capacity = asyncio.Semaphore(size)
         self._free: list[PinnedConnection] = []
         self._closed = False
 
@@ -53,7 +65,10 @@ class Pool:
                 async with asyncio.timeout(timeout_seconds):
                     yield connection
             except TimeoutError:
+                # No await in between: else the driver cancels what the server does, and that may be the wait of a
+                # COMMIT for the standby.
                 connection.terminate()
+                self._places.doubt()
                 raise
             except asyncio.CancelledError:
                 connection.retire()
@@ -65,8 +80,8 @@ class Pool:
 
     def discard_free(self) -> None:
         """Close the free connections: one was lost, and the others may be lost without the driver having noticed."""
-        while self._free:
-            self._free.pop().terminate()
+        for connection in self._free:
+            connection.terminate()
 
     async def close(self) -> None:
         """Close the free connections, without waiting for a frozen server. One in use is closed when it returns."""
@@ -75,23 +90,21 @@ class Pool:
         await asyncio.gather(*(connection.close() for connection in free))
 
     async def _get(self) -> PinnedConnection:
-        async with asyncio.timeout(self._queue_seconds) if self._capacity.locked() else nullcontext():
-            await self._capacity.acquire()
-        try:
-            while self._free:
-                connection = self._free.pop()
-                if is_current(connection, self._epoch):
-                    return connection
-                connection.retire()
-            return await self._open()
-        except BaseException:
-            self._capacity.release()
-            raise
+        await self._places.take()
+        while self._free:
+            connection = self._free.pop()
+            if is_current(connection, self._epoch):
+                return connection
+            connection.retire()
+            self._places.leave(connection)
+            await self._places.take()
+        return await self._places.open()
 
     def _put(self, connection: PinnedConnection) -> None:
-        if not connection.is_closed():
-            if self._closed or connection.is_in_transaction():
-                connection.retire()
-            else:
-                self._free.append(connection)
-        self._capacity.release()
+        if not connection.is_closed() and (self._closed or connection.is_in_transaction()):
+            connection.retire()
+        if connection.is_closed():
+            self._places.leave(connection)
+        else:
+            self._free.append(connection)
+            self._places.release()

@@ -7,7 +7,9 @@ with the schema of the connection that it runs on.
 
 from __future__ import annotations
 
+import asyncio
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -39,9 +41,13 @@ class Statement:
     async def fetch(
         self, connection: PinnedConnection, *, timeout_seconds: float | None = None, **values: object
     ) -> list[Any]:
-        """Its rows; raises what asyncpg raises, and TimeoutError."""
+        """Its rows; raises what asyncpg raises, and TimeoutError: then terminate the connection before any await.
+
+        (A timeout of the driver's own begins to cancel the statement before it raises.)
+        """
         sql = in_schema(self.sql, connection.schema)
-        return await connection.fetch(sql, *[values[name] for name in self.names], timeout=timeout_seconds)
+        async with nullcontext() if timeout_seconds is None else asyncio.timeout(timeout_seconds):
+            return await connection.fetch(sql, *[values[name] for name in self.names])
 
 
 def statement(sql: str) -> Statement:

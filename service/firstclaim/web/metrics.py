@@ -9,8 +9,8 @@ reported with old values, and `firstclaim_up` is 0 for the failed check.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from typing import Final, Generic, TypeVar
 
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -38,6 +38,7 @@ _OPEN_SECONDS = 5.0
 _SETTLED_SECONDS = 60.0
 _CACHE_FACTOR = 20  # a result is cached for at least this many times the duration of its query
 _TIMEOUT_SECONDS = 5.0  # half of the usual timeout of a scrape
+PINS: Final[Mapping[str, str]] = {"statement_timeout": "4500ms"}  # the server ends a count before we give it up
 
 
 class _CachedQuery(Generic[T]):
