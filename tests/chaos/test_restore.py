@@ -7,6 +7,7 @@ in time shows itself by its new timeline; a plain copy keeps everything that cou
 
 import asyncpg
 
+from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.epoch import read_epoch
 from tests.acceptance.harness import IGNORED, PROCESSED, UNAVAILABLE, Answer, Sample, Service, eventually, post, sample
 from tests.chaos.actions import answered, retried, rounds
@@ -18,7 +19,7 @@ EVENTS = 5
 
 async def epoch(own: Own) -> str:
     """The ledger's, as a service would read it."""
-    connection = await asyncpg.connect(own.postgres.url)
+    connection: PinnedConnection = await asyncpg.connect(own.postgres.url, connection_class=PinnedConnection)
     try:
         found = await read_epoch(connection)
     finally:
