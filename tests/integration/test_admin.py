@@ -23,7 +23,7 @@ from firstclaim.status import Status
 from firstclaim.web.health import Finding, Health, HealthCheck
 from firstclaim.web.webhook import Webhook
 from tests.integration.conftest import MakeWorld
-from tests.integration.world import World, build, delivery
+from tests.integration.world import World, build, delivery, until
 from tests.pages import ADDRESS, ON, PASSWORD, Visitor, checked, logging_as_served, site_of, visitor
 from tests.proxy import Mode, before_postgres
 from tests.stores import Stores
@@ -635,7 +635,11 @@ async def test_postgres_is_unreachable(module_database: str, stores: Stores, red
                 assert "Error" not in page.text
             assert time.monotonic() - began < 20  # for three pages, on a busy machine
             proxy.switch(Mode.OPEN)
-            assert (await admin.get("/admin/events"))[0].status_code == 200
+
+            async def back() -> bool:  # as soon as Postgres has told which of the lost connections it no longer has
+                return (await admin.get("/admin/events"))[0].status_code == 200
+
+            await until(back)
         await world.close()
 
 
