@@ -279,15 +279,15 @@ class Ledger:
         self, connection: PinnedConnection, claim: Claim, transaction: HandlerTransaction, action: str
     ) -> bool:
         """The completion mark: the last statement before COMMIT, and only in the transaction that `hold` began."""
-        rows = await statements.COMPLETE.fetch(
-            connection,
-            timeout_seconds=self._timeout_seconds,
-            event_id=claim.event_id,
-            attempt=claim.attempt,
-            xid=transaction.xid,
-            action=action,
-            synchronous_commit=connection.synchronous_commit,
-        )
+        async with asyncio.timeout(self._timeout_seconds):
+            rows = await statements.COMPLETE.fetch(
+                connection,
+                event_id=claim.event_id,
+                attempt=claim.attempt,
+                xid=transaction.xid,
+                action=action,
+                synchronous_commit=connection.synchronous_commit,
+            )
         return bool(rows)
 
     # -- after a handler's transaction ----------------------------------------------------------------

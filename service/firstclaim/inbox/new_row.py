@@ -31,7 +31,6 @@ async def insert(
     patience_seconds: float,
     give_up_seconds: float,
     process: str | None = None,
-    timeout_seconds: float | None = None,
 ) -> set[str]:
     """Insert rows and their bodies in one statement; returns the ids that were new.
 
@@ -41,7 +40,6 @@ async def insert(
     events = [(row.delivery.event, row) for row in rows]
     inserted = await statements.INSERT.fetch(
         connection,
-        timeout_seconds=timeout_seconds,
         patience_ms=str(round(patience_seconds * 1000)),
         event_ids=[event.id for event, _ in events],
         types=[event.type for event, _ in events],

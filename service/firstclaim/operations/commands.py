@@ -244,13 +244,11 @@ class Commands(Queries):
 
         async def record(deliveries: Sequence[Delivery]) -> set[str]:
             first = -len(deliveries) * _MICROSECOND
-            new = await insert(
-                self._connection,
-                [row(each, first + number * _MICROSECOND) for number, each in enumerate(deliveries)],
-                patience_seconds=_PATIENCE_SECONDS,
-                give_up_seconds=give_up_seconds,
-                timeout_seconds=_RECORD_SECONDS,
-            )
+            rows = [row(each, first + number * _MICROSECOND) for number, each in enumerate(deliveries)]
+            async with asyncio.timeout(_RECORD_SECONDS):
+                new = await insert(
+                    self._connection, rows, patience_seconds=_PATIENCE_SECONDS, give_up_seconds=give_up_seconds
+                )
             action.changed += len(new)
             return new
 

@@ -3,6 +3,7 @@
 Guarantees: nothing here changes a row or waits for a lock, and no statement runs for longer than a minute.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -216,7 +217,8 @@ class Queries:
         return Backlog(**row)
 
     async def _fetch(self, query: Statement, **values: object) -> list[Any]:
-        return await query.fetch(self._connection, timeout_seconds=_STATEMENT_SECONDS, **values)
+        async with asyncio.timeout(_STATEMENT_SECONDS):
+            return await query.fetch(self._connection, **values)
 
 
 def event_row(row: Mapping[str, Any]) -> EventRow:

@@ -7,9 +7,8 @@ with the schema of the connection that it runs on.
 
 from __future__ import annotations
 
-import asyncio
 import re
-from contextlib import nullcontext
+from collections.abc import Coroutine
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -38,16 +37,14 @@ class Statement:
     sql: str
     names: tuple[str, ...]
 
-    async def fetch(
-        self, connection: PinnedConnection, *, timeout_seconds: float | None = None, **values: object
-    ) -> list[Any]:
-        """Its rows; raises what asyncpg raises, and TimeoutError: then terminate the connection before any await.
+    def fetch(self, connection: PinnedConnection, **values: object) -> Coroutine[Any, Any, list[Any]]:
+        """Its rows, to be awaited. Raises what asyncpg raises.
 
-        (A timeout of the driver's own begins to cancel the statement before it raises.)
+        After a timeout of the caller's, terminate the connection before any await. (A timeout of the driver's own
+        begins to cancel the statement before it raises.)
         """
         sql = in_schema(self.sql, connection.schema)
-        async with nullcontext() if timeout_seconds is None else asyncio.timeout(timeout_seconds):
-            return await connection.fetch(sql, *[values[name] for name in self.names])
+        return connection.fetch(sql, *[values[name] for name in self.names])
 
 
 def statement(sql: str) -> Statement:
