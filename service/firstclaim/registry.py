@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from firstclaim.errors import ConfigurationError, HandlerRuleBroken
@@ -168,11 +168,10 @@ class Handler:
 
     pattern: str
     function: Callable[[Event, Context], Any]
+    is_async: bool = field(init=False)  # the function is awaited; if not, it runs in a thread
 
-    @property
-    def is_async(self) -> bool:
-        """Whether the function is awaited. If not, it runs in a thread."""
-        return inspect.iscoroutinefunction(self.function)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_async", inspect.iscoroutinefunction(self.function))
 
     @property
     def name(self) -> str:

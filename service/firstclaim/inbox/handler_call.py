@@ -70,11 +70,11 @@ class HandlerCall:
         self._context = context
         loop = asyncio.get_running_loop()
         start = _in_task if self._handler.is_async else _in_thread
+        forgotten: list[str] = []
         began = time.perf_counter()  # the loop's own clock counts milliseconds
         try:
             with tracing.span("handler", handler=self._handler.pattern):
-                with unawaited.noted() as forgotten:
-                    self._work = work = start(loop, self._handler.function, event, context)
+                self._work = work = start(loop, self._handler.function, event, context, forgotten)
                 await asyncio.wait(
                     {work, self._ended}, timeout=self._deadline_seconds, return_when=asyncio.FIRST_COMPLETED
                 )
@@ -103,9 +103,14 @@ class HandlerCall:
 
 
 def _in_task(
-    loop: asyncio.AbstractEventLoop, function: Callable[..., Any], event: Event, context: Context
+    loop: asyncio.AbstractEventLoop,
+    function: Callable[..., Any],
+    event: Event,
+    context: Context,
+    forgotten: list[str],
 ) -> asyncio.Future[Any]:
     async def body() -> Any:
+        unawaited.note_in(forgotten)
         try:
             return await function(event, context)
         except (SystemExit, KeyboardInterrupt) as error:
@@ -115,7 +120,11 @@ def _in_task(
 
 
 def _in_thread(
-    loop: asyncio.AbstractEventLoop, function: Callable[..., Any], event: Event, context: Context
+    loop: asyncio.AbstractEventLoop,
+    function: Callable[..., Any],
+    event: Event,
+    context: Context,
+    forgotten: list[str],
 ) -> asyncio.Future[Any]:
     """Run a sync handler in a thread of its own. It is a daemon thread: if it hangs, it does not delay the exit."""
     future: asyncio.Future[Any] = loop.create_future()
@@ -128,6 +137,7 @@ def _in_thread(
             future.exception()  # marks it as retrieved: after the deadline nobody retrieves it
 
     def body() -> None:
+        unawaited.note_in(forgotten)
         result: Any = None
         failure: Exception | None = None
         try:
@@ -158,14 +168,14 @@ def _cancel(work: asyncio.Future[Any]) -> None:
 def _checked_action(value: object) -> str:
     if value is None:
         return "handled"
+    if isinstance(value, str) and value.isprintable() and 0 < len(value) <= _MAX_ACTION_CHARACTERS:
+        return value
     if inspect.isawaitable(value):
         name = type(value).__name__
         if inspect.iscoroutine(value):
             name = value.__qualname__
             value.close()  # otherwise Python reports it as well
         raise HandlerRuleBroken(_NEVER_AWAITED.format(name))
-    if not isinstance(value, str) or not value.isprintable() or not 0 < len(value) <= _MAX_ACTION_CHARACTERS:
-        raise HandlerRuleBroken(
-            f"a handler returns its action, a short printable str, or None; this one returned {type(value).__name__}"
-        )
-    return value
+    raise HandlerRuleBroken(
+        f"a handler returns its action, a short printable str, or None; this one returned {type(value).__name__}"
+    )

@@ -18,15 +18,9 @@ _NEVER_AWAITED = re.compile(r"coroutine '(?P<name>.+)' was never awaited")
 _forgotten: ContextVar[list[str] | None] = ContextVar("forgotten", default=None)
 
 
-@contextmanager
-def noted() -> Iterator[list[str]]:
-    """The names of the coroutines that were dropped in tasks and threads that are started in this block."""
-    names: list[str] = []
-    token = _forgotten.set(names)
-    try:
-        yield names
-    finally:
-        _forgotten.reset(token)
+def note_in(names: list[str]) -> None:
+    """Add to `names` what is dropped unawaited from now on: in this task or thread, and in those that it starts."""
+    _forgotten.set(names)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ start, at zero, so that an alert on its increase notices the first event. Severa
 
 import os
 from collections.abc import Iterable
+from functools import cache
 from typing import Final, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
@@ -62,6 +63,7 @@ _handler_seconds = Histogram(
 )  # fmt: skip
 
 
+@cache
 def handler_seconds(pattern: str) -> Histogram:
     """The histogram of the handler that is declared for `pattern`. The pattern comes from code, not from a request."""
     return _handler_seconds.labels(pattern)
