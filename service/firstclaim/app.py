@@ -267,14 +267,14 @@ class Application(Starlette):
             await super().__call__(scope, receive, send)
             return
         mounted_at = scope.get("root_path", "")
-        path = _below(self._root_path, _below(mounted_at, scope["path"]))
+        prefix = mounted_at + self._root_path
+        path = _below(self._root_path, _below(mounted_at, scope["path"])) if prefix else scope["path"]
         if _has_escape(scope, path):
             response = await self._refuse_path(Request(scope), HTTPException(HTTPStatus.NOT_FOUND))
             await response(scope, receive, send)
         elif path in self._webhook_paths and scope["method"] == "POST":
             await self._webhook(scope, receive, send)
         else:
-            prefix = mounted_at + self._root_path
             await super().__call__({**scope, "root_path": prefix, "path": prefix + path}, receive, send)
 
 
