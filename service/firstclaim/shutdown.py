@@ -8,6 +8,7 @@ shutdown is over the watchdog ends the process, whatever threads, executors and 
 
 import asyncio
 import contextlib
+import math
 import multiprocessing
 import os
 import queue
@@ -46,6 +47,7 @@ class Watchdog:
     def __init__(self) -> None:
         # A SimpleQueue may be used in a signal handler: its `put` is reentrant. A lock would not be.
         self._limits: queue.SimpleQueue[tuple[float, int]] = queue.SimpleQueue()
+        self._ends_at = math.inf  # by the last limit
 
     def start(self) -> None:
         """Start the thread. It does nothing until the first limit."""
@@ -53,7 +55,8 @@ class Watchdog:
 
     def limit(self, seconds: float, code: int) -> None:
         """From now on the process has `seconds`, then it ends with `code`. Replaces the last limit."""
-        self._limits.put((time.monotonic() + seconds, code))
+        self._ends_at = time.monotonic() + seconds
+        self._limits.put((self._ends_at, code))
 
     def lift(self) -> None:
         """Remove the limit."""
@@ -61,7 +64,10 @@ class Watchdog:
 
     @contextlib.contextmanager
     def bounded_exit(self) -> Iterator[None]:
-        """After the block, the interpreter has `_EXIT_SECONDS` to exit. The exit code is that of the exception."""
+        """After the block, the interpreter has `_EXIT_SECONDS` to exit, but no longer than the last limit.
+
+        The exit code is that of the exception.
+        """
         code = 1
         try:
             yield
@@ -70,7 +76,7 @@ class Watchdog:
             code = exit_code(error)
             raise
         finally:
-            self.limit(_EXIT_SECONDS, code)
+            self.limit(min(_EXIT_SECONDS, self._ends_at - time.monotonic()), code)
 
     def _watch(self) -> None:
         ends_at, code = self._limits.get()

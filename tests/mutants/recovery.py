@@ -162,9 +162,17 @@ MUTANTS = (
         "an-exit-without-a-limit",
         "Python's exit, which waits for threads, is bounded too.",
         "Watchdog.bounded_exit",
-        "self.limit(_EXIT_SECONDS, code)",
+        "self.limit(min(_EXIT_SECONDS, self._ends_at - time.monotonic()), code)",
         "",
         "unit/test_shutdown.py::test_the_exit_itself_has_a_time_limit",
+    ),
+    Mutant(
+        "an-exit-beyond-the-stop",
+        "Python's exit is a part of the stop's time.",
+        "Watchdog.bounded_exit",
+        "min(_EXIT_SECONDS, self._ends_at - time.monotonic())",
+        "_EXIT_SECONDS",
+        "unit/test_shutdown.py::test_the_exit_does_not_extend_the_shutdown",
     ),
     Mutant(
         "a-frozen-worker-delays-the-stop",

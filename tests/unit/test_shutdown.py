@@ -113,6 +113,16 @@ def test_the_exit_itself_has_a_time_limit(ends: Ends, monkeypatch: pytest.Monkey
     assert ends.get(timeout=10) == 3
 
 
+def test_the_exit_does_not_extend_the_shutdown(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shutdown that has used up its time leaves none for the interpreter's exit, which usually has a moment."""
+    monkeypatch.setattr("firstclaim.shutdown._EXIT_SECONDS", 600)
+    watchdog = Watchdog()
+    with watchdog.bounded_exit():
+        watchdog.limit(-600, 1)
+    watchdog.start()
+    assert ends.get(timeout=5) == 0
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [

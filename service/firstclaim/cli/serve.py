@@ -80,10 +80,14 @@ def serve(
             raise_if_fatal(checks)
             _print_addresses(settings, ready, listener)
             print_checks([check for check in checks if check.verdict is not Verdict.OK])
-            if reload:
-                run_reloading(create_app, ready, listener, watchdog)
-            else:
-                run(create_app, ready, listener, settings.workers, watchdog)
+            try:
+                if reload:
+                    run_reloading(create_app, ready, listener, watchdog)
+                else:
+                    run(create_app, ready, listener, settings.workers, watchdog)
+            finally:
+                if ready is not settings:  # there are embedded servers: they stop now, with time limits of their own
+                    watchdog.lift()
 
 
 def _print_addresses(settings: Settings, ready: Settings, listener: socket.socket) -> None:

@@ -181,10 +181,7 @@ def _serve(
         shutdown.on_start = heartbeat.serves
         heartbeat.start()
     watchdog.start()
-    try:
-        server.run(sockets=[listener])
-    finally:
-        watchdog.lift()  # the embedded servers have time limits of their own
+    server.run(sockets=[listener])
 
 
 @contextmanager
