@@ -49,6 +49,9 @@ class Transaction(Protocol):
     def fetch(self, sql: str, *values: Any) -> "Coroutine[Any, Any, list[Any]]":
         """Run one statement on the driver."""
 
+    def refuse(self) -> None:
+        """The handler was told that its deadline has passed: it cannot complete any more, even if it ignores that."""
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -136,6 +139,7 @@ class Context:
         remaining = self._deadline - self._loop.time()
         if remaining <= 0:
             work.close()
+            self._transaction.refuse()
             raise TimeoutError(_DEADLINE_PASSED)
         call = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
@@ -143,6 +147,7 @@ class Context:
         except TimeoutError:
             if call.done():  # an error of the statement's own
                 raise
+            self._transaction.refuse()
             raise TimeoutError(_DEADLINE_PASSED) from None
 
     async def _execute(self, statement: "Executable", parameters: Any) -> "CursorResult[Any]":

@@ -644,6 +644,19 @@ async def test_a_slow_statement_of_a_thread_is_ended_at_the_deadline(hasty: Worl
     await still_works(hasty)
 
 
+async def test_a_refusal_at_the_deadline_that_is_swallowed_is_a_failure(hasty: World) -> None:
+    """The thread has returned before a late event loop notices its deadline: not completed without its effect."""
+
+    def function(event: Event, context: Context) -> None:
+        context.execute(text("SELECT 1"))
+        context._loop.call_soon_threadsafe(threading.current_thread().join)
+        threading.Event().wait(1.1 * (context._deadline - context._loop.time()))
+        with contextlib.suppress(TimeoutError):
+            effect_from_thread(event, context)
+
+    await fails(hasty, function, "a handler must not swallow the TimeoutError of its deadline")
+
+
 async def test_a_thread_that_blocks_keeps_its_slot(hasty: World, gate: threading.Event) -> None:
     """A thread cannot be ended: it is abandoned, its slot stays taken, and its later calls on the connection raise."""
     raised: list[type[BaseException]] = []

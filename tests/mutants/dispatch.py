@@ -140,6 +140,14 @@ action = await self._call(call, connection)"""
         "integration/test_blocking_and_forgotten.py::test_a_forgotten_await_is_a_failure[calls-send_mail]",
     ),
     Mutant(
+        "swallowed-deadline-is-success",
+        "A handler that swallowed the refusal of a statement at its deadline fails, however late the event loop is.",
+        "HandlerConnection.refuse",
+        "self._refused = True",
+        "pass",
+        "integration/test_dispatch.py::test_a_refusal_at_the_deadline_that_is_swallowed_is_a_failure",
+    ),
+    Mutant(
         "swallowed-refusal-is-success",
         "A handler that swallowed the refusal fails: it takes for committed what is not.",
         "call_handler",

@@ -310,6 +310,9 @@ class Unreachable:
     async def fetch(self, sql: str, *values: object) -> list[object]:
         raise AssertionError("fetched")
 
+    def refuse(self) -> None:
+        pass
+
 
 def context(*, seconds: float) -> Context:
     loop = asyncio.get_running_loop()

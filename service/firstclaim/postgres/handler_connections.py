@@ -34,6 +34,7 @@ from firstclaim.schema_name import DEFAULT_SCHEMA
 
 _MUST_NOT_CLOSE = "a handler must not close its connection: its transaction carries the completion mark"
 _HAS_ENDED = "this handler has ended: nothing more can be written in its transaction"
+_REFUSED = "a handler must not swallow the TimeoutError of its deadline: a statement of it was not executed"
 _LOST = "this handler's connection is lost, and its transaction with it: it cannot continue on another one"
 
 
@@ -91,6 +92,7 @@ class HandlerConnection:
         self._connection: AsyncConnection | None = None
         self._sessions: Sessions | None = None
         self._has_ended = False
+        self._refused = False
         self._used = False
 
     @property
@@ -147,8 +149,17 @@ class HandlerConnection:
         self._has_ended = True
         self._pooled.rules.stop()
 
+    def refuse(self) -> None:
+        """A statement of the handler's thread is refused at the deadline: what it returns now does not count.
+
+        The event loop may be late, and see that the thread has returned before it sees that the deadline has passed.
+        """
+        self._refused = True
+
     def check_rules(self) -> None:
         """Raise `HandlerRuleBroken` if the handler ended its transaction or connection, or left changes unwritten."""
+        if self._refused:
+            raise HandlerRuleBroken(_REFUSED)
         if self._connection is not None and not _is_open(self._connection):
             raise HandlerRuleBroken(_MUST_NOT_CLOSE)
         self._pooled.rules.check()
