@@ -206,12 +206,15 @@ async def test_row_40_keys_of_another_type_after_an_outage(servers: Servers, his
 
 
 async def test_row_40_a_user_without_eval(servers: Servers, history: History) -> None:
-    """Reported at the start by name; then deferred, also between the breaker's windows; with the right, all settle."""
+    """Refused at the start, by name; under a running service deferred, between the breaker's windows too; all settle."""
     server = await servers.redis()
     history.sandbox.redis_url = server.url
     await server.call("ACL", "SETUSER", "default", "-eval")
+    with pytest.raises(AssertionError, match="EVAL is refused"):
+        await history.service(PATIENCE).start()
+    await server.call("ACL", "SETUSER", "default", "+eval")
     service = await history.service(PATIENCE).start()
-    assert "EVAL is refused" in service.output
+    await server.call("ACL", "SETUSER", "default", "-eval")
     assert (await answered(history, service, sample())).result == PROCESSED  # its marker is the first EVAL
     load = Load(history, [service], senders=SENDERS)
     async with load.running():
