@@ -134,7 +134,7 @@ class Retry(FirstclaimError):
     """
 
     def __init__(self, reason: str = "", *, after: float | None = None) -> None:
-        if after is not None and not 0 <= after <= 3 * 86_400:
+        if after is not None and not (isinstance(after, int | float) and 0 <= after <= 3 * 86_400):
             raise ValueError(f"Retry(after={after!r}): expected 0 to 259200 seconds (3 days)")
         super().__init__(reason or "handler asked for a retry")
         self.after = after

@@ -27,7 +27,7 @@ def _plain_path(text: str) -> str:
     """A path without escapes or a trailing slash. Raises ValueError."""
     path = text.rstrip("/")
     if (path and not _PATH.fullmatch(path)) or ".." in path.split("/"):
-        raise ValueError("expected a path of letters, digits and . _ ~ -, e.g. /webhooks/stripe")
+        raise ValueError("expected a path that begins with /, of letters, digits and . _ ~ -, e.g. /pay")
     return path
 
 

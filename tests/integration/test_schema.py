@@ -132,6 +132,16 @@ async def test_migrating_again_changes_nothing(empty_url: str) -> None:
     assert await fetch(empty_url, "SELECT * FROM firstclaim.ledger_epoch") == before
 
 
+async def test_a_table_outside_of_the_schema_is_told(empty_url: str) -> None:
+    """The shipped handler's table is among the user's own, so the migration that creates it says so, once."""
+    told: list[str] = []
+    await migrate(empty_url, TIMEOUT_SECONDS, handlers=["shop.handlers"], say=told.append)
+    assert told == []
+    for _ in range(2):
+        await migrate(empty_url, TIMEOUT_SECONDS, say=told.append)
+    assert told == ["table public.payment_failures created, for the shipped handler in FIRSTCLAIM_HANDLERS"]
+
+
 async def test_a_failed_migration_leaves_nothing(empty_url: str) -> None:
     """Migrations run in one transaction: the obstacle is reported, and no partial schema is left behind."""
     await fetch(empty_url, "CREATE TABLE payment_failures (mine int)")

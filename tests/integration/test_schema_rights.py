@@ -101,8 +101,11 @@ async def test_a_role_of_the_service_alone(empty_url: str, admin: asyncpg.Connec
         f"GRANT USAGE ON SCHEMA firstclaim TO {role}; GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA "
     )
     url = of_role(empty_url, role)
-    assert "GRANT USAGE ON SCHEMA firstclaim TO the role;" in (await checked(url))["schema"].detail
+    assert f"let its owner run {grants}firstclaim TO {role};" in (await checked(url))["schema"].detail
+    with pytest.raises(StoreUnsuitable, match=f"the role {role} may not use the schema firstclaim .*{grants}"):
+        await migrate(url, SECONDS)
     await admin.execute(f"{grants} firstclaim TO {role};")
+    assert await migrate(url, SECONDS, handlers=["shop.handlers"]) == (head(), head())
     assert set(await checked(url)) == set()
     await admin.execute(f"REVOKE UPDATE ON firstclaim.stripe_events FROM {role}")
     found = (await checked(url))["schema"]
@@ -144,7 +147,8 @@ async def test_a_database_that_is_not_utf8(stores: Stores) -> None:
     await connection.close()
     url = stores.database(name)
     try:
-        await migrate(url, SECONDS)
+        with pytest.raises(StoreUnsuitable, match=r"LATIN1.*ENCODING 'UTF8'"):
+            await migrate(url, SECONDS)
         found = (await checked(url))["encoding"]
         assert (found.verdict, found.fatal) == (Verdict.FAIL, True)
         assert "LATIN1" in found.detail

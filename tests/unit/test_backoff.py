@@ -1,12 +1,14 @@
 """The backoff: its limits for every count, and its jitter."""
 
 import random
+from datetime import timedelta
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from firstclaim.backoff import Backoff
+from firstclaim.errors import Retry
 
 
 @pytest.mark.parametrize(
@@ -41,3 +43,11 @@ def test_it_spreads() -> None:
     waits = {Backoff(5, 3600).after(4) for _ in range(1000)}
     assert len(waits) > 900
     assert min(waits) < 24 < 36 < max(waits)
+
+
+@pytest.mark.parametrize("after", ["soon", timedelta(minutes=1), float("nan"), -1, 3 * 86_400 + 1])
+def test_a_time_that_a_handler_cannot_ask_for(after: float) -> None:
+    """The error shows what the handler wrote, and names the unit and the limits."""
+    with pytest.raises(ValueError, match=r"expected 0 to 259200 seconds") as refused:
+        Retry(after=after)
+    assert repr(after) in str(refused.value)

@@ -158,6 +158,14 @@ def test_a_field_that_cannot_be_set(run: Run, change: str, words: list[str]) -> 
     assert_refused(run("send", "invoice.paid", "--secret", SECRET, "--set", change), *words)
 
 
+@pytest.mark.parametrize("command", [["send", "invoice.paid"], ["load"]])
+def test_a_secret_that_is_none(run: Run, command: list[str]) -> None:
+    """`--secret` is checked as the setting is: exit 2, what it is instead, and nothing of its value."""
+    outcome = run(*command, "--secret", "sk_test_4eC39HqLyjWD")
+    assert_refused(outcome, "--secret: ", "an API key (sk_...)", "whsec_...")
+    assert "4eC39" not in outcome[1]
+
+
 def test_yes_needs_a_limit(run: Run) -> None:
     """`--yes` alone would replay whatever matches: exit 2, with the option that it needs."""
     assert_refused(run("events", "replay", "--status", "dead", "--yes"), "--at-most")

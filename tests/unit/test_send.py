@@ -429,6 +429,15 @@ def test_the_report_counts_every_kind_of_answer() -> None:
     assert lines[-1] == "Processed once, of 50 copies. 1 had no answer."
 
 
+def test_a_narrow_terminal_loses_nothing() -> None:
+    """At 40 columns, a long action goes on in the next line."""
+    out = io.StringIO()
+    report([Answer(200, "access_granted_for_a_year", True, 0.01, None)], Console(file=out, width=40))
+    cells = [line.split("│")[2].strip() for line in out.getvalue().splitlines() if line.startswith("│")]
+    assert "".join(cells) == "access_granted_for_a_year"
+    assert "…" not in out.getvalue()
+
+
 def test_the_latency_is_of_answered_copies() -> None:
     """p50 and p99 are latencies of answered copies, in milliseconds; an error has no latency."""
     answers = [Answer(200, "ignored", False, each / 1000, None) for each in range(1, 101)]

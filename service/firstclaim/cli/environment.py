@@ -63,9 +63,17 @@ def run_on_ledger(settings: Settings, work: Callable[[Commands], Awaitable[T]]) 
     return asyncio.run(connect_and_run())
 
 
-def signing_secret() -> str:
-    """The secret that `serve` uses here. Raises `ConfigurationError` if there is none yet."""
+def signing_secret(given: str) -> str:
+    """The secret of `--secret`, or else the one that `serve` uses here. Raises `ConfigurationError`."""
     from firstclaim.embedded.data_folder import stored_secret
+    from firstclaim.urls.stripe import check_signing_secrets
+
+    if given:
+        try:
+            check_signing_secrets([given])
+        except ValueError as error:
+            raise ConfigurationError([f"--secret: {error}"]) from error
+        return given
 
     settings = read_settings()
     if settings.stripe_webhook_secrets:

@@ -69,7 +69,7 @@ def load(
         settings = read_settings(receiving=False)
         plan = Plan(
             url=url or settings.webhook_url,
-            secret=secret or signing_secret(),
+            secret=signing_secret(secret),
             types=tuple(types or shipped_types()),
             users=users,
             deliveries_per_second=rate,

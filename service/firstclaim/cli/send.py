@@ -41,7 +41,7 @@ def send(
             client.check_url(url)
             body = events.changed(_event(event_type, event_id, file), changes or ())
         with progress_bar(out, "sending", copies) as bar:
-            answers = asyncio.run(client.send(url, body, secret or signing_secret(), copies, lambda _: bar.advance()))
+            answers = asyncio.run(client.send(url, body, signing_secret(secret), copies, lambda _: bar.advance()))
         report.report(answers, out, events.event_id_of(body))
         raise typer.Exit(report.exit_code(answers))
 

@@ -11,6 +11,7 @@ from firstclaim.migrations.adoption import TABLES
 _RIGHTS = text("""
 SELECT quote_ident(current_user) AS role, quote_ident(current_database()) AS database,
        EXISTS (SELECT FROM pg_namespace WHERE nspname = :schema) AS found,
+       (SELECT has_schema_privilege(oid, 'USAGE') FROM pg_namespace WHERE nspname = :schema) AS usable,
        CASE WHEN EXISTS (SELECT FROM pg_namespace WHERE nspname = :schema)
             THEN has_schema_privilege(:schema, 'USAGE') AND has_schema_privilege(:schema, 'CREATE')
             ELSE has_database_privilege(current_database(), 'CREATE') END AS allowed
@@ -27,6 +28,30 @@ def grants(schema: str, role: str) -> str:
         f"GRANT USAGE ON SCHEMA {schema} TO {role}; "
         f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {role};"
     )
+
+
+def unfit_encoding(encoding: str) -> str:
+    """Why a database of another encoding than UTF-8 is refused."""
+    return (
+        f"the database's encoding is {encoding}, which cannot hold every event: create a database with "
+        "CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0;"
+    )
+
+
+def refuse_encoding(connection: Connection) -> None:
+    """Raise `StoreUnsuitable` if the database is not UTF-8."""
+    if (encoding := connection.scalar(text("SHOW server_encoding"))) != "UTF8":
+        raise StoreUnsuitable(unfit_encoding(encoding))
+
+
+def refuse_without_usage(connection: Connection, schema: str) -> None:
+    """Raise `StoreUnsuitable` if the role cannot see into `schema`, in which there is a ledger."""
+    rights = connection.execute(_RIGHTS, {"schema": schema}).one()
+    if not rights.usable:
+        raise StoreUnsuitable(
+            f"the role {rights.role} may not use the schema {schema} in database {rights.database}: migrate as its "
+            f"owner, and let it run {grants(schema, rights.role)}"
+        )
 
 
 def refuse_foreign_tables(connection: Connection, schema: str) -> None:

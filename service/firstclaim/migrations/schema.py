@@ -25,7 +25,13 @@ import firstclaim.migrations
 from firstclaim.errors import LedgerUnavailable, SchemaOutdated, StoreUnsuitable
 from firstclaim.migrations.adoption import VERSION_TABLE, adopt, farewell, find_old_ledger, leave_views
 from firstclaim.migrations.handler_tables import create, tables_of
-from firstclaim.migrations.rights import grants, make_schema, refuse_foreign_tables
+from firstclaim.migrations.rights import (
+    grants,
+    make_schema,
+    refuse_encoding,
+    refuse_foreign_tables,
+    refuse_without_usage,
+)
 from firstclaim.postgres.advice import explain
 from firstclaim.postgres.connection import UNAVAILABLE, PinnedConnection, open_connection
 from firstclaim.postgres.statement import statement
@@ -108,7 +114,8 @@ async def read_version(connection: PinnedConnection) -> str | None:
             raise _gone(connection.schema) from None
         return None
     except asyncpg.InsufficientPrivilegeError as error:
-        raise StoreUnsuitable(f"{error}: let its owner run {grants(connection.schema, 'the role')}") from error
+        role = await connection.fetchval("SELECT quote_ident(current_user)")
+        raise StoreUnsuitable(f"{error}: let its owner run {grants(connection.schema, role)}") from error
     version: str | None = rows[0]["version_num"] if rows else None
     return version
 
@@ -152,7 +159,9 @@ def _upgrade(connection: Connection, schema: str, handlers: Sequence[str], lines
     if connection.scalar(_EXISTS, {"schema": schema, "table": VERSION_TABLE}):
         if not connection.scalar(_EXISTS, {"schema": schema, "table": "stripe_events"}):
             raise _gone(schema)
+        refuse_without_usage(connection, schema)
     else:
+        refuse_encoding(connection)
         if (old := find_old_ledger(connection, schema)) is None:
             refuse_foreign_tables(connection, schema)
         make_schema(connection, schema, old.owner if old else None)
@@ -169,5 +178,5 @@ def _upgrade(connection: Connection, schema: str, handlers: Sequence[str], lines
     if old is not None and old.schema != quoted:
         leave_views(connection, old, quoted)
         lines += farewell(old, quoted)
-    create(connection, tables_of(handlers), schema)
+    lines += create(connection, tables_of(handlers), schema)
     return before

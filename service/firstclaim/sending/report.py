@@ -23,7 +23,9 @@ def report(answers: Sequence[Answer], console: Console, event_id: str = "") -> N
     """Print the event's id, how often each answer came, the reasons, the latency, and the verdict in a line."""
     if event_id:
         console.print(Text.assemble("event ", _cell(event_id)), soft_wrap=True)
-    table = Table("status", "action", "processed")
+    table = Table()
+    for name in ("status", "action", "processed"):
+        table.add_column(name, overflow="fold")  # where the terminal is narrow, nothing is left out
     table.add_column("count", justify="right")
     for (status, action, processed), count in _tally(answers).most_common():
         table.add_row(_cell(status), _cell(action), _cell(processed), str(count))

@@ -12,6 +12,7 @@ import asyncpg
 import stripe
 
 from firstclaim.errors import ConfigurationError, LedgerRefused, LedgerUnavailable, StoreUnsuitable
+from firstclaim.migrations.rights import unfit_encoding
 from firstclaim.postgres.advice import explain
 from firstclaim.postgres.connect import connect
 from firstclaim.postgres.connection import UNAVAILABLE, PinnedConnection, describe
@@ -135,11 +136,7 @@ async def _check_database(connection: PinnedConnection, settings: Settings) -> A
     if not await connection.fetchval(_MAY_EMIT):
         yield fail("replication", "the role may not execute pg_logical_emit_message(boolean, text, text): grant it")
     if (encoding := await _setting(connection, "server_encoding")) != "UTF8":
-        yield fail(
-            "encoding",
-            f"the database's encoding is {encoding}, which cannot hold every event: create a database with "
-            "CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0;",
-        )
+        yield fail("encoding", unfit_encoding(encoding))
     yield await _check_connections(connection, settings)
     async for check in check_schema(connection, settings.handlers):
         yield check
