@@ -206,7 +206,7 @@ async def test_row_40_keys_of_another_type_after_an_outage(servers: Servers, his
 
 
 async def test_row_40_a_user_without_eval(servers: Servers, history: History) -> None:
-    """Refused at the start, by name; under a running service deferred, between the breaker's windows too; all settle."""
+    """Refused at the start, by name; under a running service deferred, also between probes; then all settle."""
     server = await servers.redis()
     history.sandbox.redis_url = server.url
     await server.call("ACL", "SETUSER", "default", "-eval")
