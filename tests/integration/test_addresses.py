@@ -360,12 +360,46 @@ async def test_tls_on_one_side_only(stores: Stores, tls_host: str) -> None:
     assert "the server expects TLS" in await refused_redis(f"redis://{tls_host}")
 
 
-async def test_redis_that_is_silent_does_not_stop(unused_tcp_port: int) -> None:
-    """A Redis that nobody listens for is a failed check, and does not stop the start."""
-    [check] = await checks(f"redis://127.0.0.1:{unused_tcp_port}")
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("redis://:c4n4ry@127.0.0.1:{port}", "connection refused at 127.0.0.1:{port}: check the address in REDIS_URL"),
+        ("redis://:c4n4ry@nobody.invalid", "the host name nobody.invalid in REDIS_URL cannot be resolved"),
+        ("unix://{folder}/redis.sock", "there is no socket {folder}/redis.sock"),
+        ("unix://{folder}/run/redis.sock", "there is no folder {folder}/run"),
+        ("unix://{folder}/file", "connection refused at {folder}/file: check"),
+    ],
+    ids=["port", "name", "socket", "folder", "no-socket"],
+)
+async def test_redis_that_is_silent_does_not_stop(unused_tcp_port: int, tmp_path: Path, url: str, said: str) -> None:
+    """A Redis that nobody listens for is a failed check, which says what is missing, and does not stop the start."""
+    (tmp_path / "file").touch()
+    names = {"port": unused_tcp_port, "folder": tmp_path}
+    [check] = await checks(url.format_map(names))
     assert (check.verdict, check.fatal) == (Verdict.FAIL, False)
-    assert "cannot be reached" in check.detail
+    assert f"cannot be reached: {said.format_map(names)}" in check.detail
+    assert "c4n4ry" not in check.detail
     raise_if_fatal([check])
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss"])
+async def test_a_postgres_in_place_of_redis(postgres_url: str, scheme: str) -> None:
+    """Postgres ends a connection that it does not understand without a word: it is asked in its own words."""
+    async with before_postgres(postgres_url) as (proxy, _):
+        assert "answers, but not as a Redis" in await refused_redis(f"{scheme}://127.0.0.1:{proxy.port}")
+
+
+async def test_a_web_server_in_place_of_redis() -> None:
+    """A server that answers in another protocol stops the start."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        assert "answers, but not as a Redis" in await refused_redis(f"redis://127.0.0.1:{port}")
 
 
 def at_database(url: str, number: int) -> str:

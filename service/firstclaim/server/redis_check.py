@@ -1,17 +1,19 @@
 """The check of Redis before the start: the server, its version and role, and the commands that the lock needs.
 
 Guarantees: what no later attempt can help (a certificate, a login, a missing right, a database that does not exist, a
-file that cannot be read) is fatal, and named. Only silence and what passes by itself (a server that starts or fails
-over, a full memory) is not: events are recorded without Redis.
+file that cannot be read, a server that is no Redis) is fatal, and named. Only silence and what passes by itself (a name
+that does not resolve, a server that starts or fails over, a full memory) is not: events are recorded without Redis.
 """
 
 import asyncio
 import errno
+import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError, InvalidResponse, NoPermissionError, RedisError, ResponseError
@@ -25,6 +27,8 @@ from firstclaim.urls.redis import TLS_FILES
 
 _MIN_REDIS = (7, 0)
 _PROBE_SECONDS = 1.0
+_NO_REDIS = "the server answers, but not as a Redis or a Valkey: check the host and the port in REDIS_URL"
+_SSL_REQUEST = bytes.fromhex("0000000804d2162f")  # Postgres' first message: no other server answers it with one letter
 _OTHER_KIND = {
     True: "the server has no TLS, and REDIS_URL asks for it; expected redis://",
     False: "the server expects TLS; expected rediss:// in REDIS_URL",
@@ -49,35 +53,50 @@ async def check_redis(settings: Settings) -> AsyncIterator[Check]:
         TypeError,
         ValueError,
     ):  # the client expects a text, and parses it
-        yield fail("redis", "its reply cannot be read: is it a Redis or a Valkey?")
+        yield fail("redis", _NO_REDIS)
     except (RedisError, OSError, TimeoutError) as error:
-        check = _failed(error)
-        if not check.fatal and await _is_the_other_kind(url):
-            check = fail("redis", _OTHER_KIND[url.startswith("rediss:")])
+        check = _failed(error, urlsplit(url))
+        if not check.fatal and (reason := await _unfit_server(urlsplit(url))) is not None:
+            check = fail("redis", reason)
         yield check
     finally:
         await redis.aclose()
 
 
-async def _is_the_other_kind(url: str) -> bool:
-    """Whether a server that seems silent answers with TLS where the address has none, or without where it has."""
-    parts = urlsplit(url)
-    if parts.scheme == "unix":
-        return False
-    context = None if parts.scheme == "rediss" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    if context is not None:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+async def _unfit_server(address: SplitResult) -> str | None:
+    """What a server that seems silent shows itself to be: one with TLS where the address has none, a Postgres, ..."""
+    with_tls = address.scheme == "rediss"
+    # No password: nothing secret is sent without TLS.
+    if with_tls and await _first_byte(address, b"PING\r\n") in (b"+", b"-"):
+        return _OTHER_KIND[True]
+    if address.scheme == "redis" and await _accepts_tls(address):
+        return _OTHER_KIND[False]
+    # It ends a connection whose first message it cannot read, without an answer.
+    return _NO_REDIS if await _first_byte(address, _SSL_REQUEST) in (b"S", b"N") else None
+
+
+async def _accepts_tls(address: SplitResult) -> bool:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return await _first_byte(address, b"", context) is not None
+
+
+async def _first_byte(address: SplitResult, message: bytes, tls: ssl.SSLContext | None = None) -> bytes | None:
+    """The first byte of the answer to `message`, if there is one to be had; None: no connection, or silence."""
     with suppress(OSError, TimeoutError):
         async with asyncio.timeout(_PROBE_SECONDS):
-            reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 6379, ssl=context)
+            if address.scheme == "unix":
+                reader, writer = await asyncio.open_unix_connection(unquote(address.path))
+            else:
+                reader, writer = await asyncio.open_connection(address.hostname, address.port or 6379, ssl=tls)
             try:
-                if context is not None:
-                    return True
-                writer.write(b"PING\r\n")  # no password: nothing secret is sent without TLS
-                return await reader.read(1) in (b"+", b"-")
+                if not message:
+                    return b""
+                writer.write(message)
+                return await reader.read(1)
             finally:
                 writer.transport.abort()
-    return False
+    return None
 
 
 async def _log_in(redis: Redis) -> None:
@@ -115,14 +134,32 @@ async def _inspect_redis(redis: Redis, settings: Settings) -> AsyncIterator[Chec
         await lock.close()
 
 
-def _failed(error: Exception) -> Check:
+def _failed(error: Exception, address: SplitResult) -> Check:
     """The check that fails with `error`, which stops `serve` only if no other attempt can help."""
     if (reason := _hopeless(error)) is not None:
         return fail("redis", reason)
     if isinstance(error, ResponseError):
         return fail("redis", f"refuses INFO: {error}", fatal=False)
-    detail = f"cannot be reached ({type(error).__name__}): events are recorded, and dispatched once it is reachable"
+    detail = (
+        f"cannot be reached: {_unreachable(error, address)}. Events are recorded, and dispatched once it is reachable"
+    )
     return fail("redis", detail, fatal=False)
+
+
+def _unreachable(error: Exception, address: SplitResult) -> str:
+    """What the network says of the address, which is shown without the login."""
+    path = Path(unquote(address.path))
+    host = f"[{address.hostname}]" if ":" in (address.hostname or "") else address.hostname
+    place = str(path) if address.scheme == "unix" else f"{host}:{address.port or 6379}"
+    for each in _chain(error):
+        match each:
+            case socket.gaierror():
+                return f"the host name {host} in REDIS_URL cannot be resolved"
+            case FileNotFoundError():
+                return f"there is no socket {path}" if path.parent.is_dir() else f"there is no folder {path.parent}"
+            case OSError() if f"[Errno {errno.ECONNREFUSED}]" in str(each):  # also one of several addresses of a name
+                return f"connection refused at {place}: check the address in REDIS_URL, and that the server runs"
+    return f"no answer from {place} ({type(error).__name__})"
 
 
 def _hopeless(error: BaseException) -> str | None:
