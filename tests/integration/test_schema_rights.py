@@ -1,5 +1,6 @@
 """What a migration or a check finds in its way: each time the schema, the table and the statement that helps."""
 
+import re
 import secrets
 from collections.abc import AsyncIterator
 
@@ -92,6 +93,35 @@ async def test_a_foreign_table_in_the_schema(empty_url: str, admin: asyncpg.Conn
     with pytest.raises(StoreUnsuitable, match=r"ALTER TABLE firstclaim\.ledger_epoch RENAME TO .*FIRSTCLAIM_SCHEMA"):
         await migrate(empty_url, SECONDS)
     assert await migrate(empty_url, SECONDS, schema="ledger") == (None, head())
+
+
+@pytest.mark.parametrize("columns", ["version int", "version_num int"])
+async def test_a_foreign_table_with_the_name_of_the_revision(
+    empty_url: str, admin: asyncpg.Connection, columns: str
+) -> None:
+    """`check` and `migrate` name it as not ours, with the statement to run, and that statement helps."""
+    await admin.execute(f"CREATE SCHEMA firstclaim; CREATE TABLE firstclaim.ledger_revision ({columns})")
+    said = (
+        r"^firstclaim\.ledger_revision exists and is no table of a ledger: rename it \(ALTER TABLE firstclaim\.ledger_"
+    )
+    with pytest.raises(StoreUnsuitable, match=said):
+        await migrate(empty_url, SECONDS)
+    found = (await checked(empty_url))["schema"]
+    assert re.match(said, found.detail)
+    await admin.execute("ALTER TABLE firstclaim.ledger_revision RENAME TO mine;")
+    assert await migrate(empty_url, SECONDS) == (None, head())
+
+
+async def test_a_foreign_table_beside_the_revision(database_url: str) -> None:
+    """A table of events without event ids is not ours either."""
+    connection = await asyncpg.connect(database_url)
+    await connection.execute(
+        "DROP TABLE firstclaim.stripe_events CASCADE; CREATE TABLE firstclaim.stripe_events (a int)"
+    )
+    await connection.close()
+    with pytest.raises(StoreUnsuitable, match=r"^firstclaim\.stripe_events exists and is no table"):
+        await migrate(database_url, SECONDS)
+    assert "stripe_events exists and is no table" in (await checked(database_url))["schema"].detail
 
 
 async def test_a_role_of_the_service_alone(empty_url: str, admin: asyncpg.Connection, role: str) -> None:

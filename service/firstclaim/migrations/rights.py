@@ -6,7 +6,7 @@ Guarantees: each is refused with the schema, the table and the statement to run,
 from sqlalchemy import Connection, text
 
 from firstclaim.errors import StoreUnsuitable
-from firstclaim.migrations.adoption import TABLES
+from firstclaim.migrations.adoption import TABLES, VERSION_TABLE
 
 _RIGHTS = text("""
 SELECT quote_ident(current_user) AS role, quote_ident(current_database()) AS database,
@@ -20,6 +20,18 @@ _RELATIONS = text("""
 SELECT relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE n.nspname = :schema AND relname = ANY(:tables) ORDER BY relname
 """)
+
+# A table of ours, in the schema $1, that lacks the column which every build reads.
+FOREIGN_TABLE = f"""
+SELECT c.relname FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+  JOIN (VALUES ('{VERSION_TABLE}', 'version_num'), ('stripe_events', 'event_id')) AS ours (name, key)
+    ON ours.name = c.relname
+ WHERE n.nspname = $1 AND NOT EXISTS (
+       SELECT FROM pg_attribute a
+        WHERE attrelid = c.oid AND attname = ours.key AND NOT attisdropped
+          AND atttypid IN ('text'::regtype, 'varchar'::regtype))
+ ORDER BY c.relname LIMIT 1
+"""
 
 
 def grants(schema: str, role: str) -> str:
@@ -58,11 +70,22 @@ def refuse_foreign_tables(connection: Connection, schema: str) -> None:
     """Raise `StoreUnsuitable` if `schema`, in which there is no ledger, has a table of our names."""
     found = connection.execute(_RELATIONS, {"schema": schema, "tables": list(TABLES)}).scalars().all()
     if found:
-        place = f"{schema}.{found[0]}"
-        raise StoreUnsuitable(
-            f"{place} exists and is no table of a ledger: rename it (ALTER TABLE {place} RENAME TO ...;), or name "
-            "another schema in FIRSTCLAIM_SCHEMA"
-        )
+        raise foreign_table(schema, found[0])
+
+
+def refuse_foreign_columns(connection: Connection, schema: str) -> None:
+    """Raise `StoreUnsuitable` if `schema` has a table of our names that lacks its column: it is not ours."""
+    if (found := connection.exec_driver_sql(FOREIGN_TABLE, (schema,)).scalar()) is not None:
+        raise foreign_table(schema, found)
+
+
+def foreign_table(schema: str, name: str) -> StoreUnsuitable:
+    """The error to raise for a table of our name that is not ours."""
+    place = f"{schema}.{name}"
+    return StoreUnsuitable(
+        f"{place} exists and is no table of a ledger: rename it (ALTER TABLE {place} RENAME TO ...;), or name "
+        "another schema in FIRSTCLAIM_SCHEMA"
+    )
 
 
 def make_schema(connection: Connection, schema: str, owner: str | None) -> None:

@@ -26,9 +26,12 @@ from firstclaim.errors import LedgerUnavailable, SchemaOutdated, StoreUnsuitable
 from firstclaim.migrations.adoption import VERSION_TABLE, adopt, farewell, find_old_ledger, leave_views
 from firstclaim.migrations.handler_tables import create, tables_of
 from firstclaim.migrations.rights import (
+    FOREIGN_TABLE,
+    foreign_table,
     grants,
     make_schema,
     refuse_encoding,
+    refuse_foreign_columns,
     refuse_foreign_tables,
     refuse_without_usage,
 )
@@ -97,7 +100,7 @@ def outdated(version: str | None) -> SchemaOutdated:
 
 def _gone(schema: str) -> StoreUnsuitable:
     return StoreUnsuitable(
-        f"schema {schema} has a revision in {VERSION_TABLE}, and no table stripe_events: restore it from a backup, or "
+        f"schema {schema} has the table {VERSION_TABLE}, and no table stripe_events: restore it from a backup, or "
         "name the schema of the ledger in FIRSTCLAIM_SCHEMA"
     )
 
@@ -105,11 +108,13 @@ def _gone(schema: str) -> StoreUnsuitable:
 async def read_version(connection: PinnedConnection) -> str | None:
     """The stored revision, read outside a transaction; None if there is no ledger yet. Also looks into the ledger.
 
-    Raises what asyncpg raises, and `StoreUnsuitable` if the role lacks a right.
+    Raises what asyncpg raises, and `StoreUnsuitable` if the role lacks a right, or a table of our name is not ours.
     """
     try:
         rows = await _VERSION.fetch(connection)
-    except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
+    except (asyncpg.UndefinedTableError, asyncpg.UndefinedColumnError, asyncpg.InvalidSchemaNameError):
+        if (foreign := await connection.fetchval(FOREIGN_TABLE, connection.schema)) is not None:
+            raise foreign_table(connection.schema, foreign) from None
         if await connection.fetchval("SELECT to_regclass($1)", f'"{connection.schema}".{VERSION_TABLE}') is not None:
             raise _gone(connection.schema) from None
         return None
@@ -157,6 +162,7 @@ def _upgrade(connection: Connection, schema: str, handlers: Sequence[str], lines
     old = None
     quoted = connection.scalar(_QUOTED, {"schema": schema})
     if connection.scalar(_EXISTS, {"schema": schema, "table": VERSION_TABLE}):
+        refuse_foreign_columns(connection, schema)
         if not connection.scalar(_EXISTS, {"schema": schema, "table": "stripe_events"}):
             raise _gone(schema)
         refuse_without_usage(connection, schema)
