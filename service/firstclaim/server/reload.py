@@ -59,13 +59,15 @@ class Reloader:
 
     def _wait_for_change(self, process: BaseProcess, before: Snapshot) -> Path | None:
         """The file that has changed; None: a signal came first."""
-        has_ended = False
-        while not self._stopping:
-            if has_ended:
+        is_told = False
+        while not self._stopping:  # looked at again after the wait: a signal to the group ends the process as well
+            if process.is_alive():
+                wait([process.sentinel], timeout=_POLL_SECONDS)
+            else:
+                if not is_told:
+                    log.warning("waiting_for_change", exit_code=process.exitcode)
+                is_told = True
                 time.sleep(_POLL_SECONDS)
-            elif wait([process.sentinel], timeout=_POLL_SECONDS):
-                has_ended = True
-                log.warning("waiting_for_change", exit_code=process.exitcode)
             now = snapshot(self._watched)
             if changed := [path for path in before.keys() | now.keys() if before.get(path) != now.get(path)]:
                 return min(changed)
