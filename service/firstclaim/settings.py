@@ -28,6 +28,9 @@ ADMIN_CONNECTIONS = 2  # a pool of their own too; two, so that one search does n
 
 _SERVICE_LINK = re.compile(PREFIX + r"(?:SERVICE_(?:HOST|PORT)|PORT)(?:_.*)?")
 
+_NUMBERS = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number"}
+_LIKE_A_NUMBER = re.compile(r"[-+]?\d[\d.,_]{0,6} ?[a-zA-Z%]{0,3}")
+
 
 def _converted(convert: Callable[[str], str]) -> AfterValidator:
     """A validator that converts a secret. A ValueError of `convert` becomes the fault."""
@@ -87,7 +90,8 @@ class Settings(Listening):
     )
     livemode: Literal["any", "live", "test"] = Field(
         "any",
-        description="Events of the other mode are recorded as `ignored`: live Connect endpoints get test events too.",
+        description="`any`, `live` or `test`. Events of the other mode are recorded as `ignored`: "
+        "live Connect endpoints get test events too.",
     )
     redis_prefix: str = Field(
         "firstclaim:",
@@ -197,7 +201,7 @@ class Settings(Listening):
         "auto", description="`auto`: console on a terminal, otherwise one JSON object per line."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="The lowest level that is written."
+        "info", description="The lowest level that is written: `debug`, `info`, `warning` or `error`."
     )
 
     @property
@@ -336,8 +340,12 @@ def _key(field: str) -> str:
 
 def _explain(error: ValidationError) -> list[str]:
     faults: list[str] = []
-    for detail in error.errors(include_url=False, include_input=False, include_context=False):
+    for detail in error.errors(include_url=False, include_context=False):
         message = detail["msg"].removeprefix("Value error, ")
+        if wanted := _NUMBERS.get(detail["type"]):
+            given = detail["input"]
+            shown = isinstance(given, str) and _LIKE_A_NUMBER.fullmatch(given)  # else it may be a secret
+            message = f"expected {wanted}, got {given!r}" if shown else f"expected {wanted}"
         if detail["loc"]:
             name = str(detail["loc"][0])
             message = f"{environment_name(name) if name in Settings.model_fields else name}: {message}"

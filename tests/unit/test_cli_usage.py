@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from firstclaim.cli.commands import app
 from firstclaim.cli.events import _confirm
+from firstclaim.cli.serve import _handled_type
 from firstclaim.errors import ConfigurationError
 from firstclaim.operations.stripe_api import StripeEvents
 from firstclaim.settings import Settings, environment_name
@@ -232,6 +233,27 @@ def test_two_handlers_for_one_type(run: Run, tmp_path: Path, monkeypatch: pytest
         run("check", STRIPE_WEBHOOK_SECRETS=SECRET, FIRSTCLAIM_HANDLERS=modules, **stores),
         *('two handlers for "invoice.payment_failed"', "record_payment_failure", "act", "postgres", "redis"),
     )
+
+
+@pytest.mark.parametrize(
+    ("pattern", "hinted"),
+    [
+        ("*", "invoice.payment_failed"),
+        ("invoice.*", "invoice.payment_failed"),
+        ("customer.*", "customer.created"),
+        ("charge.refunded", "charge.refunded"),
+        ("payout.paid", None),
+    ],
+)
+def test_the_type_that_serve_hints_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, hinted: str | None
+) -> None:
+    """`serve` hints at sending a type that has a handler and a template, or at none."""
+    name = "hinted_" + "".join(each for each in pattern if each.isalpha())
+    code = f'from firstclaim import on\n@on("{pattern}")\nasync def act(event, context): return "acted"\n'
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert _handled_type(Settings(handlers=(name,))) == hinted
 
 
 # -- exit code 3: Postgres is unreachable -------------------------------------------------------------

@@ -344,6 +344,22 @@ def test_a_number_out_of_range_is_refused(monkeypatch: pytest.MonkeyPatch, field
     assert fault.startswith(environment_name(field) + ": ")
 
 
+@pytest.mark.parametrize(
+    ("field", "wrong", "said"),
+    [
+        ("handler_slots", "10s", "expected a whole number, got '10s'"),
+        ("handler_slots", "1.5", "expected a whole number, got '1.5'"),
+        ("handler_slots", CANARY, "expected a whole number"),
+        ("lease_seconds", "15 s", "expected a number, got '15 s'"),
+        ("lease_seconds", CANARY, "expected a number"),
+    ],
+)
+def test_what_is_no_number(monkeypatch: pytest.MonkeyPatch, field: str, wrong: str, said: str) -> None:
+    """The fault says what was expected, and what was found if that looks like a number: no secret does."""
+    [fault] = faults(monkeypatch, **{environment_name(field): wrong})
+    assert fault == f"{environment_name(field)}: {said}"
+
+
 # -- addresses ----------------------------------------------------------------------------------------
 
 

@@ -106,7 +106,8 @@ def _print_addresses(settings: Settings, ready: Settings, listener: socket.socke
     if not settings.stripe_webhook_secrets:
         secret = ready.stripe_webhook_secrets[0].get_secret_value()
         lines["secret"] = f"{secret} (generated, stored in {settings.data_dir})"
-        lines["try"] = f"firstclaim send invoice.payment_failed --copies 20{_url_option(settings, port)}"
+        if event_type := _handled_type(settings):
+            lines["try"] = f"firstclaim send {event_type} --copies 20{_url_option(settings, port)}"
     out.print(f"firstclaim {version('firstclaim')}")
     for name, value in lines.items():
         # Not as markup: a pattern may have brackets. A secret that is wrapped cannot be copied.
@@ -121,6 +122,16 @@ def _handler_lines(settings: Settings) -> dict[str, str]:
     width = max((len(handler.pattern) for handler in handlers), default=0)
     shown = (f"{handler.pattern:{width}} {handler.name}" for handler in handlers)
     return {"handlers" if number == 0 else " " * number: line for number, line in enumerate(shown)}
+
+
+def _handled_type(settings: Settings) -> str | None:
+    """A type that `send` has a template for and a handler runs at; None: there is none."""
+    from firstclaim.registry import Registry
+    from firstclaim.sending.events import shipped_types
+
+    registry = Registry.load(settings.handlers)
+    types = ("invoice.payment_failed", *shipped_types())
+    return next((each for each in types if registry.find(each) is not None), None)
 
 
 def _url_option(settings: Settings, port: int) -> str:

@@ -103,11 +103,24 @@ async def _post(client: httpx.AsyncClient, url: str, body: bytes, secret: str) -
     try:
         response = await client.post(url, content=body, headers=headers)
     except httpx.HTTPError as error:
-        text = f"{type(error).__name__}: {error}".removesuffix(": ")
-        return Answer(None, None, None, time.perf_counter() - started, text)
+        return Answer(None, None, None, time.perf_counter() - started, _explain(error, url))
     seconds = time.perf_counter() - started
     action, processed, reason = outcome_of(response.content)
     return Answer(response.status_code, action, processed, seconds, None, reason)
+
+
+def _explain(error: httpx.HTTPError, url: str) -> str:
+    """The class of the error, the address (without a login) and what to do."""
+    name, place = type(error).__name__, httpx.URL(url).copy_with(username=None, password=None, query=None)
+    match error:
+        case httpx.ConnectError() | httpx.ConnectTimeout():
+            said = f" ({error})" if str(error) else ""
+            return f"{name}: cannot connect to {place}{said}: check that `firstclaim serve` runs there, or give --url"
+        case httpx.TimeoutException():
+            return (
+                f"{name}: no answer from {place} within {_TIMEOUT_SECONDS:g} s: check what listens there, and its log"
+            )
+    return f"{name}: {error}".removesuffix(": ")
 
 
 def outcome_of(content: bytes) -> tuple[str | None, bool | None, str | None]:

@@ -30,7 +30,9 @@ def report(answers: Sequence[Answer], console: Console, event_id: str = "") -> N
     for (status, action, processed), count in _tally(answers).most_common():
         table.add_row(_cell(status), _cell(action), _cell(processed), str(count))
     console.print(table)
-    for reason in dict.fromkeys(answer.reason for answer in answers if answer.reason):
+    answered = any(each.status is not None for each in answers)  # else the verdict names the error
+    reasons = (each.reason or (each.error if answered else None) for each in answers)
+    for reason in dict.fromkeys(each for each in reasons if each):
         console.print(Text.assemble("reason: ", _cell(reason)), soft_wrap=True)
     if latencies := sorted(answer.seconds for answer in answers if answer.status is not None):
         line = f"latency p50 {_milliseconds(latencies, 0.5)} ms, p99 {_milliseconds(latencies, 0.99)} ms"
@@ -40,7 +42,8 @@ def report(answers: Sequence[Answer], console: Console, event_id: str = "") -> N
 
 
 def _tally(answers: Sequence[Answer]) -> Counter[tuple[int | None, str | None, bool | None]]:
-    return Counter((each.status, each.action or each.error, each.processed) for each in answers)
+    names = ((each, each.action or (each.error and each.error.partition(":")[0])) for each in answers)
+    return Counter((each.status, name, each.processed) for each, name in names)
 
 
 def _verdict(answers: Sequence[Answer]) -> tuple[int, str]:
