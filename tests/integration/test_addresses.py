@@ -230,6 +230,14 @@ async def test_an_unknown_parameter_is_named(postgres_url: str, query: str) -> N
     assert said == "DATABASE_URL: the server refuses the parameter unheard_of, UndefinedObjectError"
 
 
+async def test_options_that_the_server_cannot_read(postgres_url: str) -> None:
+    """Options for a pooler, at a server without one, are at fault: one line, without the value."""
+    said = await refused(f"{postgres_url}&options=endpoint%3Dc4n4ry", exit_code=2)
+    assert said == (
+        "DATABASE_URL: the server refuses options, PostgresSyntaxError; expected e.g. options=-c%20work_mem%3D8MB"
+    )
+
+
 async def test_a_wrong_setting_is_named_without_its_value(postgres_url: str) -> None:
     """A setting that the server refuses is named, and its value is not repeated."""
     said = await refused(f"{postgres_url}&work_mem=c4n4ry", exit_code=2)

@@ -53,7 +53,12 @@ def describe(error: BaseException) -> str:
     return type(original).__name__ + (f" ({state})" if state else "")
 
 
-def explain(error: BaseException) -> str:
+def in_one_line(error: BaseException) -> str:
+    """What the server says, with its DETAIL and its HINT, each of which asyncpg puts on a line of its own."""
+    return "; ".join(line.strip() for line in str(error).splitlines() if line.strip())
+
+
+def explain(error: BaseException, otherwise: str = "`firstclaim check` and the server's log say more") -> str:
     """The class and the SQLSTATE of an error that Postgres, its driver or the network raised, and what to do."""
     cause: BaseException | None = error
     while cause is not None:  # SQLAlchemy's error has the driver's as its cause
@@ -63,4 +68,4 @@ def explain(error: BaseException) -> str:
             if isinstance(cause, classes):
                 return f"{describe(error)}: {advice}"
         cause = cause.__cause__
-    return f"{describe(error)}: `firstclaim check` and the server's log say more"
+    return f"{describe(error)}: {otherwise}"

@@ -15,7 +15,7 @@ import asyncpg
 
 from firstclaim.errors import ConfigurationError, LedgerRefused
 from firstclaim.postgres import tls
-from firstclaim.postgres.advice import explain
+from firstclaim.postgres.advice import explain, in_one_line
 from firstclaim.urls.postgres import PostgresAddress
 
 C = TypeVar("C", bound=asyncpg.Connection)
@@ -77,7 +77,7 @@ def refusal(error: Exception) -> LedgerRefused | None:
     """What to change, if no other attempt can help; None: one may."""
     if isinstance(error, OSError):
         return _refusal_by_network(error)
-    said, name = str(error), type(error).__name__
+    said, name = in_one_line(error), type(error).__name__
     at_pooler = isinstance(error, asyncpg.ProtocolViolationError)  # PgBouncer gives most of its errors this code
     if isinstance(error, _LOGIN) or (at_pooler and _LOGIN_AT_POOLER.search(said)):
         return LedgerRefused(explain(error), detail=said)
@@ -85,6 +85,9 @@ def refusal(error: Exception) -> LedgerRefused | None:
         found = _PARAMETER_NAME.search(said)
         shown = f"the parameter {found[1]}" if found else "a parameter"
         return LedgerRefused(f"DATABASE_URL: the server refuses {shown}, {name}", exit_code=_AT_FAULT)
+    if isinstance(error, asyncpg.PostgresSyntaxError):  # nothing but `options` is parsed before there is a session
+        expected = "expected e.g. options=-c%20work_mem%3D8MB"
+        return LedgerRefused(f"DATABASE_URL: the server refuses options, {name}; {expected}", exit_code=_AT_FAULT)
     if isinstance(error, asyncpg.InterfaceError):  # the driver does not understand the address, or the server
         return LedgerRefused(f"DATABASE_URL: the driver cannot connect, {name}", detail=said, exit_code=_AT_FAULT)
     return None

@@ -13,7 +13,7 @@ import stripe
 
 from firstclaim.errors import ConfigurationError, LedgerRefused, LedgerUnavailable, StoreUnsuitable
 from firstclaim.migrations.rights import unfit_encoding
-from firstclaim.postgres.advice import explain
+from firstclaim.postgres.advice import explain, in_one_line
 from firstclaim.postgres.connect import connect
 from firstclaim.postgres.connection import UNAVAILABLE, PinnedConnection, describe
 from firstclaim.registry import Registry
@@ -34,6 +34,7 @@ SELECT bool_and(has_function_privilege(oid, 'EXECUTE')) FROM pg_proc
    AND proargtypes[2] = 'text'::regtype
 """
 _POOLER_PROBES = 4
+_NO_ADVICE = "the server's log says more"
 
 
 async def all_checks(settings: Settings, *, wait: bool = False) -> list[Check]:
@@ -97,7 +98,8 @@ async def _connect(dsn: str, settings: Settings, *, wait: bool) -> PinnedConnect
             connection.schema = settings.schema_name
             return connection
         except asyncpg.PostgresError as error:
-            failure = f"{error} ({explain(error)})"  # with the server's message, which holds no password
+            # With the server's message, which holds no password.
+            failure = f"{in_one_line(error)} ({explain(error, _NO_ADVICE)})"
         except UNAVAILABLE as error:
             failure = explain(error)
     raise LedgerUnavailable(failure)
