@@ -37,7 +37,7 @@ from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from firstclaim.postgres.probe import Probe
 from firstclaim.registry import Context, Handler
-from firstclaim.sending.events import build_event, shipped_types
+from firstclaim.sending.events import build_event, check_field, shipped_types
 from firstclaim.settings import Settings
 from firstclaim.urls.postgres import postgres_dsn
 
@@ -61,7 +61,8 @@ def make_event(event_type: str, **overrides: Any) -> Event:
     `overrides` are fields of the event (`livemode=True`, `account="acct_1"`, `data={"previous_attributes": {...}}`).
     A dict is merged into the template's dict, any other value replaces the template's. `object` stands for
     `data.object`: `make_event("invoice.paid", object={"currency": "usd"})`. A type without a template needs all of
-    its object this way. Raises `ValueError`, with the reason, if that gives no event that the service would accept.
+    its object this way. Raises `ValueError`, with the reason, if that gives no event that the service would accept, and
+    for a field that the template does not have, unless `api_version` is overridden too.
     """
     if "object" in overrides:
         overrides = _merged(overrides, {"data": {"object": overrides["object"]}})
@@ -70,6 +71,8 @@ def make_event(event_type: str, **overrides: Any) -> Event:
         payload = orjson.loads(build_event(event_type))
     else:
         payload = _without_template(event_type, overrides)
+    if "api_version" not in overrides:
+        _check_fields(payload, overrides, (), f"make_event({event_type!r})")
     try:
         return parse_event(orjson.dumps(_merged(payload, overrides)))
     except (Rejected, TypeError) as error:
@@ -85,6 +88,13 @@ def _without_template(event_type: str, overrides: dict[str, Any]) -> dict[str, A
         )
     payload: dict[str, Any] = orjson.loads(build_event(_ENVELOPE))
     return payload | {"type": event_type, "data": {"object": {}}}
+
+
+def _check_fields(base: dict[str, Any], changes: dict[str, Any], parents: tuple[str, ...], where: str) -> None:
+    for name, change in changes.items():
+        check_field(base, name, parents, where)
+        if isinstance(old := base.get(name), dict) and isinstance(change, dict):
+            _check_fields(old, change, (*parents, name), where)
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -121,6 +131,10 @@ class Transaction:
         exception group. `HandlerRuleBroken` names a rule that the handler broke, for example that it committed. If it
         raises, what the handler wrote is rolled back; what the test and earlier handlers wrote is kept.
         """
+        if not callable(handler):
+            raise TypeError(f"deliver: expected the handler's function, got {type(handler).__name__} {handler!r:.80}")
+        if not isinstance(event, Event):
+            raise TypeError(f"deliver: expected an event, as make_event returns it, got {type(event).__name__}")
         call = HandlerCall(Handler(event.type, handler), deadline_seconds)
         try:
             async with self.use() as connection:

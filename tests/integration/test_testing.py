@@ -318,3 +318,16 @@ def test_the_sync_fixture(firstclaim_sync_transaction: SyncTransaction) -> None:
     """`firstclaim_sync_transaction` is the same for sync tests, and the effects of the test above are not in it."""
     assert firstclaim_sync_transaction.fetch("SELECT count(*) FROM effects")[0][0] == 0
     assert firstclaim_sync_transaction.deliver(handles_in_thread, EVENT) == "handled_well"
+
+
+@pytest.mark.parametrize(
+    ("handler", "event", "says"),
+    [
+        ("shop.grant", EVENT, "expected the handler's function, got str 'shop.grant'"),
+        (handles, {"type": "invoice.paid"}, "expected an event, as make_event returns it, got dict"),
+    ],
+)
+async def test_what_deliver_expects_is_said(work: Transaction, handler: Any, event: Any, says: str) -> None:
+    """A name instead of a function, or a dict instead of an event, is refused in words."""
+    with pytest.raises(TypeError, match=says):
+        await work.deliver(handler, event)

@@ -150,6 +150,8 @@ async def test_a_log_that_would_show_payloads(monkeypatch: pytest.MonkeyPatch) -
     [
         ("currency", ["--set currency", "path=value"]),
         ("data.objekt.currency=usd", ["no 'objekt'", "did you mean object?"]),
+        ("data.object.currncy=usd", ["no 'currncy'", "did you mean currency?"]),
+        ("livemod=true", ["no 'livemod'", "did you mean livemode?"]),
         ("data.object.lines.data.99.amount=1", ["no '99'"]),
         ("id.x=1", ["--set id.x"]),
     ],

@@ -39,6 +39,12 @@ def test_overrides_are_merged() -> None:
     assert event.payload["data"] is event.data
 
 
+def test_an_event_of_another_api_version_may_have_other_fields() -> None:
+    """What the template's version does not have is accepted together with `api_version`."""
+    event = make_event("invoice.paid", api_version="2024-06-20", object={"subscription": "sub_1"})
+    assert event.data["object"]["subscription"] == "sub_1"
+
+
 def test_a_list_is_replaced() -> None:
     """Only dicts are merged."""
     assert make_event("invoice.paid", object={"lines": {"data": []}}).data["object"]["lines"]["data"] == []
@@ -60,6 +66,10 @@ def test_a_type_without_a_template_takes_its_whole_object() -> None:
         ("invoice.paid", {"livemode": "yes"}, '"livemode" must be true or false'),
         ("invoice.paid", {"object": None}, '"data.object" must be an object'),
         ("invoice.paid", {"object": {"due_date": object()}}, "not JSON serializable"),
+        ("invoice.paid", {"livemod": True}, "there is no 'livemod'; did you mean livemode?"),
+        ("invoice.paid", {"object": {"currncy": "usd"}}, "there is no 'currncy'; did you mean currency?"),
+        ("invoice.paid", {"data": {"objct": {}}}, "there is no 'objct'; did you mean object?"),
+        ("charge.dispute.created", {"livemod": True, "object": {"id": "dp_1"}}, "did you mean livemode?"),
         ("bad type", {"object": {}}, '"type" is missing or malformed'),
     ],
 )

@@ -500,16 +500,24 @@ def test_templates_are_pretty_printed_as_stripes_are() -> None:
 def test_fields_can_be_set() -> None:
     """`--set` changes what it names and nothing else: JSON as its value, other text as text, items by number."""
     body = build_event("invoice.paid")
-    changes = ["data.object.currency=usd", "livemode=true", "data.object.lines.data.0.amount=5", "data.object.note=a=b"]
+    changes = ["data.object.currency=usd", "livemode=true", "data.object.lines.data.0.amount=5"]
+    changes += ["data.object.metadata.note=a=b", "account=acct_1"]
     event, before = orjson.loads(changed(body, changes)), orjson.loads(body)
     invoice = event["data"]["object"]
-    assert (invoice["currency"], event["livemode"], invoice["note"]) == ("usd", True, "a=b")
+    assert (invoice["currency"], event["livemode"], invoice["metadata"]["note"]) == ("usd", True, "a=b")
     assert invoice["lines"]["data"][0]["amount"] == 5
-    before["data"]["object"] |= {"currency": "usd", "note": "a=b"}
-    before["livemode"] = True
+    before["data"]["object"]["currency"] = "usd"
+    before["data"]["object"]["metadata"]["note"] = "a=b"
+    before |= {"livemode": True, "account": "acct_1"}
     before["data"]["object"]["lines"]["data"][0]["amount"] = 5
     assert event == before
     assert changed(body, []) is body
+
+
+def test_a_field_of_another_api_version_can_be_set() -> None:
+    """What the template's version does not have is accepted together with `api_version`."""
+    event = orjson.loads(changed(build_event("invoice.paid"), ["data.object.paid=true", "api_version=2024-06-20"]))
+    assert event["data"]["object"]["paid"] is True
 
 
 def test_the_report_shows_the_event_and_the_reasons() -> None:

@@ -26,6 +26,10 @@ _ID = re.compile(r"(?<![A-Za-z0-9])((?:[a-z]+_)+)(?=[A-Za-z]*\d)([A-Za-z0-9]{14,
 # An integer this close to the template's own `created` is an instant, and moves with it.
 _NEAR_SECONDS = 400 * 86_400
 
+# Where Stripe has names of the account's own, or only some of the names; and fields that only some events have.
+_FREE = {"metadata", "previous_attributes"}
+_OPTIONAL = {"account", "context", "reason", "data.previous_attributes"}
+
 
 def shipped_types() -> list[str]:
     """The event types that have a template."""
@@ -81,9 +85,10 @@ def changed(body: bytes, changes: Sequence[str]) -> bytes:
     """The event with fields set: each change is `path=value`, such as `data.object.currency=usd`.
 
     A value that is JSON is that value (`true`, `5`, `null`, `{"a": 1}`), any other is a text. The path leads through
-    objects, and by number through lists; only its last name may be new. Raises `ValueError`.
+    objects, and by number through lists; its last name may be new where `check_field` says so. Raises `ValueError`.
     """
     event = orjson.loads(body)
+    other_version = any(change.startswith("api_version=") for change in changes)
     for change in changes:
         path, equals, text = change.partition("=")
         if not (path and equals):
@@ -92,9 +97,24 @@ def changed(body: bytes, changes: Sequence[str]) -> bytes:
         place = event
         for name in parents:
             place = place[_key(place, name, path)]
-        key = last if isinstance(place, dict) else _key(place, last, path)
-        place[key] = _value(text)
+        if not isinstance(place, dict):
+            last = _key(place, last, path)
+        elif not other_version:
+            check_field(place, last, parents, f"--set {path}")
+        place[last] = _value(text)
     return orjson.dumps(event, option=orjson.OPT_INDENT_2) if changes else body
+
+
+def check_field(place: dict[str, Any], name: str, parents: Sequence[str], where: str) -> None:
+    """Raise `ValueError`, beginning with `where`, if `name` is a new field of `place`, and none that Stripe adds there.
+
+    `parents` are the names that lead to `place`. An event of another API version has other fields: callers that set
+    `api_version` do not check.
+    """
+    free = not place or any(parent in _FREE for parent in parents)
+    if name in place or free or ".".join([*parents, name]) in _OPTIONAL:
+        return
+    raise ValueError(f"{where}: {_missing(place, name)} (for a field of another API version, set api_version too)")
 
 
 def event_id_of(body: bytes) -> str:
@@ -109,9 +129,13 @@ def _key(place: Any, name: str, path: str) -> Any:
         return name
     if isinstance(place, list) and name.isdecimal() and int(name) < len(place):
         return int(name)
+    raise ValueError(f"--set {path}: {_missing(place, name)}")
+
+
+def _missing(place: Any, name: str) -> str:
     there = sorted(place) if isinstance(place, dict) else []
     near = difflib.get_close_matches(name, there, n=1)
-    raise ValueError(f"--set {path}: there is no {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    return f"there is no {name!r}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _value(text: str) -> Any:
