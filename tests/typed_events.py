@@ -24,7 +24,7 @@ EXCEPTIONS = {
 
 HEAD = '''"""Generated from stripe-python {version} by `python -m tests.typed_events`: do not edit."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal, Protocol, TypeVar, overload
 
 import stripe
@@ -35,7 +35,7 @@ from firstclaim.registry import Context
 __all__ = ["on"]
 
 _O = TypeVar("_O")
-_R = TypeVar("_R")
+_R = TypeVar("_R", bound=str | Awaitable[str | None] | None)
 
 class _Declare(Protocol[_O]):
     def __call__(self, function: Callable[[Event[_O], Context], _R], /) -> Callable[[Event[_O], Context], _R]: ...

@@ -1,6 +1,6 @@
 """Generated from stripe-python 16.1.0 by `python -m tests.typed_events`: do not edit."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal, Protocol, TypeVar, overload
 
 import stripe
@@ -11,7 +11,7 @@ from firstclaim.registry import Context
 __all__ = ["on"]
 
 _O = TypeVar("_O")
-_R = TypeVar("_R")
+_R = TypeVar("_R", bound=str | Awaitable[str | None] | None)
 
 class _Declare(Protocol[_O]):
     def __call__(self, function: Callable[[Event[_O], Context], _R], /) -> Callable[[Event[_O], Context], _R]: ...

@@ -72,6 +72,23 @@ async def one_of_several(event: Event[stripe.Card], context: Context) -> None:
     """The source may be another object."""
 
 
+@on("charge.succeeded")  # type: ignore[type-var]
+async def another_result(event: Event[stripe.Charge], context: Context) -> int:
+    """A handler returns its action or None: mypy says so."""
+    return 1
+
+
+@on("charge.succeeded")  # type: ignore[type-var]
+def another_result_of_a_thread(event: Event[stripe.Charge], context: Context) -> bool:
+    """So it does for a handler that is not async."""
+    return True
+
+
+@on("charge.succeeded")
+async def perhaps_an_action(event: Event[stripe.Charge], context: Context) -> str | None:
+    return None
+
+
 def test_the_stub_is_what_the_installed_library_says() -> None:
     """`declare.pyi` is generated from the installed stripe-python. To renew it: `python -m tests.typed_events`."""
     assert STUB.read_text() == typed_events.stub()
