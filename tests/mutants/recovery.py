@@ -175,6 +175,22 @@ MUTANTS = (
         "unit/test_shutdown.py::test_the_exit_does_not_extend_the_shutdown",
     ),
     Mutant(
+        "a-kill-beyond-the-stop",
+        "Killing a frozen worker, and the supervisor's exit, are parts of the stop's time.",
+        "workers_settings",
+        "settings.shutdown_seconds - min(_SUPERVISOR_SECONDS, most)",
+        "settings.shutdown_seconds",
+        "unit/test_supervisor.py::test_the_supervisor_has_a_part_of_the_stop",
+    ),
+    Mutant(
+        "an-exit-of-the-supervisor-without-a-limit",
+        "The supervisor's own exit is limited from the signal on.",
+        "Supervisor._request_stop",
+        "self._on_stop()",
+        "",
+        "unit/test_supervisor.py::test_a_frozen_worker_does_not_delay_the_stop",
+    ),
+    Mutant(
         "a-frozen-worker-delays-the-stop",
         "A worker that does not stop in time is killed.",
         "Supervisor._stop",

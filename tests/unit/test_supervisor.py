@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from firstclaim.server import supervisor
+from firstclaim.server.runner import workers_settings
 from firstclaim.server.supervisor import Heartbeat, Supervisor
+from firstclaim.settings import Settings
 
 FOR_EVER = 1_000.0
 
@@ -104,9 +106,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
         signal.signal(number, handler)
 
 
-def _run(size: int = 1) -> int:
+def _run(size: int = 1, on_stop: Callable[[], None] = lambda: None) -> int:
     work: Callable[[Heartbeat], None] = print
-    return Supervisor(work, size, stop_seconds=6).run()
+    return Supervisor(work, size, stop_seconds=6, on_stop=on_stop).run()
 
 
 def test_workers_run_until_a_signal(clock: Clock) -> None:
@@ -173,6 +175,15 @@ def test_a_frozen_worker_does_not_delay_the_stop(clock: Clock, monkeypatch: pyte
         clock.terminate(process)
 
     monkeypatch.setattr(supervisor, "_terminate", terminate)
-    assert _run(2) == 1
+    stopped: list[float] = []
+    assert _run(2, lambda: stopped.append(clock.now)) == 1
     assert [process.killed for process in clock.processes] == [True, False]
-    assert clock.now < 10 + 6 + 1
+    assert stopped == [10]
+    assert clock.now <= 10 + 6 + 0.5
+
+
+@pytest.mark.parametrize(("stop", "drain", "theirs"), [(25, 3, 24), (4, 0, 3), (1, 0, 0.5), (4, 3.5, 3.75)])
+def test_the_supervisor_has_a_part_of_the_stop(stop: float, drain: float, theirs: float) -> None:
+    """The workers have a second less, to kill a frozen one and to exit; but always more than the drain."""
+    settings = Settings.model_construct(shutdown_seconds=stop, drain_seconds=drain)
+    assert workers_settings(settings).shutdown_seconds == theirs

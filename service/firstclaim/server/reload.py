@@ -32,12 +32,18 @@ log = structlog.get_logger(__name__)
 
 
 class Reloader:
-    """Runs `work()` in a process, which is spawned: `work` must be picklable. `watched` are files and folders."""
+    """Runs `work()` in a process, which is spawned: `work` must be picklable. `watched` are files and folders.
 
-    def __init__(self, work: Callable[[], None], watched: Iterable[Path], stop_seconds: float) -> None:
+    `stop_seconds` is the process' time to stop. `on_stop` is called in the handler of the first signal.
+    """
+
+    def __init__(
+        self, work: Callable[[], None], watched: Iterable[Path], stop_seconds: float, on_stop: Callable[[], None]
+    ) -> None:
         self._work = work
         self._watched = list(watched)
         self._stop_seconds = stop_seconds
+        self._on_stop = on_stop
         self._stopping = False
 
     def run(self) -> None:
@@ -55,7 +61,9 @@ class Reloader:
             self._stop(process)
 
     def _request_stop(self, *_: object) -> None:
-        self._stopping = True
+        if not self._stopping:
+            self._stopping = True
+            self._on_stop()
 
     def _wait_for_change(self, process: BaseProcess, before: Snapshot) -> Path | None:
         """The file that has changed; None: a signal came first."""

@@ -31,6 +31,8 @@ from firstclaim.settings import Settings
 from firstclaim.shutdown import Shutdown, Watchdog, stop_signals
 
 _MAX_BUFFERED_BODIES = 64  # of the maximum size, in memory at once; of an ordinary size, some ten thousand
+# A supervisor's part of a stop's time: to pass the signal on (0.25 s), to kill workers (0.5 s) and to exit.
+_SUPERVISOR_SECONDS = 1.0
 _CANCEL_SECONDS = 1.5  # for tasks that are left on the event loop after a shutdown; in the same 2 s as the exit itself
 
 
@@ -136,8 +138,10 @@ def run(create_app: CreateApp, settings: Settings, listener: socket.socket, work
     watchdog.start()
     configure(settings.log_format, settings.log_level)
     with _shared_metrics():
-        work = partial(_work, create_app, settings, listener)
-        if code := Supervisor(work, workers, settings.shutdown_seconds).run():
+        theirs = workers_settings(settings)
+        work = partial(_work, create_app, theirs, listener)
+        on_stop = partial(watchdog.limit, settings.shutdown_seconds, 1)
+        if code := Supervisor(work, workers, theirs.shutdown_seconds, on_stop).run():
             raise SystemExit(code)
 
 
@@ -145,8 +149,16 @@ def run_reloading(create_app: CreateApp, settings: Settings, listener: socket.so
     """Serve until a signal, in a process that is replaced whenever a source file changes."""
     watchdog.start()
     configure(settings.log_format, settings.log_level)
-    work = partial(_work_until_change, create_app, settings, listener)
-    Reloader(work, watched_paths(settings.handlers, Path.cwd()), settings.shutdown_seconds).run()
+    theirs = workers_settings(settings)
+    work = partial(_work_until_change, create_app, theirs, listener)
+    on_stop = partial(watchdog.limit, settings.shutdown_seconds, 1)
+    Reloader(work, watched_paths(settings.handlers, Path.cwd()), theirs.shutdown_seconds, on_stop).run()
+
+
+def workers_settings(settings: Settings) -> Settings:
+    """For processes that another one supervises: their stop leaves it the time to kill them, and to exit."""
+    most = (settings.shutdown_seconds - settings.drain_seconds) / 2  # the drain is a part of their time
+    return settings.model_copy(update={"shutdown_seconds": settings.shutdown_seconds - min(_SUPERVISOR_SECONDS, most)})
 
 
 def _work_until_change(create_app: CreateApp, settings: Settings, listener: socket.socket) -> None:

@@ -3,7 +3,7 @@
 Guarantees: a worker that dies is replaced, whatever its exit code, and the others keep serving. Replacements are
 delayed when workers end soon after their start, so a worker that dies at once does not spin. Only a worker that cannot
 start, before any worker ever could, ends the service. A worker that is silent is killed. A stop ends within
-`stop_seconds`: workers that are left then, such as a frozen one, are killed.
+`stop_seconds` and a moment: workers that are left then, such as a frozen one, are killed.
 
 uvicorn's supervisor does not fit: it ends all workers, with exit code 0, when one exits with code 3, and while it waits
 for a silent worker or for the end of a stopping one it handles no signal.
@@ -76,11 +76,17 @@ class _Worker:
 
 
 class Supervisor:
-    """Runs `work(heartbeat)` in each of `size` processes, which are spawned: `work` must be picklable."""
+    """Runs `work(heartbeat)` in each of `size` processes, which are spawned: `work` must be picklable.
 
-    def __init__(self, work: Callable[[Heartbeat], None], size: int, stop_seconds: float) -> None:
+    `stop_seconds` is the workers' time to stop. `on_stop` is called in the handler of the first signal.
+    """
+
+    def __init__(
+        self, work: Callable[[Heartbeat], None], size: int, stop_seconds: float, on_stop: Callable[[], None]
+    ) -> None:
         self._work = work
         self._stop_seconds = stop_seconds
+        self._on_stop = on_stop
         self._workers = [_Worker() for _ in range(size)]
         self._stop_at: float | None = None
         self._signals = 0
@@ -101,6 +107,7 @@ class Supervisor:
         self._signals += 1
         if self._stop_at is None:
             self._stop_at = time.monotonic()
+            self._on_stop()
 
     def _look_after(self, worker: _Worker) -> None:
         now = time.monotonic()
@@ -165,7 +172,7 @@ class Supervisor:
             worker.heartbeat = None
 
     def _stop(self) -> int:
-        """Stop all workers, in the time that a shutdown has."""
+        """Stop all workers, in the time that they have."""
         running = [worker.process for worker in self._workers if worker.process is not None]
         ends_at = (self._stop_at or time.monotonic()) + self._stop_seconds + _KILL_SECONDS
         signalled, killed = 0, False
