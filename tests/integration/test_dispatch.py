@@ -375,6 +375,95 @@ async def test_a_swallowed_sql_error_of_a_thread_is_named(world: World) -> None:
     await fails(world, function, "the handler swallowed an SQL error")
 
 
+NUMBER = text("SELECT CAST(:number AS int)")
+NO_NUMBER = {"number": "seven"}
+
+
+async def refused_by_fetch(context: Context) -> None:
+    await context.fetch("SELECT $1::int", "seven")
+
+
+async def refused_by_connection(context: Context) -> None:
+    await context.connection.execute(NUMBER, NO_NUMBER)
+
+
+async def refused_in_a_session(context: Context) -> None:
+    async with context.session() as session:
+        with contextlib.suppress(DBAPIError):
+            await session.execute(NUMBER, NO_NUMBER)
+
+
+def refused_by_execute(context: Context) -> None:
+    context.execute(NUMBER, NO_NUMBER)
+
+
+def refused_in_a_sync_session(context: Context) -> None:
+    with context.sync_session() as session, contextlib.suppress(DBAPIError):
+        session.execute(NUMBER, NO_NUMBER)
+
+
+@pytest.mark.parametrize("refused", [refused_by_fetch, refused_by_connection, refused_in_a_session])
+async def test_a_swallowed_error_of_the_driver_is_named(world: World, refused: Callable[..., Awaitable[None]]) -> None:
+    """The driver refuses a value, the server sees nothing, the transaction is intact: failed, never `processed`."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, DBAPIError):
+            await refused(context)
+
+    await fails(world, function, "a handler must not swallow the error of a statement that was not executed: DataError")
+
+
+@pytest.mark.parametrize("refused", [refused_by_execute, refused_in_a_sync_session])
+async def test_a_swallowed_error_of_the_driver_in_a_thread_is_named(world: World, refused: Callable[..., None]) -> None:
+    """The same from a sync handler."""
+
+    def function(event: Event, context: Context) -> None:
+        effect_from_thread(event, context)
+        with contextlib.suppress(DBAPIError):
+            refused(context)
+
+    await fails(world, function, "a handler must not swallow the error of a statement that was not executed: DataError")
+
+
+@pytest.mark.parametrize("refused", [refused_by_fetch, refused_by_connection, refused_in_a_session])
+@pytest.mark.parametrize("rolls_back", [True, False])
+async def test_a_savepoint_takes_its_errors_with_it(
+    world: World, refused: Callable[..., Awaitable[None]], rolls_back: bool
+) -> None:
+    """What was refused in a savepoint counts, unless that savepoint, or one around it, is rolled back."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        with contextlib.suppress(RuntimeError):
+            async with context.connection.begin_nested():
+                with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, DBAPIError):
+                    async with context.connection.begin_nested():
+                        await effect(event, context)
+                        if refused is refused_in_a_session:
+                            await refused(context)
+                    await refused(context)
+                if rolls_back:
+                    raise RuntimeError
+
+    if rolls_back:
+        await ends(world, function, Kind.PROCESSED, Status.COMPLETED, effects=1)
+    else:
+        await fails(world, function, "a handler must not swallow the error")
+
+
+async def test_statements_at_once_are_named(world: World) -> None:
+    """The one connection executes one statement at a time: of three at once it executes one, and refuses the others."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        async with context.connection.begin_nested() as savepoint:
+            await asyncio.gather(*(context.fetch("SELECT 1") for _ in range(3)), return_exceptions=True)
+            await savepoint.rollback()
+
+    await fails(world, function, "a handler must await each statement before the next")
+
+
 @pytest.mark.parametrize("method", ["commit", "rollback"])
 async def test_ending_the_transaction_is_refused(world: World, method: str) -> None:
     """commit() raises, and so does the first statement after rollback(), with what to do instead; then it has failed.

@@ -191,6 +191,11 @@ async def swallows(event: Event, context: Context) -> None:
         await context.fetch("SELECT 1 / 0")
 
 
+async def swallows_a_refusal(event: Event, context: Context) -> None:
+    with contextlib.suppress(asyncpg.InterfaceError, asyncpg.DataError):
+        await context.fetch("SELECT $1::int", "seven")
+
+
 async def returns_a_number(event: Event, context: Context) -> int:
     return 7
 
@@ -204,6 +209,7 @@ async def exits(event: Event, context: Context) -> None:
     [
         (commits, "must not commit"),
         (swallows, "swallowed an SQL error"),
+        (swallows_a_refusal, "must not swallow the error of a statement"),
         (returns_a_number, "returned int"),
         (exits, "must not raise SystemExit"),
     ],
@@ -212,6 +218,7 @@ async def test_a_broken_rule_is_named(work: Transaction, function: Any, message:
     """A handler that the service would fail for a rule fails in its test, with the same words; the next one works."""
     with pytest.raises(HandlerRuleBroken, match=message):
         await work.deliver(function, EVENT)
+    assert await effects(work) == 0
     assert await work.deliver(handles, EVENT) == "handled_well"
 
 

@@ -69,6 +69,7 @@ class _PooledConnection:
         event.listen(self.engine.sync_engine, "commit", self.rules.refuse_commit)
         event.listen(self.engine.sync_engine, "rollback", self.rules.note_rollback)
         event.listen(self.engine.sync_engine, "before_cursor_execute", self.rules.note_cursor)
+        event.listen(self.engine.sync_engine, "rollback_savepoint", self.rules.note_rollback_to)
 
     async def prepare(self) -> None:
         """Let SQLAlchemy do what it does on a new connection, so that its later checkouts need no round trip."""
@@ -131,7 +132,11 @@ class HandlerConnection:
             raise HandlerRuleBroken(_HAS_ENDED)
         self._pooled.rules.check()
         self._pooled.rules.note_statement(sql)
-        return await self._pooled.driver.fetch(sql, *values)
+        try:
+            return await self._pooled.driver.fetch(sql, *values)
+        except BaseException as error:
+            self._pooled.rules.note_error(error)
+            raise
 
     async def begin(self) -> None:
         """Begin the transaction that the handler works in."""
@@ -163,6 +168,7 @@ class HandlerConnection:
         if self._connection is not None and not _is_open(self._connection):
             raise HandlerRuleBroken(_MUST_NOT_CLOSE)
         self._pooled.rules.check()
+        self._pooled.rules.check_statements()
         if self._sessions is not None:
             self._sessions.check()
 

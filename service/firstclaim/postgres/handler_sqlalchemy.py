@@ -3,6 +3,8 @@
 Guarantees: SQLAlchemy takes the handler's transaction as begun, so that a session joins it, and neither begins nor
 ends one of its own. A commit raises. A rollback does not: a session rolls back when a statement has failed, and an
 error raised in its place would hide the real one. But after it nothing more can be executed, and the handler fails.
+An error of a statement which the server has not seen leaves the transaction intact, so a handler that swallows it would
+be completed without the statement's effect. It is noted, and forgotten if a savepoint around it is rolled back.
 A sync handler's statements run on the event loop while its thread waits, so that one driver serves both kinds.
 """
 
@@ -11,7 +13,8 @@ import re
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, cast
 
-from sqlalchemy import Connection, RootTransaction
+import asyncpg
+from sqlalchemy import Connection, NestedTransaction, RootTransaction
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
@@ -32,14 +35,20 @@ _UNWRITTEN = (
     "the handler left changes in its session that were never written: "
     "use `with` on the session, or flush it before the handler returns"
 )
+_MUST_NOT_SWALLOW = "a handler must not swallow the error of a statement that was not executed: {}"
+_AT_ONCE = (
+    "a handler must await each statement before the next (no asyncio.gather on its connection): "
+    "one was refused, and the handler swallowed its {}"
+)
 
+_OF_THE_DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 
 # SQL that may change the role; a function that does so by itself is not seen.
 _NAMES_A_ROLE = re.compile(r"\b(?:role|authorization)\b", re.IGNORECASE)
 
 
 class HandlerRules:
-    """Whether a handler runs, and whether it tried to end its transaction: it takes for done what is not.
+    """Whether a handler runs, and what it takes for done and is not: an end of its transaction, a refused statement.
 
     `role_named`: whether a statement of the handler's names a role. It may have set one that may not write the ledger.
     """
@@ -47,11 +56,16 @@ class HandlerRules:
     def __init__(self) -> None:
         self._runs = False
         self._broken = False
+        self._at_once: str | None = None  # the rule that concurrent use of the connection broke
+        self._refused: str | None = None  # the rule that the first refused statement breaks if its error is swallowed
+        self._refused_before: dict[str, str | None] = {}  # `_refused` when a savepoint was set
         self.role_named = False
 
     def start(self) -> None:
         """The handler starts."""
         self._runs, self._broken, self.role_named = True, False, False
+        self._at_once = self._refused = None
+        self._refused_before.clear()
 
     def note_statement(self, sql: str) -> None:
         """Before each statement of the handler's."""
@@ -77,10 +91,39 @@ class HandlerRules:
         if self._runs and not connection.closed and not connection.invalidated:
             self._broken = True
 
+    def note_error(self, error: BaseException) -> None:
+        """After a statement that raised. An error that the server has reported needs no note: it aborted the work.
+
+        Concurrent use counts whatever is rolled back: the statement that was refused may be outside the savepoint.
+        """
+        cause = _drivers(error)
+        if not self._runs or (isinstance(cause, asyncpg.PostgresError) and cause.severity is not None):
+            return
+        name = type(cause).__name__
+        if isinstance(cause, asyncpg.InterfaceError) and not isinstance(cause, ValueError):
+            self._at_once = self._at_once or _AT_ONCE.format(name)
+        else:
+            self._refused = self._refused or _MUST_NOT_SWALLOW.format(name)
+
+    def note_savepoint(self, savepoint: NestedTransaction) -> None:
+        """After SQLAlchemy has set a savepoint."""
+        name = savepoint._savepoint  # noqa: SLF001  (all that the rollback's event has)
+        self._refused_before[name] = self._refused
+
+    def note_rollback_to(self, connection: Connection, name: str, _context: None) -> None:
+        """Before SQLAlchemy rolls back to a savepoint: what was refused since then would be undone."""
+        if not connection.closed:
+            self._refused = self._refused_before.get(name)
+
     def check(self) -> None:
         """Raise `HandlerRuleBroken` if the handler committed or rolled back."""
         if self._broken:
             raise HandlerRuleBroken(_MUST_NOT_END)
+
+    def check_statements(self) -> None:
+        """The handler has returned: raise `HandlerRuleBroken` if it swallowed the error of a refused statement."""
+        if rule := self._at_once or self._refused:
+            raise HandlerRuleBroken(rule)
 
 
 class LoopConnection(Connection):
@@ -104,6 +147,12 @@ class LoopConnection(Connection):
             raise HandlerRuleBroken(_HAS_BEGUN)
         return super().begin()
 
+    def begin_nested(self) -> NestedTransaction:
+        """All savepoints, those of sessions too."""
+        savepoint = super().begin_nested()
+        self.rules.note_savepoint(savepoint)
+        return savepoint
+
     def execute(self, *arguments: Any, **options: Any) -> Any:
         """All statements of sessions, savepoints too, and of lazy loads."""
         return self._on_loop(super().execute, *arguments, **options)
@@ -118,12 +167,20 @@ class LoopConnection(Connection):
 
     def _on_loop(self, method: Callable[..., T], *arguments: Any, **options: Any) -> T:
         if self.run is None or _is_on_a_loop():
-            return method(*arguments, **options)
+            return self._noting(method, *arguments, **options)
         # All rows at once: later ones would be fetched in the thread.
         options["execution_options"] = {**(options.get("execution_options") or {}), **_BUFFERED}
         joined = AsyncConnection(AsyncEngine(self.engine), sync_connection=self)
-        result: T = self.run(joined.run_sync(lambda _: method(*arguments, **options)))
+        result: T = self.run(joined.run_sync(lambda _: self._noting(method, *arguments, **options)))
         return result
+
+    def _noting(self, method: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        try:
+            return method(*arguments, **options)
+        except BaseException as error:
+            if not self.closed:  # else it is a session of an earlier handler's
+                self.rules.note_error(error)
+            raise
 
 
 class HandlerAsyncSession(AsyncSession):
@@ -181,6 +238,14 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     # A savepoint: the session's own rollback, after a failed statement too, leaves the handler's transaction usable.
     # No expiry: reading an attribute after a commit would be a statement, which async code has to await.
     return {"expire_on_commit": False, "join_transaction_mode": "create_savepoint", **given}
+
+
+def _drivers(error: BaseException) -> BaseException:
+    """The driver's error, which SQLAlchemy wraps; `error` itself if the statement did not reach the driver."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, _OF_THE_DRIVER):
+        cause = cause.__cause__
+    return cause or error
 
 
 def _is_on_a_loop() -> bool:
