@@ -452,6 +452,23 @@ async def test_a_savepoint_takes_its_errors_with_it(
         await fails(world, function, "a handler must not swallow the error")
 
 
+@pytest.mark.parametrize("rolls_back", [True, False])
+async def test_a_savepoint_in_sql_takes_its_errors_with_it(world: World, rolls_back: bool) -> None:
+    """The same for a savepoint that the handler's own SQL sets."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        await context.fetch("savepoint part")
+        with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError):
+            await refused_by_fetch(context)
+        await context.fetch("rollback to part" if rolls_back else "RELEASE SAVEPOINT part")
+
+    if rolls_back:
+        await ends(world, function, Kind.PROCESSED, Status.COMPLETED, effects=1)
+    else:
+        await fails(world, function, "a handler must not swallow the error")
+
+
 async def test_statements_at_once_are_named(world: World) -> None:
     """The one connection executes one statement at a time: of three at once it executes one, and refuses the others."""
 

@@ -39,8 +39,8 @@ MUTANTS = (
     Mutant(
         "undone-refusal-is-a-failure",
         "A savepoint that is rolled back takes the errors in it with it.",
-        "HandlerRules.note_rollback_to",
-        "self._refused = self._refused_before.get(name)",
+        "HandlerRules.note_statement",
+        "self._refused = self._refused_before.get(name, self._refused)",
         "pass",
         "integration/test_dispatch.py::test_a_savepoint_takes_its_errors_with_it[True-refused_by_fetch]",
     ),

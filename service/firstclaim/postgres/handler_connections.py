@@ -69,7 +69,6 @@ class _PooledConnection:
         event.listen(self.engine.sync_engine, "commit", self.rules.refuse_commit)
         event.listen(self.engine.sync_engine, "rollback", self.rules.note_rollback)
         event.listen(self.engine.sync_engine, "before_cursor_execute", self.rules.note_cursor)
-        event.listen(self.engine.sync_engine, "rollback_savepoint", self.rules.note_rollback_to)
 
     async def prepare(self) -> None:
         """Let SQLAlchemy do what it does on a new connection, so that its later checkouts need no round trip."""

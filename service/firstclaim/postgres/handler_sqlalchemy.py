@@ -14,7 +14,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, cast
 
 import asyncpg
-from sqlalchemy import Connection, NestedTransaction, RootTransaction
+from sqlalchemy import Connection, RootTransaction
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
@@ -45,6 +45,8 @@ _OF_THE_DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.Interna
 
 # SQL that may change the role; a function that does so by itself is not seen.
 _NAMES_A_ROLE = re.compile(r"\b(?:role|authorization)\b", re.IGNORECASE)
+# Those of SQLAlchemy's sessions and `begin_nested()`, and a handler's own.
+_SAVEPOINT = re.compile(r"\s*(?:SAVEPOINT|(?P<back>ROLLBACK\s+TO)(?:\s+SAVEPOINT)?)\s+(?P<name>[^\s;]+)", re.IGNORECASE)
 
 
 class HandlerRules:
@@ -71,6 +73,13 @@ class HandlerRules:
         """Before each statement of the handler's."""
         if _NAMES_A_ROLE.search(sql):
             self.role_named = True
+        if (savepoint := _SAVEPOINT.match(sql)) is None:
+            return
+        name = savepoint["name"].casefold()
+        if savepoint["back"] is None:
+            self._refused_before[name] = self._refused
+        else:  # what was refused since then would be undone
+            self._refused = self._refused_before.get(name, self._refused)
 
     def note_cursor(self, _connection: Connection, _cursor: object, sql: str, *_: object) -> None:
         """Before each statement that it sends through SQLAlchemy."""
@@ -105,16 +114,6 @@ class HandlerRules:
         else:
             self._refused = self._refused or _MUST_NOT_SWALLOW.format(name)
 
-    def note_savepoint(self, savepoint: NestedTransaction) -> None:
-        """After SQLAlchemy has set a savepoint."""
-        name = savepoint._savepoint  # noqa: SLF001  (all that the rollback's event has)
-        self._refused_before[name] = self._refused
-
-    def note_rollback_to(self, connection: Connection, name: str, _context: None) -> None:
-        """Before SQLAlchemy rolls back to a savepoint: what was refused since then would be undone."""
-        if not connection.closed:
-            self._refused = self._refused_before.get(name)
-
     def check(self) -> None:
         """Raise `HandlerRuleBroken` if the handler committed or rolled back."""
         if self._broken:
@@ -146,12 +145,6 @@ class LoopConnection(Connection):
         if self.in_transaction():  # SQLAlchemy's own message says to commit or roll back first
             raise HandlerRuleBroken(_HAS_BEGUN)
         return super().begin()
-
-    def begin_nested(self) -> NestedTransaction:
-        """All savepoints, those of sessions too."""
-        savepoint = super().begin_nested()
-        self.rules.note_savepoint(savepoint)
-        return savepoint
 
     def execute(self, *arguments: Any, **options: Any) -> Any:
         """All statements of sessions, savepoints too, and of lazy loads."""
