@@ -24,9 +24,9 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
 from firstclaim.embedded.data_folder import servers
-from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable, Rejected
+from firstclaim.errors import LedgerUnavailable, Rejected
 from firstclaim.event import Event, parse_event
-from firstclaim.inbox.attempt import SWALLOWED, call_handler
+from firstclaim.inbox.attempt import call_handler, swallowed
 from firstclaim.inbox.dispatch import decision
 from firstclaim.inbox.handler_call import HandlerCall
 from firstclaim.inbox.transaction_watch import TransactionEnded
@@ -146,7 +146,7 @@ class Transaction:
                         await asyncio.wait({call.running}, timeout=_GRACE_SECONDS)
                     if call.running is not None:  # it ignores that: nothing else may use the connection
                         self._driver.retire()
-                await self._check_transaction()
+                await self._check_transaction(connection)
         except Exception as error:
             if (decided := decision(error)) is not None and decided is not error:
                 raise decided from error
@@ -190,7 +190,7 @@ class Transaction:
             await self._connections.release(connection)
             self._in_use = False
 
-    async def _check_transaction(self) -> None:
+    async def _check_transaction(self, connection: HandlerConnection) -> None:
         """What the service finds at the completion mark and at COMMIT: raises as these would."""
         try:
             if not self._driver.is_in_transaction() or await self._driver.fetchval(_XID) != self._xid:
@@ -204,7 +204,7 @@ class Transaction:
             finally:
                 await check.rollback()
         except asyncpg.InFailedSQLTransactionError as error:
-            raise HandlerRuleBroken(SWALLOWED) from error
+            raise swallowed(connection) from connection.sql_error or error
 
 
 @asynccontextmanager

@@ -246,6 +246,27 @@ async def test_the_log_names_the_attempt(world: World, make: Callable[[Exception
     }
 
 
+async def test_the_log_leads_to_the_handler_that_broke_a_rule(world: World) -> None:
+    """Where no line of the handler raised the error, the first frame is the handler's definition."""
+
+    async def ends_its_transaction(event: Event, context: Context) -> None:
+        await context.fetch("COMMIT")
+
+    async def rolls_back(event: Event, context: Context) -> None:
+        await context.connection.rollback()
+
+    async def returns_a_number(event: Event, context: Context) -> Any:
+        return 7
+
+    for function in (ends_its_transaction, rolls_back, returns_a_number):
+        claim = await world.marked()
+        with capture_logs() as logged:
+            await world.dispatch(function, claim)
+        [line] = [each for each in logged if each["event"] == "handler_failed"]
+        definition = f"tests/integration/test_dispatch.py:{function.__code__.co_firstlineno} in "
+        assert line["frames"][0].startswith(definition), line
+
+
 @both
 async def test_the_attempt_keeps_its_frames(world: World, make: Callable[[Exception], Function]) -> None:
     """Where it was raised, the user's frames first, with its causes, and no message but the error's own."""
@@ -361,7 +382,7 @@ async def test_a_swallowed_sql_error_is_named(world: World) -> None:
         with contextlib.suppress(DBAPIError):
             await context.connection.execute(text("SELECT 1 / 0"))
 
-    await fails(world, function, "the handler swallowed an SQL error")
+    await fails(world, function, "aborted its transaction: DivisionByZeroError (22012)")
 
 
 async def test_a_swallowed_sql_error_of_a_thread_is_named(world: World) -> None:
@@ -372,7 +393,7 @@ async def test_a_swallowed_sql_error_of_a_thread_is_named(world: World) -> None:
         with contextlib.suppress(DBAPIError):
             context.execute(text("SELECT 1 / 0"))
 
-    await fails(world, function, "the handler swallowed an SQL error")
+    await fails(world, function, "aborted its transaction: DivisionByZeroError (22012)")
 
 
 NUMBER = text("SELECT CAST(:number AS int)")

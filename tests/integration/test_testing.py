@@ -14,6 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from firstclaim import Context, Event, Permanent, Retry, on
 from firstclaim.errors import FirstclaimError, HandlerRuleBroken, LedgerUnavailable
 from firstclaim.inbox.handler_call import DeadlineExceeded
+from firstclaim.observability.frames import frames
 from firstclaim.testing import SyncTransaction, Transaction, make_event, sync_transaction, transaction
 from tests.integration.world import effect, effect_from_thread
 
@@ -338,3 +339,26 @@ async def test_what_deliver_expects_is_said(work: Transaction, handler: Any, eve
     """A name instead of a function, or a dict instead of an event, is refused in words."""
     with pytest.raises(TypeError, match=says):
         await work.deliver(handler, event)
+
+
+async def test_a_swallowed_sql_error_leads_to_its_line(work: Transaction) -> None:
+    """It is named by class and SQLSTATE, of SQLAlchemy's errors too, and its frames lead to the handler's line."""
+
+    async def through_the_driver(event: Event, context: Context) -> None:
+        with contextlib.suppress(asyncpg.PostgresError):
+            await context.fetch("SELECT 1 / 0")
+
+    async def through_sqlalchemy(event: Event, context: Context) -> None:
+        with contextlib.suppress(DBAPIError):
+            await context.connection.execute(text("SELECT 1 / 0"))
+        with contextlib.suppress(DBAPIError):
+            await context.connection.execute(text("SELECT 2"))
+
+    for handler in (through_the_driver, through_sqlalchemy):
+        with pytest.raises(HandlerRuleBroken, match=r"its transaction: DivisionByZeroError \(22012\)$") as broken:
+            await work.deliver(handler, EVENT)
+        cause = broken.value.__cause__
+        assert cause is not None
+        lines = [line for line in frames(cause, handler) if line.endswith(handler.__name__)]
+        first = handler.__code__.co_firstlineno
+        assert lines[0].startswith(f"tests/integration/test_testing.py:{first + 2} in ")

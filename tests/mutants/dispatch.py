@@ -16,7 +16,7 @@ MUTANTS = (
         "swallowed-error-is-success",
         "A handler that swallowed an SQL error fails: its COMMIT would silently roll back.",
         "Attempt._mark",
-        "raise HandlerRuleBroken(SWALLOWED) from error",
+        "raise swallowed(connection) from connection.sql_error or error",
         "return",
         "integration/test_dispatch.py::test_a_swallowed_sql_error_is_named",
     ),

@@ -119,6 +119,24 @@ def test_a_report_is_the_error_and_its_frames(load: Load) -> None:
     assert failure_report(HandlerRuleBroken("rule")) == "HandlerRuleBroken: rule"
 
 
+def test_a_broken_rule_leads_to_the_handler(load: Load) -> None:
+    """An error without a frame of the user's has the handler's definition first; another keeps the better place."""
+    handler = load(NESTED)
+    assert callable(handler)
+    assert frames(HandlerRuleBroken("rule"), handler) == ["shop/handlers.py:2 in run"]
+    assert frames(raised(handler), handler)[0] == "shop/handlers.py:6 in inner"
+
+
+def test_a_cause_from_a_library_is_not_taken_for_the_users(load: Load) -> None:
+    """What the handler did comes first, even if the error's cause begins in a library."""
+    handler = load(NESTED)
+    assert callable(handler)
+    error = HandlerRuleBroken("rule")
+    error.__cause__ = raised(lambda: orjson.dumps(object()))
+    found = frames(error, handler)
+    assert found[:2] == ["shop/handlers.py:2 in run", "caused by: TypeError"]
+
+
 def test_the_result_is_bounded(load: Load) -> None:
     """Neither a deep recursion nor a circle nor a long chain of causes makes a long list."""
     recursion = raised(load("def run():\n    run()\n"))

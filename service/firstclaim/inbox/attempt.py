@@ -23,7 +23,7 @@ from firstclaim.postgres.connection import UNAVAILABLE, describe
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from firstclaim.registry import Context, Handler
 
-SWALLOWED = "rule broken: the handler swallowed an SQL error, which had aborted its transaction"
+_SWALLOWED = "rule broken: the handler swallowed an SQL error, which had aborted its transaction"
 _OTHER_ROLE = (
     "the handler has left its transaction in another role, which may not write the ledger: a function that sets ROLE "
     "must be followed by RESET ROLE"
@@ -140,7 +140,7 @@ class Attempt:
             await connection.reset_role(self.postgres_timeout_seconds)
             marked = await self.ledger.complete_if_held(connection.driver, self.claim, transaction, action)
         except asyncpg.InFailedSQLTransactionError as error:
-            raise HandlerRuleBroken(SWALLOWED) from error
+            raise swallowed(connection) from connection.sql_error or error
         except asyncpg.InsufficientPrivilegeError as error:
             raise HandlerRuleBroken(_OTHER_ROLE) from error
         except asyncpg.ReadOnlySQLTransactionError as error:
@@ -224,6 +224,13 @@ async def call_handler(
         connection.stop()
     connection.check_rules()
     return action
+
+
+def swallowed(connection: HandlerConnection) -> HandlerRuleBroken:
+    """The error of a handler that left its transaction aborted. It names the SQL error's class, and no value of it."""
+    return HandlerRuleBroken(
+        _SWALLOWED + ("" if connection.sql_error is None else f": {describe(connection.sql_error)}")
+    )
 
 
 def _is_in_no_transaction(connection: HandlerConnection) -> bool:

@@ -99,7 +99,7 @@ class Dispatcher:
                 result = await self._attempt(claim, event, handler)
             finally:
                 place.release(result.running if isinstance(result, Failed | Interrupted) else None)
-            return await self._settle(claim, result)
+            return await self._settle(claim, handler, result)
         except asyncio.CancelledError:
             # A shutdown: during the attempt, or while the claim waited for its slot or its result was being settled.
             await self._settle_interrupted(claim, effects_committed=_effects_committed(result))
@@ -129,7 +129,12 @@ class Dispatcher:
 
     def _note_failed(self, claim: Claim, handler: Handler, result: Failed) -> None:
         error = result.error
-        log.warning("handler_failed", **_names(claim, handler), error=describe_error(error), frames=frames(error))
+        log.warning(
+            "handler_failed",
+            **_names(claim, handler),
+            error=describe_error(error),
+            frames=frames(error, handler.function),
+        )
         if result.running is None or handler.is_async:
             return
         if result.hung:
@@ -144,7 +149,7 @@ class Dispatcher:
             metrics.hung_handlers.inc()
             log.error("handler_hung", **_names(claim, handler))
 
-    async def _settle(self, claim: Claim, result: AttemptResult) -> Outcome:
+    async def _settle(self, claim: Claim, handler: Handler, result: AttemptResult) -> Outcome:
         """Record the result of an attempt in the ledger."""
         match result:
             case Committed(action):
@@ -159,9 +164,9 @@ class Dispatcher:
             case CommitUnknown():
                 return await self._settle_unknown(claim, result)
             case Failed(hung=True, effects_committed=False):
-                return await self._settle_hung(claim, result.error)
+                return await self._settle_hung(claim, failure_report(result.error, handler.function))
             case Failed(error, effects_committed):
-                return await self._settle_failed(claim, error, effects_committed)
+                return await self._settle_failed(claim, handler, error, effects_committed)
             case Interrupted():  # `run` settles it, as it does if the shutdown interrupts `run` itself
                 raise asyncio.CancelledError
             case _:
@@ -182,27 +187,31 @@ class Dispatcher:
             return outcome.processed(result.action, claim.attempt)
         return row.answer(claim.event_id)
 
-    async def _settle_failed(self, claim: Claim, error: Exception, effects_committed: bool | None) -> Outcome:
+    async def _settle_failed(
+        self, claim: Claim, handler: Handler, error: Exception, effects_committed: bool | None
+    ) -> Outcome:
         if effects_committed is None:
             raise LedgerUnavailable("it is not known whether the handler's transaction was committed")
         if effects_committed:
-            await self._ledger.kill_if_held(claim, str(TransactionEnded()))
+            report = "\n".join([str(TransactionEnded()), *frames(error, handler.function)])
+            await self._ledger.kill_if_held(claim, report)
             return outcome.failed(claim.attempt, dead=True)
+        report = failure_report(error, handler.function)
         decided = decision(error)
         if decided is not None and is_a(decided, Permanent):
-            await self._ledger.kill_if_held(claim, failure_report(error))
+            await self._ledger.kill_if_held(claim, report)
             return outcome.dead(claim.event_id, claim.attempt)
         wait = _requested_wait(decided) if decided is not None and is_a(decided, Retry) else None
         if wait is None:
             wait = self._backoff.after(claim.failures + 1)
-        status = await self._ledger.fail_if_held(claim, failure_report(error), due_in_seconds=wait)
+        status = await self._ledger.fail_if_held(claim, report, due_in_seconds=wait)
         if status is Status.FAILED:
             await self._claims.forget(claim)
         return outcome.failed(claim.attempt, dead=status is Status.DEAD)
 
-    async def _settle_hung(self, claim: Claim, error: Exception) -> Outcome:
+    async def _settle_hung(self, claim: Claim, report: str) -> Outcome:
         """The thread ignores its deadline, and only a restart ends it: the event counts as abandoned."""
-        status = await self._ledger.abandon_if_held(claim, failure_report(error))
+        status = await self._ledger.abandon_if_held(claim, report)
         if status is Status.PENDING:
             await self._claims.forget(claim)
         return outcome.failed(claim.attempt, dead=status is Status.DEAD)

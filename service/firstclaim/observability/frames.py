@@ -6,13 +6,15 @@ whatever the class of an exception overrides, and the result is bounded.
 
 Frames of the user's code come first, the innermost on top: the first line is the place to look at. Then those of
 libraries. Frames of this package, which called the handler, are left out. The user's code may be installed among the
-libraries: it is what the traceback begins with, and the rest of that package.
+libraries: it is the handler's package, or else what the traceback begins with, and the rest of that package. An error
+that no line of the user's raised, such as a broken rule, has the definition of the handler as its first line.
 """
 
+import inspect
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
@@ -31,14 +33,21 @@ _SITE_PACKAGES = tuple(os.path.join(sysconfig.get_path(name), "") for name in ("
 _STANDARD = os.path.join(sysconfig.get_path("stdlib"), "")  # it may contain the folder of installed packages
 
 
-def failure_report(error: BaseException) -> str:
+def failure_report(error: BaseException, handler: Callable[..., Any] | None = None) -> str:
     """For the operator: the redacted error, and a line for each of its frames."""
-    return "\n".join([redacted_error(error), *frames(error)])
+    return "\n".join([redacted_error(error), *frames(error, handler)])
 
 
-def frames(error: BaseException) -> list[str]:
-    """The frames of `error`, then those of its causes and of the members of its groups, each under its class."""
-    lines = [line for relation, each in _related(error) for line in _described(relation, each)]
+def frames(error: BaseException, handler: Callable[..., Any] | None = None) -> list[str]:
+    """The frames of `error`, then those of its causes and of the members of its groups, each under its class.
+
+    `handler`: the function that failed with it.
+    """
+    code = None if handler is None else getattr(inspect.unwrap(handler), "__code__", None)
+    own = None if code is None else _folder(code.co_filename)
+    lines = [line for relation, each in _related(error) for line in _described(relation, each, own)]
+    if code is not None and not _frames_of(error, own)[0]:
+        lines.insert(0, describe_frame(code, code.co_firstlineno))
     return [redact(line) for line in lines[:_MAX_LINES]]
 
 
@@ -86,17 +95,16 @@ def _related(error: BaseException) -> Iterator[tuple[str, BaseException]]:
         left += reversed(following)
 
 
-def _described(relation: str, error: BaseException) -> list[str]:
-    user, libraries = _frames_of(error)
+def _described(relation: str, error: BaseException, own: str | None) -> list[str]:
+    user, libraries = _frames_of(error, own)
     shown = user[:_MAX_USER_FRAMES] + libraries[:_MAX_LIBRARY_FRAMES]
     return [f"{relation}: {class_name(error)}", *shown] if relation else shown
 
 
-def _frames_of(error: BaseException) -> tuple[list[str], list[str]]:
-    """The frames of the user's code and of libraries, the innermost first."""
+def _frames_of(error: BaseException, own: str | None = None) -> tuple[list[str], list[str]]:
+    """The frames of the user's code and of libraries, the innermost first. `own`: the user's package, if known."""
     user: list[str] = []
     libraries: list[str] = []
-    own: str | None = None
     trace: TracebackType | None = _attribute(error, "__traceback__")
     while trace is not None:
         code = trace.tb_frame.f_code

@@ -137,6 +137,11 @@ class HandlerConnection:
             self._pooled.rules.note_error(error)
             raise
 
+    @property
+    def sql_error(self) -> BaseException | None:
+        """The last error that Postgres gave to a statement of the handler's, if there was one."""
+        return self._pooled.rules.sql_error
+
     async def begin(self) -> None:
         """Begin the transaction that the handler works in."""
         driver = self.driver
@@ -226,6 +231,7 @@ class HandlerConnection:
         """End the handler's use. Returns what the next handler can have; None: it is lost, closed or altered."""
         self.stop()
         pooled = self._pooled
+        pooled.rules.sql_error = None  # its traceback holds the handler's variables
         unusable = pooled.driver.is_closed() or pooled.transaction is not None
         if unusable or (self._connection is not None and not _is_unaltered(self._connection)):
             await self.discard()

@@ -52,6 +52,7 @@ _SAVEPOINT = re.compile(r"\s*(?:SAVEPOINT|(?P<back>ROLLBACK\s+TO)(?:\s+SAVEPOINT
 class HandlerRules:
     """Whether a handler runs, and what it takes for done and is not: an end of its transaction, a refused statement.
 
+    `sql_error`: the last error that the server gave to it, until the connection is released.
     `role_named`: whether a statement of the handler's names a role. It may have set one that may not write the ledger.
     """
 
@@ -62,12 +63,14 @@ class HandlerRules:
         self._refused: str | None = None  # the rule that the first refused statement breaks if its error is swallowed
         self._refused_before: dict[str, str | None] = {}  # `_refused` when a savepoint was set
         self.role_named = False
+        self.sql_error: BaseException | None = None
 
     def start(self) -> None:
         """The handler starts."""
         self._runs, self._broken, self.role_named = True, False, False
         self._at_once = self._refused = None
         self._refused_before.clear()
+        self.sql_error = None
 
     def note_statement(self, sql: str) -> None:
         """Before each statement of the handler's."""
@@ -101,12 +104,16 @@ class HandlerRules:
             self._broken = True
 
     def note_error(self, error: BaseException) -> None:
-        """After a statement that raised. An error that the server has reported needs no note: it aborted the work.
+        """After a statement that raised. One that the server has reported breaks no rule: it aborted the work.
 
         Concurrent use counts whatever is rolled back: the statement that was refused may be outside the savepoint.
         """
         cause = _drivers(error)
-        if not self._runs or (isinstance(cause, asyncpg.PostgresError) and cause.severity is not None):
+        if not self._runs:
+            return
+        if isinstance(cause, asyncpg.PostgresError) and cause.severity is not None:
+            if not isinstance(cause, asyncpg.InFailedSQLTransactionError):  # it failed because an earlier one had
+                self.sql_error = error
             return
         name = type(cause).__name__
         if isinstance(cause, asyncpg.InterfaceError) and not isinstance(cause, ValueError):
