@@ -129,4 +129,6 @@ def asgi(settings: Settings | None = None) -> MountedApp:
 
     Raises `ConfigurationError` with all faults: of the settings, of the handler modules, and if an address is missing.
     """
+    if not isinstance(settings, Settings | None):
+        raise TypeError(f"asgi: expected firstclaim.Settings(...), or nothing, got {type(settings).__name__}")
     return MountedApp(load_settings() if settings is None else settings)

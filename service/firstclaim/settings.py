@@ -5,31 +5,33 @@ is about. A misspelt `FIRSTCLAIM_*` name is a fault too, because otherwise a tea
 setting has no effect.
 """
 
-import difflib
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
+from firstclaim import setting_faults
 from firstclaim.errors import ConfigurationError
 from firstclaim.listening import Listening
 from firstclaim.passwords import check
 from firstclaim.schema_name import DEFAULT_SCHEMA, checked_schema
+from firstclaim.setting_faults import PREFIX
 from firstclaim.urls import postgres, redis, stripe
 
-PREFIX = "FIRSTCLAIM_"
 METRICS_CONNECTIONS = 2  # a pool of their own, so that reading the ledger never delays a delivery
 ADMIN_CONNECTIONS = 2  # a pool of their own too; two, so that one search does not block another page
-
-_SERVICE_LINK = re.compile(PREFIX + r"(?:SERVICE_(?:HOST|PORT)|PORT)(?:_.*)?")
-
-_NUMBERS = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number"}
-_LIKE_A_NUMBER = re.compile(r"[-+]?\d[\d.,_]{0,6} ?[a-zA-Z%]{0,3}")
 
 
 def _converted(convert: Callable[[str], str]) -> AfterValidator:
@@ -38,7 +40,10 @@ def _converted(convert: Callable[[str], str]) -> AfterValidator:
 
 
 class Settings(Listening):
-    """All settings. The description of a field is its row in the README, and says why the default is what it is."""
+    """All settings. The description of a field is its row in the README, and says why the default is what it is.
+
+    Raises `ConfigurationError` with all faults, in code too.
+    """
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -274,6 +279,23 @@ class Settings(Listening):
             raise ValueError("\n".join(faults))
         return self
 
+    @model_validator(mode="wrap")
+    @classmethod
+    def _in_words(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        """All faults at once: of single settings, and between settings, found with defaults in place of faulty ones."""
+        try:
+            return validate(values)
+        except ValidationError as error:
+            faults = setting_faults.explain(cls.model_fields, error)
+            wrong = {str(detail["loc"][0]) for detail in error.errors() if detail["loc"]}
+        if wrong:
+            names = wrong | {name for name in cls.model_fields if setting_faults.key(cls.model_fields, name) in wrong}
+            try:
+                validate({name: value for name, value in values.items() if name not in names})
+            except ValidationError as between:
+                faults += setting_faults.explain(cls.model_fields, between)
+        raise ConfigurationError(faults)
+
 
 def load_settings(*, receiving: bool = True, flags: Mapping[str, Any] = MappingProxyType({})) -> Settings:
     """Read and check the environment. Raises `ConfigurationError` with every fault, each of which names its variable.
@@ -283,13 +305,13 @@ def load_settings(*, receiving: bool = True, flags: Mapping[str, Any] = MappingP
     `receiving` says whether deliveries will be verified, which needs signing secrets. (`migrate` does not use them, and
     a migration job should not have them.)
     """
-    faults = _unknown_names(os.environ)
+    faults = setting_faults.unknown_names(Settings.model_fields, os.environ)
     if receiving and os.environ.get("DATABASE_URL") and not os.environ.get("STRIPE_WEBHOOK_SECRETS", "").strip():
         faults.append("STRIPE_WEBHOOK_SECRETS is missing or blank: set it to the endpoint's signing secret (whsec_...)")
     try:
         settings = Settings(**flags)
-    except ValidationError as error:
-        named = [_named_by_option(fault, flags) for fault in _all_faults(error)]
+    except ConfigurationError as error:
+        named = [_named_by_option(fault, flags) for fault in error.faults]
         raise ConfigurationError([*faults, *named]) from None
     if faults:
         raise ConfigurationError(faults)
@@ -304,50 +326,4 @@ def _named_by_option(fault: str, flags: Iterable[str]) -> str:
 
 def environment_name(field: str) -> str:
     """The environment variable of `field`."""
-    alias = Settings.model_fields[field].validation_alias
-    return alias if isinstance(alias, str) else PREFIX + field.upper()
-
-
-def _unknown_names(environ: Mapping[str, str]) -> list[str]:
-    """Faults for misspelt settings. The variables that Kubernetes sets for a Service named firstclaim are allowed."""
-    known = {environment_name(field): environment_name(field).removeprefix(PREFIX) for field in Settings.model_fields}
-    faults = []
-    for name in sorted(environ):
-        if name.startswith(PREFIX) and name not in known and not _SERVICE_LINK.fullmatch(name):
-            near = difflib.get_close_matches(name.removeprefix(PREFIX), known.values(), n=1)
-            meant = [full for full, short in known.items() if short in near]
-            faults.append(f"{name} is not a setting" + (f"; did you mean {meant[0]}?" if meant else ""))
-    return faults
-
-
-def _all_faults(error: ValidationError) -> list[str]:
-    """The faults of single settings, and the faults between settings, found with defaults in place of faulty ones."""
-    wrong = {str(detail["loc"][0]) for detail in error.errors() if detail["loc"]}
-    faults = _explain(error)
-    if wrong:
-        fields = {name: field for name, field in Settings.model_fields.items() if _key(name) in wrong}
-        try:
-            Settings(**{name: field.default for name, field in fields.items()})
-        except ValidationError as between:
-            faults += _explain(between)
-    return faults
-
-
-def _key(field: str) -> str:
-    """The name of the field in pydantic's errors: its alias, if it has one."""
-    return str(Settings.model_fields[field].validation_alias or field)
-
-
-def _explain(error: ValidationError) -> list[str]:
-    faults: list[str] = []
-    for detail in error.errors(include_url=False, include_context=False):
-        message = detail["msg"].removeprefix("Value error, ")
-        if wanted := _NUMBERS.get(detail["type"]):
-            given = detail["input"]
-            shown = isinstance(given, str) and _LIKE_A_NUMBER.fullmatch(given)  # else it may be a secret
-            message = f"expected {wanted}, got {given!r}" if shown else f"expected {wanted}"
-        if detail["loc"]:
-            name = str(detail["loc"][0])
-            message = f"{environment_name(name) if name in Settings.model_fields else name}: {message}"
-        faults.extend(message.split("\n"))
-    return faults
+    return setting_faults.environment_name(Settings.model_fields, field)

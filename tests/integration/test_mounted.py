@@ -241,3 +241,10 @@ async def test_a_server_can_serve_it_by_itself(settings: Settings) -> None:
     webhooks = firstclaim.asgi(settings)
     async with served(webhooks):
         assert (await post(webhooks, "/webhooks/stripe")).json()["action"] == "counted"
+
+
+def test_settings_of_another_kind_are_refused_in_words() -> None:
+    """A dict in place of `Settings`: what is expected is said."""
+    settings: Any = {"database_url": "postgresql://127.0.0.1/db"}
+    with pytest.raises(TypeError, match=r"expected firstclaim\.Settings\(\.\.\.\), or nothing, got dict"):
+        firstclaim.asgi(settings)

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from firstclaim.settings import PREFIX, Settings, environment_name
+from firstclaim.setting_faults import PREFIX
+from firstclaim.settings import Settings, environment_name
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTS: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / "deploy/kubernetes.yaml").read_text()))

@@ -16,7 +16,8 @@ from packaging.utils import canonicalize_name
 
 from firstclaim.cli import livez
 from firstclaim.listening import DEFAULT_PORT
-from firstclaim.settings import PREFIX, Settings, environment_name
+from firstclaim.setting_faults import PREFIX
+from firstclaim.settings import Settings, environment_name
 
 ROOT = Path(__file__).resolve().parents[2]
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -9,7 +9,8 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from firstclaim.errors import ConfigurationError
-from firstclaim.settings import PREFIX, Settings, environment_name, load_settings
+from firstclaim.setting_faults import PREFIX
+from firstclaim.settings import Settings, environment_name, load_settings
 from firstclaim.urls.postgres import postgres_dsn
 from firstclaim.urls.redis import redis_url
 from firstclaim.urls.stripe import stripe_base
@@ -492,6 +493,16 @@ def test_settings_are_frozen() -> None:
         settings.lease_seconds = 1  # type: ignore[misc]
 
 
+def test_settings_in_code_say_all_faults_in_words() -> None:
+    """A misspelt name, a bad value and numbers that do not agree: all at once, without pydantic's page or its URL."""
+    with pytest.raises(ConfigurationError) as refused:
+        Settings(handler_slot=5, workers=0, drain_seconds=60)  # type: ignore[call-arg]
+    assert refused.value.faults[0].startswith("FIRSTCLAIM_WORKERS: ")
+    assert "handler_slot: not a setting; did you mean handler_slots?" in refused.value.faults
+    assert refused.value.faults[-1].startswith("FIRSTCLAIM_DRAIN_SECONDS must be below")
+    assert "pydantic" not in str(refused.value)
+
+
 def test_settings_survive_pickling(monkeypatch: pytest.MonkeyPatch) -> None:
     """Settings can be pickled for a worker process, including their secrets."""
     settings = load(monkeypatch, DATABASE_URL="postgresql://h/db", STRIPE_WEBHOOK_SECRETS="whsec_a")
@@ -505,5 +516,5 @@ def test_arguments_override_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("FIRSTCLAIM_LEASE_SECONDS", "9")
     arguments: dict[str, Any] = {"lease_seconds": 8}
     assert Settings(**arguments).lease_seconds == 8
-    with pytest.raises(ValidationError, match="extra"):
+    with pytest.raises(ConfigurationError, match="not a setting"):
         Settings(lease_second=8)  # type: ignore[call-arg]

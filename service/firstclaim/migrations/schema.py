@@ -95,7 +95,7 @@ def compare(version: str | None) -> SchemaState:
 def outdated(version: str | None) -> SchemaOutdated:
     """The error to raise, with the command to run."""
     state = "has no ledger yet" if version is None else f"is at schema {version}, this build needs {head()}"
-    return SchemaOutdated(f"the database {state}: run `firstclaim migrate`, or start with `firstclaim serve --migrate`")
+    return SchemaOutdated(f"the database {state}: run `firstclaim migrate`")
 
 
 def _gone(schema: str) -> StoreUnsuitable:
