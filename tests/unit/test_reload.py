@@ -18,7 +18,7 @@ def work():
         signal.pause()
 
 if __name__ == "__main__":
-    Reloader(work, [], 1.0).run()
+    Reloader(work, [], 1.0, lambda: None).run()
 """
 _SECONDS = 30
 
