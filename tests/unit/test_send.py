@@ -23,7 +23,8 @@ from firstclaim.sending.events import build_event, changed, event_id_of, marked_
 from firstclaim.sending.report import exit_code, report
 from tests.fixtures import SECRET, event_body, old_shape_payment_failed, signed
 
-URL = "http://localhost:8000/webhooks/stripe"
+SERVER = "http://localhost:8000"
+URL = f"{SERVER}/webhooks/stripe"
 THIN = "v1.billing.meter.error_report_triggered"
 SNAPSHOTS = [each for each in shipped_types() if each != THIN]
 
@@ -346,17 +347,18 @@ async def test_copies_are_in_flight_together() -> None:
     [
         (
             httpx.ConnectError("refused"),
-            f"ConnectError: cannot connect to {URL} (refused): check that `firstclaim serve` runs there, or give --url",
+            f"ConnectError: cannot connect to {SERVER} (refused): check that `firstclaim serve` runs there, "
+            "or give --url",
         ),
         (
             httpx.ReadTimeout(""),
-            f"ReadTimeout: no answer from {URL} within 30 s: check what listens there, and its log",
+            f"ReadTimeout: no answer from {SERVER} within 30 s: check what listens there, and its log",
         ),
         (httpx.RemoteProtocolError("garbled"), "RemoteProtocolError: garbled"),
     ],
 )
 async def test_a_server_that_is_away_is_an_answer(error: Exception, said: str) -> None:
-    """A refused connection or a timeout is counted like an answer, with the address, without its login."""
+    """A refused connection or a timeout is counted like an answer, with the server, and no more of the address."""
 
     def handle(request: httpx.Request) -> httpx.Response:
         raise error

@@ -110,8 +110,9 @@ async def _post(client: httpx.AsyncClient, url: str, body: bytes, secret: str) -
 
 
 def _explain(error: httpx.HTTPError, url: str) -> str:
-    """The class of the error, the address (without a login) and what to do."""
-    name, place = type(error).__name__, httpx.URL(url).copy_with(username=None, password=None, query=None)
+    """The class of the error, the server and what to do. The login, the path and the query may hold a secret."""
+    name, server = type(error).__name__, httpx.URL(url)
+    place = f"{server.scheme}://{server.netloc.decode()}"
     match error:
         case httpx.ConnectError() | httpx.ConnectTimeout():
             said = f" ({error})" if str(error) else ""
