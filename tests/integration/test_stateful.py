@@ -14,6 +14,7 @@ import structlog
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
+from firstclaim.inbox import backlog
 from firstclaim.outcome import Kind
 from firstclaim.status import Status
 from tests.stateful.machine import DELIVERY, ENDING, FAILING, RECOVERY, Machine
@@ -42,6 +43,12 @@ def system(stores: Stores) -> Iterator[System]:
     with prepared(stores) as system:
         yield system
     structlog.configure(**before)
+
+
+@pytest.fixture(autouse=True)
+def _every_look_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds follow one another at once here: one slow look would narrow those that settle everything."""
+    monkeypatch.setattr(backlog, "_FULL_LOOK_SHARE", 0)
 
 
 def play(system: System, examples: int, chosen: settings) -> None:
