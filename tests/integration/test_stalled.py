@@ -69,7 +69,8 @@ async def test_a_backend_that_waits_for_the_standby_is_not_ended(
     await connection.execute(
         """
         CREATE VIEW public.pg_stat_activity AS
-            SELECT pid, backend_xid, 'SyncRep'::text AS wait_event FROM pg_catalog.pg_stat_activity;
+            SELECT pid, backend_start, state, backend_xid, 'SyncRep'::text AS wait_event
+              FROM pg_catalog.pg_stat_activity;
         DO $$ BEGIN
             EXECUTE format('ALTER DATABASE %I SET search_path = public, pg_catalog', current_database());
         END $$;

@@ -327,7 +327,7 @@ except Exception as error:
         "pooled = _PooledConnection(driver)",
         "once = _PooledConnection._hand_out\n"
         "_PooledConnection._hand_out = lambda pooled: (\n"
-        "    open_connection(self._dsn, 10) if pooled._handed_out else once(pooled)\n"
+        "    self._places.open() if pooled._handed_out else once(pooled)\n"
         ")\n"
         "pooled = _PooledConnection(driver)",
         "integration/test_handler_connections.py::test_a_lost_connection_is_not_replaced_under_a_handler",
@@ -427,7 +427,7 @@ except Exception as error:
         "Handlers and the ledger have separate pools: slow handlers do not starve recording.",
         "Attempt.run",
         "connection = await self.connections.acquire()",
-        """await self.ledger._pool._capacity.acquire()
+        """await self.ledger._pool._places.take()
 connection = await self.connections.acquire()""",
         "integration/test_pipeline.py::test_slow_handlers_do_not_starve_recording",
     ),
