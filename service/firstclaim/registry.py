@@ -92,7 +92,7 @@ class Context:
         `commit()` releases the savepoint, and `rollback()` undoes what was written since. Nothing is durable before
         the handler has returned. Raises `HandlerRuleBroken` after the handler has ended, and in a sync handler.
         """
-        if not _is_on_a_loop():
+        if not is_on_a_loop():
             raise HandlerRuleBroken(
                 "context.session() is for async handlers; a sync handler uses context.sync_session()"
             )
@@ -103,7 +103,7 @@ class Context:
 
         Raises `HandlerRuleBroken` on the event loop's thread, and `TimeoutError` after the handler's deadline.
         """
-        if _is_on_a_loop():
+        if is_on_a_loop():
             raise HandlerRuleBroken("context.sync_session() is for sync handlers; an async one uses context.session()")
         session: Session = self._run(self._transaction.sync_session(self._run, **options))
         return session
@@ -115,7 +115,7 @@ class Context:
         raises, and `HandlerRuleBroken` after the handler has ended, and in a sync handler: nothing would await it
         there, and the event would be completed without its effect.
         """
-        if not _is_on_a_loop():
+        if not is_on_a_loop():
             raise HandlerRuleBroken("context.fetch() is for async handlers; a sync handler calls context.execute()")
         return self._transaction.fetch(sql, *values)
 
@@ -125,7 +125,7 @@ class Context:
         Raises what SQLAlchemy raises; `HandlerRuleBroken` on the event loop's thread (an async handler awaits
         `context.connection.execute`); and `TimeoutError` after the handler's deadline has passed.
         """
-        if _is_on_a_loop():
+        if is_on_a_loop():
             raise HandlerRuleBroken(
                 "context.execute() is for sync handlers; an async handler awaits context.connection.execute()"
             )
@@ -154,7 +154,8 @@ class Context:
         return await self.connection.execute(statement, parameters)
 
 
-def _is_on_a_loop() -> bool:
+def is_on_a_loop() -> bool:
+    """Whether the caller runs on an event loop, and not in the thread of a sync handler."""
     import asyncio
 
     try:

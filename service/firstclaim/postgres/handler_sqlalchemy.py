@@ -8,7 +8,6 @@ be completed without the statement's effect. It is noted, and forgotten if a sav
 A sync handler's statements run on the event loop while its thread waits, so that one driver serves both kinds.
 """
 
-import asyncio
 import re
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar, cast
@@ -19,6 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from firstclaim.errors import HandlerRuleBroken
+from firstclaim.registry import is_on_a_loop
 
 T = TypeVar("T")
 
@@ -166,7 +166,7 @@ class LoopConnection(Connection):
         return self._on_loop(super().exec_driver_sql, *arguments, **options)
 
     def _on_loop(self, method: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        if self.run is None or _is_on_a_loop():
+        if self.run is None or is_on_a_loop():
             return self._noting(method, *arguments, **options)
         # All rows at once: later ones would be fetched in the thread.
         options["execution_options"] = {**(options.get("execution_options") or {}), **_BUFFERED}
@@ -246,11 +246,3 @@ def _drivers(error: BaseException) -> BaseException:
     while cause is not None and not isinstance(cause, _OF_THE_DRIVER):
         cause = cause.__cause__
     return cause or error
-
-
-def _is_on_a_loop() -> bool:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return False
-    return True
