@@ -49,6 +49,7 @@ from firstclaim.operations.search import PINS
 from firstclaim.passwords import Password
 from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_connections import HandlerConnections
+from firstclaim.postgres.places import Places
 from firstclaim.postgres.pool import Pool
 from firstclaim.postgres.probe import Probe
 from firstclaim.registry import Registry
@@ -117,18 +118,21 @@ def assemble(settings: Settings, registry: Registry) -> Components:
     timeout = settings.postgres_timeout_seconds
     backoff = Backoff(settings.backoff_first_seconds, settings.backoff_most_seconds)
     epoch = Epoch(fresh_seconds=5 * settings.recovery_interval_seconds + 2 * timeout)
-    queue = settings.answer_budget_seconds
-    schema = settings.schema_name
     probe = Probe(dsn, timeout_seconds=timeout)
-    pool = partial(Pool, dsn, probe, timeout_seconds=timeout, queue_seconds=queue, schema=schema)
+    places = partial(Places, dsn, probe, timeout_seconds=timeout, schema=settings.schema_name)
     # The server ends a statement that waits (for a table's lock, say) before its client gives up the connection: else
     # each attempt would leave a backend behind. A handler's statements have a timeout of their own (see `HOLD`).
     ends = {"statement_timeout": f"{round(timeout * _STATEMENT_SHARE * 1000)}ms"}
     locks = {"lock_timeout": f"{round(timeout * 1000)}ms"}
-    ingest = pool(size=settings.ingest_connections, epoch=epoch, pins=ends | locks)
-    handler_connections = HandlerConnections(
-        dsn, probe, size=settings.handler_slots, timeout_seconds=timeout, epoch=epoch, pins=ends, schema=schema
+    ingest = Pool(
+        places(
+            size=settings.ingest_connections,
+            queue_seconds=settings.answer_budget_seconds,
+            epoch=epoch,
+            pins=ends | locks,
+        )
     )
+    handler_connections = HandlerConnections(places(size=settings.handler_slots, epoch=epoch, pins=ends))
     lock = Lock(
         connect(settings.redis_url.get_secret_value(), timeout_seconds=settings.redis_timeout_seconds),
         prefix=settings.redis_prefix,
@@ -185,9 +189,11 @@ def assemble(settings: Settings, registry: Registry) -> Components:
     )
     # The metrics and the admin page read with an epoch of their own: a read that times out must not cast doubt on the
     # markers of deliveries.
-    read_epoch = Epoch(fresh_seconds=0)
-    metrics_pool = pool(size=METRICS_CONNECTIONS, epoch=read_epoch, pins=METRICS_PINS, commits=False)
-    admin = pool(size=ADMIN_CONNECTIONS, queue_seconds=QUEUE_SECONDS, epoch=read_epoch, pins=PINS, commits=False)
+    reading = partial(places, epoch=Epoch(fresh_seconds=0), commits=False)
+    metrics_pool = Pool(
+        reading(size=METRICS_CONNECTIONS, queue_seconds=settings.answer_budget_seconds, pins=METRICS_PINS)
+    )
+    admin = Pool(reading(size=ADMIN_CONNECTIONS, queue_seconds=QUEUE_SECONDS, pins=PINS))
     return Components(probe, ingest, handler_connections, metrics_pool, admin, lock, slots, pipeline, recovery, watch)
 
 

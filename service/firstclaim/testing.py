@@ -35,6 +35,7 @@ from firstclaim.migrations import schema
 from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
+from firstclaim.postgres.places import Places
 from firstclaim.postgres.probe import Probe
 from firstclaim.registry import Context, Handler
 from firstclaim.sending.events import build_event, check_field, shipped_types
@@ -216,7 +217,7 @@ async def transaction(database_url: str) -> AsyncIterator[Transaction]:
     dsn = postgres_dsn(database_url)
     probe = Probe(dsn, timeout_seconds=_POSTGRES_SECONDS)
     epoch = Epoch(fresh_seconds=0)
-    connections = HandlerConnections(dsn, probe, size=1, timeout_seconds=_POSTGRES_SECONDS, epoch=epoch)
+    connections = HandlerConnections(Places(dsn, probe, size=1, timeout_seconds=_POSTGRES_SECONDS, epoch=epoch))
     try:
         connection = await connections.acquire()
     except BaseException:

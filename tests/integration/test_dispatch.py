@@ -23,6 +23,7 @@ from firstclaim.outcome import Kind, Outcome
 from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
+from firstclaim.postgres.places import Places
 from firstclaim.postgres.probe import Probe
 from firstclaim.status import Status
 from tests.integration.conftest import MakeWorld
@@ -1376,7 +1377,7 @@ async def test_without_a_connection_nothing_is_charged(world: World, unused_tcp_
     """
     epoch = Epoch(fresh_seconds=60)
     url = f"postgresql://127.0.0.1:{unused_tcp_port}/x"
-    nowhere = HandlerConnections(url, Probe(url, timeout_seconds=5), size=1, timeout_seconds=5, epoch=epoch)
+    nowhere = HandlerConnections(Places(url, Probe(url, timeout_seconds=5), size=1, timeout_seconds=5, epoch=epoch))
     claim = await world.marked()
     seats, world.dispatcher._connections = world.dispatcher._connections, nowhere
     try:

@@ -14,6 +14,7 @@ from firstclaim.outcome import Kind, Outcome
 from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_connections import HandlerConnection
+from firstclaim.postgres.places import Places
 from firstclaim.postgres.pool import Pool
 from firstclaim.postgres.probe import Probe
 from tests.integration.conftest import MakeWorld
@@ -176,7 +177,7 @@ async def epoch() -> Epoch:
 async def pool(module_database: str, epoch: Epoch) -> AsyncIterator[Pool]:
     """A pool as the service has it."""
     probe = Probe(module_database, timeout_seconds=SECONDS)
-    pool = Pool(module_database, probe, size=2, timeout_seconds=SECONDS, queue_seconds=SECONDS, epoch=epoch)
+    pool = Pool(Places(module_database, probe, size=2, timeout_seconds=SECONDS, epoch=epoch))
     yield pool
     await pool.close()
     await probe.close()

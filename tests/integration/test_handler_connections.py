@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError, ResourceClosedError
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
+from firstclaim.postgres.places import Places
 from firstclaim.postgres.probe import Probe
 from tests.integration.world import until, until_closed
 from tests.proxy import Mode, before_postgres
@@ -28,7 +29,7 @@ async def opened(url: str) -> AsyncIterator[HandlerConnections]:
     """The connections as the service has them."""
     probe = Probe(url, timeout_seconds=TIMEOUT_SECONDS)
     connections = HandlerConnections(
-        url, probe, size=PLACES, timeout_seconds=TIMEOUT_SECONDS, epoch=Epoch(fresh_seconds=60)
+        Places(url, probe, size=PLACES, timeout_seconds=TIMEOUT_SECONDS, epoch=Epoch(fresh_seconds=60))
     )
     try:
         yield connections

@@ -16,6 +16,7 @@ from firstclaim.outcome import Kind
 from firstclaim.postgres import probe as probe_module
 from firstclaim.postgres.connection import Backend, PinnedConnection, open_connection
 from firstclaim.postgres.epoch import Epoch
+from firstclaim.postgres.places import Places
 from firstclaim.postgres.pool import Pool
 from firstclaim.postgres.probe import Probe
 from firstclaim.registry import Context
@@ -45,15 +46,7 @@ async def pooled(
     """A pool whose statements the server does not end."""
     probe = Probe(url, timeout_seconds=timeout_seconds)
     epoch = Epoch(fresh_seconds=60)
-    pool = Pool(
-        url,
-        probe,
-        size=size,
-        timeout_seconds=timeout_seconds,
-        queue_seconds=timeout_seconds,
-        epoch=epoch,
-        commits=commits,
-    )
+    pool = Pool(Places(url, probe, size=size, timeout_seconds=timeout_seconds, epoch=epoch, commits=commits))
     try:
         yield pool
     finally:

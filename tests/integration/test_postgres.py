@@ -18,6 +18,7 @@ from firstclaim.postgres import connection as connection_module
 from firstclaim.postgres import epoch as epoch_module
 from firstclaim.postgres.connection import PinnedConnection, describe, open_connection
 from firstclaim.postgres.epoch import Epoch, read_epoch
+from firstclaim.postgres.places import Places
 from firstclaim.postgres.pool import Pool
 from firstclaim.postgres.probe import Probe
 from tests import operator
@@ -39,15 +40,8 @@ async def opened(
     """A pool as the service has it, and the epoch that its connections confirm."""
     epoch = Epoch(fresh_seconds=60)
     probe = Probe(url, timeout_seconds=timeout_seconds)
-    pool = Pool(
-        url,
-        probe,
-        size=size,
-        timeout_seconds=timeout_seconds,
-        queue_seconds=timeout_seconds,
-        epoch=epoch,
-        pins={"statement_timeout": f"{STATEMENT_MILLISECONDS}ms"},
-    )
+    pins = {"statement_timeout": f"{STATEMENT_MILLISECONDS}ms"}
+    pool = Pool(Places(url, probe, size=size, timeout_seconds=timeout_seconds, epoch=epoch, pins=pins))
     try:
         yield pool, epoch
     finally:

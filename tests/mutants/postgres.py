@@ -87,8 +87,8 @@ MUTANTS = (
         "a-waiting-handler-leaves-its-backend",
         "The server ends a handler's transaction that waits for a lock on the table.",
         "app.assemble",
-        "HandlerConnections(..., ..., size=..., timeout_seconds=..., epoch=..., pins=ends, schema=...)",
-        "HandlerConnections(..., ..., size=..., timeout_seconds=..., epoch=..., schema=...)",
+        "HandlerConnections(places(size=..., epoch=..., pins=ends))",
+        "HandlerConnections(places(size=..., epoch=...))",
         "integration/test_stalled.py::test_a_locked_table_does_not_keep_a_handlers_backend",
     ),
     Mutant(

@@ -71,8 +71,8 @@ MUTANTS = (
         "readers-are-refused-while-commits-hang",
         "What only reads goes on while commits hang.",
         "app.assemble",
-        "pool(size=METRICS_CONNECTIONS, epoch=..., pins=..., commits=False)",
-        "pool(size=METRICS_CONNECTIONS, epoch=..., pins=...)",
+        "partial(places, epoch=Epoch(fresh_seconds=0), commits=False)",
+        "partial(places, epoch=Epoch(fresh_seconds=0))",
         "integration/test_places.py::test_while_commits_hang_one_probes_and_all_others_are_told_at_once",
     ),
     Mutant(

@@ -13,7 +13,6 @@ replaces a lost connection by itself, has none to replace it with.
 """
 
 import asyncio
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -26,11 +25,8 @@ from sqlalchemy.pool import AssertionPool
 
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.postgres.connection import NOT_REPLICATED, PinnedConnection, is_current
-from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_sqlalchemy import HandlerRules, LoopConnection, RunOnLoop, Sessions
 from firstclaim.postgres.places import Places
-from firstclaim.postgres.probe import Probe
-from firstclaim.schema_name import DEFAULT_SCHEMA
 
 _MUST_NOT_CLOSE = "a handler must not close its connection: its transaction carries the completion mark"
 _HAS_ENDED = "this handler has ended: nothing more can be written in its transaction"
@@ -242,35 +238,13 @@ class HandlerConnection:
 
 
 class HandlerConnections:
-    """The connections of all handlers, at most `size`, opened as they are needed; see `Places`.
+    """The connections of all handlers, in `places`, opened as they are needed.
 
-    `timeout_seconds` is for opening one, and for waiting for a place: how many handlers run at once is the caller's
-    limit, but a connection that was lost may leave its backend for a while. `pins`, `schema`: see `open_connection`.
+    How many handlers run at once is the caller's limit; but a connection that was lost may keep its place for a while.
     """
 
-    def __init__(
-        self,
-        dsn: str,
-        probe: Probe,
-        *,
-        size: int,
-        timeout_seconds: float,
-        epoch: Epoch,
-        pins: Mapping[str, str] | None = None,
-        schema: str = DEFAULT_SCHEMA,
-    ) -> None:
-        self._places = Places(
-            dsn,
-            probe,
-            size=size,
-            timeout_seconds=timeout_seconds,
-            queue_seconds=timeout_seconds,
-            epoch=epoch,
-            pins=pins,
-            schema=schema,
-        )
-        self._timeout_seconds = timeout_seconds
-        self._epoch = epoch
+    def __init__(self, places: Places) -> None:
+        self._places = places
         self._free: list[_PooledConnection] = []
 
     async def acquire(self) -> HandlerConnection:
@@ -281,7 +255,7 @@ class HandlerConnections:
         await self._places.take()
         while self._free:
             pooled = self._free.pop()
-            if is_current(pooled.driver, self._epoch):
+            if is_current(pooled.driver, self._places.epoch):
                 return HandlerConnection(pooled, self._places)
             pooled.driver.retire()
             self._places.leave(pooled.driver)
@@ -303,7 +277,7 @@ class HandlerConnections:
         driver = await self._places.open()
         try:
             pooled = _PooledConnection(driver)
-            async with asyncio.timeout(self._timeout_seconds):
+            async with asyncio.timeout(self._places.timeout_seconds):
                 await pooled.prepare()
         except BaseException as error:
             driver.terminate()

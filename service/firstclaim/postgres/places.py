@@ -23,8 +23,9 @@ _HOPELESS = "Postgres is silent, or does not confirm commits"
 class Places:
     """`size` places, and the connections that are opened in them.
 
-    `queue_seconds` is how long a caller waits for a place. `commits`: whether its callers commit; those that only read
-    go on while commits hang, and what they do puts nothing in doubt. The others: see `open_connection`.
+    `timeout_seconds` is for connecting. `queue_seconds` is how long a caller waits for a place, by default as long:
+    such a queue is no sign that Postgres is unreachable. `commits`: whether its callers commit; those that only read go
+    on while commits hang, and what they do puts nothing in doubt. The others: see `open_connection`.
     """
 
     def __init__(
@@ -34,7 +35,7 @@ class Places:
         *,
         size: int,
         timeout_seconds: float,
-        queue_seconds: float,
+        queue_seconds: float | None = None,
         epoch: Epoch,
         pins: Mapping[str, str] | None = None,
         schema: str = DEFAULT_SCHEMA,
@@ -43,9 +44,9 @@ class Places:
         self._dsn = dsn
         self._probe = probe
         self._size = size
-        self._timeout_seconds = timeout_seconds
-        self._queue_seconds = queue_seconds
-        self._epoch = epoch
+        self.timeout_seconds = timeout_seconds
+        self._queue_seconds = timeout_seconds if queue_seconds is None else queue_seconds
+        self.epoch = epoch
         self._pins = pins
         self._schema = schema
         self._commits = commits
@@ -67,7 +68,7 @@ class Places:
         Raises what `UNAVAILABLE` lists, and `LedgerUnavailable`.
         """
         try:
-            connection = await connect_unpinned(self._dsn, self._timeout_seconds, self._schema)
+            connection = await connect_unpinned(self._dsn, self.timeout_seconds, self._schema)
         except (TimeoutError, asyncio.CancelledError) as error:  # given up by us: its backend may yet begin
             self._left += 1
             self._probe.leave_unnamed(self._left_is_gone)
@@ -78,7 +79,7 @@ class Places:
             self.release()
             raise
         try:
-            await prepare(connection, self._timeout_seconds, self._epoch, self._pins)
+            await prepare(connection, self.timeout_seconds, self.epoch, self._pins)
         except BaseException as error:
             self.leave(connection)
             if isinstance(error, TimeoutError):

@@ -1,54 +1,24 @@
 """A pool of connections for short pieces of work: claims, reads, state changes."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.postgres.connection import UNAVAILABLE, PinnedConnection, describe, is_current
-from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.places import Places
-from firstclaim.postgres.probe import Probe
-from firstclaim.schema_name import DEFAULT_SCHEMA
 
 
 class Pool:
-    """At most `size` connections, opened as they are needed; see `Places`.
+    """Connections in `places`, opened as they are needed.
 
     SQLAlchemy's pool takes longer than a short statement, and asyncpg's resets a connection at each return; this one
     does neither. A connection that the server has ended is replaced once the driver has noticed; a statement sent a
     moment before that fails.
-
-    `timeout_seconds` is for connecting. `queue_seconds` is how long a caller waits for a connection that is in use:
-    such a queue is no sign that Postgres is unreachable. `pins`, `schema`: see `open_connection`. `commits`: see
-    `Places`.
     """
 
-    def __init__(
-        self,
-        dsn: str,
-        probe: Probe,
-        *,
-        size: int,
-        timeout_seconds: float,
-        queue_seconds: float,
-        epoch: Epoch,
-        pins: Mapping[str, str] | None = None,
-        schema: str = DEFAULT_SCHEMA,
-        commits: bool = True,
-    ) -> None:
-        self._places = Places(
-            dsn,
-            probe,
-            size=size,
-            timeout_seconds=timeout_seconds,
-            queue_seconds=queue_seconds,
-            epoch=epoch,
-            pins=pins,
-            schema=schema,
-            commits=commits,
-        )
-        self._epoch = epoch
+    def __init__(self, places: Places) -> None:
+        self._places = places
         self._free: list[PinnedConnection] = []
         self._closed = False
 
@@ -93,7 +63,7 @@ class Pool:
         await self._places.take()
         while self._free:
             connection = self._free.pop()
-            if is_current(connection, self._epoch):
+            if is_current(connection, self._places.epoch):
                 return connection
             connection.retire()
             self._places.leave(connection)
