@@ -13,13 +13,10 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from http import HTTPStatus
 
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.routing import BaseRoute, Route
-from starlette.types import Lifespan, Receive, Scope, Send
+from starlette.routing import Route
+from starlette.types import Lifespan
 
 from firstclaim.admin.events import Events
 from firstclaim.admin.ledger import QUEUE_SECONDS, AdminLedger
@@ -55,11 +52,12 @@ from firstclaim.postgres.probe import Probe
 from firstclaim.registry import Registry
 from firstclaim.settings import ADMIN_CONNECTIONS, METRICS_CONNECTIONS, Settings
 from firstclaim.shutdown import Shutdown, stop_with_supervisor
+from firstclaim.web.application import Application
 from firstclaim.web.health import HealthCheck, Liveness, Readiness
 from firstclaim.web.metrics import PINS as METRICS_PINS
 from firstclaim.web.metrics import MetricsEndpoint
 from firstclaim.web.readiness_checks import readiness_checks
-from firstclaim.web.webhook import WEBHOOK_PATH, Webhook, refuse_path
+from firstclaim.web.webhook import Webhook
 
 _STATEMENT_SHARE = 0.9  # of the timeout for Postgres
 _CLOSE_SECONDS = 2.0  # of the shutdown's time, reserved for releasing unfinished work and closing connections
@@ -230,74 +228,6 @@ async def exporting_spans() -> AsyncIterator[None]:
         ending = threading.Thread(target=end, daemon=True)
         ending.start()
         await asyncio.to_thread(ending.join, _CLOSE_SECONDS / 2)
-
-
-class Application(Starlette):
-    """Starlette's routes, except that a delivery goes straight to the webhook and skips Starlette's middleware.
-
-    A path is served only as it is written here: one with percent-encoding is a 404. A trailing slash makes no
-    difference to the webhook and the admin page. To the others it does, or a proxy's rule for exactly `/metrics` would
-    not apply to `/metrics/`.
-
-    The paths may be below a prefix: below the one that this application is mounted at, and below `root_path`, whether
-    or not a proxy has removed that one. The pages learn both as the scope's `root_path`.
-
-    The middleware took a sixth of the cost of a duplicate. The webhook does not need it: it answers every error itself.
-    """
-
-    def __init__(
-        self,
-        webhook: Webhook,
-        routes: Sequence[BaseRoute],
-        lifespan: Lifespan[Starlette] | None,
-        *,
-        webhook_path: str = WEBHOOK_PATH,
-        root_path: str = "",
-    ) -> None:
-        self._webhook_paths = (webhook_path, webhook_path + "/")
-        # The fallbacks answer other methods on these paths with 405.
-        fallbacks = [Route(path, webhook, methods=["POST"]) for path in self._webhook_paths]
-        self._refuse_path = partial(refuse_path, webhook_path)
-        super().__init__(
-            routes=[*fallbacks, *routes],
-            lifespan=lifespan,
-            exception_handlers={404: self._refuse_path, 405: self._refuse_path},
-        )
-        self.router.redirect_slashes = False  # Stripe counts a redirect as a failed delivery
-        self._webhook = webhook
-        self._root_path = root_path
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request, or the lifespan."""
-        if scope["type"] != "http":
-            await super().__call__(scope, receive, send)
-            return
-        mounted_at = scope.get("root_path", "")
-        prefix = mounted_at + self._root_path
-        path = _below(self._root_path, _below(mounted_at, scope["path"])) if prefix else scope["path"]
-        if _has_escape(scope, path):
-            response = await self._refuse_path(Request(scope), HTTPException(HTTPStatus.NOT_FOUND))
-            await response(scope, receive, send)
-        elif path in self._webhook_paths and scope["method"] == "POST":
-            await self._webhook(scope, receive, send)
-        else:
-            await super().__call__({**scope, "root_path": prefix, "path": prefix + path}, receive, send)
-
-
-def _below(prefix: str, path: str) -> str:
-    """The rest of the path, if it is below the prefix; else the path."""
-    rest = path.removeprefix(prefix) if prefix else path
-    return rest if rest.startswith("/") else path
-
-
-def _has_escape(scope: Scope, path: str) -> bool:
-    """Whether the path was sent in another spelling than `path`.
-
-    None of our paths needs an escape. The router compares decoded paths, so a proxy's rule for `/metrics` would not
-    apply to `/%6detrics`, which leads to the same page. (The prefix is not ours: it may have escapes.)
-    """
-    raw: bytes = scope.get("raw_path") or scope["path"].encode(errors="replace")
-    return "%" in path or not raw.endswith(path.encode(errors="replace"))
 
 
 def release_unstarted(settings: Settings, registry: Registry, pipeline: Pipeline) -> None:

@@ -16,10 +16,10 @@ from starlette.routing import Mount, Route
 from firstclaim import app as app_module
 from firstclaim.admin import session as sessions
 from firstclaim.admin.page import AdminPage
-from firstclaim.app import Application
 from firstclaim.operations import search
 from firstclaim.passwords import make_hash
 from firstclaim.status import Status
+from firstclaim.web.application import Application
 from firstclaim.web.health import Finding, Health, HealthCheck
 from firstclaim.web.webhook import Webhook
 from tests.integration.conftest import MakeWorld

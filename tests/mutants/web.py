@@ -126,7 +126,7 @@ MUTANTS = (
     Mutant(
         "percent-encoded-path-is-served",
         "A path is served only as it is written: a proxy's rule for `/metrics` does not match `/%6detrics`.",
-        "app._has_escape",
+        "web.application._has_escape",
         """"%" in path or not raw.endswith(path.encode(errors="replace"))""",
         "False",
         "unit/test_app.py::test_another_spelling_of_a_path_is_not_found",

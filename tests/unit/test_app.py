@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from firstclaim.app import Application
+from firstclaim.web.application import Application
 from firstclaim.web.webhook import WEBHOOK_PATH, Webhook
 
 
