@@ -128,3 +128,15 @@ def test_a_cut_happens_at_its_message(
     system.happened.clear()
     machine.deliver(0, system.new_story(), Plan.WORK, Fault(message, heard, Effect.CUT))
     assert system.happened == {f"CUT {message}": 1, f"answer {says}": 1}
+
+
+def test_what_a_dead_process_had_locked_settles_after_all(system: System) -> None:
+    """Both processes have left the event out, because its lock was held: with the lock, that ends too."""
+    machine = Machine(system)
+    event_id = system.new_story()
+    machine.deliver(0, event_id, Plan.WORK, Fault("insert", True, Effect.DIE))
+    for _ in range(2):  # its lease is over, then it is due
+        machine.recover(7200.0, (0, 1), (Plan.WORK, None))
+    assert system.seen.rows[event_id].status is Status.PENDING
+    machine.teardown()
+    assert system.seen.rows[event_id].status is Status.COMPLETED

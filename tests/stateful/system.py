@@ -187,7 +187,12 @@ class System:
             await self.redis.delete(*(self._prefix + event_id for event_id in self.stories))
 
     async def expire_locks(self) -> None:
-        """The remaining locks expire. Their owners are dead or have ended."""
+        """The remaining locks expire. Their owners are dead or have ended.
+
+        Recovery leaves out what it could not lock for as long as a lock lives: that time is over with them.
+        """
+        for process in self.processes:
+            process.world.pipeline._backlog._left_out.clear()
         locks = [self._prefix + event_id for event_id, key in self.seen.keys.items() if key.claimed]
         if locks:
             await self.redis.delete(*locks)
