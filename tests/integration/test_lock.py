@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from firstclaim.errors import LockUnavailable
 from firstclaim.inbox import lock as lock_module
 from firstclaim.inbox.lock import Lock, LockReply, connect
+from firstclaim.inbox.lock_token import new_token
 from tests.integration.world import until
 from tests.load.markers import write_markers
 from tests.stores import Stores, redis_user
@@ -214,7 +215,7 @@ async def test_the_wrong_type_stops_no_marker_and_no_release(redis: Redis, lock:
 async def test_of_fifty_at_once_one_holds_it(redis: Redis, lock: Lock) -> None:
     """However many ask for one event at the same moment, exactly one gets the lock, also over a left-over value."""
     for epoch in (EPOCH, None):
-        replies = await asyncio.gather(*(lock.acquire(ID, lock.new_token(), epoch) for _ in range(50)))
+        replies = await asyncio.gather(*(lock.acquire(ID, new_token(), epoch) for _ in range(50)))
         assert replies.count(LockReply.HELD) == 1
         assert replies.count(LockReply.BUSY) == 49
         await redis.set(redis_key(lock), OTHER_EPOCH, px=MARKER_TTL_MS)
@@ -245,7 +246,7 @@ async def test_our_lock_becomes_the_marker(redis: Redis, lock: Lock, key: str) -
     await lock.mark_recorded(ID, TOKEN, EPOCH)
     assert await redis.get(key) == RECORDED
     assert await has_ttl(redis, key, MARKER_TTL_MS)
-    assert await lock.acquire(ID, lock.new_token(), EPOCH) is LockReply.RECORDED
+    assert await lock.acquire(ID, new_token(), EPOCH) is LockReply.RECORDED
 
 
 @pytest.mark.parametrize("seen", [None, THEIRS, OTHER_EPOCH, RECORDED, b"garbage", b"claimed:"])

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from firstclaim.inbox.lock import Lock, connect
+from firstclaim.inbox.lock_token import new_token
 from firstclaim.settings import Settings
 from tests.stores import running
 
@@ -42,7 +43,7 @@ async def write_markers(redis: Redis, count: int) -> list[str]:
 
 
 async def _mark(lock: Lock, event_id: str) -> None:
-    token = lock.new_token()
+    token = new_token()
     await lock.acquire(event_id, token, None)
     await lock.mark_recorded(event_id, token, secrets.token_hex(8))
 

@@ -20,6 +20,7 @@ from firstclaim.event import Delivery
 from firstclaim.inbox.existing_row import ExistingRow
 from firstclaim.inbox.ledger import Claim, Ledger, Recorded
 from firstclaim.inbox.lock import Lock, LockReply
+from firstclaim.inbox.lock_token import new_token
 from firstclaim.observability import metrics
 from firstclaim.outcome import Outcome
 from firstclaim.postgres.epoch import Epoch
@@ -54,7 +55,7 @@ class Claims:
 
     async def lock(self, event_id: str) -> LockAttempt:
         """Request the lock. For a duplicate of a recorded event, this one command is all that it costs."""
-        token = self._lock.new_token()
+        token = new_token()
         return LockAttempt(token, await self._lock.acquire(event_id, token, self._epoch.current))
 
     async def claim(
@@ -92,7 +93,7 @@ class Claims:
         The lock replaces a marker: the ledger says that the work is due, so a marker does not count. Where Redis is
         unreachable, an event is in neither list.
         """
-        tokens = {event_id: self._lock.new_token() for event_id in event_ids}
+        tokens = {event_id: new_token() for event_id in event_ids}
         replies = await asyncio.gather(
             *(self._lock.acquire(event_id, token, None, over_marker=True) for event_id, token in tokens.items())
         )

@@ -11,7 +11,6 @@ one key: otherwise a single key of another type would keep the breaker open for 
 """
 
 import asyncio
-import secrets
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -29,6 +28,7 @@ from redis.maint_notifications import MaintNotificationsConfig
 
 from firstclaim.errors import LockUnavailable
 from firstclaim.inbox.batcher import Batcher
+from firstclaim.inbox.lock_token import new_token
 from firstclaim.observability import metrics
 
 log = structlog.get_logger(__name__)
@@ -118,11 +118,6 @@ class Lock:
         self._probe_all = False  # a command other than SET was refused: a SET that is accepted proves nothing
         self._commands = Batcher(self._send, max_items=_MAX_BATCH)
 
-    @staticmethod
-    def new_token() -> str:
-        """A new token for each attempt: a process never mistakes an earlier lock of its own for the current one."""
-        return secrets.token_hex(8)
-
     @property
     def unreachable(self) -> bool:
         """Whether the breaker is open: Redis failed a moment ago, and no command is sent."""
@@ -171,7 +166,7 @@ class Lock:
 
         Raises `LockUnavailable`, whose message names the command that was refused or not answered.
         """
-        token = self.new_token()
+        token = new_token()
         key, ours, marker = self._key(f"check/{token}"), _CLAIMED + token.encode(), _RECORDED + token.encode()
         await self._execute("SET", key, ours, "NX", "GET", "PX", self._lock_ttl_ms)
         await self._execute("GET", key)  # for the scripts, which run with the user's rights
