@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import httpx
+import orjson
 import pytest
 
 from firstclaim.status import Status
@@ -39,6 +40,19 @@ async def test_the_drain_delay_keeps_serving(sandbox: Sandbox) -> None:
     assert await service.wait_for_exit() == 0, service.output
     with pytest.raises(httpx.TransportError):
         await service.get("/livez")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+async def test_a_stop_loses_no_line_of_the_log(workers: int, sandbox: Sandbox) -> None:
+    """SIGTERM right after the answers: the log has a whole line for each delivery."""
+    service = await sandbox.service(workers=workers).start()
+    event = sample()
+    for _ in range(50):
+        await sandbox.deliver(service, event)
+    service.terminate()
+    assert await service.wait_for_exit() == 0, service.output
+    lines = [orjson.loads(line) for line in service.output.splitlines() if line.startswith("{")]
+    assert [line["event_id"] for line in lines if line["event"] == "delivery"] == [event.id] * 50
 
 
 async def test_a_second_signal_skips_the_drain_delay(sandbox: Sandbox) -> None:

@@ -219,6 +219,31 @@ MUTANTS = (
         "not _PLACEHOLDER.fullmatch(event_id)",
         "unit/test_event.py::test_a_live_event_is_never_renamed",
     ),
+    # -- log lines
+    Mutant(
+        "an-error-waits-for-the-timer",
+        "A warning or an error is written to the log at once.",
+        "LogLines.write_line",
+        "self.flush()",
+        "",
+        "unit/test_log_lines.py::test_a_warning_is_written_at_once",
+    ),
+    Mutant(
+        "lines-are-lost-at-the-exit",
+        "A process that ends by itself has written all lines of its log.",
+        "logging.configure",
+        "logging.StreamHandler(lines)",
+        "logging.StreamHandler(sys.stderr)",
+        "unit/test_log_lines.py::test_the_end_of_the_process_loses_nothing",
+    ),
+    Mutant(
+        "lines-are-torn",
+        "Processes that share a pipe tear no line of each other's.",
+        "LogLines._piece",
+        "(size := ...) <= select.PIPE_BUF",
+        "True",
+        "unit/test_log_lines.py::test_no_write_can_be_torn",
+    ),
     # -- mounted
     Mutant(
         "mounted-accepts-without-recovery",

@@ -1,6 +1,7 @@
 """Logs: one JSON object per line, or readable lines on a terminal; never a payload, never a secret.
 
-Guarantees: every record, also of uvicorn and of any library, goes through one renderer that escapes control characters.
+Guarantees: every record, also of uvicorn and of any library, goes through one renderer that escapes control characters,
+and to one stream, which writes ordinary lines together every 10 ms (see `firstclaim.observability.log_lines`).
 An exception is logged as its class and the place where it was raised, never with its message (see
 `firstclaim.observability.redaction`).
 """
@@ -8,11 +9,13 @@ An exception is logged as its class and the place where it was raised, never wit
 import json
 import logging
 import sys
+from functools import partial
 
 import orjson
 import structlog
 from structlog.typing import EventDict, WrappedLogger
 
+from firstclaim.observability.log_lines import LogLines
 from firstclaim.observability.redaction import describe_error
 
 
@@ -33,14 +36,15 @@ def configure(log_format: str, level: str) -> None:
         if console
         else structlog.processors.JSONRenderer(serializer=_json)
     )
-    # Our own records, one per delivery, go straight to the stream, without the overhead of the standard library.
+    lines = LogLines(sys.stderr)
+    # Our own records, one per delivery, skip the overhead of the standard library.
     structlog.configure(
         processors=[*processors, renderer],
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        logger_factory=partial(_Logger, lines),
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=True,
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.StreamHandler(lines)  # flushed when the process ends, by `logging`
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[structlog.stdlib.ExtraAdder(), _plain, *processors],
@@ -55,6 +59,14 @@ def configure(log_format: str, level: str) -> None:
     for name in ("uvicorn", "uvicorn.error"):
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
+
+
+class _Logger:
+    """What structlog passes rendered lines to. Ordinary lines are gathered; a warning is written at once."""
+
+    def __init__(self, lines: LogLines, *_: object) -> None:
+        self.debug = self.info = lines.gather
+        self.warning = self.error = self.exception = self.critical = lines.write_line
 
 
 def configure_embedded() -> None:
