@@ -262,7 +262,10 @@ def application(
     routes = [
         Route("/livez", Liveness(components.slots).report),
         Route("/readyz", readiness.report),
-        Route("/metrics", MetricsEndpoint(checks, components.metrics_pool).report),
+        Route(
+            "/metrics",
+            MetricsEndpoint(checks, components.metrics_pool, settings.workers * settings.handler_slots).report,
+        ),
         *(site.routes if site else ()),
     ]
     return Application(webhook, routes, lifespan, webhook_path=settings.webhook_path, root_path=settings.root_path)

@@ -132,10 +132,11 @@ class Settings(Listening):
         description="Postgres ends a transaction idle for so long: unlocks a frozen process's row; > handler deadline.",
     )
     handler_slots: int = Field(
-        10,
+        20,
         ge=1,
         le=500,
-        description="Handlers that run at once, a connection each; as many claims wait, more are left to recovery.",
+        description="Handlers that run at once, a connection each. A process handles at most "
+        "slots / (latency + 5 ms) events a second: 20 allow 800 at 20 ms.",
     )
     ingest_connections: int = Field(
         5,

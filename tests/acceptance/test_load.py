@@ -109,6 +109,9 @@ async def test_a_load_with_duplicates_is_judged(shared_sandbox: Sandbox, service
     run = await command("load", *arguments, **known(shared_sandbox))
     assert run.code == 0, run.output
     run.shows("No event was lost, and none was doubled.")
+    took = re.search(r"handlers took ([\d.]+) ms on average; 20 slots allow 20 / \(\1 ms \+ 5 ms\) = ", run.output)
+    assert took
+    assert 0 < float(took[1]) < 3000
     sent = count(run, "sent")
     assert sent == count(run, "effects once") == await shared_sandbox.rows() - before
     assert (count(run, "lost"), count(run, "doubled")) == (0, 0)

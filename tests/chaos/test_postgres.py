@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from firstclaim.settings import Settings
 from firstclaim.status import Status
 from tests.acceptance.harness import (
     DEFERRED,
@@ -24,8 +25,8 @@ from tests.chaos.load import Load
 from tests.chaos.own import Own
 from tests.chaos.verdict import verdict
 
-POOLED = 15  # connections of a process, as shipped
-SLOTS = 10  # of a process, as shipped
+SLOTS, INGEST = [Settings.model_fields[name].default for name in ("handler_slots", "ingest_connections")]
+POOLED = SLOTS + INGEST  # connections of a process
 IN_FLIGHT = 250
 ROUNDS = 10
 DELIVERIES = 60  # in a round

@@ -1,6 +1,10 @@
 """The checks before the start: on a Postgres that seems to be set otherwise, and on a Redis that refuses commands."""
 
 import asyncio
+import re
+import secrets
+from collections.abc import AsyncIterator
+from urllib.parse import urlsplit
 
 import asyncpg
 import hiredis
@@ -50,6 +54,67 @@ async def checked(database_url: str, pretend: str) -> dict[str, Check]:
     await connection.close()
     settings = Settings(database_url=SecretStr(database_url), stripe_webhook_secrets=(SecretStr("whsec_test"),))
     return {check.name: check async for check in check_postgres(settings)}
+
+
+# -- connections --------------------------------------------------------------------------------------
+
+NEEDED = Settings.model_construct().postgres_connections
+
+
+@pytest.fixture
+async def role(database_url: str) -> AsyncIterator[tuple[str, asyncpg.Connection]]:
+    """A role that may log in to the database, and an administrator's session, which is named as the service's are."""
+    admin = await asyncpg.connect(database_url, server_settings={"application_name": "firstclaim"})
+    name = f"test_{secrets.token_hex(6)}"
+    await admin.execute(f"CREATE ROLE {name} LOGIN")
+    yield name, admin
+    await admin.execute(f"DROP ROLE {name}")
+    await admin.close()
+
+
+async def connections(url: str, workers: int = 1) -> tuple[Verdict, str]:
+    """What `check` says of the connections of that many workers."""
+    settings = Settings(database_url=SecretStr(url), workers=workers)
+    [check] = [check async for check in check_postgres(settings) if check.name == "connections"]
+    return check.verdict, check.detail
+
+
+@pytest.mark.parametrize("limited", ["DATABASE", "ROLE"])
+async def test_too_few_connections(database_url: str, role: tuple[str, asyncpg.Connection], limited: str) -> None:
+    """The pools of all workers must fit, within the limits of the role and of the database too."""
+    name, admin = role
+    url = database_url.replace("postgres@", f"{name}@", 1) if limited == "ROLE" else database_url
+    limit = f"ALTER {limited} {name if limited == 'ROLE' else urlsplit(url).path[1:]} CONNECTION LIMIT "
+    await admin.execute(f"{limit}{NEEDED}")
+    enough = f"{NEEDED} for each of 1 worker, of {NEEDED} that Postgres has left"
+    assert await connections(url) == (Verdict.OK, enough)
+    assert (await connections(url, workers=2))[0] is Verdict.WARN
+    await admin.execute(f"{limit}{NEEDED - 1}")
+    verdict, detail = await connections(url)
+    assert verdict is Verdict.WARN
+    assert "raise max_connections, or lower FIRSTCLAIM_HANDLER_SLOTS" in detail
+
+
+async def test_the_server_reserves_some_connections(database_url: str, role: tuple[str, asyncpg.Connection]) -> None:
+    """Without a limit of the role or the database, what the server does not reserve is what there is."""
+    names = ("max_connections", "superuser_reserved_connections")
+    most, reserved = [int(await role[1].fetchval(f"SHOW {name}")) for name in names]
+    verdict, detail = await connections(database_url, workers=64)
+    found = re.search(r"of (\d+) that Postgres has left", detail)
+    assert verdict is Verdict.WARN
+    assert found
+    assert most // 2 < int(found[1]) <= most - reserved
+
+
+async def test_sessions_of_others_are_in_the_way(database_url: str, role: tuple[str, asyncpg.Connection]) -> None:
+    """One of another program takes a connection; the service's own sessions may be those of the pools."""
+    await role[1].execute(f"ALTER DATABASE {urlsplit(database_url).path[1:]} CONNECTION LIMIT {NEEDED}")
+    assert (await connections(database_url))[0] is Verdict.OK
+    other = await asyncpg.connect(database_url, server_settings={"application_name": "psql"})
+    try:
+        assert (await connections(database_url))[0] is Verdict.WARN
+    finally:
+        await other.close()
 
 
 def settings_of(redis_url: str) -> Settings:

@@ -102,6 +102,16 @@ def test_the_pod_runs_as_the_image_does() -> None:
     assert [mount["mountPath"] for mount in SERVICE["volumeMounts"]] == ["/tmp"]  # noqa: S108
 
 
+def test_the_connections_of_a_rollout_are_named() -> None:
+    """The guide says how many pods run during a rollout, and how many connections all of them may open."""
+    given = {name.removeprefix(PREFIX).lower(): value for name, value in ENVIRONMENT.items()}
+    each = Settings(**given).postgres_connections  # type: ignore[arg-type]  # pydantic converts the texts
+    deployment = _object("Deployment")["spec"]
+    pods = deployment["replicas"] + deployment["strategy"]["rollingUpdate"]["maxSurge"]
+    guide = (ROOT / "docs/how-to/container.md").read_text()
+    assert f"{pods} pods run, with up to {each} connections to Postgres each: it needs {pods * each}" in guide
+
+
 def test_a_shutdown_fits_into_the_grace_period() -> None:
     """The pod is killed only after the service's own time for a shutdown, which the settings accept as it is set."""
     given = {name.removeprefix(PREFIX).lower(): value for name, value in ENVIRONMENT.items()}

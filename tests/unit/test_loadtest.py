@@ -150,7 +150,7 @@ def test_a_fixed_rate_does_not_ask_how_it_goes() -> None:
 def test_an_impossible_plan_is_refused_before_anything_is_sent(changes: dict[str, Any], words: str) -> None:
     """A plan that cannot work is refused with the name of the option (exit code 2), and without a password."""
     with pytest.raises(ConfigurationError) as refused:
-        runner.run(plan(**changes), None, DEFAULT_SCHEMA, 0, Console(file=io.StringIO()))
+        runner.run(plan(**changes), "", None, DEFAULT_SCHEMA, 0, Console(file=io.StringIO()))
     assert words in str(refused.value)
     assert "hunter2" not in str(refused.value)
 
@@ -164,7 +164,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without locust: exit code 2 and the command to run."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ConfigurationError, match=r"pip install 'firstclaim\[load\]'") as refused:
-        runner.run(plan(), None, DEFAULT_SCHEMA, 0, Console(file=io.StringIO()))
+        runner.run(plan(), "", None, DEFAULT_SCHEMA, 0, Console(file=io.StringIO()))
     assert refused.value.exit_code == 2
 
 

@@ -83,7 +83,7 @@ METRICS = ROOT / "docs" / "reference" / "metrics.md"
 
 def metrics_table() -> str:
     """The table of metrics, generated from their definitions, by name as Prometheus stores it."""
-    gauges = _Gauges({"redis": Health.OK}, Backlog(0, 0.0, 0, 0), dict.fromkeys(Status, 0))
+    gauges = _Gauges(20, {"redis": Health.OK}, Backlog(0, 0.0, 0, 0), dict.fromkeys(Status, 0))
     rows = []
     for metric in [*metrics.REGISTRY.collect(), *gauges.collect()]:
         labels: dict[str, list[str]] = {}

@@ -24,6 +24,7 @@ from firstclaim.cli import load
 from firstclaim.cli.commands import app
 from firstclaim.embedded import processes
 from firstclaim.inbox import lock, transaction_watch
+from firstclaim.loadtest.capacity import OVERHEAD_SECONDS
 from firstclaim.migrations import locking
 from firstclaim.operations import limits, search, stripe_api
 from firstclaim.registry import Registry
@@ -65,6 +66,11 @@ FIGURES = [
     f"`FIRSTCLAIM_HANDLER_SLOTS` + `FIRSTCLAIM_INGEST_CONNECTIONS` ({OPEN_CONNECTIONS} by default), "
     f"{METRICS_CONNECTIONS} for metrics, and {ADMIN_CONNECTIONS} for the admin page",
     f"`max_connections` >= {SETTINGS.postgres_connections} per worker",
+    f"*slots / (latency of the handler + {OVERHEAD_SECONDS * 1000:.0f} ms)*",
+    *(
+        f"| {SETTINGS.handler_slots / (milliseconds / 1000 + OVERHEAD_SECONDS):,.0f}/s |"
+        for milliseconds in (2, 20, 100, 1000)
+    ),
     f"at most as many bytes of incomplete requests as {runner._MAX_BUFFERED_BODIES} bodies of the maximum size",
     f"stopping them takes up to {processes.STOP_SECONDS} s more each",
     f"after at most {supervisor._MAX_DELAY_SECONDS:.0f} s if workers keep dying",

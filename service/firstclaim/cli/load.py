@@ -60,7 +60,7 @@ def load(
     Exit code 1 if an event was lost or doubled, if one is not settled in time, or if none was accepted.
     """
     from firstclaim.embedded.data_folder import running_database
-    from firstclaim.loadtest import runner
+    from firstclaim.loadtest import capacity, runner
     from firstclaim.loadtest.plan import Plan
     from firstclaim.sending.events import shipped_types
     from firstclaim.urls.postgres import postgres_dsn
@@ -80,9 +80,10 @@ def load(
             seed=random.getrandbits(32) if seed is None else seed,
             html=None if html is None else str(html.resolve()),
         )
+        metrics = capacity.metrics_url(plan.url, settings.webhook_path)
         if database_url:
             with invalid_arguments():
                 dsn: str | None = postgres_dsn(database_url)
         else:
             dsn = dsn_of(settings) if settings.database_url else running_database(settings)
-        raise typer.Exit(runner.run(plan, dsn, settings.schema_name, settle, out))
+        raise typer.Exit(runner.run(plan, metrics, dsn, settings.schema_name, settle, out))

@@ -242,7 +242,7 @@ def _start_postgres(program: Path, folders: ServerFolders, stack: ExitStack) -> 
         "port": "5432",
         "unix_socket_directories": str(folders.sockets),
         "unix_socket_permissions": "0700",
-        "max_connections": "200",  # A few service processes with 15 to 20 each, and tests.
+        "max_connections": "200",  # A few service processes with 27 to 29 each, and tests.
     }
     command = [str(program), *(part for name, value in options.items() for part in ("-c", f"{name}={value}"))]
     child = _ServerProcess([*command, "-D", str(cluster)], folders.data / "postgres.log", signal.SIGINT, folders.user)

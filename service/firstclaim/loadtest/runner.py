@@ -23,7 +23,7 @@ from rich.text import Text
 
 from firstclaim.errors import ConfigurationError, OperatorError
 from firstclaim.formatting import number_of
-from firstclaim.loadtest import verdict
+from firstclaim.loadtest import capacity, verdict
 from firstclaim.loadtest.plan import AnswerKind, Latencies, Observed, Plan, Progress, Result, entries
 from firstclaim.loadtest.verdict import BROKEN, Fate, judge
 from firstclaim.progress import progress_bar
@@ -32,8 +32,10 @@ _LISTED_MOST = 20  # event ids of one fate; a longer list is not read
 _CPU_SHARE_MOST = 0.9  # of a core: above it the generator itself was the limit that was measured
 
 
-def run(plan: Plan, dsn: str | None, schema: str, settle_seconds: float, console: Console) -> int:
+def run(plan: Plan, metrics_url: str, dsn: str | None, schema: str, settle_seconds: float, console: Console) -> int:
     """Send the load, print the report and the verdict, return the exit code. `dsn` None: no verdict.
+
+    `metrics_url` is where the service says how long its handlers took.
 
     Raises `ConfigurationError`, `OperatorError`, `LedgerUnavailable`.
     """
@@ -44,8 +46,11 @@ def run(plan: Plan, dsn: str | None, schema: str, settle_seconds: float, console
     if dsn is not None:
         asyncio.run(verdict.check(dsn, schema))
     console.print(f"run {plan.run}, seed {plan.seed}: events {plan.id_head}...", soft_wrap=True)
+    before = capacity.read(metrics_url)
     result = generate(plan, console)
+    after = capacity.read(metrics_url)
     report(plan, result, console)
+    console.print(capacity.ceiling(before, after), soft_wrap=True)
     fates = None
     if dsn is not None:
         with _waiting(settle_seconds, console) as waiting:

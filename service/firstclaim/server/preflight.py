@@ -12,6 +12,7 @@ import asyncpg
 import stripe
 
 from firstclaim.errors import ConfigurationError, LedgerRefused, LedgerUnavailable, StoreUnsuitable
+from firstclaim.formatting import number_of
 from firstclaim.migrations.rights import unfit_encoding
 from firstclaim.postgres.advice import explain, in_one_line
 from firstclaim.postgres.connect import connect
@@ -32,6 +33,19 @@ _MAY_EMIT = """
 SELECT bool_and(has_function_privilege(oid, 'EXECUTE')) FROM pg_proc
  WHERE proname = 'pg_logical_emit_message' AND pronamespace = 'pg_catalog'::regnamespace
    AND proargtypes[2] = 'text'::regtype
+"""
+# What our role may still open besides the sessions of others. A session of ours counts as none: it may be of the very
+# service that is checked, whose pools are counted in full.
+_AVAILABLE_CONNECTIONS = """
+SELECT least(
+           current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int
+               - coalesce(current_setting('reserved_connections', true)::int, 0) - count(other),
+           nullif(datconnlimit, -1) - count(other) FILTER (WHERE other.datid = d.oid),
+           nullif(rolconnlimit, -1) - count(other) FILTER (WHERE other.usesysid = r.oid))
+  FROM pg_roles r JOIN pg_database d ON d.datname = current_database() AND r.rolname = session_user
+  LEFT JOIN pg_stat_activity other ON other.datid IS NOT NULL AND other.usesysid IS NOT NULL
+       AND other.application_name IS DISTINCT FROM current_setting('application_name')
+ GROUP BY r.oid, rolconnlimit, d.oid, datconnlimit
 """
 _POOLER_PROBES = 4
 _NO_ADVICE = "the server's log says more"
@@ -150,10 +164,13 @@ async def _setting(connection: asyncpg.Connection, name: str) -> str:
 
 
 async def _check_connections(connection: asyncpg.Connection, settings: Settings) -> Check:
-    maximum = int(await _setting(connection, "max_connections"))
-    ours = settings.postgres_connections
-    detail = f"{ours} per worker process, of the server's {maximum}"
-    return warn("connections", detail + ": raise max_connections") if ours > maximum // 2 else ok("connections", detail)
+    """Whether all pools of all workers of this service fit; a rolling deploy needs twice as many for a while."""
+    each, workers = settings.postgres_connections, settings.workers
+    needed, available = each * workers, await connection.fetchval(_AVAILABLE_CONNECTIONS)
+    detail = f"{each} for each of {number_of(workers, 'worker', 'workers')}, of {available} that Postgres has left"
+    if needed <= available:
+        return ok("connections", detail)
+    return warn("connections", f"{detail}: raise max_connections, or lower FIRSTCLAIM_HANDLER_SLOTS")
 
 
 async def _pooled_by_transaction(connection: asyncpg.Connection, dsn: str, timeout_seconds: float) -> bool:

@@ -76,10 +76,11 @@ async def _read_settled(queries: Queries) -> dict[Status, int]:
 
 
 class MetricsEndpoint:
-    """`/metrics`. `pool` is used for these queries only."""
+    """`/metrics`. `pool` is used for these queries only. `slots`: those of all workers."""
 
-    def __init__(self, checks: Sequence[HealthCheck], pool: Pool) -> None:
+    def __init__(self, checks: Sequence[HealthCheck], pool: Pool, slots: int) -> None:
         self._checks = checks
+        self._slots = slots
         self._open = _CachedQuery(pool, _read_open, _OPEN_SECONDS)
         self._settled = _CachedQuery(pool, _read_settled, _SETTLED_SECONDS)
 
@@ -97,7 +98,7 @@ class MetricsEndpoint:
             for status in statuses
         }
         gauges = CollectorRegistry()
-        gauges.register(_Gauges(up, backlog, by_status))
+        gauges.register(_Gauges(self._slots, up, backlog, by_status))
         text = generate_latest(metrics.collected()) + generate_latest(gauges)
         return Response(text, headers={"Cache-Control": "no-store", "Content-Type": CONTENT_TYPE_LATEST})
 
@@ -105,12 +106,16 @@ class MetricsEndpoint:
 class _Gauges(Collector):
     """The values that are read at the time of the scrape."""
 
-    def __init__(self, up: dict[str, Health], backlog: Backlog | None, counts: dict[Status, int]) -> None:
+    def __init__(self, slots: int, up: dict[str, Health], backlog: Backlog | None, counts: dict[Status, int]) -> None:
+        self._slots = slots
         self._up = up
         self._backlog = backlog
         self._counts = counts
 
     def collect(self) -> Iterator[Metric]:
+        yield GaugeMetricFamily(
+            "firstclaim_handler_slots", "Handlers that can run at once, in all workers.", value=self._slots
+        )
         up = GaugeMetricFamily("firstclaim_up", "1 if the health check of /readyz passes, else 0.", labels=["part"])
         for check, health in self._up.items():
             up.add_metric([check], float(health is Health.OK))
