@@ -16,6 +16,9 @@ from enum import Enum, auto
 from typing import Self
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
+# Where a client executes the COMMIT of a handler's transaction: the statement is prepared, and Bind names it.
+EXECUTES_COMMIT = b"\0firstclaim_commit\0"
+
 _CHUNK_BYTES = 65_536
 _BACKLOG = 1024
 _FILLERS = 4  # a queue of length 0 holds one, and the kernel completes one more
@@ -50,6 +53,10 @@ class Upstream:
 
 class Tap:
     """Sees the data on one connection before it is forwarded. A ConnectionError that it raises cuts the connection."""
+
+    def pieces(self, chunk: bytes) -> list[bytes]:
+        """What the client has sent, in pieces that are seen and forwarded one after another."""
+        return [chunk]
 
     def sent(self, chunk: bytes) -> None:
         """The client has sent this."""
@@ -170,10 +177,11 @@ class Proxy:
         while chunk := await client.read(_CHUNK_BYTES):
             if self.on_sent is not None:
                 self.on_sent(chunk)
-            tap.sent(chunk)
-            await self._passable(Mode.OPEN, Mode.MUTE)
-            server.write(chunk)
-            await server.drain()
+            for piece in tap.pieces(chunk):
+                tap.sent(piece)
+                await self._passable(Mode.OPEN, Mode.MUTE)
+                server.write(piece)
+                await server.drain()
 
     async def _reply(self, server: asyncio.StreamReader, client: asyncio.StreamWriter, tap: Tap) -> None:
         while chunk := await server.read(_CHUNK_BYTES):

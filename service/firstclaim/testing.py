@@ -12,7 +12,7 @@ import os
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from firstclaim.event import Event, parse_event
 from firstclaim.inbox.attempt import call_handler, swallowed
 from firstclaim.inbox.dispatch import decision
 from firstclaim.inbox.handler_call import HandlerCall
+from firstclaim.inbox.step_timer import StepTimer
 from firstclaim.inbox.transaction_watch import TransactionEnded
 from firstclaim.inbox.unawaited import detected
 from firstclaim.migrations import schema
@@ -45,6 +46,7 @@ from firstclaim.urls.postgres import postgres_dsn
 _DEADLINE_SECONDS = 30.0  # the default of FIRSTCLAIM_HANDLER_DEADLINE_SECONDS
 _GRACE_SECONDS = 1.0
 _POSTGRES_SECONDS = 10.0
+_USE, _CHECK = "firstclaim_use", "firstclaim_check"  # savepoints
 _XID = "SELECT pg_current_xact_id()::text"
 # Of a type that has no template, the fields of the event around its object are those of this one.
 _ENVELOPE = "invoice.paid"
@@ -136,11 +138,12 @@ class Transaction:
             raise TypeError(f"deliver: expected the handler's function, got {type(handler).__name__} {handler!r:.80}")
         if not isinstance(event, Event):
             raise TypeError(f"deliver: expected an event, as make_event returns it, got {type(event).__name__}")
-        call = HandlerCall(Handler(event.type, handler), deadline_seconds)
+        timer = StepTimer()
+        call = HandlerCall(Handler(event.type, handler), deadline_seconds, timer)
         try:
             async with self.use() as connection:
                 try:
-                    with detected():
+                    with detected(), closing(timer):
                         action = await call_handler(call, event, attempt, connection, deadline_seconds)
                 finally:
                     if call.running is not None:  # it was cancelled at its deadline
@@ -183,13 +186,29 @@ class Transaction:
         self._in_use = True
         connection = await self._connections.acquire()  # the only one that there is
         try:
-            await connection.begin()
+            await self._driver.execute(f"SAVEPOINT {_USE}")
             yield connection
-            await connection.commit()
+            await self._driver.execute(f"RELEASE {_USE}")
+        except BaseException:
+            await self._undo_use()
+            raise
         finally:
-            await connection.roll_back(_POSTGRES_SECONDS)
             await self._connections.release(connection)
             self._in_use = False
+
+    async def _undo_use(self) -> None:
+        """Undo what a use that failed has written, if the transaction is still there; else it is lost."""
+        if self._driver.is_closed():
+            return
+        if not self._driver.is_in_transaction():
+            self._driver.retire()
+            return
+        try:
+            async with asyncio.timeout(_POSTGRES_SECONDS):
+                await self._driver.execute(f"ROLLBACK TO {_USE}; SELECT pg_advisory_unlock_all()")
+        except BaseException:
+            self._driver.retire()
+            raise
 
     async def _check_transaction(self, connection: HandlerConnection) -> None:
         """What the service finds at the completion mark and at COMMIT: raises as these would."""
@@ -198,12 +217,11 @@ class Transaction:
                 self._driver.retire()
                 raise TransactionEnded
             # Constraints that are deferred to COMMIT. In a savepoint of its own, so that they are deferred again.
-            check = self._driver.transaction()
-            await check.start()
+            await self._driver.execute(f"SAVEPOINT {_CHECK}")
             try:
                 await self._driver.execute("SET CONSTRAINTS ALL IMMEDIATE")
             finally:
-                await check.rollback()
+                await self._driver.execute(f"ROLLBACK TO {_CHECK}")
         except asyncpg.InFailedSQLTransactionError as error:
             raise swallowed(connection) from connection.sql_error or error
 
@@ -225,8 +243,7 @@ async def transaction(database_url: str) -> AsyncIterator[Transaction]:
         raise
     driver = connection.driver
     try:
-        outer = driver.transaction()
-        await outer.start()
+        await driver.execute("BEGIN")
         xid = await driver.fetchval(_XID)
         await connections.release(connection)
         yield Transaction(connections, driver, xid)

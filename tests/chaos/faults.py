@@ -20,7 +20,7 @@ from tests.acceptance.harness import eventually
 from tests.chaos.plan import Fault
 from tests.chaos.servers import RedisServer
 from tests.chaos.testbed import Testbed
-from tests.proxy import Mode, Proxy, Upstream
+from tests.proxy import EXECUTES_COMMIT, Mode, Proxy, Upstream
 
 _END_SECONDS: Final = 40.0
 _STORM_SECONDS: Final = 0.05
@@ -352,8 +352,8 @@ LANES: Final[Mapping[str, Mapping[str, Do]]] = {
         "freeze": _switched("postgres", Mode.FROZEN),
         "mute": _switched("postgres", Mode.MUTE),
         "hole": _switched("postgres", Mode.HOLE),
-        "cut before COMMIT": _cut_at(b"COMMIT", Mode.FROZEN),
-        "cut after COMMIT": _cut_at(b"COMMIT", Mode.MUTE),
+        "cut before COMMIT": _cut_at(EXECUTES_COMMIT, Mode.FROZEN),
+        "cut after COMMIT": _cut_at(EXECUTES_COMMIT, Mode.MUTE),
         "cut before a statement": _cut_at(b"evt_", Mode.FROZEN),
         "cut after a statement": _cut_at(b"evt_", Mode.MUTE),
     },

@@ -25,7 +25,7 @@ from tests.acceptance.harness import (
 from tests.chaos.actions import answered, dispatched, retried
 from tests.chaos.history import History
 from tests.chaos.verdict import verdict
-from tests.proxy import Mode, Proxy, before_postgres
+from tests.proxy import EXECUTES_COMMIT, Mode, Proxy, before_postgres
 
 
 @dataclass(slots=True)
@@ -101,7 +101,7 @@ async def test_row_17_insert_cut_after_the_server_saw_it(cut: Cut) -> None:
 async def test_row_18_completion_cut_after_the_server_saw_it(cut: Cut) -> None:
     """The COMMIT succeeds, its reply is lost: the guarded update detects that, and the answer is processed."""
     event = sample()
-    met = cut.at(lambda sent: b"COMMIT" in sent, Mode.MUTE)
+    met = cut.at(lambda sent: EXECUTES_COMMIT in sent, Mode.MUTE)
     delivery = asyncio.create_task(answered(cut.history, cut.service, event))
     await met.wait()
     await cut.seen(event, Status.COMPLETED)
@@ -113,7 +113,7 @@ async def test_row_18_completion_cut_after_the_server_saw_it(cut: Cut) -> None:
 async def test_row_18_completion_cut_and_the_ledger_gone(cut: Cut) -> None:
     """The COMMIT succeeds, then the database goes down: 503; once it is back, the event is completed, not failed."""
     event = sample()
-    met = cut.at(lambda sent: b"COMMIT" in sent, Mode.MUTE)
+    met = cut.at(lambda sent: EXECUTES_COMMIT in sent, Mode.MUTE)
     delivery = asyncio.create_task(answered(cut.history, cut.service, event))
     await met.wait()
     await cut.seen(event, Status.COMPLETED)

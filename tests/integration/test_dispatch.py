@@ -20,11 +20,11 @@ from firstclaim.inbox import dispatch
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.operations.queries import Queries
 from firstclaim.outcome import Kind, Outcome
-from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from firstclaim.postgres.places import Places
 from firstclaim.postgres.probe import Probe
+from firstclaim.postgres.statement import Statement
 from firstclaim.status import Status
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import Function, World, effect, effect_from_thread, until
@@ -1177,9 +1177,9 @@ def commits_and(monkeypatch: pytest.MonkeyPatch, *, really: bool, error: BaseExc
 
     commit = HandlerConnection.commit
 
-    async def ambiguous(seat: HandlerConnection) -> None:
+    async def ambiguous(seat: HandlerConnection, last: Statement, **values: object) -> None:
         if really:
-            await commit(seat)
+            await commit(seat, last, **values)
         raise error
 
     monkeypatch.setattr(HandlerConnection, "commit", ambiguous)
@@ -1218,15 +1218,50 @@ async def test_a_connection_lost_before_the_commit_is_a_failure(world: World, mo
     """COMMIT was never sent: failed, tried again soon, and not left for its lease to run out."""
     complete = Ledger.complete_if_held
 
-    async def then_lost(ledger: Ledger, connection: PinnedConnection, *rest: Any) -> bool:
-        marked = await complete(ledger, connection, *rest)
-        connection.terminate()
-        return marked
+    async def once_lost(ledger: Ledger, connection: HandlerConnection, *rest: Any) -> bool:
+        connection.driver.terminate()
+        return await complete(ledger, connection, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Ledger, "complete_if_held", then_lost)
-        await ends(world, handles, Kind.FAILED, Status.FAILED, effects=0, error="COMMIT failed: ")
+        patch.setattr(Ledger, "complete_if_held", once_lost)
+        await ends(world, handles, Kind.FAILED, Status.FAILED, effects=0, error="the connection is gone")
     await still_works(world)
+
+
+async def test_an_own_commit_before_a_lost_one_is_not_doubled(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handler has committed by itself and begun anew, and its mark is lost with the connection: dead."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        await context.fetch("COMMIT")
+        await context.fetch("BEGIN")
+
+    with monkeypatch.context() as patch:
+        commits_and(patch, really=False, error=ConnectionResetError("reset"))
+        await ends(world, function, Kind.FAILED, Status.DEAD, effects=1, error="a handler must not commit")
+    await still_works(world)
+
+
+async def test_an_attempt_sets_one_timer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For its first statement, the handler and its last statement; and one task, that of the handler."""
+    await world.dispatch(handles, await world.claim())  # the connections are open
+    claim, loop = await world.claim(), asyncio.get_running_loop()
+    made: list[str] = []
+
+    def count(method: str) -> None:
+        whole = getattr(loop, method)
+
+        def counted(*given: Any, **named: Any) -> Any:
+            made.append(method)
+            return whole(*given, **named)
+
+        patch.setattr(loop, method, counted)
+
+    with monkeypatch.context() as patch:
+        count("call_at")
+        count("create_task")
+        assert (await world.dispatch(handles, claim)).kind is Kind.PROCESSED
+    assert sorted(made) == ["call_at", "create_task"]
 
 
 async def test_what_became_of_a_commit_is_asked_on_a_new_connection(
@@ -1238,8 +1273,8 @@ async def test_what_became_of_a_commit_is_asked_on_a_new_connection(
     async def lost(*_: object, **__: object) -> None:
         raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
 
-    async def all_lost(seat: HandlerConnection) -> None:
-        await commit(seat)
+    async def all_lost(seat: HandlerConnection, last: Statement, **values: object) -> None:
+        await commit(seat, last, **values)
         assert world.ledger._pool._free
         for free in world.ledger._pool._free:
             patch.setattr(free, "fetch", lost)
@@ -1255,7 +1290,7 @@ async def test_a_commit_is_sent_once(world: World, monkeypatch: pytest.MonkeyPat
     """Whatever comes back: a second COMMIT could only be of another transaction."""
     sent = 0
 
-    async def lost(_: HandlerConnection) -> None:
+    async def lost(*_: object, **__: object) -> None:
         nonlocal sent
         sent += 1
         raise ConnectionResetError
@@ -1272,7 +1307,7 @@ async def test_a_commit_still_under_way_is_waited_for(world: World, monkeypatch:
     claim = await world.marked()
     backend = await asyncpg.connect(world.url)
 
-    async def lost(seat: HandlerConnection) -> None:
+    async def lost(seat: HandlerConnection, *_: object, **__: object) -> None:
         await seat.roll_back()  # our end of it; the server's end is `backend`, which has the mark and will commit
         await backend.execute("BEGIN")
         await backend.execute(
@@ -1313,7 +1348,7 @@ async def test_a_commit_that_was_taken_over_is_a_duplicate(
     """COMMIT was lost, and another process has the row by then: it is left alone, and the answer names its state."""
     claim = await world.claim()
 
-    async def lost(connection: HandlerConnection) -> None:
+    async def lost(connection: HandlerConnection, *_: object, **__: object) -> None:
         await connection.roll_back()
         await world.change(claim.event_id, attempt=2)
         await world.settle(claim.event_id, status)
@@ -1336,7 +1371,7 @@ async def test_a_database_that_cannot_say_promises_nothing(world: World, monkeyp
     claim = await world.marked()
     with monkeypatch.context() as patch:
         commits_and(patch, really=True, error=ConnectionResetError())
-        patch.setattr(Ledger, "fail_if_held", away)
+        patch.setattr(Ledger, "committed", away)
         with pytest.raises(LedgerUnavailable):
             await world.dispatch(handles, claim)
     assert await world.status(claim.event_id) is Status.COMPLETED

@@ -140,7 +140,7 @@ async def test_a_commit_that_is_not_answered_puts_the_epoch_in_doubt(
     """Its result is unknown, and the markers are too, until the epoch is read on a new connection."""
     seen: list[str | None] = []
 
-    async def silent(_connection: HandlerConnection) -> None:
+    async def silent(*_: object, **__: object) -> None:
         raise TimeoutError
 
     async def settle(claim: Claim, result: object) -> Outcome:

@@ -15,7 +15,7 @@ from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from firstclaim.postgres.places import Places
 from firstclaim.postgres.probe import Probe
-from tests.integration.world import until, until_closed
+from tests.integration.world import NOTHING, until, until_closed
 from tests.proxy import Mode, before_postgres
 
 TIMEOUT_SECONDS = 10.0
@@ -49,7 +49,7 @@ async def admin(database_url: str) -> AsyncIterator[asyncpg.Connection]:
 async def begun(connections: HandlerConnections) -> HandlerConnection:
     """A connection as a handler has it when it starts."""
     connection = await connections.acquire()
-    await connection.begin()
+    await connection.begin(NOTHING)
     connection.start()
     return connection
 
@@ -62,7 +62,7 @@ async def run_handler(connections: HandlerConnections, *, sqlalchemy: bool) -> i
     else:
         assert (await connection.fetch("SELECT 1"))[0][0] == 1
     connection.stop()
-    await connection.commit()
+    await connection.commit(NOTHING)
     pid = connection.driver.get_server_pid()
     await connections.release(connection)
     return pid
@@ -99,7 +99,7 @@ async def test_discarding_does_not_wait_for_a_frozen_server(database_url: str) -
     async with before_postgres(database_url) as (proxy, url), opened(url) as connections:
         for sqlalchemy in (False, True):
             connection = await connections.acquire()
-            await connection.begin()
+            await connection.begin(NOTHING)
             if sqlalchemy:
                 await connection.connection.execute(text("SELECT 1"))
             proxy.switch(Mode.FROZEN)
@@ -143,7 +143,7 @@ async def test_a_connection_comes_back_without_a_transaction(
     async with opened(database_url) as connections:
         for statement in (None, "COMMIT", "ROLLBACK"):  # the driver does not know that its transaction has ended
             connection = await connections.acquire()
-            await connection.begin()
+            await connection.begin(NOTHING)
             if statement is not None:
                 await run(connection, statement)
                 await run(connection, "BEGIN")
@@ -187,7 +187,7 @@ async def test_what_a_handler_detached_is_not_kept(database_url: str, admin: asy
         (await connection.connection.get_raw_connection()).detach()
         await connection.fetch(INSERT)
         connection.stop()
-        await connection.commit()
+        await connection.commit(NOTHING)
         driver = connection.driver
         await connections.release(connection)
         assert driver.is_closed()
@@ -205,7 +205,7 @@ async def test_a_handler_gets_no_second_connection(database_url: str, admin: asy
                 pass
         assert await connection.connection.scalar(text("SELECT count(*) FROM effects")) == 1
         connection.stop()
-        await connection.commit()
+        await connection.commit(NOTHING)
         await connections.release(connection)
     assert await admin.fetchval("SELECT count(*) FROM effects") == 1
 

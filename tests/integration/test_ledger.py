@@ -18,11 +18,12 @@ from firstclaim.inbox import statements
 from firstclaim.inbox.existing_row import ExistingRow
 from firstclaim.inbox.ledger import Claim, HandlerTransaction, Ledger, Recorded, ReturnedEvent
 from firstclaim.operations.commands import Commands
+from firstclaim.postgres.handler_connections import HandlerConnection
 from firstclaim.postgres.statement import Statement
 from firstclaim.status import TAKEABLE, Status
 from tests.hostile import bodies
 from tests.integration.conftest import MakeWorld
-from tests.integration.world import World, delivery, due, effect, explained, until
+from tests.integration.world import NOTHING, World, delivery, due, effect, explained, until
 
 SETTLED = (Status.COMPLETED, Status.IGNORED, Status.DEAD)
 LEASE_SECONDS = 60.0
@@ -561,18 +562,29 @@ async def test_released_is_pending_and_nothing_is_charged(world: World) -> None:
     assert again.attempt == 2
 
 
+async def mark(seat: HandlerConnection, claim: Claim, held: HandlerTransaction) -> None:
+    """Write the completion mark, and do not commit yet."""
+    await statements.COMPLETE.fetch(
+        seat.driver,
+        event_id=claim.event_id,
+        attempt=claim.attempt,
+        xid=held.xid,
+        action="done",
+        synchronous_commit=seat.synchronous_commit,
+    )
+
+
 async def test_a_failure_waits_for_a_transaction_that_may_commit(world: World) -> None:
     """An ambiguous COMMIT: the guarded update waits for the old backend, then sees what became of it."""
     claim = await world.claim()
     async with world.seat() as seat:
-        await seat.begin()
-        held = await world.ledger.hold(seat.driver, claim)
+        held = await world.ledger.hold(seat, claim)
         assert held is not None
-        assert await world.ledger.complete_if_held(seat.driver, claim, held, "done")
+        await mark(seat, claim, held)
         failing = asyncio.create_task(world.ledger.fail_if_held(claim, "COMMIT lost", due_in_seconds=5))
         await until_somebody_waits(world)
         assert not failing.done()
-        await seat.commit()
+        await seat.commit(NOTHING)
         assert await failing is None
     row = await world.row(claim.event_id)
     assert (row["status"], row["action"], row["failures"]) == ("completed", "done", 0)
@@ -585,8 +597,7 @@ async def test_the_row_is_held_and_completed_in_one_transaction(world: World) ->
     """Locked from the first statement on, with its timeouts; completed by the last; seen by nobody before COMMIT."""
     claim = await world.claim()
     async with world.seat() as seat:
-        await seat.begin()
-        held = await world.ledger.hold(seat.driver, claim)
+        held = await world.ledger.hold(seat, claim)
         assert held is not None
         settings = {
             name: await seat.driver.fetchval(f"SHOW {name}")
@@ -600,9 +611,8 @@ async def test_the_row_is_held_and_completed_in_one_transaction(world: World) ->
         assert held.pid == seat.driver.get_server_pid()
         with pytest.raises(asyncpg.LockNotAvailableError):
             await world.database.fetch("SELECT FROM firstclaim.stripe_events FOR UPDATE NOWAIT")
-        assert await world.ledger.complete_if_held(seat.driver, claim, held, "done")
         assert await world.status(claim.event_id) is Status.PROCESSING
-        await seat.commit()
+        assert await world.ledger.complete_if_held(seat, claim, held, "done")
         assert await seat.driver.fetchval("SHOW statement_timeout") == "9s"
     row = await world.row(claim.event_id)
     assert (row["status"], row["action"], row["last_error"]) == ("completed", "done", None)
@@ -619,50 +629,46 @@ async def test_nothing_is_held_that_is_not_ours(world: World, status: Status | N
     else:
         await world.settle(claim.event_id, status)
     async with world.seat() as seat:
-        await seat.begin()
-        assert await world.ledger.hold(seat.driver, claim) is None
-        assert not await world.ledger.complete_if_held(
-            seat.driver, claim, HandlerTransaction(await xid_of(seat.driver), 0, LONG_AGO, LONG_AGO), "done"
-        )
+        assert await world.ledger.hold(seat, claim) is None
+        transaction = HandlerTransaction(await xid_of(seat.driver), 0, LONG_AGO, LONG_AGO)
+        assert not await world.ledger.complete_if_held(seat, claim, transaction, "done")
 
 
 async def test_a_row_in_anothers_hands_is_not_held(world: World) -> None:
     """Locked by another transaction: not waited for."""
     claim = await world.claim()
     async with world.locked(claim.event_id), world.seat() as seat, asyncio.timeout(5):
-        assert await world.ledger.hold(seat.driver, claim) is None
+        assert await world.ledger.hold(seat, claim) is None
 
 
 async def test_no_other_transaction_can_complete(world: World) -> None:
     """The same claim, on the same connection, after the handler ended the transaction that was begun: refused."""
     claim = await world.claim()
     async with world.seat() as seat:
-        await seat.begin()
-        held = await world.ledger.hold(seat.driver, claim)
+        held = await world.ledger.hold(seat, claim)
         assert held is not None
-        await seat.commit()
-        assert not await world.ledger.complete_if_held(seat.driver, claim, held, "done")
+        await seat.commit(NOTHING)
+        assert not await world.ledger.complete_if_held(seat, claim, held, "done")
+        await seat.begin(NOTHING)
+        assert not await world.ledger.complete_if_held(seat, claim, held, "done")
     assert await world.status(claim.event_id) is Status.PROCESSING
 
 
 async def test_what_became_of_a_transaction(world: World) -> None:
     """Committed or not, the server knows afterwards."""
     async with world.seat() as seat:
-        for end in (seat.commit, seat.roll_back):
-            claim = await world.claim()
-            await seat.begin()
-            held = await world.ledger.hold(seat.driver, claim)
+        for commits in (True, False):
+            held = await world.ledger.hold(seat, await world.claim())
             assert held is not None
-            await end()
-            assert await world.ledger.committed(held) is (end == seat.commit)
+            await (seat.commit(NOTHING) if commits else seat.roll_back())
+            assert await world.ledger.committed(held) is commits
 
 
 async def test_a_server_that_was_started_or_crashed_since_cannot_tell(world: World) -> None:
     """Another transaction may have the same id then: that it committed is no sign of ours."""
     async with world.seat() as seat:
-        await seat.begin()
-        held = await world.ledger.hold(seat.driver, await world.claim())
-        await seat.commit()
+        held = await world.ledger.hold(seat, await world.claim())
+        await seat.commit(NOTHING)
     assert held is not None
     assert await world.ledger.committed(held)
     assert not await world.ledger.committed(replace(held, server_started_at=LONG_AGO)), "another start of the server"

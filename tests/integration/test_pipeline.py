@@ -20,6 +20,7 @@ from firstclaim.inbox.recovery import Recovery
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.handler_connections import HandlerConnection
+from firstclaim.postgres.statement import Statement
 from firstclaim.status import Status
 from tests import operator
 from tests.fixtures import event_body
@@ -115,11 +116,11 @@ async def test_a_duplicate_is_ignored_without_postgres(world: World) -> None:
 
 
 async def test_a_fresh_delivery_costs_what_it_must(world: World) -> None:
-    """Lock and marker; insert, hold, the handler's own statement, mark: no round trip beside these."""
+    """Lock and marker; insert, BEGIN and hold, the handler's own statement, mark and COMMIT: six round trips."""
     await world.pipeline.deliver(delivery())  # opens the connections
     with counting(world) as counted:
         await world.pipeline.deliver(delivery())
-    assert counted == ["SET", "WITH", "EVAL", "BEGIN", "SELECT", "INSERT", "UPDATE", "COMMIT"]
+    assert counted == ["SET", "WITH", "EVAL", "begin SELECT", "INSERT", "commit WITH"]
 
 
 @contextmanager
@@ -127,11 +128,11 @@ def counting(world: World) -> Iterator[list[str]]:
     """The first word of every command to Redis and every statement to Postgres, in order."""
     seen: list[str] = []
 
-    def noting(owner: Any, method: str, patch: pytest.MonkeyPatch) -> None:
+    def noting(owner: Any, method: str, patch: pytest.MonkeyPatch, prefix: str = "") -> None:
         whole = getattr(owner, method)
 
         def noted(self: Any, *arguments: Any, **options: Any) -> Any:
-            seen.append(str(arguments[0]).split()[0].strip(";"))
+            seen.append(prefix + str(arguments[0]).split()[0].strip(";"))
             return whole(self, *arguments, **options)
 
         patch.setattr(owner, method, noted)
@@ -144,6 +145,8 @@ def counting(world: World) -> Iterator[list[str]]:
         noting(Lock, "_call", patch)
         noting(PinnedConnection, "fetch", patch)
         noting(PinnedConnection, "execute", patch)
+        noting(PinnedConnection, "begin", patch, "begin ")
+        noting(PinnedConnection, "commit", patch, "commit ")
         yield seen
     sqlalchemy_event.remove(Engine, "before_cursor_execute", by_handler)
 
@@ -1155,8 +1158,8 @@ async def test_a_stop_during_the_commit_settles_it(make_world: MakeWorld, monkey
     committing = asyncio.Event()
     commit = HandlerConnection.commit
 
-    async def slow(seat: HandlerConnection) -> None:
-        await commit(seat)
+    async def slow(seat: HandlerConnection, last: Statement, **values: object) -> None:
+        await commit(seat, last, **values)
         committing.set()
         await asyncio.Event().wait()
 

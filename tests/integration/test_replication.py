@@ -161,7 +161,6 @@ async def test_a_handlers_transaction_keeps_the_stronger_setting(spied: World) -
     claim = await spied.claim()
     async with spied.seat() as seat:
         await seat.driver.execute("SET synchronous_commit = off")
-        await seat.begin()
-        assert await spied.ledger.hold(seat.driver, claim) is not None
+        assert await spied.ledger.hold(seat, claim) is not None
         assert await seat.driver.fetchval("SHOW synchronous_commit") == "remote_apply"
         await seat.roll_back()

@@ -8,7 +8,7 @@ import pytest
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox.ledger import Claim
 from tests.integration.conftest import MakeWorld
-from tests.integration.world import World, build, delivery
+from tests.integration.world import NOTHING, World, build, delivery
 from tests.stores import Stores
 
 TIMEOUT_SECONDS = 0.5
@@ -39,10 +39,10 @@ async def test_a_locked_table_does_not_keep_a_handlers_backend(make_world: MakeW
     async with world.database.transaction():
         await world.database.execute("LOCK TABLE firstclaim.stripe_events IN ACCESS EXCLUSIVE MODE")
         async with world.seat() as seat:
-            await seat.begin()
             with pytest.raises(asyncpg.QueryCanceledError):
                 async with asyncio.timeout(TIMEOUT_SECONDS * 10):
-                    await world.ledger.hold(seat.driver, claim)
+                    await world.ledger.hold(seat, claim)
+            await seat.discard()
 
 
 async def test_a_transaction_in_progress_is_waited_for(make_world: MakeWorld) -> None:
@@ -50,14 +50,13 @@ async def test_a_transaction_in_progress_is_waited_for(make_world: MakeWorld) ->
     world = await make_world(postgres_timeout_seconds=TIMEOUT_SECONDS)
     claim = await world.claim()
     async with world.seat() as seat:
-        await seat.begin()
-        transaction = await world.ledger.hold(seat.driver, claim)
+        transaction = await world.ledger.hold(seat, claim)
         assert transaction is not None
         with pytest.raises(LedgerUnavailable, match="has not ended"):
             await world.ledger.committed(transaction)
         waiting = asyncio.create_task(world.ledger.committed(transaction))
         await asyncio.sleep(0)
-        await seat.commit()
+        await seat.commit(NOTHING)
         assert await waiting
 
 
@@ -80,10 +79,8 @@ async def test_a_backend_that_waits_for_the_standby_is_not_ended(
     world: World = await build(database_url, stores.redis_url, redis_prefix)
     claim = await world.claim()
     async with world.seat() as seat:
-        await seat.begin()
-        transaction = await world.ledger.hold(seat.driver, claim)
+        transaction = await world.ledger.hold(seat, claim)
         assert transaction is not None
         await world.ledger.end(transaction)
-        assert await world.ledger.complete_if_held(seat.driver, claim, transaction, "done")
-        await seat.commit()
+        assert await world.ledger.complete_if_held(seat, claim, transaction, "done")
     await world.close()

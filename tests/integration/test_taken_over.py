@@ -14,7 +14,7 @@ async def test_no_2xx_for_a_row_that_the_ledger_says_is_gone(world: World, monke
     """A COMMIT lost because the ledger was set back to before the event: Stripe has to send it again, so 503."""
     claim = await world.claim()
 
-    async def restored(seat: HandlerConnection) -> None:
+    async def restored(seat: HandlerConnection, *_: object, **__: object) -> None:
         await seat.roll_back()
         await world.database.execute("DELETE FROM firstclaim.stripe_events WHERE event_id = $1", claim.event_id)
         raise ConnectionResetError

@@ -28,7 +28,7 @@ from firstclaim.inbox.slots import Place, Slots
 from firstclaim.outcome import Outcome
 from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.handler_connections import HandlerConnection
-from firstclaim.postgres.statement import Statement
+from firstclaim.postgres.statement import Statement, statement
 from firstclaim.registry import Handler, Registry
 from firstclaim.settings import Settings
 from firstclaim.status import Status
@@ -54,6 +54,8 @@ CALM = {
     "handler_slots": 4,
     "ingest_connections": 4,
 }
+
+NOTHING = statement("SELECT WHERE false")  # as the first or last statement of a transaction
 
 EFFECT = text(
     "INSERT INTO effects (event_id, attempt, pid, xid)"

@@ -7,17 +7,19 @@ MUTANTS = (
     Mutant(
         "mark-apart-from-the-effects",
         "The handler's SQL commits in the transaction of the completion mark, or not at all.",
-        "Attempt._hold",
-        "await connection.begin()",
-        "",
+        "OneRoundTripConnection.begin",
+        "await self._write_before(statement, _call(begin, ()))\n"
+        "rows = await statement.fetch(*values)\n"
+        "if self.is_closed() or not self.is_in_transaction():\n    ...",
+        "rows = await statement.fetch(*values)",
         "integration/test_dispatch.py::test_an_exception_is_a_failure[raising]",
     ),
     Mutant(
         "swallowed-error-is-success",
         "A handler that swallowed an SQL error fails: its COMMIT would silently roll back.",
-        "Attempt._mark",
+        "Attempt._complete",
         "raise swallowed(connection) from connection.sql_error or error",
-        "return",
+        "return Committed(action)",
         "integration/test_dispatch.py::test_a_swallowed_sql_error_is_named",
     ),
     Mutant(
@@ -55,7 +57,7 @@ MUTANTS = (
     Mutant(
         "unmarked-is-success",
         "An attempt succeeds only if exactly one row was marked.",
-        "Attempt._mark",
+        "Attempt._commit",
         "not marked",
         "marked is None",
         "integration/test_dispatch.py::test_a_handlers_own_rollback_is_found_out",
@@ -63,7 +65,7 @@ MUTANTS = (
     Mutant(
         "row-is-changed-first",
         "The row is updated last: an insert of its id waits for an uncommitted update, not for a lock.",
-        "Attempt.run",
+        "Attempt._run",
         "action = await self._call(call, connection)",
         (
             """await connection.fetch(
@@ -72,6 +74,54 @@ MUTANTS = (
 action = await self._call(call, connection)"""
         ),
         "integration/test_pipeline.py::test_a_duplicate_does_not_wait_for_a_running_handler",
+    ),
+    Mutant(
+        "command-tag-unchecked",
+        "A COMMIT that answers ROLLBACK has committed nothing, although no error is raised.",
+        "OneRoundTripConnection.commit",
+        '(tag := commit.get_statusmsg()) != "COMMIT"',
+        "False",
+        "integration/test_one_round_trip.py::test_the_answer_rollback_is_no_success",
+    ),
+    Mutant(
+        "a-lost-begin-is-not-noticed",
+        "A handler does not start outside of a transaction.",
+        "OneRoundTripConnection.begin",
+        "self.is_closed() or not self.is_in_transaction()",
+        "False",
+        "integration/test_one_round_trip.py::test_a_transaction_that_was_not_begun_is_an_error",
+    ),
+    Mutant(
+        "the-mark-outside-of-a-transaction",
+        "Where the handler has ended its transaction, the completion mark is not sent.",
+        "OneRoundTripConnection.commit",
+        "not self.is_closed() and not self.is_in_transaction()",
+        "False",
+        "integration/test_one_round_trip.py::test_outside_of_a_transaction_nothing_is_sent",
+    ),
+    Mutant(
+        "the-mark-beside-another-statement",
+        "The completion mark is sent only if the driver would send COMMIT now: else its answer is another's.",
+        "OneRoundTripConnection._write_before",
+        "await statement.executemany(())",
+        "",
+        "integration/test_one_round_trip.py::test_beside_another_statement_nothing_is_sent",
+    ),
+    Mutant(
+        "a-refused-mark-is-an-unknown-commit",
+        "A COMMIT that the server has skipped is not an unknown one.",
+        "OneRoundTripConnection.commit",
+        "error.severity is not None and not self.is_closed() and self.is_in_transaction()",
+        "False",
+        "integration/test_one_round_trip.py::test_a_last_statement_that_fails_is_not_committed_over",
+    ),
+    Mutant(
+        "a-failed-commit-is-a-refused-mark",
+        "A COMMIT that was executed and failed is not a mark that was refused.",
+        "OneRoundTripConnection.commit",
+        "error.severity is not None and not self.is_closed() and self.is_in_transaction()",
+        "error.severity is not None and not self.is_closed()",
+        "integration/test_one_round_trip.py::test_a_commit_that_fails_is_another_error",
     ),
     # -- what the handler sets
     TextMutant(
@@ -93,7 +143,7 @@ action = await self._call(call, connection)"""
     Mutant(
         "the-role-is-not-named",
         "A role that a function has set is named as the cause.",
-        "Attempt._mark",
+        "Attempt._complete",
         "raise HandlerRuleBroken(_OTHER_ROLE) from error",
         "raise error",
         "integration/test_handler_settings.py::test_a_role_that_a_function_sets_is_named",
@@ -308,7 +358,7 @@ except Exception as error:
         "written-after-an-own-rollback",
         "What a handler writes outside of any transaction is committed: the event is dead, however the handler ended.",
         "Attempt._not_committed",
-        "is_a(error, TransactionEnded) or _is_in_no_transaction(connection)",
+        "is_a(error, TransactionEnded) or connection.ended_by_handler",
         "is_a(error, TransactionEnded)",
         "integration/test_dispatch.py::test_what_was_written_after_an_own_rollback_is_not_doubled",
     ),
@@ -316,8 +366,8 @@ except Exception as error:
         "written-after-an-own-rollback-and-late",
         "The same holds at the handler's deadline and during a shutdown.",
         "Attempt._not_committed",
-        "is_a(error, TransactionEnded) or _is_in_no_transaction(connection)",
-        "call.running is None and _is_in_no_transaction(connection)",
+        "is_a(error, TransactionEnded) or connection.ended_by_handler",
+        "call.running is None and connection.ended_by_handler",
         "integration/test_dispatch.py::test_an_own_end_before_the_deadline_is_found_out[writes_in_no_transaction]",
     ),
     Mutant(
@@ -344,7 +394,7 @@ except Exception as error:
         "kept-after-its-own-end",
         "The connection of a handler that ended its transaction is closed.",
         "HandlerConnection.release",
-        "pooled.driver.is_closed() or pooled.transaction is not None",
+        "pooled.driver.is_closed() or pooled.has_begun",
         "pooled.driver.is_closed()",
         "integration/test_handler_connections.py::test_where_a_handler_ended_its_transaction_nothing_is_kept",
     ),
@@ -369,8 +419,8 @@ except Exception as error:
         "deadline-ignored",
         "An attempt fails at its deadline.",
         "HandlerCall.run",
-        "asyncio.wait({work, self._ended}, timeout=self._deadline_seconds, return_when=...)",
-        "asyncio.wait({work, self._ended}, timeout=None, return_when=...)",
+        "self._timer.start(self._deadline_seconds, self._exceed_deadline)",
+        "",
         "integration/test_dispatch.py::test_what_ends_after_the_deadline_has_failed",
     ),
     Mutant(
@@ -425,7 +475,7 @@ except Exception as error:
     Mutant(
         "handlers-and-ledger-share-a-pool",
         "Handlers and the ledger have separate pools: slow handlers do not starve recording.",
-        "Attempt.run",
+        "Attempt._run",
         "connection = await self.connections.acquire()",
         """await self.ledger._pool._places.take()
 connection = await self.connections.acquire()""",
@@ -485,19 +535,19 @@ connection = await self.connections.acquire()""",
         "unknown-commit-is-success",
         "A COMMIT whose answer was lost does not count as a success.",
         "Attempt._commit",
-        "CommitUnknown(action, describe(error))",
-        "action",
+        "CommitUnknown(action, describe(error), transaction)",
+        "Committed(action)",
         "integration/test_dispatch.py::test_a_commit_that_never_arrived_is_a_failure",
     ),
     Mutant(
         "commit-is-sent-again",
         "A COMMIT is never retried.",
         "Attempt._commit",
-        "await connection.commit()",
+        "marked = await self.ledger.complete_if_held(connection, self.claim, transaction, action)",
         """try:
-    await connection.commit()
+    marked = await self.ledger.complete_if_held(connection, self.claim, transaction, action)
 except UNAVAILABLE:
-    await connection.commit()""",
+    marked = await self.ledger.complete_if_held(connection, self.claim, transaction, action)""",
         "integration/test_dispatch.py::test_a_commit_is_sent_once",
     ),
     Mutant(
@@ -515,6 +565,30 @@ except UNAVAILABLE:
         "(row.status, row.attempt) == (Status.COMPLETED, claim.attempt)",
         "row.status != Status.FAILED",
         "integration/test_dispatch.py::test_a_commit_that_was_taken_over_is_a_duplicate",
+    ),
+    Mutant(
+        "an-own-commit-and-an-unknown-one",
+        "A handler that committed by itself, and whose mark was lost, is not tried again.",
+        "Dispatcher._settle_unknown",
+        "await self._ledger.committed(result.transaction)",
+        "False",
+        "integration/test_dispatch.py::test_an_own_commit_before_a_lost_one_is_not_doubled",
+    ),
+    Mutant(
+        "a-step-has-the-limit-of-another",
+        "A step of an attempt ends at its limit, also where an earlier step was allowed more time.",
+        "StepTimer.start",
+        "self._handle is None or self._handle.when() > self._ends_at",
+        "self._handle is None",
+        "unit/test_step_timer.py::test_a_later_step_may_have_to_end_sooner",
+    ),
+    Mutant(
+        "a-later-step-ends-too-soon",
+        "A step is not ended at the limit of an earlier one.",
+        "StepTimer._fire",
+        "self._loop.time() < self._ends_at",
+        "False",
+        "unit/test_step_timer.py::test_a_step_that_has_ended_is_left_alone",
     ),
     # -- shutdown
     Mutant(

@@ -77,6 +77,14 @@ MUTANTS = (
         "integration/test_ledger.py::test_no_other_transaction_can_complete",
     ),
     TextMutant(
+        "committed-over-a-mark-that-fits-nothing",
+        "The server itself refuses the COMMIT if no row is marked: both are sent together.",
+        "COMPLETE",
+        "CASE number WHEN 1 THEN false ELSE CAST('the completion mark fits ' || number || ' rows' AS bool) END",
+        "number < 0",
+        "integration/test_ledger.py::test_no_other_transaction_can_complete",
+    ),
+    TextMutant(
         "failed-at-any-attempt",
         "A failure names the attempt: an attempt that was taken over changes nothing.",
         "statements.FAIL",

@@ -62,8 +62,8 @@ MUTANTS = (
     Mutant(
         "a-cancelled-completion-promises",
         "A completion whose wait for replication was cancelled is followed by a read that waits.",
-        "HandlerConnection.commit",
-        "driver.warnings != warnings",
+        "OneRoundTripConnection.commit",
+        "self.warnings != warnings",
         "False",
         "integration/test_replication.py::test_a_completion_whose_wait_was_cancelled_is_read_again",
     ),

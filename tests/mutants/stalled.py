@@ -129,14 +129,6 @@ MUTANTS = (
         "HandlerConnection.discard",
         "self.stop()",
         "await asyncio.sleep(0)\nself.stop()",
-        "integration/test_places.py::test_a_timeout_of_an_attempt_cancels_nothing[commit]",
-    ),
-    Mutant(
-        "a-late-mark-is-rolled-back",
-        "So is the connection on which the mark timed out.",
-        "Attempt._mark",
-        "await self._terminate(connection, transaction, error)",
-        "",
-        "integration/test_places.py::test_a_timeout_of_an_attempt_cancels_nothing[mark]",
+        "integration/test_places.py::test_a_timeout_of_an_attempt_cancels_nothing[deadline]",
     ),
 )

@@ -1,7 +1,8 @@
 """Faults at a named message, on the connections between one process and its stores.
 
 Guarantees: a fault happens once, at the first message of its name, either before the server receives it or when the
-server has answered it. A cut affects that one connection. The service is unchanged: the text of the statement
+server has answered it, at the latest before it receives the next message. (Two messages may be one round trip: then the
+first has no answer of its own.) A cut affects that one connection. The service is unchanged: the text of the statement
 identifies a message, so that "the insert" is found however the client sends it.
 """
 
@@ -73,62 +74,78 @@ class Switch:
 
 
 class FaultyTap(Tap):
-    """One connection, on which the armed fault may happen; `read` finds in each chunk what the client asks for."""
+    """One connection, on which the armed fault may happen."""
 
-    def __init__(self, switch: Switch, messages: Messages, read: Callable[[bytes], list[bytes]]) -> None:
+    def __init__(self, switch: Switch, messages: Messages) -> None:
         self._switch = switch
         self._messages = messages
-        self._read = read
         self._heard: Fault | None = None  # happens when the answer comes
 
     def sent(self, chunk: bytes) -> None:
-        for said in self._read(chunk):
-            if fault := self._switch.due(said, self._messages):
-                if not fault.heard:
-                    self._switch.meet(fault)
-                else:
-                    self._heard = fault
+        self._meet_heard()
+        if fault := self._switch.due(self.asked(chunk), self._messages):
+            if not fault.heard:
+                self._switch.meet(fault)
+            else:
+                self._heard = fault
 
     def replied(self, chunk: bytes) -> None:
+        self._meet_heard()
+
+    def asked(self, piece: bytes) -> bytes:
+        """What the client asks for with this piece."""
+        return piece
+
+    def _meet_heard(self) -> None:
         if self._heard is not None:
             fault, self._heard = self._heard, None
             self._switch.meet(fault)
 
 
-class Statements:
-    """Postgres statements by their text, where they are executed: what was prepared before is sent by its name only."""
+class PostgresTap(FaultyTap):
+    """Finds statements by their text where they are executed: what was prepared before is sent by its name only."""
 
-    def __init__(self) -> None:
+    def __init__(self, switch: Switch) -> None:
+        super().__init__(switch, POSTGRES)
         self._begun = False  # the startup message, and what comes before it, has no letter for its kind
         self._rest = b""
         self._texts: dict[bytes, bytes] = {}
 
-    def read(self, chunk: bytes) -> list[bytes]:
-        """The statements that this chunk executes."""
+    def pieces(self, chunk: bytes) -> list[bytes]:
+        """Whole messages; those that execute a statement begin a new piece."""
         self._rest += chunk
-        executed = []
+        pieces = [b""]
         while len(self._rest) >= (head := 5 if self._begun else 4):
             end = head - 4 + int.from_bytes(self._rest[head - 4 : head])
             if len(self._rest) < end:
                 break
-            kind, content, self._rest = self._rest[: head - 4], self._rest[head:end], self._rest[end:]
+            message, self._rest = self._rest[:end], self._rest[end:]
             if not self._begun:
-                self._begun = content.startswith(b"\0\3\0\0")  # protocol 3.0; else it requested TLS
-            elif kind == b"P":
-                name, text, _ = content.split(b"\0", 2)
+                self._begun = message[4:].startswith(b"\0\3\0\0")  # protocol 3.0; else it requested TLS
+            elif message[:1] in b"BQ":
+                pieces.append(b"")
+            elif message[:1] == b"P":
+                name, text, _ = message[5:].split(b"\0", 2)
                 self._texts[name] = text
-            elif kind == b"B":
-                executed.append(self._texts.get(content.split(b"\0", 2)[1], b""))
-            elif kind == b"Q":
-                executed.append(content)
-        return executed
+            pieces[-1] += message
+        return [piece for piece in pieces if piece]
+
+    def asked(self, piece: bytes) -> bytes:
+        """The statement that it executes."""
+        match piece[:1]:
+            case b"B":
+                return self._texts.get(piece[5:].split(b"\0", 2)[1], b"")
+            case b"Q":
+                return piece[5:]
+            case _:
+                return b""
 
 
 def redis_tap(switch: Switch) -> Tap:
     """For a connection to Redis: its commands come whole, those of one pipeline together."""
-    return FaultyTap(switch, REDIS, lambda chunk: [chunk])
+    return FaultyTap(switch, REDIS)
 
 
 def postgres_tap(switch: Switch) -> Tap:
     """For a connection to Postgres."""
-    return FaultyTap(switch, POSTGRES, Statements().read)
+    return PostgresTap(switch)

@@ -8,7 +8,7 @@ attempt can end is one of `AttemptResult`. The dispatcher decides what the ledge
 
 import asyncio
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import asyncpg
@@ -17,10 +17,12 @@ from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.event import Event
 from firstclaim.inbox.handler_call import DeadlineExceeded, HandlerCall
 from firstclaim.inbox.ledger import Claim, HandlerTransaction, Ledger
+from firstclaim.inbox.step_timer import StepTimer
 from firstclaim.inbox.transaction_watch import TransactionEnded, TransactionWatch
 from firstclaim.observability.redaction import is_a
 from firstclaim.postgres.connection import UNAVAILABLE, describe
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
+from firstclaim.postgres.one_round_trip import NotCommitted
 from firstclaim.registry import Context, Handler
 
 _SWALLOWED = "rule broken: the handler swallowed an SQL error, which had aborted its transaction"
@@ -56,6 +58,7 @@ class CommitUnknown:
 
     action: str
     error: str
+    transaction: HandlerTransaction
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +99,16 @@ class Attempt:
     handler: Handler
     deadline_seconds: float
     postgres_timeout_seconds: float
+    _timer: StepTimer = field(default_factory=StepTimer, init=False)
 
     async def run(self) -> AttemptResult:
         """Lock the row, call the handler, mark the row, commit. Never raises."""
+        try:
+            return await self._run()
+        finally:
+            self._timer.close()
+
+    async def _run(self) -> AttemptResult:
         try:
             connection = await self.connections.acquire()
             transaction = await self._hold(connection)
@@ -109,25 +119,23 @@ class Attempt:
         if transaction is None:
             await self._give_back(connection, None)
             return TakenOver()
-        call = HandlerCall(self.handler, self.deadline_seconds)
+        call = HandlerCall(self.handler, self.deadline_seconds, self._timer)
         try:
             self.watch.add(transaction, call)
             try:
                 action = await self._call(call, connection)
             finally:
                 self.watch.remove(transaction)
-            await self._mark(connection, transaction, action)
+            result = await self._complete(connection, transaction, action)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  (whatever a handler raises is its failure)
             return await self._not_committed(error, call, connection, transaction)
-        result = await self._commit(connection, action)
         await self._give_back(connection, transaction)
         return result
 
     async def _hold(self, connection: HandlerConnection) -> HandlerTransaction | None:
         try:
-            async with asyncio.timeout(self.postgres_timeout_seconds):
-                await connection.begin()
-                return await self.ledger.hold(connection.driver, self.claim)
+            with self._timer.limit(self.postgres_timeout_seconds, connection.terminate):
+                return await self.ledger.hold(connection, self.claim)
         except BaseException as error:
             await connection.discard(error)
             raise
@@ -135,29 +143,40 @@ class Attempt:
     async def _call(self, call: HandlerCall, connection: HandlerConnection) -> str:
         return await call_handler(call, self.event, self.claim.attempt, connection, self.deadline_seconds)
 
-    async def _mark(self, connection: HandlerConnection, transaction: HandlerTransaction, action: str) -> None:
+    async def _complete(
+        self, connection: HandlerConnection, transaction: HandlerTransaction, action: str
+    ) -> Committed | CommitUnknown:
+        """Mark and commit. Raises the reason if nothing is committed."""
         try:
-            await connection.reset_role(self.postgres_timeout_seconds)
-            marked = await self.ledger.complete_if_held(connection.driver, self.claim, transaction, action)
+            await self._reset_role(connection, transaction)
+            return await self._commit(connection, transaction, action)
         except asyncpg.InFailedSQLTransactionError as error:
             raise swallowed(connection) from connection.sql_error or error
         except asyncpg.InsufficientPrivilegeError as error:
             raise HandlerRuleBroken(_OTHER_ROLE) from error
         except asyncpg.ReadOnlySQLTransactionError as error:
             raise HandlerRuleBroken(_READ_ONLY) from error
+
+    async def _reset_role(self, connection: HandlerConnection, transaction: HandlerTransaction) -> None:
+        try:
+            await connection.reset_role(self.postgres_timeout_seconds)
         except TimeoutError as error:
             await self._terminate(connection, transaction, error)
             raise
-        if not marked:  # it is not in the transaction that was begun for it
-            raise TransactionEnded
 
-    async def _commit(self, connection: HandlerConnection, action: str) -> Committed | CommitUnknown:
+    async def _commit(
+        self, connection: HandlerConnection, transaction: HandlerTransaction, action: str
+    ) -> Committed | CommitUnknown:
         try:
-            async with asyncio.timeout(self.postgres_timeout_seconds):
-                await connection.commit()
+            with self._timer.limit(self.postgres_timeout_seconds, connection.terminate):
+                marked = await self.ledger.complete_if_held(connection, self.claim, transaction, action)
+        except NotCommitted as error:
+            raise error.reason from error.reason.__cause__
         except (*UNAVAILABLE, LedgerUnavailable, asyncio.CancelledError) as error:
             await connection.discard(error)
-            return CommitUnknown(action, describe(error))
+            return CommitUnknown(action, describe(error), transaction)
+        if not marked:  # it is not in the transaction that was begun for it
+            raise TransactionEnded
         return Committed(action)
 
     async def _not_committed(
@@ -167,7 +186,7 @@ class Attempt:
         connection: HandlerConnection,
         transaction: HandlerTransaction,
     ) -> Failed | Interrupted:
-        ended_by_handler = is_a(error, TransactionEnded) or _is_in_no_transaction(connection)
+        ended_by_handler = is_a(error, TransactionEnded) or connection.ended_by_handler
         if call.running is not None or is_a(error, asyncio.CancelledError):
             await self._terminate(connection, transaction)
         await self._give_back(connection, transaction)
@@ -231,12 +250,3 @@ def swallowed(connection: HandlerConnection) -> HandlerRuleBroken:
     return HandlerRuleBroken(
         _SWALLOWED + ("" if connection.sql_error is None else f": {describe(connection.sql_error)}")
     )
-
-
-def _is_in_no_transaction(connection: HandlerConnection) -> bool:
-    """Whether the connection is outside any transaction: the handler ended its own, and later statements commit."""
-    try:
-        driver = connection.driver
-    except LedgerUnavailable:  # the connection is lost, so nothing more was committed on it
-        return False
-    return not driver.is_in_transaction()

@@ -175,11 +175,16 @@ class Dispatcher:
     async def _settle_unknown(self, claim: Claim, result: CommitUnknown) -> Outcome:
         """The connection was lost during COMMIT. The guarded update waits for the old backend, unlike a read."""
         self._ledger.connect_anew()
-        wait = self._backoff.after(claim.failures + 1)
-        status = await self._ledger.fail_if_held(claim, f"COMMIT failed: {result.error}", due_in_seconds=wait)
-        if status is not None:
-            await self._claims.forget(claim)
-            return outcome.failed(claim.attempt, dead=status is Status.DEAD)
+        if await self._ledger.committed(result.transaction):
+            # Together with the mark; or by the handler itself, before it, and then the row is not marked.
+            if await self._ledger.kill_if_held(claim, str(TransactionEnded())) is not None:
+                return outcome.failed(claim.attempt, dead=True)
+        else:
+            wait = self._backoff.after(claim.failures + 1)
+            status = await self._ledger.fail_if_held(claim, f"COMMIT failed: {result.error}", due_in_seconds=wait)
+            if status is not None:
+                await self._claims.forget(claim)
+                return outcome.failed(claim.attempt, dead=status is Status.DEAD)
         row = await self._ledger.find(claim.event_id)
         if row is None:  # the ledger was restored meanwhile: no promise for a row that does not exist
             raise LedgerUnavailable("the row is gone")

@@ -7,7 +7,8 @@ from firstclaim import outcome
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.inbox import statements
 from firstclaim.outcome import Outcome
-from firstclaim.postgres.connection import NOT_REPLICATED, PinnedConnection
+from firstclaim.postgres.connection import PinnedConnection
+from firstclaim.postgres.one_round_trip import NOT_REPLICATED
 from firstclaim.status import Status
 
 _SETTLED = {

@@ -16,6 +16,7 @@ from typing import Any
 from firstclaim.errors import HandlerRuleBroken
 from firstclaim.event import Event
 from firstclaim.inbox import unawaited
+from firstclaim.inbox.step_timer import StepTimer
 from firstclaim.observability import metrics, tracing
 from firstclaim.observability.redaction import class_name, is_a
 from firstclaim.registry import Context, Handler
@@ -35,12 +36,14 @@ class DeadlineExceeded(Exception):
 class HandlerCall:
     """A handler, and from `run` on the task or thread that it runs in."""
 
-    def __init__(self, handler: Handler, deadline_seconds: float) -> None:
+    def __init__(self, handler: Handler, deadline_seconds: float, timer: StepTimer) -> None:
         self._handler = handler
         self._deadline_seconds = deadline_seconds
+        self._timer = timer
         self._context: Context | None = None
         self._work: asyncio.Future[Any] | None = None
-        self._ended: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
+        self._reason: Exception | None = None  # to stop waiting for the handler
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
     def running(self) -> asyncio.Future[Any] | None:
@@ -62,8 +65,9 @@ class HandlerCall:
 
     def end(self, reason: Exception) -> None:
         """Stop waiting for the handler: unless it has returned, `run` cancels it and raises `reason`."""
-        if not self._ended.done():
-            self._ended.set_result(reason)
+        if not self._over.done():
+            self._reason = reason
+            self._over.set_result(None)
 
     async def run(self, event: Event, context: Context) -> str:
         """The handler's action. Raises the handler's exception, `end`'s, `DeadlineExceeded` or `HandlerRuleBroken`."""
@@ -75,23 +79,22 @@ class HandlerCall:
         try:
             with tracing.span("handler", handler=self._handler.pattern):
                 self._work = work = start(loop, self._handler.function, event, context, forgotten)
-                await asyncio.wait(
-                    {work, self._ended}, timeout=self._deadline_seconds, return_when=asyncio.FIRST_COMPLETED
-                )
+                work.add_done_callback(self._has_returned)
+                self._timer.start(self._deadline_seconds, self._exceed_deadline)
+                await self._over
         except asyncio.CancelledError:
             _cancel(work)
             raise
         finally:
+            self._timer.stop()
             metrics.handler_seconds(self._handler.pattern).observe(time.perf_counter() - began)
-        if not work.done():
+        if self._reason is not None and not work.done():
             _cancel(work)
-            if self._ended.done():
-                raise self._ended.result()
-            if not self._handler.is_async:
+            if is_a(self._reason, DeadlineExceeded) and not self._handler.is_async:
                 # A thread that uses its connection gets an error there, and ends. Until then its row is locked, so
                 # that no process begins another attempt beside it.
                 await asyncio.wait({work}, timeout=_GRACE_SECONDS)
-            raise DeadlineExceeded(f"the handler ran longer than its deadline of {self._deadline_seconds:g} s")
+            raise self._reason
         if work.cancelled():  # by something in the handler; a shutdown would have raised in the wait above
             raise HandlerRuleBroken("a handler must not end by cancelling itself")
         if (error := work.exception()) is not None and not is_a(error, Exception):
@@ -100,6 +103,13 @@ class HandlerCall:
         if forgotten:
             raise HandlerRuleBroken(_NEVER_AWAITED.format(", ".join(forgotten)))
         return action
+
+    def _has_returned(self, _work: asyncio.Future[Any]) -> None:
+        if not self._over.done():
+            self._over.set_result(None)
+
+    def _exceed_deadline(self) -> None:
+        self.end(DeadlineExceeded(f"the handler ran longer than its deadline of {self._deadline_seconds:g} s"))
 
 
 def _in_task(

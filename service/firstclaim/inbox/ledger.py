@@ -24,6 +24,8 @@ from firstclaim.inbox.existing_row import ExistingRow, find
 from firstclaim.inbox.new_row import NewRow, insert
 from firstclaim.postgres.connection import ROW_FAULTS, PinnedConnection, describe
 from firstclaim.postgres.epoch import read_epoch
+from firstclaim.postgres.handler_connections import HandlerConnection
+from firstclaim.postgres.one_round_trip import NotCommitted
 from firstclaim.postgres.pool import Pool
 from firstclaim.postgres.statement import Statement
 from firstclaim.status import Status
@@ -264,10 +266,13 @@ class Ledger:
 
     # -- inside a handler's transaction ---------------------------------------------------------------
 
-    async def hold(self, connection: PinnedConnection, claim: Claim) -> HandlerTransaction | None:
-        """Lock the claimed row, as the transaction's first statement. Returns None if the claim was taken over."""
-        rows = await statements.HOLD.fetch(
-            connection,
+    async def hold(self, connection: HandlerConnection, claim: Claim) -> HandlerTransaction | None:
+        """Begin the handler's transaction, and lock the claimed row. Returns None if the claim was taken over.
+
+        Raises as `HandlerConnection.begin` does.
+        """
+        rows = await connection.begin(
+            statements.HOLD,
             event_id=claim.event_id,
             attempt=claim.attempt,
             timeout_ms=self._timeout_ms,
@@ -276,19 +281,26 @@ class Ledger:
         return HandlerTransaction(*rows[0][:4]) if rows else None
 
     async def complete_if_held(
-        self, connection: PinnedConnection, claim: Claim, transaction: HandlerTransaction, action: str
+        self, connection: HandlerConnection, claim: Claim, transaction: HandlerTransaction, action: str
     ) -> bool:
-        """The completion mark: the last statement before COMMIT, and only in the transaction that `hold` began."""
-        async with asyncio.timeout(self._timeout_seconds):
-            rows = await statements.COMPLETE.fetch(
-                connection,
+        """Write the completion mark and commit, but only the transaction that `hold` began.
+
+        False: nothing is committed. Raises as `HandlerConnection.commit` does.
+        """
+        try:
+            await connection.commit(
+                statements.COMPLETE,
                 event_id=claim.event_id,
                 attempt=claim.attempt,
                 xid=transaction.xid,
                 action=action,
                 synchronous_commit=connection.synchronous_commit,
             )
-        return bool(rows)
+        except NotCommitted as error:
+            if isinstance(error.reason, statements.NOT_MARKED):
+                return False
+            raise
+        return True
 
     # -- after a handler's transaction ----------------------------------------------------------------
 

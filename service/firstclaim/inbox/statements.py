@@ -6,6 +6,8 @@ it queues behind a running handler's row lock, `DO NOTHING` does not. The ledger
 `search_path` the handler may have changed.
 """
 
+from asyncpg import InvalidTextRepresentationError, NoActiveSQLTransactionError
+
 from firstclaim.postgres.statement import statement
 
 # The condition by whether the event was abandoned before. Each has an index of its own.
@@ -181,14 +183,22 @@ SELECT pg_current_xact_id()::text AS xid,
 """)
 
 # The completion mark, the last statement before COMMIT. If the transaction id differs, the handler has ended its
-# transaction. Its COMMIT is as durable as `HOLD` has asked for, whatever the handler has set.
+# transaction. Its COMMIT is as durable as `HOLD` has asked for, whatever the handler has set. COMMIT follows in the
+# same round trip, so the server itself must refuse it if no row is marked: then the cast fails, and aborts the
+# transaction. It depends on the count, so that it is not evaluated when the statement is planned. (`NOT_MARKED`: this
+# error, and the driver's that there is no transaction any more.)
 COMPLETE = statement("""
-UPDATE firstclaim.stripe_events
-   SET status = 'completed', action = :action, last_error = NULL, settled_at = clock_timestamp()
- WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
-   AND pg_current_xact_id()::text = :xid
-RETURNING set_config('synchronous_commit', :synchronous_commit, true)
+WITH marked AS (
+    UPDATE firstclaim.stripe_events
+       SET status = 'completed', action = :action, last_error = NULL, settled_at = clock_timestamp()
+     WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
+       AND pg_current_xact_id()::text = :xid
+    RETURNING set_config('synchronous_commit', :synchronous_commit, true) AS pinned
+)
+SELECT FROM (SELECT count(pinned) AS number FROM marked) AS counted
+ WHERE CASE number WHEN 1 THEN false ELSE CAST('the completion mark fits ' || number || ' rows' AS bool) END
 """)
+NOT_MARKED = (InvalidTextRepresentationError, NoActiveSQLTransactionError)
 
 
 # Of a report of several lines (`failure_report`) the event keeps the first, and the attempt all of them.

@@ -23,6 +23,7 @@ from firstclaim.errors import LedgerUnavailable
 from firstclaim.postgres.advice import describe as describe
 from firstclaim.postgres.connect import connect
 from firstclaim.postgres.epoch import Epoch, read_epoch
+from firstclaim.postgres.one_round_trip import OneRoundTripConnection
 from firstclaim.schema_name import DEFAULT_SCHEMA
 
 # Everything that the driver, the pool and the network raise when Postgres is unreachable or refuses.
@@ -45,8 +46,6 @@ ROW_FAULTS = (
     UnicodeError,
 )
 
-NOT_REPLICATED = "the wait for the synchronous standby was cancelled"
-
 _CLOSE_SECONDS = 0.2  # on top of a statement's timeout of 1.5 s, a 503 is still sent within 2 s
 
 _PIN = """
@@ -58,7 +57,6 @@ SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit
        (SELECT backend_start FROM pg_stat_get_activity(pg_backend_pid())) AS backend_start
 """
 _DURABLE = ("on", "remote_apply")
-_WARNING = "01000"
 _PIN_MORE = "SELECT set_config(name, value, false) FROM unnest($1::text[], $2::text[]) AS pin (name, value)"
 
 
@@ -70,13 +68,11 @@ class Backend:
     started_at: datetime | None
 
 
-class PinnedConnection(asyncpg.Connection):
-    """An asyncpg connection with the ledger's epoch that was read when it was opened; None: no ledger yet.
+class PinnedConnection(OneRoundTripConnection):
+    """A connection with the ledger's epoch that was read when it was opened; None: no ledger yet.
 
     `schema` is where the ledger's tables are. `backend` serves it; None: a pooler's, which ends it or gives it to
-    others when this connection is closed. `synchronous_commit` is what it was pinned to. `warnings` counts the warnings
-    of SQLSTATE 01000 that the server has sent: a COMMIT whose wait for the synchronous standby was cancelled succeeds
-    with one.
+    others when this connection is closed. `synchronous_commit` is what it was pinned to.
     """
 
     schema: str = DEFAULT_SCHEMA
@@ -84,17 +80,12 @@ class PinnedConnection(asyncpg.Connection):
     epoch: str | None = None
     on_loss: Callable[[object], None] | None = None
     synchronous_commit: str = "on"
-    warnings: int = 0
 
     def retire(self) -> None:
         """Terminate for a reason of our own (a handler's deadline, a shutdown, a newer epoch): no doubt follows."""
         if self.on_loss is not None:
             self.remove_termination_listener(self.on_loss)
         self.terminate()
-
-    def note_log_message(self, _: object, message: asyncpg.PostgresLogMessage) -> None:
-        """Count a warning. The driver calls this before whoever awaits the statement resumes."""
-        self.warnings += message.sqlstate == _WARNING
 
     async def close(self, *, timeout: float | None = None) -> None:
         """Close, and wait only briefly for the server: SQLAlchemy would wait 2 s for a frozen one, or for ever."""

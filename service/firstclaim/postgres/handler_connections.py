@@ -17,20 +17,22 @@ from contextlib import suppress
 from typing import Any
 
 import asyncpg
-from asyncpg.transaction import Transaction
 from sqlalchemy import event, exc
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import AssertionPool
 
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
-from firstclaim.postgres.connection import NOT_REPLICATED, PinnedConnection, is_current
+from firstclaim.postgres.connection import PinnedConnection, is_current
 from firstclaim.postgres.handler_sqlalchemy import HandlerRules, LoopConnection, RunOnLoop, Sessions
+from firstclaim.postgres.one_round_trip import NotCommitted
 from firstclaim.postgres.places import Places
+from firstclaim.postgres.statement import Statement
 
 _MUST_NOT_CLOSE = "a handler must not close its connection: its transaction carries the completion mark"
 _HAS_ENDED = "this handler has ended: nothing more can be written in its transaction"
 _REFUSED = "a handler must not swallow the TimeoutError of its deadline: a statement of it was not executed"
+_GONE = "the connection is gone"
 _LOST = "this handler's connection is lost, and its transaction with it: it cannot continue on another one"
 
 
@@ -44,14 +46,12 @@ class _OnePool(AssertionPool):
 class _PooledConnection:
     """One open connection: the driver's, SQLAlchemy's engine over it, and the state of the handler that has it.
 
-    SQLAlchemy begins no transaction on it (`AUTOCOMMIT`). `HandlerConnection.begin` does, on the driver, where it
-    costs half.
+    SQLAlchemy begins no transaction on it (`AUTOCOMMIT`). `HandlerConnection.begin` does, on the driver.
     """
 
     def __init__(self, driver: PinnedConnection) -> None:
         self.driver = driver
-        # The handler's transaction, until the code that began it ends it.
-        self.transaction: Transaction | None = None
+        self.has_begun = False  # a transaction, which nobody has ended yet but perhaps the handler
         self.rules = HandlerRules()
         self._handed_out = False
         self.engine: AsyncEngine = create_async_engine(
@@ -95,7 +95,7 @@ class HandlerConnection:
     def driver(self) -> PinnedConnection:
         """The asyncpg connection. Raises `LedgerUnavailable` if it is closed."""
         if self._pooled.driver.is_closed():
-            raise LedgerUnavailable("the connection is gone")
+            raise LedgerUnavailable(_GONE)
         return self._pooled.driver
 
     @property
@@ -106,6 +106,11 @@ class HandlerConnection:
         if self._connection is None:
             self._connection = LoopConnection.join(self._pooled.engine, self._pooled.rules)
         return self._connection
+
+    @property
+    def synchronous_commit(self) -> str:
+        """The level that its commits are pinned to."""
+        return self._pooled.driver.synchronous_commit
 
     def session(self, **options: Any) -> AsyncSession:
         """A session in a savepoint of the transaction. Raises as `connection` does."""
@@ -138,11 +143,20 @@ class HandlerConnection:
         """The last error that Postgres gave to a statement of the handler's, if there was one."""
         return self._pooled.rules.sql_error
 
-    async def begin(self) -> None:
-        """Begin the transaction that the handler works in."""
+    async def begin(self, first: Statement, **values: object) -> list[Any]:
+        """Begin the transaction that the handler works in. Returns the rows of its first statement.
+
+        One round trip. Raises `LedgerUnavailable`, and what asyncpg raises: then `discard` the connection.
+        """
         driver = self.driver
-        self._pooled.transaction = driver.transaction()
-        await self._pooled.transaction.start()
+        self._pooled.has_begun = True
+        return await driver.begin(*first.on(driver, values))
+
+    @property
+    def ended_by_handler(self) -> bool:
+        """Whether it has ended the transaction that was begun for it: what it executes is committed at once."""
+        driver = self._pooled.driver
+        return self._pooled.has_begun and not driver.is_closed() and not driver.is_in_transaction()
 
     def start(self) -> None:
         """The handler starts: from now on it must not end its transaction."""
@@ -178,26 +192,31 @@ class HandlerConnection:
             async with asyncio.timeout(timeout_seconds):
                 await self.driver.execute("RESET SESSION AUTHORIZATION; RESET ROLE")
 
-    async def commit(self) -> None:
-        """Commit what `begin` began. Raises `LedgerUnavailable` also if it is committed and may not be replicated."""
+    async def commit(self, last: Statement, **values: object) -> None:
+        """Commit what `begin` began, after its last statement. `last` must raise in the server if nothing may commit.
+
+        One round trip. Raises `NotCommitted` if nothing is committed, and what UNAVAILABLE lists or `LedgerUnavailable`
+        if that is not known, or it is committed and may not be replicated: then `discard` the connection.
+        """
         driver = self._pooled.driver
-        if driver.is_closed() or self._pooled.transaction is None:
-            raise LedgerUnavailable("the transaction is gone")
-        warnings = driver.warnings
-        await self._pooled.transaction.commit()
-        self._pooled.transaction = None
-        if driver.warnings != warnings:
-            raise LedgerUnavailable(NOT_REPLICATED)
+        if driver.is_closed():
+            raise NotCommitted(LedgerUnavailable(_GONE))
+        await driver.commit(*last.on(driver, values))
+        self._pooled.has_begun = False
 
     async def roll_back(self, timeout_seconds: float | None = None) -> None:
         """Roll back what `begin` began if it is still open; do nothing if it was committed. Raises TimeoutError."""
-        driver, transaction = self._pooled.driver, self._pooled.transaction
-        if not driver.is_closed() and transaction is not None and driver.is_in_transaction():
+        driver = self._pooled.driver
+        if not driver.is_closed() and self._pooled.has_begun and driver.is_in_transaction():
             async with asyncio.timeout(timeout_seconds):
-                await transaction.rollback()
+                await driver.execute("ROLLBACK")
                 if self._used:
                     await driver.execute("SELECT pg_advisory_unlock_all()")
-            self._pooled.transaction = None
+            self._pooled.has_begun = False
+
+    def terminate(self) -> None:
+        """Close it at once, because the server is silent: what waits for an answer raises. `discard` must follow."""
+        self._pooled.driver.terminate()
 
     async def discard(self, error: BaseException | None = None) -> None:
         """Close the connection for good, without waiting for the server, which may be frozen.
@@ -228,7 +247,7 @@ class HandlerConnection:
         self.stop()
         pooled = self._pooled
         pooled.rules.sql_error = None  # its traceback holds the handler's variables
-        unusable = pooled.driver.is_closed() or pooled.transaction is not None
+        unusable = pooled.driver.is_closed() or pooled.has_begun
         if unusable or (self._connection is not None and not _is_unaltered(self._connection)):
             await self.discard()
             return None

@@ -8,7 +8,7 @@ with the schema of the connection that it runs on.
 from __future__ import annotations
 
 import re
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -43,8 +43,12 @@ class Statement:
         After a timeout of the caller's, terminate the connection before any await. (A timeout of the driver's own
         begins to cancel the statement before it raises.)
         """
-        sql = in_schema(self.sql, connection.schema)
-        return connection.fetch(sql, *[values[name] for name in self.names])
+        sql, bound = self.on(connection, values)
+        return connection.fetch(sql, *bound)
+
+    def on(self, connection: PinnedConnection, values: Mapping[str, object]) -> tuple[str, list[object]]:
+        """Its SQL for this connection, and its values in their order."""
+        return in_schema(self.sql, connection.schema), [values[name] for name in self.names]
 
 
 def statement(sql: str) -> Statement:

@@ -1,0 +1,147 @@
+"""A connection that begins a transaction with its first statement, and commits it with its last, in one round trip.
+
+Guarantees: the values are bound, as everywhere. If the last statement fails, the server does not execute the COMMIT
+after it: both are sent before one Sync, and after an error the server skips all messages up to the Sync. So a last
+statement that raises an error in the server where it changes nothing (`COMPLETE` does) is never committed over. What
+COMMIT has done is read from its command tag: a transaction that was aborted answers ROLLBACK, and raises no error.
+
+asyncpg sends one statement for each Sync, and has no interface for more. Here the messages of one statement are written
+to its transport, and then the driver sends the next statement, and the Sync. The driver takes the answers to both for
+those of one statement: of an error the first, of the command tags the last, and rows it decodes as those of the last
+statement. So the first of the two must return no rows. That is how asyncpg 0.31 and 0.32 work, and no other version is
+installed; whether it was so is checked at each use: after BEGIN by the state of the transaction, after COMMIT by its
+tag.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from struct import Struct
+from typing import Any
+
+import asyncpg
+from asyncpg.prepared_stmt import PreparedStatement
+
+from firstclaim.errors import LedgerUnavailable
+
+NOT_REPLICATED = "the wait for the synchronous standby was cancelled"
+
+_WARNING = "01000"
+_BEGIN, _COMMIT = "firstclaim_begin", "firstclaim_commit"  # names that a tap on the connection finds
+_INT16, _INT32 = Struct("!h").pack, Struct("!i").pack
+_NULL = _INT32(-1)
+_EXECUTE = b"E" + _INT32(9) + b"\0" + _INT32(0)  # the unnamed portal, all rows
+_AS_TEXT = _INT16(0)
+_ESCAPED = str.maketrans({"\\": r"\\", '"': r"\""})
+
+
+class NotCommitted(Exception):
+    """Nothing of the transaction is committed, for this reason."""
+
+    def __init__(self, reason: Exception) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class OneRoundTripConnection(asyncpg.Connection):
+    """An asyncpg connection with `begin` and `commit`.
+
+    `warnings` counts the warnings of SQLSTATE 01000 that the server has sent: a COMMIT whose wait for the synchronous
+    standby was cancelled succeeds with one.
+    """
+
+    warnings: int = 0
+    _transport: asyncio.Transport  # the driver's own attribute; it has no public name
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._ready: dict[str, PreparedStatement[Any]] = {}
+
+    def note_log_message(self, _: object, message: asyncpg.PostgresLogMessage) -> None:
+        """Count a warning. The driver calls this before whoever awaits the statement resumes."""
+        self.warnings += message.sqlstate == _WARNING
+
+    async def begin(self, first: str, values: Sequence[object]) -> list[Any]:
+        """Begin a transaction. Returns the rows of its first statement.
+
+        Raises what asyncpg raises. Close the connection then, before any await after a timeout of the caller's.
+        """
+        begin, statement = await self._prepared("BEGIN", _BEGIN), await self._prepared(first)
+        await self._prepared("COMMIT", _COMMIT)  # at first use, here rather than between the last statement and COMMIT
+        await self._write_before(statement, _call(begin, ()))
+        rows = await statement.fetch(*values)
+        if self.is_closed() or not self.is_in_transaction():
+            raise asyncpg.InternalClientError("the server has begun no transaction")
+        return rows
+
+    async def commit(self, last: str, values: Sequence[object]) -> None:
+        """Commit the transaction after its last statement, which returns no rows.
+
+        Raises `NotCommitted` if there is none; if the driver sent nothing, or the server refused `last` and did not
+        execute COMMIT (the transaction is still open then); or if COMMIT has rolled back. After any other error it is
+        not known whether it is committed: close the connection, before any await. `LedgerUnavailable`: it is committed,
+        and may not be replicated.
+        """
+        if not self.is_closed() and not self.is_in_transaction():
+            raise NotCommitted(asyncpg.NoActiveSQLTransactionError("the transaction has ended"))
+        try:
+            statement, commit = await self._prepared(last), await self._prepared("COMMIT", _COMMIT)
+            warnings = self.warnings
+            await self._write_before(commit, _call(statement, values))
+        except Exception as error:
+            raise NotCommitted(error) from error
+        try:
+            await commit.fetch()
+        except asyncpg.PostgresError as error:
+            # After a COMMIT that fails, the server is in no transaction. What the driver raises for a lost connection
+            # has no severity.
+            if error.severity is not None and not self.is_closed() and self.is_in_transaction():
+                raise NotCommitted(error) from error
+            raise
+        if (tag := commit.get_statusmsg()) != "COMMIT":
+            self.terminate()
+            raise NotCommitted(asyncpg.InFailedSQLTransactionError(f"the server has answered COMMIT with {tag}"))
+        if self.warnings != warnings:
+            raise LedgerUnavailable(NOT_REPLICATED)
+
+    async def _prepared(self, sql: str, name: str | None = None) -> PreparedStatement[Any]:
+        if (statement := self._ready.get(sql)) is None:
+            statement = self._ready[sql] = await self.prepare(sql, name=name)
+        return statement
+
+    async def _write_before(self, statement: PreparedStatement[Any], messages: bytes) -> None:
+        """Write `messages` just before those of `statement`, which the caller must fetch without an await between."""
+        # This executes and sends nothing. But it raises if the driver would send no statement now, for example because
+        # another one is still running, and it waits until one that was cancelled has ended.
+        await statement.executemany(())
+        self._transport.write(messages)
+
+
+def _call(statement: PreparedStatement[Any], values: Sequence[object]) -> bytes:
+    """The messages Bind and Execute: call a prepared statement with these values, all of them in text format."""
+    parts = [b"\0", statement.get_name().encode(), b"\0", _AS_TEXT, _INT16(len(values))]
+    for value in values:
+        if value is None:
+            parts.append(_NULL)
+        else:
+            encoded = _as_text(value).encode()
+            parts += [_INT32(len(encoded)), encoded]
+    parts.append(_AS_TEXT)
+    bind = b"".join(parts)
+    return b"".join((b"B", _INT32(len(bind) + 4), bind, _EXECUTE))
+
+
+def _as_text(value: object) -> str:
+    """A value as Postgres reads it: a string, a number, or an array of these."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, list | tuple):
+        return "{" + ",".join(_element(each) for each in value) + "}"
+    raise TypeError(f"a value of type {type(value).__name__} cannot be bound")
+
+
+def _element(value: object) -> str:
+    return "NULL" if value is None else '"' + _as_text(value).translate(_ESCAPED) + '"'
