@@ -94,11 +94,48 @@ class Event(Generic[ObjectT]):
 
 
 @dataclass(frozen=True, slots=True)
-class Delivery:
-    """One POST of an event: the event, and the bytes that were signed."""
+class EventHead:
+    """The id and the type of an event that is not parsed yet. `id` is that of `Event`; an invalid type is None."""
 
-    event: Event
-    body: bytes = field(repr=False)
+    id: str
+    type: str | None
+
+
+class Delivery:
+    """One POST of an event: the bytes that were signed, and the event, or at first only its id and type."""
+
+    __slots__ = ("_event", "body", "event_id", "type")
+
+    def __init__(self, event: Event | EventHead, body: bytes) -> None:
+        self.event_id = event.id
+        self.type = event.type
+        self.body = body
+        self._event = event if isinstance(event, Event) else None
+
+    def __repr__(self) -> str:
+        return f"Delivery({self.event_id!r}, {self.type!r})"
+
+    @property
+    def event(self) -> Event:
+        """The whole event (see `parse`)."""
+        return self.parse()
+
+    def parse(self) -> Event:
+        """Parse the body, unless it is parsed already. Raises `Rejected` (400) if it is not valid."""
+        if self._event is None:
+            event = parse_event(self.body)
+            if event.id != self.event_id:  # two parsers read it differently: the lock would be another event's
+                raise _rejected('"id" is ambiguous')
+            self._event = event
+        return self._event
+
+
+def head_of(event_id: str, event_type: object, *, livemode: bool, body: bytes) -> EventHead | None:
+    """The head of an event with these fields. None without a valid id."""
+    if not EVENT_ID.fullmatch(event_id):
+        return None
+    valid_type = isinstance(event_type, str) and _TYPE.fullmatch(event_type)
+    return EventHead(_unique(event_id, livemode, body), str(event_type) if valid_type else None)
 
 
 def parse_event(body: bytes) -> Event:

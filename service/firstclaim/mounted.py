@@ -29,7 +29,7 @@ from firstclaim.server.preflight import check_postgres, raise_if_fatal
 from firstclaim.server.redis_check import check_redis
 from firstclaim.settings import Settings, load_settings
 from firstclaim.shutdown import Shutdown
-from firstclaim.web.webhook import answer
+from firstclaim.web.answers import answer
 
 log = structlog.get_logger(__name__)
 

@@ -8,7 +8,7 @@ MUTANTS = (
         "accepted-before-the-commit",
         "After its budget, a delivery is answered 202 only if the row's COMMIT is known.",
         "Pipeline._answer",
-        """if flight.result.done() and flight.result.exception() is None:
+        """if flight.recorded:
     ...""",
         """if not done:
     ...""",
@@ -176,10 +176,10 @@ except BaseException:
         "budget-ends-the-work",
         "After the budget the work continues.",
         "Pipeline._answer",
-        """if flight.result.done() and flight.result.exception() is None:
+        """if flight.recorded:
     ...""",
         """work.cancel()
-if flight.result.done() and flight.result.exception() is None:
+if flight.recorded:
     ...""",
         "integration/test_pipeline.py::test_past_its_budget_a_recorded_event_is_deferred",
     ),
@@ -207,5 +207,30 @@ if flight.result.done() and flight.result.exception() is None:
         "return _LEDGER_UNREACHABLE",
         'return outcome.deferred("")',
         "integration/test_coalescing.py::test_a_copy_of_what_could_not_be_recorded_is_told_so",
+    ),
+    # -- bodies with an id that are no valid event
+    Mutant(
+        "a-duplicate-is-parsed",
+        "A signed body whose id is recorded is a duplicate, whatever else it holds.",
+        "Pipeline.deliver",
+        "event_id = delivery.event_id",
+        "event_id = delivery.parse().id",
+        "integration/test_odd_bodies.py::test_a_recorded_id_is_a_duplicate",
+    ),
+    Mutant(
+        "an-invalid-event-keeps-its-lock",
+        "A delivery that is refused gives its lock back.",
+        "Claims.check",
+        "await self._lock.forget(delivery.event_id, lock.token, None)",
+        "",
+        "integration/test_odd_bodies.py::test_an_unrecorded_id_is_rejected",
+    ),
+    Mutant(
+        "a-copy-of-an-invalid-event-is-retried",
+        "A copy of an event that was refused is refused with the same reason.",
+        "Pipeline._follow",
+        "delivery.parse()",
+        "",
+        "integration/test_odd_bodies.py::test_copies_are_rejected_together",
     ),
 )

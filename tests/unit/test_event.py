@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from firstclaim.errors import Rejected
-from firstclaim.event import Delivery, Event, parse_event
+from firstclaim.event import Delivery, Event, EventHead, parse_event
 from tests.fixtures import MISSING, event_body
 from tests.hostile import ACCEPTED, JSON, NEARLY, bodies
 
@@ -157,6 +157,13 @@ def test_the_repr_shows_no_payload() -> None:
     """The repr of a delivery, which may get into a log, shows nothing of the payload."""
     body = event_body(data={"object": {"customer_email": "jo@example.com"}})
     assert "jo@" not in repr(Delivery(parse_event(body), body))
+
+
+def test_a_body_with_another_id_is_refused() -> None:
+    """A delivery is that of one event: if parsing finds another id than the first look did, it is refused."""
+    delivery = Delivery(EventHead("evt_2", None), event_body(id="evt_1"))
+    with pytest.raises(Rejected, match="ambiguous"):
+        delivery.parse()
 
 
 # -- malformed ----------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ from firstclaim.outcome import Kind, Outcome
 from firstclaim.schema_name import DEFAULT_SCHEMA
 from firstclaim.sending.events import shipped_types
 from firstclaim.status import UNFINISHED, Status
-from firstclaim.web.webhook import answer, rejection
+from firstclaim.web.answers import answer, rejection
 
 TURNS = 20_000
 SENT, ACKNOWLEDGED = Observed.SENT, Observed.SENT | Observed.ACKNOWLEDGED
@@ -186,9 +186,9 @@ def test_every_outcome_of_the_service_has_its_kind() -> None:
     assert {each.kind for each in OUTCOMES.values()} == set(Kind)
     for kind, outcome in OUTCOMES.items():
         response = answer("evt_1", outcome)
-        assert kind_of(response.status_code, bytes(response.body)) is kind
+        assert kind_of(response.status, response.body) is kind
     refused = rejection(Rejected("content", "no"))
-    assert kind_of(refused.status_code, bytes(refused.body)) is AnswerKind.REJECTED
+    assert kind_of(refused.status, refused.body) is AnswerKind.REJECTED
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", b"[]", b"null", b'{"action": 1}', b'{"action": "moved"}', b"\xff"])

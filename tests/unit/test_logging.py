@@ -25,6 +25,8 @@ def configured(log_format: str = "json") -> Iterator[None]:
     try:
         yield
     finally:
+        for handler in root.handlers:
+            handler.flush()  # as at the end of a process
         root.handlers = handlers
         root.setLevel(level)
         structlog.configure(**ours)

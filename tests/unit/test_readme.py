@@ -12,9 +12,9 @@ from firstclaim.observability import metrics
 from firstclaim.operations.queries import Backlog
 from firstclaim.settings import Settings, environment_name
 from firstclaim.status import Status
+from firstclaim.web.answers import STATUS
 from firstclaim.web.health import Health
 from firstclaim.web.metrics import _Gauges
-from firstclaim.web.webhook import STATUS
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

@@ -10,12 +10,15 @@ import orjson
 import pytest
 from starlette.applications import Starlette
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from firstclaim import outcome
 from firstclaim.event import Delivery
 from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.outcome import Kind, Outcome
-from firstclaim.web.webhook import STATUS, WEBHOOK_PATH, Webhook, refuse_path
+from firstclaim.web.answers import STATUS
+from firstclaim.web.application import Application, refuse_path
+from firstclaim.web.webhook import WEBHOOK_PATH, Webhook
 from tests.fixtures import SECRET, event_body, signed
 
 MAX_BODY_BYTES = 4096
@@ -142,6 +145,26 @@ async def test_the_pipeline_gets_the_signed_bytes() -> None:
     assert (delivery.body, delivery.event.id) == (body, "evt_1")
 
 
+async def test_a_delivery_is_plain_asgi(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A delivery makes no request, response or headers of Starlette's, and no task; its answer is two messages."""
+    for name in ("requests.HTTPConnection", "responses.Response", "datastructures.Headers", "datastructures.URL"):
+        monkeypatch.setattr(f"starlette.{name}.__init__", unexpected)
+    application = Application(webhook(FakePipeline(outcome.duplicate("evt_1"))), [], None)
+    headers = [(name.lower().encode(), value.encode()) for name, value in signed(BODY).items()]
+    loop = asyncio.get_running_loop()
+    loop.set_task_factory(unexpected)
+    try:
+        status, content = await raw(headers, {"type": "http.request", "body": BODY}, application)
+    finally:
+        loop.set_task_factory(None)
+    assert (status, orjson.loads(content)["reason"]) == (200, outcome.duplicate("evt_1").reason)
+
+
+def unexpected(*_: object, **__: object) -> Any:
+    """What a delivery must not make."""
+    raise AssertionError
+
+
 async def test_a_cancelled_delivery_is_a_503() -> None:
     """A delivery that the server cancels at shutdown is answered with 503, and its work continues in its own task."""
 
@@ -242,6 +265,19 @@ async def test_a_long_body_is_cut_off() -> None:
     assert MAX_BODY_BYTES < sent <= MAX_BODY_BYTES + 2000
 
 
+async def test_a_body_that_the_pipeline_refuses_is_a_400() -> None:
+    """A body with an id that is no valid event, and whose event is not recorded, gets the reason of the pipeline."""
+
+    class Refuses:
+        async def deliver(self, given: Delivery) -> Outcome:
+            given.parse()
+            raise AssertionError
+
+    response = await post(Refuses(), event_body(id="evt_1", created="yesterday"))
+    reason = rb"\"created\" must be unix seconds or an ISO 8601 time"
+    assert (response.status_code, response.content) == (400, REJECTED % reason)
+
+
 @pytest.mark.parametrize("declared", [b"-1", b"1e3", b"", b"+5", b"0x10", b"\xb2", b"\xb9\xb3", b"9" * 5000, b"1, 1"])
 async def test_an_odd_content_length_is_refused(declared: bytes) -> None:
     """A malformed Content-Length is a 413, also where int() would raise: a proxy in front of us may let it pass."""
@@ -252,7 +288,7 @@ async def test_an_odd_content_length_is_refused(declared: bytes) -> None:
 async def test_a_client_that_disconnects_early_is_no_error() -> None:
     """A connection lost within the body ends the request without an error, and nothing is recorded."""
     pipeline = FakePipeline()
-    status, _ = await raw([], {"type": "http.disconnect"}, pipeline)
+    status, _ = await raw([], {"type": "http.disconnect"}, webhook(pipeline))
     assert status == 400
     assert not pipeline.deliveries
 
@@ -285,9 +321,9 @@ async def test_a_wrong_path_or_method_is_rejected(method: str, path: str, status
 
 
 async def raw(
-    headers: list[tuple[bytes, bytes]], message: dict[str, Any], pipeline: object = None
+    headers: list[tuple[bytes, bytes]], message: dict[str, Any], application: ASGIApp | None = None
 ) -> tuple[int, bytes]:
-    """The status and content of the answer to a malformed request."""
+    """The status and content of the answer to a request that no client would send, or whose server is watched."""
 
     async def receive() -> dict[str, Any]:
         return message
@@ -297,7 +333,8 @@ async def raw(
     async def send(message: MutableMapping[str, Any]) -> None:
         sent.append(message)
 
-    await webhook(pipeline or FakePipeline())({"type": "http", "method": "POST", "headers": headers}, receive, send)
+    scope = {"type": "http", "method": "POST", "path": WEBHOOK_PATH, "headers": headers}
+    await (application or webhook(FakePipeline()))(scope, receive, send)
     start, body = sent
     return start["status"], body["body"]
 

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from firstclaim import outcome
+from firstclaim.errors import Rejected
 from firstclaim.event import Delivery
 from firstclaim.inbox.existing_row import ExistingRow
 from firstclaim.inbox.ledger import Claim, Ledger, Recorded
@@ -57,6 +58,15 @@ class Claims:
         """Request the lock. For a duplicate of a recorded event, this one command is all that it costs."""
         token = new_token()
         return LockAttempt(token, await self._lock.acquire(event_id, token, self._epoch.current))
+
+    async def check(self, delivery: Delivery, lock: LockAttempt) -> None:
+        """Parse the whole body. Raises `Rejected` if it is not valid, and releases our lock then."""
+        try:
+            delivery.parse()
+        except Rejected:
+            if lock.reply is LockReply.HELD:
+                await self._lock.forget(delivery.event_id, lock.token, None)
+            raise
 
     async def claim(
         self, delivery: Delivery, lock: LockAttempt, *, unwanted: str | None, has_place: bool = True

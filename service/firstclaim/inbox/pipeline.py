@@ -70,32 +70,40 @@ class Pipeline:
     # -- deliveries -------------------------------------------------------------------------------------
 
     async def deliver(self, delivery: Delivery) -> Outcome:
-        """The outcome of `delivery`, within the answer's budget; never raises."""
+        """The outcome of `delivery`, within the answer's budget.
+
+        Raises `Rejected` if its event is not recorded and its body is not valid. A recorded event is a duplicate
+        whatever else its body holds, so a duplicate is never parsed.
+        """
         if self._draining:
             return _SHUTTING_DOWN
-        event_id = delivery.event.id
+        event_id = delivery.event_id
         if (leader := self._flights.current(event_id)) is not None:
-            return _counted(await self._follow(event_id, leader), "process")
+            return _counted(await self._follow(delivery, leader), "process")
         flight = self._flights.begin(event_id)
         try:
             with tracing.span("lock"):
                 lock = await self._claims.lock(event_id)
+            if lock.reply is LockReply.RECORDED:  # most duplicates: answered in the request's own task
+                result = outcome.duplicate(event_id)
+                flight.end(result)
+                return _counted(result, "redis")
+            await self._claims.check(delivery, lock)
         except BaseException as error:
             flight.fail(error)
             raise
-        if lock.reply is LockReply.RECORDED:  # most duplicates: answered in the request's own task
-            flight.end(outcome.duplicate(event_id))
-            return _counted(outcome.duplicate(event_id), "redis")
         return _counted(await self._answer(self._spawn(self._process(delivery, lock, flight)), flight), "ledger")
 
-    async def _follow(self, event_id: str, leader: asyncio.Future[Claim | Outcome]) -> Outcome:
+    async def _follow(self, delivery: Delivery, leader: Flight[Claim | Outcome]) -> Outcome:
         """The outcome of a further copy, while the first one (the leader) makes its claims."""
-        done, _ = await asyncio.wait({leader}, timeout=self._budget_seconds)
+        event_id, followed = delivery.event_id, leader.follow()
+        done, _ = await asyncio.wait({followed}, timeout=self._budget_seconds)
         if not done:
             return _NOT_IN_TIME
-        if leader.exception() is not None:
+        if followed.exception() is not None:
+            delivery.parse()  # the leader's body may not have been valid, and ours may be the same
             return _LEDGER_UNREACHABLE
-        result = leader.result()
+        result = followed.result()
         if isinstance(result, Claim):
             return outcome.duplicate(event_id)
         if result.kind is Kind.UNHANDLED:
@@ -107,7 +115,7 @@ class Pipeline:
         done, _ = await asyncio.wait({work}, timeout=self._budget_seconds)
         if done and not work.cancelled():
             return work.result()
-        if flight.result.done() and flight.result.exception() is None:
+        if flight.recorded:
             return outcome.deferred("Recorded; still being processed")
         return _NOT_IN_TIME
 

@@ -18,22 +18,34 @@ class Flight(Generic[T]):
     def __init__(self, flights: "SingleFlight[T]", event_id: str) -> None:
         self._flights = flights
         self._event_id = event_id
-        self.result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._ended = False
+        self._followed: asyncio.Future[T] | None = None  # made by the first follower: most flights have none
+        self.recorded = False  # it has ended with a result
 
     def end(self, result: T) -> None:
         """Give the followers this result."""
         if self._leave():
-            self.result.set_result(result)
+            self.recorded = True
+            if self._followed is not None:
+                self._followed.set_result(result)
 
     def fail(self, error: BaseException) -> None:
         """Raise `LedgerUnavailable` to the followers: nothing is promised."""
-        if self._leave():
-            self.result.set_exception(LedgerUnavailable(str(error) or type(error).__name__))
-            self.result.exception()  # marks it as retrieved, because there may be no follower
+        if self._leave() and self._followed is not None:
+            self._followed.set_exception(LedgerUnavailable(str(error) or type(error).__name__))
+            self._followed.exception()  # marks it as retrieved, because a follower may have left
+
+    def follow(self) -> asyncio.Future[T]:
+        """The result, for a follower. Never cancel it: other followers wait for it too."""
+        if self._followed is None:
+            self._followed = asyncio.get_running_loop().create_future()
+        return self._followed
 
     def _leave(self) -> bool:
-        self._flights.remove(self._event_id)
-        return not self.result.done()
+        first, self._ended = not self._ended, True
+        if first:
+            self._flights.remove(self._event_id)
+        return first
 
 
 class SingleFlight(Generic[T]):
@@ -47,10 +59,9 @@ class SingleFlight(Generic[T]):
         flight = self._flights[event_id] = Flight(self, event_id)
         return flight
 
-    def current(self, event_id: str) -> "asyncio.Future[T] | None":
-        """The leader's result, or None if there is no leader. Never cancel it: other followers wait for it too."""
-        flight = self._flights.get(event_id)
-        return None if flight is None else flight.result
+    def current(self, event_id: str) -> Flight[T] | None:
+        """The leader's flight, or None if there is no leader."""
+        return self._flights.get(event_id)
 
     def remove(self, event_id: str) -> None:
         """Remove a flight that has ended: the next delivery is a leader."""

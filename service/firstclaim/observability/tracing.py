@@ -6,7 +6,7 @@ event's id and type, the attempt, the outcome and the class of an error: no payl
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
@@ -36,13 +36,17 @@ def span(name: str, **attributes: Value) -> AbstractContextManager[object]:
     )
 
 
-def delivery_span(headers: Mapping[str, str]) -> AbstractContextManager[object]:
-    """The span of a delivery. It is a child of the span that `headers` name, if a proxy in front of us started one."""
+def delivery_span(headers: Sequence[tuple[bytes, bytes]]) -> AbstractContextManager[object]:
+    """The span of a delivery. It is a child of the span that `headers` name, if a proxy in front of us started one.
+
+    `headers` are those of ASGI, with names in lower case. Of several with one name, the first counts.
+    """
     if _tracer is None:
         return _NOTHING
+    carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(headers)}
     return _tracer.start_as_current_span(
         "firstclaim.delivery",
-        propagate.extract(headers),
+        propagate.extract(carrier),
         trace.SpanKind.SERVER,
         record_exception=False,
         set_status_on_exception=False,

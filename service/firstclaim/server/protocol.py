@@ -27,7 +27,6 @@ from typing import Any
 
 import httptools
 import structlog
-from starlette.responses import Response
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
@@ -36,7 +35,7 @@ from firstclaim import outcome as outcomes
 from firstclaim.errors import Rejected
 from firstclaim.observability import metrics
 from firstclaim.server.connection_limiter import ConnectionLimiter
-from firstclaim.web.webhook import answer, rejection
+from firstclaim.web.answers import Answer, answer, rejection
 
 log = structlog.get_logger(__name__)
 
@@ -209,14 +208,14 @@ class HttpProtocol(HttpToolsProtocol):
         metrics.rejected[error.kind].inc()
         self._send_last(rejection(error))
 
-    def _send_last(self, response: Response) -> None:
+    def _send_last(self, last: Answer) -> None:
         """Send the last answer of the connection, outside of a request's own answer."""
         if self._ignoring_input or self.transport.is_closing():
             return
-        response.headers["Connection"] = "close"
-        head = b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
-        line = f"HTTP/1.1 {response.status_code} {HTTPStatus(response.status_code).phrase}\r\n".encode()
-        self.transport.write(line + head + b"\r\n" + bytes(response.body))
+        headers = dict(last.headers) | {b"connection": b"close"}
+        head = b"".join(b"%s: %s\r\n" % header for header in headers.items())
+        line = f"HTTP/1.1 {last.status} {HTTPStatus(last.status).phrase}\r\n".encode()
+        self.transport.write(line + head + b"\r\n" + last.body)
         self._linger()
 
     def _linger(self) -> None:

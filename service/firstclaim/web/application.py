@@ -11,10 +11,14 @@ from http import HTTPStatus
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Lifespan, Receive, Scope, Send
 
-from firstclaim.web.webhook import WEBHOOK_PATH, Webhook, refuse_path
+from firstclaim.errors import Rejected
+from firstclaim.observability import metrics
+from firstclaim.web.answers import rejection
+from firstclaim.web.webhook import WEBHOOK_PATH, Webhook
 
 
 class Application(Starlette):
@@ -67,6 +71,19 @@ class Application(Starlette):
             await self._webhook(scope, receive, send)
         else:
             await super().__call__({**scope, "root_path": prefix, "path": prefix + path}, receive, send)
+
+
+async def refuse_path(webhook_path: str, _request: Request, error: Exception) -> Response:
+    """The responses for 404 and 405, with the same JSON fields as all others. A 405 keeps its header `Allow`.
+
+    A path of your own may be chosen so that nobody guesses it: only the default is told.
+    """
+    status = error.status_code if isinstance(error, HTTPException) else 404
+    hint = f": webhooks go to POST {WEBHOOK_PATH}" if webhook_path == WEBHOOK_PATH else ""
+    reason = "Method not allowed" if status == 405 else f"No such path{hint}"
+    metrics.rejected["path"].inc()
+    body = rejection(Rejected("path", reason, status)).body
+    return Response(body, status, getattr(error, "headers", None), media_type="application/json")
 
 
 def _below(prefix: str, path: str) -> str:
