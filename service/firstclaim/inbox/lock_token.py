@@ -25,7 +25,7 @@ class _Tokens:
 
     def new(self) -> str:
         """The next token. May be called by any thread."""
-        return f"{self._prefix}-{next(self._numbers):x}"
+        return f"{self._prefix}{next(self._numbers):x}"
 
 
 _tokens = _Tokens()
