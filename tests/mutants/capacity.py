@@ -30,7 +30,7 @@ MUTANTS = (
     Mutant(
         "claims-ahead-without-a-backlog",
         "Recovery claims more than it has slots for only under a backlog: another process may have a free slot.",
-        "Slots.free",
+        "Slots.claimable",
         "self.backlog and self.brief",
         "self.brief",
         "unit/test_slots.py::test_recovery_claims_ahead_in_a_backlog_of_brief_handlers",
@@ -38,7 +38,7 @@ MUTANTS = (
     Mutant(
         "claims-ahead-behind-a-slow-handler",
         "Recovery claims nothing ahead that would wait for its slot for long.",
-        "Slots.free",
+        "Slots.claimable",
         "self.backlog and self.brief",
         "self.backlog",
         "unit/test_slots.py::test_recovery_claims_ahead_in_a_backlog_of_brief_handlers",

@@ -86,16 +86,16 @@ async def test_recovery_claims_ahead_in_a_backlog_of_brief_handlers(
 ) -> None:
     """Half as many as there are slots wait for one; not without a backlog, and not behind a slow handler."""
     await ended(slots, 0.1, monkeypatch)
-    assert slots.free == SIZE
+    assert slots.claimable == SIZE
     slots.backlog = True
-    assert slots.free == SIZE + SIZE // 2
-    places = [Place(slots, for_delivery=False) for _ in range(slots.free)]
-    assert slots.free == 0
+    assert slots.claimable == SIZE + SIZE // 2
+    places = [Place(slots, for_delivery=False) for _ in range(slots.claimable)]
+    assert slots.claimable == 0
     assert slots.reserve() is not None, "deliveries have the rest of the places"
     for place in places:
         place.release()
     await ended(slots, 5, monkeypatch)
-    assert slots.free == SIZE - 1
+    assert slots.claimable == SIZE - 1
 
 
 async def test_a_running_handler_keeps_its_slot_and_not_its_turn(slots: Slots) -> None:

@@ -100,6 +100,11 @@ class Slots:
 
     @property
     def free(self) -> int:
+        """How many slots no claim occupies or waits for."""
+        return max(0, self.size - self._deliveries - self._recovered)
+
+    @property
+    def claimable(self) -> int:
         """How many due events recovery may claim now. Under a backlog, deliveries leave it half of the slots."""
         ahead = self.size // 2 if self.backlog and self.brief else 0
         return max(0, self.size + ahead - self._deliveries - self._recovered)
@@ -138,7 +143,7 @@ class Slots:
             self._deliveries += change
         else:
             self._recovered += change
-        if self.free * 4 >= self.size:
+        if self.claimable * 4 >= self.size:
             self._capacity.set()
         else:
             self._capacity.clear()
