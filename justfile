@@ -21,9 +21,9 @@ format:
 # The long run: the rest of the acceptance suite, the fault matrix, the browser, the model, the mutants
 long: acceptance alone mutants
 
-# Real processes, real servers broken on purpose, the model and the browser, in two lanes
+# Real processes, real servers broken on purpose, the model and the browser, in three lanes
 acceptance *arguments:
-    {{bin}}/python -m pytest -n 2 --dist worksteal -m '(acceptance or chaos or model or browser) and not alone' {{arguments}}
+    {{bin}}/python -m pytest -n 3 --dist worksteal -m '(acceptance or chaos or model or browser) and not alone' {{arguments}}
 
 # Those of them that measure time, one after the other
 alone *arguments:

@@ -17,15 +17,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import asyncpg
-import orjson
 from pydantic import SecretStr
 from sqlalchemy import CursorResult, Executable
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
 from firstclaim.embedded.data_folder import servers
-from firstclaim.errors import LedgerUnavailable, Rejected
-from firstclaim.event import Event, parse_event
+from firstclaim.errors import LedgerUnavailable
+from firstclaim.event import Event
 from firstclaim.inbox.attempt import call_handler, swallowed
 from firstclaim.inbox.dispatch import decision
 from firstclaim.inbox.handler_call import HandlerCall
@@ -39,73 +38,20 @@ from firstclaim.postgres.handler_connections import HandlerConnection, HandlerCo
 from firstclaim.postgres.places import Places
 from firstclaim.postgres.probe import Probe
 from firstclaim.registry import Context, Handler
-from firstclaim.sending.events import build_event, check_field, shipped_types
+from firstclaim.sending.make_event import make_event
 from firstclaim.settings import Settings
 from firstclaim.urls.postgres import postgres_dsn
+
+__all__ = ["SyncTransaction", "Transaction", "embedded_postgres", "make_event", "sync_transaction", "transaction"]
 
 _DEADLINE_SECONDS = 30.0  # the default of FIRSTCLAIM_HANDLER_DEADLINE_SECONDS
 _GRACE_SECONDS = 1.0
 _POSTGRES_SECONDS = 10.0
 _USE, _CHECK = "firstclaim_use", "firstclaim_check"  # savepoints
 _XID = "SELECT pg_current_xact_id()::text"
-# Of a type that has no template, the fields of the event around its object are those of this one.
-_ENVELOPE = "invoice.paid"
 
 T = TypeVar("T")
 HandlerFunction = Callable[[Event, Context], Any]
-
-
-# -- events -------------------------------------------------------------------------------------------
-
-
-def make_event(event_type: str, **overrides: Any) -> Event:
-    """A new event of `event_type`, as Stripe renders it. Each call makes new ids.
-
-    `overrides` are fields of the event (`livemode=True`, `account="acct_1"`, `data={"previous_attributes": {...}}`).
-    A dict is merged into the template's dict, any other value replaces the template's. `object` stands for
-    `data.object`: `make_event("invoice.paid", object={"currency": "usd"})`. A type without a template needs all of
-    its object this way. Raises `ValueError`, with the reason, if that gives no event that the service would accept, and
-    for a field that the template does not have, unless `api_version` is overridden too.
-    """
-    if "object" in overrides:
-        overrides = _merged(overrides, {"data": {"object": overrides["object"]}})
-        del overrides["object"]
-    if event_type in shipped_types():
-        payload = orjson.loads(build_event(event_type))
-    else:
-        payload = _without_template(event_type, overrides)
-    if "api_version" not in overrides:
-        _check_fields(payload, overrides, (), f"make_event({event_type!r})")
-    try:
-        return parse_event(orjson.dumps(_merged(payload, overrides)))
-    except (Rejected, TypeError) as error:
-        raise ValueError(f"make_event({event_type!r}): not an event that Stripe can send: {error}") from error
-
-
-def _without_template(event_type: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    if "object" not in overrides.get("data", {}):
-        raise ValueError(
-            f"no template for {event_type!r}: pass its whole object, "
-            f'make_event({event_type!r}, object={{"id": ..., "object": ...}}), '
-            f"or use one of {', '.join(shipped_types())}"
-        )
-    payload: dict[str, Any] = orjson.loads(build_event(_ENVELOPE))
-    return payload | {"type": event_type, "data": {"object": {}}}
-
-
-def _check_fields(base: dict[str, Any], changes: dict[str, Any], parents: tuple[str, ...], where: str) -> None:
-    for name, change in changes.items():
-        check_field(base, name, parents, where)
-        if isinstance(old := base.get(name), dict) and isinstance(change, dict):
-            _check_fields(old, change, (*parents, name), where)
-
-
-def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for name, change in changes.items():
-        old = merged.get(name)
-        merged[name] = _merged(old, change) if isinstance(old, dict) and isinstance(change, dict) else change
-    return merged
 
 
 # -- a transaction ------------------------------------------------------------------------------------

@@ -28,6 +28,22 @@ MUTANTS = (
         "unit/test_slots.py::test_in_a_backlog_recovery_has_half_of_the_slots",
     ),
     Mutant(
+        "claims-ahead-without-a-backlog",
+        "Recovery claims more than it has slots for only under a backlog: another process may have a free slot.",
+        "Slots.claimable",
+        "self.backlog and self.brief",
+        "self.brief",
+        "unit/test_slots.py::test_recovery_claims_ahead_in_a_backlog_of_brief_handlers",
+    ),
+    Mutant(
+        "claims-ahead-behind-a-slow-handler",
+        "Recovery claims nothing ahead that would wait for its slot for long.",
+        "Slots.claimable",
+        "self.backlog and self.brief",
+        "self.backlog",
+        "unit/test_slots.py::test_recovery_claims_ahead_in_a_backlog_of_brief_handlers",
+    ),
+    Mutant(
         "a-queued-event-has-no-marker",
         "What is recorded without a place gets its marker after its COMMIT.",
         "Claims._queue",

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner
 
 from firstclaim.cli.commands import app
-from firstclaim.cli.events import _confirm
+from firstclaim.cli.replay import _confirm
 from firstclaim.cli.serve import _handled_type
 from firstclaim.errors import ConfigurationError
 from firstclaim.operations.stripe_api import StripeEvents

@@ -1,6 +1,7 @@
 """Slots and places, and the choice of due events."""
 
 import asyncio
+import time
 from typing import cast
 
 import pytest
@@ -69,6 +70,32 @@ async def test_without_a_backlog_recovery_takes_what_is_free(slots: Slots) -> No
         assert place is not None
         place.release()
     assert slots.free == 1
+
+
+async def ended(slots: Slots, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler had its slot for so long, and has ended."""
+    place, now = Place(slots, for_delivery=False), time.monotonic()
+    assert await place.enter(previously_abandoned=False, timeout_seconds=5)
+    with monkeypatch.context() as patch:
+        patch.setattr("firstclaim.inbox.slots.time.monotonic", lambda: now + seconds)
+        place.release()
+
+
+async def test_recovery_claims_ahead_in_a_backlog_of_brief_handlers(
+    slots: Slots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half as many as there are slots wait for one; not without a backlog, and not behind a slow handler."""
+    await ended(slots, 0.1, monkeypatch)
+    assert slots.claimable == SIZE
+    slots.backlog = True
+    assert slots.claimable == SIZE + SIZE // 2
+    places = [Place(slots, for_delivery=False) for _ in range(slots.claimable)]
+    assert slots.claimable == 0
+    assert slots.reserve() is not None, "deliveries have the rest of the places"
+    for place in places:
+        place.release()
+    await ended(slots, 5, monkeypatch)
+    assert slots.claimable == SIZE - 1
 
 
 async def test_a_running_handler_keeps_its_slot_and_not_its_turn(slots: Slots) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
-from firstclaim.cli.terminal import STATUS_COLOURS, out, print_text, printable
+from firstclaim.cli.terminal import COLUMN_LEAST, STATUS_COLOURS, out, print_text, printable
 from firstclaim.formatting import ago
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from firstclaim.operations.queries import EventRow
 
 _COLUMNS = ("event", "type", "status", "attempts", "received", "result")
-_RESULT_LEAST = 24  # characters of a line: a narrower result is a column of single words
 _GAP = "  "
 
 
@@ -32,7 +31,7 @@ def print_events(events: Sequence[EventRow]) -> None:
     rows = [_cells(event) for event in events]
     widths = [max(len(row[column].plain) for row in rows) for column in range(len(_COLUMNS) - 1)]
     needed = sum(map(max, zip(widths, map(len, _COLUMNS[:-1]), strict=True))) + len(_GAP) * len(widths)
-    if needed + _RESULT_LEAST <= out.width:
+    if needed + COLUMN_LEAST <= out.width:
         print_text(_table(rows))
     else:
         for row in rows:

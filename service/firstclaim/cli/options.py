@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from firstclaim.operations.limits import TEXT_MOST_CHARACTERS, is_storable
+from firstclaim.status import Status
 
 WebhookUrl = Annotated[
     str, typer.Option("--url", help="The webhook endpoint.", show_default="where serve listens here")
@@ -35,3 +36,21 @@ def storable(text: str) -> str:
     if not is_storable(text):
         raise typer.BadParameter(f"expected 1 to {TEXT_MOST_CHARACTERS} printable characters, not {text!r:.80}")
     return text
+
+
+# Which events a command is about.
+Id = Annotated[str, typer.Argument(parser=storable, metavar="ID", help="Event id.")]
+Ids = Annotated[list[str] | None, typer.Argument(parser=storable, metavar="ID...", help="Event ids.")]
+Statuses = Annotated[
+    list[Status] | None, typer.Option("--status", help="Only events with this status. Repeat it for more.")
+]
+Type = Annotated[
+    str | None,
+    typer.Option("--type", parser=storable, metavar="TYPE", help='Only events of this type, or of "prefix.*".'),
+]
+Account = Annotated[
+    str | None, typer.Option("--account", parser=storable, metavar="ID", help="Only events of this connected account.")
+]
+OlderThan = Annotated[float | None, duration_option("Only events received longer ago than this.")]
+NewerThan = Annotated[float | None, duration_option("Only events received within this time.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print how many, and change nothing.")]

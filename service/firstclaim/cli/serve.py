@@ -106,8 +106,8 @@ def _print_addresses(settings: Settings, ready: Settings, listener: socket.socke
     if not settings.stripe_webhook_secrets:
         secret = ready.stripe_webhook_secrets[0].get_secret_value()
         lines["secret"] = f"{secret} (generated, stored in {settings.data_dir})"
-        if event_type := _handled_type(settings):
-            lines["try"] = f"firstclaim send {event_type} --copies 20{_url_option(settings, port)}"
+        if command := _command_to_try(settings, port):
+            lines["try"] = command
     out.print(f"firstclaim {version('firstclaim')}")
     for name, value in lines.items():
         # Not as markup: a pattern may have brackets. A secret that is wrapped cannot be copied.
@@ -122,6 +122,14 @@ def _handler_lines(settings: Settings) -> dict[str, str]:
     width = max((len(handler.pattern) for handler in handlers), default=0)
     shown = (f"{handler.pattern:{width}} {handler.name}" for handler in handlers)
     return {"handlers" if number == 0 else " " * number: line for number, line in enumerate(shown)}
+
+
+def _command_to_try(settings: Settings, port: int) -> str | None:
+    """A command whose event a handler of this service runs at; None: there is none."""
+    if (event_type := _handled_type(settings)) is None:
+        return None
+    mode = " --set livemode=true" if settings.livemode == "live" else ""  # the templates are events of test mode
+    return f"firstclaim send {event_type} --copies 20{mode}{_url_option(settings, port)}"
 
 
 def _handled_type(settings: Settings) -> str | None:

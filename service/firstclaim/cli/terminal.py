@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -26,6 +27,9 @@ STATUS_COLOURS = {
     Status.FAILED: "magenta",
     Status.DEAD: "red",
 }
+
+COLUMN_LEAST = 24  # characters: text in a narrower column is a column of single words
+_INDENT = "  "
 
 out = Console(highlight=False)
 if not out.is_terminal:
@@ -70,7 +74,7 @@ def print_text(content: RenderableType) -> None:
 
 def print_field(name: str, value: str, style: str = "") -> None:
     """Print a name and its value in two columns."""
-    print_text(Text.assemble((f"{name:18}", "bold"), " ", (printable(value), style)))
+    _print_columns(Text(f"{name:18} ", "bold"), printable(value), style)
 
 
 def print_json(content: dict[str, Any]) -> None:
@@ -86,8 +90,29 @@ def print_checks(checks: list[Check]) -> None:
 
     colours = {Verdict.OK: "green", Verdict.WARN: "yellow", Verdict.FAIL: "red"}
     for check in checks:
-        line = Text.assemble((f"{check.verdict:6}", colours[check.verdict]), f"{check.name:20} ", check.detail)
-        out.print(line, soft_wrap=True)
+        heading = Text.assemble((f"{check.verdict:6}", colours[check.verdict]), f"{check.name:20} ")
+        _print_columns(heading, check.detail)
+
+
+def _print_columns(heading: Text, value: str, style: str = "") -> None:
+    """Print the value beside its heading, or below it where the terminal leaves too little room.
+
+    No word is broken, even one that is longer than a line: an id or a path is there to be copied.
+    """
+    indent = len(heading)
+    longest = max(map(len, value.split()), default=0)
+    if len(value) > out.width - indent < max(longest, COLUMN_LEAST):
+        heading.rstrip()
+        if heading:
+            print_text(heading)
+        heading = Text(_INDENT)
+        indent = len(heading)
+    width = max(1, out.width - indent)
+    wrap = TextWrapper(width, break_long_words=False, break_on_hyphens=False).wrap
+    lines = [line for paragraph in value.splitlines() for line in wrap(paragraph)]
+    for line in lines or [""]:
+        print_text(Text.assemble(heading, (line, style)))
+        heading = Text(" " * indent)
 
 
 def printable(text: str) -> str:

@@ -159,26 +159,26 @@ class Pipeline:
             log.warning("unwanted", event_id=event.event_id, type=event.queue[0])
 
     async def recover(self) -> bool:
-        """Claim due events, as many as there are free places, and dispatch them.
+        """Claim due events, as many as `Slots.claimable` says, and dispatch them.
 
         At most one of them is an event that was abandoned before. Returns whether due events are left. Raises
         `LedgerUnavailable`.
         """
         if self._claims.redis_unreachable or self._draining:
             return False
-        free = self._slots.free
-        if not free:
+        claimable = self._slots.claimable
+        if not claimable:
             return True
         hung = list(self._slots.hung)
-        due = await self._backlog.look(free, left_out=hung)
-        chosen = self._backlog.choose(due, free)
+        due = await self._backlog.look(claimable, left_out=hung)
+        chosen = self._backlog.choose(due, claimable)
         if self._slots.previously_abandoned_free:
             previously_abandoned = await self._backlog.look(1, abandoned=True, left_out=hung)
-            chosen = previously_abandoned[:1] + chosen[: free - len(previously_abandoned[:1])]
+            chosen = previously_abandoned[:1] + chosen[: claimable - len(previously_abandoned[:1])]
         # In a task of its own, so that claims which are made while recovery is cancelled here are dispatched or
         # released. Otherwise they would count as abandoned when their lease is over.
         await asyncio.shield(self._spawn(self._take_up(chosen)))
-        self._slots.backlog = len(due) > free
+        self._slots.backlog = len(due) > claimable
         return self._slots.backlog
 
     async def _take_up(self, event_ids: Sequence[str]) -> None:

@@ -5,11 +5,19 @@ gets no place is not claimed. So memory is bounded, and a crash abandons at most
 slots. While there is a backlog, deliveries leave half of the slots to recovery: otherwise, at a load just above
 capacity, the oldest event would wait without bound. Of the events that were abandoned before, only one runs at a time:
 it may end the process again, and then as few other events as possible are abandoned with it.
+
+Under a backlog of brief handlers, recovery claims ahead: half as many events as there are slots wait in this process,
+and start in the moment a slot is free. Otherwise each slot would be empty for a round of recovery after each event,
+which a handler of 0.1 s feels (measured: a seventh of the throughput) and one of a second does not. Without a backlog
+nothing is claimed ahead: another process may have the free slot.
 """
 
 import asyncio
 import contextlib
+import time
 from typing import Any
+
+_BRIEF_SECONDS = 1.0
 
 
 class Place:
@@ -20,6 +28,7 @@ class Place:
         self._for_delivery = for_delivery
         self._entered: list[asyncio.Semaphore] = []
         self._released = False
+        self._entered_at: float | None = None
         slots.count(for_delivery=for_delivery, change=1)
 
     async def enter(self, *, previously_abandoned: bool, timeout_seconds: float) -> bool:
@@ -33,6 +42,7 @@ class Place:
                     self._entered.append(gate)
         except TimeoutError:
             return False
+        self._entered_at = time.monotonic()
         return True
 
     def release(self, running: asyncio.Future[Any] | None = None) -> None:
@@ -53,6 +63,8 @@ class Place:
         if self._released:
             return
         self._released = True
+        if self._entered_at is not None:
+            self._slots.brief = time.monotonic() - self._entered_at < _BRIEF_SECONDS
         for gate in self._entered:
             gate.release()
         self._slots.count(for_delivery=self._for_delivery, change=-1)
@@ -65,6 +77,7 @@ class Slots:
         self.size = size
         self.previously_abandoned = asyncio.Semaphore(1)
         self.backlog = False  # the last round of recovery left due events behind
+        self.brief = False  # the handler that ended last had its slot for less than a second
         self.work = asyncio.Event()  # recovery has work before its next interval
         self.hung: dict[str, asyncio.Future[Any]] = {}  # event id: the thread that ignores its deadline
         self._slots = asyncio.Semaphore(size)
@@ -87,8 +100,14 @@ class Slots:
 
     @property
     def free(self) -> int:
-        """How many due events recovery may claim now. Under a backlog, deliveries leave it half of the slots."""
+        """How many slots no claim occupies or waits for."""
         return max(0, self.size - self._deliveries - self._recovered)
+
+    @property
+    def claimable(self) -> int:
+        """How many due events recovery may claim now. Under a backlog, deliveries leave it half of the slots."""
+        ahead = self.size // 2 if self.backlog and self.brief else 0
+        return max(0, self.size + ahead - self._deliveries - self._recovered)
 
     @property
     def previously_abandoned_free(self) -> bool:
@@ -124,7 +143,7 @@ class Slots:
             self._deliveries += change
         else:
             self._recovered += change
-        if self.free * 4 >= self.size:
+        if self.claimable * 4 >= self.size:
             self._capacity.set()
         else:
             self._capacity.clear()

@@ -38,7 +38,7 @@ SELECT relname AS name, pg_has_role(relowner, 'USAGE') AS owned
   FROM pg_class WHERE relnamespace = to_regnamespace(:schema) AND relkind = 'r' AND relname = ANY(:tables)
 """)
 
-# The last revision that has left a trace.
+# The last revision that has left a trace. There is no later one: from 0007 on, a ledger had a schema of its own.
 _REVISION = text("""
 SELECT CASE WHEN to_regclass(:schema || '.stripe_events_waiting') IS NOT NULL THEN '0006'
             WHEN to_regclass(:schema || '.stripe_events_received') IS NOT NULL THEN '0005'

@@ -18,7 +18,7 @@ BEGIN
             PERFORM pg_sleep(0.2 + random() / 5);
         END;
     END LOOP;
-    RAISE lock_not_available USING MESSAGE = 'handlers held stripe_events at every attempt to lock it';
+    RAISE lock_not_available USING MESSAGE = 'a table of the ledger was locked by others at every attempt';
 END
 $$
 """
@@ -32,7 +32,7 @@ def attempted_between_handlers(changes: str) -> str:
 
 
 def between_handlers(changes: str) -> None:
-    """Run `changes`, short DDL statements on `stripe_events`, in a revision, while no handler is in a transaction."""
+    """Run `changes`, short DDL statements on a table of the ledger, in a revision, while nobody holds it for long."""
     op.execute(attempted_between_handlers(changes))
 
 

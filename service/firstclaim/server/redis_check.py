@@ -29,6 +29,8 @@ _MIN_REDIS = (7, 0)
 _PROBE_SECONDS = 1.0
 _NO_REDIS = "the server answers, but not as a Redis or a Valkey: check the host and the port in REDIS_URL"
 _SSL_REQUEST = bytes.fromhex("0000000804d2162f")  # Postgres' first message: no other server answers it with one letter
+# What the client raises at a reply that no Redis gives: it parses what it expects, and does not look first.
+_UNEXPECTED_REPLY = (InvalidResponse, AttributeError, KeyError, TypeError, ValueError)
 _OTHER_KIND = {
     True: "the server has no TLS, and REDIS_URL asks for it; expected redis://",
     False: "the server expects TLS; expected rediss:// in REDIS_URL",
@@ -46,13 +48,7 @@ async def check_redis(settings: Settings) -> AsyncIterator[Check]:
         await _log_in(redis)
         async for check in _inspect_redis(redis, settings):
             yield check
-    except (
-        AttributeError,
-        InvalidResponse,
-        KeyError,
-        TypeError,
-        ValueError,
-    ):  # the client expects a text, and parses it
+    except _UNEXPECTED_REPLY:
         yield fail("redis", _NO_REDIS)
     except (RedisError, OSError, TimeoutError) as error:
         check = _failed(error, urlsplit(url))
