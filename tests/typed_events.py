@@ -24,36 +24,39 @@ EXCEPTIONS = {
 
 HEAD = '''"""Generated from stripe-python {version} by `python -m tests.typed_events`: do not edit."""
 
-from collections.abc import Awaitable, Callable
-from typing import Any, Literal, Protocol, TypeVar, overload
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, overload
 
 import stripe
 
+from firstclaim.context import BatchContext, Context
 from firstclaim.event import Event
-from firstclaim.registry import Context
 
 __all__ = ["on"]
 
 _O = TypeVar("_O")
 _R = TypeVar("_R", bound=str | Awaitable[str | None] | None)
+_RB = TypeVar("_RB", bound=str | Sequence[str | None] | Awaitable[str | Sequence[str | None] | None] | None)
 
 class _Declare(Protocol[_O]):
     def __call__(self, function: Callable[[Event[_O], Context], _R], /) -> Callable[[Event[_O], Context], _R]: ...
 
+class _DeclareBatch(Protocol[_O]):
+    def __call__(
+        self, function: Callable[[list[Event[_O]], BatchContext], _RB], /
+    ) -> Callable[[list[Event[_O]], BatchContext], _RB]: ...
+
 '''
-ONE = """@overload
-def on(*patterns: Literal["{pattern}"]) -> _Declare[{object}]: ...
-"""
-SEVERAL = """@overload
-def on(
-    *patterns: Literal[
+ONE = '{alias}: TypeAlias = Literal["{pattern}"]\n'
+SEVERAL = """{alias}: TypeAlias = Literal[
 {literals}
-    ],
-) -> _Declare[{object}]: ...
+]
 """
-TAIL = """@overload
-def on(*patterns: str) -> _Declare[Any]: ...
-"""
+ONE_LINE = "def on({parameters}) -> {result}: ..."
+SEVERAL_LINES = """def on(
+    {parameters}
+) -> {result}: ..."""
+LINE_MOST = 120
 
 
 def object_names(event_type: str) -> tuple[str, ...]:
@@ -89,18 +92,46 @@ def patterns_by_object() -> dict[str, list[str]]:
     return dict(sorted(grouped.items()))
 
 
-def overload_of(name: str, patterns: list[str]) -> str:
-    """The overload for one object, as ruff formats it."""
+def alias_of(name: str) -> str:
+    """The name of the patterns of one object, for example `_CheckoutSession`."""
+    classes = name.replace("stripe.", "").split(" | ")
+    return "_" + "Or".join("".join(word[0].upper() + word[1:] for word in each.split(".")) for each in classes)
+
+
+def alias(name: str, patterns: list[str]) -> str:
+    """The patterns of one object, as ruff formats them."""
     if len(patterns) == 1:
-        return ONE.format(object=name, pattern=patterns[0])
-    return SEVERAL.format(object=name, literals="\n".join(f'        "{pattern}",' for pattern in patterns))
+        return ONE.format(alias=alias_of(name), pattern=patterns[0])
+    return SEVERAL.format(alias=alias_of(name), literals="\n".join(f'    "{pattern}",' for pattern in patterns))
+
+
+def overload(patterns: str, batch: str, result: str) -> str:
+    """One overload, as ruff formats it."""
+    parameters = f"*patterns: {patterns}, batch: {batch}"
+    line = ONE_LINE.format(parameters=parameters, result=result)
+    if len(line) > LINE_MOST:
+        line = SEVERAL_LINES.format(parameters=parameters, result=result)
+    return f"@overload\n{line}\n"
+
+
+def overloads(name: str, patterns: str) -> str:
+    """The overloads for one object: of a handler of one event, and of a batch handler."""
+    one = overload(patterns, "Literal[False] = False", f"_Declare[{name}]")
+    return one + overload(patterns, "Literal[True]", f"_DeclareBatch[{name}]")
 
 
 def stub() -> str:
     """The text of the stub."""
     import stripe
 
-    return HEAD.format(version=stripe.VERSION) + "".join(starmap(overload_of, patterns_by_object().items())) + TAIL
+    grouped = patterns_by_object()
+    return (
+        HEAD.format(version=stripe.VERSION)
+        + "".join(starmap(alias, grouped.items()))
+        + "\n"
+        + "".join(overloads(name, alias_of(name)) for name in grouped)
+        + overloads("Any", "str")
+    )
 
 
 if __name__ == "__main__":

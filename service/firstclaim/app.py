@@ -29,8 +29,12 @@ from firstclaim.admin.session import Signer
 from firstclaim.backoff import Backoff
 from firstclaim.errors import ConfigurationError
 from firstclaim.inbox.backlog import Backlog
+from firstclaim.inbox.batch_attempt import BatchAttempt
+from firstclaim.inbox.batch_dispatch import BatchDispatcher
+from firstclaim.inbox.batch_ledger import BatchLedger
 from firstclaim.inbox.claims import Claims
 from firstclaim.inbox.dispatch import Dispatcher, DispatchLimits
+from firstclaim.inbox.lanes import Batches
 from firstclaim.inbox.ledger import Ledger
 from firstclaim.inbox.lock import Lock, connect
 from firstclaim.inbox.loop_watch import LoopWatch
@@ -162,18 +166,47 @@ def assemble(settings: Settings, registry: Registry) -> Components:
         postgres_timeout_seconds=timeout,
     )
     routes = Routes(registry, settings.livemode)
+    dispatcher = Dispatcher(handler_connections, ledger, claims, slots, watch, backoff, limits)
+    backlog = partial(
+        Backlog,
+        ledger,
+        interval_seconds=settings.recovery_interval_seconds,
+        leave_out_seconds=settings.lock_ttl_seconds,
+    )
+    batch_ledger = BatchLedger(
+        ledger,
+        lease_seconds=settings.lease_seconds,
+        idle_in_transaction_seconds=settings.idle_in_transaction_seconds,
+    )
+    wanted = backlog(routes.wants)
+    batches = Batches(slots)
+    for handler in registry:
+        if handler.batch:
+            attempt = partial(
+                BatchAttempt,
+                handler_connections,
+                ledger,
+                watch,
+                handler=handler,
+                deadline_seconds=settings.handler_deadline_seconds,
+                postgres_timeout_seconds=timeout,
+                batch_ledger=batch_ledger,
+            )
+            batches.add(
+                BatchDispatcher(
+                    handler, dispatcher, batch_ledger, claims, slots, backoff, settings.lease_seconds, attempt
+                ),
+                backlog(partial(routes.wants_for, handler)),
+            )
     pipeline = Pipeline(
         claims,
         ledger,
-        Dispatcher(handler_connections, ledger, claims, slots, watch, backoff, limits),
+        dispatcher,
         slots,
         routes,
-        Backlog(
-            ledger,
-            routes.wants,
-            interval_seconds=settings.recovery_interval_seconds,
-            leave_out_seconds=settings.lock_ttl_seconds,
-        ),
+        wanted,
+        backlog(routes.wants_single) if any(handler.batch for handler in registry) else wanted,
+        batches,
         budget_seconds=settings.answer_budget_seconds,
     )
     recovery = Recovery(
@@ -277,7 +310,7 @@ def create_app(settings: Settings, shutdown: Shutdown) -> Starlette:
     registry = Registry.load(settings.handlers)
     components = assemble(settings, registry)
     for handler in registry:
-        metrics.handler_seconds(handler.pattern)  # creates the series, so that it exists from the start
+        metrics.create_series(handler.pattern, batch=handler.batch)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncIterator[None]:

@@ -11,7 +11,7 @@ import asyncio
 import os
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,10 +22,11 @@ from sqlalchemy import CursorResult, Executable
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
+from firstclaim.context import BatchContext, Context
 from firstclaim.embedded.data_folder import servers
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Event
-from firstclaim.inbox.attempt import call_handler, swallowed
+from firstclaim.inbox.attempt import call_batch_handler, call_handler, swallowed
 from firstclaim.inbox.dispatch import decision
 from firstclaim.inbox.handler_call import HandlerCall
 from firstclaim.inbox.step_timer import StepTimer
@@ -37,7 +38,7 @@ from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from firstclaim.postgres.places import Places
 from firstclaim.postgres.probe import Probe
-from firstclaim.registry import Context, Handler
+from firstclaim.registry import Handler, handlers_of
 from firstclaim.sending.make_event import make_event
 from firstclaim.settings import Settings
 from firstclaim.urls.postgres import postgres_dsn
@@ -52,6 +53,7 @@ _XID = "SELECT pg_current_xact_id()::text"
 
 T = TypeVar("T")
 HandlerFunction = Callable[[Event, Context], Any]
+BatchFunction = Callable[[list[Event], BatchContext], Any]
 
 
 # -- a transaction ------------------------------------------------------------------------------------
@@ -80,17 +82,51 @@ class Transaction:
         exception group. `HandlerRuleBroken` names a rule that the handler broke, for example that it committed. If it
         raises, what the handler wrote is rolled back; what the test and earlier handlers wrote is kept.
         """
-        if not callable(handler):
-            raise TypeError(f"deliver: expected the handler's function, got {type(handler).__name__} {handler!r:.80}")
-        if not isinstance(event, Event):
-            raise TypeError(f"deliver: expected an event, as make_event returns it, got {type(event).__name__}")
+        _check_handler(handler, "deliver", batch=False)
+        _check_event(event, "deliver")
+
+        async def handle(call: HandlerCall, connection: HandlerConnection) -> str:
+            return await call_handler(call, event, attempt, connection, deadline_seconds)
+
+        return await self._call(Handler(event.type, handler), deadline_seconds, handle)
+
+    async def deliver_batch(
+        self,
+        handler: BatchFunction,
+        events: Sequence[Event],
+        *,
+        attempt: int = 1,
+        deadline_seconds: float = _DEADLINE_SECONDS,
+    ) -> list[str]:
+        """Call a batch handler with all of `events` at once. Returns the action of each.
+
+        As `deliver` otherwise: the service would let each event of a batch that raises go alone, in a list of one.
+        """
+        _check_handler(handler, "deliver_batch", batch=True)
+        if not events:
+            raise TypeError("deliver_batch: expected events, got none: the service never calls a handler with none")
+        for event in events:
+            _check_event(event, "deliver_batch")
+        attempts = {event.id: attempt for event in events}
+
+        async def handle(call: HandlerCall, connection: HandlerConnection) -> list[str]:
+            return await call_batch_handler(call, events, attempts, connection, deadline_seconds)
+
+        return await self._call(Handler(events[0].type, handler, batch=True), deadline_seconds, handle)
+
+    async def _call(
+        self,
+        handler: Handler,
+        deadline_seconds: float,
+        handle: Callable[[HandlerCall, HandlerConnection], Coroutine[Any, Any, T]],
+    ) -> T:
         timer = StepTimer()
-        call = HandlerCall(Handler(event.type, handler), deadline_seconds, timer)
+        call = HandlerCall(handler, deadline_seconds, timer)
         try:
             async with self.use() as connection:
                 try:
                     with detected(), closing(timer):
-                        action = await call_handler(call, event, attempt, connection, deadline_seconds)
+                        action = await handle(call, connection)
                 finally:
                     if call.running is not None:  # it was cancelled at its deadline
                         await asyncio.wait({call.running}, timeout=_GRACE_SECONDS)
@@ -170,6 +206,19 @@ class Transaction:
                 await self._driver.execute(f"ROLLBACK TO {_CHECK}")
         except asyncpg.InFailedSQLTransactionError as error:
             raise swallowed(connection) from connection.sql_error or error
+
+
+def _check_handler(handler: object, method: str, *, batch: bool) -> None:
+    if not callable(handler):
+        raise TypeError(f"{method}: expected the handler's function, got {type(handler).__name__} {handler!r:.80}")
+    if any(declared.batch is not batch for declared in handlers_of(handler)):
+        other = "deliver" if batch else "deliver_batch"
+        raise TypeError(f"{method}: {handler!r:.80} takes {'one event' if batch else 'a list'}: use {other}")
+
+
+def _check_event(event: object, method: str) -> None:
+    if not isinstance(event, Event):
+        raise TypeError(f"{method}: expected an event, as make_event returns it, got {type(event).__name__}")
 
 
 @asynccontextmanager
@@ -266,6 +315,19 @@ class SyncTransaction:
         """As `Transaction.deliver`."""
         return self._loop.run(
             self._transaction.deliver(handler, event, attempt=attempt, deadline_seconds=deadline_seconds)
+        )
+
+    def deliver_batch(
+        self,
+        handler: BatchFunction,
+        events: Sequence[Event],
+        *,
+        attempt: int = 1,
+        deadline_seconds: float = _DEADLINE_SECONDS,
+    ) -> list[str]:
+        """As `Transaction.deliver_batch`."""
+        return self._loop.run(
+            self._transaction.deliver_batch(handler, events, attempt=attempt, deadline_seconds=deadline_seconds)
         )
 
     def fetch(self, sql: str, *values: Any) -> list[Any]:

@@ -13,9 +13,9 @@ from sqlalchemy import insert, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from firstclaim import Context, Event
+from firstclaim import BatchContext, Event
 from firstclaim.event import parse_event
-from firstclaim.handlers.invoices import payment_failure, payment_failures, record_payment_failure
+from firstclaim.handlers.invoices import payment_failure, payment_failures, record_payment_failures
 from tests.fixtures import event_body
 
 
@@ -39,14 +39,14 @@ def attempt(number: int, **overrides: Any) -> Event:
     return parse_event(event_body(created=1_793_610_041 - number, data={"object": invoice}, **overrides))
 
 
-async def handle(connection: AsyncConnection, event: Event) -> None:
+async def handle(connection: AsyncConnection, *events: Event) -> None:
     loop = asyncio.get_running_loop()
     await connection.execute(text("SELECT 1"))  # SQLAlchemy begins the transaction that the driver is then in
     underneath = (await connection.get_raw_connection()).driver_connection
     assert underneath is not None
     transaction = SimpleNamespace(connection=connection, fetch=underneath.fetch)
-    context = Context(event, 1, transaction, loop, loop.time() + 30)
-    assert await record_payment_failure(event, context) == "payment_failure_recorded"
+    context = BatchContext(transaction, loop, loop.time() + 30, {event.id: 1 for event in events})
+    assert await record_payment_failures(list(events), context) == "payment_failure_recorded"
 
 
 async def arrive(database: AsyncEngine, *events: Event) -> None:

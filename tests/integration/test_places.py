@@ -10,6 +10,7 @@ import asyncpg
 import pytest
 from asyncpg import connect_utils
 
+from firstclaim.context import Context
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Event
 from firstclaim.outcome import Kind
@@ -19,7 +20,6 @@ from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.places import Places
 from firstclaim.postgres.pool import Pool
 from firstclaim.postgres.probe import Probe
-from firstclaim.registry import Context
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, build, delivery, effect, until, until_closed
 from tests.proxy import Mode, before_postgres

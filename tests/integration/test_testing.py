@@ -11,7 +11,7 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from firstclaim import Context, Event, Permanent, Retry, on
+from firstclaim import BatchContext, Context, Event, Permanent, Retry, on
 from firstclaim.errors import FirstclaimError, HandlerRuleBroken, LedgerUnavailable
 from firstclaim.inbox.handler_call import DeadlineExceeded
 from firstclaim.observability.frames import frames
@@ -339,6 +339,27 @@ async def test_what_deliver_expects_is_said(work: Transaction, handler: Any, eve
     """A name instead of a function, or a dict instead of an event, is refused in words."""
     with pytest.raises(TypeError, match=says):
         await work.deliver(handler, event)
+
+
+@on("invoice.paid", batch=True)
+async def handles_many(events: list[Event], context: BatchContext) -> list[str | None]:
+    await context.fetch("SELECT $1::text[]", sorted(context.attempts))
+    return [event.id for event in events[:-1]] + [None]
+
+
+async def test_a_batch_handler_is_called_with_a_list(work: Transaction) -> None:
+    """It gets a list and each one's attempt, and returns the action of each."""
+    events = [make_event("invoice.paid") for _ in range(3)]
+    assert await work.deliver_batch(handles_many, events) == [events[0].id, events[1].id, "handled"]
+
+
+@pytest.mark.parametrize("events", [[], [1]])
+async def test_what_deliver_batch_expects_is_said(work: Transaction, events: list[Any]) -> None:
+    """No events, or something else, are refused in words; and so is the other kind of handler."""
+    with pytest.raises(TypeError, match="deliver_batch: expected"):
+        await work.deliver_batch(handles_many, events)
+    with pytest.raises(TypeError, match="use deliver_batch"):
+        await work.deliver(handles_many, EVENT)  # type: ignore[arg-type]
 
 
 async def test_a_swallowed_sql_error_leads_to_its_line(work: Transaction) -> None:

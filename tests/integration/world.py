@@ -16,7 +16,7 @@ from pydantic import SecretStr
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from firstclaim import Context, Event
+from firstclaim import BatchContext, Context, Event
 from firstclaim.app import Components, assemble
 from firstclaim.event import Delivery, parse_event
 from firstclaim.inbox.claims import Claims
@@ -35,6 +35,7 @@ from firstclaim.status import Status
 from tests.fixtures import SECRET, event_body
 
 Function = Callable[[Event, Context], Any]
+BatchFunction = Callable[[list[Event], BatchContext], Any]
 T = TypeVar("T")
 
 
@@ -66,6 +67,13 @@ EFFECT = text(
 async def effect(event: Event, context: Context, connection: AsyncConnection | None = None) -> None:
     """What a handler does to the database: one row of `effects`."""
     await (connection or context.connection).execute(EFFECT, {"event_id": event.id, "attempt": context.attempt})
+
+
+async def effects(events: list[Event], context: BatchContext) -> None:
+    """The same of a batch handler: one row for each event."""
+    await context.connection.execute(
+        EFFECT, [{"event_id": event.id, "attempt": context.attempts[event.id]} for event in events]
+    )
 
 
 def effect_from_thread(event: Event, context: Context) -> None:
@@ -231,15 +239,25 @@ async def explained(connection: PinnedConnection, statement: Statement, how: str
 
 
 async def build(
-    database_url: str, redis_url: str, prefix: str, handlers: dict[str, Function] | None = None, **changes: Any
+    database_url: str,
+    redis_url: str,
+    prefix: str,
+    handlers: dict[str, Function] | None = None,
+    batch_handlers: dict[str, BatchFunction] | None = None,
+    **changes: Any,
 ) -> World:
-    """The components on these stores, with `handlers` by pattern. `changes` are settings, also out of range."""
+    """The components on these stores, with handlers by pattern. `changes` are settings, also out of range."""
     settings = Settings(
         database_url=SecretStr(database_url),
         redis_url=SecretStr(redis_url),
         stripe_webhook_secrets=(SecretStr(SECRET),),
     ).model_copy(update={**CALM, "redis_prefix": prefix, **changes})
-    registry = Registry(Handler(pattern, function) for pattern, function in (handlers or {}).items())
+    registry = Registry(
+        [
+            *(Handler(pattern, function) for pattern, function in (handlers or {}).items()),
+            *(Handler(pattern, function, batch=True) for pattern, function in (batch_handlers or {}).items()),
+        ]
+    )
     return World(settings, assemble(settings, registry), await asyncpg.connect(database_url))
 
 

@@ -2,6 +2,7 @@
 
 from tests.mutants import (
     addresses,
+    batches,
     builds,
     capacity,
     dispatch,
@@ -23,6 +24,7 @@ SECTIONS = {
     "The ledger: claim, record, take over": ledger.MUTANTS,
     "The ledger: changes of state": guards.MUTANTS,
     "Dispatch": dispatch.MUTANTS,
+    "Batch handlers": batches.MUTANTS,
     "Recovery and shutdown": recovery.MUTANTS,
     "Postgres": postgres.MUTANTS,
     "A Postgres that stalls": stalled.MUTANTS,

@@ -56,8 +56,8 @@ MUTANTS = (
         "stopped-while-it-claims",
         "A shutdown while recovery claims leaves nothing claimed.",
         "Pipeline.recover",
-        "asyncio.shield(self._spawn(self._take_up(chosen)))",
-        "self._take_up(chosen)",
+        "asyncio.shield(self._spawn(self._take_up(chosen, self._slots, self._singles, self._backlog)))",
+        "self._take_up(chosen, self._slots, self._singles, self._backlog)",
         "integration/test_pipeline.py::test_a_stop_while_recovery_claims_leaves_nothing_claimed",
     ),
     Mutant(

@@ -123,7 +123,16 @@ def test_importing_opens_nothing(name: str) -> None:
 
 def test_the_public_names_are_all_there() -> None:
     """`from firstclaim import ...` offers what a handler module or an embedding application needs, and nothing else."""
-    assert sorted(firstclaim.__all__) == ["Context", "Event", "Permanent", "Retry", "Settings", "asgi", "on"]
+    assert sorted(firstclaim.__all__) == [
+        "BatchContext",
+        "Context",
+        "Event",
+        "Permanent",
+        "Retry",
+        "Settings",
+        "asgi",
+        "on",
+    ]
     assert all(hasattr(firstclaim, name) for name in firstclaim.__all__)
 
 

@@ -5,9 +5,9 @@ from typing import Any, cast
 
 import pytest
 
-from firstclaim import Context, Event, Permanent
+from firstclaim import BatchContext, Event, Permanent
 from firstclaim.event import parse_event
-from firstclaim.handlers.invoices import REMEMBER, payment_failure, record_payment_failure
+from firstclaim.handlers.invoices import REMEMBER, newest, payment_failure, record_payment_failures
 from firstclaim.registry import Registry
 from tests.fixtures import MISSING, event_body, old_shape_payment_failed
 
@@ -30,14 +30,24 @@ def test_it_is_registered_for_its_type() -> None:
     """The default handlers module dispatches a failed payment to the shipped handler."""
     handler = Registry.load(["firstclaim.handlers"]).find("invoice.payment_failed")
     assert handler is not None
-    assert handler.function is record_payment_failure
+    assert handler.function is record_payment_failures
+    assert handler.batch
 
 
-async def test_it_writes_one_row_and_names_its_action() -> None:
-    """One event is one statement on the handler's own transaction, answered `payment_failure_recorded`."""
-    event, recorder = failed(), Recorder()
-    assert await record_payment_failure(event, cast(Context, recorder)) == "payment_failure_recorded"
-    assert recorder.executed == [(REMEMBER, *payment_failure(event).values())]
+async def test_it_writes_one_row_for_each_event_and_names_its_action() -> None:
+    """A batch is one statement on the handler's own transaction, answered `payment_failure_recorded`."""
+    events, recorder = [failed(id="in_2"), failed(id="in_1")], Recorder()
+    assert await record_payment_failures(events, cast(BatchContext, recorder)) == "payment_failure_recorded"
+    columns = zip(payment_failure(events[1]).values(), payment_failure(events[0]).values(), strict=True)
+    assert recorder.executed == [(REMEMBER, *map(list, columns))]
+
+
+def test_of_two_events_of_one_invoice_the_newer_attempt_is_kept() -> None:
+    """Of equal attempts the first to arrive; and one row for each invoice, in order: no two batches can deadlock."""
+    arrived = [("b", 2), ("a", 1), ("b", 3), ("b", 3)]
+    rows = [payment_failure(failed(id=invoice, attempt_count=count)) for invoice, count in arrived]
+    assert newest(rows) == [rows[1], rows[2]]
+    assert newest([rows[2], rows[0], rows[3]]) == [rows[2]]
 
 
 def test_the_new_shape_is_read_whole() -> None:

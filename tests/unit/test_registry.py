@@ -13,9 +13,10 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
+from firstclaim.context import BatchContext, Context
 from firstclaim.errors import ConfigurationError, HandlerRuleBroken
 from firstclaim.event import Event, parse_event
-from firstclaim.registry import Context, Handler, Registry, on
+from firstclaim.registry import Handler, Registry, on
 from tests.fixtures import event_body
 
 Write = Callable[[str, str], str]
@@ -123,6 +124,58 @@ def test_a_module_is_loaded_with_all_it_declares(module: Write) -> None:
         "c.*": ("shop_all.first", True),
         "d.e": ("shop_all.second", False),
     }
+
+
+def test_a_batch_handler_is_loaded_as_one(module: Write) -> None:
+    """`batch=True` is part of the declaration, also where the function is re-exported."""
+    name = module(
+        "shop_batch",
+        """
+        @on("a.b", "c.*", batch=True)
+        async def many(events, context): ...
+        @on("d.e")
+        def one(event, context): ...
+        """,
+    )
+    exported = module("shop_exported", "from shop_batch import many, one")
+    for each in (name, exported):
+        assert {h.pattern: h.batch for h in Registry.load([each])} == {"a.b": True, "c.*": True, "d.e": False}
+
+
+def no_list(events: Event, context: BatchContext) -> None: ...
+def a_list(events: list[Event], context: BatchContext) -> None: ...
+def too_many(events: Any, context: Any, more: Any) -> None: ...
+def ordinary(event: Any, context: Any) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "batch", "says"),
+    [
+        (
+            no_list,
+            True,
+            "no_list: a batch handler takes a list of events, and is annotated with firstclaim.event.Event",
+        ),
+        (a_list, False, "a_list: it is annotated with list\\[.*\\]: to get a list, declare it with batch=True"),
+        (too_many, True, "too_many: a batch handler takes \\(events, context\\), where events is a list"),
+        (ordinary, 1, "@on\\(..., batch=1\\): expected True or False"),
+    ],
+)
+def test_a_batch_handler_takes_a_list(function: Callable[..., Any], batch: Any, says: str) -> None:
+    """What a function takes is checked against `batch` where its signature says it."""
+    with pytest.raises(TypeError, match=says):
+        on("a.b", batch=batch)(function)
+
+
+def test_a_function_takes_one_event_or_a_list() -> None:
+    """A second `@on` may add patterns, and must not change what the function is called with."""
+
+    def function(events: Any, context: Any) -> None: ...
+
+    on("a.b", batch=True)(function)
+    on("c.d", batch=True)(function)
+    with pytest.raises(TypeError, match="it cannot do both"):
+        on("e.f")(function)
 
 
 def test_two_functions_of_one_name_are_two_handlers(module: Write) -> None:
@@ -317,7 +370,7 @@ class Unreachable:
 def context(*, seconds: float) -> Context:
     loop = asyncio.get_running_loop()
     event = parse_event(event_body(id="evt_1"))
-    return Context(event, 1, Unreachable(), loop, loop.time() + seconds)
+    return Context(Unreachable(), loop, loop.time() + seconds, event, 1)
 
 
 async def test_execute_on_the_loops_thread_is_refused() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 from sqlalchemy import BigInteger, CheckConstraint, Column, DateTime, Integer, MetaData, Table, Text
 
-from firstclaim import Context, Event, Permanent, on
+from firstclaim import BatchContext, Event, Permanent, on
 
 metadata = MetaData()
 
@@ -38,12 +38,14 @@ payment_failures = Table(
     CheckConstraint("attempt_count >= 0", name="payment_failures_attempt_count_check"),
 )
 
-# Keep the row of the highest attempt. Two events of one invoice may be handled at once: the second insert waits for the
-# first one's commit, and its WHERE then reads the committed row, so neither can undo the other.
+# Keep the row of the highest attempt. Two transactions may handle events of one invoice at once: the second insert
+# waits for the first one's commit, and its WHERE then reads the committed row, so neither can undo the other. The rows
+# come sorted by invoice: two transactions that wait for each other's rows, in opposite orders, would be a deadlock.
 REMEMBER = """
 INSERT INTO payment_failures AS known (invoice, customer, subscription, amount_due_minor, currency,
                                        attempt_count, next_attempt_at, failed_at, event_id)
-VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::text[],
+                     $6::int[], $7::timestamptz[], $8::timestamptz[], $9::text[])
 ON CONFLICT (invoice) DO UPDATE
    SET (customer, subscription, amount_due_minor, currency, attempt_count, next_attempt_at, failed_at, event_id)
      = (excluded.customer, excluded.subscription, excluded.amount_due_minor, excluded.currency,
@@ -57,11 +59,25 @@ _SECOND_MOST = 253_402_300_799  # the last second of the year 9999, which is dat
 _TEXT_MOST_CHARACTERS = 255
 
 
-@on("invoice.payment_failed")
-async def record_payment_failure(event: Event, context: Context) -> str:
-    """Keep the newest failed attempt to collect an invoice."""
-    await context.fetch(REMEMBER, *payment_failure(event).values())
+@on("invoice.payment_failed", batch=True)
+async def record_payment_failures(events: list[Event], context: BatchContext) -> str:
+    """Keep the newest failed attempt to collect each invoice."""
+    rows = newest([payment_failure(event) for event in events])
+    await context.fetch(REMEMBER, *(list(column) for column in zip(*(row.values() for row in rows), strict=True)))
     return "payment_failure_recorded"
+
+
+def newest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The row of each invoice's highest attempt, the first one of equal attempts, sorted by invoice.
+
+    One statement must not update a row twice, so of two events of one invoice only one may be in it.
+    """
+    by_invoice: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        known = by_invoice.setdefault(row["invoice"], row)
+        if row["attempt_count"] > known["attempt_count"]:
+            by_invoice[row["invoice"]] = row
+    return [by_invoice[invoice] for invoice in sorted(by_invoice)]
 
 
 def payment_failure(event: Event) -> dict[str, Any]:

@@ -8,11 +8,14 @@ attempt can end is one of `AttemptResult`. The dispatcher decides what the ledge
 
 import asyncio
 import contextlib
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import asyncpg
 
+from firstclaim.context import BatchContext, Context
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.event import Event
 from firstclaim.inbox.handler_call import DeadlineExceeded, HandlerCall
@@ -23,7 +26,7 @@ from firstclaim.observability.redaction import is_a
 from firstclaim.postgres.connection import UNAVAILABLE, describe
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from firstclaim.postgres.one_round_trip import NotCommitted
-from firstclaim.registry import Context, Handler
+from firstclaim.registry import Handler
 
 _SWALLOWED = "rule broken: the handler swallowed an SQL error, which had aborted its transaction"
 _OTHER_ROLE = (
@@ -84,6 +87,7 @@ class Interrupted:
     running: asyncio.Future[Any] | None
 
 
+Mark = Callable[[], Coroutine[Any, Any, bool]]  # marks and commits; whether there was what to mark
 AttemptResult = Committed | TakenOver | NotStarted | CommitUnknown | Failed | Interrupted
 
 
@@ -126,7 +130,8 @@ class Attempt:
                 action = await self._call(call, connection)
             finally:
                 self.watch.remove(transaction)
-            result = await self._complete(connection, transaction, action)
+            mark = partial(self.ledger.complete_if_held, connection, self.claim, transaction, action)
+            result = await self._complete(connection, transaction, action, mark)
         except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001  (whatever a handler raises is its failure)
             return await self._not_committed(error, call, connection, transaction)
         await self._give_back(connection, transaction)
@@ -141,15 +146,18 @@ class Attempt:
             raise
 
     async def _call(self, call: HandlerCall, connection: HandlerConnection) -> str:
+        if self.handler.batch:
+            attempts = {self.claim.event_id: self.claim.attempt}
+            return (await call_batch_handler(call, [self.event], attempts, connection, self.deadline_seconds))[0]
         return await call_handler(call, self.event, self.claim.attempt, connection, self.deadline_seconds)
 
     async def _complete(
-        self, connection: HandlerConnection, transaction: HandlerTransaction, action: str
+        self, connection: HandlerConnection, transaction: HandlerTransaction, action: str, mark: Mark
     ) -> Committed | CommitUnknown:
-        """Mark and commit. Raises the reason if nothing is committed."""
+        """Mark and commit, which is what `mark` does. Raises the reason if nothing is committed."""
         try:
             await self._reset_role(connection, transaction)
-            return await self._commit(connection, transaction, action)
+            return await self._commit(connection, transaction, action, mark)
         except asyncpg.InFailedSQLTransactionError as error:
             raise swallowed(connection) from connection.sql_error or error
         except asyncpg.InsufficientPrivilegeError as error:
@@ -165,11 +173,11 @@ class Attempt:
             raise
 
     async def _commit(
-        self, connection: HandlerConnection, transaction: HandlerTransaction, action: str
+        self, connection: HandlerConnection, transaction: HandlerTransaction, action: str, mark: Mark
     ) -> Committed | CommitUnknown:
         try:
             with self._timer.limit(self.postgres_timeout_seconds, connection.terminate):
-                marked = await self.ledger.complete_if_held(connection, self.claim, transaction, action)
+                marked = await mark()
         except NotCommitted as error:
             raise error.reason from error.reason.__cause__
         except (*UNAVAILABLE, LedgerUnavailable, asyncio.CancelledError) as error:
@@ -235,7 +243,7 @@ async def call_handler(
     Raises what the handler or `HandlerCall.end` gives, `DeadlineExceeded`, and `HandlerRuleBroken`.
     """
     loop = asyncio.get_running_loop()
-    context = Context(event, attempt, connection, loop, loop.time() + deadline_seconds)
+    context = Context(connection, loop, loop.time() + deadline_seconds, event, attempt)
     connection.start()
     try:
         action = await call.run(event, context)
@@ -243,6 +251,28 @@ async def call_handler(
         connection.stop()
     connection.check_rules()
     return action
+
+
+async def call_batch_handler(
+    call: HandlerCall,
+    events: Sequence[Event],
+    attempts: Mapping[str, int],
+    connection: HandlerConnection,
+    deadline_seconds: float,
+) -> list[str]:
+    """Let the handler of `call` work on a connection that is in a transaction; returns the action for each event.
+
+    Raises as `call_handler` does.
+    """
+    loop = asyncio.get_running_loop()
+    context = BatchContext(connection, loop, loop.time() + deadline_seconds, attempts)
+    connection.start()
+    try:
+        actions = await call.run_batch(events, context)
+    finally:
+        connection.stop()
+    connection.check_rules()
+    return actions
 
 
 def swallowed(connection: HandlerConnection) -> HandlerRuleBroken:

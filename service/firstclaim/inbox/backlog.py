@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 
-from firstclaim.inbox.ledger import DueEvent, Ledger, Queue
+from firstclaim.inbox.due import DueEvent, Queue
+from firstclaim.inbox.ledger import Ledger
 
 # A look reads more than it takes, so that the random samples of eight processes differ.
 _CANDIDATES_PER_SLOT = 16

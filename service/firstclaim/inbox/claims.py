@@ -13,7 +13,7 @@ reach a process that wants it.
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from firstclaim import outcome
 from firstclaim.errors import Rejected
@@ -69,19 +69,28 @@ class Claims:
             raise
 
     async def claim(
-        self, delivery: Delivery, lock: LockAttempt, *, unwanted: str | None, has_place: bool = True
+        self,
+        delivery: Delivery,
+        lock: LockAttempt,
+        *,
+        unwanted: str | None,
+        has_place: bool = True,
+        marked: bool = True,
     ) -> Claim | Outcome:
         """Claim or record a delivered event, after `lock`.
 
         `unwanted` is the reason why this process does not dispatch the event, or None if it has a handler for it.
-        Without a place for the handler, the event is recorded and not claimed. Raises `LedgerUnavailable`: then nothing
+        Without a place for the handler, the event is recorded and not claimed. With `marked` false a claim keeps the
+        lock, and its caller writes the marker (`mark`). Raises `LedgerUnavailable`: then nothing
         is promised, and our lock is released.
         """
         match lock.reply, unwanted:
             case LockReply.RECORDED, _:
                 return outcome.duplicate(delivery.event.id)
             case LockReply.HELD, None:
-                return await (self._claim if has_place else self._queue)(delivery, lock.token)
+                if not has_place:
+                    return await self._queue(delivery, lock.token)
+                return await self._claim(delivery, lock.token, marked=marked)
             case LockReply.BUSY, None:
                 # The holder of the lock finds our row and takes it over. If it died, the row is due once its lock has
                 # expired.
@@ -127,13 +136,22 @@ class Claims:
             )
         return list(claims.values()), busy + [event_id for event_id in locked if event_id not in claims]
 
+    async def mark(self, claims: Sequence[Claim]) -> None:
+        """Write the markers of claims that still have their locks, in one command."""
+        by_epoch: dict[str | None, dict[str, str]] = {}
+        for claim in claims:
+            if claim.token:
+                by_epoch.setdefault(claim.epoch, {})[claim.event_id] = claim.token
+        for epoch, tokens in by_epoch.items():
+            await self._lock.mark_all_recorded(tokens, epoch)
+
     async def forget(self, claim: Claim) -> None:
         """Delete the marker after an attempt that did not settle the event: its next delivery must reach the ledger."""
-        await self._lock.forget(claim.event_id, "", claim.epoch)
+        await self._lock.forget(claim.event_id, claim.token, claim.epoch)
 
     # -- with the lock ----------------------------------------------------------------------------------
 
-    async def _claim(self, delivery: Delivery, token: str) -> Claim | Outcome:
+    async def _claim(self, delivery: Delivery, token: str, *, marked: bool) -> Claim | Outcome:
         event_id = delivery.event.id
         try:
             row = await self._ledger.claim(delivery)
@@ -146,6 +164,8 @@ class Claims:
         if isinstance(row, ExistingRow) and row.status is Status.IGNORED:
             await self._lock.forget(event_id, token, None)
             return outcome.unavailable(_IGNORED_MEANWHILE)
+        if isinstance(row, Claim) and not marked:
+            return replace(row, token=token)
         await self._lock.mark_recorded(event_id, token, row.epoch)
         return row if isinstance(row, Claim) else row.answer(event_id)
 

@@ -41,6 +41,7 @@ from firstclaim.status import Status
 
 log = structlog.get_logger(__name__)
 
+QUEUED = "Recorded; dispatched when a handler slot is free"
 _RELEASE_RETRY_SECONDS = 1.0  # well below a lease: an event that is released in time is not charged
 
 
@@ -93,16 +94,16 @@ class Dispatcher:
                 if not await place.enter(
                     previously_abandoned=claim.abandoned > 0, timeout_seconds=self._limits.lease_seconds / 2
                 ):  # the next process with a free slot takes it
-                    await self._release(claim)
-                    return outcome.deferred("Recorded; dispatched when a handler slot is free", claim.attempt)
+                    await self.release(claim)
+                    return outcome.deferred(QUEUED, claim.attempt)
                 del self._waiting[claim.event_id, claim.attempt]
                 result = await self._attempt(claim, event, handler)
             finally:
                 place.release(result.running if isinstance(result, Failed | Interrupted) else None)
-            return await self._settle(claim, handler, result)
+            return await self.settle(claim, handler, result)
         except asyncio.CancelledError:
             # A shutdown: during the attempt, or while the claim waited for its slot or its result was being settled.
-            await self._settle_interrupted(claim, effects_committed=_effects_committed(result))
+            await self.settle_interrupted(claim, effects_committed=effects_committed(result))
             raise
         finally:
             self._waiting.pop((claim.event_id, claim.attempt), None)
@@ -135,21 +136,25 @@ class Dispatcher:
             error=describe_error(error),
             frames=frames(error, handler.function),
         )
+        self.note_running(claim, handler, result, claim.event_id)
+
+    def note_running(self, claim: Claim, handler: Handler, result: Failed, name: str) -> None:
+        """Note a thread that runs on after its attempt, if it does. Readiness names it by `name`."""
         if result.running is None or handler.is_async:
             return
         if result.hung:
-            self._note_hung(claim, handler, result.running)
+            self._note_hung(claim, handler, result.running, name)
         else:  # its call was ended before its deadline, because it has ended its transaction: it may return in time
             loop = asyncio.get_running_loop()
-            loop.call_later(self._limits.deadline_seconds, self._note_hung, claim, handler, result.running)
+            loop.call_later(self._limits.deadline_seconds, self._note_hung, claim, handler, result.running, name)
 
-    def _note_hung(self, claim: Claim, handler: Handler, running: asyncio.Future[Any]) -> None:
+    def _note_hung(self, claim: Claim, handler: Handler, running: asyncio.Future[Any], name: str) -> None:
         if not running.done():
-            self._slots.hang(claim.event_id, running)
+            self._slots.hang(name, running)
             metrics.hung_handlers.inc()
             log.error("handler_hung", **_names(claim, handler))
 
-    async def _settle(self, claim: Claim, handler: Handler, result: AttemptResult) -> Outcome:
+    async def settle(self, claim: Claim, handler: Handler, result: AttemptResult) -> Outcome:
         """Record the result of an attempt in the ledger."""
         match result:
             case Committed(action):
@@ -159,7 +164,7 @@ class Dispatcher:
             case NotStarted(error):
                 # For example, the server takes no more connections. If the event stayed claimed, it would count as
                 # abandoned, and be dead after eight times. If it were due now, it would be tried again at once.
-                await self._release(claim, due_in_seconds=self._backoff.first_seconds)
+                await self.release(claim, due_in_seconds=self._backoff.first_seconds)
                 raise LedgerUnavailable(error)
             case CommitUnknown():
                 return await self._settle_unknown(claim, result)
@@ -206,7 +211,7 @@ class Dispatcher:
         if decided is not None and is_a(decided, Permanent):
             await self._ledger.kill_if_held(claim, report)
             return outcome.dead(claim.event_id, claim.attempt)
-        wait = _requested_wait(decided) if decided is not None and is_a(decided, Retry) else None
+        wait = requested_wait(decided) if decided is not None and is_a(decided, Retry) else None
         if wait is None:
             wait = self._backoff.after(claim.failures + 1)
         status = await self._ledger.fail_if_held(claim, report, due_in_seconds=wait)
@@ -221,11 +226,12 @@ class Dispatcher:
             await self._claims.forget(claim)
         return outcome.failed(claim.attempt, dead=status is Status.DEAD)
 
-    async def _settle_interrupted(self, claim: Claim, *, effects_committed: bool | None) -> None:
+    async def settle_interrupted(self, claim: Claim, *, effects_committed: bool | None) -> None:
+        """A shutdown has cancelled the attempt: release the event, unless its effects are or may be committed."""
         if effects_committed:
             await self._ledger.kill_if_held(claim, str(TransactionEnded()))
         elif effects_committed is not None:  # else it is left to recovery, once its lease is over
-            await self._release(claim)
+            await self.release(claim)
 
     async def close(self) -> None:
         """Stop repeating releases. Events that could not be released count as abandoned once their lease is over."""
@@ -238,7 +244,7 @@ class Dispatcher:
         """Release claims that `unstarted` returned, without a charge. Recovery gets those that cannot be released."""
         await asyncio.gather(*(self._release_once(claim, 0) for claim in claims), return_exceptions=True)
 
-    async def _release(self, claim: Claim, *, due_in_seconds: float = 0) -> None:
+    async def release(self, claim: Claim, *, due_in_seconds: float = 0) -> None:
         """Release without a charge. If Postgres is unreachable, repeat it until it succeeds."""
         try:
             await self._release_once(claim, due_in_seconds)
@@ -263,7 +269,7 @@ def _names(claim: Claim, handler: Handler) -> dict[str, str | int]:
     return {"event_id": claim.event_id, "type": claim.type, "attempt": claim.attempt, "handler": handler.name}
 
 
-def _effects_committed(result: AttemptResult | None) -> bool | None:
+def effects_committed(result: AttemptResult | None) -> bool | None:
     """What a shutdown assumes if it interrupts the settling of `result`; None: it must leave the row alone."""
     if isinstance(result, Failed | Interrupted):
         return result.effects_committed
@@ -285,7 +291,7 @@ def decision(error: Exception) -> Permanent | Retry | None:
     return found
 
 
-def _requested_wait(retry: Retry) -> float | None:
+def requested_wait(retry: Retry) -> float | None:
     """The seconds of `Retry(after=...)`; None if a subclass leaves the attribute out, or sets an invalid one."""
     try:
         after = Retry(after=retry.after).after

@@ -10,16 +10,17 @@ import contextvars
 import inspect
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from firstclaim.context import BatchContext, Context
 from firstclaim.errors import HandlerRuleBroken
 from firstclaim.event import Event
 from firstclaim.inbox import unawaited
 from firstclaim.inbox.step_timer import StepTimer
 from firstclaim.observability import metrics, tracing
 from firstclaim.observability.redaction import class_name, is_a
-from firstclaim.registry import Context, Handler
+from firstclaim.registry import Handler
 
 _GRACE_SECONDS = 1.0
 _MAX_ACTION_CHARACTERS = 200
@@ -40,7 +41,7 @@ class HandlerCall:
         self._handler = handler
         self._deadline_seconds = deadline_seconds
         self._timer = timer
-        self._context: Context | None = None
+        self._context: Context | BatchContext | None = None
         self._work: asyncio.Future[Any] | None = None
         self._reason: Exception | None = None  # to stop waiting for the handler
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -55,6 +56,8 @@ class HandlerCall:
         """What a log record of the call names."""
         if self._context is None:
             return {}
+        if isinstance(self._context, BatchContext):
+            return {"events": len(self._context.attempts), "handler": self._handler.name}
         event = self._context.event
         return {
             "event_id": event.id,
@@ -71,6 +74,13 @@ class HandlerCall:
 
     async def run(self, event: Event, context: Context) -> str:
         """The handler's action. Raises the handler's exception, `end`'s, `DeadlineExceeded` or `HandlerRuleBroken`."""
+        return _checked_action(await self._run(event, context))
+
+    async def run_batch(self, events: Sequence[Event], context: BatchContext) -> list[str]:
+        """The actions of a batch handler, one for each event. Raises as `run` does."""
+        return _checked_actions(await self._run(list(events), context), len(events))
+
+    async def _run(self, argument: Event | list[Event], context: Context | BatchContext) -> Any:
         self._context = context
         loop = asyncio.get_running_loop()
         start = _in_task if self._handler.is_async else _in_thread
@@ -78,7 +88,7 @@ class HandlerCall:
         began = time.perf_counter()  # the loop's own clock counts milliseconds
         try:
             with tracing.span("handler", handler=self._handler.pattern):
-                self._work = work = start(loop, self._handler.function, event, context, forgotten)
+                self._work = work = start(loop, self._handler.function, argument, context, forgotten)
                 work.add_done_callback(self._has_returned)
                 self._timer.start(self._deadline_seconds, self._exceed_deadline)
                 await self._over
@@ -87,7 +97,11 @@ class HandlerCall:
             raise
         finally:
             self._timer.stop()
-            metrics.handler_seconds(self._handler.pattern).observe(time.perf_counter() - began)
+            seconds = time.perf_counter() - began
+            metrics.handler_seconds(self._handler.pattern).observe(seconds)
+            if isinstance(argument, list):
+                metrics.batch_events(self._handler.pattern).observe(len(argument))
+                metrics.batch_event_seconds(self._handler.pattern).observe(seconds / len(argument))
         if self._reason is not None and not work.done():
             _cancel(work)
             if is_a(self._reason, DeadlineExceeded) and not self._handler.is_async:
@@ -99,10 +113,9 @@ class HandlerCall:
             raise HandlerRuleBroken("a handler must not end by cancelling itself")
         if (error := work.exception()) is not None and not is_a(error, Exception):
             raise _forbidden(error)
-        action = _checked_action(work.result())
         if forgotten:
             raise HandlerRuleBroken(_NEVER_AWAITED.format(", ".join(forgotten)))
-        return action
+        return work.result()
 
     def _has_returned(self, _work: asyncio.Future[Any]) -> None:
         if not self._over.done():
@@ -115,14 +128,14 @@ class HandlerCall:
 def _in_task(
     loop: asyncio.AbstractEventLoop,
     function: Callable[..., Any],
-    event: Event,
-    context: Context,
+    argument: Event | list[Event],
+    context: Context | BatchContext,
     forgotten: list[str],
 ) -> asyncio.Future[Any]:
     async def body() -> Any:
         unawaited.note_in(forgotten)
         try:
-            return await function(event, context)
+            return await function(argument, context)
         except (SystemExit, KeyboardInterrupt) as error:
             raise _forbidden(error) from error
 
@@ -132,8 +145,8 @@ def _in_task(
 def _in_thread(
     loop: asyncio.AbstractEventLoop,
     function: Callable[..., Any],
-    event: Event,
-    context: Context,
+    argument: Event | list[Event],
+    context: Context | BatchContext,
     forgotten: list[str],
 ) -> asyncio.Future[Any]:
     """Run a sync handler in a thread of its own. It is a daemon thread: if it hangs, it does not delay the exit."""
@@ -151,7 +164,7 @@ def _in_thread(
         result: Any = None
         failure: Exception | None = None
         try:
-            result = function(event, context)
+            result = function(argument, context)
         except BaseException as error:  # noqa: BLE001
             catchable = is_a(error, Exception) and not is_a(error, StopIteration)
             failure = error if catchable else _forbidden(error)  # type: ignore[assignment]
@@ -159,7 +172,8 @@ def _in_thread(
             loop.call_soon_threadsafe(settle, result, failure)
 
     run = contextvars.copy_context().run
-    threading.Thread(target=run, args=(body,), daemon=True, name=f"handler-{event.id}").start()
+    first = argument[0] if isinstance(argument, list) else argument
+    threading.Thread(target=run, args=(body,), daemon=True, name=f"handler-{first.id}").start()
     return future
 
 
@@ -189,3 +203,14 @@ def _checked_action(value: object) -> str:
     raise HandlerRuleBroken(
         f"a handler returns its action, a short printable str, or None; this one returned {type(value).__name__}"
     )
+
+
+def _checked_actions(value: object, count: int) -> list[str]:
+    """One action for each event of a batch: a handler returns them in a list, or one for all."""
+    if not isinstance(value, list | tuple):
+        return [_checked_action(value)] * count
+    if len(value) != count:
+        raise HandlerRuleBroken(
+            f"a batch handler returns one action, or one for each event: {count}; this one returned {len(value)}"
+        )
+    return [_checked_action(each) for each in value]

@@ -20,6 +20,7 @@ from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
 from firstclaim.inbox import statements
 from firstclaim.inbox.batcher import Batcher
+from firstclaim.inbox.due import DueEvent, Queue, ReturnedEvent
 from firstclaim.inbox.existing_row import ExistingRow, find
 from firstclaim.inbox.new_row import NewRow, insert
 from firstclaim.postgres.connection import ROW_FAULTS, PinnedConnection, describe
@@ -45,7 +46,11 @@ _ENDED_POLL_SECONDS = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A ledger row that is ours to dispatch. `attempt` fences it, `epoch` goes into its marker."""
+    """A ledger row that is ours to dispatch. `attempt` fences it, `epoch` goes into its marker.
+
+    `erred`: an earlier attempt has left an error in the row, so it never enters a batch. `token`: of its lock, until
+    its marker is written.
+    """
 
     event_id: str
     type: str
@@ -54,6 +59,8 @@ class Claim:
     abandoned: int
     body: bytes | None = field(repr=False)
     epoch: str | None
+    erred: bool = False
+    token: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,30 +68,6 @@ class Recorded:
     """A new row that waits for recovery."""
 
     epoch: str | None
-
-
-Queue = tuple[str, bool]  # the events of a type and a mode (livemode)
-
-
-@dataclass(frozen=True, slots=True)
-class DueEvent:
-    """An event that waits for recovery."""
-
-    event_id: str
-    queue: Queue
-    due_at: datetime
-
-
-@dataclass(frozen=True, slots=True)
-class ReturnedEvent:
-    """An abandoned event that is due again, or dead: the abandoned attempt, its process, and how often by now."""
-
-    event_id: str
-    type: str
-    attempt: int
-    process: str | None
-    status: Status
-    times: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # by identity: the watch looks it up for each event
@@ -220,7 +203,7 @@ class Ledger:
 
     async def return_abandoned(self, limit: int) -> list[ReturnedEvent]:
         """Make events of vanished holders `pending` with a backoff, or `dead`; returns those events."""
-        rows = await self._run(
+        rows = await self.run(
             statements.RETURN_ABANDONED,
             limit=limit,
             most=self._max_abandoned,
@@ -231,7 +214,7 @@ class Ledger:
 
     async def queues(self, *, abandoned: bool) -> list[Queue]:
         """The types and modes of pending and failed events: of those that were abandoned before, or of the others."""
-        rows = await self._run(statements.QUEUES[abandoned])
+        rows = await self.run(statements.QUEUES[abandoned])
         return [(row["type"], row["livemode"]) for row in rows]
 
     async def due(
@@ -241,7 +224,7 @@ class Ledger:
         if not starts:
             return []
         types, livemodes = zip(*starts, strict=True)
-        rows = await self._run(
+        rows = await self.run(
             statements.DUE[abandoned],
             types=types,
             livemodes=livemodes,
@@ -256,7 +239,7 @@ class Ledger:
         if not queues:
             return []
         types, livemodes = zip(*sorted(queues), strict=True)
-        rows = await self._run(statements.GIVE_UP, types=types, livemodes=livemodes, limit=limit)
+        rows = await self.run(statements.GIVE_UP, types=types, livemodes=livemodes, limit=limit)
         return [DueEvent(row["event_id"], (row["type"], row["livemode"]), row["due_at"]) for row in rows]
 
     async def read_epoch(self) -> str | None:
@@ -341,7 +324,7 @@ class Ledger:
 
     async def end(self, transaction: HandlerTransaction) -> None:
         """Terminate the backend of a transaction whose attempt is over, if it is still in that transaction."""
-        await self._run(statements.END, pid=transaction.pid, xid=transaction.xid)
+        await self.run(statements.END, pid=transaction.pid, xid=transaction.xid)
 
     async def committed(self, transaction: HandlerTransaction) -> bool:
         """Whether the transaction was committed. False if the server was started or has crashed since.
@@ -351,7 +334,7 @@ class Ledger:
         """
         deadline = time.monotonic() + self._timeout_seconds
         while True:
-            rows = await self._run(
+            rows = await self.run(
                 statements.XACT_STATUS,
                 xid=transaction.xid,
                 server=transaction.server_started_at,
@@ -366,13 +349,23 @@ class Ledger:
     async def _settle(self, statement: Statement, claim: Claim, **values: object) -> Status | None:
         """Change the row if we hold it. If it was returned as abandoned meanwhile, take it back first."""
         ours = {"event_id": claim.event_id, "attempt": claim.attempt}
-        rows = await self._run(statement, **ours, **values)
-        if not rows and await self._run(
-            statements.TAKE_BACK, **ours, abandoned=claim.abandoned, lease=self._lease_seconds
-        ):
-            rows = await self._run(statement, **ours, **values)
+        rows = await self.run(statement, **ours, **values)
+        if not rows and await self.take_back(claim):
+            rows = await self.run(statement, **ours, **values)
         return Status(rows[0]["status"]) if rows else None
 
-    async def _run(self, statement: Statement, **values: Any) -> list[Any]:
+    async def take_back(self, claim: Claim) -> bool:
+        """Take back an event of ours that was returned as abandoned. Returns whether it was. Its lease begins anew."""
+        rows = await self.run(
+            statements.TAKE_BACK,
+            event_id=claim.event_id,
+            attempt=claim.attempt,
+            abandoned=claim.abandoned,
+            lease=self._lease_seconds,
+        )
+        return bool(rows)
+
+    async def run(self, statement: Statement, **values: Any) -> list[Any]:
+        """The rows of one statement, committed by itself. Raises `LedgerUnavailable`."""
         async with self._pool.acquire(self._timeout_seconds) as connection:
             return await statement.fetch(connection, **values)

@@ -12,7 +12,7 @@ one key: otherwise a single key of another type would keep the breaker open for 
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from enum import Enum, auto
 from typing import Any
@@ -54,6 +54,12 @@ if redis.call('GET', KEYS[1]) == ARGV[1] then
   return 1
 end
 return 0"""
+# The same for many keys, each with its own value. A key of another type is left alone.
+_SWAP_MANY = """
+for i, key in ipairs(KEYS) do
+  if redis.pcall('GET', key) == ARGV[i] then redis.call('SET', key, ARGV[#ARGV - 1], 'PX', ARGV[#ARGV]) end
+end
+return #KEYS"""
 _DROP = """
 local current = redis.call('GET', KEYS[1])
 if current == ARGV[1] or current == ARGV[2] then return redis.call('DEL', KEYS[1]) end
@@ -152,6 +158,18 @@ class Lock:
             await self._call("EVAL", _SWAP, 1, key, ours, marker, self._marker_ttl_ms)
         except LockUnavailable:
             log.debug("marker_not_written", event_id=event_id)
+
+    async def mark_all_recorded(self, tokens: Mapping[str, str], epoch: str | None) -> None:
+        """The same for many events in one command: `tokens` by event id. All were committed under `epoch`."""
+        if epoch is None:
+            return
+        keys = [self._key(event_id) for event_id in tokens]
+        ours = [_CLAIMED + token.encode() for token in tokens.values()]
+        marker = _RECORDED + epoch.encode()
+        try:
+            await self._call("EVAL", _SWAP_MANY, len(keys), *keys, *ours, marker, self._marker_ttl_ms)
+        except LockUnavailable:
+            log.debug("markers_not_written", events=len(keys))
 
     async def forget(self, event_id: str, token: str, epoch: str | None) -> None:
         """Delete our own lock or marker, so that the next delivery reaches the ledger."""

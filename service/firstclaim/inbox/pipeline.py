@@ -20,6 +20,7 @@ from firstclaim.inbox.backlog import Backlog
 from firstclaim.inbox.claims import Claims, LockAttempt
 from firstclaim.inbox.dispatch import Dispatcher
 from firstclaim.inbox.existing_row import ExistingRow
+from firstclaim.inbox.lanes import MAX_EVENTS, Batches, Lanes
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.lock import LockReply
 from firstclaim.inbox.routes import Routes
@@ -53,6 +54,8 @@ class Pipeline:
         slots: Slots,
         routes: Routes,
         backlog: Backlog,
+        singles: Backlog,
+        batches: Batches,
         *,
         budget_seconds: float,
     ) -> None:
@@ -61,10 +64,12 @@ class Pipeline:
         self._dispatcher = dispatcher
         self._slots = slots
         self._routes = routes
-        self._backlog = backlog
+        self._backlog = backlog  # of all events that this process wants
+        self._singles = singles  # of those whose handlers take one at a time
+        self._batches = batches
         self._budget_seconds = budget_seconds
         self._flights: SingleFlight[Claim | Outcome] = SingleFlight()
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = batches.tasks  # of deliveries, recovery and batches: drained together
         self._draining = False
 
     # -- deliveries -------------------------------------------------------------------------------------
@@ -122,28 +127,42 @@ class Pipeline:
     async def _process(self, delivery: Delivery, lock: LockAttempt, flight: Flight[Claim | Outcome]) -> Outcome:
         event, handler = delivery.event, self._routes.find(delivery.event)
         unwanted = None if isinstance(handler, Handler) else handler
-        place = self._reserve(event) if unwanted is None and lock.reply is LockReply.HELD else None
+        slots = self._slots_of(handler)
+        place = self._reserve(event, slots) if unwanted is None and lock.reply is LockReply.HELD else None
+        marked = slots is self._slots  # a batch handler's lanes write the markers
         try:
             with tracing.span("claim"):
-                claim = await self._claims.claim(delivery, lock, unwanted=unwanted, has_place=place is not None)
+                claim = await self._claims.claim(
+                    delivery, lock, unwanted=unwanted, has_place=place is not None, marked=marked
+                )
         except BaseException as error:  # noqa: BLE001  (a cancellation is raised again)
             flight.fail(error)
             _give_back(place)
             return _unavailable(error, event.id, event.type, "delivery_broke")
-        flight.end(claim)
         if not isinstance(claim, Claim):
+            flight.end(claim)
             _give_back(place)
             if place is None and unwanted is None and lock.reply is LockReply.HELD:
-                self._slots.overflowed()
+                slots.overflowed()
             return claim
+        (flight.end if marked else flight.announce)(claim)
         try:
-            return await self._dispatch(claim, event, handler, place or Place(self._slots, for_delivery=True))
+            return await self._dispatch(claim, event, handler, place or Place(slots, for_delivery=True))
         except Exception as error:  # noqa: BLE001
             return _unavailable(error, event.id, event.type, "delivery_broke")
+        finally:
+            if not marked:  # until the marker is written, the copies that come to this process are answered here
+                flight.end(claim)
 
-    def _reserve(self, event: Event) -> Place | None:
+    def _slots_of(self, handler: Handler | str) -> Slots:
+        """Where the places of this handler's events are counted."""
+        if isinstance(handler, Handler) and handler.batch:
+            return self._batches.lanes(handler).places
+        return self._slots
+
+    def _reserve(self, event: Event, slots: Slots) -> Place | None:
         """A place for a handler. None if none is free, or if a thread of this event still runs past its deadline."""
-        return None if event.id in self._slots.hung else self._slots.reserve()
+        return None if event.id in self._slots.hung else slots.reserve()
 
     # -- recovery ---------------------------------------------------------------------------------------
 
@@ -166,27 +185,40 @@ class Pipeline:
         """
         if self._claims.redis_unreachable or self._draining:
             return False
+        more = [await self._recover_batched(lanes) for lanes in self._batches]
         claimable = self._slots.claimable
         if not claimable:
             return True
         hung = list(self._slots.hung)
-        due = await self._backlog.look(claimable, left_out=hung)
-        chosen = self._backlog.choose(due, claimable)
+        due = await self._singles.look(claimable, left_out=hung)
+        chosen = self._singles.choose(due, claimable)
         if self._slots.previously_abandoned_free:
             previously_abandoned = await self._backlog.look(1, abandoned=True, left_out=hung)
             chosen = previously_abandoned[:1] + chosen[: claimable - len(previously_abandoned[:1])]
         # In a task of its own, so that claims which are made while recovery is cancelled here are dispatched or
         # released. Otherwise they would count as abandoned when their lease is over.
-        await asyncio.shield(self._spawn(self._take_up(chosen)))
+        await asyncio.shield(self._spawn(self._take_up(chosen, self._slots, self._singles, self._backlog)))
         self._slots.backlog = len(due) > claimable
-        return self._slots.backlog
+        return self._slots.backlog or any(more)
 
-    async def _take_up(self, event_ids: Sequence[str]) -> None:
+    async def _recover_batched(self, lanes: Lanes) -> bool:
+        """The same for the events of a batch handler: its lanes have places of their own."""
+        claimable = min(lanes.places.claimable, MAX_EVENTS)
+        if not claimable:
+            return False  # its places wake recovery
+        due = await lanes.backlog.look(claimable, left_out=list(self._slots.hung))
+        chosen = lanes.backlog.choose(due, claimable)
+        await asyncio.shield(self._spawn(self._take_up(chosen, lanes.places, lanes.backlog)))
+        lanes.places.backlog = len(due) > claimable
+        return lanes.places.backlog
+
+    async def _take_up(self, event_ids: Sequence[str], slots: Slots, *backlogs: Backlog) -> None:
         """Claim these events and dispatch them. Those that cannot be claimed are left out for a lock's TTL."""
-        places = [Place(self._slots, for_delivery=False) for _ in event_ids]
+        places = [Place(slots, for_delivery=False) for _ in event_ids]
         try:
             claims, held_by_others = await self._claims.recover(event_ids)
-            self._backlog.leave_out(held_by_others)
+            for backlog in backlogs:
+                backlog.leave_out(held_by_others)
             for claim in claims:
                 self._spawn(self._recovered(claim, places.pop()))
         finally:
@@ -223,6 +255,8 @@ class Pipeline:
     async def _dispatch(self, claim: Claim, event: Event, handler: Handler | str, place: Place) -> Outcome:
         if isinstance(handler, str):  # only if the row has another type or mode than its payload
             return await self._kill(claim, place, f"its payload is not the event of its row: {handler}")
+        if handler.batch:
+            return await self._batches.lanes(handler).run(claim, event, place)
         return await self._dispatcher.run(claim, event, handler, place)
 
     async def _kill(self, claim: Claim, place: Place, error: str) -> Outcome:
@@ -253,7 +287,7 @@ class Pipeline:
     @property
     def unstarted(self) -> list[Claim]:
         """The claims whose attempt has not begun."""
-        return self._dispatcher.unstarted
+        return [*self._dispatcher.unstarted, *self._batches.unstarted]
 
     async def release_unstarted(self, claims: Sequence[Claim]) -> None:
         """Release claims that `unstarted` returned, without a charge. Recovery gets those that cannot be released."""

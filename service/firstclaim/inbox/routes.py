@@ -31,5 +31,14 @@ class Routes:
         """Whether this process dispatches events of this type and mode."""
         return self._takes(livemode) and self.registry.find(event_type) is not None
 
+    def wants_for(self, handler: Handler, event_type: str, livemode: bool) -> bool:
+        """Whether this process dispatches events of this type and mode to `handler`."""
+        return self._takes(livemode) and self.registry.find(event_type) is handler
+
+    def wants_single(self, event_type: str, livemode: bool) -> bool:
+        """Whether this process dispatches events of this type and mode to a handler that takes one at a time."""
+        handler = self.registry.find(event_type)
+        return self._takes(livemode) and handler is not None and not handler.batch
+
     def _takes(self, livemode: bool) -> bool:
         return self.livemode == "any" or livemode is (self.livemode == "live")

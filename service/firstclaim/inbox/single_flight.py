@@ -13,39 +13,48 @@ T = TypeVar("T")
 
 
 class Flight(Generic[T]):
-    """The claims of one delivery, from the lock attempt to the committed row. Only the first end counts."""
+    """The claims of one delivery, from the lock attempt to the committed row. Only the first result counts."""
 
     def __init__(self, flights: "SingleFlight[T]", event_id: str) -> None:
         self._flights = flights
         self._event_id = event_id
-        self._ended = False
+        self._over = False
+        self._results: list[T] = []  # one, once it is known
         self._followed: asyncio.Future[T] | None = None  # made by the first follower: most flights have none
-        self.recorded = False  # it has ended with a result
+        self.recorded = False  # it has a result
 
-    def end(self, result: T) -> None:
-        """Give the followers this result."""
-        if self._leave():
+    def announce(self, result: T) -> None:
+        """Give the followers this result, and those that come until the flight ends."""
+        if not self.recorded and not self._over:
             self.recorded = True
+            self._results.append(result)
             if self._followed is not None:
                 self._followed.set_result(result)
 
+    def end(self, result: T) -> None:
+        """Give the followers this result."""
+        self.announce(result)
+        self._leave()
+
     def fail(self, error: BaseException) -> None:
         """Raise `LedgerUnavailable` to the followers: nothing is promised."""
-        if self._leave() and self._followed is not None:
+        if not self.recorded and not self._over and self._followed is not None:
             self._followed.set_exception(LedgerUnavailable(str(error) or type(error).__name__))
             self._followed.exception()  # marks it as retrieved, because a follower may have left
+        self._leave()
 
     def follow(self) -> asyncio.Future[T]:
         """The result, for a follower. Never cancel it: other followers wait for it too."""
         if self._followed is None:
             self._followed = asyncio.get_running_loop().create_future()
+            for result in self._results:
+                self._followed.set_result(result)
         return self._followed
 
-    def _leave(self) -> bool:
-        first, self._ended = not self._ended, True
-        if first:
+    def _leave(self) -> None:
+        if not self._over:
+            self._over = True
             self._flights.remove(self._event_id)
-        return first
 
 
 class SingleFlight(Generic[T]):

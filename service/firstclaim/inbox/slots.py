@@ -24,7 +24,7 @@ class Place:
     """The place of one claim, from its reservation until `release`: it waits for a slot (`enter`), then occupies it."""
 
     def __init__(self, slots: "Slots", *, for_delivery: bool) -> None:
-        self._slots = slots
+        self.slots = slots
         self._for_delivery = for_delivery
         self._entered: list[asyncio.Semaphore] = []
         self._released = False
@@ -33,7 +33,7 @@ class Place:
 
     async def enter(self, *, previously_abandoned: bool, timeout_seconds: float) -> bool:
         """Wait for a slot. Returns whether there was one within `timeout_seconds`."""
-        gates = self._slots.gates(previously_abandoned=previously_abandoned)
+        gates = self.slots.gates(previously_abandoned=previously_abandoned)
         full = any(gate.locked() for gate in gates)
         try:
             async with asyncio.timeout(timeout_seconds) if full else contextlib.nullcontext():
@@ -50,10 +50,10 @@ class Place:
 
         The next event that was abandoned before may run at once: it does not wait for such a handler.
         """
-        if self._slots.previously_abandoned in self._entered:
-            self._entered.remove(self._slots.previously_abandoned)
-            self._slots.previously_abandoned.release()
-            self._slots.work.set()
+        if self.slots.previously_abandoned in self._entered:
+            self._entered.remove(self.slots.previously_abandoned)
+            self.slots.previously_abandoned.release()
+            self.slots.work.set()
         if running is None:
             self._free()
         else:
@@ -64,21 +64,22 @@ class Place:
             return
         self._released = True
         if self._entered_at is not None:
-            self._slots.brief = time.monotonic() - self._entered_at < _BRIEF_SECONDS
+            self.slots.brief = time.monotonic() - self._entered_at < _BRIEF_SECONDS
         for gate in self._entered:
             gate.release()
-        self._slots.count(for_delivery=self._for_delivery, change=-1)
+        self.slots.count(for_delivery=self._for_delivery, change=-1)
 
 
 class Slots:
-    """`size` slots, and places for twice as many claims."""
+    """`size` slots, and places for twice as many claims. `work`: what wakes recovery, if others wake it too."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, work: asyncio.Event | None = None) -> None:
         self.size = size
         self.previously_abandoned = asyncio.Semaphore(1)
         self.backlog = False  # the last round of recovery left due events behind
         self.brief = False  # the handler that ended last had its slot for less than a second
-        self.work = asyncio.Event()  # recovery has work before its next interval
+        self.work = work or asyncio.Event()  # recovery has work before its next interval
+        self._shares_work = work is not None
         self.hung: dict[str, asyncio.Future[Any]] = {}  # event id: the thread that ignores its deadline
         self._slots = asyncio.Semaphore(size)
         self._deliveries = 0
@@ -144,6 +145,8 @@ class Slots:
         else:
             self._recovered += change
         if self.claimable * 4 >= self.size:
+            if self._shares_work and self.backlog and not self._capacity.is_set():
+                self.work.set()  # recovery does not wait for the capacity of these
             self._capacity.set()
         else:
             self._capacity.clear()

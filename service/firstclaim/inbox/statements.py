@@ -72,7 +72,7 @@ UPDATE firstclaim.stripe_events e
                                 ELSE give_up_at END
   FROM due LEFT JOIN firstclaim.stripe_event_payloads p USING (event_id)
  WHERE e.event_id = due.event_id
-RETURNING e.event_id, e.type, e.attempt, e.failures, e.abandoned, p.body
+RETURNING e.event_id, e.type, e.attempt, e.failures, e.abandoned, p.body, e.last_error IS NOT NULL AS erred
 """)
 
 # Return events whose process vanished: the claim is past its lease, and no handler has locked the row. The event is due

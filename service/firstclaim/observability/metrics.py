@@ -62,11 +62,40 @@ _handler_seconds = Histogram(
     buckets=_SECONDS, registry=REGISTRY,
 )  # fmt: skip
 
+_batch_events = Histogram(
+    "firstclaim_batch_events", "Events of a batch, by the pattern of the batch handler.", ["handler"],
+    buckets=(1, 2, 4, 8, 16, 32, 64), registry=REGISTRY,
+)  # fmt: skip
+_batch_event_seconds = Histogram(
+    "firstclaim_batch_event_seconds", "Duration of a batch handler, divided by the events of its batch.", ["handler"],
+    buckets=(0.0001, 0.00025, 0.0005, *_SECONDS), registry=REGISTRY,
+)  # fmt: skip
+
 
 @cache
 def handler_seconds(pattern: str) -> Histogram:
     """The histogram of the handler that is declared for `pattern`. The pattern comes from code, not from a request."""
     return _handler_seconds.labels(pattern)
+
+
+@cache
+def batch_events(pattern: str) -> Histogram:
+    """The histogram of the sizes of the batches of this batch handler."""
+    return _batch_events.labels(pattern)
+
+
+@cache
+def batch_event_seconds(pattern: str) -> Histogram:
+    """The histogram of the seconds that this batch handler takes for one event."""
+    return _batch_event_seconds.labels(pattern)
+
+
+def create_series(pattern: str, *, batch: bool) -> None:
+    """Create the series of a handler, so that they exist from the start."""
+    handler_seconds(pattern)
+    if batch:
+        batch_events(pattern)
+        batch_event_seconds(pattern)
 
 
 def collected() -> CollectorRegistry:

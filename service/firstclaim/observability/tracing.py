@@ -6,9 +6,9 @@ event's id and type, the attempt, the outcome and the class of an error: no payl
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 try:
     from opentelemetry import propagate, trace
@@ -22,14 +22,24 @@ _NOTHING: Final = nullcontext()
 _tracer: "trace.Tracer | None" = None  # set by `start` if spans are exported: a span that is not costs just as much
 
 Value = str | int | None
+Link: TypeAlias = Any  # OpenTelemetry's, where it is installed
 
 
-def span(name: str, **attributes: Value) -> AbstractContextManager[object]:
-    """Open a child of the current span while the block runs. Attributes that are None are left out."""
+def link() -> Link | None:
+    """The current span, for another one to link to; None if spans are not exported."""
+    return None if _tracer is None else trace.Link(trace.get_current_span().get_span_context())
+
+
+def span(name: str, links: Iterable[Link | None] = (), **attributes: Value) -> AbstractContextManager[object]:
+    """Open a child of the current span while the block runs. Attributes that are None are left out.
+
+    `links`: spans that this one belongs to as well, and which are not its parents.
+    """
     if _tracer is None:
         return _NOTHING
     return _tracer.start_as_current_span(
         f"firstclaim.{name}",
+        links=[each for each in links if each is not None],
         attributes=_named(attributes),
         record_exception=False,  # the message may quote the payload
         set_status_on_exception=False,

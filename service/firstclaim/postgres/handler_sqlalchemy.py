@@ -17,8 +17,8 @@ from sqlalchemy import Connection, RootTransaction
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
+from firstclaim.context import is_on_a_loop
 from firstclaim.errors import HandlerRuleBroken
-from firstclaim.registry import is_on_a_loop
 
 T = TypeVar("T")
 

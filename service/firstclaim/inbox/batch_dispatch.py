@@ -1,0 +1,249 @@
+"""One batch: a slot, one attempt for all of its events, and the outcome of each.
+
+Guarantees: a batch that fails charges nobody. Its transaction is rolled back, its events get new leases, and each goes
+alone, where only its own failure counts. So an event that fails costs the other events of its batch one more run, in
+whichever process, and no more: the row of an event that goes alone says so. Everything that is not a failure of the
+batch is settled event by event, as after an attempt at one event.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import structlog
+
+from firstclaim import outcome
+from firstclaim.backoff import Backoff
+from firstclaim.errors import LedgerUnavailable, Retry
+from firstclaim.event import Event
+from firstclaim.inbox.attempt import AttemptResult, Committed, CommitUnknown, Failed, Interrupted
+from firstclaim.inbox.batch_attempt import BatchAttempt, BatchResult
+from firstclaim.inbox.batch_ledger import BatchLedger
+from firstclaim.inbox.claims import Claims
+from firstclaim.inbox.dispatch import QUEUED, Dispatcher, decision, effects_committed, requested_wait
+from firstclaim.inbox.ledger import Claim
+from firstclaim.inbox.slots import Place, Slots
+from firstclaim.observability import tracing
+from firstclaim.observability.frames import failure_report, frames
+from firstclaim.observability.redaction import class_name, describe_error, is_a, redacted_error
+from firstclaim.outcome import Kind, Outcome
+from firstclaim.registry import Handler
+from firstclaim.status import Status
+
+log = structlog.get_logger(__name__)
+
+_ALONE = "its batch has failed, so it goes alone: "
+
+
+class Member:
+    """A claimed event on its way through a batch, and the outcome that somebody waits for."""
+
+    __slots__ = ("begun", "claim", "ended", "event", "leased_at", "link", "result")
+
+    def __init__(self, claim: Claim, event: Event, loop: asyncio.AbstractEventLoop) -> None:
+        self.claim = claim
+        self.event = event
+        self.leased_at = loop.time()
+        self.link = tracing.link()
+        self.begun = False  # its attempt; again not, once its batch has failed
+        self.ended = False  # not `result.done()`: a shutdown cancels who waits for it, and with it the future
+        self.result: asyncio.Future[Outcome] = loop.create_future()
+
+    def end(self, result: Outcome) -> None:
+        """The event has this outcome."""
+        self.ended = True
+        if not self.result.done():
+            self.result.set_result(result)
+
+    def fail(self, error: Exception) -> None:
+        """The event's state is unknown, or could not be written."""
+        self.ended = True
+        if not self.result.done():
+            self.result.set_exception(error)
+            self.result.exception()  # marks it as retrieved: after the budget nobody may wait for it
+
+    @property
+    def processed(self) -> bool:
+        """Whether its effects are known to be committed."""
+        result = self.result
+        return (
+            result.done()
+            and not result.cancelled()
+            and not result.exception()
+            and result.result().kind is Kind.PROCESSED
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BatchDispatcher:
+    """Runs the batches of one handler."""
+
+    handler: Handler
+    dispatcher: Dispatcher
+    ledger: BatchLedger
+    claims: Claims
+    slots: Slots
+    backoff: Backoff
+    lease_seconds: float
+    attempt: Callable[..., BatchAttempt]
+
+    async def run(self, members: Sequence[Member]) -> list[Member]:
+        """Dispatch them together, and end each; returns those that have to go alone, because the batch has failed.
+
+        Raises nothing but a shutdown's cancellation.
+        """
+        result: BatchResult | None = None
+        try:
+            result = await self._attempt(members)
+            return await self._settle(members, result)
+        except asyncio.CancelledError:
+            end = None if result is None else result.end
+            await self._settle_interrupted(members, effects_committed=effects_committed(end))
+            raise
+        except Exception as error:  # noqa: BLE001  (each who waits for a member answers with it)
+            for member in members:
+                member.fail(error)
+            return []
+
+    async def _attempt(self, members: Sequence[Member]) -> BatchResult | None:
+        """The result of their attempt; None: there was no slot in time."""
+        place = Place(self.slots, for_delivery=True)
+        running: asyncio.Future[Any] | None = None
+        try:
+            waited = asyncio.get_running_loop().time() - members[0].leased_at
+            left = max(0.0, self.lease_seconds / 2 - waited)
+            if not await place.enter(previously_abandoned=False, timeout_seconds=left):
+                return None
+            for member in members:
+                member.begun = True
+            claims, events = [each.claim for each in members], [each.event for each in members]
+            attempt = self.attempt(claim=claims[0], event=events[0], claims=claims, events=events)
+            with tracing.span("batch", [member.link for member in members], events=len(members)):
+                result = await attempt.run_batch()
+                if not isinstance(result.end, Committed):
+                    name = class_name(result.end.error) if isinstance(result.end, Failed) else type(result.end).__name__
+                    tracing.note(error=name)
+            running = result.end.running if isinstance(result.end, Failed | Interrupted) else None
+            return result
+        finally:
+            place.release(running)
+
+    # -- settling ---------------------------------------------------------------------------------------
+
+    async def _settle(self, members: Sequence[Member], result: BatchResult | None) -> list[Member]:
+        if result is None:
+            await asyncio.gather(*(self.release(member) for member in members))
+            return []
+        held_ids = {claim.event_id for claim in result.held}
+        held: list[Member] = []
+        for member in members:
+            if member.claim.event_id in held_ids:
+                held.append(member)
+            else:  # it has left the batch
+                member.end(outcome.duplicate(member.claim.event_id))
+        match result.end:
+            case Committed():
+                for member, action in zip(held, result.actions, strict=True):
+                    member.end(outcome.processed(action, member.claim.attempt))
+                await self.claims.mark([member.claim for member in held])
+            case CommitUnknown() as end:
+                await self._settle_unknown(held, end, result.actions)
+            case Failed() as end:
+                return await self._settle_failed(held, end, conflict=result.conflict)
+            case end:
+                await self._settle_each(held, end)
+        return []
+
+    async def _settle_unknown(self, members: Sequence[Member], end: CommitUnknown, actions: Sequence[str]) -> None:
+        """Row by row, by the guarded update. If the database cannot say it of one, recovery gets the rest as well."""
+        error: LedgerUnavailable | None = None
+        for member, action in zip(members, actions, strict=True):
+            if error is not None:
+                member.fail(error)
+                continue
+            try:
+                settled = await self.dispatcher.settle(member.claim, self.handler, replace(end, action=action))
+                member.end(settled)
+            except LedgerUnavailable as unavailable:
+                error = unavailable
+                member.fail(error)
+        await self.claims.mark([member.claim for member in members if member.processed])
+
+    async def _settle_each(self, members: Sequence[Member], end: AttemptResult) -> None:
+        """Settle each as after an attempt at it alone."""
+        for member in members:
+            try:
+                member.end(await self.dispatcher.settle(member.claim, self.handler, end))
+            except LedgerUnavailable as error:
+                member.fail(error)
+
+    async def _settle_failed(self, members: Sequence[Member], end: Failed, *, conflict: bool) -> list[Member]:
+        self._note_failed(members, end)
+        if end.effects_committed is not False:  # committed by the handler, or perhaps: nothing may be tried again
+            await self._settle_each(members, end)
+            return []
+        # Nothing is committed, and the backend is known to be out of the transaction: the rows can be locked again.
+        decided = decision(end.error)
+        if decided is not None and is_a(decided, Retry):
+            await self._postpone(members, decided, failure_report(end.error, self.handler.function))
+            return []
+        members = await self._renewed(members, None if conflict else _ALONE + redacted_error(end.error))
+        if conflict and len(members) > 2:  # nobody is guilty of it: again, at half the size
+            half = len(members) // 2
+            return [*await self.run(members[:half]), *await self.run(members[half:])]
+        await self.claims.mark([member.claim for member in members])
+        for member in members:
+            member.claim = replace(member.claim, token="")
+        return members
+
+    async def _renewed(self, members: Sequence[Member], error: str | None) -> list[Member]:
+        """Begin their leases anew. Returns those that are ours still; those that cannot be renewed are released."""
+        try:
+            ours = await self.ledger.renew_if_held([member.claim for member in members], error)
+        except LedgerUnavailable:
+            await asyncio.gather(*(self.release(member) for member in members))
+            return []
+        now = asyncio.get_running_loop().time()
+        for member in members:
+            member.leased_at, member.begun = now, False
+            if member.claim.event_id not in ours:
+                member.end(outcome.duplicate(member.claim.event_id))
+        return [member for member in members if member.claim.event_id in ours]
+
+    async def _postpone(self, members: Sequence[Member], decided: Retry, report: str) -> None:
+        """The handler wants the whole batch again later. Nobody is charged, because nobody has failed."""
+        wait = requested_wait(decided)
+        statuses = await self.ledger.postpone_if_held(
+            [member.claim for member in members],
+            report,
+            due_in_seconds=self.backoff.after(1) if wait is None else wait,
+        )
+        for member in members:
+            status = statuses.get(member.claim.event_id)
+            if status is Status.PENDING:
+                await self.claims.forget(member.claim)
+            member.end(outcome.failed(member.claim.attempt, dead=status is Status.DEAD))
+
+    async def release(self, member: Member) -> None:
+        """Release the event without a charge: it got no slot in time."""
+        await self.dispatcher.release(member.claim)
+        member.end(outcome.deferred(QUEUED, member.claim.attempt))
+
+    async def _settle_interrupted(self, members: Sequence[Member], *, effects_committed: bool | None) -> None:
+        """A shutdown: what has no outcome yet is released, as after an attempt at one event."""
+        for member in members:
+            if not member.ended:
+                member.ended = True
+                await self.dispatcher.settle_interrupted(member.claim, effects_committed=effects_committed)
+
+    def _note_failed(self, members: Sequence[Member], result: Failed) -> None:
+        log.warning(
+            "batch_failed",
+            handler=self.handler.name,
+            events=len(members),
+            error=describe_error(result.error),
+            frames=frames(result.error, self.handler.function),
+        )
+        first = members[0].claim
+        self.dispatcher.note_running(first, self.handler, result, f"{first.event_id} and its batch")

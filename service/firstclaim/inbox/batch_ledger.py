@@ -1,0 +1,100 @@
+"""The ledger's part in a batch: rows are locked, marked, kept and put off together, by event id and attempt.
+
+Guarantees: those of `firstclaim.inbox.ledger`, of which this is the plural. Each method names what it changed, because
+a process that has taken over one event of a batch has not taken over the others.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from firstclaim.errors import HandlerRuleBroken
+from firstclaim.inbox import batch_statements
+from firstclaim.inbox.ledger import Claim, HandlerTransaction, Ledger
+from firstclaim.inbox.statements import NOT_MARKED
+from firstclaim.postgres.handler_connections import HandlerConnection
+from firstclaim.postgres.one_round_trip import NotCommitted
+from firstclaim.postgres.statement import Statement
+from firstclaim.status import Status
+
+_SHORT_MARK = "rule broken: the handler has changed the ledger's rows of its own events"
+
+
+class BatchLedger:
+    """The statements for many claims; `hold` and `complete_if_held` on a handler's own connection."""
+
+    def __init__(self, ledger: Ledger, *, lease_seconds: float, idle_in_transaction_seconds: float) -> None:
+        self._ledger = ledger
+        self._lease_seconds = lease_seconds
+        self._timeout_ms = str(round(idle_in_transaction_seconds * 1000))
+
+    async def hold(
+        self, connection: HandlerConnection, claims: Sequence[Claim]
+    ) -> tuple[HandlerTransaction | None, set[str]]:
+        """Begin the handler's transaction, and lock the claimed rows. Returns also the ids of those that are held.
+
+        None in place of the transaction if none of them is: all were taken over. Raises as `HandlerConnection.begin`.
+        """
+        rows = await connection.begin(
+            batch_statements.HOLD_ALL,
+            **_pairs(claims),
+            timeout_ms=self._timeout_ms,
+            synchronous_commit=connection.synchronous_commit,
+        )
+        return HandlerTransaction(*rows[0][:4]) if rows else None, {row["event_id"] for row in rows}
+
+    async def complete_if_held(
+        self,
+        connection: HandlerConnection,
+        claims: Sequence[Claim],
+        transaction: HandlerTransaction,
+        actions: Sequence[str],
+    ) -> bool:
+        """Write the completion marks, one of `actions` for each claim, and commit what `hold` began.
+
+        False: none fits, and nothing is committed. Raises as `HandlerConnection.commit` does, and `HandlerRuleBroken`
+        if only some fit: then nothing is committed either.
+        """
+        try:
+            await connection.commit(
+                batch_statements.COMPLETE_ALL,
+                **_pairs(claims),
+                actions=list(actions),
+                number=len(claims),
+                xid=transaction.xid,
+                synchronous_commit=connection.synchronous_commit,
+            )
+        except NotCommitted as error:
+            if isinstance(error.reason, NOT_MARKED):
+                return False
+            if isinstance(error.reason, batch_statements.SOME_NOT_MARKED):
+                raise HandlerRuleBroken(_SHORT_MARK) from error
+            raise
+        return True
+
+    async def renew_if_held(self, claims: Sequence[Claim], error: str | None) -> set[str]:
+        """Begin the leases anew. Returns the ids of the events that are ours still.
+
+        `error`: why each of them goes alone from now on, in whichever process; None: they may enter a batch again.
+        """
+        return set(await self._settle(batch_statements.RENEW, claims, lease=self._lease_seconds, error=error))
+
+    async def postpone_if_held(
+        self, claims: Sequence[Claim], error: str, *, due_in_seconds: float
+    ) -> dict[str, Status]:
+        """Make the events due later, without a charge. Returns the statuses of those that were ours."""
+        return await self._settle(batch_statements.POSTPONE, claims, due_in=due_in_seconds, error=error)
+
+    async def _settle(self, statement: Statement, claims: Sequence[Claim], **values: object) -> dict[str, Status]:
+        """Change the rows that we hold. Those that were returned as abandoned meanwhile are taken back first."""
+        changed = await self._change(statement, claims, **values)
+        if missing := [claim for claim in claims if claim.event_id not in changed]:
+            taken_back = [claim for claim in missing if await self._ledger.take_back(claim)]
+            changed |= await self._change(statement, taken_back, **values) if taken_back else {}
+        return changed
+
+    async def _change(self, statement: Statement, claims: Sequence[Claim], **values: object) -> dict[str, Status]:
+        rows = await self._ledger.run(statement, **_pairs(claims), **values)
+        return {row["event_id"]: Status(row["status"]) for row in rows}
+
+
+def _pairs(claims: Sequence[Claim]) -> Mapping[str, object]:
+    return {"event_ids": [claim.event_id for claim in claims], "attempts": [claim.attempt for claim in claims]}
