@@ -215,32 +215,41 @@ async def test_outside_of_a_transaction_nothing_is_sent(
     assert await lines(admin) == (["effect"] if own == "COMMIT" else [])
 
 
-async def test_beside_another_statement_nothing_is_sent(
-    connection: PinnedConnection, admin: asyncpg.Connection
+@pytest.mark.parametrize("own", ["SELECT pg_sleep(0.1)", "COMMIT"])
+async def test_beside_another_statement_nothing_is_committed(
+    connection: PinnedConnection, admin: asyncpg.Connection, own: str
 ) -> None:
-    """A statement that a handler left running gets its own answer, and the transaction is not committed."""
+    """One that a handler left running: the connection is closed before a Sync, also if it ends the transaction."""
+    await told(connection, "before")
+    await connection.commit(INSERT, ["mark"])  # prepared from now on
     await told(connection, "effect")
-    running = asyncio.create_task(connection.fetchval("SELECT 'mine' FROM pg_sleep(0.1)"))
+    pid = connection.get_server_pid()
+    running = asyncio.create_task(connection.execute(own))
     await asyncio.sleep(0)
-    assert isinstance(await refused(connection, INSERT, "mark"), asyncpg.InterfaceError)
-    assert await running == "mine"
-    assert connection.is_in_transaction()
-    assert await lines(admin) == []
+    assert isinstance(await refused(connection, INSERT, "another mark"), asyncpg.InterfaceError)
+    assert connection.is_closed()
+    with pytest.raises(asyncpg.ConnectionDoesNotExistError):
+        await running
+    gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = $1"
+    await until(lambda: admin.fetchval(gone, pid))
+    assert await lines(admin) == (["before", "effect", "mark"] if own == "COMMIT" else ["before", "mark"])
 
 
 async def test_a_statement_that_was_cancelled_is_waited_for(
     connection: PinnedConnection, admin: asyncpg.Connection
 ) -> None:
     """The driver is still cancelling it: nothing is written in between, and the aborted transaction is noticed."""
+    await told(connection, "before")
+    await connection.commit(INSERT, ["first"])  # prepared from now on
     await told(connection, "effect")
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
             await connection.execute("SELECT pg_sleep(600)")
     assert isinstance(await refused(connection, INSERT, "mark"), asyncpg.InFailedSQLTransactionError)
     await connection.execute("ROLLBACK")
-    await told(connection, "effect")
+    await told(connection, "again")
     await connection.commit(INSERT, ["mark"])
-    assert await lines(admin) == ["effect", "mark"]
+    assert await lines(admin) == ["again", "before", "first", "mark"]
 
 
 async def test_on_a_closed_connection_nothing_is_sent(connection: PinnedConnection, admin: asyncpg.Connection) -> None:
@@ -311,8 +320,8 @@ def test_only_versions_of_the_driver_that_were_tried_are_installed() -> None:
     assert re.match(r"0\.3[12]\.", asyncpg.__version__)
 
 
-async def test_asking_whether_the_driver_is_idle_sends_nothing(database_url: str, admin: asyncpg.Connection) -> None:
-    """An `executemany` of no values, which `_write_before` rests on, is no message, and waits for nothing."""
+async def test_to_execute_nothing_sends_nothing(database_url: str, admin: asyncpg.Connection) -> None:
+    """An `executemany` of no values, by which a cancellation is waited for, is no message, and waits for no answer."""
     sent: list[bytes] = []
 
     class Noting(Tap):

@@ -101,11 +101,19 @@ action = await self._call(call, connection)"""
     ),
     Mutant(
         "the-mark-beside-another-statement",
-        "The completion mark is sent only if the driver would send COMMIT now: else its answer is another's.",
-        "OneRoundTripConnection._write_before",
-        "await statement.executemany(())",
+        "A connection on which the driver refuses the COMMIT is closed: another Sync would commit the mark alone.",
+        "OneRoundTripConnection._fetch_after",
+        "self.terminate()",
         "",
-        "integration/test_one_round_trip.py::test_beside_another_statement_nothing_is_sent",
+        "integration/test_one_round_trip.py::test_beside_another_statement_nothing_is_committed[COMMIT]",
+    ),
+    Mutant(
+        "the-mark-beside-a-cancellation",
+        "While the driver cancels a statement, no mark is sent: its answer would be taken for the statement's.",
+        "OneRoundTripConnection._fetch_after",
+        "self._protocol._is_cancelling()",
+        "False",
+        "integration/test_one_round_trip.py::test_a_statement_that_was_cancelled_is_waited_for",
     ),
     Mutant(
         "a-refused-mark-is-an-unknown-commit",

@@ -195,7 +195,7 @@ class Attempt:
         transaction: HandlerTransaction,
     ) -> Failed | Interrupted:
         ended_by_handler = is_a(error, TransactionEnded) or connection.ended_by_handler
-        if call.running is not None or is_a(error, asyncio.CancelledError):
+        if call.running is not None or connection.is_closed or is_a(error, asyncio.CancelledError):
             await self._terminate(connection, transaction)
         await self._give_back(connection, transaction)
         committed = True if ended_by_handler else await self._is_committed(transaction)

@@ -99,6 +99,11 @@ class HandlerConnection:
         return self._pooled.driver
 
     @property
+    def is_closed(self) -> bool:
+        """Whether the connection is lost, or was closed; its backend may still be there."""
+        return self._pooled.driver.is_closed()
+
+    @property
     def connection(self) -> AsyncConnection:
         """SQLAlchemy's view of it. Raises `HandlerRuleBroken` once the handler has ended."""
         if self._has_ended:

@@ -52,7 +52,8 @@ class OneRoundTripConnection(asyncpg.Connection):
     """
 
     warnings: int = 0
-    _transport: asyncio.Transport  # the driver's own attribute; it has no public name
+    _transport: asyncio.Transport  # this and the next are the driver's own; it has no public names for them
+    _protocol: Any
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -69,8 +70,7 @@ class OneRoundTripConnection(asyncpg.Connection):
         """
         begin, statement = await self._prepared("BEGIN", _BEGIN), await self._prepared(first)
         await self._prepared("COMMIT", _COMMIT)  # at first use, here rather than between the last statement and COMMIT
-        await self._write_before(statement, _call(begin, ()))
-        rows = await statement.fetch(*values)
+        rows = await self._fetch_after(_call(begin, ()), statement, *values)
         if self.is_closed() or not self.is_in_transaction():
             raise asyncpg.InternalClientError("the server has begun no transaction")
         return rows
@@ -79,20 +79,22 @@ class OneRoundTripConnection(asyncpg.Connection):
         """Commit the transaction after its last statement, which returns no rows.
 
         Raises `NotCommitted` if there is none; if the driver sent nothing, or the server refused `last` and did not
-        execute COMMIT (the transaction is still open then); or if COMMIT has rolled back. After any other error it is
-        not known whether it is committed: close the connection, before any await. `LedgerUnavailable`: it is committed,
-        and may not be replicated.
+        execute COMMIT (the transaction is still open then, or the connection closed); or if COMMIT has rolled back.
+        After any other error it is not known whether it is committed: close the connection, before any await.
+        `LedgerUnavailable`: it is committed, and may not be replicated.
         """
         if not self.is_closed() and not self.is_in_transaction():
             raise NotCommitted(asyncpg.NoActiveSQLTransactionError("the transaction has ended"))
         try:
             statement, commit = await self._prepared(last), await self._prepared("COMMIT", _COMMIT)
-            warnings = self.warnings
-            await self._write_before(commit, _call(statement, values))
+            call = _call(statement, values)
         except Exception as error:
             raise NotCommitted(error) from error
+        warnings = self.warnings
         try:
-            await commit.fetch()
+            await self._fetch_after(call, commit)
+        except asyncpg.InterfaceError as error:
+            raise NotCommitted(error) from error
         except asyncpg.PostgresError as error:
             # After a COMMIT that fails, the server is in no transaction. What the driver raises for a lost connection
             # has no severity.
@@ -110,26 +112,34 @@ class OneRoundTripConnection(asyncpg.Connection):
             statement = self._ready[sql] = await self.prepare(sql, name=name)
         return statement
 
-    async def _write_before(self, statement: PreparedStatement[Any], messages: bytes) -> None:
-        """Write `messages` just before those of `statement`, which the caller must fetch without an await between."""
-        # This executes and sends nothing. But it raises if the driver would send no statement now, for example because
-        # another one is still running, and it waits until one that was cancelled has ended.
-        await statement.executemany(())
+    async def _fetch_after(self, messages: bytes, statement: PreparedStatement[Any], *values: object) -> list[Any]:
+        """The rows of `statement`, which the server executes after `messages`. InterfaceError: it was not sent.
+
+        The driver refuses it if another statement is running, and does not say so before. Then the connection is closed
+        at once: what the server has executed of `messages` is not committed, because no Sync follows.
+        """
+        if self.is_closed():
+            raise asyncpg.InterfaceError("the connection is closed")
+        if self._protocol._is_cancelling():  # noqa: SLF001  (an earlier statement, whose answer is still to come)
+            await statement.executemany(())  # executes nothing, and waits for that
         self._transport.write(messages)
+        try:
+            return await statement.fetch(*values)
+        except asyncpg.InterfaceError:
+            self.terminate()
+            raise
 
 
 def _call(statement: PreparedStatement[Any], values: Sequence[object]) -> bytes:
     """The messages Bind and Execute: call a prepared statement with these values, all of them in text format."""
-    parts = [b"\0", statement.get_name().encode(), b"\0", _AS_TEXT, _INT16(len(values))]
+    bind = b"\0%b\0%b%b" % (statement.get_name().encode(), _AS_TEXT, _INT16(len(values)))
     for value in values:
         if value is None:
-            parts.append(_NULL)
+            bind += _NULL
         else:
-            encoded = _as_text(value).encode()
-            parts += [_INT32(len(encoded)), encoded]
-    parts.append(_AS_TEXT)
-    bind = b"".join(parts)
-    return b"".join((b"B", _INT32(len(bind) + 4), bind, _EXECUTE))
+            encoded = (value if type(value) is str else _as_text(value)).encode()
+            bind += _INT32(len(encoded)) + encoded
+    return b"B%b%b%b%b" % (_INT32(len(bind) + 6), bind, _AS_TEXT, _EXECUTE)
 
 
 def _as_text(value: object) -> str:
