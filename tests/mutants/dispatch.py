@@ -8,8 +8,7 @@ MUTANTS = (
         "mark-apart-from-the-effects",
         "The handler's SQL commits in the transaction of the completion mark, or not at all.",
         "OneRoundTripConnection.begin",
-        "await self._write_before(statement, _call(begin, ()))\n"
-        "rows = await statement.fetch(*values)\n"
+        "rows = await self._fetch_after(_call(begin, ()), statement, *values)\n"
         "if self.is_closed() or not self.is_in_transaction():\n    ...",
         "rows = await statement.fetch(*values)",
         "integration/test_dispatch.py::test_an_exception_is_a_failure[raising]",

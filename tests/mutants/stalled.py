@@ -128,7 +128,7 @@ MUTANTS = (
         "So is a handler's connection.",
         "HandlerConnection.discard",
         "self.stop()",
-        "await asyncio.sleep(0)\nself.stop()",
+        "await asyncio.sleep(0.1)\nself.stop()",
         "integration/test_places.py::test_a_timeout_of_an_attempt_cancels_nothing[deadline]",
     ),
 )
