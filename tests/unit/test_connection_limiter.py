@@ -106,9 +106,9 @@ def test_one_too_large_is_evicted_itself() -> None:
     [
         (1_000_000, 1_000_000, 2000, None),
         (resource.RLIM_INFINITY, resource.RLIM_INFINITY, 2000, None),
-        (1024, 1_000_000, 2000, 2217),
-        (1024, resource.RLIM_INFINITY, 2000, 2217),
-        (256, 1024, 807, 1024),
+        (1024, 1_000_000, 2000, 2227),
+        (1024, resource.RLIM_INFINITY, 2000, 2227),
+        (256, 1024, 797, 1024),
         (20, 20, 1, 20),
     ],
 )
