@@ -20,10 +20,11 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from firstclaim import Context, Event, Permanent, Retry, on
+from firstclaim import BatchContext, Context, Event, Permanent, Retry, on
 from tests.chaos.trace import outside
 
 ACTION = "effect_recorded"
+BATCHED = "checkout.session.completed"
 _POLL_SECONDS = 0.01
 _FOR_EVER = 1_000_000
 
@@ -82,6 +83,60 @@ def act_in_thread(event: Event, context: Context) -> Any:
     outside(event.id, context.attempt, context.idempotency_key)
     instructions = _Instructions(event)
     return SYNC[instructions.behaviour](instructions, context)
+
+
+@on(BATCHED, batch=True)
+async def act_on_all(events: list[Event], context: BatchContext) -> str:
+    """The batch handler: the effects of all in one statement, then what the events ask for, one after the other."""
+    attempts = context.attempts
+    await context.connection.execute(
+        _EFFECT, [{"event_id": each.id, "attempt": attempts[each.id], "pid": os.getpid()} for each in events]
+    )
+    for event in events:
+        outside(event.id, attempts[event.id], event.id)
+    for event in events:
+        instructions = _Instructions(event)
+        if attempts[event.id] <= int(instructions.of.get("until", _FOR_EVER)):
+            await _IN_A_BATCH[instructions.behaviour](instructions, context)
+    return ACTION
+
+
+# -- a batch ------------------------------------------------------------------------------------------
+
+
+async def _fail_all(_instructions: _Instructions, _context: BatchContext) -> None:
+    raise RuntimeError("instructed to fail")
+
+
+async def _die_with_all(_instructions: _Instructions, _context: BatchContext) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def _commit_all(_instructions: _Instructions, context: BatchContext) -> None:
+    await context.connection.exec_driver_sql("COMMIT")
+
+
+async def _slow_for_all(instructions: _Instructions, _context: BatchContext) -> None:
+    await asyncio.sleep(instructions.seconds)
+
+
+async def _hold_all(instructions: _Instructions, _context: BatchContext) -> None:
+    while not instructions.gate.exists():  # noqa: ASYNC110  (another process opens it)
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+async def _plain_for_all(_instructions: _Instructions, _context: BatchContext) -> None:
+    pass
+
+
+_IN_A_BATCH: Mapping[str, Callable[[_Instructions, BatchContext], Awaitable[None]]] = {
+    "plain": _plain_for_all,
+    "fail": _fail_all,
+    "die": _die_with_all,
+    "raw_commit": _commit_all,
+    "slow": _slow_for_all,
+    "hold": _hold_all,
+}
 
 
 # -- async --------------------------------------------------------------------------------------------

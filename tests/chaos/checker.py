@@ -26,7 +26,7 @@ from typing import Final, NamedTuple
 from firstclaim.status import Status
 from tests.acceptance.harness import Row
 from tests.chaos.history import ABANDONED_MOST, Delivery, Unseen
-from tests.chaos.trace import CLAIM, HOLD, LOCK, OUTSIDE, START, Line
+from tests.chaos.trace import BATCH_END, BATCH_HOLD, BATCH_START, CLAIM, HOLD, LOCK, OUTSIDE, START, Line
 
 _SETTLED: Final = (Status.COMPLETED, Status.IGNORED, Status.DEAD)
 _KILLED_AT_ONCE: Final = ("Permanent: ", "rule broken: ", "its payload ")  # no retry can help
@@ -101,8 +101,8 @@ class _Lines:
             found[line.event_id].all.append(line)
         return found
 
-    def of(self, what: str) -> list[Line]:
-        return [line for line in self.all if line.what == what]
+    def of(self, *whats: str) -> list[Line]:
+        return [line for line in self.all if line.what in whats]
 
 
 # -- I1, I6: the answers --------------------------------------------------------------------------------
@@ -167,13 +167,8 @@ def _budget_spent(evidence: Evidence, event_id: str, row: Row) -> bool:
 def _holders(evidence: Evidence, by_event: Mapping[str, _Lines]) -> Iterator[Violation]:
     for event_id, lines in by_event.items():
         for what in (CLAIM, HOLD, START):
-            found = lines.of(what)
-            for attempt, times in Counter(line.attempt for line in found).items():
-                if times > 1:
-                    yield Violation("I3", event_id, f"attempt {attempt}: {times} times {what}")
-            for lower, higher in permutations(found, 2):
-                if lower.attempt < higher.attempt and higher.at < lower.began:
-                    yield Violation("I3", event_id, f"{what} of attempt {higher.attempt} before {lower.attempt}")
+            yield from _rising(event_id, what, lines)
+        yield from _alone_after_its_batch(event_id, lines)
         yield from _fenced(event_id, lines, evidence.rows.get(event_id))
     yield from _never_falling(evidence)
     for effect in evidence.effects:
@@ -182,9 +177,34 @@ def _holders(evidence: Evidence, by_event: Mapping[str, _Lines]) -> Iterator[Vio
             yield Violation("I3", effect.event_id, f"attempt {effect.attempt} committed, the row says {row.attempt}")
 
 
-def _fenced(event_id: str, lines: _Lines, row: Row | None) -> Iterator[Violation]:
-    held = {(line.pid, line.attempt) for line in lines.of(HOLD)}
+def _rising(event_id: str, what: str, lines: _Lines) -> Iterator[Violation]:
+    found = lines.of(what)
+    for attempt, times in Counter(line.attempt for line in found).items():
+        if times > 1:
+            yield Violation("I3", event_id, f"attempt {attempt}: {times} times {what}")
+    if what in _IN_BATCHES:  # in any number of batches: each half of one that met a deadlock is one again
+        found = lines.of(what, _IN_BATCHES[what])
+    for lower, higher in permutations(found, 2):
+        if lower.attempt < higher.attempt and higher.at < lower.began:
+            yield Violation("I3", event_id, f"{what} of attempt {higher.attempt} before {lower.attempt}")
+
+
+_IN_BATCHES = {HOLD: BATCH_HOLD, START: BATCH_START}
+
+
+def _alone_after_its_batch(event_id: str, lines: _Lines) -> Iterator[Violation]:
+    """An attempt that goes alone, because its batch has failed, begins after the handler has left the batch."""
+    ended = Counter(line.attempt for line in lines.of(BATCH_END))
+    begun = Counter(line.attempt for line in lines.of(BATCH_START))
+    over = {line.attempt: line.at for line in lines.of(BATCH_END)}
     for line in lines.of(START):
+        if begun[line.attempt] > ended[line.attempt] or over.get(line.attempt, 0) > line.at:
+            yield Violation("I3", event_id, f"attempt {line.attempt} went alone while its batch ran")
+
+
+def _fenced(event_id: str, lines: _Lines, row: Row | None) -> Iterator[Violation]:
+    held = {(line.pid, line.attempt) for line in lines.of(HOLD, BATCH_HOLD)}
+    for line in lines.of(START, BATCH_START):
         if (line.pid, line.attempt) not in held:
             yield Violation("I3", event_id, f"attempt {line.attempt} started without the lock on its row")
     last = max((line.attempt for line in lines.of(CLAIM)), default=0)
@@ -219,10 +239,11 @@ def _claims(evidence: Evidence, by_event: Mapping[str, _Lines]) -> Iterator[Viol
                 locks[line.pid] -= 1  # a lock serves for one claim
                 if locks[line.pid] < 0:
                     yield Violation("I5", event_id, f"process {line.pid} claimed attempt {line.attempt} without a lock")
-            elif line.what == START and (line.pid, line.attempt) not in claimed:
+            elif line.what in (START, BATCH_START) and (line.pid, line.attempt) not in claimed:
                 yield Violation("I5", event_id, f"process {line.pid} started attempt {line.attempt}, not its claim")
     for event_id, row in evidence.rows.items():
-        started = {line.attempt for line in by_event[event_id].of(START)} if event_id in by_event else set()
+        lines = by_event.get(event_id, _Lines())
+        started = {line.attempt for line in lines.of(START, BATCH_START)}
         if row.status is Status.COMPLETED and row.attempt not in started:
             yield Violation("I5", event_id, f"completed by attempt {row.attempt}, whose start was not recorded")
 
@@ -249,7 +270,7 @@ def _builds(evidence: Evidence) -> Iterator[Violation]:
 
 def _outside(evidence: Evidence, by_event: Mapping[str, _Lines]) -> Iterator[Violation]:
     for event_id, lines in by_event.items():
-        started = {(line.pid, line.attempt) for line in lines.of(START)}
+        started = {(line.pid, line.attempt) for line in lines.of(START, BATCH_START)}
         for line in lines.of(OUTSIDE):
             if (line.pid, line.attempt) not in started:
                 yield Violation("OUTSIDE", event_id, f"called by attempt {line.attempt}, which did not start")

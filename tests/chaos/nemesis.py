@@ -27,7 +27,7 @@ from tests.chaos.plan import faults, orders
 from tests.chaos.sender import AnswerResult, Sender
 from tests.chaos.servers import own_servers
 from tests.chaos.testbed import Testbed
-from tests.chaos.trace import END, OUTSIDE, START, Line
+from tests.chaos.trace import BATCH_START, END, OUTSIDE, START, Line
 from tests.chaos.verdict import collect, report, settle
 from tests.proxy import before_postgres, before_redis
 
@@ -104,7 +104,7 @@ class Result:
             "deliveries": len(self.history.deliveries),
             "promises (2xx)": self.promised,
             "promises compared with the ledger at once": self.compared,
-            "attempts started": sum(line.what == START for line in lines),
+            "attempts started": sum(line.what in (START, BATCH_START) for line in lines),
             "attempts still running when a later one of the same event had started": _overtaken(lines),
             "events that took several attempts": sum(row.attempt > 1 for row in rows),
             "abandoned attempts": sum(row.abandoned for row in rows),
@@ -256,7 +256,7 @@ def _lost(sender: Sender, evidence: Evidence) -> Iterator[Violation]:
 
 def _overtaken(lines: Sequence[Line]) -> int:
     """Attempts that lost their row to a later one while their handler still ran: they must not commit."""
-    started = {(line.event_id, line.attempt): line.at for line in lines if line.what == START}
+    started = {(line.event_id, line.attempt): line.at for line in lines if line.what in (START, BATCH_START)}
     ended = ((line.event_id, line.attempt, line.at) for line in lines if line.what == END)
     return sum(started.get((event_id, attempt + 1), at) < at for event_id, attempt, at in ended)
 

@@ -81,6 +81,7 @@ class _Sort:
 
 
 _SYNC: Final = "invoice.paid"
+_BATCHED: Final = "checkout.session.completed"
 _OF_ONE_BUILD: Final = (ADDED, DROPPED)
 _SORTS: Final = (
     _Sort(70, "plain"),
@@ -97,6 +98,10 @@ _SORTS: Final = (
     # Longer than the lease: there is always a handler to freeze, cut off and take over.
     _Sort(20, "slow", parameters=(("seconds", 1.2),)),
     _Sort(14, "slow", _SYNC, parameters=(("seconds", 1.6),)),
+    _Sort(40, "plain", _BATCHED),
+    _Sort(8, "fail", _BATCHED, parameters=(("until", 1),)),
+    _Sort(8, "slow", _BATCHED, parameters=(("seconds", 1.2),)),
+    _Sort(1, "die", _BATCHED, parameters=(("until", 1),)),
     _Sort(4, "permanent", expected=Status.DEAD),
     _Sort(4, "swallow", parameters=(("until", 1),)),
     _Sort(2, "hang", parameters=(("until", 1),)),

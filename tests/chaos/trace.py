@@ -12,14 +12,17 @@ clock, which is the same in every process: the action happened between `began` a
 import functools
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import orjson
 
+from firstclaim.event import Event
+from firstclaim.inbox import batch_attempt
 from firstclaim.inbox.attempt import Attempt
+from firstclaim.inbox.batch_ledger import BatchLedger
 from firstclaim.inbox.handler_call import HandlerCall
 from firstclaim.inbox.ledger import Claim, Ledger
 from firstclaim.inbox.lock import Lock, LockReply
@@ -34,6 +37,10 @@ HOLD: Final = "hold"  # the handler transaction has the lock on the row: from he
 START: Final = "start"  # the handler is about to be called
 OUTSIDE: Final = "outside"  # the handler's call to another system: the line is the effect
 END: Final = "end"  # the handler returned or raised
+# The same of a batch: for each of its events a line. If the batch fails, the same attempt goes on alone.
+BATCH_HOLD: Final = "batch hold"
+BATCH_START: Final = "batch start"
+BATCH_END: Final = "batch end"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +92,9 @@ def arm(environ: Mapping[str, str]) -> None:
     _note_after(Ledger, "claim", file, _claimed)
     _note_after(Ledger, "take_over", file, _taken_over)
     _note_after(Ledger, "hold", file, _held)
+    _note_after(BatchLedger, "hold", file, _held_together)
     _note_around_the_handler(file)
+    _note_around_the_batch_handler(file)
 
 
 Note = Callable[[tuple[Any, ...], Any], Iterator[Line]]
@@ -125,6 +134,29 @@ def _held(arguments: tuple[Any, ...], held: object) -> Iterator[Line]:
     claim: Claim = arguments[1]
     if held is not None:
         yield Line.of(HOLD, claim.event_id, claim.attempt)
+
+
+def _held_together(arguments: tuple[Any, ...], held: tuple[object, set[str]]) -> Iterator[Line]:
+    for claim in arguments[1]:
+        if claim.event_id in held[1]:
+            yield Line.of(BATCH_HOLD, claim.event_id, claim.attempt)
+
+
+def _note_around_the_batch_handler(file: Path) -> None:
+    whole = vars(batch_attempt)["call_batch_handler"]
+
+    @functools.wraps(whole)
+    async def wrapped(call: HandlerCall, events: Sequence[Event], attempts: Mapping[str, int], *arguments: Any) -> Any:
+        began = time.monotonic_ns()
+        for event in events:
+            Line.of(BATCH_START, event.id, attempts[event.id]).append(file)
+        try:
+            return await whole(call, events, attempts, *arguments)
+        finally:
+            for event in events:
+                Line.of(BATCH_END, event.id, attempts[event.id], began).append(file)
+
+    vars(batch_attempt)["call_batch_handler"] = wrapped
 
 
 def _note_around_the_handler(file: Path) -> None:

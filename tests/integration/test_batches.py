@@ -1,18 +1,24 @@
 """Batch handlers on real stores: what gathers together commits together, and what fails, fails alone."""
 
 import asyncio
+import random
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from sqlalchemy import text
 
-from firstclaim import BatchContext, Event, Permanent, Retry
+from firstclaim import BatchContext, Context, Event, Permanent, Retry
 from firstclaim.event import Delivery
+from firstclaim.handlers.invoices import record_payment_failures
 from firstclaim.inbox.lanes import MAX_EVENTS, MAX_LANES, Lanes
+from firstclaim.inbox.slots import Place
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.postgres.connection import PinnedConnection
+from firstclaim.postgres.handler_connections import HandlerConnection
+from firstclaim.postgres.statement import Statement
 from firstclaim.status import Status
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import World, delivery, due, effects, until
@@ -223,15 +229,13 @@ async def test_what_was_taken_over_leaves_the_batch(make_world: MakeWorld) -> No
     given = deliveries(3)
     waiting = [asyncio.create_task(world.pipeline.deliver(each)) for each in given]
 
-    async def claimed() -> bool:
-        return len(lanes(world)._waiting) + len(given) > 3 and await _claimed(world, given)
-
     await until(lambda: _claimed(world, given))
     await world.change(ids(given)[1], attempt=2)  # another process has taken it over
     opened.set()
     outcomes = [await each for each in waiting]
     await first
     assert [each.kind for each in outcomes] == [Kind.PROCESSED, Kind.DUPLICATE, Kind.PROCESSED]
+    assert seen.sizes == [1, 2]
     assert [await world.effects(event_id) for event_id in ids(given)] == [1, 0, 1]
     assert await world.status(ids(given)[1]) is Status.PROCESSING
 
@@ -260,6 +264,24 @@ async def test_what_has_failed_or_was_abandoned_goes_alone(make_world: MakeWorld
     await until(settled)
     assert [suspect] in seen.batches
     assert sorted(map(len, seen.batches)) == [1, 5]
+
+
+async def test_an_abandoned_event_does_not_join(make_world: MakeWorld) -> None:
+    """However a claim comes to the lanes: an event that was abandoned before goes alone."""
+    seen = Recorder()
+    world = await make_world(batch_handlers={"*": seen.handler})
+    given = deliveries(3)
+    claims = [await world.claim(each) for each in given]
+    claims[1] = replace(claims[1], abandoned=1)
+    places = lanes(world).places
+    outcomes = await asyncio.gather(
+        *(
+            lanes(world).run(claim, each.event, Place(places, for_delivery=True))
+            for claim, each in zip(claims, given, strict=True)
+        )
+    )
+    assert {each.kind for each in outcomes} == {Kind.PROCESSED}
+    assert sorted(map(sorted, seen.batches)) == sorted([[ids(given)[1]], sorted([ids(given)[0], ids(given)[2]])])
 
 
 # -- failures -----------------------------------------------------------------------------------------
@@ -424,12 +446,14 @@ async def test_a_deadlock_is_tried_again_at_half_the_size(make_world: MakeWorld)
     assert {(await world.row(event_id))["failures"] for event_id in ids(given)} == {0}
 
 
-async def test_an_own_commit_kills_the_whole_batch(make_world: MakeWorld) -> None:
+@pytest.mark.parametrize("statements", [["COMMIT"], ["COMMIT", "BEGIN"]], ids=" ".join)
+async def test_an_own_commit_kills_the_whole_batch(make_world: MakeWorld, statements: list[str]) -> None:
     """What the handler committed is kept, so no event of the batch may be tried again by itself."""
 
     async def work(events: list[Event], context: BatchContext) -> None:
         await effects(events, context)
-        await context.fetch("COMMIT")
+        for statement in statements:
+            await context.fetch(statement)
 
     seen = Recorder(work)
     world = await make_world(batch_handlers={"*": seen.handler})
@@ -498,13 +522,82 @@ async def test_what_waits_for_half_its_lease_is_released(make_world: MakeWorld) 
         await opened.wait()
 
     seen = Recorder(work)
-    world = await make_world(batch_handlers={"*": seen.handler}, handler_slots=1, lease_seconds=1.0)
-    first = asyncio.create_task(world.pipeline.deliver(delivery()))
-    await until(lambda: _reached(seen.batches, 1))
+    world = await make_world(batch_handlers={"*": seen.handler}, lease_seconds=1.0)
+    running = []
+    for count in range(1, MAX_LANES + 1):
+        running.append(asyncio.create_task(world.pipeline.deliver(delivery())))
+        await until(lambda count=count: _reached(seen.batches, count))  # type: ignore[misc]
     given = deliveries(2)
     assert {each.kind for each in await deliver(world, given)} == {Kind.DEFERRED}
     for event_id in ids(given):
         row = await world.row(event_id)
         assert (row["status"], row["failures"], row["abandoned"]) == ("pending", 0, 0)
     opened.set()
+    await asyncio.gather(*running)
+
+
+async def test_a_batch_that_gets_no_slot_is_released(make_world: MakeWorld) -> None:
+    """The same of a batch whose lane waits for a slot, because other handlers have them all."""
+    opened = asyncio.Event()
+
+    async def busy(event: Event, context: Context) -> None:
+        await opened.wait()
+
+    seen = Recorder()
+    world = await make_world({"charge.refunded": busy}, {"*": seen.handler}, handler_slots=1, lease_seconds=1.0)
+    first = asyncio.create_task(world.pipeline.deliver(delivery(type="charge.refunded")))
+    await until(lambda: _running(world))
+    given = deliveries(3)
+    assert {each.kind for each in await deliver(world, given)} == {Kind.DEFERRED}
+    assert {await world.status(event_id) for event_id in ids(given)} == {Status.PENDING}
+    assert seen.sizes == []
+    opened.set()
     await first
+
+
+# -- a COMMIT whose answer is lost, and two processes -------------------------------------------------
+
+
+@pytest.mark.parametrize("arrived", [True, False], ids=["committed", "lost"])
+async def test_an_unknown_commit_is_settled_row_by_row(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, arrived: bool
+) -> None:
+    """The guarded update says of each row what became of it: nothing is done twice, and nothing is promised wrongly."""
+    commit = HandlerConnection.commit
+
+    async def lost(connection: HandlerConnection, last: Statement, **values: object) -> None:
+        if arrived:
+            await commit(connection, last, **values)
+        raise ConnectionResetError
+
+    world = await make_world(batch_handlers={"*": effects})
+    given = deliveries(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(HandlerConnection, "commit", lost)
+        outcomes = await deliver(world, given)
+    assert {each.kind for each in outcomes} == {Kind.PROCESSED if arrived else Kind.FAILED}
+    for event_id in ids(given):
+        assert await world.status(event_id) is (Status.COMPLETED if arrived else Status.FAILED)
+        assert await world.effects(event_id) == (1 if arrived else 0)
+        assert (await world.value(event_id) is None) is not arrived
+
+
+async def test_two_processes_over_the_same_invoices(make_world: MakeWorld) -> None:
+    """The shipped handler sorts its keys: batches of two processes that meet at the same invoices do not deadlock."""
+    handler = Recorder(record_payment_failures)
+    worlds = [await make_world(batch_handlers={"*": handler.handler}) for _ in range(2)]
+    invoices = [f"in_{number}" for number in range(20)]
+
+    def shuffled(count: int) -> list[Delivery]:
+        return [
+            delivery(data={"object": {"id": invoice, "attempt_count": count}})
+            for invoice in random.sample(invoices, len(invoices))
+        ]
+
+    for count in range(1, 6):
+        outcomes = await asyncio.gather(*(deliver(world, shuffled(count)) for world in worlds))
+        assert {each.kind for some in outcomes for each in some} == {Kind.PROCESSED}
+    counts = await worlds[0].database.fetch("SELECT DISTINCT attempt_count FROM payment_failures")
+    assert [row["attempt_count"] for row in counts] == [5]
+    failed = "SELECT count(*) FROM firstclaim.stripe_events WHERE failures > 0 OR attempt > 1"
+    assert await worlds[0].database.fetchval(failed) == 0
