@@ -1,4 +1,4 @@
-"""Batches under faults: a poison event, a killed process and a handler's own COMMIT, each in the middle of others."""
+"""Row 47: batches under faults: a poison event, a killed process and a handler's own COMMIT, each in the middle of others."""
 
 import asyncio
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ def batched(history: History) -> set[str]:
     return {line.event_id for line in trace.read(history.trace) if line.what == trace.BATCH_START}
 
 
-async def test_a_poison_event_in_a_batch(history: History, tmp_path: Path) -> None:
+async def test_row_47_a_poison_event_in_a_batch(history: History, tmp_path: Path) -> None:
     """It fails alone, and is charged alone; the others are processed at their first attempt, with one effect each."""
     service = await history.service(ONE_SLOT).start()
     poison, others = sample("fail", BATCHED, until=1), [sample(type=BATCHED) for _ in range(8)]
@@ -52,7 +52,7 @@ async def test_a_poison_event_in_a_batch(history: History, tmp_path: Path) -> No
     await verdict(history)
 
 
-async def test_killed_in_a_batch(history: History, tmp_path: Path) -> None:
+async def test_row_47_killed_in_a_batch(history: History, tmp_path: Path) -> None:
     """The batch counts as abandoned, and its events come back one at a time: the one that kills stays alone."""
     doomed = await history.service(ONE_SLOT).start()
     poison, others = sample("die", BATCHED, until=1), [sample(type=BATCHED) for _ in range(6)]
@@ -69,7 +69,7 @@ async def test_killed_in_a_batch(history: History, tmp_path: Path) -> None:
     await verdict(history)
 
 
-async def test_an_own_commit_in_a_batch(history: History, tmp_path: Path) -> None:
+async def test_row_47_an_own_commit_in_a_batch(history: History, tmp_path: Path) -> None:
     """Every event of the batch is dead, with the rule's name and the effect that was committed; none runs again."""
     service = await history.service(ONE_SLOT).start()
     rogue, others = sample("raw_commit", BATCHED), [sample(type=BATCHED) for _ in range(6)]
