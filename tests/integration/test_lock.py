@@ -1,7 +1,7 @@
 """The lock: one table of replies, on a real server; then every way Redis can be away."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -79,36 +79,31 @@ def commands(lock: Lock) -> list[str]:
     """The name of every command that the lock sends, from here on."""
     sent: list[str] = []
 
-    async def note(packed: Sequence[bytes]) -> None:
-        sent.extend(map(name_of, packed))
+    async def note(name: str) -> None:
+        sent.append(name)
 
-    before_each_round_trip(lock, note)
+    before_each_command(lock, note)
     return sent
 
 
 def before(lock: Lock, command: str, act: Callable[[], Awaitable[object]]) -> None:
-    """Have `act` happen in Redis before each round trip that holds `command`."""
+    """Have `act` happen in Redis before each `command`."""
 
-    async def act_first(packed: Sequence[bytes]) -> None:
-        if command in map(name_of, packed):
+    async def act_first(name: str) -> None:
+        if name == command:
             await act()
 
-    before_each_round_trip(lock, act_first)
+    before_each_command(lock, act_first)
 
 
-def before_each_round_trip(lock: Lock, act: Callable[[Sequence[bytes]], Awaitable[object]]) -> None:
-    send = lock._commands._run
+def before_each_command(lock: Lock, act: Callable[[str], Awaitable[object]]) -> None:
+    execute = lock._execute
 
-    async def late(packed: Sequence[bytes]) -> Sequence[Any]:
-        await act(packed)
-        return await send(packed)
+    async def late(name: str, *arguments: str | bytes | int) -> Any:
+        await act(name)
+        return await execute(name, *arguments)
 
-    lock._commands._run = late
-
-
-def name_of(packed: bytes) -> str:
-    """Of a command as it goes over the wire."""
-    return packed.split(b"\r\n")[2].decode()
+    lock._execute = late  # type: ignore[method-assign]
 
 
 # -- the table ----------------------------------------------------------------------------------------
@@ -369,11 +364,11 @@ class Server:
 
 
 @asynccontextmanager
-async def listening(server: Server, timeout_seconds: float = 2) -> AsyncIterator[Redis]:
+async def listening(server: Server, timeout_seconds: float = 2, database: int = 0) -> AsyncIterator[Redis]:
     """A client as the service makes it, of that server."""
     listener = await asyncio.start_server(server.serve, "127.0.0.1", 0)
     port = listener.sockets[0].getsockname()[1]
-    async with listener, connect(f"redis://127.0.0.1:{port}", timeout_seconds=timeout_seconds) as client:
+    async with listener, connect(f"redis://127.0.0.1:{port}/{database}", timeout_seconds=timeout_seconds) as client:
         yield client
         while _made:
             await _made.pop().close()
@@ -544,7 +539,7 @@ async def test_a_connection_closed_while_idle_is_opened_again() -> None:
         server.connections[0].close()
 
         async def closed() -> bool:
-            return bool(await lock._connection.can_read())
+            return not lock._commands.connected
 
         await until(closed)
         assert await lock.acquire("evt_2", TOKEN, EPOCH) is LockReply.HELD
@@ -555,7 +550,8 @@ async def test_a_slow_line_is_not_away() -> None:
     """To connect takes several round trips: each of them may take the timeout, as each batch may afterwards."""
     server = Server()
     server.reply, server.pause_seconds = b"$-1\r\n", 0.6
-    async with listening(server, timeout_seconds=1) as client:
+    server.replies = {"SELECT": b"+OK\r\n"}
+    async with listening(server, timeout_seconds=1, database=1) as client:
         assert await make(client).acquire(ID, TOKEN, EPOCH) is LockReply.HELD
 
 

@@ -38,7 +38,7 @@ async def write_markers(redis: Redis, count: int) -> list[str]:
         for start in range(0, count, _BATCH):
             await asyncio.gather(*(_mark(lock, event_id) for event_id in ids[start : start + _BATCH]))
     finally:
-        await lock._connection.disconnect()
+        await lock._commands.close()
     return [defaults.redis_prefix + event_id for event_id in ids]
 
 

@@ -158,25 +158,17 @@ MUTANTS = (
     Mutant(
         "a-lost-command-is-sent-again",
         "A command whose reply was lost is not sent again: our own lock would look like another's.",
-        "Lock._send",
-        "return [await self._reply() for _ in commands]",
-        (
-            "try:\n"
-            "    return [await self._reply() for _ in commands]\n"
-            "except (RedisError, OSError):\n"
-            "    await self._connection.disconnect(nowait=True)\n"
-            "    await self._connect()\n"
-            "    await self._connection.send_packed_command(commands, check_health=False)\n"
-            "    return [await self._reply() for _ in commands]"
-        ),
+        "Lock._execute",
+        "reply = await self._commands.call(hiredis.pack_command((name, *arguments)))",
+        "try:\n    reply = await self._commands.call(hiredis.pack_command((name, *arguments)))\nexcept (RedisError, OSError):\n    reply = await self._commands.call(hiredis.pack_command((name, *arguments)))",
         "integration/test_lock.py::test_a_lost_reply_is_not_asked_for_again",
     ),
     Mutant(
         "a-command-is-cancelled",
         "An awaited command is never cancelled: the next command would get its reply.",
-        "Lock._execute",
-        "reply = await self._commands.call(hiredis.pack_command((name, *arguments)))",
-        "[reply] = await self._send([hiredis.pack_command((name, *arguments))])",
+        "RedisCommands._received",
+        "future = self._sent.popleft()",
+        "while self._sent[0].done():\n    self._sent.popleft()\nfuture = self._sent.popleft()",
         "integration/test_lock.py::test_a_command_under_way_is_never_cancelled",
     ),
     Mutant(
@@ -198,41 +190,41 @@ MUTANTS = (
     Mutant(
         "redis-without-a-timeout",
         "A Redis that does not answer is unreachable after the timeout.",
-        "Lock._send",
-        "asyncio.timeout(self._timeout_seconds)",
-        "asyncio.timeout(None)",
+        "RedisCommands._send",
+        "loop.call_later(self._timeout_seconds, self._fail, TimeoutError())",
+        "loop.call_later(3600, self._fail, TimeoutError())",
         "integration/test_lock.py::test_a_frozen_server_is_away",
     ),
     Mutant(
         "connecting-is-one-round-trip",
         "The timeout is that of each step of connecting, not of all steps together.",
-        "Lock._send",
-        "await self._connect()\nasync with asyncio.timeout(self._timeout_seconds):\n    ...",
-        "async with asyncio.timeout(self._timeout_seconds):\n    await self._connect()\n    ...",
+        "RedisCommands._connect",
+        "await connection.connect()",
+        "await asyncio.wait_for(connection.connect(), self._timeout_seconds)",
         "integration/test_lock.py::test_a_slow_line_is_not_away",
     ),
     Mutant(
         "each-batch-waits",
         "An outage costs all concurrent callers one timeout together, however many batches they are.",
-        "Lock._send",
-        "self._commands.refuse_waiting(error)",
-        "",
+        "RedisCommands._fail",
+        "failed = [*self._sent, *(reply for _, reply in self._waiting)]\nself._sent.clear()\nself._waiting.clear()",
+        "failed = [*self._sent]\nself._sent.clear()\nasyncio.get_running_loop().call_soon(self._send)",
         "integration/test_lock.py::test_a_thousand_at_once_wait_for_one_timeout",
     ),
     Mutant(
         "a-late-reply-is-taken",
         "After a timeout the connection is closed: a late reply would go to another command.",
-        "Lock._send",
-        "await self._connection.disconnect(nowait=True)",
+        "RedisCommands._fail",
+        "transport, self._transport = self._transport, None\nif transport is not None:\n    ...",
         "",
         "integration/test_lock.py::test_a_late_reply_is_nobodys",
     ),
     Mutant(
         "closed-while-idle-is-an-outage",
         "A connection that was closed while idle is opened again.",
-        "Lock._connect",
-        "connection.is_connected and await connection.can_read()",
-        "False",
+        "RedisCommands.connection_lost",
+        "if self._transport is not None:\n    ...",
+        "",
         "integration/test_lock.py::test_a_connection_closed_while_idle_is_opened_again",
     ),
     Mutant(

@@ -10,9 +10,8 @@ Only silence and refusals (OOM, READONLY, NOPERM, ...) open the breaker. Any oth
 one key: otherwise a single key of another type would keep the breaker open for all events.
 """
 
-import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from enum import Enum, auto
 from typing import Any
@@ -27,8 +26,8 @@ from redis.exceptions import RedisError, ResponseError
 from redis.maint_notifications import MaintNotificationsConfig
 
 from firstclaim.errors import LockUnavailable
-from firstclaim.inbox.batcher import Batcher
 from firstclaim.inbox.lock_token import new_token
+from firstclaim.inbox.redis_commands import RedisCommands
 from firstclaim.observability import metrics
 
 log = structlog.get_logger(__name__)
@@ -37,7 +36,7 @@ _CLAIMED = b"claimed:"
 _RECORDED = b"recorded:"
 # ValueError: the client raises it over an error reply that it cannot parse (a malformed MOVED).
 _UNREACHABLE_ERRORS = (RedisError, OSError, TimeoutError, ValueError)
-_MAX_BATCH = 200  # commands in one write; all their replies are awaited together, so a larger batch would be late
+_MAX_BATCH = 200  # commands in one write
 
 _REPLIES: dict[str, tuple[type, ...]] = {
     "SET": (bytes, type(None)),
@@ -113,8 +112,8 @@ class Lock:
         self._redis = redis
         # One connection for all concurrent commands, without the client's pool and pipeline: these took more time than
         # Redis itself.
-        self._connection = redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
-        self._timeout_seconds: float = self._connection.socket_timeout
+        connection = redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+        self._commands = RedisCommands(connection, timeout_seconds=connection.socket_timeout, max_batch=_MAX_BATCH)
         self._prefix = prefix
         self._lock_ttl_ms = round(lock_ttl_seconds * 1000)
         self._marker_ttl_ms = round(marker_ttl_seconds * 1000)
@@ -122,7 +121,6 @@ class Lock:
         self._tripped = False
         self._open_until = 0.0
         self._probe_all = False  # a command other than SET was refused: a SET that is accepted proves nothing
-        self._commands = Batcher(self._send, max_items=_MAX_BATCH)
 
     @property
     def unreachable(self) -> bool:
@@ -203,7 +201,7 @@ class Lock:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._connection.disconnect(nowait=True)
+        await self._commands.close()
         await self._redis.aclose()
 
     def _key(self, event_id: str) -> str:
@@ -262,36 +260,6 @@ class Lock:
         if not isinstance(reply, _REPLIES[name]):
             raise _UnexpectedReplyError(f"the reply to {name} has an unexpected type: {type(reply).__name__}")
         return reply
-
-    async def _send(self, commands: Sequence[bytes]) -> Sequence[Any]:
-        """Send all of them in one round trip. If the connection is lost, all fail, and none is sent again."""
-        try:
-            await self._connect()
-            async with asyncio.timeout(self._timeout_seconds):
-                await self._connection.send_packed_command(commands, check_health=False)
-                return [await self._reply() for _ in commands]
-        except BaseException as error:
-            await self._connection.disconnect(nowait=True)  # a late reply would be taken for that of a later command
-            if isinstance(error, Exception):  # refuse the waiting too, or each batch would wait for a timeout
-                self._commands.refuse_waiting(error)
-            raise
-
-    async def _connect(self) -> None:
-        """Connect, unless connected. Each step may take the timeout: on a slow line, connecting is several steps."""
-        connection = self._connection
-        if connection.is_connected and await connection.can_read():  # closed while idle, or an unexpected reply
-            await connection.disconnect(nowait=True)
-        if not connection.is_connected:
-            connection.socket_timeout = self._timeout_seconds
-            await connection.connect()
-            # From now on one timeout covers all replies of a batch. A timeout for each reply cost as much again.
-            connection.socket_timeout = None
-
-    async def _reply(self) -> Any:
-        try:
-            return await self._connection.read_response(disconnect_on_error=False)  # _send does it
-        except ResponseError as error:
-            return error
 
     def _trip(self, error: BaseException, command: str) -> None:
         # Also for OOM, READONLY and NOPERM: the server answers, but it grants no lock.

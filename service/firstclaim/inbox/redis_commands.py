@@ -1,0 +1,148 @@
+"""Commands to Redis over one connection. Those that gather while replies are awaited go together in the next write.
+
+Guarantees: a reply goes to the command that it was sent for, because replies arrive in order. After a timeout, a lost
+connection or a reply that nobody awaits, the connection is closed: a late reply is never taken for that of another
+command. All commands that are sent or waiting fail then, so an outage costs all of them one timeout, and none is sent
+again. A caller that is cancelled disturbs no other: its reply is read and dropped.
+
+A command costs a future, and a batch one timer. The client's own reader took a task, a timeout and a check of the
+connection for each batch: 50 us for a single command, against 14 us. The client still opens the connection.
+"""
+
+import asyncio
+from collections import deque
+from typing import Any, cast
+
+import hiredis
+from redis.asyncio.connection import AbstractConnection, DefaultParser
+from redis.exceptions import ConnectionError as ClosedError
+from redis.exceptions import InvalidResponse, ResponseError
+
+
+class RedisCommands(asyncio.Protocol):
+    """One connection, opened with the first command and again after it was closed.
+
+    `timeout_seconds` applies to each step of connecting, and to all replies of a batch together. A batch has at most
+    `max_batch` commands: their replies are awaited together, so those of a larger one would be late.
+    """
+
+    def __init__(self, connection: AbstractConnection, *, timeout_seconds: float, max_batch: int) -> None:
+        self._connection = connection
+        self._timeout_seconds = timeout_seconds
+        self._max_batch = max_batch
+        self._waiting: deque[tuple[bytes, asyncio.Future[Any]]] = deque()
+        self._sent: deque[asyncio.Future[Any]] = deque()  # their replies are awaited, in this order
+        self._transport: asyncio.Transport | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._replies = _reader()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the connection is open."""
+        return self._transport is not None
+
+    def call(self, command: bytes) -> asyncio.Future[Any]:
+        """The reply to a packed command, to be awaited.
+
+        Raises `ResponseError` for an error reply, and another `RedisError`, `OSError`, `TimeoutError` or `ValueError`
+        if there is no reply.
+        """
+        reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting.append((command, reply))
+        self._send()
+        return reply
+
+    async def close(self) -> None:
+        """Close the connection. What is still awaited fails."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+            await asyncio.wait({self._connecting})
+        self._fail(ClosedError("closed"))
+        await self._connection.disconnect(nowait=True)
+
+    def _send(self) -> None:
+        """Send what is waiting, unless replies are awaited: then it goes with the next batch."""
+        if self._sent or self._connecting is not None or not self._waiting:
+            return
+        loop = asyncio.get_running_loop()
+        if self._transport is None:
+            self._connecting = loop.create_task(self._connect())
+            return
+        batch = [self._waiting.popleft() for _ in range(min(self._max_batch, len(self._waiting)))]
+        self._sent.extend(reply for _, reply in batch)
+        self._timer = loop.call_later(self._timeout_seconds, self._fail, TimeoutError())
+        self._transport.write(b"".join([command for command, _ in batch]))
+
+    async def _connect(self) -> None:
+        """Have the client connect, with all that belongs to it (TLS, log in, database), and take its transport."""
+        connection = self._connection
+        try:
+            await connection.disconnect(nowait=True)
+            connection.socket_timeout = self._timeout_seconds
+            await connection.connect()  # type: ignore[no-untyped-call]
+            transport = cast(asyncio.Transport, cast(asyncio.StreamWriter, connection._writer).transport)  # noqa: SLF001
+            transport.set_protocol(self)
+            self._transport, self._replies = transport, _reader()
+        except Exception as error:  # noqa: BLE001  (raised to every caller)
+            self._fail(error)
+        finally:
+            self._connecting = None
+        self._send()
+
+    def _fail(self, error: BaseException) -> None:
+        """Close the connection, and raise `error` to all callers."""
+        self._clear_timer()
+        transport, self._transport = self._transport, None
+        if transport is not None:
+            transport.abort()
+        failed = [*self._sent, *(reply for _, reply in self._waiting)]
+        self._sent.clear()
+        self._waiting.clear()
+        for reply in failed:
+            if not reply.done():
+                reply.set_exception(error)
+
+    def _clear_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    # -- callbacks of the transport -------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """Received replies, or a part of one."""
+        if self._transport is None:  # given up
+            return
+        self._replies.feed(data)
+        try:
+            while (reply := self._replies.gets()) is not False:
+                self._received(reply)
+        except Exception as error:  # noqa: BLE001  (no reply of Redis', or one that the client cannot read)
+            self._fail(error)
+        if not self._sent:
+            self._clear_timer()
+            self._send()
+
+    def _received(self, reply: Any) -> None:
+        """Give the reply to its command. Raises what ends the connection."""
+        if isinstance(reply, Exception) and not isinstance(reply, ResponseError):
+            raise reply  # to log in again may help
+        if not self._sent:
+            raise InvalidResponse("a reply to no command")
+        future = self._sent.popleft()
+        if future.done():  # cancelled
+            return
+        if isinstance(reply, Exception):
+            future.set_exception(reply)
+        else:
+            future.set_result(reply)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The server, or the network, has closed the connection."""
+        if self._transport is not None:  # else: by us, and another one may be open by now
+            self._fail(exc or ClosedError("closed by the server"))
+
+
+def _reader() -> hiredis.Reader:
+    return hiredis.Reader(protocolError=InvalidResponse, replyError=DefaultParser.parse_error)
