@@ -160,15 +160,20 @@ MUTANTS = (
         "A command whose reply was lost is not sent again: our own lock would look like another's.",
         "Lock._execute",
         "reply = await self._commands.call(hiredis.pack_command((name, *arguments)))",
-        "try:\n    reply = await self._commands.call(hiredis.pack_command((name, *arguments)))\nexcept (RedisError, OSError):\n    reply = await self._commands.call(hiredis.pack_command((name, *arguments)))",
+        (
+            "try:\n"
+            "    reply = await self._commands.call(hiredis.pack_command((name, *arguments)))\n"
+            "except (RedisError, OSError):\n"
+            "    reply = await self._commands.call(hiredis.pack_command((name, *arguments)))"
+        ),
         "integration/test_lock.py::test_a_lost_reply_is_not_asked_for_again",
     ),
     Mutant(
         "a-command-is-cancelled",
         "An awaited command is never cancelled: the next command would get its reply.",
         "RedisCommands._received",
-        "future = self._sent.popleft()",
-        "while self._sent[0].done():\n    self._sent.popleft()\nfuture = self._sent.popleft()",
+        "self._answered.append((self._sent.popleft(), reply))",
+        "while self._sent[0].done():\n    self._sent.popleft()\nself._answered.append((self._sent.popleft(), reply))",
         "integration/test_lock.py::test_a_command_under_way_is_never_cancelled",
     ),
     Mutant(

@@ -1,4 +1,5 @@
-"""Commands to Redis over one connection. Those that gather while replies are awaited go together in the next write.
+"""Commands to Redis over one connection. Those of one turn of the event loop go together in one write, and so do those
+that gather while replies are awaited.
 
 Guarantees: a reply goes to the command that it was sent for, because replies arrive in order. After a timeout, a lost
 connection or a reply that nobody awaits, the connection is closed: a late reply is never taken for that of another
@@ -32,6 +33,9 @@ class RedisCommands(asyncio.Protocol):
         self._max_batch = max_batch
         self._waiting: deque[tuple[bytes, asyncio.Future[Any]]] = deque()
         self._sent: deque[asyncio.Future[Any]] = deque()  # their replies are awaited, in this order
+        # The replies of a batch are given out together: so deliveries that came together go on together, and share
+        # their round trips to Postgres too.
+        self._answered: list[tuple[asyncio.Future[Any], Any]] = []
         self._transport: asyncio.Transport | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -50,7 +54,8 @@ class RedisCommands(asyncio.Protocol):
         """
         reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append((command, reply))
-        self._send()
+        if len(self._waiting) == 1:  # those of the same turn of the event loop go together
+            reply.get_loop().call_soon(self._send)
         return reply
 
     async def close(self) -> None:
@@ -99,6 +104,7 @@ class RedisCommands(asyncio.Protocol):
         failed = [*self._sent, *(reply for _, reply in self._waiting)]
         self._sent.clear()
         self._waiting.clear()
+        self._give_out()
         for reply in failed:
             if not reply.done():
                 reply.set_exception(error)
@@ -122,21 +128,27 @@ class RedisCommands(asyncio.Protocol):
             self._fail(error)
         if not self._sent:
             self._clear_timer()
+            self._give_out()
             self._send()
 
     def _received(self, reply: Any) -> None:
-        """Give the reply to its command. Raises what ends the connection."""
+        """Note the reply to the next command. Raises what ends the connection."""
         if isinstance(reply, Exception) and not isinstance(reply, ResponseError):
             raise reply  # to log in again may help
         if not self._sent:
             raise InvalidResponse("a reply to no command")
-        future = self._sent.popleft()
-        if future.done():  # cancelled
-            return
-        if isinstance(reply, Exception):
-            future.set_exception(reply)
-        else:
-            future.set_result(reply)
+        self._answered.append((self._sent.popleft(), reply))
+
+    def _give_out(self) -> None:
+        """Give the replies to their callers, unless they are cancelled."""
+        answered, self._answered = self._answered, []
+        for future, reply in answered:
+            if future.done():
+                continue
+            if isinstance(reply, Exception):
+                future.set_exception(reply)
+            else:
+                future.set_result(reply)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The server, or the network, has closed the connection."""
