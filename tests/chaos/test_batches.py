@@ -1,4 +1,4 @@
-"""Row 47: batches under faults: a poison event, a killed process and a handler's own COMMIT, each in the middle of others."""
+"""Row 47: a poison event, a killed process and a handler's own COMMIT, each in the middle of a batch."""
 
 import asyncio
 from collections.abc import Sequence

@@ -522,7 +522,7 @@ async def test_what_waits_for_half_its_lease_is_released(make_world: MakeWorld) 
         await opened.wait()
 
     seen = Recorder(work)
-    world = await make_world(batch_handlers={"*": seen.handler}, lease_seconds=1.0)
+    world = await make_world(batch_handlers={"*": seen.handler}, lease_seconds=1.0, answer_budget_seconds=3.0)
     running = []
     for count in range(1, MAX_LANES + 1):
         running.append(asyncio.create_task(world.pipeline.deliver(delivery())))
@@ -544,7 +544,9 @@ async def test_a_batch_that_gets_no_slot_is_released(make_world: MakeWorld) -> N
         await opened.wait()
 
     seen = Recorder()
-    world = await make_world({"charge.refunded": busy}, {"*": seen.handler}, handler_slots=1, lease_seconds=1.0)
+    world = await make_world(
+        {"charge.refunded": busy}, {"*": seen.handler}, handler_slots=1, lease_seconds=1.0, answer_budget_seconds=3.0
+    )
     first = asyncio.create_task(world.pipeline.deliver(delivery(type="charge.refunded")))
     await until(lambda: _running(world))
     given = deliveries(3)
