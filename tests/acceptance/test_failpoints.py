@@ -28,9 +28,9 @@ def test_a_named_point_is_wrapped_alone(name: str, tmp_path: Path) -> None:
 
 def test_several_points_at_once(tmp_path: Path) -> None:
     """Points named together are wrapped together, two of one method as well, and undone together."""
-    disarm = failpoints.arm({"TEST_FAILPOINT": "insert,found,mark", "TEST_FAILPOINT_FOLDER": str(tmp_path)})
+    disarm = failpoints.arm({"TEST_FAILPOINT": "insert,found,handler", "TEST_FAILPOINT_FOLDER": str(tmp_path)})
     try:
-        assert failpoints.wrapped_points() == ["insert", "found", "mark"]
+        assert failpoints.wrapped_points() == ["insert", "found", "handler"]
     finally:
         disarm()
     assert failpoints.wrapped_points() == []
