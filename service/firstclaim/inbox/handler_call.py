@@ -113,9 +113,10 @@ class HandlerCall:
             raise HandlerRuleBroken("a handler must not end by cancelling itself")
         if (error := work.exception()) is not None and not is_a(error, Exception):
             raise _forbidden(error)
+        result = work.result()
         if forgotten:
             raise HandlerRuleBroken(_NEVER_AWAITED.format(", ".join(forgotten)))
-        return work.result()
+        return result
 
     def _has_returned(self, _work: asyncio.Future[Any]) -> None:
         if not self._over.done():
