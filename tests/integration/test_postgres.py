@@ -103,6 +103,17 @@ async def test_read_committed_is_pinned(database_url: str, admin: PinnedConnecti
             assert await fetch_value(pool, "SHOW transaction_isolation") == "read committed"
 
 
+@pytest.mark.parametrize(("value", "pinned"), [("error", "warning"), ("debug1", "debug1")])
+async def test_warnings_are_sent(database_url: str, admin: PinnedConnection, value: str, pinned: str) -> None:
+    """Where the database keeps warnings back, a COMMIT whose wait was cancelled would look like any other."""
+    await configure(admin, f"client_min_messages = {value}")
+    async with opened(database_url) as (pool, _):
+        assert await fetch_value(pool, "SHOW client_min_messages") == pinned
+        async with pool.acquire(TIMEOUT_SECONDS) as connection:
+            await connection.execute("DO $$ BEGIN RAISE WARNING 'of the server''s'; END $$")
+            assert connection.warnings == 1
+
+
 async def test_a_role_cannot_unpin_it(database_url: str, admin: PinnedConnection) -> None:
     """A role's settings in this database override the database's, but not ours."""
     name = await admin.fetchval("SELECT quote_ident(current_database())")

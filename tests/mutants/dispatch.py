@@ -130,6 +130,14 @@ action = await self._call(call, connection)"""
         "CAST(:synchronous_commit AS text)",
         "integration/test_handler_settings.py::test_a_handler_cannot_weaken_its_commit",
     ),
+    TextMutant(
+        "the-handler-keeps-warnings-back",
+        "The warning that the wait of its COMMIT was cancelled is sent, whatever the handler has set.",
+        "COMPLETE",
+        "set_config('client_min_messages', 'warning', true)",
+        "''",
+        "integration/test_handler_settings.py::test_a_handler_cannot_weaken_its_commit",
+    ),
     # -- a handler that ends its transaction
     Mutant(
         "handler-may-commit",

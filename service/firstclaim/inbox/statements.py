@@ -181,13 +181,15 @@ SELECT pg_current_xact_id()::text AS xid,
 """)
 
 # The completion mark, the last statement before COMMIT. If the transaction id differs, the handler has ended its
-# transaction. Its COMMIT is as durable as `HOLD` has asked for, whatever the handler has set.
+# transaction. Whatever the handler has set, its COMMIT is as durable as `HOLD` has asked for, and the server warns if the
+# wait for the standby is cancelled.
 COMPLETE = statement("""
 UPDATE firstclaim.stripe_events
    SET status = 'completed', action = :action, last_error = NULL, settled_at = clock_timestamp()
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
    AND pg_current_xact_id()::text = :xid
-RETURNING set_config('synchronous_commit', :synchronous_commit, true)
+RETURNING set_config('synchronous_commit', :synchronous_commit, true),
+          set_config('client_min_messages', 'warning', true)
 """)
 
 
