@@ -181,8 +181,8 @@ SELECT pg_current_xact_id()::text AS xid,
 """)
 
 # The completion mark, the last statement before COMMIT. If the transaction id differs, the handler has ended its
-# transaction. Whatever the handler has set, its COMMIT is as durable as `HOLD` has asked for, and the server warns if the
-# wait for the standby is cancelled.
+# transaction. Whatever the handler has set, its COMMIT is as durable as `HOLD` has asked for, and the server warns if
+# its wait for the standby is cancelled.
 COMPLETE = statement("""
 UPDATE firstclaim.stripe_events
    SET status = 'completed', action = :action, last_error = NULL, settled_at = clock_timestamp()
