@@ -48,8 +48,8 @@ MUTANTS = (
         "refused-release-releases",
         "Only an executed statement sets, releases or undoes a savepoint.",
         "HandlerConnection.fetch",
-        "self._pooled.rules.note_statement(sql)",
-        "self._pooled.rules.note_statement(sql); self._pooled.rules.note_executed(sql)",
+        "self._pooled.rules.note_error(error)",
+        "self._pooled.rules.note_error(error); self._pooled.rules.note_executed(sql)",
         "integration/test_dispatch.py::test_a_release_that_is_refused_releases_nothing",
     ),
     Mutant(

@@ -163,19 +163,20 @@ class Pipeline:
             return True
         hung = list(self._slots.hung)
         due = await self._backlog.look(claimable, left_out=hung)
-        chosen = self._backlog.choose(due, claimable)
+        previously_abandoned: list[str] = []
         if self._slots.previously_abandoned_free:
             previously_abandoned = await self._backlog.look(1, abandoned=True, left_out=hung)
-            chosen = previously_abandoned[:1] + chosen[: claimable - len(previously_abandoned[:1])]
+        count = min(claimable, self._slots.claimable)  # deliveries may have taken places during the looks
+        chosen = [*previously_abandoned[:1], *self._backlog.choose(due, count)][:count]
+        places = [Place(self._slots, for_delivery=False) for _ in chosen]
         # In a task of its own, so that claims which are made while recovery is cancelled here are dispatched or
         # released. Otherwise they would count as abandoned when their lease is over.
-        await asyncio.shield(self._spawn(self._take_up(chosen)))
-        self._slots.backlog = len(due) > claimable
+        await asyncio.shield(self._spawn(self._take_up(chosen, places)))
+        self._slots.backlog = len(due) > count
         return self._slots.backlog
 
-    async def _take_up(self, event_ids: Sequence[str]) -> None:
+    async def _take_up(self, event_ids: Sequence[str], places: list[Place]) -> None:
         """Claim these events and dispatch them. Those that cannot be claimed are left out for a lock's TTL."""
-        places = [Place(self._slots, for_delivery=False) for _ in event_ids]
         try:
             claims, held_by_others = await self._claims.recover(event_ids)
             self._backlog.leave_out(held_by_others)
