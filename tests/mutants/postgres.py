@@ -201,7 +201,7 @@ MUTANTS = (
         "epoch.read_epoch",
         "_refused.add(connection)",
         "",
-        "integration/test_postgres.py::test_a_function_that_refuses_is_called_once",
+        "integration/test_postgres.py::test_a_function_that_refuses_is_called_once[raise_exception-1]",
     ),
     Mutant(
         "connections-keep-an-old-epoch",
