@@ -24,8 +24,12 @@ WAITING = "application_name = 'firstclaim' AND wait_event = 'SyncRep'"
 
 
 async def test_row_43_failed_over_while_commits_waited(own: Own, servers: Servers) -> None:
-    """Backends killed and waits cancelled while the standby hangs: a retry is not acknowledged; five failovers."""
+    """Backends killed and waits cancelled while the standby hangs: a retry is not acknowledged; five failovers.
+
+    The server is set to keep warnings back: the one of a cancelled wait must be sent nevertheless.
+    """
     history, primary, standby = own.history, own.postgres, await servers.postgres()
+    await primary.configure(client_min_messages="error")
     async with before_postgres(primary.url) as (address, through):  # the address that a failover moves
         service = await history.service({"DATABASE_URL": through, "postgres_timeout_seconds": 1.5}).start()
         for _ in range(FAILOVERS):

@@ -483,12 +483,56 @@ async def test_a_savepoint_in_sql_takes_its_errors_with_it(world: World, rolls_b
         await context.fetch("savepoint part")
         with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError):
             await refused_by_fetch(context)
-        await context.fetch("rollback to part" if rolls_back else "RELEASE SAVEPOINT part")
+        await context.fetch("rollback work to part" if rolls_back else "RELEASE SAVEPOINT part")
 
     if rolls_back:
         await ends(world, function, Kind.PROCESSED, Status.COMPLETED, effects=1)
     else:
         await fails(world, function, "a handler must not swallow the error")
+
+
+async def test_a_release_that_is_refused_releases_nothing(world: World) -> None:
+    """In an aborted transaction the server refuses a RELEASE: the savepoint is still there to be rolled back to."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        await context.fetch("SAVEPOINT part")
+        with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError):
+            await refused_by_fetch(context)
+        for sql in ("SELECT 1 / 0", "RELEASE part", "ROLLBACK TO part"):
+            with contextlib.suppress(asyncpg.PostgresError):
+                await context.fetch(sql)
+
+    await ends(world, function, Kind.PROCESSED, Status.COMPLETED, effects=1)
+
+
+@pytest.mark.parametrize("rolls_back", [True, False])
+async def test_a_wrong_number_of_arguments_is_no_concurrent_use(world: World, rolls_back: bool) -> None:
+    """The driver's error has the same class: it is named as a refused statement, and undone with its savepoint."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        await context.fetch("SAVEPOINT part")
+        with contextlib.suppress(asyncpg.InterfaceError):
+            await context.fetch("SELECT $1::int + $2::int", 1)
+        if rolls_back:
+            await context.fetch("ROLLBACK TO part")
+
+    if rolls_back:
+        await ends(world, function, Kind.PROCESSED, Status.COMPLETED, effects=1)
+    else:
+        await fails(world, function, "the error of a statement that was not executed: InterfaceError")
+
+
+async def test_a_timeout_around_a_statement_of_sqlalchemys_is_named(world: World) -> None:
+    """SQLAlchemy closes the connection of a cancelled statement: the error names the cancellation, not a close()."""
+
+    async def function(event: Event, context: Context) -> None:
+        await effect(event, context)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(context.connection.execute(text("SELECT pg_sleep(60)")), 0.01)
+
+    await fails(world, function, "the error of a statement that was not executed: CancelledError")
 
 
 async def test_statements_at_once_are_named(world: World) -> None:

@@ -117,16 +117,23 @@ async def test_a_read_only_transaction_is_named(world: World) -> None:
 
 
 async def test_a_handler_cannot_weaken_its_commit(world: World) -> None:
-    """Its COMMIT waits for the disk, also when it has switched that off: the 2xx is no less durable for it."""
+    """Its COMMIT waits for the disk, also when it has switched that off: the 2xx is no less durable for it.
+
+    The warning that its wait for a standby was cancelled is sent, also when it has switched warnings off.
+    """
     await world.database.execute("""
-        CREATE TABLE committed (event_id text, how text);
+        CREATE TABLE committed (event_id text, how text, messages text);
         CREATE FUNCTION note_commit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-            INSERT INTO committed VALUES (NEW.event_id, current_setting('synchronous_commit')); RETURN NULL; END $$;
+            INSERT INTO committed VALUES
+                (NEW.event_id, current_setting('synchronous_commit'), current_setting('client_min_messages'));
+            RETURN NULL; END $$;
         CREATE CONSTRAINT TRIGGER note AFTER INSERT ON effects DEFERRABLE INITIALLY DEFERRED
             FOR EACH ROW EXECUTE FUNCTION note_commit()
     """)
     try:
         await completes(world, "SET LOCAL synchronous_commit = off")
-        assert await world.database.fetchval("SELECT how FROM committed") == "on"
+        await completes(world, "SET client_min_messages = error")
+        rows = await world.database.fetch("SELECT how, messages FROM committed")
+        assert {tuple(row) for row in rows} == {("on", "warning")}
     finally:
         await world.database.execute("DROP TRIGGER note ON effects; DROP FUNCTION note_commit(); DROP TABLE committed")

@@ -409,6 +409,25 @@ async def test_a_session_without_its_block(world: World) -> None:
     await still_works(world)
 
 
+@pytest.mark.parametrize("wrong", [{"xid": None}, {"pid": "seven"}], ids=["server", "driver"])
+async def test_a_swallowed_flush_that_failed_is_a_failure(world: World, wrong: dict[str, Any]) -> None:
+    """The session has rolled back all that was written in it, and nothing says so to a handler that goes on."""
+
+    async def function(event: Event, context: Context) -> None:
+        session = context.session()
+        session.add(one(event))
+        await session.flush()
+        bad = one(event, 2)
+        for name, value in wrong.items():
+            setattr(bad, name, value)
+        session.add(bad)
+        with contextlib.suppress(DBAPIError):
+            await session.flush()
+
+    await fails(world, function, "the handler swallowed an error of its session, which has rolled back")
+    await still_works(world)
+
+
 async def test_a_session_takes_options(world: World) -> None:
     """Those of `AsyncSession`."""
 

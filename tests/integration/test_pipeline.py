@@ -17,6 +17,7 @@ from firstclaim.inbox.ledger import Claim, Ledger, Recorded
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.inbox.recovery import Recovery
+from firstclaim.inbox.slots import Place
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.handler_connections import HandlerConnection
@@ -697,6 +698,34 @@ async def test_recovery_fetches_no_more_than_it_has_slots(make_world: MakeWorld,
     await until(none_left)
     assert await world.pipeline.recover() is False
     assert await world.database.fetchval("SELECT max(failures + abandoned) FROM firstclaim.stripe_events") == 0
+
+
+async def test_recovery_fetches_no_more_than_deliveries_have_left(
+    make_world: MakeWorld, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deliveries that come while recovery looks take all places: it claims nothing, and the process has no more."""
+    world = await make_world({TYPE: gate.handle}, handler_slots=3)
+    for _ in range(10):
+        await world.state_of(delivery(), Status.PENDING)
+    look = world.pipeline._backlog.look
+    taken: list[Place] = []
+
+    async def look_slowly(count: int, **options: Any) -> list[str]:
+        seen = await look(count, **options)
+        while (place := world.slots.reserve()) is not None:
+            taken.append(place)
+        return seen
+
+    monkeypatch.setattr(world.pipeline._backlog, "look", look_slowly)
+    assert await world.pipeline.recover() is True
+    assert len(taken) == 2 * world.slots.size
+    claimed = "SELECT count(*) FROM firstclaim.stripe_events WHERE status = 'processing'"
+    assert await world.database.fetchval(claimed) == 0
+    monkeypatch.undo()
+    for place in taken:
+        place.release()
+    gate.finish.set()
+    assert await world.pipeline.recover() is True
 
 
 async def test_two_recoveries_do_not_double(make_world: MakeWorld) -> None:

@@ -103,6 +103,17 @@ async def test_read_committed_is_pinned(database_url: str, admin: PinnedConnecti
             assert await fetch_value(pool, "SHOW transaction_isolation") == "read committed"
 
 
+@pytest.mark.parametrize(("value", "pinned"), [("error", "warning"), ("debug1", "debug1")])
+async def test_warnings_are_sent(database_url: str, admin: PinnedConnection, value: str, pinned: str) -> None:
+    """Where the database keeps warnings back, a COMMIT whose wait was cancelled would look like any other."""
+    await configure(admin, f"client_min_messages = {value}")
+    async with opened(database_url) as (pool, _):
+        assert await fetch_value(pool, "SHOW client_min_messages") == pinned
+        async with pool.acquire(TIMEOUT_SECONDS) as connection:
+            await connection.execute("DO $$ BEGIN RAISE WARNING 'of the server''s'; END $$")
+            assert connection.warnings == 1
+
+
 async def test_a_role_cannot_unpin_it(database_url: str, admin: PinnedConnection) -> None:
     """A role's settings in this database override the database's, but not ours."""
     name = await admin.fetchval("SELECT quote_ident(current_database())")
@@ -240,15 +251,28 @@ async def test_a_role_without_the_right_is_not_refused(admin: PinnedConnection, 
         await admin.execute(f"RESET ROLE; DROP OWNED BY {role}; DROP ROLE {role}")
 
 
-@pytest.mark.parametrize("state", ["insufficient_privilege", "feature_not_supported"])
-async def test_a_function_that_refuses_is_called_once(admin: PinnedConnection, state: str) -> None:
-    """A function that refuses by itself, as on some managed servers, is called once per connection."""
+@pytest.mark.parametrize(
+    ("state", "calls"),
+    [
+        ("insufficient_privilege", 1),
+        ("feature_not_supported", 1),
+        ("raise_exception", 1),
+        ("internal_error", 1),
+        ("object_not_in_prerequisite_state", 2),
+        ("query_canceled", 2),
+    ],
+)
+async def test_a_function_that_refuses_is_called_once(admin: PinnedConnection, state: str, calls: int) -> None:
+    """A function that refuses by itself, as on some managed servers, is called once per connection.
+
+    One that fails for the moment is called again.
+    """
     await admin.execute(
         "CREATE FUNCTION public.pg_control_system(OUT system_identifier bigint) LANGUAGE plpgsql"
         f" AS $$ BEGIN RAISE {state}; END $$"
     )
     await admin.execute("SET search_path = public, pg_catalog")
-    assert len(await refusals_of(admin)) == 1
+    assert len(await refusals_of(admin)) == calls
 
 
 async def test_without_a_ledger_there_is_no_epoch(empty_url: str) -> None:

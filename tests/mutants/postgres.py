@@ -20,6 +20,14 @@ MUTANTS = (
         "integration/test_postgres.py::test_a_stronger_synchronous_commit_stays",
     ),
     TextMutant(
+        "warnings-are-kept-back",
+        "The server sends its warnings, whatever the role or the database says: a COMMIT may come with one.",
+        "_PIN",
+        "WHEN 'error' THEN 'warning'",
+        "WHEN 'error' THEN 'error'",
+        "integration/test_postgres.py::test_warnings_are_sent[error-warning]",
+    ),
+    TextMutant(
         "a-handler-lowers-synchronous-commit",
         "Each attempt sets `synchronous_commit` to what its connection is pinned to.",
         "HOLD",
@@ -193,7 +201,7 @@ MUTANTS = (
         "epoch.read_epoch",
         "_refused.add(connection)",
         "",
-        "integration/test_postgres.py::test_a_function_that_refuses_is_called_once",
+        "integration/test_postgres.py::test_a_function_that_refuses_is_called_once[raise_exception-1]",
     ),
     Mutant(
         "connections-keep-an-old-epoch",

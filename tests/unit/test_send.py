@@ -16,9 +16,10 @@ import stripe
 from rich.console import Console
 
 import firstclaim
+from firstclaim.errors import ConfigurationError
 from firstclaim.event import parse_event
 from firstclaim.handlers.invoices import payment_failure
-from firstclaim.sending.client import Answer, _client, send, sign
+from firstclaim.sending.client import Answer, _client, check_url, send, sign
 from firstclaim.sending.events import build_event, changed, event_id_of, marked_event, read_event, shipped_types
 from firstclaim.sending.report import exit_code, report
 from tests.fixtures import SECRET, event_body, old_shape_payment_failed, signed
@@ -377,6 +378,59 @@ async def test_what_is_not_a_url_is_refused(url: str) -> None:
     """An invalid `--url` is refused with a sentence before anything is sent, and is never resolved."""
     with pytest.raises(ValueError, match=r"^--url: "):
         await send(url, b"{}", SECRET, 1, lambda _: None)
+
+
+def test_a_part_of_the_address_is_not_shown() -> None:
+    """A password with a slash in it is read as a port: what is wrong is named, and not what stood there."""
+    with pytest.raises(ValueError, match=r"^--url: Invalid port; expected e\.g\. http://") as refused:
+        check_url("http://user:c4n/4ry@host/c4nary")
+    assert "c4n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("HTTPS_PROXY", "socks5://user:c4nary@127.0.0.1:1"),
+        ("HTTPS_PROXY", "foo://user:c4nary@127.0.0.1:1"),
+        ("ALL_PROXY", "http://user:c4nary@127.0.0.1:c4nary"),
+        ("NO_PROXY", "[::c4nary"),
+        ("SSL_CERT_FILE", "/c4nary"),
+        ("SSL_CERT_FILE", __file__),
+    ],
+)
+async def test_an_environment_that_cannot_be_used_is_named(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy or certificates that cannot be used: the variable is named, without its value, and nothing is sent."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ConfigurationError, match=variable) as refused:
+        await send("https://example.invalid/", b"{}", SECRET, 2, lambda _: None)
+    assert "c4nary" not in str(refused.value)
+
+
+async def test_a_proxy_of_the_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be the proxy that cannot be reached, and not the server."""
+    monkeypatch.setenv("HTTPS_PROXY", "http://user:c4nary@127.0.0.1:1")
+    (answer,) = await send("https://example.invalid/c4nary", b"{}", SECRET, 1, lambda _: None)
+    assert answer.error is not None
+    assert "cannot connect to https://example.invalid through the environment's proxy" in answer.error
+    assert "c4nary" not in answer.error
+
+
+async def test_a_server_without_tls_is_named() -> None:
+    """It answers, so nothing says that it cannot be reached: TLS has failed."""
+
+    async def answer_in_plain_text(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer_in_plain_text, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        (answer,) = await send(f"https://127.0.0.1:{port}/", b"{}", SECRET, 1, lambda _: None)
+    assert answer.error is not None
+    assert answer.error.startswith(f"ConnectError: TLS fails with https://127.0.0.1:{port} (")
 
 
 @pytest.mark.parametrize(

@@ -191,14 +191,16 @@ class Pipeline:
             return True
         hung = list(self._slots.hung)
         due = await self._singles.look(claimable, left_out=hung)
-        chosen = self._singles.choose(due, claimable)
+        previously_abandoned: list[str] = []
         if self._slots.previously_abandoned_free:
             previously_abandoned = await self._backlog.look(1, abandoned=True, left_out=hung)
-            chosen = previously_abandoned[:1] + chosen[: claimable - len(previously_abandoned[:1])]
+        count = min(claimable, self._slots.claimable)  # deliveries may have taken places during the looks
+        chosen = [*previously_abandoned[:1], *self._singles.choose(due, count)][:count]
+        places = [Place(self._slots, for_delivery=False) for _ in chosen]
         # In a task of its own, so that claims which are made while recovery is cancelled here are dispatched or
         # released. Otherwise they would count as abandoned when their lease is over.
-        await asyncio.shield(self._spawn(self._take_up(chosen, self._slots, self._singles, self._backlog)))
-        self._slots.backlog = len(due) > claimable
+        await asyncio.shield(self._spawn(self._take_up(chosen, places, self._singles, self._backlog)))
+        self._slots.backlog = len(due) > count
         return self._slots.backlog or any(more)
 
     async def _recover_batched(self, lanes: Lanes) -> bool:
@@ -207,14 +209,15 @@ class Pipeline:
         if not claimable:
             return False  # its places wake recovery
         due = await lanes.backlog.look(claimable, left_out=list(self._slots.hung))
-        chosen = lanes.backlog.choose(due, claimable)
-        await asyncio.shield(self._spawn(self._take_up(chosen, lanes.places, lanes.backlog)))
-        lanes.places.backlog = len(due) > claimable
+        count = min(claimable, lanes.places.claimable)
+        chosen = lanes.backlog.choose(due, count)
+        places = [Place(lanes.places, for_delivery=False) for _ in chosen]
+        await asyncio.shield(self._spawn(self._take_up(chosen, places, lanes.backlog)))
+        lanes.places.backlog = len(due) > count
         return lanes.places.backlog
 
-    async def _take_up(self, event_ids: Sequence[str], slots: Slots, *backlogs: Backlog) -> None:
+    async def _take_up(self, event_ids: Sequence[str], places: list[Place], *backlogs: Backlog) -> None:
         """Claim these events and dispatch them. Those that cannot be claimed are left out for a lock's TTL."""
-        places = [Place(slots, for_delivery=False) for _ in event_ids]
         try:
             claims, held_by_others = await self._claims.recover(event_ids)
             for backlog in backlogs:

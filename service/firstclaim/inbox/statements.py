@@ -183,17 +183,19 @@ SELECT pg_current_xact_id()::text AS xid,
 """)
 
 # The completion mark, the last statement before COMMIT. If the transaction id differs, the handler has ended its
-# transaction. Its COMMIT is as durable as `HOLD` has asked for, whatever the handler has set. COMMIT follows in the
-# same round trip, so the server itself must refuse it if no row is marked: then the cast fails, and aborts the
-# transaction. It depends on the count, so that it is not evaluated when the statement is planned. (`NOT_MARKED`: this
-# error, and the driver's that there is no transaction any more.)
+# transaction. Whatever the handler has set, its COMMIT is as durable as `HOLD` has asked for, and the server warns if
+# its wait for the standby is cancelled. COMMIT follows in the same round trip, so the server itself must refuse it if
+# no row is marked: then the cast fails, and aborts the transaction. It depends on the count, so that it is not
+# evaluated when the statement is planned. (`NOT_MARKED`: this error, and the driver's that there is no transaction any
+# more.)
 COMPLETE = statement("""
 WITH marked AS (
     UPDATE firstclaim.stripe_events
        SET status = 'completed', action = :action, last_error = NULL, settled_at = clock_timestamp()
      WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
        AND pg_current_xact_id()::text = :xid
-    RETURNING set_config('synchronous_commit', :synchronous_commit, true) AS pinned
+    RETURNING set_config('synchronous_commit', :synchronous_commit, true)
+              || set_config('client_min_messages', 'warning', true) AS pinned
 )
 SELECT FROM (SELECT count(pinned) AS number FROM marked) AS counted
  WHERE CASE number WHEN 1 THEN false ELSE CAST('the completion mark fits ' || number || ' rows' AS bool) END

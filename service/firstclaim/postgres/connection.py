@@ -1,8 +1,9 @@
 """Connections to the ledger's Postgres: pinned and checked when they are opened, and closed when they do not answer.
 
 Guarantees, for every connection: `synchronous_commit` is on, or `remote_apply` where the role, the database or the
-server says so; the default isolation level is READ COMMITTED, whatever they say; the server is writable; the ledger's
-epoch was read when it was opened. A connection that timed out is terminated before it returns to its pool: otherwise
+server says so; the default isolation level is READ COMMITTED, whatever they say; the server sends its warnings, without
+which a COMMIT whose wait for the standby was cancelled looks like any other; the server is writable; the ledger's epoch
+was read when it was opened. A connection that timed out is terminated before it returns to its pool: otherwise
 asyncpg would wait, on release, until a frozen server confirms the cancellation.
 
 A connection that the server or the network ends, or that is terminated because the server is silent, puts the epoch in
@@ -52,6 +53,8 @@ _PIN = """
 SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
                   WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, false) AS synchronous_commit,
        set_config('default_transaction_isolation', 'read committed', false) AS isolation,
+       set_config('client_min_messages', CASE current_setting('client_min_messages')
+                  WHEN 'error' THEN 'warning' ELSE current_setting('client_min_messages') END, false),
        pg_is_in_recovery() OR current_setting('default_transaction_read_only')::bool AS read_only,
        pg_backend_pid() AS pid,
        (SELECT backend_start FROM pg_stat_get_activity(pg_backend_pid())) AS backend_start
@@ -150,7 +153,7 @@ async def prepare(
 
 
 async def pin(connection: PinnedConnection) -> None:
-    """Pin `synchronous_commit` and the isolation level. Raises as `prepare` does."""
+    """Pin `synchronous_commit`, the isolation level and that warnings are sent. Raises as `prepare` does."""
     pinned = await connection.fetchrow(_PIN)
     if pinned is None or pinned["read_only"]:  # a standby, or the losing side of a failover
         raise LedgerUnavailable("the server is read-only: set DATABASE_URL to the primary")

@@ -27,8 +27,10 @@ SELECT (SELECT system_identifier::text FROM pg_control_system())
        || '/' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)
 """
 
-# Some managed servers grant the right, and the function itself refuses: such a connection does not ask again.
-_REFUSALS = (asyncpg.InsufficientPrivilegeError, asyncpg.FeatureNotSupportedError)
+# Some managed servers grant the right, and the function itself refuses, with whatever error: such a connection does not
+# ask again. It does after an error of these classes: a lost connection, a conflict, no resources, a server in recovery,
+# a cancelled statement.
+_MOMENTARY = ("08", "40", "53", "55", "57")
 _refused: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
@@ -93,8 +95,7 @@ async def read_epoch(connection: Any) -> str | None:
     if row["may_ask"] and connection not in _refused:
         try:
             stored += "/" + (await connection.fetchval(_TIMELINE) or "")
-        except _REFUSALS:
-            _refused.add(connection)
-        except asyncpg.PostgresError:  # for the moment: a standby, for instance
-            pass
+        except asyncpg.PostgresError as error:
+            if not (error.sqlstate or "").startswith(_MOMENTARY):
+                _refused.add(connection)
     return hashlib.sha256(stored.encode()).hexdigest()[:16]

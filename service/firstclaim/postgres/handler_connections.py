@@ -65,6 +65,7 @@ class _PooledConnection:
         event.listen(self.engine.sync_engine, "commit", self.rules.refuse_commit)
         event.listen(self.engine.sync_engine, "rollback", self.rules.note_rollback)
         event.listen(self.engine.sync_engine, "before_cursor_execute", self.rules.note_cursor)
+        event.listen(self.engine.sync_engine, "after_cursor_execute", self.rules.note_executed_cursor)
 
     async def prepare(self) -> None:
         """Let SQLAlchemy do what it does on a new connection, so that its later checkouts need no round trip."""
@@ -138,10 +139,12 @@ class HandlerConnection:
         self._pooled.rules.check()
         self._pooled.rules.note_statement(sql)
         try:
-            return await self._pooled.driver.fetch(sql, *values)
+            rows: list[Any] = await self._pooled.driver.fetch(sql, *values)
         except BaseException as error:
             self._pooled.rules.note_error(error)
             raise
+        self._pooled.rules.note_executed(sql)
+        return rows
 
     @property
     def sql_error(self) -> BaseException | None:
@@ -185,6 +188,7 @@ class HandlerConnection:
         if self._refused:
             raise HandlerRuleBroken(_REFUSED)
         if self._connection is not None and not _is_open(self._connection):
+            self._pooled.rules.check_statements()  # SQLAlchemy closes the connection of a statement that is cancelled
             raise HandlerRuleBroken(_MUST_NOT_CLOSE)
         self._pooled.rules.check()
         self._pooled.rules.check_statements()

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 
 from firstclaim.context import is_on_a_loop
 from firstclaim.errors import HandlerRuleBroken
+from firstclaim.postgres.savepoints import Savepoints
 
 T = TypeVar("T")
 
@@ -35,6 +36,10 @@ _UNWRITTEN = (
     "the handler left changes in its session that were never written: "
     "use `with` on the session, or flush it before the handler returns"
 )
+_ROLLED_BACK = (
+    "the handler swallowed an error of its session, which has rolled back what was written in it: "
+    "roll the session back, or use `with` on it"
+)
 _MUST_NOT_SWALLOW = "a handler must not swallow the error of a statement that was not executed: {}"
 _AT_ONCE = (
     "a handler must await each statement before the next (no asyncio.gather on its connection): "
@@ -45,8 +50,8 @@ _OF_THE_DRIVER = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.Interna
 
 # SQL that may change the role; a function that does so by itself is not seen.
 _NAMES_A_ROLE = re.compile(r"\b(?:role|authorization)\b", re.IGNORECASE)
-# Those of SQLAlchemy's sessions and `begin_nested()`, and a handler's own.
-_SAVEPOINT = re.compile(r"\s*(?:SAVEPOINT|(?P<back>ROLLBACK\s+TO)(?:\s+SAVEPOINT)?)\s+(?P<name>[^\s;]+)", re.IGNORECASE)
+# The driver's error for a wrong number of arguments has the class of those for concurrent use.
+_ARGUMENTS = "the server expects"
 
 
 class HandlerRules:
@@ -61,7 +66,7 @@ class HandlerRules:
         self._broken = False
         self._at_once: str | None = None  # the rule that concurrent use of the connection broke
         self._refused: str | None = None  # the rule that the first refused statement breaks if its error is swallowed
-        self._refused_before: dict[str, str | None] = {}  # `_refused` when a savepoint was set
+        self._savepoints = Savepoints()
         self.role_named = False
         self.sql_error: BaseException | None = None
 
@@ -69,24 +74,25 @@ class HandlerRules:
         """The handler starts."""
         self._runs, self._broken, self.role_named = True, False, False
         self._at_once = self._refused = None
-        self._refused_before.clear()
+        self._savepoints.clear()
         self.sql_error = None
 
     def note_statement(self, sql: str) -> None:
         """Before each statement of the handler's."""
         if _NAMES_A_ROLE.search(sql):
             self.role_named = True
-        if (savepoint := _SAVEPOINT.match(sql)) is None:
-            return
-        name = savepoint["name"].casefold()
-        if savepoint["back"] is None:
-            self._refused_before[name] = self._refused
-        else:  # what was refused since then would be undone
-            self._refused = self._refused_before.get(name, self._refused)
+
+    def note_executed(self, sql: str) -> None:
+        """After each statement of the handler's that was executed."""
+        self._refused = self._savepoints.executed(sql, self._refused)
 
     def note_cursor(self, _connection: Connection, _cursor: object, sql: str, *_: object) -> None:
         """Before each statement that it sends through SQLAlchemy."""
         self.note_statement(sql)
+
+    def note_executed_cursor(self, _connection: Connection, _cursor: object, sql: str, *_: object) -> None:
+        """After each statement that it sent through SQLAlchemy: those of sessions and `begin_nested()` too."""
+        self.note_executed(sql)
 
     def stop(self) -> None:
         """The handler has ended: whoever ends the transaction now breaks no rule."""
@@ -116,7 +122,7 @@ class HandlerRules:
                 self.sql_error = error
             return
         name = type(cause).__name__
-        if isinstance(cause, asyncpg.InterfaceError) and not isinstance(cause, ValueError):
+        if isinstance(cause, asyncpg.InterfaceError) and not str(cause).startswith(_ARGUMENTS):
             self._at_once = self._at_once or _AT_ONCE.format(name)
         else:
             self._refused = self._refused or _MUST_NOT_SWALLOW.format(name)
@@ -228,8 +234,14 @@ class Sessions:
         return session
 
     def check(self) -> None:
-        """Raise `HandlerRuleBroken` if a session holds changes: the event would be completed without them."""
+        """Raise `HandlerRuleBroken` if a session holds changes, or has undone some and its handler goes on.
+
+        The event would be completed without them. After a failed flush, a session rolls back all that was written in
+        its savepoint, and is not active before its own `rollback()`.
+        """
         for session in self._sessions:
+            if not session.is_active:
+                raise HandlerRuleBroken(_ROLLED_BACK)
             if session.new or session.deleted or any(session.is_modified(each) for each in session.dirty):
                 raise HandlerRuleBroken(_UNWRITTEN)
 
