@@ -198,6 +198,26 @@ async def test_what_comes_while_the_lanes_are_busy_gathers(make_world: MakeWorld
     assert sorted(seen.sizes) == [2] * MAX_LANES + [6, MAX_EVENTS]
 
 
+async def test_more_than_a_batch_at_once_takes_further_lanes(make_world: MakeWorld) -> None:
+    """What does not fit into a batch does not wait for it while another lane is free."""
+    opened = asyncio.Event()
+
+    async def work(events: list[Event], context: BatchContext) -> None:
+        await opened.wait()
+
+    seen = Recorder(work)
+    world = await make_world(batch_handlers={"*": seen.handler}, handler_slots=20)
+    running = [asyncio.create_task(world.pipeline.deliver(each)) for each in deliveries(MAX_EVENTS + 5)]
+    await until(lambda: _all_called(seen, MAX_EVENTS + 5))
+    assert len(seen.sizes) > 1
+    opened.set()
+    await asyncio.gather(*running)
+
+
+async def _all_called(seen: Recorder, count: int) -> bool:
+    return sum(seen.sizes) == count
+
+
 async def _reached(what: Any, count: int) -> bool:
     return len(what) >= count
 

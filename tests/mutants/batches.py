@@ -137,8 +137,8 @@ MUTANTS = (
         "a-shutdown-keeps-the-batch",
         "A shutdown releases the events of a running batch.",
         "BatchDispatcher._settle_interrupted",
-        "await self.dispatcher.settle_interrupted(member.claim, effects_committed=effects_committed)",
-        "pass",
+        "self.dispatcher.settle_interrupted(each.claim, effects_committed=effects_committed)",
+        "asyncio.sleep(0)",
         TESTS + "test_a_shutdown_releases_the_batch_and_what_waits",
     ),
 )

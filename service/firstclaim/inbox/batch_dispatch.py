@@ -151,6 +151,8 @@ class BatchDispatcher:
                 await self._settle_unknown(held, end, result.actions)
             case Failed() as end:
                 return await self._settle_failed(held, end, conflict=result.conflict)
+            case Interrupted():
+                raise asyncio.CancelledError
             case end:
                 await self._settle_each(held, end)
         return []
@@ -171,12 +173,15 @@ class BatchDispatcher:
         await self.claims.mark([member.claim for member in members if member.processed])
 
     async def _settle_each(self, members: Sequence[Member], end: AttemptResult) -> None:
-        """Settle each as after an attempt at it alone."""
-        for member in members:
+        """Settle each as after an attempt at it alone; at once, because each may wait as long as Postgres is silent."""
+
+        async def settle(member: Member) -> None:
             try:
                 member.end(await self.dispatcher.settle(member.claim, self.handler, end))
             except LedgerUnavailable as error:
                 member.fail(error)
+
+        await asyncio.gather(*map(settle, members))
 
     async def _settle_failed(self, members: Sequence[Member], end: Failed, *, conflict: bool) -> list[Member]:
         self._note_failed(members, end)
@@ -219,11 +224,11 @@ class BatchDispatcher:
             report,
             due_in_seconds=self.backoff.after(1) if wait is None else wait,
         )
+        moved = [member for member in members if statuses.get(member.claim.event_id) is Status.PENDING]
+        await asyncio.gather(*(self.claims.forget(member.claim) for member in moved))
         for member in members:
-            status = statuses.get(member.claim.event_id)
-            if status is Status.PENDING:
-                await self.claims.forget(member.claim)
-            member.end(outcome.failed(member.claim.attempt, dead=status is Status.DEAD))
+            is_dead = statuses.get(member.claim.event_id) is Status.DEAD
+            member.end(outcome.failed(member.claim.attempt, dead=is_dead))
 
     async def release(self, member: Member) -> None:
         """Release the event without a charge: it got no slot in time."""
@@ -232,10 +237,13 @@ class BatchDispatcher:
 
     async def _settle_interrupted(self, members: Sequence[Member], *, effects_committed: bool | None) -> None:
         """A shutdown: what has no outcome yet is released, as after an attempt at one event."""
-        for member in members:
-            if not member.ended:
-                member.ended = True
-                await self.dispatcher.settle_interrupted(member.claim, effects_committed=effects_committed)
+        left = [member for member in members if not member.ended]
+        for member in left:
+            member.ended = True
+        await asyncio.gather(
+            *(self.dispatcher.settle_interrupted(each.claim, effects_committed=effects_committed) for each in left),
+            return_exceptions=True,
+        )
 
     def _note_failed(self, members: Sequence[Member], result: Failed) -> None:
         log.warning(

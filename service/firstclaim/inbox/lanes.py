@@ -98,6 +98,8 @@ class Lanes:
         try:
             while self._waiting:
                 members = [self._waiting.popleft() for _ in range(min(MAX_EVENTS, len(self._waiting)))]
+                if self._waiting:  # more than a batch may hold
+                    self._start()
                 if len(members) == 1:
                     await self._end(members[0], self._run_one(members[0]))
                     continue
