@@ -183,6 +183,14 @@ MUTANTS = (
         "unit/test_shutdown.py::test_the_exit_does_not_extend_the_shutdown",
     ),
     Mutant(
+        "the-exit-frees-every-object",
+        "The process ends after its last exit function: Python's teardown, which nothing bounds, is left out.",
+        "Watchdog._end",
+        "os._exit(self._exit_code)",
+        "",
+        "unit/test_shutdown.py::test_the_exit_does_not_wait_for_the_interpreters_teardown",
+    ),
+    Mutant(
         "a-kill-beyond-the-stop",
         "Killing a frozen worker, and the supervisor's exit, are parts of the stop's time.",
         "workers_settings",

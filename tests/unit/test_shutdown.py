@@ -4,6 +4,8 @@ import asyncio
 import os
 import queue
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -121,6 +123,29 @@ def test_the_exit_does_not_extend_the_shutdown(ends: Ends, monkeypatch: pytest.M
         watchdog.limit(-600, 1)
     watchdog.start()
     assert ends.get(timeout=5) == 0
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_exit_does_not_wait_for_the_interpreters_teardown(code: int) -> None:
+    """An object that takes a minute to be freed delays nothing; exit functions run, and the code is kept."""
+    program = """if True:
+        import atexit, sys, time
+        from firstclaim.shutdown import Watchdog
+
+        class Slow:
+            def __del__(self, sleep=time.sleep):
+                sleep(60)
+
+        kept, watchdog = Slow(), Watchdog()
+        watchdog.skip_teardown()
+        watchdog.start()
+        atexit.register(print, "exit function", end="")
+        with watchdog.bounded_exit():
+            print("block", end=" ")
+            sys.exit(int(sys.argv[1]))
+    """
+    ended = subprocess.run([sys.executable, "-c", program, str(code)], capture_output=True, check=False, timeout=30)
+    assert (ended.returncode, ended.stdout) == (code, b"block exit function"), ended.stderr
 
 
 @pytest.mark.parametrize(

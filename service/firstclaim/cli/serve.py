@@ -64,6 +64,7 @@ def serve(
     from firstclaim.shutdown import Watchdog
 
     watchdog = Watchdog()
+    watchdog.skip_teardown()
     with watchdog.bounded_exit(), reported():
         flags = {"host": host, "port": port, "workers": workers, "root_path": root_path}
         settings = read_settings(flags={name: value for name, value in flags.items() if value is not None})

@@ -165,6 +165,7 @@ def _work_until_change(create_app: CreateApp, settings: Settings, listener: sock
     """One process of `serve --reload`. A fault in a handler module is told in a line, as at the start."""
     exit_on_signals()
     watchdog = Watchdog()
+    watchdog.skip_teardown()
     with watchdog.bounded_exit():
         try:
             _serve(create_app, settings, listener, watchdog)
@@ -176,6 +177,7 @@ def _work(create_app: CreateApp, settings: Settings, listener: socket.socket, he
     """One worker process."""
     exit_on_signals()
     watchdog = Watchdog()
+    watchdog.skip_teardown()
     with watchdog.bounded_exit():
         _serve(create_app, settings, listener, watchdog, heartbeat)
 
