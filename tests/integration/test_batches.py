@@ -304,6 +304,15 @@ async def test_an_abandoned_event_does_not_join(make_world: MakeWorld) -> None:
     assert sorted(map(sorted, seen.batches)) == sorted([[ids(given)[1]], sorted([ids(given)[0], ids(given)[2]])])
 
 
+async def test_a_batch_handler_claims_no_more_than_its_lanes_can_run(make_world: MakeWorld) -> None:
+    """A crash charges what is claimed: the next delivery is recorded, and left to recovery."""
+    world = await make_world(batch_handlers={"*": Recorder().handler})
+    places = lanes(world).places
+    reserved = [places.reserve() for _ in range(MAX_LANES * MAX_EVENTS)]
+    assert None not in reserved
+    assert places.reserve() is None
+
+
 # -- failures -----------------------------------------------------------------------------------------
 
 

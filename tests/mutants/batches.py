@@ -126,6 +126,14 @@ MUTANTS = (
         TESTS + "test_what_comes_while_the_lanes_are_busy_gathers",
     ),
     Mutant(
+        "a-crash-charges-two-batches-a-lane",
+        "A batch handler claims no more events than its lanes can run.",
+        "Lanes.__init__",
+        "MAX_LANES * MAX_EVENTS // 2",
+        "MAX_LANES * MAX_EVENTS",
+        TESTS + "test_a_batch_handler_claims_no_more_than_its_lanes_can_run",
+    ),
+    Mutant(
         "a-waiting-batch-keeps-its-claims",
         "A claim that has waited for a lane for half of its lease is released.",
         "Lanes._expire",
