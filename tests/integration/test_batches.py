@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import text
 
@@ -14,6 +15,7 @@ from firstclaim import BatchContext, Context, Event, Permanent, Retry
 from firstclaim.event import Delivery
 from firstclaim.handlers.invoices import record_payment_failures
 from firstclaim.inbox.lanes import MAX_EVENTS, MAX_LANES, Lanes
+from firstclaim.inbox.ledger import HandlerTransaction, Ledger
 from firstclaim.inbox.slots import Place
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.postgres.connection import PinnedConnection
@@ -475,6 +477,29 @@ async def test_a_deadlock_is_tried_again_at_half_the_size(make_world: MakeWorld)
     assert {(await world.row(event_id))["failures"] for event_id in ids(given)} == {0}
 
 
+async def test_a_slow_half_keeps_no_leases(make_world: MakeWorld) -> None:
+    """The second half waits for the first: once half of its lease is over, it is released, as whatever waits is."""
+
+    async def work(events: list[Event], context: BatchContext) -> None:
+        if len(seen.batches) == 1:
+            raise asyncpg.DeadlockDetectedError
+        mates = set(ids(given)) - {event.id for event in events}
+        await until(lambda: _half_over(mates))
+
+    async def _half_over(mates: set[str]) -> bool:
+        return all([(await world.row(event_id))["due_in"] < 0.4 for event_id in mates])
+
+    seen = Recorder(work)
+    world = await make_world(batch_handlers={"*": seen.handler}, lease_seconds=1.0, answer_budget_seconds=20.0)
+    given = deliveries(4)
+    kinds = [each.kind for each in await deliver(world, given)]
+    assert sorted(kinds) == [Kind.DEFERRED] * 2 + [Kind.PROCESSED] * 2
+    assert seen.sizes == [4, 2]
+    for event_id in ids(given):
+        row = await world.row(event_id)
+        assert (row["status"] in ("completed", "pending"), row["failures"], row["abandoned"]) == (True, 0, 0)
+
+
 @pytest.mark.parametrize("statements", [["COMMIT"], ["COMMIT", "BEGIN"]], ids=" ".join)
 async def test_an_own_commit_kills_the_whole_batch(make_world: MakeWorld, statements: list[str]) -> None:
     """What the handler committed is kept, so no event of the batch may be tried again by itself."""
@@ -541,6 +566,32 @@ async def test_a_shutdown_releases_the_batch_and_what_waits(make_world: MakeWorl
         assert (row["status"], row["failures"], row["abandoned"]) == ("pending", 0, 0)
         assert await world.effects(event_id) == 0
         assert await world.value(event_id) is None
+
+
+async def test_a_shutdown_while_a_failed_batch_ends(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The end of the attempt takes no notice of it, but no event goes alone afterwards: all are released."""
+    drains: list[asyncio.Task[None]] = []
+    committed = Ledger.committed
+
+    async def interrupted(ledger: Ledger, transaction: HandlerTransaction) -> bool:
+        if not drains:
+            drains.append(asyncio.create_task(world.pipeline.drain(0)))
+            await asyncio.Event().wait()
+        return await committed(ledger, transaction)
+
+    async def work(events: list[Event], context: BatchContext) -> None:
+        raise ValueError
+
+    seen = Recorder(work)
+    world = await make_world(batch_handlers={"*": seen.handler})
+    monkeypatch.setattr(Ledger, "committed", interrupted)
+    given = deliveries(3)
+    await deliver(world, given)
+    await drains[0]
+    assert seen.sizes == [3]
+    for event_id in ids(given):
+        row = await world.row(event_id)
+        assert (row["status"], row["failures"], row["abandoned"]) == ("pending", 0, 0)
 
 
 async def test_what_waits_for_half_its_lease_is_released(make_world: MakeWorld) -> None:

@@ -86,6 +86,14 @@ MUTANTS = (
         TESTS + "test_a_batch_that_gets_no_slot_is_released",
     ),
     Mutant(
+        "the-half-that-waits-keeps-its-claims",
+        "The half of a batch that waits for the other is released once half of its lease is over.",
+        "BatchDispatcher._attempt",
+        "left <= 0 or not await place.enter(previously_abandoned=False, timeout_seconds=left)",
+        "not await place.enter(previously_abandoned=False, timeout_seconds=max(0, left))",
+        TESTS + "test_a_slow_half_keeps_no_leases",
+    ),
+    Mutant(
         "a-batchs-unknown-commit-is-a-success",
         "An unknown COMMIT of a batch is settled row by row.",
         "BatchDispatcher._settle",
@@ -148,5 +156,13 @@ MUTANTS = (
         "self.dispatcher.settle_interrupted(each.claim, effects_committed=effects_committed)",
         "asyncio.sleep(0)",
         TESTS + "test_a_shutdown_releases_the_batch_and_what_waits",
+    ),
+    Mutant(
+        "a-failed-batch-outlives-the-shutdown",
+        "What a shutdown meets while its batch is failing is released, and does not go alone.",
+        "BatchDispatcher._settle_failed",
+        "_is_cancelled()",
+        "False",
+        TESTS + "test_a_shutdown_while_a_failed_batch_ends",
     ),
 )

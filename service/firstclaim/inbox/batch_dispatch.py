@@ -112,8 +112,8 @@ class BatchDispatcher:
         running: asyncio.Future[Any] | None = None
         try:
             waited = asyncio.get_running_loop().time() - members[0].leased_at
-            left = max(0.0, self.lease_seconds / 2 - waited)
-            if not await place.enter(previously_abandoned=False, timeout_seconds=left):
+            left = self.lease_seconds / 2 - waited  # for the second half of a batch it may be over
+            if left <= 0 or not await place.enter(previously_abandoned=False, timeout_seconds=left):
                 return None
             for member in members:
                 member.begun = True
@@ -189,6 +189,8 @@ class BatchDispatcher:
             await self._settle_each(members, end)
             return []
         # Nothing is committed, and the backend is known to be out of the transaction: the rows can be locked again.
+        if _is_cancelled():
+            raise asyncio.CancelledError
         decided = decision(end.error)
         if decided is not None and is_a(decided, Retry):
             await self._postpone(members, decided, failure_report(end.error, self.handler.function))
@@ -255,3 +257,12 @@ class BatchDispatcher:
         )
         first = members[0].claim
         self.dispatcher.note_running(first, self.handler, result, f"{first.event_id} and its batch")
+
+
+def _is_cancelled() -> bool:
+    """Whether a shutdown has cancelled this task, although the attempt took no notice while it was ending.
+
+    Nothing may begin then: a shutdown does not cancel what begins after it has cancelled everything.
+    """
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
