@@ -1,4 +1,4 @@
-"""Runs Spin on `claim.pml` with its switches, and parses the result of the search.
+"""Runs Spin on a model with its switches, and parses the result of the search.
 
 Guarantees: `complete` only when every state was visited and compared in full: not bitstate, no hash compaction,
 no partial order reduction, and neither the depth nor the memory was too small.
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 MODEL = Path(__file__).with_name("claim.pml")
+BATCH = MODEL.with_name("batch.pml")
 _CUT_SHORT = ("Search not completed", "max search depth too small", "hash-compact", "Bit statespace")
 
 
@@ -41,6 +42,7 @@ class Search:
 def search(
     folder: Path,
     *switches: str,
+    model: Path = MODEL,
     liveness: bool = False,
     go_on: bool = False,
     optimise: str = "-O2",
@@ -48,7 +50,7 @@ def search(
     megabytes: int = 3500,
 ) -> Search:
     """Generate the verifier, compile it, run it. `go_on`: search all of it, whatever is violated."""
-    subprocess.run(["spin", *switches, "-a", str(MODEL)], cwd=folder, check=True, capture_output=True)
+    subprocess.run(["spin", *switches, "-a", str(model)], cwd=folder, check=True, capture_output=True)
     kind = [] if liveness else ["-DSAFETY"]
     options = [optimise, "-w", "-DNOREDUCE", f"-DMEMLIM={megabytes}", *kind]
     subprocess.run(["gcc", *options, "-o", "pan", "pan.c"], cwd=folder, check=True, capture_output=True)
@@ -58,7 +60,7 @@ def search(
         ["./pan", "-w24", f"-m{depth}", *flags], cwd=folder, check=True, capture_output=True, text=True
     ).stdout
     found = understood(said, resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before)
-    print(" ".join(switches), "|", found)
+    print(model.stem, " ".join(switches), "|", found)
     return found
 
 
@@ -77,7 +79,7 @@ def understood(said: str, cpu_seconds: float = 0) -> Search:
         complete="Full statespace search for:" in said and not any(words in said for words in _CUT_SHORT),
         errors=errors,
         violated=frozenset(invariant or other for invariant, other in wrong),
-        unreached=frozenset(int(line) for line in re.findall(r"claim\.pml:(\d+), state \d+,", said)),
+        unreached=frozenset(int(line) for line in re.findall(r"\w+\.pml:(\d+), state \d+,", said)),
         states=int(number(r"^ *(\d+) states, stored")),
         depth=int(number(r"depth reached (\d+)")),
         megabytes=number(r"^ *([\d.]+)\ttotal actual memory usage"),
