@@ -664,6 +664,30 @@ async def test_an_unknown_commit_is_settled_row_by_row(
         assert (await world.value(event_id) is None) is not arrived
 
 
+async def test_a_commit_that_fails_charges_only_its_cause(make_world: MakeWorld) -> None:
+    """A constraint that is deferred to COMMIT fails the batch there: each goes alone, and one is charged."""
+    given = deliveries(4)
+    cause = ids(given)[1]
+
+    async def work(events: list[Event], context: BatchContext) -> None:
+        await effects(events, context)
+        await context.fetch("CREATE TEMP TABLE once (id int UNIQUE DEFERRABLE INITIALLY DEFERRED) ON COMMIT DROP")
+        for event in events:
+            if event.id == cause:
+                await context.fetch("INSERT INTO once VALUES (1), (1)")
+
+    seen = Recorder(work)
+    world = await make_world(batch_handlers={"*": seen.handler})
+    kinds = [each.kind for each in await deliver(world, given)]
+    assert kinds == [Kind.FAILED if event_id == cause else Kind.PROCESSED for event_id in ids(given)]
+    assert seen.sizes == [4, 1, 1, 1, 1]
+    for event_id in ids(given):
+        row = await world.row(event_id)
+        failed = event_id == cause
+        assert (row["status"], row["failures"]) == (("failed", 1) if failed else ("completed", 0))
+        assert await world.effects(event_id) == (0 if failed else 1)
+
+
 async def test_two_processes_over_the_same_invoices(make_world: MakeWorld) -> None:
     """The shipped handler sorts its keys: batches of two processes that meet at the same invoices do not deadlock."""
     handler = Recorder(record_payment_failures)

@@ -98,8 +98,16 @@ MUTANTS = (
         "An unknown COMMIT of a batch is settled row by row.",
         "BatchDispatcher._settle",
         "await self._settle_unknown(held, end, result.actions)",
-        "[member.end(outcome.processed('', 1)) for member in held]",
+        "[member.end(outcome.processed('', 1)) for member in held] and []",
         TESTS + "test_an_unknown_commit_is_settled_row_by_row[lost]",
+    ),
+    Mutant(
+        "a-commit-that-fails-is-charged-to-all",
+        "A COMMIT that has failed is a failure of the batch: each of its events goes alone.",
+        "BatchDispatcher._settle_unknown",
+        "not await self.ledger.committed(end.transaction)",
+        "False",
+        TESTS + "test_a_commit_that_fails_charges_only_its_cause",
     ),
     Mutant(
         "a-deadlock-is-charged",

@@ -148,7 +148,7 @@ class BatchDispatcher:
                     member.end(outcome.processed(action, member.claim.attempt))
                 await self.claims.mark([member.claim for member in held])
             case CommitUnknown() as end:
-                await self._settle_unknown(held, end, result.actions)
+                return await self._settle_unknown(held, end, result.actions)
             case Failed() as end:
                 return await self._settle_failed(held, end, conflict=result.conflict)
             case Interrupted():
@@ -157,9 +157,21 @@ class BatchDispatcher:
                 await self._settle_each(held, end)
         return []
 
-    async def _settle_unknown(self, members: Sequence[Member], end: CommitUnknown, actions: Sequence[str]) -> None:
-        """Row by row, by the guarded update. If the database cannot say it of one, recovery gets the rest as well."""
+    async def _settle_unknown(
+        self, members: Sequence[Member], end: CommitUnknown, actions: Sequence[str]
+    ) -> list[Member]:
+        """Row by row, by the guarded update. If the database cannot say it of one, recovery gets the rest as well.
+
+        A COMMIT that has failed (of a deferred constraint, for example) is a failure like any other: each goes alone.
+        """
         error: LedgerUnavailable | None = None
+        try:
+            if not await self.ledger.committed(end.transaction):
+                failure = LedgerUnavailable(f"COMMIT failed: {end.error}")
+                failed = Failed(failure, effects_committed=False, running=None, hung=False)
+                return await self._settle_failed(members, failed, conflict=False)
+        except LedgerUnavailable as unavailable:
+            error = unavailable
         for member, action in zip(members, actions, strict=True):
             if error is not None:
                 member.fail(error)
@@ -171,6 +183,7 @@ class BatchDispatcher:
                 error = unavailable
                 member.fail(error)
         await self.claims.mark([member.claim for member in members if member.processed])
+        return []
 
     async def _settle_each(self, members: Sequence[Member], end: AttemptResult) -> None:
         """Settle each as after an attempt at it alone; at once, because each may wait as long as Postgres is silent."""

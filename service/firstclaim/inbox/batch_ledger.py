@@ -70,6 +70,14 @@ class BatchLedger:
             raise
         return True
 
+    async def committed(self, transaction: HandlerTransaction) -> bool:
+        """Whether a COMMIT whose result is unknown has succeeded, as `Ledger.committed` says it.
+
+        False also if the server cannot know it after a crash: then the guarded statements find out which rows are ours.
+        """
+        self._ledger.connect_anew()
+        return await self._ledger.committed(transaction)
+
     async def renew_if_held(self, claims: Sequence[Claim], error: str | None) -> set[str]:
         """Begin the leases anew. Returns the ids of the events that are ours still.
 
