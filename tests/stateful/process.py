@@ -29,7 +29,7 @@ TYPE = "invoice.payment_failed"
 NEW_TYPE = "customer.created"  # of a newer build
 
 SETTINGS: dict[str, Any] = {
-    "lease_seconds": 1.0,  # on the injected clock; in real time, a claim waits half of it for a slot
+    "lease_seconds": 0.5,  # on the injected clock; in real time, a claim waits half of it for a slot
     "lock_ttl_seconds": 300.0,  # in real time: a rule ends it, never a wait
     "redis_breaker_seconds": 0.0,  # each command tries again: nothing depends on real time
     "abandoned_most": 3,
