@@ -177,6 +177,14 @@ MUTANTS = (
         "integration/test_lock.py::test_a_command_under_way_is_never_cancelled",
     ),
     Mutant(
+        "replies-before-a-stray-one-are-believed",
+        "With one reply too many, no command of the batch gets one.",
+        "RedisCommands.data_received",
+        "self._sent.extendleft(future for future, _ in reversed(self._answered))\nself._answered.clear()",
+        "",
+        "unit/test_redis_commands.py::test_what_is_no_reply_of_its_batch_fails_all_of_it",
+    ),
+    Mutant(
         "only-a-refusal-is-an-outage",
         "After a lost connection or a timeout Redis counts as unreachable.",
         "_UNREACHABLE_ERRORS",
