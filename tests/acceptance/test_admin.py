@@ -99,6 +99,7 @@ async def test_nothing_of_a_payload_or_a_password_is_logged(sandbox: Sandbox) ->
         await admin.submit(page.form("/admin/replay/confirmed"))
         await admin.get(f"/admin/events?q={TEXT}&type={EMAIL}")
         await admin.submit(page.form("/admin/logout"))
+    await service.stop()  # its last lines are written
     said = service.output
     for words in ("admin_login_failed", "admin_login", "admin_payload_shown", "admin_replay", "admin_logout"):
         assert f'"event":"{words}"' in said
