@@ -177,7 +177,7 @@ async def test_row_21_frozen_backends(own: Own) -> None:
 
 @pytest.mark.alone
 async def test_row_21_a_frozen_backend_under_a_handler(own: Own, tmp_path: Path) -> None:
-    """Frozen in a handler's transaction: 503 by the deadline, other events are served; thawed, it commits nothing."""
+    """Frozen in a handler's transaction: 503 by the deadline, others are served; thawed, it commits all or none."""
     history = own.history
     service = await history.service(DEADLINES).start()
     gate = tmp_path / "gate"
@@ -195,7 +195,9 @@ async def test_row_21_a_frozen_backend_under_a_handler(own: Own, tmp_path: Path)
     assert row.status is Status.PROCESSING
     own.postgres.resume(pid)
     row = await history.sandbox.settled(event)
-    assert row.attempt == 1 + row.failures + row.abandoned == 2  # noted in time as a failure, or left to recovery
+    # Thawed, it finds the mark and its COMMIT, if it has not noticed before that its client is gone. If it does, the
+    # attempt was noted in time as a failure, or left to recovery.
+    assert row.attempt == 1 + row.failures + row.abandoned <= 2
     await verdict(history)
 
 

@@ -36,6 +36,14 @@ MUTANTS = (
         "unit/test_slots.py::test_recovery_claims_ahead_in_a_backlog_of_brief_handlers",
     ),
     Mutant(
+        "capacity-outlives-the-backlog",
+        "Recovery waits for a slot where nothing is claimable any more, and does not spin.",
+        "Slots.wait_for_capacity",
+        "while not self._has_capacity:\n    ...",
+        "await self._capacity.wait()",
+        "unit/test_slots.py::test_capacity_ends_with_the_backlog",
+    ),
+    Mutant(
         "claims-ahead-behind-a-slow-handler",
         "Recovery claims nothing ahead that would wait for its slot for long.",
         "Slots.claimable",

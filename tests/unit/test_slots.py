@@ -98,6 +98,19 @@ async def test_recovery_claims_ahead_in_a_backlog_of_brief_handlers(
     assert slots.claimable == SIZE - 1
 
 
+async def test_capacity_ends_with_the_backlog(slots: Slots) -> None:
+    """What could be claimed ahead cannot any more: recovery waits for a slot, and does not ask again and again."""
+    slots.backlog = slots.brief = True
+    places = [Place(slots, for_delivery=False) for _ in range(SIZE)]
+    await slots.wait_for_capacity()
+    slots.backlog = False
+    waiting = asyncio.create_task(slots.wait_for_capacity())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    places[0].release()
+    await waiting
+
+
 async def test_a_running_handler_keeps_its_slot_and_not_its_turn(slots: Slots) -> None:
     """After its deadline: the next previously abandoned event may start, but not in its slot."""
     place = Place(slots, for_delivery=False)

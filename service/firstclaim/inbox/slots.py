@@ -117,7 +117,14 @@ class Slots:
 
     async def wait_for_capacity(self) -> None:
         """Wait until recovery may claim a quarter of the slots: it then fetches a batch, not single events."""
-        await self._capacity.wait()
+        # Looked at anew: without a backlog, or behind a slow handler, fewer are claimable than at the last count.
+        while not self._has_capacity:
+            self._capacity.clear()
+            await self._capacity.wait()
+
+    @property
+    def _has_capacity(self) -> bool:
+        return self.claimable * 4 >= self.size
 
     async def wait_for_work(self) -> None:
         """Wait until a delivery has been recorded without a place, or a previously abandoned event has ended."""
@@ -144,7 +151,7 @@ class Slots:
             self._deliveries += change
         else:
             self._recovered += change
-        if self.claimable * 4 >= self.size:
+        if self._has_capacity:
             if self._shares_work and self.backlog and not self._capacity.is_set():
                 self.work.set()  # recovery does not wait for the capacity of these
             self._capacity.set()
