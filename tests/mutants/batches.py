@@ -145,8 +145,8 @@ MUTANTS = (
         "a-crash-charges-two-batches-a-lane",
         "A batch handler claims no more events than its lanes can run.",
         "Lanes.__init__",
-        "MAX_LANES * MAX_EVENTS // 2",
-        "MAX_LANES * MAX_EVENTS",
+        "Slots(most, places=most, work=slots.work)",
+        "Slots(most, work=slots.work)",
         TESTS + "test_a_batch_handler_claims_no_more_than_its_lanes_can_run",
     ),
     Mutant(

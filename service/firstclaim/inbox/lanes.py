@@ -42,8 +42,8 @@ class Lanes:
         backlog: Backlog,
         spawn: Callable[[Coroutine[Any, Any, None]], object],
     ) -> None:
-        # Places for what the lanes can run, and no more: a crash charges what is claimed. (`Slots` has twice its size.)
-        self.places = Slots(MAX_LANES * MAX_EVENTS // 2, work=slots.work)
+        most = MAX_LANES * MAX_EVENTS  # what the lanes can run, and no more: a crash charges what is claimed
+        self.places = Slots(most, places=most, work=slots.work)
         self.backlog = backlog
         self._batches = batches
         self._slots = slots

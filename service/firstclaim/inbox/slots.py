@@ -71,10 +71,11 @@ class Place:
 
 
 class Slots:
-    """`size` slots, and places for twice as many claims. `work`: what wakes recovery, if others wake it too."""
+    """`size` slots, and `places` for claims, by default twice as many. `work`: what wakes recovery, if it is shared."""
 
-    def __init__(self, size: int, work: asyncio.Event | None = None) -> None:
+    def __init__(self, size: int, *, places: int | None = None, work: asyncio.Event | None = None) -> None:
         self.size = size
+        self._places = 2 * size if places is None else places
         self.previously_abandoned = asyncio.Semaphore(1)
         self.backlog = False  # the last round of recovery left due events behind
         self.brief = False  # the handler that ended last had its slot for less than a second
@@ -89,8 +90,8 @@ class Slots:
 
     def reserve(self) -> Place | None:
         """A place for a delivery. None if it could not start soon: then it is recorded for recovery."""
-        limit = self.size // 2 if self.backlog else 2 * self.size
-        if self._deliveries < limit and self._deliveries + self._recovered < 2 * self.size:
+        limit = self.size // 2 if self.backlog else self._places
+        if self._deliveries < limit and self._deliveries + self._recovered < self._places:
             return Place(self, for_delivery=True)
         return None
 
