@@ -179,14 +179,19 @@ async def test_the_statements_of_a_batch_do_not_depend_on_its_size(
     assert commands.count("EVAL") == 1
 
 
-async def test_what_comes_while_the_lanes_are_busy_gathers(make_world: MakeWorld) -> None:
-    """There are three lanes at most, each with one slot; what comes meanwhile is their next batch, of 64 at most."""
-    opened = asyncio.Event()
+def waiting_for(opened: asyncio.Event) -> Function:
+    """A batch handler that returns once this is set."""
 
     async def work(events: list[Event], context: BatchContext) -> None:
         await opened.wait()
 
-    seen = Recorder(work)
+    return work
+
+
+async def test_what_comes_while_the_lanes_are_busy_gathers(make_world: MakeWorld) -> None:
+    """There are three lanes at most, each with one slot; what comes meanwhile is their next batch, of 64 at most."""
+    opened = asyncio.Event()
+    seen = Recorder(waiting_for(opened))
     world = await make_world(batch_handlers={"*": seen.handler}, handler_slots=20)
     running = []
     for count in range(1, MAX_LANES + 1):
@@ -203,11 +208,7 @@ async def test_what_comes_while_the_lanes_are_busy_gathers(make_world: MakeWorld
 async def test_more_than_a_batch_at_once_takes_further_lanes(make_world: MakeWorld) -> None:
     """What does not fit into a batch does not wait for it while another lane is free."""
     opened = asyncio.Event()
-
-    async def work(events: list[Event], context: BatchContext) -> None:
-        await opened.wait()
-
-    seen = Recorder(work)
+    seen = Recorder(waiting_for(opened))
     world = await make_world(batch_handlers={"*": seen.handler}, handler_slots=20)
     running = [asyncio.create_task(world.pipeline.deliver(each)) for each in deliveries(MAX_EVENTS + 5)]
     await until(lambda: _all_called(seen, MAX_EVENTS + 5))

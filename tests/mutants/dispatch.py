@@ -271,7 +271,7 @@ action = await self._call(call, connection)"""
     Mutant(
         "swallowed-refusal-is-success",
         "A handler that swallowed the refusal fails: it takes for committed what is not.",
-        "call_handler",
+        "_within_its_rules",
         "connection.check_rules()",
         "",
         "integration/test_dispatch.py::test_a_swallowed_refusal_is_a_failure",

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import asyncpg
 
@@ -27,6 +27,8 @@ from firstclaim.postgres.connection import UNAVAILABLE, describe
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from firstclaim.postgres.one_round_trip import NotCommitted
 from firstclaim.registry import Handler
+
+T = TypeVar("T")
 
 _SWALLOWED = "rule broken: the handler swallowed an SQL error, which had aborted its transaction"
 _OTHER_ROLE = (
@@ -244,13 +246,7 @@ async def call_handler(
     """
     loop = asyncio.get_running_loop()
     context = Context(connection, loop, loop.time() + deadline_seconds, event, attempt)
-    connection.start()
-    try:
-        action = await call.run(event, context)
-    finally:
-        connection.stop()
-    connection.check_rules()
-    return action
+    return await _within_its_rules(connection, call.run(event, context))
 
 
 async def call_batch_handler(
@@ -266,13 +262,17 @@ async def call_batch_handler(
     """
     loop = asyncio.get_running_loop()
     context = BatchContext(connection, loop, loop.time() + deadline_seconds, attempts)
+    return await _within_its_rules(connection, call.run_batch(events, context))
+
+
+async def _within_its_rules(connection: HandlerConnection, work: Coroutine[Any, Any, T]) -> T:
     connection.start()
     try:
-        actions = await call.run_batch(events, context)
+        result = await work
     finally:
         connection.stop()
     connection.check_rules()
-    return actions
+    return result
 
 
 def swallowed(connection: HandlerConnection) -> HandlerRuleBroken:

@@ -81,8 +81,8 @@ class Claims:
 
         `unwanted` is the reason why this process does not dispatch the event, or None if it has a handler for it.
         Without a place for the handler, the event is recorded and not claimed. With `marked` false a claim keeps the
-        lock, and its caller writes the marker (`mark`). Raises `LedgerUnavailable`: then nothing
-        is promised, and our lock is released.
+        lock, and its caller writes the marker (`mark`). Raises `LedgerUnavailable`: then nothing is promised, and our
+        lock is released.
         """
         match lock.reply, unwanted:
             case LockReply.RECORDED, _:

@@ -21,12 +21,15 @@ class Flight(Generic[T]):
         self._over = False
         self._results: list[T] = []  # one, once it is known
         self._followed: asyncio.Future[T] | None = None  # made by the first follower: most flights have none
-        self.recorded = False  # it has a result
+
+    @property
+    def recorded(self) -> bool:
+        """Whether it has a result."""
+        return bool(self._results)
 
     def announce(self, result: T) -> None:
         """Give the followers this result, and those that come until the flight ends."""
         if not self.recorded and not self._over:
-            self.recorded = True
             self._results.append(result)
             if self._followed is not None:
                 self._followed.set_result(result)
