@@ -48,8 +48,8 @@ POINTS: Mapping[str, Point] = {
     "take_over": Point(Ledger, "take_over", lambda _, claims: bool(claims)),
     # The lock was replaced by the marker.
     "marker": Point(Lock, "mark_recorded", lambda _, __: True),
-    # The handler's SQL is done in its open transaction, the completion mark is not. (It is sent together with COMMIT: a
-    # process has no point between the two.)
+    # The handler's SQL is done in its open transaction, the mark is not. (The mark is written together with COMMIT:
+    # no method ends between the two.)
     "handler": Point(Attempt, "_call", lambda _, __: True),
     # Committed; the delivery is not answered yet.
     "commit": Point(Attempt, "_commit", lambda _, result: isinstance(result, Committed)),

@@ -11,6 +11,9 @@ those of one statement: of an error the first, of the command tags the last, and
 statement. So the first of the two must return no rows. That is how asyncpg 0.31 and 0.32 work, and no other version is
 installed; whether it was so is checked at each use: after BEGIN by the state of the transaction, after COMMIT by its
 tag.
+
+A known weakness: the two are two writes. Of a process that is frozen in the microseconds between them, the server waits
+for the Sync, and none of its timeouts counts: the rows stay locked until the process goes on, or its connection ends.
 """
 
 from __future__ import annotations
