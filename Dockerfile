@@ -2,7 +2,9 @@
 #
 # The image holds exactly what requirements.lock pins by hash. Only the venv is copied from the builder stage, so
 # neither pip's cache nor the build backend is in the image. Nothing is written at run time: `--read-only` works.
-FROM python:3.13-slim AS base
+#
+# The base image: Python 3.13.15 on Debian 13. The digest is that of the index, for all architectures.
+FROM python:3.13-slim@sha256:7c61056e61ac89e852de05f3dc6fa51a6dd2181797bceed46aa725dd7cb2cd3b AS base
 ENV PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 

@@ -4,7 +4,7 @@ bin := ".venv/bin"
 
 # The README's test command: unit and integration tests, and the smoke set of real processes
 test *arguments:
-    {{bin}}/python -m pytest -n 2 --dist worksteal {{arguments}}
+    {{bin}}/python -m pytest -n 3 --dist worksteal {{arguments}}
 
 # Types, style, and the layers' contract
 check:
@@ -12,6 +12,10 @@ check:
     {{bin}}/ruff check service tests
     {{bin}}/ruff format --check service tests
     {{bin}}/lint-imports --no-logo
+
+# The pages in docs/, as HTML in build/docs; a link to nowhere is an error
+docs:
+    {{bin}}/sphinx-build -W --keep-going docs build/docs
 
 # Fix what ruff can fix
 format:
@@ -21,17 +25,29 @@ format:
 # The long run: the rest of the acceptance suite, the fault matrix, the browser, the model, the mutants
 long: acceptance alone mutants
 
-# Real processes, real servers broken on purpose, the model and the browser, in three lanes
+# Real processes, real servers broken on purpose, the model and the browser, in four lanes
 acceptance *arguments:
-    {{bin}}/python -m pytest -n 3 --dist worksteal -m '(acceptance or chaos or model or browser) and not alone' {{arguments}}
+    {{bin}}/python -m pytest -n 4 --dist worksteal -m '(acceptance or chaos or model or browser) and not alone' {{arguments}}
 
 # Those of them that measure time, one after the other
 alone *arguments:
     {{bin}}/python -m pytest -m alone {{arguments}}
 
-# Every rule of the protocol broken in a copy of the code, and the test that must fail (two at once by itself)
+# Every rule of the protocol broken in a copy of the code, and the test that must fail (eight at once by itself)
 mutants *arguments:
     {{bin}}/python -m pytest -m mutants {{arguments}}
+
+# Workflows, Kubernetes manifest and compose file against their schemas
+schemas:
+    bash .ci/schemas
+
+# All of a release but its publication: sdist, wheel, SBOM, and the shop's tests on a clean installation
+package *arguments:
+    bash .ci/release {{arguments}}
+
+# The integration tests on another PostgreSQL, 14 to 18, as a role that is no superuser: `just postgres 17.10.0-beta.17`
+postgres *arguments:
+    bash .ci/postgres {{arguments}}
 
 # Everything that CI runs
 ci:

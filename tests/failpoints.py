@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from firstclaim.inbox.attempt import Attempt, Committed
+from firstclaim.inbox.claim import Claim
 from firstclaim.inbox.existing_row import ExistingRow
-from firstclaim.inbox.ledger import Claim, Ledger
+from firstclaim.inbox.ledger import Ledger
 from firstclaim.inbox.lock import Lock, LockReply
+from firstclaim.inbox.single_attempt import SingleAttempt
 from firstclaim.status import TAKEABLE
 
 
@@ -50,7 +52,7 @@ POINTS: Mapping[str, Point] = {
     "marker": Point(Lock, "mark_recorded", lambda _, __: True),
     # The handler's SQL is done in its open transaction, the mark is not. (The mark is written together with COMMIT:
     # no method ends between the two.)
-    "handler": Point(Attempt, "_call", lambda _, __: True),
+    "handler": Point(SingleAttempt, "_call", lambda _, __: True),
     # Committed; the delivery is not answered yet.
     "commit": Point(Attempt, "_commit", lambda _, result: isinstance(result, Committed)),
 }

@@ -32,7 +32,7 @@ def _without(name: str) -> bytes:
     return orjson.dumps(event)
 
 
-def _nested(depth: int) -> bytes:
+def nested(depth: int) -> bytes:
     return _with(b"[" * depth + b"]" * depth)
 
 
@@ -63,8 +63,8 @@ _MAKERS: dict[str, Callable[[], bytes]] = {
     "fraction of 100,000 digits": lambda: _with(b"0." + b"3" * 100_000),
     "2**64": lambda: _with(b"18446744073709551616"),
     "minus zero": lambda: _with(b"-0"),
-    "nested 500 deep": lambda: _nested(500),
-    "nested 100,000 deep": lambda: _nested(100_000),
+    "nested 500 deep": lambda: nested(500),
+    "nested 100,000 deep": lambda: nested(100_000),
     "open brackets": lambda: b"[" * 100_000,
     "open objects": lambda: b'{"a":' * 100_000,
     "BOM": lambda: codecs.BOM_UTF8 + event_body(),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from firstclaim.operations.commands import Commands
-from firstclaim.operations.queries import Selection
+from firstclaim.operations.selection import Selection
 
 OPERATOR = "ada@desk"
 CONNECT_SECONDS = 10

@@ -10,9 +10,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any, cast
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 import asyncpg
+import redis
 from pydantic import SecretStr
 from redis.asyncio import Redis
 
@@ -20,6 +22,7 @@ from firstclaim.embedded import data_folder
 from firstclaim.migrations import schema
 from firstclaim.settings import Settings
 from firstclaim.urls.postgres import postgres_dsn
+from firstclaim.urls.redis import RedisAddress, RedisKind
 
 SHIPPED = ("firstclaim.handlers", "firstclaim.handlers.load_probe")  # both have a table
 
@@ -97,6 +100,25 @@ async def redis_user(stores: Stores, *rights: str) -> AsyncIterator[tuple[str, s
             yield name, urlunsplit(parts._replace(netloc=f"{name}:right@{parts.netloc.rpartition('@')[2]}"))
         finally:
             await admin.acl_deluser(name)
+
+
+def redis_client(url: str, seconds: float | None = None) -> redis.Redis:
+    """A client of one server, of a Sentinel's master, or of a Cluster; `seconds` is its timeout."""
+    address = RedisAddress.parse(url)
+    options: dict[str, Any] = {} if seconds is None else {"socket_timeout": seconds}
+    options["password"] = unquote(urlsplit(url).password or "") or None
+    match address.kind:
+        case RedisKind.SENTINEL:
+            master = redis.Sentinel(address.hosts).master_for(address.service, **options)  # type: ignore[no-untyped-call]
+            return cast(redis.Redis, master)
+        case RedisKind.CLUSTER:
+            nodes = [
+                redis.cluster.ClusterNode(*host)  # type: ignore[no-untyped-call]
+                for host in address.hosts
+            ]
+            return cast(redis.Redis, redis.RedisCluster(startup_nodes=nodes, **options))
+        case RedisKind.SINGLE:
+            return redis.Redis.from_url(url, socket_timeout=seconds)
 
 
 async def clone(stores: Stores) -> str:

@@ -1,12 +1,13 @@
-"""Stripe's list of events on the loopback interface, over real HTTP, with any failure that a test needs.
+"""Stripe's API on the loopback interface, over real HTTP, with any failure that a test needs.
 
 Guarantees: it lists events as Stripe documents it (newest first, `created`, `delivery_success`, `limit`,
-`starting_after`, `has_more`), accepts one key, and keeps the parameters of all requests. The next requests get the
-responses that a test puts into `responses`, instead of the list.
+`starting_after`, `has_more`), and returns the objects of `objects` by their path. It accepts one key, and keeps the
+parameters and the heads of all requests. The next requests get the responses that a test puts into `responses`, instead
+of the list or the object.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from operator import ge, gt, le, lt
@@ -58,6 +59,10 @@ class StripeApi:
     events: list[StripeEvent] = field(default_factory=list)  # in the order in which they were created
     responses: list[Response] = field(default_factory=list)
     requests: list[dict[str, str]] = field(default_factory=list)
+    objects: dict[str, object] = field(default_factory=dict)  # by path, e.g. /v1/invoices/in_1
+    heads: list[tuple[str, Mapping[str, str]]] = field(default_factory=list)  # the path and the headers
+    key: str = KEY
+    on_request: Callable[[], Awaitable[object]] | None = None  # awaited before each answer
     keys: set[str] = field(default_factory=set)
     pages: int = 0  # pages that had events
     on_page: Callable[[int], None] | None = None  # called with the number of each of those, before it is sent
@@ -87,6 +92,8 @@ class StripeApi:
             line, *rest = head.split("\r\n")
             headers = {name.lower(): value for name, _, value in (each.partition(": ") for each in rest)}
             response = self._answer(line.split(" ")[1], headers)
+            if self.on_request is not None:
+                await self.on_request()
             if response is FROZEN:
                 await reader.read()  # until the client closes the connection
             elif response is not None:
@@ -100,12 +107,15 @@ class StripeApi:
         parameters = dict(parse_qsl(url.query))
         self.requests.append(parameters)
         self.keys.add(headers["authorization"])
+        self.heads.append((url.path, headers))
         if self.responses:
             return self.responses.pop(0)
-        if headers["authorization"] != f"Bearer {KEY}":
+        if headers["authorization"] != f"Bearer {self.key}":
             return error(401, message=f"Invalid API Key provided: {headers['authorization']}")
+        if url.path in self.objects:
+            return answer(200, self.objects[url.path], headers={"Request-Id": "req_fake"})
         if url.path != "/v1/events":
-            return error(404)
+            return error(404, "resource_missing", "id", f"No such object: {url.path}")
         return self._list(parameters)
 
     def _list(self, parameters: Mapping[str, str]) -> bytes:

@@ -25,18 +25,26 @@ EXCEPTIONS = {
 HEAD = '''"""Generated from stripe-python {version} by `python -m tests.typed_events`: do not edit."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar, overload
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, Unpack, overload
 
 import stripe
 
 from firstclaim.context import BatchContext, Context
 from firstclaim.event import Event
+from firstclaim.handler_options import HandlerOptions
 
 __all__ = ["on"]
 
 _O = TypeVar("_O")
 _R = TypeVar("_R", bound=str | Awaitable[str | None] | None)
 _RB = TypeVar("_RB", bound=str | Sequence[str | None] | Awaitable[str | Sequence[str | None] | None] | None)
+
+class _Options(HandlerOptions, total=False):
+    name: str | None
+    exclusive: bool
+
+class _OneOptions(_Options, total=False):
+    fresh: bool
 
 class _Declare(Protocol[_O]):
     def __call__(self, function: Callable[[Event[_O], Context], _R], /) -> Callable[[Event[_O], Context], _R]: ...
@@ -107,7 +115,8 @@ def alias(name: str, patterns: list[str]) -> str:
 
 def overload(patterns: str, batch: str, result: str) -> str:
     """One overload, as ruff formats it."""
-    parameters = f"*patterns: {patterns}, batch: {batch}"
+    options = "_Options" if batch == "Literal[True]" else "_OneOptions"
+    parameters = f"*patterns: {patterns}, batch: {batch}, **options: Unpack[{options}]"
     line = ONE_LINE.format(parameters=parameters, result=result)
     if len(line) > LINE_MOST:
         line = SEVERAL_LINES.format(parameters=parameters, result=result)

@@ -12,16 +12,29 @@ What a handler module needs, and nothing that opens anything:
 
 from typing import TYPE_CHECKING
 
-from firstclaim.context import BatchContext, Context
+from firstclaim.context import BatchContext, Context, TaskContext
 from firstclaim.declare import on
-from firstclaim.errors import Permanent, Retry
+from firstclaim.errors import Pause, Permanent, Retry
 from firstclaim.event import Event
+from firstclaim.tasks import task
 
 if TYPE_CHECKING:
     from firstclaim.mounted import asgi
     from firstclaim.settings import Settings
 
-__all__ = ["BatchContext", "Context", "Event", "Permanent", "Retry", "Settings", "asgi", "on"]
+__all__ = [
+    "BatchContext",
+    "Context",
+    "Event",
+    "Pause",
+    "Permanent",
+    "Retry",
+    "Settings",
+    "TaskContext",
+    "asgi",
+    "on",
+    "task",
+]
 
 _ON_FIRST_USE = {"Settings": "firstclaim.settings", "asgi": "firstclaim.mounted"}
 

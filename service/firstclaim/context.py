@@ -5,11 +5,13 @@ Once the handler has ended, its context refuses everything.
 """
 
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 from firstclaim.errors import HandlerRuleBroken
 from firstclaim.event import Event
+from firstclaim.follow_up import Outbox
 
 if TYPE_CHECKING:  # importing them takes a quarter of a second, in every command and test process
     import asyncio
@@ -40,7 +42,7 @@ class Transaction(Protocol):
         """Run one statement on the driver."""
 
     def refuse(self) -> None:
-        """The handler was told that its deadline has passed: it cannot complete any more, even if it ignores that."""
+        """The deadline of the handler has passed: it cannot complete any more, even if it runs on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,19 +137,65 @@ class TransactionContext:
 
 @dataclass(frozen=True, slots=True)
 class Context(TransactionContext):
-    """What a handler gets beside the event: the attempt's number (from 1, always rising) and a transaction."""
+    """What a handler gets beside the event: the attempt's number (from 1, always rising) and a transaction.
+
+    `body`: the bytes that Stripe has signed. In tests of handlers, the event's payload as JSON.
+    """
 
     event: Event
     attempt: int
+    body: bytes = field(repr=False)
+    _outbox: Outbox = field(default_factory=Outbox, repr=False, compare=False)
 
     @property
     def idempotency_key(self) -> str:
         """The event's id. Pass it to every call to another system (`idempotency_key=` of Stripe's own API).
 
         It is the same on every attempt, so that the other system can detect a repeated call. If a handler makes
-        several calls, add a suffix of your own to each.
+        several calls, add a suffix of your own to each. Where several handlers get the event, each has a key of its
+        own: the id of its row.
         """
-        return self.event.id
+        return self._outbox.row_id(self.event.id)
+
+    def enqueue(
+        self,
+        name: str,
+        payload: Any = None,
+        *,
+        after: float | timedelta = 0,
+        at: datetime | None = None,
+        repeat: bool = False,
+    ) -> str:
+        """Write a follow-up for `@task(name)`, which is committed with the completion mark or not at all.
+
+        Returns its id. `payload` is what JSON has, 64 KiB at most. It is due `after` seconds or a timedelta from the
+        COMMIT on, or `at` an aware datetime, within 366 days. Not to be awaited; async and sync handlers call it alike.
+        If a savepoint around the call is rolled back, the follow-up is forgotten. The n-th call with a name has the
+        same id in every attempt: if the event is replayed, a follow-up that exists is not written again, unless
+        `repeat` is set. Raises `TypeError` or `ValueError` for an argument that cannot be stored, `HandlerRuleBroken`
+        for a name that no task of this process has, and after the handler has ended.
+        """
+        return self._outbox.enqueue(
+            name,
+            payload,
+            event_id=self.event.id,
+            parent_id=self._outbox.row_id(self.event.id),
+            account=self.event.account,
+            livemode=self.event.livemode,
+            after=after,
+            at=at,
+            repeat=self.attempt if repeat else None,
+        )
+
+    @property
+    def snapshot(self) -> dict[str, Any] | None:
+        """The object as the event has it: its state when Stripe made the event. None for a thin event.
+
+        For a handler with `fresh=True`: `event.object` is the object as it is now. Without, both are the same.
+        """
+        data = self.event.payload.get("data")
+        found: dict[str, Any] | None = data.get("object") if isinstance(data, dict) else None
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +208,83 @@ class BatchContext(TransactionContext):
     """
 
     attempts: Mapping[str, int]
+    _outbox: Outbox = field(default_factory=Outbox, repr=False, compare=False)
+
+    def enqueue(
+        self,
+        event: Event,
+        name: str,
+        payload: Any = None,
+        *,
+        after: float | timedelta = 0,
+        at: datetime | None = None,
+        repeat: bool = False,
+    ) -> str:
+        """Write a follow-up of one of the events, as `Context.enqueue` does. Raises `ValueError` for another event."""
+        if event.id not in self.attempts:
+            raise ValueError(f"enqueue: the event {event.id} is not in this batch")
+        return self._outbox.enqueue(
+            name,
+            payload,
+            event_id=event.id,
+            parent_id=self._outbox.row_id(event.id),
+            account=event.account,
+            livemode=event.livemode,
+            after=after,
+            at=at,
+            repeat=self.attempts[event.id] if repeat else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TaskContext(TransactionContext):
+    """What a task gets: what was enqueued for it, the attempt's number (from 1, always rising) and a transaction.
+
+    `id` is that of its row, and `parent_id` that of the row which enqueued it: of the event, or of another follow-up.
+    `event_id` is the event of Stripe's that it goes back to, with its `account` and `livemode`.
+    """
+
+    id: str
+    name: str
+    payload: Any = field(repr=False)
+    attempt: int
+    event_id: str
+    parent_id: str
+    account: str | None
+    livemode: bool
+    _outbox: Outbox = field(default_factory=Outbox, repr=False, compare=False)
+
+    @property
+    def idempotency_key(self) -> str:
+        """The row's id: pass it to every call to another system. It is the same on every attempt."""
+        return self.id
+
+    def enqueue(
+        self,
+        name: str,
+        payload: Any = None,
+        *,
+        after: float | timedelta = 0,
+        at: datetime | None = None,
+        repeat: bool = False,
+    ) -> str:
+        """Write a follow-up of this task, as `Context.enqueue` does: also for a task of the same name."""
+        return self._outbox.enqueue(
+            name,
+            payload,
+            event_id=self.event_id,
+            parent_id=self.id,
+            account=self.account,
+            livemode=self.livemode,
+            after=after,
+            at=at,
+            repeat=self.attempt if repeat else None,
+        )
+
+
+def outbox_of(context: Context) -> Outbox:
+    """What this attempt has enqueued."""
+    return context._outbox  # noqa: SLF001  (it is of this module; a handler of users' has no need of it)
 
 
 def is_on_a_loop() -> bool:

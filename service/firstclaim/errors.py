@@ -85,6 +85,10 @@ class StripeUnavailable(OperatorError):
     """Stripe's API is unreachable, overloaded, or sends invalid answers, and retries did not help."""
 
 
+class ArchiveUnavailable(OperatorError):
+    """The storage of the archive refused a file, or could not be reached. The message says what to change."""
+
+
 # -- a store is unreachable: the next delivery or the next recovery round tries again -----------------
 
 
@@ -138,6 +142,17 @@ class Retry(FirstclaimError):
             raise ValueError(f"Retry(after={after!r}): expected 0 to 259200 seconds (3 days)")
         super().__init__(reason or "handler asked for a retry")
         self.after = after
+
+
+class Pause(FirstclaimError):
+    """Raised by a handler if no event of this type can succeed before an operator has acted: it pauses the type.
+
+    The handler's transaction is rolled back. The event waits, as all of its type do from then on, without a failure,
+    until `firstclaim resume TYPE`. The delivery is answered with 202.
+    """
+
+    def __init__(self, reason: str = "") -> None:
+        super().__init__(reason or "handler asked for a pause of the event's type")
 
 
 class Permanent(FirstclaimError):

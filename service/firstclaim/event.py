@@ -15,7 +15,8 @@ must never run twice. A live event is never renamed: its id is Stripe's, and is 
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Generic
 
@@ -53,6 +54,8 @@ class Event(Generic[ObjectT]):
     `data` is Stripe's `data` (`{"object": {...}, "previous_attributes": {...}}`). It is `{}` for most thin events,
     which have a `related_object` instead (see `payload`). `object_id` is the id of the object that the event is about.
     `id` is Stripe's, except for a placeholder in test mode, which has a suffix that `payload["id"]` lacks.
+    `endpoint` is the name of the endpoint that first received it, whose secret it was signed with; None: the endpoint
+    without a name.
     """
 
     id: str
@@ -64,6 +67,7 @@ class Event(Generic[ObjectT]):
     object_id: str | None
     data: dict[str, Any] = field(repr=False)
     payload: dict[str, Any] = field(repr=False, compare=False)
+    endpoint: str | None = None
     _object: Any = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -72,7 +76,7 @@ class Event(Generic[ObjectT]):
 
         It has the fields of the event's API version, and the type those of the installed library's. Its own requests
         (`refresh()`) use `stripe.api_key`, and go to the event's account. Raises `AttributeError` for a thin event,
-        which has no object.
+        which has no object, unless the handler is declared with `fresh=True`, which fetches it.
         """
         if self._object is None:
             object.__setattr__(self, "_object", self._build())
@@ -82,15 +86,23 @@ class Event(Generic[ObjectT]):
     def _build(self) -> Any:
         import stripe
 
-        if self.thin:
-            raise AttributeError('a thin event has no object: fetch its payload["related_object"] from Stripe')
+        if "object" not in self.data:
+            raise AttributeError(
+                'a thin event has no object: declare the handler with fresh=True, or fetch payload["related_object"]'
+            )
+        if str(self.data["object"].get("object")).startswith("v2."):  # the library names such classes apart
+            return stripe.StripeClient("unused").deserialize(self.data["object"], api_mode="V2")
         values = {"data": {"object": self.data["object"]}}
         return stripe.Event.construct_from(values, None, stripe_account=self.account).data.object
 
     @property
     def thin(self) -> bool:
-        """Whether this is a `v2.core.event`, whose object the handler has to fetch from Stripe."""
+        """Whether this is a `v2.core.event`, whose object has to be fetched from Stripe."""
         return self.payload.get("object") == THIN
+
+    def with_object(self, current: dict[str, Any]) -> "Event[ObjectT]":
+        """The same event with `current` as its object. `payload` stays what was signed."""
+        return replace(self, data={**self.data, "object": current})
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +114,26 @@ class EventHead:
 
 
 class Delivery:
-    """One POST of an event: the bytes that were signed, and the event, or at first only its id and type."""
+    """One POST of an event: the bytes that were signed, and the event, or at first only its id and type.
 
-    __slots__ = ("_event", "body", "event_id", "type")
+    `headers` are those of the request: names in lower case, and values. `endpoint`: the name of the endpoint that it
+    came to.
+    """
 
-    def __init__(self, event: Event | EventHead, body: bytes) -> None:
+    __slots__ = ("_event", "body", "endpoint", "event_id", "headers", "type")
+
+    def __init__(
+        self,
+        event: Event | EventHead,
+        body: bytes,
+        headers: Iterable[tuple[bytes, bytes]] = (),
+        endpoint: str | None = None,
+    ) -> None:
         self.event_id = event.id
         self.type = event.type
         self.body = body
+        self.headers = headers
+        self.endpoint = endpoint
         self._event = event if isinstance(event, Event) else None
 
     def __repr__(self) -> str:
@@ -123,7 +147,7 @@ class Delivery:
     def parse(self) -> Event:
         """Parse the body, unless it is parsed already. Raises `Rejected` (400) if it is not valid."""
         if self._event is None:
-            event = parse_event(self.body)
+            event = parse_event(self.body, self.endpoint)
             if event.id != self.event_id:  # two parsers read it differently: the lock would be another event's
                 raise _rejected('"id" is ambiguous')
             self._event = event
@@ -138,8 +162,10 @@ def head_of(event_id: str, event_type: object, *, livemode: bool, body: bytes) -
     return EventHead(_unique(event_id, livemode, body), str(event_type) if valid_type else None)
 
 
-def parse_event(body: bytes) -> Event:
+def parse_event(body: bytes, endpoint: str | None = None) -> Event:
     """Parse the verified body of a snapshot event or a thin event. Raises `Rejected` (400) with a generic reason.
+
+    `endpoint`: the name of the endpoint that it came to, which the body does not hold.
 
     Formats: docs.stripe.com/api/events/object and docs.stripe.com/api/v2/core/events/object.
     """
@@ -171,6 +197,7 @@ def parse_event(body: bytes) -> Event:
         object_id=_optional(about.get("id")) if isinstance(about, dict) else None,
         data=data,
         payload=payload,
+        endpoint=endpoint,
     )
 
 

@@ -1,5 +1,6 @@
 """How the admin page and the command line write durations, instants and numbers: one form for both."""
 
+import math
 from datetime import UTC, datetime
 from typing import Final
 
@@ -10,6 +11,26 @@ def age(seconds: float) -> str:
     """A duration in its largest unit: `90 s` is `2 min`."""
     amount, unit = next(((size, name) for size, name in _UNITS if abs(seconds) >= size), (1, "s"))
     return f"{abs(seconds) / amount:.0f} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """A short duration with two or three digits: `12 ms`, `1.2 s`, then as `age` writes it."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.{0 if seconds >= 0.01 else 1}f} ms"
+    return f"{seconds:.1f} s" if seconds < 100 else age(seconds)
+
+
+def rate(events: int, seconds: float) -> str:
+    """Events per time, in the unit that has a whole number or more: `12 /s`, `3.4 /min`, `5 /h`, `2 /d`."""
+    per_second = events / max(seconds, 1e-9)
+    factor, unit = next(((f, u) for f, u in ((1, "s"), (60, "min"), (3600, "h")) if per_second * f >= 1), (86_400, "d"))
+    per_unit = per_second * factor
+    return f"{per_unit:.{0 if per_unit >= 10 else 1}f} /{unit}" if events else "0"
+
+
+def percent(share: float) -> str:
+    """A share in percent, rounded down, so that 100% means all: `99.9%`, `100%`."""
+    return f"{math.floor(share * 1000) / 10:g}%"
 
 
 def ago(at: datetime) -> str:

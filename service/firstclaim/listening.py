@@ -50,7 +50,7 @@ class Listening(BaseSettings):
 
     host: Annotated[str, AfterValidator(_host)] = Field(
         "127.0.0.1",
-        description="Address to listen on. `0.0.0.0`: every one of IPv4. `::`: every one of IPv6 and of IPv4.",
+        description="Address to listen on. `0.0.0.0`: all IPv4 addresses. `::`: all IPv4 and IPv6 addresses.",
     )
     port: Annotated[int | None, BeforeValidator(_not_a_service_link)] = Field(
         None, ge=0, le=65_535, description="Port to listen on; 0 picks a free one. Unset: `PORT`, or else 8000."

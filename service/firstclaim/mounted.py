@@ -20,8 +20,8 @@ from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
 from firstclaim import outcome
-from firstclaim.app import application, assemble
-from firstclaim.observability import metrics
+from firstclaim.app import application, create_series
+from firstclaim.components import assemble
 from firstclaim.observability.logging import configure_embedded
 from firstclaim.registry import Registry
 from firstclaim.server.check import Verdict
@@ -58,7 +58,7 @@ class MountedApp:
     def __init__(self, settings: Settings) -> None:
         """Load the handlers and check the settings; opens nothing. Raises `ConfigurationError`."""
         self._settings = settings
-        self._registry = Registry.load(settings.handlers)
+        self._registry = Registry.load(settings.handlers, settings)
         assemble(settings, self._registry)
         self._lifespans = Starlette(lifespan=lambda _: self.lifespan())
         self._entered = False
@@ -80,8 +80,7 @@ class MountedApp:
             configure_embedded()
             await self._check()
             components = assemble(self._settings, self._registry)
-            for handler in self._registry:
-                metrics.handler_seconds(handler.pattern)
+            create_series(self._settings, self._registry)
             shutdown = Shutdown(0, self._settings.shutdown_seconds)
             async with components.running(shutdown) as recovery:
                 self._running = _Running(recovery, application(self._settings, components, shutdown))

@@ -33,9 +33,9 @@ class Password:
 
     salt: bytes = field(repr=False)
     digest: bytes = field(repr=False)
-    n: int = _N
-    r: int = _R
-    p: int = _P
+    n: int
+    r: int
+    p: int
 
     @classmethod
     def read(cls, value: str) -> "Password":
@@ -44,7 +44,7 @@ class Password:
         if (found := _HASH.fullmatch(value)) is not None:
             n, r, p, salt, digest = found.groups()
             return cls(_from_base64(salt), _from_base64(digest), int(n), int(r), int(p))
-        return cls(_PLAIN_SALT, _scrypt(value, _PLAIN_SALT, _N, _R, _P))
+        return cls(_PLAIN_SALT, _scrypt(value, _PLAIN_SALT, _N, _R, _P), _N, _R, _P)
 
     def matches(self, guess: str) -> bool:
         """Whether `guess` is the password. Takes a tenth of a second of CPU time: do not call it on the event loop."""

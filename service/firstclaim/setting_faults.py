@@ -6,9 +6,9 @@ looks like a number is shown. `fields` are the settings' fields, by name.
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 
 PREFIX = "FIRSTCLAIM_"
@@ -19,6 +19,11 @@ Fields = Mapping[str, FieldInfo]
 _SERVICE_LINK = re.compile(PREFIX + r"(?:SERVICE_(?:HOST|PORT)|PORT)(?:_.*)?")
 _NUMBERS = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number"}
 _LIKE_A_NUMBER = re.compile(r"[-+]?\d[\d.,_]{0,6} ?[a-zA-Z%]{0,3}")
+
+
+def converted(convert: Callable[[str], str]) -> AfterValidator:
+    """A validator that converts a secret. A ValueError of `convert` becomes the fault."""
+    return AfterValidator(lambda value: None if value is None else SecretStr(convert(value.get_secret_value())))
 
 
 def environment_name(fields: Fields, field: str) -> str:
@@ -58,6 +63,11 @@ def explain(fields: Fields, error: ValidationError) -> list[str]:
             message = f"{environment_name(fields, name) if name in fields else name}: {message}"
         faults.extend(message.split("\n"))
     return faults
+
+
+def needs(fault: str, names: Iterable[str]) -> bool:
+    """Whether a fault between settings is about one of these variables."""
+    return not {*re.findall(r"[A-Z_]{2,}", fault)}.isdisjoint(names)
 
 
 def _nearest(name: str, known: Mapping[str, str]) -> str:

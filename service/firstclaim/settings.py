@@ -6,7 +6,7 @@ setting has no effect.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, Self
@@ -23,24 +23,20 @@ from pydantic import (
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from firstclaim import setting_faults
+from firstclaim.admin_settings import AdminSettings
 from firstclaim.errors import ConfigurationError
+from firstclaim.handler_settings import HandlerSettings
 from firstclaim.listening import Listening
-from firstclaim.passwords import check
 from firstclaim.schema_name import DEFAULT_SCHEMA, checked_schema
-from firstclaim.setting_faults import PREFIX
-from firstclaim.urls import postgres, redis, stripe
+from firstclaim.setting_faults import PREFIX, converted
+from firstclaim.urls import archive, notify, postgres, redis, stripe
 
 METRICS_CONNECTIONS = 2  # a pool of their own, so that reading the ledger never delays a delivery
 ADMIN_CONNECTIONS = 2  # a pool of their own too; two, so that one search does not block another page
 
 
-def _converted(convert: Callable[[str], str]) -> AfterValidator:
-    """A validator that converts a secret. A ValueError of `convert` becomes the fault."""
-    return AfterValidator(lambda value: None if value is None else SecretStr(convert(value.get_secret_value())))
-
-
-class Settings(Listening):
-    """All settings. The description of a field is its row in the README, and says why the default is what it is.
+class Settings(HandlerSettings, AdminSettings, Listening):
+    """All settings. The description of a field is its row in the reference, and says why the default is what it is.
 
     Raises `ConfigurationError` with all faults, in code too.
     """
@@ -55,7 +51,7 @@ class Settings(Listening):
         validate_by_alias=True,
     )
 
-    database_url: Annotated[SecretStr | None, _converted(postgres.postgres_dsn)] = Field(
+    database_url: Annotated[SecretStr | None, converted(postgres.postgres_dsn)] = Field(
         None,
         validation_alias="DATABASE_URL",
         description="PostgreSQL 14 or newer: `postgresql://` or `postgres://`. Unset: an embedded server.",
@@ -65,25 +61,17 @@ class Settings(Listening):
         validation_alias="FIRSTCLAIM_SCHEMA",
         description="Schema of the ledger's tables: one of its own, that your migrations do not look into.",
     )
-    redis_url: Annotated[SecretStr | None, _converted(redis.redis_url)] = Field(
+    redis_url: Annotated[SecretStr | None, converted(redis.redis_url)] = Field(
         None,
         validation_alias="REDIS_URL",
-        description="Redis 7 or Valkey 8, or newer: `redis://`, `rediss://` or `unix://`. Unset: an embedded Valkey.",
+        description="Redis 7 or Valkey 8, or newer: `redis://`, `rediss://`, `unix://`, `redis+cluster://` or "
+        "`redis+sentinel://`. Unset: an embedded Valkey.",
     )
     stripe_webhook_secrets: Annotated[tuple[SecretStr, ...], NoDecode] = Field(
         (),
         validation_alias="STRIPE_WEBHOOK_SECRETS",
-        description="Signing secrets (`whsec_...`), comma separated: one per endpoint and mode, two during a roll.",
-    )
-    stripe_api_key: Annotated[SecretStr | None, _converted(stripe.stripe_key)] = Field(
-        None,
-        validation_alias="STRIPE_API_KEY",
-        description="For `reconcile` only: a secret key, or a restricted key (`rk_...`) that may read Events.",
-    )
-    stripe_api_base: Annotated[str, AfterValidator(stripe.stripe_base)] = Field(
-        "https://api.stripe.com",
-        validation_alias="STRIPE_API_BASE",
-        description="Address of Stripe's API for `reconcile`, for tests: `https://`, or `http://` to the loopback.",
+        description="Signing secrets (`whsec_...`), comma separated: one per endpoint and mode, two during a roll. "
+        "`name=whsec_...`: of a named endpoint, which has its own path, `/webhooks/stripe/name`.",
     )
     data_dir: Path = Field(
         Path(".firstclaim"),
@@ -120,7 +108,7 @@ class Settings(Listening):
         15,
         ge=0.5,
         le=3600,
-        description="A claim older than this counts as abandoned if its row is not locked; < handler deadline.",
+        description="An older claim whose row is not locked counts as abandoned. Below the handler deadline.",
     )
     handler_deadline_seconds: float = Field(
         30, ge=0.5, le=3600, description="A handler that runs longer has failed, and its connection is terminated."
@@ -129,7 +117,8 @@ class Settings(Listening):
         35,
         ge=1,
         le=2 * 3600,
-        description="Postgres ends a transaction idle for so long: unlocks a frozen process's row; > handler deadline.",
+        description="Postgres ends a transaction that has been idle for this long, which unlocks the row of a frozen "
+        "process. Above the handler deadline.",
     )
     handler_slots: int = Field(
         20,
@@ -157,7 +146,10 @@ class Settings(Listening):
         1, ge=0.1, le=30, description="How often an unreachable Redis is tried: an outage costs one timeout a second."
     )
     postgres_timeout_seconds: float = Field(
-        1.5, ge=0.1, le=30, description="To connect, and per ledger statement: a 503 within 2 s if Postgres is down."
+        1.5,
+        ge=0.1,
+        le=30,
+        description="To connect, to each host, and per ledger statement: a 503 within 2 s if Postgres is down.",
     )
     recovery_interval_seconds: float = Field(
         1, ge=0.05, le=60, description="Between two recovery rounds, per process. No pause after a full batch."
@@ -196,12 +188,13 @@ class Settings(Listening):
         le=3600,
         description="From SIGTERM to exit, including the drain: below Kubernetes' grace period of 30 s.",
     )
-    admin_password: SecretStr | None = Field(
+    notify_url: Annotated[SecretStr | None, converted(notify.notify_url)] = Field(
         None,
-        description="Enables the page at `/admin`: a hash from `firstclaim admin-password`, or a plain value.",
+        description="Address for notices of dead events, failing handlers and refused signatures: "
+        "a webhook of Slack's, or any that takes a POST of JSON.",
     )
-    admin_proxies: int = Field(
-        0, ge=0, le=9, description="Number of your proxies: it says which entry of `X-Forwarded-For` is the client's."
+    archive_url: Annotated[str, AfterValidator(archive.archive_url)] | None = Field(
+        None, description="Where `events prune` stores payloads first: `s3://bucket/prefix`, or `file:///folder`."
     )
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="`auto`: console on a terminal, otherwise one JSON object per line."
@@ -215,6 +208,15 @@ class Settings(Listening):
         """The maximum number of Postgres connections of one process."""
         admin = 0 if self.admin_password is None else ADMIN_CONNECTIONS
         return self.handler_slots + self.ingest_connections + METRICS_CONNECTIONS + admin
+
+    @property
+    def endpoints(self) -> Mapping[str | None, Sequence[str]]:
+        """The signing secrets of each endpoint, by its name; None: the endpoint without a name, if it has secrets."""
+        return stripe.secrets_by_endpoint(secret.get_secret_value() for secret in self.stripe_webhook_secrets)
+
+    @property
+    def _on_cluster(self) -> bool:
+        return self.redis_url is not None and "+cluster:" in self.redis_url.get_secret_value()
 
     @property
     def embedded_database(self) -> bool:
@@ -251,13 +253,6 @@ class Settings(Listening):
             raise ValueError(f"not a dotted module name: {', '.join(map(repr, wrong))}; expected e.g. shop.handlers")
         return names
 
-    @field_validator("admin_password")
-    @classmethod
-    def _strong_password(cls, password: SecretStr | None) -> SecretStr | None:
-        if password is not None:
-            check(password.get_secret_value())
-        return password
-
     @model_validator(mode="after")
     def _numbers_agree(self) -> Self:
         rules = {
@@ -271,6 +266,12 @@ class Settings(Listening):
             "FIRSTCLAIM_BACKOFF_FIRST_SECONDS must not be above FIRSTCLAIM_BACKOFF_MOST_SECONDS": (
                 self.backoff_first_seconds <= self.backoff_most_seconds
             ),
+            "FIRSTCLAIM_REDIS_PREFIX: on a Cluster, a { must begin a hash tag, e.g. {shop}:": (
+                "{" not in self.redis_prefix or not self._on_cluster or redis.has_hash_tag(self.redis_prefix)
+            ),
+            "FIRSTCLAIM_FORWARD_TARGETS has no effect without firstclaim.handlers.forward in FIRSTCLAIM_HANDLERS": (
+                self.forward_targets is None or "firstclaim.handlers.forward" in self.handlers
+            ),
             "FIRSTCLAIM_DRAIN_SECONDS must be below FIRSTCLAIM_SHUTDOWN_SECONDS, which includes it": (
                 self.drain_seconds < self.shutdown_seconds
             ),
@@ -283,7 +284,10 @@ class Settings(Listening):
     @model_validator(mode="wrap")
     @classmethod
     def _in_words(cls, values: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
-        """All faults at once: of single settings, and between settings, found with defaults in place of faulty ones."""
+        """All faults at once: of single settings, and between settings, found with defaults in place of faulty ones.
+
+        A fault that needs a setting which is faulty itself is left out: with the default it may not be true.
+        """
         try:
             return validate(values)
         except ValidationError as error:
@@ -294,7 +298,13 @@ class Settings(Listening):
             try:
                 validate({name: value for name, value in values.items() if name not in names})
             except ValidationError as between:
-                faults += setting_faults.explain(cls.model_fields, between)
+                faulty = {
+                    setting_faults.environment_name(cls.model_fields, name)
+                    for name in cls.model_fields
+                    if name in names
+                }
+                found = setting_faults.explain(cls.model_fields, between)
+                faults += [fault for fault in found if not setting_faults.needs(fault, faulty)]
         raise ConfigurationError(faults)
 
 
@@ -320,7 +330,7 @@ def load_settings(*, receiving: bool = True, flags: Mapping[str, Any] = MappingP
 
 
 def _named_by_option(fault: str, flags: Iterable[str]) -> str:
-    names = {environment_name(field): "--" + field.replace("_", "-") for field in flags}
+    names = {environment_name(field): "--" + field.removesuffix("_url").replace("_", "-") for field in flags}
     name, colon, text = fault.partition(":")
     return names.get(name, name) + colon + text
 

@@ -1,4 +1,4 @@
-"""The states of an event. The README draws the transitions between them."""
+"""The states of an event. docs/explanation/states.md draws the transitions between them."""
 
 from enum import StrEnum
 

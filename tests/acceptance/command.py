@@ -32,6 +32,27 @@ class Run:
             assert word in self.output, f"{word!r} is missing in:\n{self.output}"
 
 
+@asynccontextmanager
+async def serving(
+    command: str, folder: Path, environment: dict[str, str], *, stop: signal.Signals, seconds: float
+) -> AsyncIterator["Running"]:
+    """A service that a page's command starts in a terminal, ready, until `stop`, on which it ends with 0 in time."""
+    output = folder / "serve.log"
+    with output.open("wb") as file:
+        process = await asyncio.create_subprocess_shell(
+            f"exec env {command}", cwd=folder, env=environment, stdout=file, stderr=file
+        )
+    running = Running(process, output)
+    try:
+        await running.shows("Application startup complete")
+        yield running
+    finally:
+        if process.returncode is None:
+            process.send_signal(stop)
+        async with asyncio.timeout(seconds):
+            assert await process.wait() == 0, output.read_text()
+
+
 @dataclass(frozen=True, slots=True)
 class Running:
     """A command that is running, or has just ended."""

@@ -26,12 +26,11 @@ from urllib.parse import urlsplit
 import asyncpg
 import httpx
 import orjson
-import redis
 
 from firstclaim.status import Status
 from firstclaim.web.webhook import WEBHOOK_PATH
 from tests.fixtures import SECRET, event_body, signed
-from tests.stores import Stores, clone, drop
+from tests.stores import Stores, clone, drop, redis_client
 
 REPOSITORY: Final = Path(__file__).parents[2]
 # For a process that must import this checkout, which may be a copy, and not the installed package.
@@ -571,14 +570,14 @@ class Sandbox:
 
     async def key(self, event: Sample) -> bytes | None:
         """The value of the event's key in Redis."""
-        with redis.Redis.from_url(self.redis_url) as client:
+        with redis_client(self.redis_url) as client:
             value = client.get(self.redis_prefix + event.id)
         assert value is None or isinstance(value, bytes)
         return value
 
     async def put(self, event: Sample, value: str, ttl_seconds: float | None = None) -> None:
         """Set the event's key in Redis to `value`; an empty value makes it a key of another type."""
-        with redis.Redis.from_url(self.redis_url) as client:
+        with redis_client(self.redis_url) as client:
             key = self.redis_prefix + event.id
             if value:
                 client.set(key, value, px=None if ttl_seconds is None else round(ttl_seconds * 1000))
@@ -587,7 +586,7 @@ class Sandbox:
 
     def empty_redis(self) -> int:
         """Delete every key of this sandbox; returns their number."""
-        with redis.Redis.from_url(self.redis_url) as client:
+        with redis_client(self.redis_url) as client:
             keys = list(client.scan_iter(f"{self.redis_prefix}*", count=1000))
             return sum(client.delete(key) for key in keys)
 

@@ -70,7 +70,7 @@ async def test_all_faults_at_once(command: Command) -> None:
     runs = await both(
         command,
         DATABASE_URL=f"mysql://user:{PASSWORD}@localhost/shop",
-        REDIS_URL=f"redis+sentinel://:{PASSWORD}@localhost:26379/0",
+        REDIS_URL=f"memcached://:{PASSWORD}@localhost:11211/0",
         FIRSTCLAIM_LEASE_SECOND="20",
         FIRSTCLAIM_HANDLER_SLOTS="many",
         FIRSTCLAIM_DRAIN_SECONDS="100",
@@ -79,7 +79,7 @@ async def test_all_faults_at_once(command: Command) -> None:
         assert run.code == 2, run.output
         run.shows(
             "DATABASE_URL: scheme 'mysql' is not PostgreSQL",
-            "REDIS_URL: Redis Sentinel",
+            "REDIS_URL: scheme 'memcached'",
             "FIRSTCLAIM_LEASE_SECOND is not a setting; did you mean FIRSTCLAIM_LEASE_SECONDS?",
             "FIRSTCLAIM_HANDLER_SLOTS",
             "FIRSTCLAIM_DRAIN_SECONDS must be below FIRSTCLAIM_SHUTDOWN_SECONDS",

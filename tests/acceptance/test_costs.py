@@ -8,16 +8,29 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tests.acceptance.harness import IGNORED, PROCESSED, Overrides, Sandbox, Service, post, post_at_once, sample
+from tests.acceptance.harness import (
+    HANDLERS,
+    IGNORED,
+    PROCESSED,
+    Overrides,
+    Sandbox,
+    Service,
+    post,
+    post_at_once,
+    sample,
+)
+from tests.chaos.keyed_handlers import KEYED
 from tests.chaos.sessions import counted
-from tests.fixtures import signed
+from tests.fixtures import event_body, signed
 from tests.proxy import Tap, before_postgres
 
 # Enough slots that 100 deliveries at once each get a place.
 _CALM: Overrides = {"recovery_interval_seconds": 60, "handler_slots": 50}
-# Statements that open a connection, recovery's query for due events, the watch over running handlers (once a second).
+# Statements that open a connection, recovery's query for due events, the watch over running handlers (once a second),
+# the counts of duplicates (every five seconds, for all events together).
 _UPKEEP = re.compile(
-    r"AS synchronous_commit,|ledger_epoch|pg_control_system|pg_type|'jit'|ORDER BY due_at|SELECT watched\.number"
+    r"AS synchronous_commit,|ledger_epoch|pg_control_system|pg_type|'jit'|ORDER BY due_at|SELECT watched\.number|"
+    r"stripe_event_duplicates"
 )
 
 # Each entry is one round trip.
@@ -92,12 +105,12 @@ class Costs:
 
 
 @asynccontextmanager
-async def costs(sandbox: Sandbox, workers: int = 1) -> AsyncIterator[Costs]:
+async def costs(sandbox: Sandbox, workers: int = 1, **more: str) -> AsyncIterator[Costs]:
     """A service with open connections and prepared statements."""
     executed: list[str] = []
     async with before_postgres(sandbox.database_url) as (proxy, database_url):
         proxy.tap = lambda: Statements(executed)
-        service = await sandbox.service({**_CALM, "DATABASE_URL": database_url}, workers=workers).start()
+        service = await sandbox.service({**_CALM, "DATABASE_URL": database_url, **more}, workers=workers).start()
         for _ in range(2):
             for answer in await post_at_once([(service.url, sample().body) for _ in range(100)]):
                 assert answer.result == PROCESSED
@@ -112,6 +125,16 @@ async def test_a_fresh_event(sandbox: Sandbox) -> None:
             assert (await post(cost.service.url, sample().body)).result == PROCESSED
         assert cost.statements == FRESH
         assert cost.commands == {"cmdstat_set": 2, "cmdstat_eval": 1, "cmdstat_get": 1}  # the script's own among them
+
+
+async def test_an_event_with_a_key(sandbox: Sandbox) -> None:
+    """The key costs no round trip and no command: its lock is tried by the statement that locks the row."""
+    async with costs(sandbox, handlers=f"{HANDLERS},tests.chaos.keyed_handlers") as cost:
+        body = event_body(KEYED, data={"object": {"metadata": {"customer": "cus_1"}}})
+        with cost.counting():
+            assert (await post(cost.service.url, body)).processed
+        assert cost.statements == FRESH
+        assert cost.commands == {"cmdstat_set": 2, "cmdstat_eval": 1, "cmdstat_get": 1}
 
 
 async def test_fresh_events_share_their_insert(sandbox: Sandbox) -> None:

@@ -78,6 +78,32 @@ async def test_a_dead_event_is_found_understood_and_replayed(
     assert (action["action"], action["selection"]) == ("replay", event.id)
     assert "@" in action["operator"]
 
+
+async def test_a_failure_is_found_and_replayed_by_its_group(sandbox: Sandbox, command: Command, tmp_path: Path) -> None:
+    """The group names handler, class and line; its id selects its events, and none once they are completed."""
+    service = await sandbox.service().start()
+    fixed = tmp_path / "fixed"
+    events = [await dead_event(sandbox, service, fixed) for _ in range(2)]
+    [group] = objects(await command("events", "groups", "--newer-than", "1h", "--json"))
+    assert group["handler"].startswith("tests.acceptance.handlers.")
+    assert (group["error_class"], group["failures"], group["events_dead"]) == ("Permanent", 2, 2)
+    assert group["place"].startswith("tests/acceptance/handlers.py:")
+    assert group["example_id"] == events[1].id
+    run = await command("events", "groups")
+    run.shows(group["group"], group["handler"], f"Permanent at {group['place']}", "2 failed attempts", "2 events dead")
+    assert "never" not in run.output  # the message may quote the payload
+
+    selected = ("--group", group["group"])
+    listed = objects(await command("events", "list", *selected, "--json"))
+    assert {each["event_id"] for each in listed} == {each.id for each in events}
+    fixed.touch()
+    run = await command("events", "replay", *selected, "--at-most", "2", "--yes", "--wait")
+    assert run.code == 0, run.output
+    run.shows("2 completed")
+    assert objects(await command("events", "list", *selected, "--json")) == []
+    run = await command("events", "groups")
+    run.shows("2 failed attempts", "none failed or dead")
+
     [stats] = objects(await command("stats", "--json"))
     assert (stats["events"]["completed"], stats["events"]["dead"], stats["due"]) == (2, 0, 0)
     (await command("stats")).shows("completed          2")
@@ -178,7 +204,9 @@ async def test_old_events_are_pruned(sandbox: Sandbox, command: Command) -> None
         assert (await sandbox.deliver(service, event)).result == PROCESSED
         sandbox.waived.add(event.id)
     await sandbox.fetch(
-        "UPDATE firstclaim.stripe_events SET settled_at = now() - interval '500 days' WHERE event_id = $1", old.id
+        "UPDATE firstclaim.stripe_events SET received_at = now() - interval '500 days',"
+        " settled_at = now() - interval '500 days' WHERE event_id = $1",
+        old.id,
     )
     run = await command("events", "prune", "--dry-run")
     run.shows("would delete 1 event with its payload, and 0 payloads of other events")

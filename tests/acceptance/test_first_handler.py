@@ -12,17 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.acceptance import command as commands
 from tests.acceptance.command import Running
 from tests.acceptance.harness import eventually
+from tests.blocks import block
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+README = "README.md"
 SECONDS = 120
-
-
-def block(name: str) -> str:
-    """The block of the README behind the comment of that name."""
-    [found] = re.findall(rf"<!-- {name} -->\n```\w+\n(.*?)```", README, flags=re.DOTALL)
-    return str(found)
 
 
 @pytest.fixture
@@ -56,21 +52,11 @@ async def shell(command: str, folder: Path, environment: dict[str, str]) -> str:
 async def serving(folder: Path, environment: dict[str, str]) -> AsyncIterator[Running]:
     """The README's service, in a folder with the README's handler."""
     (folder / "shop").mkdir()
-    (folder / "shop" / "handlers.py").write_text(block("first handler"))
-    output = folder / "serve.log"
-    with output.open("wb") as file:
-        process = await asyncio.create_subprocess_shell(
-            "exec env " + block("first serve"), cwd=folder, env=environment, stdout=file, stderr=file
-        )
-    running = Running(process, output)
-    try:
-        await running.shows("Application startup complete")
+    (folder / "shop" / "handlers.py").write_text(block(README, "first handler"))
+    async with commands.serving(
+        block(README, "first serve"), folder, environment, stop=signal.SIGTERM, seconds=SECONDS
+    ) as running:
         yield running
-    finally:
-        if process.returncode is None:
-            process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(SECONDS):
-            assert await process.wait() == 0, output.read_text()
 
 
 async def test_the_first_handler_runs_as_it_stands(serving: Running, folder: Path, environment: dict[str, str]) -> None:
@@ -78,7 +64,7 @@ async def test_the_first_handler_runs_as_it_stands(serving: Running, folder: Pat
     text = serving.output.read_text()
     assert re.search(r"^handlers +invoice\.paid +shop\.handlers\.grant_access$", text, re.MULTILINE)
     assert re.search(r"^try .*--copies 20$", text, re.MULTILINE)  # no --url: `send` has the same environment
-    create, send, refuse, listing, select = block("first events").splitlines()
+    create, send, refuse, listing, select = block(README, "first events").splitlines()
     assert "CREATE TABLE" in await shell(create, folder, environment)
     assert "Processed once, of 20 copies." in await shell(send, folder, environment)
     refused = await shell(refuse, folder, environment)
@@ -92,18 +78,18 @@ async def test_the_first_handler_runs_as_it_stands(serving: Running, folder: Pat
 
 async def test_a_saved_file_is_served(serving: Running, folder: Path, environment: dict[str, str]) -> None:
     """After a change the new handler answers; after a broken one the fault is told, and the next change is served."""
-    await shell(block("first events").splitlines()[0], folder, environment)
+    await shell(block(README, "first events").splitlines()[0], folder, environment)
     module = folder / "shop" / "handlers.py"
 
     async def answer() -> str:
         return await shell("firstclaim send invoice.paid || true", folder, environment)
 
-    module.write_text(block("first handler").replace("access_granted", "first_change"))
+    module.write_text(block(README, "first handler").replace("access_granted", "first_change"))
     await eventually(answer, lambda text: "first_change" in text, SECONDS)
     module.write_text("import nothing_of_this_name")
     await serving.shows("cannot import shop.handlers")
     await serving.shows("waiting_for_change")
-    module.write_text(block("first handler").replace("access_granted", "second_change"))
+    module.write_text(block(README, "first handler").replace("access_granted", "second_change"))
     await eventually(answer, lambda text: "second_change" in text, SECONDS)
     assert "Traceback" not in serving.output.read_text()
 

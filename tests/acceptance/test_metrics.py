@@ -1,7 +1,12 @@
 """`/metrics` of real processes: every event is counted in its series, and no request can add a series."""
 
+import asyncio
+import os
 import re
+import signal
+from contextlib import suppress
 
+import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from firstclaim.status import Status
@@ -11,6 +16,7 @@ from tests.acceptance.harness import (
     FAILED,
     IGNORED,
     PROCESSED,
+    SHORT_LEASE,
     UNHANDLED,
     Sandbox,
     Service,
@@ -43,6 +49,9 @@ def grown(before: Series, after: Series) -> Series:
     }
 
 
+VERIFIED: Series = {("firstclaim_endpoint_requests_total", "-", "verified"): 1}
+
+
 async def test_what_happens_is_counted(sandbox: Sandbox) -> None:
     """Each outcome and each way to detect a duplicate is counted in its own series, and nothing else changes."""
     service = await sandbox.service().start()
@@ -56,25 +65,29 @@ async def test_what_happens_is_counted(sandbox: Sandbox) -> None:
 
     event = sample()
     assert (await sandbox.deliver(service, event)).result == PROCESSED
+    attempts = ("firstclaim_attempts_total", "invoice.payment_failed")
     handled = ("firstclaim_handler_seconds_count", "invoice.payment_failed")
-    assert await since() == {("firstclaim_deliveries_total", "processed"): 1, handled: 1}
+    completed: Series = {(*attempts, "completed"): 1, (*handled, "completed"): 1}
+    assert await since() == {**VERIFIED, ("firstclaim_deliveries_total", "processed"): 1, **completed}
 
-    assert 0 < before["firstclaim_handler_seconds_sum", "invoice.payment_failed"] < 10
+    assert 0 < before["firstclaim_handler_seconds_sum", "invoice.payment_failed", "completed"] < 10
 
     assert (await sandbox.deliver(service, event)).result == IGNORED
     assert await since() == {
+        **VERIFIED,
         ("firstclaim_deliveries_total", "duplicate"): 1,
         ("firstclaim_duplicates_total", "redis"): 1,
     }
     sandbox.empty_redis()
     assert (await sandbox.deliver(service, event)).result == IGNORED
     assert await since() == {
+        **VERIFIED,
         ("firstclaim_deliveries_total", "duplicate"): 1,
         ("firstclaim_duplicates_total", "ledger"): 1,
     }
 
     assert (await sandbox.deliver(service, sample(type="charge.refunded"))).result == UNHANDLED
-    assert await since() == {("firstclaim_deliveries_total", "unhandled"): 1}
+    assert await since() == {**VERIFIED, ("firstclaim_deliveries_total", "unhandled"): 1}
 
     failing = sample("fail", until=1)
     assert (await sandbox.deliver(service, failing)).result == FAILED
@@ -85,10 +98,13 @@ async def test_what_happens_is_counted(sandbox: Sandbox) -> None:
 
     await eventually(recovered, lambda value: value == 1)
     assert await since() == {
+        **VERIFIED,
         ("firstclaim_deliveries_total", "failed"): 1,
         ("firstclaim_claims_taken_over_total", "recovery"): 1,
         ("firstclaim_recovered_total", "processed"): 1,
-        handled: 2,
+        (*attempts, "failed"): 1,
+        (*handled, "failed"): 1,
+        **completed,
     }
 
 
@@ -103,6 +119,8 @@ async def test_no_request_adds_a_series(sandbox: Sandbox) -> None:
         await post(service.url, b"{}", [("stripe-signature", f"t=1,v1=made{number}")])
         await post(service.url, b"{%d}" % number)
     assert grown(before, await scraped(service)) == {
+        ("firstclaim_endpoint_requests_total", "-", "verified"): 6,
+        ("firstclaim_endpoint_requests_total", "-", "signature_refused"): 3,
         ("firstclaim_deliveries_total", "unhandled"): 3,
         ("firstclaim_rejected_requests_total", "path"): 6,
         ("firstclaim_rejected_requests_total", "signature_stale"): 3,
@@ -117,6 +135,28 @@ async def test_all_workers_are_one_sum(sandbox: Sandbox) -> None:
         assert (await sandbox.deliver(service, sample())).result == PROCESSED
     sums = {(await scraped(service))["firstclaim_deliveries_total", "processed"] for _ in range(10)}
     assert sums == {20}
+
+
+async def test_a_worker_that_dies_uses_no_slot(sandbox: Sandbox) -> None:
+    """The slots of a dead worker are free: what it had in use is not counted any more, what it had counted is."""
+    service = await sandbox.service(SHORT_LEASE, workers=2).start()
+    assert (await sandbox.deliver(service, sample())).result == PROCESSED
+    in_use = ("firstclaim_slots_in_use", "invoice.payment_failed")
+    event = sample("hold", gate=str(sandbox.folder / "gate"))
+    delivering = asyncio.create_task(post(service.url, event.body))
+
+    async def current() -> Series:
+        return await scraped(service)
+
+    await eventually(current, lambda series: series[in_use] == 1)
+    [row] = await sandbox.fetch("SELECT claimed_by FROM firstclaim.stripe_events WHERE status = 'processing'")
+    os.kill(int(row["claimed_by"].rpartition(":")[2]), signal.SIGKILL)
+    with suppress(httpx.HTTPError):
+        await delivering
+    (sandbox.folder / "gate").touch()
+    await sandbox.settled(event)
+    idle = await eventually(current, lambda series: series[in_use] == 0)
+    assert idle["firstclaim_deliveries_total", "processed"] == 1
 
 
 async def test_unreachable_stores_are_reported(sandbox: Sandbox) -> None:

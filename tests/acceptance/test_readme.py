@@ -10,14 +10,14 @@ import pytest
 
 from tests.acceptance.command import Command, Running
 from tests.acceptance.harness import PYTHON_PATH
+from tests.blocks import block
 
-README = Path(__file__).parents[2] / "README.md"
+README = "README.md"
 
 
-def arguments(pattern: str) -> list[str]:
-    """The words behind `firstclaim` in the README's only command that matches."""
-    [found] = re.findall(rf"^(?:.* && )?\.venv/bin/firstclaim ({pattern})$", README.read_text(), flags=re.MULTILINE)
-    return shlex.split(found)
+def arguments(command: str) -> list[str]:
+    """The words behind `firstclaim`."""
+    return shlex.split(command.rpartition(".venv/bin/firstclaim ")[2])
 
 
 async def address(running: Running) -> str:
@@ -39,10 +39,10 @@ async def test_the_commands_of_the_first_minute(folder: Path) -> None:
     """`serve` with nothing set starts both servers and prints its secret; `send` then gets one processed answer."""
     folder.mkdir()
     command = Command(folder, {"PATH": "/usr/bin:/bin", "PYTHONPATH": PYTHON_PATH, "HOME": str(folder)})
-    async with command.running(*arguments("serve"), "--port", "0") as service:
+    async with command.running(*arguments(block(README, "serve")), "--port", "0") as service:
         url = await address(service)
         assert re.search(r"secret +whsec_\w+ \(generated, stored in \.firstclaim\)", service.output.read_text())
-        sent = await command(*arguments("send .*"), "--url", url)
+        sent = await command(*arguments(block(README, "twenty copies")), "--url", url)
         assert sent.code == 0, sent.output
         sent.shows("Processed once, of 20 copies.")
         service.interrupt()

@@ -69,6 +69,7 @@ class History:
     lost: dict[str, int] = field(default_factory=dict, init=False)  # event id: the instant at which the ledger lost it
     abandoned_most: int = field(default=ABANDONED_MOST, init=False)
     _postgres_unreachable: int = field(default=0, init=False)
+    _unread: bool = field(default=False, init=False)
     _routes: dict[str, Routes] = field(default_factory=dict, init=False)  # by the name of the service
 
     def __post_init__(self) -> None:
@@ -118,6 +119,15 @@ class History:
         finally:
             self._postgres_unreachable -= 1
 
+    @contextlib.contextmanager
+    def unread(self) -> Iterator[None]:
+        """While the block runs, no row is read, because there is no server that surely has it: it fails over."""
+        self._unread = True
+        try:
+            yield
+        finally:
+            self._unread = False
+
     def restored(self, lost: Iterable[Sample]) -> None:
         """The ledger was restored to a moment before these: what was seen of them until now no longer counts."""
         self.lost |= {event.id: time.monotonic_ns() for event in lost}
@@ -130,6 +140,8 @@ class History:
 
     async def _seen(self, event: Sample) -> Row | Unseen:
         tolerant = self._postgres_unreachable > 0
+        if self._unread:
+            return Unseen.NOT_READ
         try:
             return await self.look(event) or Unseen.NO_ROW
         except UNAVAILABLE:

@@ -54,7 +54,7 @@ def requests() -> dict[str, InvalidRequest]:
         **{f"signature: {name}": InvalidRequest([sent], 400) for name, sent in _signatures()},
         **{f"framing: {name}": InvalidRequest([sent], 400) for name, sent in _framings()},
         **{f"size: {name}": refused for name, refused in _sizes().items()},
-        **{f"place: {name}": refused for name, refused in _capacity().items()},
+        **{f"place: {name}": refused for name, refused in _paths().items()},
         **{f"hidden: {name}": refused for name, refused in _hidden().items()},
     }
 
@@ -215,7 +215,7 @@ def _sizes() -> dict[str, InvalidRequest]:
 # -- paths --------------------------------------------------------------------------------------------
 
 
-def _capacity() -> dict[str, InvalidRequest]:
+def _paths() -> dict[str, InvalidRequest]:
     body = event_body()
     headers = [HOST, CLOSE, *signed(body).items(), length(body)]
     lines = {

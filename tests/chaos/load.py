@@ -10,7 +10,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -78,6 +78,7 @@ class Load:
     senders: int = 12
     copies: int = 3
     pause_seconds: float = 0.0  # of each sender, after each answer
+    looks: bool = True  # into the ledger, after each answer
     events: list[Sample] = field(default_factory=list, init=False)
     results: Counter[AnswerResult | None] = field(default_factory=Counter, init=False)
     seconds: list[float] = field(default_factory=list, init=False)  # until each answer
@@ -94,6 +95,15 @@ class Load:
             return self.results.total()
 
         goal = self.results.total() + deliveries
+        await eventually(answered, lambda total: total >= goal, _MORE_SECONDS)
+
+    async def more_of(self, result: AnswerResult, deliveries: int) -> None:
+        """Wait for so many more answers of one kind while the load is running."""
+
+        async def answered() -> int:
+            return self.results[result]
+
+        goal = self.results[result] + deliveries
         await eventually(answered, lambda total: total >= goal, _MORE_SECONDS)
 
     def percentile(self, share: float) -> float:
@@ -124,7 +134,7 @@ class Load:
             await sending
 
     async def _send(self, posts: Iterator[Sample]) -> None:
-        async with looking(self.history):
+        async with looking(self.history) if self.looks else nullcontext():
             await asyncio.gather(*(self._sender(posts) for _ in range(self.senders)))
 
     async def _sender(self, posts: Iterator[Sample]) -> None:

@@ -12,6 +12,8 @@ from typing import Final
 
 from firstclaim.status import Status
 from tests.acceptance.harness import Sample, sample
+from tests.chaos.follow_up_build import SEVERAL
+from tests.chaos.keyed_handlers import KEYED
 from tests.chaos.new_build import ADDED
 from tests.chaos.old_build import DROPPED
 
@@ -77,7 +79,7 @@ class _Sort:
     behaviour: str
     type: str = "invoice.payment_failed"
     expected: Status = Status.COMPLETED
-    parameters: tuple[tuple[str, float], ...] = ()
+    parameters: tuple[tuple[str, str | float], ...] = ()
 
 
 _SYNC: Final = "invoice.paid"
@@ -102,6 +104,8 @@ _SORTS: Final = (
     _Sort(8, "fail", _BATCHED, parameters=(("until", 1),)),
     _Sort(8, "slow", _BATCHED, parameters=(("seconds", 1.2),)),
     _Sort(1, "die", _BATCHED, parameters=(("until", 1),)),
+    *(_Sort(10, customer, KEYED, parameters=(("customer", customer),)) for customer in ("cus_1", "cus_2")),
+    _Sort(10, "plain", SEVERAL),
     _Sort(4, "permanent", expected=Status.DEAD),
     _Sort(4, "swallow", parameters=(("until", 1),)),
     _Sort(2, "hang", parameters=(("until", 1),)),

@@ -1,6 +1,7 @@
 """A PostgreSQL that belongs to one test, with backups and point-in-time recovery.
 
-It listens on a Unix socket in a private folder, so that it keeps its address through every restart.
+It listens on a Unix socket in a private folder, so that it keeps its address through every restart; and on a port of
+127.0.0.1, if its `settings` name one.
 """
 
 import asyncio
@@ -46,8 +47,13 @@ class PostgresServer(Server):
 
     @property
     def url(self) -> str:
-        """The address of the migrated database."""
-        return f"postgresql://postgres@/ledger?host={self.folder}&port={_SOCKET_PORT}"
+        """The address of the migrated database, on the socket."""
+        return f"postgresql://postgres@/ledger?host={self.folder}&port={self.settings['port']}"
+
+    @property
+    def host(self) -> str:
+        """Where it listens on loopback, as a part of an address."""
+        return f"127.0.0.1:{self.settings['port']}"
 
     async def start(self) -> Self:
         """Start, and wait until it accepts connections."""
@@ -110,7 +116,8 @@ class PostgresServer(Server):
     async def backup(self) -> Path:
         """A consistent base backup as of now."""
         target = self.folder / f"backup-{secrets.token_hex(4)}"
-        await self._run("pg_basebackup", "-D", str(target), "-h", str(self.folder), "-U", "postgres", "-c", "fast")
+        at = ("-h", str(self.folder), "-p", self.settings["port"], "-U", "postgres")
+        await self._run("pg_basebackup", "-D", str(target), *at, "-c", "fast")
         return target
 
     async def restore(self, backup: Path, until: str | None = None) -> None:
@@ -150,7 +157,7 @@ class PostgresServer(Server):
     @property
     def socket(self) -> Path:
         """Where it listens."""
-        return self.folder / f".s.PGSQL.{_SOCKET_PORT}"
+        return self.folder / f".s.PGSQL.{self.settings['port']}"
 
     async def restore_point(self, name: str) -> None:
         """Create a restore point at this moment."""

@@ -1,6 +1,5 @@
 """A Redis (the wheel's Valkey) that belongs to one test, with replicas. A replica needs a port: it is on loopback."""
 
-import secrets
 import signal
 import socket
 from contextlib import suppress
@@ -11,9 +10,12 @@ import redis.asyncio
 
 from firstclaim.embedded.processes import User
 from tests.acceptance.harness import START_SECONDS, _alive_in_group, eventually
-from tests.chaos.server import Server
+from tests.chaos.server import Server, free_port
 
-_PORTS: Final = range(20_000, 32_000)  # below those that the kernel gives to outgoing connections
+SERVICE: Final = "shop-locks"  # the name of the master that Sentinels watch
+SILENT_MS: Final = 1000  # a server that is silent for longer has failed, to its Cluster and to the Sentinels
+
+_LOOPBACK: Final = "127.0.0.1"
 _TEST_USER: Final = "test on >test ~* &* +@all"
 
 
@@ -22,7 +24,7 @@ class RedisServer(Server):
 
     def __init__(self, program: Path, folder: Path, user: User | None, settings: dict[str, str]) -> None:
         super().__init__(program, folder, user)
-        self.port = _free_port()
+        self.port = free_port()
         self.calls = 0  # of the test itself, each on its own connection, since the start
         self.settings = {
             "bind": "127.0.0.1",
@@ -43,7 +45,7 @@ class RedisServer(Server):
         """Start, and wait until it answers."""
         options = [part for name, value in self.settings.items() for part in (f"--{name}", value)]
         self._spawn([*options, "--user", *_TEST_USER.split()])
-        await self._ready(lambda: _answers(self.port))
+        await self._ready(self._answers)
         self.calls = 0
         return self
 
@@ -58,6 +60,21 @@ class RedisServer(Server):
         async with redis.asyncio.Redis(port=self.port, username="test", password="test", socket_timeout=30) as client:
             return await client.execute_command(*command)  # type: ignore[no-untyped-call]
 
+    async def raw(self, *command: str | int | bytes) -> Any:
+        """The same, with the reply as the server sends it: a list or bytes, and no client's view of it."""
+        async with redis.asyncio.Redis(port=self.port, username="test", password="test", protocol=2) as client:
+            client.response_callbacks.clear()
+            return await client.execute_command(*command)  # type: ignore[no-untyped-call]
+
+    async def is_replica(self) -> bool:
+        """Whether it takes no writes."""
+        return bool((await self._replication())["role"] == "slave")
+
+    async def is_synced_replica(self) -> bool:
+        """Whether it is a replica that has its master's data."""
+        seen = await self._replication()
+        return bool(seen["role"] == "slave" and seen["master_link_status"] == "up")
+
     async def replicate(self, primary: "RedisServer", *, port: int | None = None) -> None:
         """Become its replica (by a proxy's `port`, if given), and wait until its data has been copied."""
         await self.call("REPLICAOF", "127.0.0.1", port or primary.port)
@@ -71,25 +88,37 @@ class RedisServer(Server):
         found: dict[str, Any] = await self.call("INFO", "replication")
         return found
 
+    def _answers(self) -> bool:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1) as client:
+            client.sendall(b"PING\r\n")
+            return client.recv(64) != b""
+        return False
+
     def pids(self) -> list[int]:
         # Its child process, which copies data for a replica, is in the same group.
         return [] if self._process is None else _alive_in_group(self.pid)
 
 
-def _answers(port: int) -> bool:
-    with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as client:
-        client.sendall(b"PING\r\n")
-        return client.recv(64) != b""
-    return False
+class SentinelServer(RedisServer):
+    """A Sentinel that watches one master."""
 
+    def watch(self, master: RedisServer, quorum: int) -> None:
+        """Write the configuration, which the Sentinel itself changes later."""
+        lines = [
+            f"port {self.port}",
+            f"bind {_LOOPBACK}",
+            f"dir {self.folder}",
+            "user test on >test ~* &* +@all",
+            f"sentinel monitor {SERVICE} {_LOOPBACK} {master.port} {quorum}",
+            f"sentinel down-after-milliseconds {SERVICE} {SILENT_MS}",
+            f"sentinel failover-timeout {SERVICE} {5 * SILENT_MS}",
+        ]
+        path = self.folder / "sentinel.conf"
+        path.write_text("\n".join(lines) + "\n")
+        path.chmod(0o666)  # the server may run as another user
 
-def _free_port() -> int:
-    """A port that is free now. Servers of other tests use the same range, so the first port to try is random."""
-    start = secrets.randbelow(len(_PORTS))
-    for offset in range(len(_PORTS)):
-        port = _PORTS[(start + offset) % len(_PORTS)]
-        with socket.socket() as probe, suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no free port")
+    async def start(self) -> Self:
+        """Start, and wait until it answers."""
+        self._spawn([str(self.folder / "sentinel.conf"), "--sentinel"])
+        await self._ready(self._answers)
+        return self

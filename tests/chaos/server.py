@@ -6,14 +6,19 @@ Guarantees: a wait ends when all of its processes have ended. The kernel ends th
 
 import asyncio
 import os
+import secrets
 import signal
+import socket
 import subprocess
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from firstclaim.embedded.processes import User, _popen_options
 from tests.acceptance.harness import START_SECONDS, eventually
+
+_PORTS: Final = range(20_000, 32_000)  # below those that the kernel gives to outgoing connections
 
 
 class Server:
@@ -107,3 +112,15 @@ class Server:
 
         await eventually(left, lambda left: not left, seconds)
         await asyncio.to_thread(process.wait)  # it has ended: reap it
+
+
+def free_port() -> int:
+    """A port that is free now. Servers of other tests use the same range, so the first port to try is random."""
+    start = secrets.randbelow(len(_PORTS))
+    for offset in range(len(_PORTS)):
+        port = _PORTS[(start + offset) % len(_PORTS)]
+        with socket.socket() as probe, suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("no free port")

@@ -16,8 +16,8 @@ from pathlib import Path
 from firstclaim.embedded import data_folder
 from firstclaim.settings import Settings
 from tests.chaos.postgres_server import PostgresServer
-from tests.chaos.redis_server import RedisServer
-from tests.chaos.server import Server
+from tests.chaos.redis_server import RedisServer, SentinelServer
+from tests.chaos.server import Server, free_port
 
 __all__ = ["PostgresServer", "RedisServer", "Server", "Servers", "make_template", "own_servers"]
 
@@ -45,11 +45,22 @@ class Servers:
             await server._run("cp", "-a", str(self._template), str(server.data))
         return await server.start()
 
+    async def postgres_on_port(self, **settings: str) -> PostgresServer:
+        """The same, which listens on a port of 127.0.0.1 too."""
+        return await self.postgres(listen_addresses="127.0.0.1", port=str(free_port()), **settings)
+
     async def redis(self, **settings: str) -> RedisServer:
         """A running, empty Redis; an option's dashes are written as underscores."""
         options = {name.replace("_", "-"): value for name, value in settings.items()}
         server = RedisServer(self._redis, self._place("redis"), self._user, options)
         self._made.append(server)
+        return await server.start()
+
+    async def sentinel(self, master: RedisServer, quorum: int) -> SentinelServer:
+        """A running Sentinel that watches `master`; `quorum` of them must agree that it has failed."""
+        server = SentinelServer(self._redis, self._place("sentinel"), self._user, {})
+        self._made.append(server)
+        server.watch(master, quorum)
         return await server.start()
 
     async def end(self) -> None:

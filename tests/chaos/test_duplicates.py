@@ -1,16 +1,27 @@
-"""Rows 1 to 4: one event in many copies, and what the later ones cost."""
+"""Rows 1 to 4, and 48: one event in many copies, at one endpoint or at two, and what the later ones cost."""
 
 import asyncio
+import re
 from collections import Counter
 
 import pytest
 
-from tests.acceptance.harness import IGNORED, PROCESSED, eventually, parallel_reason, post, sample
+from tests.acceptance.harness import (
+    IGNORED,
+    PROCESSED,
+    Overrides,
+    eventually,
+    parallel_reason,
+    post,
+    post_at_once,
+    sample,
+)
 from tests.chaos.actions import answered, deliver_at_once, dispatched, rounds
 from tests.chaos.history import History
 from tests.chaos.servers import Servers
 from tests.chaos.sessions import Sessions, counted
 from tests.chaos.verdict import verdict
+from tests.fixtures import SECRET
 
 DUPLICATES = 200
 PROCESSES = 4
@@ -42,6 +53,38 @@ async def test_row_02_duplicates_at_once(history: History) -> None:
     assert reasons <= {parallel_reason(event.id), f"Event {event.id} already completed"}
     assert (await history.sandbox.settled(event)).counts == (1, 0, 0)
     assert dispatched(history, event) == [1]
+    await verdict(history)
+
+
+async def test_row_48_one_event_at_two_endpoints(history: History) -> None:
+    """200 copies reach two endpoints of four processes at once: one is processed, the others are ignored.
+
+    The name is that of the copy that inserted the row, and stays: another copy may have taken the row over.
+    """
+    # One secret for both names, as `stripe listen` has it; it forwards to two addresses.
+    secrets: Overrides = {"STRIPE_WEBHOOK_SECRETS": f"{SECRET},connect={SECRET}"}
+    services = [history.service(secrets) for _ in range(PROCESSES)]
+    await asyncio.gather(*(service.start() for service in services))
+    event = sample()
+    targets = [(services[number % PROCESSES], "/connect" if number % 3 else "") for number in range(DUPLICATES)]
+    answers = await post_at_once([(service.url + path, event.body) for service, path in targets])
+    await history.note_all([(service, event) for service, _ in targets], answers)
+    assert Counter(answer.result for answer in answers) == {PROCESSED: 1, IGNORED: DUPLICATES - 1}
+    assert (await history.sandbox.settled(event)).counts == (1, 0, 0)
+    [service] = [service for (service, _), answer in zip(targets, answers, strict=True) if answer.processed]
+    shown = (await service.get("/metrics")).text
+    verified = re.search(r'endpoint_requests_total\{endpoint="connect",result="verified"\} (\d+)', shown)
+    assert verified
+    assert int(verified[1]) > DUPLICATES // PROCESSES // 2
+    assert dispatched(history, event) == [1]
+    select = "SELECT endpoint FROM firstclaim.stripe_events WHERE event_id = $1"
+    [recorded] = await history.sandbox.fetch(select, event.id)
+    assert recorded["endpoint"] in ("connect", None)
+    elsewhere = service.url + ("" if recorded["endpoint"] else "/connect")
+    again = await post_at_once([(elsewhere, event.body)])
+    await history.note_all([(service, event)], again)
+    assert [answer.result for answer in again] == [IGNORED]
+    assert await history.sandbox.fetch(select, event.id) == [recorded]
     await verdict(history)
 
 

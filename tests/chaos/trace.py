@@ -20,12 +20,14 @@ from typing import Any, Final
 import orjson
 
 from firstclaim.event import Event
+from firstclaim.follow_up import Outbox
 from firstclaim.inbox import batch_attempt
-from firstclaim.inbox.attempt import Attempt
 from firstclaim.inbox.batch_ledger import BatchLedger
+from firstclaim.inbox.claim import Claim, HandlerTransaction
 from firstclaim.inbox.handler_call import HandlerCall
-from firstclaim.inbox.ledger import Claim, Ledger
+from firstclaim.inbox.ledger import Ledger
 from firstclaim.inbox.lock import Lock, LockReply
+from firstclaim.inbox.single_attempt import SingleAttempt
 from firstclaim.postgres.handler_connections import HandlerConnection
 
 VARIABLE: Final = "TEST_TRACE"
@@ -116,7 +118,8 @@ def _note_after(owner: type, method: str, file: Path, note: Note) -> None:
 
 def _locked(arguments: tuple[Any, ...], reply: object) -> Iterator[Line]:
     event_id = arguments[0]
-    if reply is LockReply.HELD and event_id.startswith("evt_"):  # `serve` also locks a key of its own when it starts
+    # `serve` also locks a key of its own when it starts.
+    if reply is LockReply.HELD and event_id.startswith(("evt_", "task_", "handler_")):
         yield Line.of(LOCK, event_id)
 
 
@@ -130,9 +133,9 @@ def _taken_over(_: tuple[Any, ...], claims: list[Claim]) -> Iterator[Line]:
         yield Line.of(CLAIM, claim.event_id, claim.attempt)
 
 
-def _held(arguments: tuple[Any, ...], held: object) -> Iterator[Line]:
+def _held(arguments: tuple[Any, ...], held: HandlerTransaction | None) -> Iterator[Line]:
     claim: Claim = arguments[1]
-    if held is not None:
+    if held is not None and held.has_key:
         yield Line.of(HOLD, claim.event_id, claim.attempt)
 
 
@@ -160,18 +163,19 @@ def _note_around_the_batch_handler(file: Path) -> None:
 
 
 def _note_around_the_handler(file: Path) -> None:
-    whole = Attempt._call
+    whole = SingleAttempt._call
 
     @functools.wraps(whole)
-    async def wrapped(self: Attempt, call: HandlerCall, connection: HandlerConnection) -> str:
+    async def wrapped(self: SingleAttempt, call: HandlerCall, connection: HandlerConnection, outbox: Outbox) -> str:
         began = time.monotonic_ns()
-        Line.of(START, self.event.id, self.claim.attempt).append(file)
+        # The row's id: several handlers of an event have a row each.
+        Line.of(START, self.claim.event_id, self.claim.attempt).append(file)
         try:
-            return await whole(self, call, connection)
+            return await whole(self, call, connection, outbox)
         finally:
-            Line.of(END, self.event.id, self.claim.attempt, began).append(file)
+            Line.of(END, self.claim.event_id, self.claim.attempt, began).append(file)
 
-    Attempt._call = wrapped  # type: ignore[method-assign]
+    SingleAttempt._call = wrapped  # type: ignore[method-assign]
 
 
 arm(os.environ)

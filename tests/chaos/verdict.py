@@ -21,6 +21,7 @@ from tests.acceptance.harness import SETTLE_SECONDS, Row, eventually
 from tests.chaos import trace
 from tests.chaos.checker import Effect, Evidence, Violation, check
 from tests.chaos.history import History
+from tests.stores import redis_client
 
 _LISTED_MOST: Final = 50
 _STORIES_MOST: Final = 10  # a broken rule tends to break many events in the same way
@@ -126,9 +127,10 @@ def _happenings(history: History, event_id: str) -> Iterator[tuple[int, str]]:
 
 
 def _markers(url: str, prefix: str) -> dict[str, str]:
-    with redis.Redis.from_url(url, socket_timeout=SETTLE_SECONDS) as client:
+    with redis_client(url, SETTLE_SECONDS) as client:
         keys = list(client.scan_iter(f"{prefix}*", count=1000))
-        values = client.mget(keys) if keys else []
+        mget = client.mget_nonatomic if isinstance(client, redis.RedisCluster) else client.mget
+        values = mget(keys) if keys else []
     return {
         key.decode().removeprefix(prefix): value.decode(errors="replace")
         for key, value in zip(keys, values, strict=True)

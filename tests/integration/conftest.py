@@ -7,9 +7,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 import asyncpg
 import pytest
 
+from firstclaim.inbox.model import metadata
 from tests.integration.world import World, build
 from tests.stores import Stores, clone, drop
 
+# What a test writes to: all tables but those of the revision and the epoch.
+WRITTEN = (
+    "effects",
+    *(f"firstclaim.{name}" for name in metadata.tables if name not in ("ledger_epoch", "operator_notices")),
+)
 MakeWorld = Callable[..., Awaitable[World]]
 
 
@@ -25,9 +31,7 @@ def module_database(stores: Stores) -> Iterator[str]:
 async def make_world(module_database: str, stores: Stores, redis_prefix: str) -> AsyncIterator[MakeWorld]:
     """Puts the parts together over an empty ledger, as often as asked: each is a process of its own."""
     connection = await asyncpg.connect(module_database)
-    await connection.execute(
-        "DELETE FROM firstclaim.stripe_events; DELETE FROM firstclaim.stripe_event_payloads; DELETE FROM effects"
-    )
+    await connection.execute("".join(f"DELETE FROM {table};" for table in WRITTEN))
     await connection.close()
     worlds: list[World] = []
 
@@ -56,3 +60,13 @@ async def empty_url(stores: Stores) -> AsyncIterator[str]:
     url = stores.database(name)
     yield url
     await drop(url)
+
+
+@pytest.fixture
+async def superuser(stores: Stores) -> None:
+    """For a test that changes what is the server's own: it is skipped where the role of the tests may not do that."""
+    connection = await asyncpg.connect(stores.postgres_url)
+    may = await connection.fetchval("SELECT rolsuper FROM pg_roles WHERE rolname = current_user")
+    await connection.close()
+    if not may:
+        pytest.skip("needs a superuser")

@@ -219,7 +219,7 @@ def test_a_home_without_rights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 async def test_a_login_that_is_refused(postgres_url: str) -> None:
     """An unknown database or user is never called unreachable, and not waited for."""
     assert 'database "nowhere" does not exist' in await refused(with_database(postgres_url, "nowhere"), exit_code=3)
-    unknown = postgres_url.replace("://postgres@", "://nobody@")
+    unknown = postgres_url.replace(f"://{urlsplit(postgres_url).username}@", "://nobody@")
     assert 'role "nobody" does not exist' in await refused(unknown, exit_code=3)
 
 

@@ -12,25 +12,21 @@ from firstclaim.status import Status
 from tests.integration.conftest import MakeWorld
 from tests.integration.test_ledger import unchanged
 from tests.integration.world import World, delivery
-from tests.pages import ADDRESS, ON, Page, Visitor, site_of, visitor
+from tests.pages import ADDRESS, ON, Page, Visitor, logged_in, site_of, visitor
 
 OPERATOR = f"admin page from {ADDRESS}"
 
 
 @pytest.fixture
 async def world(make_world: MakeWorld) -> World:
-    """With the page switched on, and an empty audit."""
-    world = await make_world(**ON)
-    await world.database.execute("DELETE FROM firstclaim.operator_actions")
-    return world
+    """With the page switched on."""
+    return await make_world(**ON)
 
 
 @pytest.fixture
 async def admin(world: World) -> AsyncIterator[Visitor]:
     """Logged in."""
-    admin = visitor(site_of(world))
-    async with admin.client:
-        await admin.log_in()
+    async with logged_in(world) as admin:
         yield admin
 
 
@@ -91,7 +87,8 @@ async def test_only_failed_and_dead_events_are_offered(world: World, admin: Visi
     assert not page.has_form("/admin/replay/confirmed")
     _, page = await admin.submit(form, ("event", dead), *(("event", each) for each in others.values()))
     assert "Replay 1 event?" in page.text
-    assert "4 events will not be replayed" in page.text
+    assert "3 events will not be replayed" in page.text
+    assert "1 event will not be replayed: this build has no handler for its type" in page.text
     await admin.submit(page.form("/admin/replay/confirmed"))
     for row in before:
         assert unchanged(row, await world.row(row["event_id"]))
@@ -108,8 +105,9 @@ async def test_selected_events_are_replayed(world: World, admin: Visitor) -> Non
     )
     _, page = await admin.submit(page.form("/admin/replay"), ("event", ids[0]), ("event", ids[2]))
     assert "Replay 2 events?" in page.text
+    assert "Chosen: by hand, in the list of status dead" in page.text
     response, _ = await admin.submit(page.form("/admin/replay/confirmed"))
-    assert response.headers["location"] == "/admin/events?status=dead"
+    assert response.headers["location"].startswith("/admin/audit/")
     assert "2 events are due now." in notice((await admin.follow(response))[1])
     assert [await world.status(each) for each in ids] == [Status.PENDING, Status.DEAD] * 2
     [(_, _, selection, changed)] = await audit(world)
@@ -137,6 +135,7 @@ async def test_all_that_match(world: World, admin: Visitor) -> None:
     assert "Replay all 3 matching failed and dead events" in page.text
     _, page = await admin.submit(form, ("all", "yes"))
     assert "Replay 3 events?" in page.text
+    assert "Chosen: all failed and dead events that match status dead; type invoice.*" in page.text
     confirm = page.form("/admin/replay/confirmed")
     for wrong in ("", "2", "33", "x"):
         response, page = await admin.submit(confirm, ("count", wrong))
@@ -149,7 +148,9 @@ async def test_all_that_match(world: World, admin: Visitor) -> None:
     assert await world.status(other) is Status.DEAD
     for row in left:
         assert unchanged(row, await world.row(row["event_id"]))
-    assert {len(row[2].split()) for row in await audit(world)} == {3}
+    [(_, _, selection, changed)] = await audit(world)
+    chosen, _, words = selection.partition(" filter: ")
+    assert (set(chosen.split()), words, changed) == (set(ids), "status dead; type invoice.*", 3)
 
 
 async def test_an_event_that_changed_is_not_replayed(world: World, admin: Visitor) -> None:
@@ -265,7 +266,7 @@ async def test_a_replay_is_interrupted(world: World, admin: Visitor, monkeypatch
     ids = [await event(world, Status.DEAD) for _ in range(3)]
     _, page = await admin.get("/admin/events?status=dead")
     _, page = await admin.submit(page.form("/admin/replay"), ("all", "yes"))
-    inner = commands_module.Commands._fetch
+    inner = commands_module.Commands.fetch
     calls = 0
 
     async def interrupted(self: commands_module.Commands, query: object, **values: object) -> list[object]:
@@ -275,7 +276,7 @@ async def test_a_replay_is_interrupted(world: World, admin: Visitor, monkeypatch
             raise LedgerUnavailable("unreachable")
         return await inner(self, query, **values)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(commands_module.Commands, "_fetch", interrupted)
+    monkeypatch.setattr(commands_module.Commands, "fetch", interrupted)
     response, broken = await admin.submit(page.form("/admin/replay/confirmed"), ("count", "3"))
     assert response.status_code == 503
     assert "after 1 event had become due" in broken.text

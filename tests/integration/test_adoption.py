@@ -16,7 +16,8 @@ from firstclaim.event import Delivery
 from firstclaim.inbox.model import metadata
 from firstclaim.migrations.schema import head, migrate
 from firstclaim.operations.commands import Commands
-from firstclaim.operations.queries import Selection
+from firstclaim.operations.prune import Pruned, Retention, prune
+from firstclaim.operations.selection import Selection
 from firstclaim.outcome import Kind
 from firstclaim.postgres import statement
 from firstclaim.status import Status
@@ -25,7 +26,17 @@ from tests.stores import Stores
 
 SECONDS = 30.0
 OLD = "an older build"  # instead of the name of a schema
-TABLES = list(metadata.tables)
+LATER = ["operator_notices", "stripe_event_duplicates", "operator_pauses"]  # of 0009, 0011 and 0013
+TABLES = [name for name in metadata.tables if name not in LATER]
+OLDER = {  # of what the revisions from 0010 on brought
+    "ARRAY(SELECT pattern FROM firstclaim.operator_pauses)": "CAST('{}' AS text[])",
+    "body, traceparent, headers)\n    SELECT event_id, body, traceparent, headers": "body) SELECT event_id, body",
+    ", duplicates AS (\n    DELETE FROM firstclaim.stripe_event_duplicates d USING old"
+    " WHERE d.event_id = old.event_id\n)": "",
+    "claimed_by, endpoint)": "claimed_by)",
+    "END,\n           endpoint": "END",
+    "p.traceparent, e.endpoint": "CAST(NULL AS text) AS traceparent, CAST(NULL AS text) AS endpoint",
+}
 Process = Callable[[str], Awaitable[World]]
 EFFECT_TYPE = "invoice.payment_failed"
 
@@ -35,6 +46,13 @@ async def as_before(connection: asyncpg.Connection, revision: str = "0006") -> N
     for table in TABLES:
         await connection.execute(f"ALTER TABLE firstclaim.{table} SET SCHEMA public")
     await connection.execute("DROP SCHEMA firstclaim CASCADE")
+    await connection.execute("DROP INDEX stripe_event_attempts_final")
+    for column in ("failure_group", "handler", "error_class", "place"):  # of 0008
+        await connection.execute(f"ALTER TABLE stripe_event_attempts DROP COLUMN {column}")
+    await connection.execute(
+        "ALTER TABLE stripe_event_payloads DROP COLUMN traceparent, DROP COLUMN headers, DROP COLUMN received_at"
+    )
+    await connection.execute("ALTER TABLE stripe_events DROP COLUMN endpoint, DROP COLUMN parent_id")
     await connection.execute("CREATE TABLE alembic_version (version_num varchar(32) PRIMARY KEY)")
     await connection.execute("INSERT INTO alembic_version VALUES ($1)", revision)
 
@@ -54,7 +72,11 @@ def older_statements(monkeypatch: pytest.MonkeyPatch) -> None:
     in_schema = statement.in_schema
 
     def sent(sql: str, schema: str) -> str:
-        return sql.replace("firstclaim.", "") if schema == OLD else in_schema(sql, schema)
+        if schema != OLD:
+            return in_schema(sql, schema)
+        for now, then in OLDER.items():
+            sql = sql.replace(now, then)
+        return sql.replace("firstclaim.", "")
 
     monkeypatch.setattr(statement, "in_schema", sent)
 
@@ -113,7 +135,7 @@ async def test_an_older_build_goes_on_while_its_ledger_is_moved(
     # Each refuses what the other has done, asked without Redis' markers.
     here, there = [await world.pipeline.deliver(delivery()) for world in (new, old)]
     assert {here.kind, there.kind} == {Kind.PROCESSED}
-    await old.lock._redis.delete(old.lock._key(given[0].event.id))
+    await old.redis.delete(old.lock._key(given[0].event.id))
     for world in (old, new):
         assert (await world.pipeline.deliver(given[0])).kind is Kind.DUPLICATE
     assert await admin.fetchval("SELECT version_num FROM alembic_version") == "0006"
@@ -149,8 +171,12 @@ async def test_every_statement_works_on_a_moved_ledger(
         chosen = await operations.select_candidates(Selection())
         replayed = [ids async for ids in operations.replay(chosen, Selection(), "me", give_up_seconds=60)]
         assert sum(map(len, replayed)) == 2
-        await admin.execute("UPDATE stripe_events SET status = 'dead', settled_at = now() - interval '500 days'")
-        assert [each async for each in operations.prune("me", 90, 400, include_dead=True)] == [(0, 2)]
+        await admin.execute(
+            "UPDATE stripe_events SET status = 'dead', settled_at = now() - interval '500 days',"
+            " received_at = now() - interval '500 days'"
+        )
+        pruned = [each async for each in prune(operations, "me", Retention(90, 400, include_dead=True))]
+        assert pruned == [Pruned(rows=2)]
         assert await operations.backlog() is not None
     assert await admin.fetchval("SELECT count(*) FROM firstclaim.operator_actions") == 2
 
@@ -172,7 +198,7 @@ async def test_the_revision_is_that_of_the_tables(database_url: str, admin: asyn
     assert await migrate(database_url, SECONDS) == (head(), head())
     assert [tuple(row) for row in await admin.fetch("SELECT * FROM firstclaim.ledger_epoch")] == before
     assert await admin.fetchval("SELECT version_num FROM alembic_version") == "c0ffee"
-    assert await relations(admin, "firstclaim", "r") == sorted([*TABLES, "ledger_revision"])
+    assert await relations(admin, "firstclaim", "r") == sorted([*TABLES, *LATER, "ledger_revision"])
 
 
 async def relations(admin: asyncpg.Connection, schema: str, kind: str) -> list[Any]:

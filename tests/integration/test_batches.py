@@ -14,9 +14,12 @@ from sqlalchemy import text
 from firstclaim import BatchContext, Context, Event, Permanent, Retry
 from firstclaim.event import Delivery
 from firstclaim.handlers.invoices import record_payment_failures
+from firstclaim.inbox.batch_dispatch import Member
+from firstclaim.inbox.claim import HandlerTransaction
 from firstclaim.inbox.lanes import MAX_EVENTS, MAX_LANES, Lanes
-from firstclaim.inbox.ledger import HandlerTransaction, Ledger
+from firstclaim.inbox.ledger import Ledger
 from firstclaim.inbox.slots import Place
+from firstclaim.inbox.statements import GOES_ALONE
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.handler_connections import HandlerConnection
@@ -164,13 +167,13 @@ async def test_the_statements_of_a_batch_do_not_depend_on_its_size(
     world = await make_world(batch_handlers={"*": handler})
     await deliver(world, deliveries(count))  # opens the connections
     commands: list[str] = []
-    execute = world.lock._execute
+    execute = world.redis_server._execute
 
     async def noted_command(name: str, *arguments: Any) -> Any:
         commands.append(name)
         return await execute(name, *arguments)
 
-    monkeypatch.setattr(world.lock, "_execute", noted_command)
+    monkeypatch.setattr(world.redis_server, "_execute", noted_command)
     for name in ("fetch", "execute", "begin", "commit"):
         noted(name)
     outcomes = await deliver(world, deliveries(count))
@@ -268,25 +271,65 @@ async def _claimed(world: World, given: Sequence[Delivery]) -> bool:
     return bool(await world.database.fetchval(query, ids(given)) == len(given))
 
 
-@pytest.mark.parametrize("change", [{"abandoned": 1}, {"failures": 1, "last_error": "ValueError: x"}])
-async def test_what_has_failed_or_was_abandoned_goes_alone(make_world: MakeWorld, change: dict[str, Any]) -> None:
-    """Recovery feeds batches too, but not with events that may drag others along."""
+@pytest.mark.parametrize(
+    ("change", "count"),
+    [({"abandoned": 1}, 1), ({"last_error": f"{GOES_ALONE}: ValueError"}, 2)],
+    ids=["abandoned", "told"],
+)
+async def test_who_may_drag_others_along_goes_alone(make_world: MakeWorld, change: dict[str, Any], count: int) -> None:
+    """Recovery feeds batches too, but not with events that were abandoned before, or whose batch has failed."""
     seen = Recorder()
     world = await make_world(batch_handlers={"*": seen.handler}, handler_slots=20)
     given = deliveries(6)
     for each in given:
         await world.state_of(each, Status.PENDING)
         await world.change(each.event.id, due_at=-1.0)
-    suspect = ids(given)[0]
-    await world.change(suspect, **change)
+    suspects = ids(given)[:count]
+    for suspect in suspects:
+        await world.change(suspect, **change)
     await world.pipeline.recover()
 
     async def settled() -> bool:
         return not await due(world, 10) and {await world.status(each) for each in ids(given)} == {Status.COMPLETED}
 
     await until(settled)
-    assert [suspect] in seen.batches
-    assert sorted(map(len, seen.batches)) == [1, 5]
+    assert sorted(map(sorted, seen.batches)) == sorted([sorted(ids(given)[count:]), *([each] for each in suspects)])
+
+
+async def test_what_has_failed_gathers_with_its_like(make_world: MakeWorld) -> None:
+    """After an outage all retries go in batches; the one that still fails drags along none that has not failed."""
+    given = deliveries(9)
+    again, fresh = ids(given)[:5], ids(given)[5:]
+    poison = again[2]
+    seen = Recorder(poisoned([poison], ValueError))
+    world = await make_world(batch_handlers={"*": seen.handler}, handler_slots=20)
+    for each in given:
+        await world.state_of(each, Status.PENDING)
+        await world.change(each.event.id, due_at=-1.0)
+    for event_id in again:
+        await world.change(event_id, failures=1, attempt=1, last_error="ValueError at x")
+    await world.pipeline.recover()
+
+    async def settled() -> bool:
+        return not await due(world, 10) and Status.PROCESSING not in {await world.status(each) for each in ids(given)}
+
+    await until(settled)
+    assert sorted(map(sorted, seen.batches)) == sorted([sorted(again), sorted(fresh), *([each] for each in again)])
+    for event_id in ids(given):
+        row = await world.row(event_id)
+        failed = event_id == poison
+        assert (row["status"], row["failures"]) == (("failed", 2) if failed else ("completed", int(event_id in again)))
+
+
+async def test_two_rows_of_an_event_are_in_different_batches(make_world: MakeWorld) -> None:
+    """Of one handler, after a build with several: the handler's context knows events by their ids."""
+    world = await make_world(batch_handlers={"*": Recorder().handler})
+    one, other = delivery(), delivery()
+    claims = [await world.claim(each) for each in (one, other)]
+    members = [Member(claim, one.event, asyncio.get_running_loop()) for claim in claims]
+    lanes(world)._waiting.extend(members)
+    assert lanes(world)._take() == members[:1]
+    assert lanes(world)._take() == members[1:]
 
 
 async def test_an_abandoned_event_does_not_join(make_world: MakeWorld) -> None:
@@ -354,11 +397,11 @@ async def test_what_goes_alone_says_so_to_other_processes(make_world: MakeWorld)
     world = await make_world(batch_handlers={"*": effects})
     claims = [await world.claim(each) for each in deliveries(2)]
     ledger = lanes(world)._batches.ledger
-    assert await ledger.renew_if_held(claims, "its batch has failed") == {claim.event_id for claim in claims}
+    assert await ledger.renew_if_held(claims, f"{GOES_ALONE}: ValueError") == {claim.event_id for claim in claims}
     for claim in claims:
         await world.ledger.release_if_held(claim)
     taken = await world.ledger.take_over([claim.event_id for claim in claims])
-    assert [claim.erred for claim in taken] == [True, True]
+    assert [claim.alone for claim in taken] == [True, True]
     assert [(claim.failures, claim.abandoned) for claim in taken] == [(0, 0), (0, 0)]
 
 
@@ -501,6 +544,56 @@ async def test_a_slow_half_keeps_no_leases(make_world: MakeWorld) -> None:
         assert (row["status"] in ("completed", "pending"), row["failures"], row["abandoned"]) == (True, 0, 0)
 
 
+async def test_a_failed_half_does_not_wait_for_the_other(make_world: MakeWorld) -> None:
+    """Its events go alone at once: while the other half runs, their leases would end, and each would be charged."""
+
+    async def work(events: list[Event], context: BatchContext) -> None:
+        if len(events) == 4:
+            raise asyncpg.DeadlockDetectedError
+        if set(ids(given[:2])) == {event.id for event in events}:
+            raise ValueError
+        if len(events) == 2:
+            await until(_others_are_completed)
+        await effects(events, context)
+
+    async def _others_are_completed() -> bool:
+        return [await world.status(event_id) for event_id in ids(given[:2])] == [Status.COMPLETED] * 2
+
+    seen = Recorder(work)
+    world = await make_world(batch_handlers={"*": seen.handler})
+    given = sorted(deliveries(4), key=lambda each: each.event.id)
+    assert {each.kind for each in await deliver(world, given)} == {Kind.PROCESSED}
+    assert sorted(seen.sizes) == [1, 1, 2, 2, 4]
+
+
+async def test_a_stop_while_one_half_runs_and_the_other_goes_alone(make_world: MakeWorld) -> None:
+    """Each is released once, by who runs it: what goes alone has left the batch."""
+    running: list[int] = []
+
+    async def work(events: list[Event], context: BatchContext) -> None:
+        if len(events) == 4:
+            raise asyncpg.DeadlockDetectedError
+        if set(ids(given[:2])) == {event.id for event in events}:
+            raise ValueError
+        await effects(events, context)
+        running.append(len(events))
+        await asyncio.Event().wait()
+
+    async def _all_run() -> bool:
+        return sorted(running) == [1, 1, 2]
+
+    world = await make_world(batch_handlers={"*": work})
+    given = sorted(deliveries(4), key=lambda each: each.event.id)
+    delivering = asyncio.create_task(deliver(world, given))
+    await until(_all_run)
+    await world.pipeline.drain(0)
+    await delivering
+    for event_id in ids(given):
+        row = await world.row(event_id)
+        assert (row["status"], row["failures"], row["abandoned"]) == ("pending", 0, 0)
+        assert await world.effects(event_id) == 0
+
+
 @pytest.mark.parametrize("statements", [["COMMIT"], ["COMMIT", "BEGIN"]], ids=" ".join)
 async def test_an_own_commit_kills_the_whole_batch(make_world: MakeWorld, statements: list[str]) -> None:
     """What the handler committed is kept, so no event of the batch may be tried again by itself."""
@@ -569,8 +662,61 @@ async def test_a_shutdown_releases_the_batch_and_what_waits(make_world: MakeWorl
         assert await world.value(event_id) is None
 
 
-async def test_a_shutdown_while_a_failed_batch_ends(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The end of the attempt takes no notice of it, but no event goes alone afterwards: all are released."""
+async def test_the_waits_for_a_lane_and_for_a_slot_are_one(make_world: MakeWorld) -> None:
+    """One event alone in its lane: at half of its lease it is released, however much of it the lane has taken."""
+    opened = asyncio.Event()
+
+    async def work(events: list[Event], context: BatchContext) -> None:
+        await opened.wait()
+
+    seen = Recorder(work)
+    world = await make_world(batch_handlers={"*": seen.handler}, lease_seconds=2.0, handler_slots=MAX_LANES)
+    running = []
+    for count in range(1, MAX_LANES + 1):
+        running.append(asyncio.create_task(world.pipeline.deliver(delivery())))
+        await until(lambda count=count: _begun(seen, count))  # type: ignore[misc]
+    late = delivery()
+    waiting = asyncio.create_task(world.pipeline.deliver(late))
+    await until(lambda: _due_within(world, late, 1.3))
+    others = [Place(world.slots, for_delivery=True) for _ in range(MAX_LANES)]  # who has waited for the slots before
+    entering = [asyncio.create_task(each.enter(previously_abandoned=False, timeout_seconds=20.0)) for each in others]
+    await asyncio.sleep(0)
+    opened.set()
+    assert await asyncio.gather(*entering) == [True] * MAX_LANES
+    try:
+        assert (await asyncio.wait_for(waiting, 5)).kind is Kind.DEFERRED
+        row = await world.row(late.event.id)
+        assert (row["status"], row["abandoned"]) == ("pending", 0)
+        assert row["due_in"] > -0.9  # released long before the end of its lease, now or a moment ago
+        assert await world.database.fetchval(
+            "SELECT clock_timestamp() - claimed_at < '1.7s' FROM firstclaim.stripe_events WHERE event_id = $1",
+            late.event.id,
+        )
+    finally:
+        for each in others:
+            each.release()
+    await asyncio.gather(*running)
+
+
+async def _begun(seen: Recorder, count: int) -> bool:
+    return len(seen.batches) == count
+
+
+async def _due_within(world: World, given: Delivery, seconds: float) -> bool:
+    found = await world.database.fetchval(
+        "SELECT due_at < clock_timestamp() + make_interval(secs => $2) FROM firstclaim.stripe_events"
+        " WHERE event_id = $1",
+        given.event.id,
+        seconds,
+    )
+    return bool(found)
+
+
+@pytest.mark.parametrize("error", [ValueError, asyncpg.DeadlockDetectedError])
+async def test_a_shutdown_while_a_failed_batch_ends(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """The end of the attempt takes no notice of it, but nothing runs again, whole or in halves: all are released."""
     drains: list[asyncio.Task[None]] = []
     committed = Ledger.committed
 
@@ -581,7 +727,8 @@ async def test_a_shutdown_while_a_failed_batch_ends(make_world: MakeWorld, monke
         return await committed(ledger, transaction)
 
     async def work(events: list[Event], context: BatchContext) -> None:
-        raise ValueError
+        if len(seen.sizes) == 1:
+            raise error
 
     seen = Recorder(work)
     world = await make_world(batch_handlers={"*": seen.handler})

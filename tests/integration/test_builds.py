@@ -5,7 +5,9 @@ import asyncio
 import pytest
 
 from firstclaim import Context, Event
-from firstclaim.inbox.ledger import Claim, Ledger
+from firstclaim.inbox.claim import Claim
+from firstclaim.inbox.ledger import Ledger
+from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.status import UNFINISHED, Status
 from tests import operator
@@ -42,8 +44,8 @@ async def new(make_world: MakeWorld) -> World:
 async def recovered(world: World) -> None:
     """One round of recovery, and the work that it began."""
     await world.pipeline.recover()
-    if world.pipeline._tasks:
-        await asyncio.wait(world.pipeline._tasks)
+    if world.pipeline._work.tasks:
+        await asyncio.wait(world.pipeline._work.tasks)
 
 
 # -- the build that does not want it ------------------------------------------------------------------
@@ -88,7 +90,7 @@ async def test_beside_anothers_lock_nothing_is_inserted(old: World, row: Status 
     given = delivery(type=TYPE)
     if row is not None:
         await old.state_of(given, row)
-    await old.lock._redis.set(old.lock._key(given.event.id), b"claimed:another", px=5000)
+    await old.redis.set(old.lock._key(given.event.id), b"claimed:another", px=5000)
     result = await old.pipeline.deliver(given)
     if row is None:
         assert result.kind is Kind.UNAVAILABLE
@@ -104,11 +106,11 @@ async def test_what_nobody_takes_is_dead_a_day_after_its_time(old: World, new: W
     given, wanted = [await new.state_of(delivery(type=each), Status.PENDING) for each in (TYPE, "invoice.paid")]
     for each in (given, wanted):
         await new.change(each.event.id, give_up_at=-86_000.0)
-    await old.pipeline.give_up_unwanted(10)
+    await old.pipeline.give_up_unwanted(await old.ledger.survey(), 10)
     assert await new.status(given.event.id) is Status.PENDING, "not a day yet"
     for each in (given, wanted):
         await new.change(each.event.id, give_up_at=-86_500.0)
-    await old.pipeline.give_up_unwanted(10)
+    await old.pipeline.give_up_unwanted(await old.ledger.survey(), 10)
     row = await new.row(given.event.id)
     assert (row["status"], row["last_error"]) == (
         "dead",
@@ -138,7 +140,7 @@ async def test_recovery_never_takes_an_ignored_event(old: World, new: World) -> 
     await old.pipeline.deliver(given)
     await new.change(given.event.id, due_at=-1.0)
     await recovered(new)
-    assert await new.claims.recover([given.event.id]) == ([], [given.event.id])
+    assert await new.claims.recover([given.event.id]) == ([], {given.event.id: new.settings.lock_ttl_seconds})
     assert await new.status(given.event.id) is Status.IGNORED
 
 
@@ -177,9 +179,13 @@ async def test_an_ignored_row_met_without_the_lock_promises_nothing(
     given = delivery(type=TYPE)
     await old.pipeline.deliver(given)
     if held:
-        await new.lock._redis.set(new.lock._key(given.event.id), b"claimed:another", px=5000)
+        await new.redis.set(new.lock._key(given.event.id), b"claimed:another", px=5000)
     else:
-        monkeypatch.setattr(type(new.lock), "unreachable", True)
+
+        async def unreachable(*_: object, **__: object) -> LockReply:
+            return LockReply.UNREACHABLE
+
+        monkeypatch.setattr(Lock, "acquire", unreachable)
     assert (await new.pipeline.deliver(given)).kind is Kind.UNAVAILABLE
     assert await new.status(given.event.id) is Status.IGNORED
 

@@ -10,8 +10,9 @@ import pytest
 from firstclaim import Context, Event
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
+from firstclaim.inbox.claim import Claim
 from firstclaim.inbox.existing_row import ExistingRow
-from firstclaim.inbox.ledger import Claim, Ledger
+from firstclaim.inbox.ledger import Ledger
 from firstclaim.outcome import Kind
 from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.status import Status

@@ -1,13 +1,17 @@
 """What an operator reads from the ledger and changes in it, on a real server."""
 
+import re
 from collections.abc import AsyncIterator
 
 import pytest
 
 from firstclaim.errors import SchemaOutdated
 from firstclaim.operations import commands as operations_module
+from firstclaim.operations import prune as prune_module
 from firstclaim.operations.commands import BATCH, Commands
-from firstclaim.operations.queries import Selection
+from firstclaim.operations.prune import Pruned, Retention, count_prunable, prune
+from firstclaim.operations.queries import STATEMENT_SECONDS
+from firstclaim.operations.selection import Selection
 from firstclaim.status import Status
 from tests.integration.test_ledger import near, unchanged
 from tests.integration.world import World, delivery
@@ -18,8 +22,7 @@ DAY = 86_400.0
 
 @pytest.fixture
 async def operations(world: World, module_database: str) -> AsyncIterator[Commands]:
-    """On a connection of its own, with an empty audit."""
-    await world.database.execute("DELETE FROM firstclaim.operator_actions")
+    """On a connection of its own."""
     async with Commands.connect(module_database, 5) as operations:
         yield operations
 
@@ -28,7 +31,7 @@ async def event(world: World, status: Status, *, settled_days: float = 0) -> str
     """The id of a new event in that status, settled so many days ago if it is settled."""
     given = await world.state_of(delivery(), status)
     if settled_days:
-        await world.change(given.event.id, settled_at=-settled_days * DAY)
+        await world.age(given.event.id, settled_days)
     return given.event.id
 
 
@@ -41,8 +44,9 @@ async def replayed(operations: Commands, selection: Selection, *, repeat_complet
 
 
 async def pruned(operations: Commands, payload_days: int, row_days: int, *, include_dead: bool = False) -> list[int]:
-    batches = operations.prune(OPERATOR, payload_days, row_days, include_dead=include_dead)
-    return [sum(column) for column in zip((0, 0), *[batch async for batch in batches], strict=True)]
+    batches = prune(operations, OPERATOR, Retention(payload_days, row_days, include_dead))
+    total = sum([batch async for batch in batches], Pruned())
+    return [total.payloads, total.rows]
 
 
 async def audit(world: World) -> list[tuple[str, str, str, int | None]]:
@@ -261,6 +265,14 @@ async def test_a_ledger_that_is_not_migrated_is_left_alone(world: World) -> None
     assert await world.database.fetchval("SELECT id FROM firstclaim.ledger_epoch") == before
 
 
+async def test_the_server_ends_what_a_command_gave_up(world: World, operations: Commands) -> None:
+    """A statement has the same limit on the server: that of a killed command would hold its locks for ever."""
+    limit = await operations._connection.fetchval(
+        "SELECT extract(epoch FROM current_setting('statement_timeout')::interval)"
+    )
+    assert limit == STATEMENT_SECONDS
+
+
 # -- prune --------------------------------------------------------------------------------------------
 
 
@@ -271,17 +283,55 @@ async def test_old_payloads_go_and_older_rows(world: World, operations: Commands
         await world.database.execute(
             "INSERT INTO firstclaim.stripe_event_attempts VALUES ($1, 1, 'failed', NULL, NULL, now(), '')", ages[days]
         )
-    assert await operations.count_prunable(30, 90, include_dead=False) == (2, 1)
+        await world.database.execute("INSERT INTO firstclaim.stripe_event_duplicates VALUES ($1, 1, now())", ages[days])
+    assert await count_prunable(operations, Retention(30, 90)) == (2, 1)
     assert await pruned(operations, 30, 90) == [1, 1]
-    assert [each.event_id for each in await operations.list_events(Selection(), 9)] == [ages[40], ages[1]]
+    assert [each.event_id for each in await operations.list_events(Selection(), 9)] == [ages[1], ages[40]]
     assert await operations.payload(ages[40]) is None
     assert await operations.payload(ages[1]) is not None
     assert await world.database.fetchval("SELECT count(*) FROM firstclaim.stripe_event_payloads") == 1
-    assert await world.database.fetchval("SELECT array_agg(event_id) FROM firstclaim.stripe_event_attempts") == [
-        ages[40]
-    ]
+    for table in ("attempts", "duplicates"):
+        left = await world.database.fetchval(f"SELECT array_agg(event_id) FROM firstclaim.stripe_event_{table}")
+        assert left == [ages[40]], table
     assert await audit(world) == [(OPERATOR, "prune", "payloads=30d rows=90d", 2)]
     assert await pruned(operations, 30, 90) == [0, 0]
+
+
+@pytest.mark.parametrize("undated", [False, True])
+@pytest.mark.parametrize("index", ["stripe_event_payloads_received", "stripe_events_received", None])
+async def test_old_payloads_and_rows_are_found_in_any_ledger(
+    world: World, operations: Commands, monkeypatch: pytest.MonkeyPatch, undated: bool, index: str | None
+) -> None:
+    """Batch after batch, also payloads from before schema 0015, and where a large ledger lacks an index."""
+    monkeypatch.setattr(prune_module, "BATCH", 2)
+    old = [await event(world, Status.COMPLETED, settled_days=days) for days in (500, 100, 500, 100, 100)]
+    kept = [await event(world, Status.COMPLETED, settled_days=10) for _ in range(3)]
+    if undated:
+        await world.database.execute("UPDATE firstclaim.stripe_event_payloads SET received_at = NULL")
+    definition = await world.database.fetchval("SELECT indexdef FROM pg_indexes WHERE indexname = $1", index)
+    if index:
+        await world.database.execute(f"DROP INDEX firstclaim.{index}")
+    try:
+        assert await pruned(operations, 90, 400) == [3, 2]
+    finally:
+        await world.database.execute(definition or "SELECT")
+    left = await world.database.fetch("SELECT event_id FROM firstclaim.stripe_event_payloads")
+    assert {row[0] for row in left} == set(kept)
+    assert {each.event_id for each in await operations.list_events(Selection(), 9)} == {*kept, old[1], *old[3:]}
+
+
+async def test_a_prune_looks_only_at_what_is_old(world: World, operations: Commands) -> None:
+    """The oldest are found by an index, not by a walk through all: the plan says so."""
+    await world.database.execute("SET enable_seqscan = off")
+    for statements, index in (
+        (prune_module._PRUNE_PAYLOADS, "stripe_event_payloads_received"),
+        (prune_module._PRUNE_ROWS, "stripe_events_received"),
+    ):
+        values = {"after": "", "after_at": None, "limit": 500, "keep_payloads": False}
+        sql, bound = statements["old"].on(operations._connection, values | Retention(90, 400).parameters(90))
+        plan = await world.database.fetch(f"EXPLAIN {sql}", *bound)
+        scans = [row[0] for row in plan if index in row[0]]
+        assert any(re.search(r"Index (Only )?Scan using", line) for line in scans), plan
 
 
 async def test_what_is_unfinished_is_never_pruned(world: World, operations: Commands) -> None:

@@ -9,7 +9,7 @@ from sqlalchemy import text
 
 from firstclaim import Context, Event
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.inbox.ledger import Claim
+from firstclaim.inbox.claim import Claim
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.epoch import Epoch
@@ -143,10 +143,10 @@ async def test_a_commit_that_is_not_answered_puts_the_epoch_in_doubt(
     async def silent(*_: object, **__: object) -> None:
         raise TimeoutError
 
-    async def settle(claim: Claim, result: object) -> Outcome:
+    async def settle(claim: Claim, handler: object, result: object) -> Outcome:
         await listeners_have_run()
         seen.append(world.claims._epoch.current)
-        return await settle_unknown(claim, result)
+        return await settle_unknown(claim, handler, result)
 
     settle_unknown: Callable[..., Awaitable[Outcome]] = world.dispatcher._settle_unknown
     monkeypatch.setattr(world.dispatcher, "_settle_unknown", settle)

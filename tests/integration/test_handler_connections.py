@@ -11,6 +11,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError, ResourceClosedError
 
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
+from firstclaim.follow_up import Outbox
 from firstclaim.postgres.epoch import Epoch
 from firstclaim.postgres.handler_connections import HandlerConnection, HandlerConnections
 from firstclaim.postgres.places import Places
@@ -50,7 +51,7 @@ async def begun(connections: HandlerConnections) -> HandlerConnection:
     """A connection as a handler has it when it starts."""
     connection = await connections.acquire()
     await connection.begin(NOTHING)
-    connection.start()
+    connection.start(Outbox())
     return connection
 
 
@@ -147,7 +148,7 @@ async def test_a_connection_comes_back_without_a_transaction(
             if statement is not None:
                 await run(connection, statement)
                 await run(connection, "BEGIN")
-            connection.start()
+            connection.start(Outbox())
             await run(connection, INSERT)
             if way == "SQLAlchemy":
                 with pytest.raises(HandlerRuleBroken, match="must not commit"):

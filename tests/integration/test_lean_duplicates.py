@@ -24,7 +24,7 @@ async def world(make_world: MakeWorld) -> World:
 
 def application(world: World) -> Application:
     """The paths of the service."""
-    return Application(Webhook(world.pipeline, [SECRET], 300, 1_000_000), [], None)
+    return Application({None: Webhook(world.pipeline, [SECRET], 300, 1_000_000)}, [], None)
 
 
 async def deliver(application: Application, body: bytes) -> dict[str, Any]:
@@ -84,7 +84,7 @@ async def test_many_at_once_are_a_few_round_trips(world: World, monkeypatch: pyt
     bodies = [event_body() for _ in range(50)]
     for body in bodies:
         await deliver(app, body)
-    commands = world.lock._commands
+    commands = world.redis_server._commands
     writes = 0
     send = commands._send
 

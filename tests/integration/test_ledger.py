@@ -15,9 +15,10 @@ import pytest
 from firstclaim.errors import LedgerUnavailable, Rejected
 from firstclaim.event import Delivery, parse_event
 from firstclaim.inbox import statements
+from firstclaim.inbox.claim import Claim, HandlerTransaction
 from firstclaim.inbox.due import ReturnedEvent
 from firstclaim.inbox.existing_row import ExistingRow
-from firstclaim.inbox.ledger import Claim, HandlerTransaction, Ledger, Recorded
+from firstclaim.inbox.ledger import Ledger, Recorded
 from firstclaim.operations.commands import Commands
 from firstclaim.postgres.handler_connections import HandlerConnection
 from firstclaim.postgres.statement import Statement

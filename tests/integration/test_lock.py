@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import hiredis
@@ -11,9 +10,11 @@ import pytest
 from redis.asyncio import Redis
 
 from firstclaim.errors import LockUnavailable
-from firstclaim.inbox import lock as lock_module
-from firstclaim.inbox.lock import Lock, LockReply, connect
+from firstclaim.inbox import redis_server
+from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.inbox.lock_token import new_token
+from firstclaim.inbox.redis_server import RedisServer, connect
+from tests.integration.hand_clock import HandClock
 from tests.integration.world import until
 from tests.load.markers import write_markers
 from tests.stores import Stores, redis_user
@@ -58,11 +59,10 @@ def key(redis_prefix: str) -> str:
 
 def make(redis: Redis, prefix: str = "test:", *, breaker_seconds: float = BREAKER_SECONDS) -> Lock:
     lock = Lock(
-        redis,
+        RedisServer(redis, breaker_seconds=breaker_seconds),
         prefix=prefix,
         lock_ttl_seconds=LOCK_TTL_MS / 1000,
         marker_ttl_seconds=MARKER_TTL_MS / 1000,
-        breaker_seconds=breaker_seconds,
     )
     _made.append(lock)
     return lock
@@ -97,13 +97,13 @@ def before(lock: Lock, command: str, act: Callable[[], Awaitable[object]]) -> No
 
 
 def before_each_command(lock: Lock, act: Callable[[str], Awaitable[object]]) -> None:
-    execute = lock._execute
+    execute = server_of(lock)._execute
 
     async def late(name: str, *arguments: str | bytes | int) -> Any:
         await act(name)
         return await execute(name, *arguments)
 
-    lock._execute = late  # type: ignore[method-assign]
+    server_of(lock)._execute = late  # type: ignore[method-assign]
 
 
 # -- the table ----------------------------------------------------------------------------------------
@@ -305,6 +305,11 @@ async def test_a_first_delivery_is_two_commands(lock: Lock, commands: list[str])
     assert commands == ["SET", "EVAL"]
 
 
+def server_of(lock: Lock) -> RedisServer:
+    assert isinstance(lock._servers, RedisServer)
+    return lock._servers
+
+
 def redis_key(lock: Lock) -> str:
     return lock._key(ID)
 
@@ -315,22 +320,10 @@ def redis_key(lock: Lock) -> str:
 THEIRS_REPLY = b"$%d\r\n%b\r\n" % (len(THEIRS), THEIRS)
 
 
-class Clock:
-    """A monotonic clock that a test moves by hand."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def monotonic(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch: pytest.MonkeyPatch) -> HandClock:
     """The breaker's clock."""
-    clock = Clock()
-    monkeypatch.setattr(lock_module, "time", SimpleNamespace(monotonic=clock.monotonic))
-    return clock
+    return HandClock.installed(monkeypatch, redis_server)
 
 
 class Server:
@@ -447,13 +440,13 @@ async def test_each_missing_right_is_named(stores: Stores, redis_prefix: str, co
     """Every command that the lock needs is tried, and a refusal names the command."""
     async with redis_user(stores, f"-{command.lower()}") as (_, url), connect(url, timeout_seconds=2) as client:
         with pytest.raises(LockUnavailable, match=f"^{command} is refused: "):
-            await make(client, redis_prefix).try_commands()
+            await server_of(make(client, redis_prefix)).try_commands(redis_prefix + "check")
 
 
 async def test_trying_the_commands_changes_no_lock(redis: Redis, lock: Lock, key: str, commands: list[str]) -> None:
     """The commands are tried on a key of their own, which does not stay: also both scripts change it."""
     await redis.set(key, THEIRS)
-    await lock.try_commands()
+    await server_of(lock).try_commands(key + "/check")
     assert commands == ["SET", "GET", "PTTL", "DEL", "SET", "EVAL", "EVAL"]
     assert await redis.keys(key.replace(ID, "*")) == [key.encode()]
 
@@ -486,7 +479,7 @@ async def test_no_other_reply_of_another_type_counts(command: str, reply: bytes)
         assert not lock.unreachable
 
 
-async def test_a_lost_reply_is_not_asked_for_again(clock: Clock) -> None:
+async def test_a_lost_reply_is_not_asked_for_again(clock: HandClock) -> None:
     """The command may have been applied: repeated by the library, our own lock would look like another's."""
     server = Server()
     server.hang_up = True
@@ -495,7 +488,7 @@ async def test_a_lost_reply_is_not_asked_for_again(clock: Clock) -> None:
     assert server.heard == ["SET"]
 
 
-async def test_a_command_under_way_is_never_cancelled(clock: Clock) -> None:
+async def test_a_command_under_way_is_never_cancelled(clock: HandClock) -> None:
     """Whoever asked has given up: the reply is read all the same, or it would be taken for the next command's."""
     server = Server()
     server.reply = None
@@ -539,11 +532,25 @@ async def test_a_connection_closed_while_idle_is_opened_again() -> None:
         server.connections[0].close()
 
         async def closed() -> bool:
-            return not lock._commands.connected
+            return not server_of(lock)._commands.connected
 
         await until(closed)
         assert await lock.acquire("evt_2", TOKEN, EPOCH) is LockReply.HELD
     assert (server.heard, len(server.connections)) == (["SET", "SET"], 2)
+
+
+async def test_a_server_that_became_a_replica_is_asked_on_a_new_connection(clock: HandClock) -> None:
+    """READONLY: the address may lead to the new primary, so the next attempt connects anew, once per window."""
+    server = Server()
+    server.reply = b"-READONLY You can't write against a read only replica.\r\n"
+    async with listening(server) as client:
+        lock = make(client)
+        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.UNREACHABLE
+        server.reply = b"$-1\r\n"
+        clock.now += BREAKER_SECONDS
+        assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.HELD
+        assert await lock.acquire("evt_2", TOKEN, EPOCH) is LockReply.HELD
+    assert (server.heard, len(server.connections)) == (["SET"] * 3, 2)
 
 
 async def test_a_slow_line_is_not_away() -> None:
@@ -558,7 +565,7 @@ async def test_a_slow_line_is_not_away() -> None:
 # -- the breaker --------------------------------------------------------------------------------------
 
 
-async def test_an_outage_costs_one_timeout_per_window(clock: Clock) -> None:
+async def test_an_outage_costs_one_timeout_per_window(clock: HandClock) -> None:
     """After one failure nobody asks until the window is over: 100 deliveries wait for nothing."""
     server = Server()
     server.reply = None
@@ -576,7 +583,7 @@ async def test_an_outage_costs_one_timeout_per_window(clock: Clock) -> None:
     assert server.heard == ["SET"]
 
 
-async def test_a_thousand_at_once_wait_for_one_timeout(clock: Clock) -> None:
+async def test_a_thousand_at_once_wait_for_one_timeout(clock: HandClock) -> None:
     """They are several batches: those behind the one that was not answered are not sent to find out the same."""
     server = Server()
     server.reply = None
@@ -587,7 +594,7 @@ async def test_a_thousand_at_once_wait_for_one_timeout(clock: Clock) -> None:
     assert (len(server.heard), len(server.connections)) == (200, 1)
 
 
-async def test_after_the_window_one_asks_for_all(clock: Clock) -> None:
+async def test_after_the_window_one_asks_for_all(clock: HandClock) -> None:
     """Of 20 deliveries at the end of a window one finds out, the others do not wait; it failed: another window."""
     server = Server()
     server.reply = None
@@ -601,7 +608,7 @@ async def test_after_the_window_one_asks_for_all(clock: Clock) -> None:
             clock.now += BREAKER_SECONDS
 
 
-async def test_the_breaker_closes_when_redis_is_back(clock: Clock) -> None:
+async def test_the_breaker_closes_when_redis_is_back(clock: HandClock) -> None:
     """One good reply after the window, and everybody asks again."""
     server = Server()
     server.reply = ERRORS[0]
@@ -619,7 +626,7 @@ async def test_the_breaker_closes_when_redis_is_back(clock: Clock) -> None:
 
 
 async def test_a_marker_is_small(redis: Redis) -> None:
-    """What a marker costs without its slots in the hash tables, on every server: the README's figure rests on it."""
+    """What a marker costs without its slots in the hash tables, on every server: the figure in docs/ rests on it."""
     keys = await write_markers(redis, 3)
     try:
         for key in keys:
@@ -628,7 +635,7 @@ async def test_a_marker_is_small(redis: Redis) -> None:
         await redis.delete(*keys)
 
 
-async def test_a_ping_asks_whatever_the_breaker_says(clock: Clock) -> None:
+async def test_a_ping_asks_whatever_the_breaker_says(clock: HandClock) -> None:
     """A probe of readiness wants to know how Redis is now."""
     server = Server()
     server.reply = ERRORS[0]
@@ -640,7 +647,7 @@ async def test_a_ping_asks_whatever_the_breaker_says(clock: Clock) -> None:
     assert server.heard == ["SET", "PING"]
 
 
-async def test_one_odd_key_does_not_trip_the_breaker(redis: Redis, lock: Lock, clock: Clock) -> None:
+async def test_one_odd_key_does_not_trip_the_breaker(redis: Redis, lock: Lock, clock: HandClock) -> None:
     """A key that is given the wrong type again and again is given up on, and no other event waits for it."""
     poison = redis_key(lock)
 
@@ -654,9 +661,9 @@ async def test_one_odd_key_does_not_trip_the_breaker(redis: Redis, lock: Lock, c
     assert await lock.acquire("evt_2", TOKEN, EPOCH) is LockReply.HELD
 
 
-async def test_one_odd_key_closes_the_breaker(redis: Redis, lock: Lock, key: str, clock: Clock) -> None:
+async def test_one_odd_key_closes_the_breaker(redis: Redis, lock: Lock, key: str, clock: HandClock) -> None:
     """After an outage the first command meets a key of another type: Redis has answered, so the breaker closes."""
-    lock._trip(ConnectionError(), "SET")
+    server_of(lock)._trip(ConnectionError(), "SET")
     await redis.rpush(key, "x")
     assert await lock.acquire(ID, TOKEN, EPOCH) is LockReply.UNREACHABLE
     clock.now += BREAKER_SECONDS
@@ -667,7 +674,7 @@ async def test_one_odd_key_closes_the_breaker(redis: Redis, lock: Lock, key: str
 
 @pytest.mark.parametrize("command", ["EVAL", "PTTL"])
 async def test_after_a_refused_command_the_probe_tries_it(
-    stores: Stores, redis: Redis, redis_prefix: str, clock: Clock, command: str
+    stores: Stores, redis: Redis, redis_prefix: str, clock: HandClock, command: str
 ) -> None:
     """While a command other than SET is refused, no accepted SET closes the breaker; the right once given does."""
     async with redis_user(stores, f"-{command.lower()}") as (name, url), connect(url, timeout_seconds=2) as client:
@@ -689,7 +696,7 @@ async def test_after_a_refused_command_the_probe_tries_it(
         assert await lock.acquire("evt_4", TOKEN, EPOCH) is LockReply.HELD
 
 
-async def test_a_set_accepted_beside_a_refused_script_closes_nothing(clock: Clock) -> None:
+async def test_a_set_accepted_beside_a_refused_script_closes_nothing(clock: HandClock) -> None:
     """A SET and a script in one round trip, the script refused: the accepted SET does not close the breaker again."""
     server = Server()
     server.replies = {"SET": b"$-1\r\n", "EVAL": b"-NOPERM no\r\n"}

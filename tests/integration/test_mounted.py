@@ -142,9 +142,9 @@ async def test_it_accepts_nothing_on_another_event_loop(settings: Settings) -> N
     """A request on another loop than the lifespan's is refused: its connections belong to that loop."""
     webhooks = firstclaim.asgi(settings)
     async with webhooks.lifespan():
-        response = await asyncio.to_thread(lambda: asyncio.run(post(webhooks, "/webhooks/stripe")))
+        # Not the webhook's path: if it were accepted, two threads would use one connection, and may crash the process.
+        response = await asyncio.to_thread(lambda: asyncio.run(post(webhooks, "/metrics/")))
         assert refused(response, "another event loop")
-    assert await rows(settings) == []
 
 
 async def test_its_lifespan_is_entered_once(settings: Settings) -> None:

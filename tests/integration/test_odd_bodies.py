@@ -68,7 +68,7 @@ async def test_an_unrecorded_id_is_rejected(world: World, changes: dict[str, obj
 async def test_while_another_is_at_it_it_is_rejected(world: World) -> None:
     """Another's lock promises nothing: the body is refused, and that lock is left alone."""
     given = delivery()
-    await world.lock._redis.set(world.lock._key(given.event_id), b"claimed:another", px=5000)
+    await world.redis.set(world.lock._key(given.event_id), b"claimed:another", px=5000)
     await rejected(world, odd(given, ODDITIES["no type"]))
     assert await world.value(given.event_id) == b"claimed:another"
     assert await rows(world) == 0

@@ -18,6 +18,7 @@ from asyncpg.prepared_stmt import PreparedStatement
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.postgres import one_round_trip
 from firstclaim.postgres.connection import PinnedConnection, open_connection
+from firstclaim.postgres.joined_writes import JoinedWrites
 from firstclaim.postgres.one_round_trip import NotCommitted
 from tests.integration.world import until
 from tests.proxy import EXECUTES_COMMIT, Mode, Tap, before_postgres
@@ -195,6 +196,26 @@ async def test_the_answer_rollback_is_no_success(
     assert await lines(admin) == ["before", "mark"]
 
 
+async def test_a_round_trip_is_one_write(connection: PinnedConnection, admin: asyncpg.Connection) -> None:
+    """The server is not woken by BEGIN before the first statement is there, nor by the mark before COMMIT."""
+    await told(connection, "before")
+    await connection.commit(INSERT, ["first"])  # prepared from now on
+    transport, written = connection._transport, list[bytes]()
+    write = transport._write
+
+    def noted(data: bytes) -> None:
+        written.append(bytes(data))
+        write(data)
+
+    transport._write = noted
+    await connection.begin("SELECT 1", ())
+    await connection.commit(INSERT, ["mark"])
+    assert [data.count(SYNC) for data in written] == [1, 1]
+    assert b"firstclaim_begin" in written[0]
+    assert b"firstclaim_commit" in written[1]
+    assert await lines(admin) == ["before", "first", "mark"]
+
+
 async def test_a_transaction_that_was_not_begun_is_an_error(
     connection: PinnedConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,36 +237,63 @@ async def test_outside_of_a_transaction_nothing_is_sent(
 
 
 @pytest.mark.parametrize("own", ["SELECT pg_sleep(0.1)", "COMMIT"])
-async def test_beside_another_statement_nothing_is_committed(
+async def test_beside_another_statement_nothing_is_sent(
     connection: PinnedConnection, admin: asyncpg.Connection, own: str
 ) -> None:
-    """One that a handler left running: the connection is closed before a Sync, also if it ends the transaction."""
+    """One that a handler left running: the mark is not sent, neither then nor with the next statement."""
     await told(connection, "before")
     await connection.commit(INSERT, ["mark"])  # prepared from now on
     await told(connection, "effect")
-    pid = connection.get_server_pid()
     running = asyncio.create_task(connection.execute(own))
     await asyncio.sleep(0)
     assert isinstance(await refused(connection, INSERT, "another mark"), asyncpg.InterfaceError)
-    assert connection.is_closed()
-    with pytest.raises(asyncpg.ConnectionDoesNotExistError):
-        await running
-    gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE pid = $1"
-    await until(lambda: admin.fetchval(gone, pid))
-    assert await lines(admin) == (["before", "effect", "mark"] if own == "COMMIT" else ["before", "mark"])
+    await running
+    await connection.execute("COMMIT")
+    assert await lines(admin) == ["before", "effect", "mark"]
+
+
+class Recording:
+    """A transport, and what was written to it by its name."""
+
+    def __init__(self, transport: JoinedWrites) -> None:
+        self._transport = transport
+        self.written: list[bytes] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def hold(self, data: bytes) -> None:
+        self.written.append(data)
+        self._transport.hold(data)
 
 
 async def test_a_statement_that_was_cancelled_is_waited_for(
-    connection: PinnedConnection, admin: asyncpg.Connection
+    connection: PinnedConnection, admin: asyncpg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver is still cancelling it: nothing is written in between, and the aborted transaction is noticed."""
+    driver: Any = PinnedConnection
+    cancel, may_cancel = driver._cancel, asyncio.Event()
+
+    async def later(*arguments: Any) -> None:
+        await may_cancel.wait()
+        await cancel(*arguments)
+
+    monkeypatch.setattr(driver, "_cancel", later)
     await told(connection, "before")
     await connection.commit(INSERT, ["first"])  # prepared from now on
     await told(connection, "effect")
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.05):
             await connection.execute("SELECT pg_sleep(600)")
-    assert isinstance(await refused(connection, INSERT, "mark"), asyncpg.InFailedSQLTransactionError)
+    recording = Recording(connection._transport)
+    monkeypatch.setattr(connection, "_transport", recording)
+    committing = asyncio.create_task(refused(connection, INSERT, "mark"))
+    for _ in range(10):  # far enough for it to write
+        await asyncio.sleep(0)
+    assert recording.written == []
+    may_cancel.set()
+    assert isinstance(await committing, asyncpg.InFailedSQLTransactionError)
+    assert len(recording.written) == 1
     await connection.execute("ROLLBACK")
     await told(connection, "again")
     await connection.commit(INSERT, ["mark"])

@@ -2,10 +2,8 @@
 
 import asyncio
 import contextlib
-import re
 import sys
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +17,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 from firstclaim import Context, Event, Permanent, on
 from firstclaim.outcome import Kind
 from firstclaim.status import Status
+from tests.blocks import block
 from tests.integration.test_dispatch import ends, fails
 from tests.integration.world import Function, World, delivery, effect
 
@@ -571,11 +570,11 @@ async def test_execute_from_a_thread_of_an_async_handler(world: World) -> None:
     await completes(world, function, effects=2)
 
 
-# -- the README -----------------------------------------------------------------------------------------
+# -- the page -------------------------------------------------------------------------------------------
 
 
 class Customer(Base):
-    """What the README's `shop.models` has."""
+    """What the page's `shop.models` has."""
 
     __tablename__ = "readme_customers"
 
@@ -617,10 +616,9 @@ INSERT INTO access VALUES ('cus_1'), ('cus_2');
 """
 
 
-async def test_the_readmes_handlers_with_sessions_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_page_s_handlers_with_sessions_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """As printed: the async one changes an object, the sync one reads a collection lazily, adds and deletes."""
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    [code] = [each for each in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "sync_session" in each]
+    code = block("docs/how-to/orm.md", "sessions")
     models = ModuleType("shop.models")
     models.Customer = Customer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "shop", ModuleType("shop"))

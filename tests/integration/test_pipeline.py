@@ -12,11 +12,15 @@ from sqlalchemy import event as sqlalchemy_event
 from firstclaim import Context, Event
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery, parse_event
+from firstclaim.inbox import backlog
+from firstclaim.inbox.claim import Claim
+from firstclaim.inbox.due import Survey
 from firstclaim.inbox.existing_row import ExistingRow
-from firstclaim.inbox.ledger import Claim, Ledger, Recorded
+from firstclaim.inbox.ledger import Ledger, Recorded
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.inbox.pipeline import Pipeline
 from firstclaim.inbox.recovery import Recovery
+from firstclaim.inbox.redis_server import RedisServer
 from firstclaim.inbox.slots import Place
 from firstclaim.outcome import Kind, Outcome
 from firstclaim.postgres.connection import PinnedConnection
@@ -82,8 +86,8 @@ async def settled(world: World, event_id: str, attempt: int = 1) -> None:
 async def recovered(world: World) -> None:
     """One round of recovery, and the work that it began."""
     await world.pipeline.recover()
-    if world.pipeline._tasks:
-        await asyncio.wait(world.pipeline._tasks)
+    if world.pipeline._work.tasks:
+        await asyncio.wait(world.pipeline._work.tasks)
 
 
 def recovery_of(world: World, lease_seconds: float = 0) -> Recovery:
@@ -143,7 +147,7 @@ def counting(world: World) -> Iterator[list[str]]:
 
     sqlalchemy_event.listen(Engine, "before_cursor_execute", by_handler)
     with pytest.MonkeyPatch.context() as patch:
-        noting(Lock, "_call", patch)
+        noting(RedisServer, "call", patch)
         noting(PinnedConnection, "fetch", patch)
         noting(PinnedConnection, "execute", patch)
         noting(PinnedConnection, "begin", patch, "begin ")
@@ -169,7 +173,7 @@ async def test_two_hundred_copies_without_redis_values_are_one(make_world: MakeW
 
     async def deliver(number: int) -> Outcome:
         world = worlds[number % 2]
-        await world.lock._redis.delete(world.lock._key(given.event.id))
+        await world.redis.delete(world.lock._key(given.event.id))
         return await world.pipeline.deliver(given)
 
     kinds = [result.kind for result in await asyncio.gather(*map(deliver, range(200)))]
@@ -182,7 +186,7 @@ async def test_with_redis_emptied_the_ledger_decides(world: World) -> None:
     """The row answers, in its own words, and the marker is written again."""
     given = delivery()
     await world.pipeline.deliver(given)
-    await world.lock._redis.delete(world.lock._key(given.event.id))
+    await world.redis.delete(world.lock._key(given.event.id))
     assert await world.pipeline.deliver(given) == duplicate(given.event.id, "already completed")
     assert await world.value(given.event.id) == f"recorded:{await world.ledger.read_epoch()}".encode()
     await settled(world, given.event.id)
@@ -228,7 +232,7 @@ async def test_a_failed_event_is_handled_by_its_next_delivery(make_world: MakeWo
 async def test_while_another_is_at_it_the_event_is_recorded(world: World, life: int) -> None:
     """Its lock is no promise: the row is, which it takes over, or which is due when its lock has run out."""
     given = delivery()
-    await world.lock._redis.set(world.lock._key(given.event.id), b"claimed:another", px=life)
+    await world.redis.set(world.lock._key(given.event.id), b"claimed:another", px=life)
     assert await world.pipeline.deliver(given) == duplicate(given.event.id)
     row = await world.row(given.event.id)
     assert (row["status"], row["attempt"]) == ("pending", 0)
@@ -244,7 +248,7 @@ async def test_while_another_is_at_it_the_event_is_recorded(world: World, life: 
 async def test_while_another_is_at_it_a_settled_row_answers(world: World) -> None:
     """The lock of a late duplicate hides nothing."""
     given = await world.state_of(delivery(), Status.COMPLETED)
-    await world.lock._redis.set(world.lock._key(given.event.id), b"claimed:another", px=5000)
+    await world.redis.set(world.lock._key(given.event.id), b"claimed:another", px=5000)
     assert await world.pipeline.deliver(given) == duplicate(given.event.id, "already completed")
 
 
@@ -254,7 +258,7 @@ async def test_the_lock_holder_meets_a_row_that_is_skipped(world: World, monkeyp
     async with world.locked(given.event.id):
         assert await world.pipeline.deliver(given) == duplicate(given.event.id)
     assert await world.status(given.event.id) is Status.PENDING
-    await world.lock._redis.delete(world.lock._key(given.event.id))
+    await world.redis.delete(world.lock._key(given.event.id))
     await recovered(world)
     await settled(world, given.event.id)
 
@@ -356,7 +360,7 @@ async def test_a_duplicate_does_not_wait_for_a_running_handler(make_world: MakeW
     given = delivery()
     first = asyncio.create_task(world.pipeline.deliver(given))
     await gate.running.wait()
-    await world.lock._redis.delete(world.lock._key(given.event.id))
+    await world.redis.delete(world.lock._key(given.event.id))
     try:
         async with asyncio.timeout(10):
             assert await world.pipeline.deliver(given) == duplicate(given.event.id)
@@ -550,7 +554,7 @@ async def test_a_marker_that_cannot_be_written_changes_nothing(world: World, mon
 
     async def then_away(*arguments: Any, **more: Any) -> LockReply:
         reply = await acquire(*arguments, **more)
-        monkeypatch.setattr(type(world.lock), "unreachable", True)
+        monkeypatch.setattr(type(world.lock._servers), "unreachable", True)
         return reply
 
     monkeypatch.setattr(world.lock, "acquire", then_away)
@@ -637,7 +641,7 @@ async def test_recovery_completes_what_is_due(world: World) -> None:
     later = await world.state_of(delivery(), Status.FAILED)
     await world.change(later.event.id, due_at=3600.0)
     epoch = await world.ledger.read_epoch()
-    await world.lock._redis.set(world.lock._key(due[0].event.id), f"recorded:{epoch}", px=5000)
+    await world.redis.set(world.lock._key(due[0].event.id), f"recorded:{epoch}", px=5000)
     await recovered(world)
     for each in due:
         await settled(world, each.event.id)
@@ -648,10 +652,25 @@ async def test_recovery_completes_what_is_due(world: World) -> None:
 async def test_recovery_leaves_anothers_live_lock_alone(world: World) -> None:
     """Somebody is between lock and row: that delivery will take the row over."""
     given = await world.state_of(delivery(), Status.PENDING)
-    await world.lock._redis.set(world.lock._key(given.event.id), b"claimed:another", px=5000)
+    await world.redis.set(world.lock._key(given.event.id), b"claimed:another", px=5000)
     await recovered(world)
     assert await world.status(given.event.id) is Status.PENDING
     assert await world.value(given.event.id) == b"claimed:another"
+
+
+async def test_a_stale_lock_delays_recovery_until_it_ends(make_world: MakeWorld) -> None:
+    """Found just before its end, it costs what was left of it, and not its whole TTL once more."""
+    world = await make_world({TYPE: handles}, lock_ttl_seconds=600.0)
+    given = await world.state_of(delivery(), Status.PENDING)
+    await world.redis.set(world.lock._key(given.event.id), b"claimed:another", px=400)
+    await recovered(world)
+    assert await world.status(given.event.id) is Status.PENDING
+
+    async def completed() -> bool:
+        await recovered(world)
+        return await world.status(given.event.id) is Status.COMPLETED
+
+    await until(completed)
 
 
 async def test_recovery_that_finds_redis_away_claims_nothing(
@@ -710,8 +729,8 @@ async def test_recovery_fetches_no_more_than_deliveries_have_left(
     look = world.pipeline._backlog.look
     taken: list[Place] = []
 
-    async def look_slowly(count: int, **options: Any) -> list[str]:
-        seen = await look(count, **options)
+    async def look_slowly(count: int, survey: Survey | None, **options: Any) -> list[str]:
+        seen = await look(count, survey, **options)
         while (place := world.slots.reserve()) is not None:
             taken.append(place)
         return seen
@@ -833,10 +852,10 @@ async def test_a_bad_round_does_not_end_recovery(world: World, monkeypatch: pyte
     errors: list[Exception] = [LedgerUnavailable("away"), RuntimeError("bug"), LedgerUnavailable("away")]
     recover = Pipeline.recover
 
-    async def failing(pipeline: Pipeline) -> bool:
+    async def failing(pipeline: Pipeline, survey: Survey | None) -> bool:
         if errors:
             raise errors.pop()
-        return await recover(pipeline)
+        return await recover(pipeline, survey)
 
     monkeypatch.setattr(Pipeline, "recover", failing)
     recovery = Recovery(
@@ -867,6 +886,19 @@ async def test_recovery_looks_for_vanished_holders(world: World) -> None:
     await recovery._round()
     row = await world.row(claim.event_id)
     assert (row["status"], row["abandoned"]) == ("pending", 1)
+
+
+async def test_a_round_that_finds_nothing_is_one_statement(world: World) -> None:
+    """A large fleet asks each server for little while nothing happens; settled and future events change nothing."""
+    await world.pipeline.deliver(delivery())
+    await world.claim()
+    loop = recovery_of(world)
+    await loop._round()
+    loop._upkeep_at = 0
+    with counting(world) as counted:
+        await loop._round()
+    assert counted == ["SELECT"]
+    assert loop.healthy
 
 
 async def test_recovery_confirms_the_epoch(world: World) -> None:
@@ -1006,6 +1038,40 @@ async def test_rows_that_another_transaction_has_locked_hold_up_nobody(make_worl
     await until(none_left)
 
 
+async def rounds(world: World) -> int:
+    """How often recovery looks again at once."""
+    count = 1
+    while await world.pipeline.recover():
+        count += 1
+        assert count < 100, "it looks again and again"
+    return count
+
+
+async def test_more_locked_rows_than_can_be_left_out(make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole table that somebody has locked is looked at again after a pause, and not at once without end."""
+    monkeypatch.setattr(backlog, "_MAX_LEFT_OUT", 8)
+    world = await make_world({TYPE: handles}, handler_slots=4)
+    given = [(await world.state_of(delivery(), Status.PENDING)).event.id for _ in range(24)]
+    async with world.locked(*given):
+        assert await rounds(world) <= 4
+
+
+@pytest.mark.parametrize(("whole", "looks"), [(True, 1), (False, 3)])
+async def test_events_that_redis_neither_locks_nor_refuses(
+    world: World, monkeypatch: pytest.MonkeyPatch, whole: bool, looks: int
+) -> None:
+    """Redis goes away during a round: recovery pauses, although more is due. A part of it: it tries each event once."""
+    for _ in range(3 * world.slots.size):
+        await world.state_of(delivery(), Status.PENDING)
+
+    async def away(*_: object, **__: object) -> LockReply:
+        monkeypatch.setattr(Lock, "unreachable", whole)
+        return LockReply.UNREACHABLE
+
+    monkeypatch.setattr(Lock, "acquire", away)
+    assert await rounds(world) == looks
+
+
 async def test_processes_that_look_at_once_rarely_try_the_same(make_world: MakeWorld) -> None:
     """Eight that see the same due events at the same moment, each with one slot, win most of their tries."""
     worlds = [await make_world({TYPE: handles}, handler_slots=1) for _ in range(8)]
@@ -1047,6 +1113,7 @@ async def test_a_look_that_finds_too_few_is_a_full_one(make_world: MakeWorld) ->
     known = await world.state_of(delivery(), Status.PENDING)
     assert await backlog.look(1) == [known.event.id]
     backlog._next_full_look_at[False] = float("inf")
+    backlog._put_off_until[False] = 0.0  # however slow the machine was at the first look
     other = await world.state_of(delivery(type="customer.created"), Status.PENDING)
     assert await backlog.look(1) == [known.event.id]
     assert set(await backlog.look(2)) == {known.event.id, other.event.id}

@@ -66,9 +66,9 @@ async def times_out(pool: Pool, statement: str = "SELECT pg_sleep(600)") -> int:
     raise AssertionError("no timeout")
 
 
-async def is_served(pool: Pool) -> bool:
+async def is_served(pool: Pool, seconds: float = TIMEOUT_SECONDS) -> bool:
     with suppress(LedgerUnavailable):
-        async with pool.acquire(TIMEOUT_SECONDS) as connection:
+        async with pool.acquire(seconds) as connection:
             return bool(await connection.fetchval("SELECT true"))
     return False
 
@@ -124,8 +124,14 @@ async def test_a_place_of_a_handler_is_free_when_its_backend_is_gone(
     with pytest.raises(LedgerUnavailable, match="no connection is free"):
         await world.components.handler_connections.acquire()
     await end(world.database, pid)
-    async with world.seat() as other:
-        assert (await other.fetch("SELECT true"))[0][0]
+
+    async def is_free() -> bool:
+        with suppress(LedgerUnavailable):
+            async with world.seat() as other:
+                return bool((await other.fetch("SELECT true"))[0][0])
+        return False
+
+    assert await until(is_free)
 
 
 async def test_another_backend_of_the_same_pid_has_no_place(database_url: str) -> None:
@@ -250,6 +256,43 @@ async def test_who_waits_for_a_place_is_told_when_commits_hang(hanging: World) -
             assert not await waiting
 
 
+async def _waits(places: Places) -> bool:
+    return bool(places._waiting)
+
+
+async def test_the_probe_goes_on_if_a_caller_has_just_given_up(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caller's time is over in the turn in which the probe finds the server lost: the place is freed later on."""
+    async with pooled(database_url, timeout_seconds=LONG_SECONDS) as pool:
+        places = pool._places
+        probe = places._probe
+        pid = await times_out(pool)
+        waiting = asyncio.create_task(is_served(pool, LONG_SECONDS))
+        await until(lambda: _waits(places))
+        (limit,) = places._waiting
+        look = probe._look
+        loses = [True]
+
+        async def lost(connection: PinnedConnection) -> set[Backend]:
+            if not loses:
+                return await look(connection)
+            loses.pop()
+            limit.reschedule(0)
+            await asyncio.sleep(0)
+            assert limit.expired()
+            raise ConnectionResetError
+
+        monkeypatch.setattr(probe, "_look", lost)
+        probe._ask_soon()
+        assert not await waiting
+        assert loses == []
+        database = await asyncpg.connect(database_url)
+        await end(database, pid)
+        await database.close()
+        assert await until(lambda: is_served(pool))
+
+
 async def test_a_probe_whose_wait_was_cancelled_confirms_nothing(
     hanging: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -346,14 +389,16 @@ async def test_a_timeout_of_an_attempt_cancels_nothing(
     connection = await asyncpg.connect(database_url)
     trigger, handler = WAYS[way]
     await connection.execute(trigger)
+    patient = await build(database_url, stores.redis_url, redis_prefix)
+    claim = await patient.claim()
     world = await build(
         database_url, stores.redis_url, redis_prefix, postgres_timeout_seconds=SHORT_SECONDS, handler_deadline_seconds=1
     )
-    claim = await world.claim()
     with suppress(LedgerUnavailable):
         await world.dispatch(handler, claim)
     await loop_is_idle()
     assert cancels == []
+    await patient.close()
     await connection.execute(END_OTHERS)
     await connection.close()
     await world.close()

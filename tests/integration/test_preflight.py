@@ -4,17 +4,20 @@ import asyncio
 import re
 import secrets
 from collections.abc import AsyncIterator
+from typing import Any
 from urllib.parse import urlsplit
 
 import asyncpg
 import hiredis
 import pytest
 from pydantic import SecretStr
+from redis.crc import key_slot
 
 from firstclaim.server.check import Check, Verdict
-from firstclaim.server.preflight import check_postgres
-from firstclaim.server.redis_check import check_redis
+from firstclaim.server.preflight import check_notify, check_postgres
+from firstclaim.server.redis_check import _key_at, check_redis
 from firstclaim.settings import Settings
+from tests.notice_receiver import receiving_notices
 from tests.stores import Stores, redis_user
 
 # The checks call functions by their bare names, and this database's search_path names `public` first.
@@ -48,11 +51,67 @@ async def test_a_read_that_cannot_wait_for_replication_is_reported(database_url:
     assert "pg_logical_emit_message" in found["replication"].detail
 
 
-async def checked(database_url: str, pretend: str) -> dict[str, Check]:
+PRODUCT = "CREATE FUNCTION version() RETURNS text LANGUAGE sql AS $$ SELECT '{version}' $$;"
+CITUS = """
+CREATE TABLE pg_dist_partition (logicalrelid regclass, partmethod "char", colocationid integer, repmodel "char");
+INSERT INTO pg_dist_partition VALUES ('firstclaim.stripe_events', '{method}', {colocation}, '{model}'),
+                                     ('effects', 'h', 7, 's');
+"""
+
+
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("CockroachDB CCL v25.2.1 (x86_64-pc-linux-gnu, built 2025/06/09, go1.23.7)", "CockroachDB cannot hold"),
+        (
+            "PostgreSQL 11.2-YB-2.20.1.0-b0 on x86_64-pc-linux-gnu, 64-bit",
+            "YugabyteDB is not proved",
+        ),
+        ("PostgreSQL 15.2-YB-2025.1.0.0-b1 on x86_64-pc-linux-gnu, 64-bit", "YugabyteDB is not proved"),
+    ],
+)
+async def test_a_database_that_is_no_postgresql_is_refused(database_url: str, version: str, said: str) -> None:
+    """It is refused by its name, whatever version of PostgreSQL it claims to be, and nothing else is asked of it."""
+    found = await checked(database_url, PRODUCT.format(version=version))
+    assert list(found) == ["postgres"]
+    assert found["postgres"].fatal
+    assert said in found["postgres"].detail
+
+
+@pytest.mark.parametrize(
+    ("method", "colocation", "model", "refused"),
+    [("h", 1, "s", True), ("n", 2, "t", True), ("n", 3, "s", True), ("n", 0, "s", False)],
+    ids=["distributed", "reference", "of one shard", "local"],
+)
+async def test_a_ledger_that_citus_distributes_is_refused(
+    database_url: str, method: str, colocation: int, model: str, refused: bool
+) -> None:
+    """A table of the ledger that is distributed is named. One that stays on this server, or another's, is no fault."""
+    found = await checked(database_url, CITUS.format(method=method, colocation=colocation, model=model))
+    assert ("citus" in found) is refused
+    if refused:
+        assert found["citus"].fatal
+        assert "distributes stripe_events of schema firstclaim" in found["citus"].detail
+
+
+async def test_notices_need_the_index_of_dead_events(database_url: str) -> None:
+    """Where notices are sent, a ledger without it is a warning: each look would read all attempts."""
+    url = SecretStr("https://hooks.example.com/x")
+    assert "notify" not in await checked(database_url, "", notify_url=url)
+    drop = "DROP INDEX firstclaim.stripe_event_attempts_final;"
+    found = await checked(database_url, drop, notify_url=url)
+    assert found["notify"].verdict is Verdict.WARN
+    assert "stripe_event_attempts_final is missing" in found["notify"].detail
+    assert "notify" not in await checked(database_url, "")
+
+
+async def checked(database_url: str, pretend: str, **changes: Any) -> dict[str, Check]:
     connection = await asyncpg.connect(database_url)
     await connection.execute(pretend + OURS_FIRST)
     await connection.close()
-    settings = Settings(database_url=SecretStr(database_url), stripe_webhook_secrets=(SecretStr("whsec_test"),))
+    settings = Settings(
+        database_url=SecretStr(database_url), stripe_webhook_secrets=(SecretStr("whsec_test"),), **changes
+    )
     return {check.name: check async for check in check_postgres(settings)}
 
 
@@ -83,7 +142,8 @@ async def connections(url: str, workers: int = 1) -> tuple[Verdict, str]:
 async def test_too_few_connections(database_url: str, role: tuple[str, asyncpg.Connection], limited: str) -> None:
     """The pools of all workers must fit, within the limits of the role and of the database too."""
     name, admin = role
-    url = database_url.replace("postgres@", f"{name}@", 1) if limited == "ROLE" else database_url
+    user = urlsplit(database_url).username
+    url = database_url.replace(f"{user}@", f"{name}@", 1) if limited == "ROLE" else database_url
     limit = f"ALTER {limited} {name if limited == 'ROLE' else urlsplit(url).path[1:]} CONNECTION LIMIT "
     await admin.execute(f"{limit}{NEEDED}")
     enough = f"{NEEDED} for each of 1 worker, of {NEEDED} that Postgres has left"
@@ -137,6 +197,16 @@ async def test_a_user_without_info_is_warned(stores: Stores) -> None:
     assert [check.verdict for check in found] == [Verdict.WARN, Verdict.OK]
 
 
+async def test_a_cluster_whose_keys_have_a_hash_tag() -> None:
+    """One master has all keys: the others have none that could be tried, and the check ends."""
+    table = [(0, 8191, [("h1", 1)]), (8192, 16383, [("h2", 2)])]
+    for prefix in ("{shop}:", "firstclaim:"):
+        found = [_key_at(host, table, prefix) for host in [("h1", 1), ("h2", 2)]]
+        assert (None in found) is prefix.startswith("{")
+        for key, (first, last, _) in zip(found, table, strict=True):
+            assert key is None or first <= key_slot(key.encode()) <= last
+
+
 @pytest.mark.parametrize("reply", [b":1\r\n", b"*0\r\n", b"$5\r\nhello\r\n", b"+OK\r\n", b"$-1\r\n"])
 async def test_a_server_that_answers_nonsense_is_a_failed_check(reply: bytes) -> None:
     """A server whose replies have unexpected types or content fails the check, which raises nothing."""
@@ -154,3 +224,24 @@ async def test_a_server_that_answers_nonsense_is_a_failed_check(reply: bytes) ->
         url = f"redis://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
         [check] = [check async for check in check_redis(settings_of(url))]
     assert (check.verdict, check.fatal) == (Verdict.FAIL, True)
+
+
+async def test_the_address_for_notices_is_tried_without_a_notice(unused_tcp_port: int) -> None:
+    """An answer of any kind will do; no answer is a warning; neither shows the path, and nothing is posted."""
+
+    async def check(url: str | None) -> list[Check]:
+        settings = Settings(notify_url=None if url is None else SecretStr(url))
+        return [each async for each in check_notify(settings)]
+
+    assert await check(None) == []
+    async with receiving_notices() as receiver:
+        [reached] = await check(receiver.url)
+        assert [each.partition(" ")[0] for each in receiver.requests] == ["HEAD"]
+    [unreachable] = await check(f"http://127.0.0.1:{unused_tcp_port}/services/c4n4rypath")
+    assert (reached.verdict, unreachable.verdict) == (Verdict.OK, Verdict.WARN)
+    assert "status 405" in reached.detail
+    assert "ConnectError" in unreachable.detail
+    assert f"http://127.0.0.1:{unused_tcp_port} " in unreachable.detail
+    assert not reached.fatal
+    assert not unreachable.fatal
+    assert "c4n4rypath" not in reached.detail + unreachable.detail

@@ -82,6 +82,10 @@ async def _large(_request: Request) -> Response:
     return Response(b"x" * 60_000)
 
 
+async def _larger_than_buffers(_request: Request) -> Response:
+    return Response(b"x" * 400_000)
+
+
 @asynccontextmanager
 async def _served(
     max_connections: int = ROOMY[0], max_bytes: int = ROOMY[1], body_seconds: float = 60
@@ -94,6 +98,7 @@ async def _served(
     served = Served(uvicorn.Server(config))
     app.add_route("/held", served.hold, methods=["GET", "POST"])
     app.add_route("/large", _large)
+    app.add_route("/larger-than-buffers", _larger_than_buffers)
     config.load()
     served.server.lifespan = config.lifespan_class(config)
     await served.server.startup()
@@ -446,11 +451,52 @@ def _deaf_client(served: Served) -> Iterator[Callable[[bytes], Awaitable[None]]]
         yield partial(asyncio.get_running_loop().sock_sendall, client)
 
 
-async def test_a_client_that_reads_nothing_is_disconnected() -> None:
+async def test_a_client_that_reads_nothing_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
     """A client that sends requests and reads no answer is disconnected, and no task waits for it."""
+    monkeypatch.setattr(protocol, "UNREAD_SECONDS", 0.2)
     async with _served() as served:
         with _deaf_client(served) as send:
             await _until_cut(lambda: send(b"GET /large HTTP/1.1\r\n\r\n"))
+        await _until(lambda: (served.sockets, served.tasks) == (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("check", "connection"), [("_check_reading", b""), ("_check_lingering", b"Connection: close\r\n")]
+)
+async def test_a_large_answer_is_read_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, check: str, connection: bytes
+) -> None:
+    """An answer that no buffer has room for arrives whole, the last one too, if the client pauses at each check."""
+    monkeypatch.setattr(protocol, "UNREAD_SECONDS", 0.02)
+    monkeypatch.setattr(protocol, "LINGER_SECONDS", 0.02)
+    checks = asyncio.Semaphore(0)
+    checking = getattr(HttpProtocol, check)
+
+    def checked(connection: HttpProtocol, *unread: int) -> None:
+        checking(connection, *unread)
+        checks.release()
+
+    monkeypatch.setattr(HttpProtocol, check, checked)
+    async with _served() as served:
+        [listener] = served.server.servers[0].sockets
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2048)
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+            client.connect(("127.0.0.1", served.port))
+            client.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_sendall(client, b"GET /larger-than-buffers HTTP/1.1\r\n" + connection + b"\r\n")
+            answer = await loop.sock_recv(client, 4096)
+            head, _, body = answer.partition(b"\r\n\r\n")
+            [length] = [int(line[16:]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length: ")]
+            received, left = len(body), 5
+            while received < length:
+                if left:
+                    left -= 1
+                    await checks.acquire()
+                piece = await loop.sock_recv(client, 16_384)
+                assert piece, f"cut after {received} of {length} bytes"
+                received += len(piece)
         await _until(lambda: (served.sockets, served.tasks) == (0, 0))
 
 

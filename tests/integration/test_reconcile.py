@@ -112,8 +112,7 @@ class Scenario:
 
 @pytest.fixture
 async def scenario(world: World, api: StripeApi) -> Scenario:
-    """With an empty ledger and an empty audit."""
-    await world.database.execute("DELETE FROM firstclaim.operator_actions")
+    """On an empty ledger."""
     return Scenario(world, api)
 
 
@@ -338,12 +337,14 @@ async def test_stripe_is_unavailable(scenario: Scenario, response: bytes | None,
     """After a few attempts the error says what to do, the exit code is 3, and nothing is recorded."""
     scenario.event(HOUR)
     scenario.api.responses += [response] * 20
-    timeout_seconds = 0.05 if response is FROZEN else 20
-    progress, failure = await scenario.reconcile(timeout_seconds=timeout_seconds)
+    frozen = response is FROZEN
+    progress, failure = await scenario.reconcile(timeout_seconds=0.05 if frozen else 20)
     assert isinstance(failure, StripeUnavailable)
     assert message in str(failure)
     assert failure.exit_code == 3
-    assert (len(scenario.api.requests), len(scenario.slept)) == (attempts, attempts - 1)
+    assert len(scenario.slept) == attempts - 1
+    # On a busy machine a request's time may be over before the server has read it.
+    assert len(scenario.api.requests) == attempts or (frozen and len(scenario.api.requests) < attempts)
     assert (progress.found, await scenario.recorded()) == (0, [])
 
 
@@ -464,3 +465,11 @@ async def test_a_lost_connection_to_the_ledger_ends_the_run(scenario: Scenario) 
     assert run.progress.recorded == 1
     assert len(await scenario.recorded()) == 1
     assert [changed for *_, changed in await scenario.audit()] == [None]
+
+
+async def test_what_is_recorded_has_the_endpoint_s_name(scenario: Scenario) -> None:
+    """With an endpoint, a missing event is recorded as if that endpoint had received it, and the audit says so."""
+    event_id = scenario.event(HOUR)
+    assert await scenario.reconciled(ReconcileOptions(3 * DAY, endpoint="eu")) == (1, 0, 1)
+    assert (await scenario.world.row(event_id))["endpoint"] == "eu"
+    assert [row[2] for row in await scenario.audit()] == ["since=259200s endpoint=eu"]

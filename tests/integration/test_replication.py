@@ -12,8 +12,8 @@ import pytest
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
 from firstclaim.inbox import statements
+from firstclaim.inbox.claim import Claim
 from firstclaim.inbox.existing_row import ExistingRow
-from firstclaim.inbox.ledger import Claim
 from firstclaim.outcome import Kind
 from firstclaim.status import Status
 from tests.integration.conftest import MakeWorld

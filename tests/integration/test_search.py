@@ -11,8 +11,8 @@ import pytest
 from firstclaim.errors import StatementTimeout
 from firstclaim.operations import queries as queries_module
 from firstclaim.operations import search as search_module
-from firstclaim.operations.queries import Selection
 from firstclaim.operations.search import PINS, Cursor, LedgerSearch, Search
+from firstclaim.operations.selection import Selection
 from firstclaim.postgres.statement import statement
 from firstclaim.status import Status
 from tests.integration.world import World, delivery
@@ -127,8 +127,8 @@ async def test_failed_and_dead_events_are_listed_for_a_replay(world: World, ledg
     assert await ledger.replayable(Search(Selection(event_ids=[dead])), 9) == [dead]
 
 
-async def test_events_are_counted_by_the_hour(world: World, ledger: LedgerSearch) -> None:
-    """Every hour is counted, the empty ones too, by the events' current status; older events are left out."""
+async def test_events_are_counted_by_bars(world: World, ledger: LedgerSearch) -> None:
+    """Every bar is counted, the empty ones too, by the events' current status; older events are left out."""
     for age, status in (
         (0.0, Status.DEAD),
         (0.0, Status.COMPLETED),
@@ -136,12 +136,16 @@ async def test_events_are_counted_by_the_hour(world: World, ledger: LedgerSearch
         (9e5, Status.DEAD),
     ):
         await event(world, status, age=age)
-    hours = (await ledger.hourly_counts(24)).hours
-    assert len(hours) == 24
-    assert {later - earlier for (earlier, _), (later, _) in pairwise(hours)} == {timedelta(hours=1)}
-    assert [sum(counts.values()) for _, counts in hours[-3:]] == [1, 0, 2]
-    assert hours[-1][1] == {Status.DEAD: 1, Status.COMPLETED: 1}
-    assert sum(sum(counts.values()) for _, counts in hours) == 3
+    within = await ledger.last(86_400)
+    counts = await ledger.counts(within)
+    assert counts.step == timedelta(minutes=30)
+    assert len(counts.bars) in (48, 49)
+    assert {later - earlier for (earlier, _), (later, _) in pairwise(counts.bars)} == {counts.step}
+    assert counts.bars[0][0] <= within.since < counts.bars[1][0]
+    assert counts.bars[-1][0] < within.until <= counts.bars[-1][0] + counts.step
+    assert [sum(each.values()) for _, each in counts.bars[-5:]] == [1, 0, 0, 0, 2]
+    assert counts.bars[-1][1] == {Status.DEAD: 1, Status.COMPLETED: 1}
+    assert sum(sum(each.values()) for _, each in counts.bars) == 3
 
 
 async def test_open_events_are_counted_by_indexes(world: World, ledger: LedgerSearch) -> None:
@@ -151,7 +155,7 @@ async def test_open_events_are_counted_by_indexes(world: World, ledger: LedgerSe
     assert await ledger.count_open() == {each: 1 for each in Status if each not in (Status.COMPLETED, Status.IGNORED)}
     await fill(world)
     explain = replace(queries_module._COUNT_OPEN, sql=f"EXPLAIN {queries_module._COUNT_OPEN.sql}")
-    plan = "\n".join(row[0] for row in await ledger._fetch(explain))
+    plan = "\n".join(row[0] for row in await ledger.fetch(explain))
     assert {"stripe_events_due", "stripe_events_unsuccessful"} <= set(re.findall(r"stripe_events_\w+", plan)), plan
     assert "Seq Scan" not in plan
 
@@ -160,7 +164,7 @@ async def test_a_statement_that_takes_too_long_is_ended(ledger: LedgerSearch) ->
     """The server ends it after the connection's timeout, and the connection can be used for the next statement."""
     await ledger._connection.execute("SET statement_timeout = '50ms'")
     with pytest.raises(StatementTimeout):
-        await ledger._fetch(statement("SELECT pg_sleep(20)"))
+        await ledger.fetch(statement("SELECT pg_sleep(20)"))
     assert await ledger.count_open() == {}
 
 
@@ -194,6 +198,6 @@ async def test_no_page_reads_the_whole_ledger(
     await fill(world)
     query = search_module._PAGE if search.object_id is None else search_module._PAGE_MATCHING
     explain = replace(query, sql=f"EXPLAIN {query.sql}")
-    plan = "\n".join(row[0] for row in await ledger._fetch(explain, **search.parameters(None), limit=51))
+    plan = "\n".join(row[0] for row in await ledger.fetch(explain, **search.parameters(None), limit=51))
     assert index in plan, plan
     assert not re.search("Seq Scan|Hash" if index == "stripe_events_pkey" else "Seq Scan|Hash|Sort", plan), plan

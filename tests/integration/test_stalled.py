@@ -6,7 +6,7 @@ import asyncpg
 import pytest
 
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.inbox.ledger import Claim
+from firstclaim.inbox.claim import Claim
 from tests.integration.conftest import MakeWorld
 from tests.integration.world import NOTHING, World, build, delivery
 from tests.stores import Stores
@@ -68,7 +68,7 @@ async def test_a_backend_that_waits_for_the_standby_is_not_ended(
     await connection.execute(
         """
         CREATE VIEW public.pg_stat_activity AS
-            SELECT pid, backend_start, state, backend_xid, 'SyncRep'::text AS wait_event
+            SELECT pid, backend_start, state, backend_xid, application_name, 'SyncRep'::text AS wait_event
               FROM pg_catalog.pg_stat_activity;
         DO $$ BEGIN
             EXECUTE format('ALTER DATABASE %I SET search_path = public, pg_catalog', current_database());

@@ -19,6 +19,7 @@ from firstclaim.outcome import Kind
 from firstclaim.status import Status
 from tests.stateful.machine import DELIVERY, ENDING, FAILING, RECOVERY, Machine
 from tests.stateful.oracle import Plan
+from tests.stateful.process import BATCH_TYPE
 from tests.stateful.system import System, prepared
 from tests.stateful.wire import POSTGRES, REDIS, Effect, Fault
 from tests.stores import Stores
@@ -130,6 +131,38 @@ def test_a_cut_happens_at_its_message(
     assert system.happened == {f"CUT {message}": 1, f"answer {says}": 1}
 
 
+# The same of three events of a batch handler, of which the first may fail; what the others come to. Those that go alone
+# afterwards may be released: they wait for each other, in real time.
+BATCHES = [
+    ("hold", True, Plan.WORK, {Status.PENDING}),
+    ("mark", True, Plan.WORK, {Status.COMPLETED, Status.PENDING}),
+    ("commit", False, Plan.WORK, {Status.COMPLETED, Status.PENDING}),
+    ("commit", True, Plan.WORK, {Status.COMPLETED}),
+    ("renew", False, Plan.FAIL, {Status.PENDING}),
+    ("fail", False, Plan.FAIL, {Status.COMPLETED, Status.PENDING}),
+]
+
+
+@pytest.mark.parametrize(("message", "heard", "plan", "statuses"), BATCHES)
+def test_a_batch_loses_a_connection_at_its_message(
+    system: System, message: str, heard: bool, plan: Plan, statuses: set[Status]
+) -> None:
+    """Of all events of the batch only the one that fails is charged, and in the end each is completed once."""
+    machine = Machine(system)
+    system.happened.clear()
+    first, *others = (system.new_story(BATCH_TYPE) for _ in range(3))
+    guilty = frozenset([first]) if plan is Plan.FAIL else frozenset()
+    machine.deliver_together(0, [first, *others], guilty, plan, Fault(message, heard, Effect.CUT))
+    assert system.happened[f"CUT {message}"] == 1
+    for event_id in others:
+        row = system.seen.rows[event_id]
+        assert row.status in statuses
+        assert (row.failures, row.abandoned) == (0, 0)
+        assert system.stories[event_id].batched == ({1} if message != "hold" else set())
+    machine.teardown()
+    assert {row.status for row in system.seen.rows.values()} == {Status.COMPLETED}
+
+
 def test_what_a_dead_process_had_locked_settles_after_all(system: System) -> None:
     """Both processes have left the event out, because its lock was held: with the lock, that ends too."""
     machine = Machine(system)
@@ -138,5 +171,19 @@ def test_what_a_dead_process_had_locked_settles_after_all(system: System) -> Non
     for _ in range(2):  # its lease is over, then it is due
         machine.recover(7200.0, (0, 1), (Plan.WORK, None))
     assert system.seen.rows[event_id].status is Status.PENDING
+    machine.teardown()
+    assert system.seen.rows[event_id].status is Status.COMPLETED
+
+
+def test_a_batch_event_that_goes_alone_at_once_is_at_rest_while_it_is_held(system: System) -> None:
+    """It runs in the task of its claim: a step ends while its handler is held, as while a batch is."""
+    machine = Machine(system)
+    event_id = system.new_story(BATCH_TYPE)
+    machine.deliver(0, event_id, Plan.WORK, Fault("hold", False, Effect.DIE))
+    machine.recover(7200.0, (0,), (Plan.WORK, None))
+    machine.run(system.expire_locks())
+    machine.recover(7200.0, (0,), (Plan.HOLD, None))
+    [run] = machine.held
+    assert (run.event_id, run.together, system.seen.rows[event_id].abandoned) == (event_id, 1, 1)
     machine.teardown()
     assert system.seen.rows[event_id].status is Status.COMPLETED

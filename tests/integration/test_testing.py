@@ -259,6 +259,21 @@ async def test_a_deferred_constraint_is_checked(work: Transaction) -> None:
     assert await work.deliver(inserts_parent_later, EVENT) == "handled"
 
 
+async def test_the_options_of_a_handler_are_those_of_its_declaration(work: Transaction) -> None:
+    """Its own deadline holds, and a key that cannot be read fails as it does in the service."""
+
+    @on(EVENT.type, deadline=0.5)
+    @on("charge.refunded", key="custmer")
+    async def handle(event: Event, context: Context) -> str:
+        await asyncio.Event().wait()
+        return "never"
+
+    with pytest.raises(DeadlineExceeded, match=r"its deadline of 0\.5 s"):
+        await work.deliver(handle, EVENT)
+    with pytest.raises(HandlerRuleBroken, match="has no such field"):
+        await work.deliver(handle, make_event("charge.refunded"))
+
+
 async def test_a_handler_past_its_deadline_fails(work: Transaction) -> None:
     """The deadline is the test's to choose."""
 
@@ -383,3 +398,39 @@ async def test_a_swallowed_sql_error_leads_to_its_line(work: Transaction) -> Non
         lines = [line for line in frames(cause, handler) if line.endswith(handler.__name__)]
         first = handler.__code__.co_firstlineno
         assert lines[0].startswith(f"tests/integration/test_testing.py:{first + 2} in ")
+
+
+# -- fresh objects ------------------------------------------------------------------------------------
+
+
+@on("invoice.paid", fresh=True)
+async def looks(event: Event, context: Context) -> str:
+    """Says what was, and what is."""
+    then = context.snapshot and context.snapshot["status"]
+    return f"{then}_{event.data['object']['status']}_{event.object.status}"
+
+
+async def test_a_handler_gets_the_object_that_the_test_gives(work: Transaction) -> None:
+    """`fresh=` is what Stripe would return; without it the object is the event's own, and a copy of it."""
+    event = make_event("invoice.paid", object={"status": "paid"})
+    assert await work.deliver(looks, event, fresh={"id": event.object_id, "status": "void"}) == "paid_void_void"
+    assert await work.deliver(looks, event) == "paid_paid_paid"
+
+
+def test_a_sync_test_gives_an_object_too(module_database: str) -> None:
+    """The same from a sync test."""
+    event = make_event("invoice.paid", object={"status": "paid"})
+    with sync_transaction(module_database) as work:
+        assert work.deliver(looks, event, fresh={"id": event.object_id, "status": "void"}) == "paid_void_void"
+
+
+async def test_what_fresh_is_for_is_said(work: Transaction) -> None:
+    """A handler that does not ask for it, what is no object, and a thin event without one, are named."""
+    event = make_event("invoice.paid")
+    with pytest.raises(TypeError, match="fresh= is for a handler that is declared with"):
+        await work.deliver(handles, event, fresh={})
+    with pytest.raises(TypeError, match="fresh= is the object as a dict, got str"):
+        await work.deliver(looks, event, fresh="in_1")  # type: ignore[arg-type]
+    thin = make_event("v1.billing.meter.error_report_triggered")
+    with pytest.raises(TypeError, match="a thin event has no object: pass the one that Stripe would return"):
+        await work.deliver(looks, thin)

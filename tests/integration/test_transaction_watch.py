@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from firstclaim import Context, Event
 from firstclaim.errors import HandlerRuleBroken
-from firstclaim.inbox.ledger import HandlerTransaction
+from firstclaim.inbox.claim import HandlerTransaction
 from firstclaim.inbox.transaction_watch import TransactionWatch
 from firstclaim.outcome import Kind
 from firstclaim.shutdown import Shutdown

@@ -1,4 +1,4 @@
-"""The service's components as `firstclaim.app` puts them together, on real stores, in the test's own event loop.
+"""The service's components as `firstclaim.components` puts them together, on real stores, in the test's own event loop.
 
 Guarantees: nothing listens and no recovery loop runs, so that a test alone decides what happens when; what the
 components opened is closed at the end; what a test sees of the ledger it reads on a connection of its own.
@@ -6,24 +6,29 @@ components opened is closed at the end; what a test sees of the ledger it reads 
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import asyncpg
 from pydantic import SecretStr
+from redis.asyncio import Redis
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from firstclaim import BatchContext, Context, Event
-from firstclaim.app import Components, assemble
+from firstclaim.components import Components, assemble
 from firstclaim.event import Delivery, parse_event
+from firstclaim.handler_options import HandlerOptions, checked
+from firstclaim.inbox.claim import Claim
 from firstclaim.inbox.claims import Claims
 from firstclaim.inbox.dispatch import Dispatcher
-from firstclaim.inbox.ledger import Claim, Ledger
+from firstclaim.inbox.ledger import Ledger
 from firstclaim.inbox.lock import Lock
 from firstclaim.inbox.pipeline import Pipeline
+from firstclaim.inbox.redis_server import RedisServer
 from firstclaim.inbox.slots import Place, Slots
 from firstclaim.outcome import Outcome
 from firstclaim.postgres.connection import PinnedConnection
@@ -156,9 +161,20 @@ class World:
         """The row's status."""
         return Status((await self.row(event_id))["status"])
 
+    @property
+    def redis_server(self) -> RedisServer:
+        """Where the lock's keys are."""
+        assert isinstance(self.lock._servers, RedisServer)
+        return self.lock._servers
+
+    @property
+    def redis(self) -> Redis:
+        """A client of the same server."""
+        return self.redis_server.client
+
     async def value(self, event_id: str) -> bytes | None:
         """What Redis holds for the event."""
-        return cast(bytes | None, await self.lock._redis.get(self.lock._key(event_id)))
+        return cast(bytes | None, await self.redis.get(self.lock._key(event_id)))
 
     async def effects(self, event_id: str) -> int:
         """How many effects of the event are committed."""
@@ -172,6 +188,16 @@ class World:
             await self.database.execute(
                 f"UPDATE firstclaim.stripe_events SET {name} = {expression} WHERE event_id = $1", event_id, value
             )
+
+    async def age(self, event_id: str, days: float) -> None:
+        """As if the event had been received, and settled, so many days ago."""
+        await self.change(event_id, received_at=-days * 86_400.0, settled_at=-days * 86_400.0)
+        await self.database.execute(
+            "UPDATE firstclaim.stripe_event_payloads SET received_at = clock_timestamp() - make_interval(secs => $2)"
+            " WHERE event_id = $1",
+            event_id,
+            days * 86_400.0,
+        )
 
     async def settle(self, event_id: str, status: Status) -> None:
         """Put the row into a status, settled or not as that has it."""
@@ -222,6 +248,8 @@ class World:
     async def close(self) -> None:
         """Everything that was opened."""
         await self.pipeline.drain(5)
+        if self.components.stripe_objects is not None:
+            await self.components.stripe_objects.close()
         await self.lock.close()
         await self.components.handler_connections.close()
         await self.components.ingest.close()
@@ -244,9 +272,14 @@ async def build(
     prefix: str,
     handlers: dict[str, Function] | None = None,
     batch_handlers: dict[str, BatchFunction] | None = None,
+    declared: Sequence[Handler] = (),
+    options: Mapping[str, HandlerOptions] = MappingProxyType({}),
     **changes: Any,
 ) -> World:
-    """The components on these stores, with handlers by pattern. `changes` are settings, also out of range."""
+    """The components on these stores, with handlers and their options by pattern, or declared.
+
+    `changes` are settings, also out of range.
+    """
     settings = Settings(
         database_url=SecretStr(database_url),
         redis_url=SecretStr(redis_url),
@@ -254,8 +287,12 @@ async def build(
     ).model_copy(update={**CALM, "redis_prefix": prefix, **changes})
     registry = Registry(
         [
-            *(Handler(pattern, function) for pattern, function in (handlers or {}).items()),
+            *(
+                Handler(pattern, function, options=checked(options.get(pattern, {}), batch=False))
+                for pattern, function in (handlers or {}).items()
+            ),
             *(Handler(pattern, function, batch=True) for pattern, function in (batch_handlers or {}).items()),
+            *declared,
         ]
     )
     return World(settings, assemble(settings, registry), await asyncpg.connect(database_url))
@@ -269,11 +306,15 @@ async def due(world: World, count: int, *, abandoned: bool = False) -> list[str]
 
 
 async def until(look: Callable[[], Awaitable[T]], seconds: float = 20) -> T:
-    """Look again and again until there is something to see; returns it. Fails with what was seen last."""
-    deadline = time.monotonic() + seconds
+    """Look again and again until there is something to see; returns it. Fails with what was seen last.
+
+    The longer it has waited, the rarer it looks: most looks are a query, whose server needs the same cores.
+    """
+    began = time.monotonic()
     while not (seen := await look()):
-        assert time.monotonic() < deadline, f"not within {seconds:g} s; seen last: {seen!r}"
-        await asyncio.sleep(0.001)
+        waited = time.monotonic() - began
+        assert waited < seconds, f"not within {seconds:g} s; seen last: {seen!r}"
+        await asyncio.sleep(min(0.001 + waited / 10, 0.05))
     return seen
 
 

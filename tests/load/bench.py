@@ -1,7 +1,8 @@
 """What the benchmarks that start their own services share: stores, databases, and services as they are shipped.
 
-Guarantees: the settings are the defaults and the handler is the load probe; at the end every database is checked
-for effects that do not agree with the completion marks, so a benchmark cannot be fast by being wrong.
+Guarantees: the settings are the defaults, and the handler is the load probe unless another is named; at the end every
+database is checked for effects that do not agree with the completion marks, so a benchmark cannot be fast by being
+wrong.
 """
 
 import asyncio
@@ -9,9 +10,10 @@ import contextlib
 import io
 import os
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import asyncpg
 
@@ -21,20 +23,35 @@ from tests.stores import Stores, running
 
 SHIPPED = {name: Settings.model_fields[name].default for name in QUICK}
 
-# The sandbox's own check at the end reads `effects`: let it see the probe's.
-_PROBE_EFFECTS = """
+PROBE = "firstclaim.handlers.load_probe"
+PROBE_EFFECTS = "load_effects"
+
+# The sandbox's own check at the end reads `effects`: let it see those of the handler.
+_EFFECTS = """
 DROP TABLE effects;
-CREATE VIEW effects AS SELECT event_id, attempt, 0 AS pid, xid, recorded_at AS at FROM load_effects
+CREATE VIEW effects AS SELECT event_id FROM {table}
 """
 
 
 @asynccontextmanager
-async def served(stores: Stores, folder: Path) -> AsyncIterator[tuple[Sandbox, Service]]:
-    """One process of `serve` on an empty database of its own."""
+async def served(
+    stores: Stores,
+    folder: Path,
+    handlers: str = PROBE,
+    effects: str = PROBE_EFFECTS,
+    prepare: Callable[[Sandbox], Awaitable[None]] | None = None,
+    overrides: Mapping[str, str | float] = MappingProxyType({}),
+) -> AsyncIterator[tuple[Sandbox, Service]]:
+    """One process of `serve` on a database of its own, which is empty, or is filled by `prepare`.
+
+    `effects` is the table that its handlers write to; `overrides` are settings that are not as shipped.
+    """
     sandbox = await Sandbox.prepare(stores, folder)
     try:
-        await execute(sandbox, _PROBE_EFFECTS)
-        yield sandbox, await sandbox.service({**SHIPPED, "handlers": "firstclaim.handlers.load_probe"}).start()
+        await execute(sandbox, _EFFECTS.format(table=effects))
+        if prepare is not None:
+            await prepare(sandbox)
+        yield sandbox, await sandbox.service({**SHIPPED, "handlers": handlers, **overrides}).start()
     finally:
         with contextlib.redirect_stdout(io.StringIO()):  # a service's log, which a test would show
             await sandbox.close()

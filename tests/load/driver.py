@@ -117,6 +117,10 @@ class Driver:
             return self.run(kind)
         return rate
 
+    def events(self, per_second: float) -> list[bytes]:
+        """The bodies of the fresh events of one round at this rate."""
+        return list(self._events(int(per_second * self.seconds)))
+
     def _events(self, count: int) -> Iterator[bytes]:
         marked = marked_event(self.event_type, "evt_1", _MARK)
         digits = len(_MARK)

@@ -14,8 +14,9 @@ from redis.asyncio import Redis
 from rich.console import Console
 from rich.table import Table
 
-from firstclaim.inbox.lock import Lock, connect
+from firstclaim.inbox.lock import Lock
 from firstclaim.inbox.lock_token import new_token
+from firstclaim.inbox.redis_server import RedisServer, connect
 from firstclaim.settings import Settings
 from tests.stores import running
 
@@ -26,19 +27,19 @@ _BATCH = 1000
 async def write_markers(redis: Redis, count: int) -> list[str]:
     """Write as many markers as the service would, for ids like Stripe's; returns the keys."""
     defaults = Settings()
+    server = RedisServer(redis, breaker_seconds=defaults.redis_breaker_seconds)
     lock = Lock(
-        redis,
+        server,
         prefix=defaults.redis_prefix,
         lock_ttl_seconds=defaults.lock_ttl_seconds,
         marker_ttl_seconds=defaults.marker_ttl_seconds,
-        breaker_seconds=defaults.redis_breaker_seconds,
     )
     ids = [f"evt_1{secrets.token_hex(12)[:23]}" for _ in range(count)]
     try:
         for start in range(0, count, _BATCH):
             await asyncio.gather(*(_mark(lock, event_id) for event_id in ids[start : start + _BATCH]))
     finally:
-        await lock._commands.close()
+        await server._commands.close()
     return [defaults.redis_prefix + event_id for event_id in ids]
 
 
@@ -50,6 +51,17 @@ async def _mark(lock: Lock, event_id: str) -> None:
 
 async def _used_bytes(redis: Redis) -> int:
     return int((await redis.info("memory"))["used_memory"])
+
+
+async def bytes_of_a_marker(url: str, count: int = COUNTS[0]) -> float:
+    """What one of so many markers adds to the memory of Redis, with its slots in the hash tables."""
+    async with connect(url, timeout_seconds=60) as redis:
+        before = await _used_bytes(redis)
+        keys = await write_markers(redis, count)
+        each = (await _used_bytes(redis) - before) / count
+        for start in range(0, count, _BATCH):
+            await redis.delete(*keys[start : start + _BATCH])
+    return each
 
 
 async def _measure(url: str) -> None:

@@ -26,6 +26,7 @@ bool B4_processed_is_completed = false;
 bool B5_charged_for_a_run_of_its_own = false;
 bool B6_what_was_abandoned_goes_alone = false;
 bool B7_run_under_the_claim_that_the_row_shows = false;
+bool B9_what_has_failed_goes_with_its_like = false;
 
 #define CHECK(name, condition) assert(name || (condition))
 
@@ -39,7 +40,8 @@ bool B7_run_under_the_claim_that_the_row_shows = false;
 
 byte row[2];
 byte attempt[2];
-bit erred[2];              /* last_error: it goes alone */
+bit failed[2];             /* last_error: of a failure of its own */
+bit told[2];               /* last_error: its batch has failed, so it goes alone */
 bit abandoned[2];          /* abandoned > 0 */
 bit given_up[2];           /* abandoned since the attempt was claimed */
 byte row_lock[2];          /* the process whose handler's transaction has it; 0: free */
@@ -82,9 +84,15 @@ bit poison = 0;            /* the handler always raises when it gets event 0; un
 #endif
 
 #ifdef M_ABANDONED_ENTERS_A_BATCH
-#define GOES_ALONE(e) 0
+#define GOES_ALONE(e) told[e]
 #else
-#define GOES_ALONE(e) (erred[e] || abandoned[e])
+#define GOES_ALONE(e) (told[e] || abandoned[e])
+#endif
+
+#ifdef M_FAILED_AMONG_FRESH
+#define ALIKE true
+#else
+#define ALIKE (again == 0 || again == BATCH)
 #endif
 
 inline end_transaction(who) {
@@ -102,7 +110,8 @@ inline end_transaction(who) {
 
 inline complete(e) {
     row[e] = COMPLETED;
-    erred[e] = 0
+    failed[e] = 0;
+    told[e] = 0
 }
 
 inline have_effect(who, e) {
@@ -131,7 +140,8 @@ inline abandon(e, to) {
     row[e] = to;
     given_up[e] = 1;
     abandoned[e] = 1;
-    erred[e] = 1
+    failed[e] = 1;
+    told[e] = 0
 }
 
 inline check_event(e) {
@@ -140,8 +150,10 @@ inline check_event(e) {
 }
 
 inline check_state() {
-    check_event(0);
-    check_event(1)
+    d_step {
+        check_event(0);
+        check_event(1)
+    }
 }
 
 /* ---- a process -------------------------------------------------------------------------------------------- */
@@ -166,6 +178,7 @@ inline mark(e) {
 inline leave(e) {
     CLAIM(e) = 0;
     TAKE_AWAY(alone, e);
+    TAKE_AWAY(again, e);
     TAKE_AWAY(before, e)
 }
 
@@ -200,6 +213,7 @@ inline take_over(e) {
     given_up[e] = 0;
     CLAIM(e) = attempt[e];
     alone = alone | (GOES_ALONE(e) << e);
+    again = again | (failed[e] << e);
     before = before | (abandoned[e] << e)
 }
 
@@ -246,7 +260,8 @@ inline check_run(e) {
     if
     :: HAS(rest, e) ->
         CHECK(B7_run_under_the_claim_that_the_row_shows, GUARDED(e));
-        CHECK(B6_what_was_abandoned_goes_alone, rest != BATCH || !abandoned[e])
+        CHECK(B6_what_was_abandoned_goes_alone, rest != BATCH || !abandoned[e]);
+        CHECK(B9_what_has_failed_goes_with_its_like, rest != BATCH || again == 0 || again == BATCH)
     :: else
     fi
 }
@@ -269,13 +284,14 @@ inline take_back(e) {
 }
 
 /* ..._if_held: it waits for the row's lock. A row that was only given up on is taken back first, and may be given up
-   again before the second try. Only what has failed keeps an error. */
+   again before the second try. What has failed keeps the error, and may enter a batch again, of its like. */
 inline settle(e, to) {
     if
     :: GUARDED(e) && row_lock[e] == 0 ->
         CHECK(B5_charged_for_a_run_of_its_own, step != FAILED || events != BATCH);
         row[e] = to;
-        erred[e] = erred[e] || step != RELEASE;
+        failed[e] = failed[e] || step != RELEASE;
+        told[e] = told[e] && step == RELEASE;
         leave(e);
         TAKE_AWAY(rest, e)
     :: CAN_TAKE_BACK(e) && row_lock[e] == 0 -> take_back(e)
@@ -290,14 +306,14 @@ inline renew(e) {
     if
     :: GUARDED(e) && row_lock[e] == 0 ->
         mark(e);
-        TAKE_AWAY(rest, e);
 #ifndef M_BATCH_AGAIN
         alone = alone | (1 << e);
 #endif
         if
-        :: erred[e] = 1
+        :: told[e] = 1
         :: !calm
-        fi
+        fi;
+        TAKE_AWAY(rest, e) /* last: `e` is the first of the rest, by name */
     :: CAN_TAKE_BACK(e) && row_lock[e] == 0 -> take_back(e)
     :: !GUARDED(e) && (!CAN_TAKE_BACK(e) || !calm) -> answer_2xx(e); leave(e); TAKE_AWAY(rest, e)
     :: !calm -> /* Postgres is unreachable */
@@ -313,6 +329,7 @@ proctype process(byte me) {
     byte events = 0;           /* those that go together, a bit each */
     byte rest = 0;             /* those that HOLD has returned, or that are still to be settled */
     byte alone = 0;            /* those that go alone */
+    byte again = 0;            /* those that had failed before their claim */
     byte before = 0;           /* those that had been abandoned before their claim */
 
 end:
@@ -323,7 +340,7 @@ end:
         :: step == GATHER && !calm && CLAIM(1) == 0 -> deliver(1)
         :: step == GATHER && CLAIM(0) == 0 && TAKEABLE(0) -> recover(0)
         :: step == GATHER && CLAIM(1) == 0 && TAKEABLE(1) -> recover(1)
-        :: step == GATHER && CLAIM(0) != 0 && CLAIM(1) != 0 && alone == 0 -> events = BATCH; step = HOLD
+        :: step == GATHER && CLAIM(0) != 0 && CLAIM(1) != 0 && alone == 0 && ALIKE -> events = BATCH; step = HOLD
         :: step == GATHER && CLAIM(0) != 0 -> events = 1; mark(0); step = HOLD
         :: step == GATHER && CLAIM(1) != 0 -> events = 2; mark(1); step = HOLD
         :: step == GATHER && !calm && (CLAIM(0) != 0 || CLAIM(1) != 0) -> crash()

@@ -244,14 +244,16 @@ inline give_up_on(statement) {
 
 /* After every step and every move of the world. */
 inline check_state() {
-    CHECK(I2_one_effect_if_completed_else_none, effects == (row == COMPLETED -> 1 : 0));
-    CHECK(I3_one_handler_at_work, AT_WORK(1) + AT_WORK(2) + AT_WORK(3) + AT_WORK(4) <= 1);
-    CHECK(I7_a_current_marker_has_a_row, key != RECORDED(epoch) || row != ABSENT);
-    CHECK(I8_what_a_wanting_build_acknowledged_is_not_ignored, !(promised && row == IGNORED));
-    if
-    :: late != 0 && LATE_IN_VAIN -> late = 0; late_claim = 0
-    :: else
-    fi
+    d_step {
+        CHECK(I2_one_effect_if_completed_else_none, effects == (row == COMPLETED -> 1 : 0));
+        CHECK(I3_one_handler_at_work, AT_WORK(1) + AT_WORK(2) + AT_WORK(3) + AT_WORK(4) <= 1);
+        CHECK(I7_a_current_marker_has_a_row, key != RECORDED(epoch) || row != ABSENT);
+        CHECK(I8_what_a_wanting_build_acknowledged_is_not_ignored, !(promised && row == IGNORED));
+        if
+        :: late != 0 && LATE_IN_VAIN -> late = 0; late_claim = 0
+        :: else
+        fi
+    }
 }
 
 /* ---- a worker ----------------------------------------------------------------------------------------- */
@@ -321,21 +323,23 @@ inline forget_token() {
 }
 
 inline stop() {
-    leave_transaction(me);
-    forget_token();
-    if
-    :: claimant == me -> claimant = 0
-    :: else
-    fi;
-    seen = 0;
-    claim = 0;
-    tries = 0;
-    locked = 0;
-    asked = 0;
-    wants = 0;
-    connection_epoch = 0;
-    busy--;
-    step = IDLE
+    d_step {
+        leave_transaction(me);
+        forget_token();
+        if
+        :: claimant == me -> claimant = 0
+        :: else
+        fi;
+        seen = 0;
+        claim = 0;
+        tries = 0;
+        locked = 0;
+        asked = 0;
+        wants = 0;
+        connection_epoch = 0;
+        busy--;
+        step = IDLE
+    }
 }
 
 /* Whatever begins with !calm is a fault, or a process of another build. A crash leads to STOP, and so does every answer

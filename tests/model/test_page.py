@@ -6,33 +6,37 @@ Guarantees: no mutant and no search is in one of the three (page, tests, models)
 import re
 
 from tests.model import test_batch as batch
+from tests.model import test_key as key
 from tests.model.spin import MODEL, understood
 from tests.model.test_model import HARMLESS, INVARIANTS, MUTANTS, README, SEARCHES, SETTLING
 
 
 def test_the_page_has_the_same_mutants() -> None:
     """README.md names every mutant with the invariants that it breaks, and no other."""
-    rows = dict(re.findall(r"^\| `(M_\w+)` \|.*\| ((?:[IB]\d(?:, )?)+|nothing) \|", README, flags=re.MULTILINE))
+    rows = dict(re.findall(r"^\| `(M_\w+)` \|.*\| ((?:[IBK]\d(?:, )?)+|nothing) \|", README, flags=re.MULTILINE))
     broken = {name: ", ".join(f"I{number}" for number in numbers) for name, (_, numbers) in MUTANTS.items()}
     together = {name: ", ".join(f"B{number}" for number in numbers) for name, numbers in batch.MUTANTS.items()}
-    assert rows == broken | dict.fromkeys(HARMLESS, "nothing") | together | dict.fromkeys(batch.ENDLESS, "B8")
+    keyed = {name: ", ".join(f"K{number}" for number in numbers) for name, numbers in key.MUTANTS.items()}
+    assert rows == broken | dict.fromkeys(HARMLESS, "nothing") | together | dict.fromkeys(batch.ENDLESS, "B8") | keyed
 
 
 def test_the_models_have_the_same_mutants() -> None:
     """Every switch that weakens a model is searched, and every mutant that is searched is there."""
     assert set(re.findall(r"\bM_[A-Z0-9_]+", MODEL.read_text())) == set(MUTANTS) | set(HARMLESS)
     assert set(re.findall(r"\bM_[A-Z0-9_]+", batch.TEXT)) == set(batch.MUTANTS) | set(batch.ENDLESS)
+    assert set(re.findall(r"\bM_[A-Z0-9_]+", key.TEXT)) == set(key.MUTANTS)
 
 
 def test_every_invariant_is_missed_by_a_mutant() -> None:
     """An invariant that no mutant breaks would not be tested."""
     assert sorted(INVARIANTS) == sorted({number for _, numbers in MUTANTS.values() for number in numbers})
     assert sorted(batch.INVARIANTS) == sorted(set("".join(batch.MUTANTS.values())))
+    assert sorted(key.INVARIANTS) == sorted(set("".join(key.MUTANTS.values())))
 
 
 def test_the_page_has_the_same_searches() -> None:
     """README.md has a row of numbers for every search, and no other."""
-    searches = set(SEARCHES) | set(SETTLING) | set(batch.SEARCHES) | set(batch.SETTLING)
+    searches = set(SEARCHES) | set(SETTLING) | set(batch.SEARCHES) | set(batch.SETTLING) | set(key.SEARCHES)
     assert set(re.findall(r"^\| `([a-z-]+)` \|", README, flags=re.MULTILINE)) == searches
 
 

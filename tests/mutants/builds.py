@@ -97,7 +97,7 @@ if row and (claims := await self._ledger.take_over([delivery.event.id])):
         "recovery-takes-what-it-does-not-want",
         "Recovery looks for due events of the types that this process wants.",
         "Routes.wants",
-        "return self._takes(livemode) and self.registry.find(event_type) is not None",
+        "return self.handler_of(event_type, livemode) is not None",
         "return True",
         "integration/test_builds.py::test_recovery_looks_only_for_what_it_wants",
     ),

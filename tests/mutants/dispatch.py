@@ -41,8 +41,8 @@ MUTANTS = (
         "undone-refusal-is-a-failure",
         "A savepoint that is rolled back takes the errors in it with it.",
         "HandlerRules.note_executed",
-        "self._refused = self._savepoints.executed(sql, self._refused)",
-        "pass",
+        "self._refused, kept = self._savepoints.executed(sql, (self._refused, enqueued))",
+        "kept = self._savepoints.executed(sql, (self._refused, enqueued))[1]",
         "integration/test_dispatch.py::test_a_savepoint_takes_its_errors_with_it[True-refused_by_fetch]",
     ),
     Mutant(
@@ -88,13 +88,13 @@ MUTANTS = (
     Mutant(
         "row-is-changed-first",
         "The row is updated last: an insert of its id waits for an uncommitted update, not for a lock.",
-        "Attempt._run",
-        "action = await self._call(call, connection)",
+        "SingleAttempt._work",
+        "action = await self._call(call, connection, outbox)",
         (
             """await connection.fetch(
     "UPDATE firstclaim.stripe_events SET failures = 0 WHERE event_id = $1", self.event.id
 )
-action = await self._call(call, connection)"""
+action = await self._call(call, connection, outbox)"""
         ),
         "integration/test_pipeline.py::test_a_duplicate_does_not_wait_for_a_running_handler",
     ),
@@ -124,11 +124,11 @@ action = await self._call(call, connection)"""
     ),
     Mutant(
         "the-mark-beside-another-statement",
-        "A connection on which the driver refuses the COMMIT is closed: another Sync would commit the mark alone.",
+        "A mark that the driver did not send is not sent with the next statement: that would commit it alone.",
         "OneRoundTripConnection._fetch_after",
-        "self.terminate()",
+        "self._transport.drop()",
         "",
-        "integration/test_one_round_trip.py::test_beside_another_statement_nothing_is_committed[COMMIT]",
+        "integration/test_one_round_trip.py::test_beside_another_statement_nothing_is_sent[COMMIT]",
     ),
     Mutant(
         "the-mark-beside-a-cancellation",
@@ -449,7 +449,7 @@ except Exception as error:
         "commit-checked-on-an-old-connection",
         "The result of a COMMIT is checked on a new connection.",
         "Dispatcher._settle_unknown",
-        "self._ledger.connect_anew()",
+        "self.ledger.connect_anew()",
         "",
         "integration/test_dispatch.py::test_what_became_of_a_commit_is_asked_on_a_new_connection",
     ),
@@ -482,7 +482,7 @@ except Exception as error:
         "sync-handler-on-the-loop",
         "Sync handlers run in a thread: other deliveries do not wait for them.",
         "_in_thread",
-        'threading.Thread(target=run, args=(body,), daemon=True, name=f"handler-{first.id}").start()',
+        'threading.Thread(target=run, args=(body,), daemon=True, name=f"handler-{first_id}").start()',
         "run(body)",
         "integration/test_dispatch.py::test_effects_and_mark_commit_together[handles_in_thread]",
     ),
@@ -514,7 +514,7 @@ except Exception as error:
     Mutant(
         "handlers-and-ledger-share-a-pool",
         "Handlers and the ledger have separate pools: slow handlers do not starve recording.",
-        "Attempt._run",
+        "Attempt._in_transaction",
         "connection = await self.connections.acquire()",
         """await self.ledger._pool._places.take()
 connection = await self.connections.acquire()""",
@@ -556,7 +556,7 @@ connection = await self.connections.acquire()""",
     Mutant(
         "backoff-forgets-earlier-failures",
         "The backoff counts all failures so far.",
-        "Dispatcher._settle_failed",
+        "Dispatcher._fail",
         "claim.failures + 1",
         "1",
         "integration/test_dispatch.py::test_the_backoff_doubles",
@@ -565,9 +565,17 @@ connection = await self.connections.acquire()""",
         "no-connection-is-abandonment",
         "An attempt that got no connection is released, not left to be called abandoned.",
         "Dispatcher.settle",
-        "await self.release(claim, due_in_seconds=self._backoff.first_seconds)",
+        "await self.release(claim, due_in_seconds=self.backoff.first_seconds)",
         "",
         "integration/test_dispatch.py::test_without_a_connection_nothing_is_charged",
+    ),
+    Mutant(
+        "no-place-is-abandonment",
+        "An attempt for which a silent Postgres has no place is released, too.",
+        "Attempt._in_transaction",
+        "NO_CONNECTION",
+        "OSError",
+        "integration/test_dispatch.py::test_without_a_connection_nothing_is_charged[hopeless]",
     ),
     # -- a connection lost during COMMIT
     Mutant(
@@ -593,8 +601,8 @@ except UNAVAILABLE:
         "unknown-commit-is-only-read",
         "The guarded update decides the result of a lost COMMIT: it waits for the old backend, a read would not.",
         "Dispatcher._settle_unknown",
-        "await self._ledger.fail_if_held(claim, f'COMMIT failed: {result.error}', due_in_seconds=wait)",
-        "(await self._ledger.find(claim.event_id)).status is Status.PROCESSING or None",
+        "await self._fail(claim, handler, f'COMMIT failed: {result.error}')",
+        "(await self.ledger.find(claim.event_id)).status is Status.PROCESSING or None",
         "integration/test_dispatch.py::test_a_commit_still_under_way_is_waited_for",
     ),
     Mutant(
@@ -609,7 +617,7 @@ except UNAVAILABLE:
         "an-own-commit-and-an-unknown-one",
         "A handler that committed by itself, and whose mark was lost, is not tried again.",
         "Dispatcher._settle_unknown",
-        "await self._ledger.committed(result.transaction)",
+        "await self.ledger.committed(result.transaction)",
         "False",
         "integration/test_dispatch.py::test_an_own_commit_before_a_lost_one_is_not_doubled",
     ),

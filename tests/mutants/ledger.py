@@ -7,7 +7,7 @@ MUTANTS = (
     Mutant(
         "a-known-id-is-claimed",
         "Only the first insert of an id wins the right to dispatch.",
-        "Ledger._insert",
+        "Inserts._insert",
         "event_id in new and first[event_id] is row",
         "first[event_id] is row",
         "integration/test_ledger.py::test_a_second_claim_finds_the_row[completed]",
@@ -24,7 +24,7 @@ MUTANTS = (
         "claim-without-a-lease",
         "A claim is due again when its lease expires.",
         "Ledger.claim",
-        "NewRow(delivery, Status.PROCESSING, 1, self._lease_seconds)",
+        "NewRow(delivery, Status.PROCESSING, 1, self.lease_seconds)",
         "NewRow(delivery, Status.PROCESSING, 1, 0)",
         "integration/test_ledger.py::test_the_first_claim_wins",
     ),
@@ -56,7 +56,7 @@ MUTANTS = (
     Mutant(
         "all-copies-in-a-batch-win",
         "Of the copies in a batch exactly one wins.",
-        "Ledger._insert",
+        "Inserts._insert",
         "event_id in new and first[event_id] is row",
         "event_id in new",
         "integration/test_coalescing.py::test_each_new_id_of_a_batch_has_one_winner",
@@ -64,7 +64,7 @@ MUTANTS = (
     Mutant(
         "a-recorder-goes-first",
         "In a batch, claims are inserted before records of the same event.",
-        "Ledger._insert",
+        "Inserts._insert",
         "sorted(rows, key=lambda row: _PRECEDENCE[row.status])",
         "rows",
         "integration/test_coalescing.py::test_who_may_dispatch_goes_before_who_only_records",
@@ -80,7 +80,7 @@ MUTANTS = (
     Mutant(
         "one-bad-row-fails-all",
         "One bad row fails alone.",
-        "Ledger._insert_batch",
+        "Inserts._insert_batch",
         """if len(rows) == 1:
     return [LedgerUnavailable(describe(error))]""",
         """if True:
@@ -106,7 +106,7 @@ MUTANTS = (
     Mutant(
         "each-batch-times-out",
         "A server that does not answer costs one timeout, however many calls wait.",
-        "Ledger._insert_batch",
+        "Inserts._insert_batch",
         "isinstance(error.__cause__, (TimeoutError, asyncpg.QueryCanceledError))",
         "False",
         "integration/test_coalescing.py::test_a_server_that_does_not_answer_costs_one_timeout",
@@ -204,7 +204,7 @@ MUTANTS = (
     TextMutant(
         "previously-abandoned-among-the-others",
         "Previously abandoned events are fetched separately.",
-        "_ABANDONED_BEFORE",
+        "ABANDONED_BEFORE",
         "abandoned = 0",
         "abandoned >= 0",
         "integration/test_ledger.py::test_those_abandoned_before_are_due_apart",

@@ -56,7 +56,7 @@ class Mutant:
         path = self._file()
         tree = ast.parse((PACKAGE / path).read_text())
         [scope] = (node for name, node in scopes(tree, module_of(path)) if is_called(name, self.scope))
-        places = list(self._capacity(scope))
+        places = list(self._replacements(scope))
         if len(places) != 1:
             raise DoesNotFitError(self._explanation(path, scope, len(places)))
         places[0]()
@@ -85,7 +85,7 @@ class Mutant:
             f"{self.old}\n\n{instead}Find where the rule is implemented now, and break it there: {self.rule}"
         )
 
-    def _capacity(self, scope: ast.AST) -> Iterator[Replacement]:
+    def _replacements(self, scope: ast.AST) -> Iterator[Replacement]:
         """A replacement for each place in `scope` that matches `old`."""
         match ast.parse(self.old).body, ast.parse(self.new or "pass").body:
             case [ast.Expr(old)], [ast.Expr(new)]:
@@ -109,7 +109,7 @@ class Mutant:
 class TextMutant(Mutant):
     """A change inside a string of `scope`, which is SQL or Lua. The white space between words does not matter."""
 
-    def _capacity(self, scope: ast.AST) -> Iterator[Replacement]:
+    def _replacements(self, scope: ast.AST) -> Iterator[Replacement]:
         pattern = r"\s+".join(re.escape(word) for word in self.old.split())
         for node, text in strings(scope):
             for found in re.finditer(pattern, text):

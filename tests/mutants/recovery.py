@@ -1,6 +1,6 @@
 """Mutants of recovery and of the graceful shutdown."""
 
-from tests.mutants.mutant import Mutant
+from tests.mutants.mutant import Mutant, TextMutant
 
 MUTANTS = (
     # -- recovery
@@ -64,8 +64,8 @@ MUTANTS = (
         "stopped-while-it-claims",
         "A shutdown while recovery claims leaves nothing claimed.",
         "Pipeline.recover",
-        "asyncio.shield(self._spawn(self._take_up(chosen, places, self._singles, self._backlog)))",
-        "self._take_up(chosen, places, self._singles, self._backlog)",
+        "asyncio.shield(self._work.spawn(self._take_up(places, *backlogs)))",
+        "self._take_up(places, *backlogs)",
         "integration/test_pipeline.py::test_a_stop_while_recovery_claims_leaves_nothing_claimed",
     ),
     Mutant(
@@ -88,9 +88,25 @@ MUTANTS = (
         "epoch-not-read-by-recovery",
         "Each round of recovery reads the epoch.",
         "Recovery._round",
-        "self._epoch.confirm(await self._ledger.read_epoch())",
+        "self._epoch.confirm(survey.epoch)",
         "",
         "integration/test_pipeline.py::test_recovery_confirms_the_epoch",
+    ),
+    TextMutant(
+        "no-claim-is-ever-overdue",
+        "A round learns of claims that are past their lease.",
+        "SURVEY",
+        "<= (SELECT clock_timestamp())",
+        "< '-infinity'",
+        "integration/test_pipeline.py::test_recovery_looks_for_vanished_holders",
+    ),
+    Mutant(
+        "a-survey-is-not-believed",
+        "A round that finds nothing to do sends one statement.",
+        "Backlog._full_look",
+        "survey is None",
+        "True",
+        "integration/test_pipeline.py::test_a_round_that_finds_nothing_is_one_statement",
     ),
     Mutant(
         "a-bad-round-ends-recovery",
@@ -121,7 +137,7 @@ MUTANTS = (
         "draining-accepts-deliveries",
         "While a process drains, it answers deliveries with 503.",
         "Pipeline.deliver",
-        """if self._draining:
+        """if self._work.draining:
     return ...""",
         "if False:\n    return ...",
         "integration/test_pipeline.py::test_draining_waits_for_what_runs",
@@ -130,17 +146,33 @@ MUTANTS = (
         "draining-recovers-more",
         "While a process drains, its recovery claims nothing.",
         "Pipeline.recover",
-        "self._claims.redis_unreachable or self._draining",
+        "self._claims.redis_unreachable or self._work.draining",
         "self._claims.redis_unreachable",
         "integration/test_pipeline.py::test_draining_waits_for_what_runs",
     ),
     Mutant(
         "draining-does-not-wait",
         "A drain waits for the work in flight.",
-        "Pipeline.drain",
+        "Work.drain",
         "time.monotonic() + seconds",
         "time.monotonic()",
         "integration/test_pipeline.py::test_draining_waits_for_what_runs",
+    ),
+    Mutant(
+        "a-claim-is-lost-to-a-stop",
+        "A stop does not cancel a claim that is under way: it is released once it is made.",
+        "Work.drain",
+        "self.tasks - self._claiming",
+        "list(self.tasks)",
+        "integration/test_batch_ends.py::test_a_claim_that_a_stop_overtakes_is_released[ordinary]",
+    ),
+    Mutant(
+        "a-claim-that-a-stop-overtakes-is-dispatched",
+        "What is claimed after the time of a stop is released.",
+        "Pipeline._dispatch",
+        "self._work.releasing",
+        "False",
+        "integration/test_batch_ends.py::test_a_claim_that_a_stop_overtakes_is_released[batch]",
     ),
     Mutant(
         "no-drain-delay",
@@ -245,7 +277,7 @@ raise""",
         "a-crash-charges-what-waits",
         "A crash releases the claims whose attempt has not begun, without a charge.",
         "Dispatcher.unstarted",
-        "[*self._waiting.values(), *self._retries.values()]",
+        "[*self._waiting.values(), *self.releases.waiting]",
         "[]",
         "integration/test_pipeline.py::test_a_crash_releases_only_what_had_not_begun",
     ),

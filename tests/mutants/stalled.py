@@ -11,6 +11,14 @@ MUTANTS = (
         "self._left_is_gone()",
         "integration/test_places.py::test_a_place_is_free_when_the_server_no_longer_shows_its_backend",
     ),
+    TextMutant(
+        "any-session-with-the-pid-is-ours",
+        "A backend of which the pid alone is known has our name too: after a failover the pid is somebody else's.",
+        "_LOOK",
+        "THEN activity.application_name = current_setting('application_name')",
+        "THEN true",
+        "integration/test_failover.py::test_the_pid_of_another_session_is_not_ours",
+    ),
     Mutant(
         "a-handlers-place-is-free-in-time",
         "So is a place of the handlers.",
@@ -23,8 +31,8 @@ MUTANTS = (
         "a-backend-is-its-pid",
         "A backend is named by its pid and its start: pids are reused.",
         "_LOOK",
-        "   AND activity.backend_start = coalesce(left_behind.started_at, activity.backend_start)\n",
-        "",
+        "ELSE activity.backend_start = left_behind.started_at END",
+        "ELSE true END",
         "integration/test_places.py::test_another_backend_of_the_same_pid_has_no_place",
     ),
     Mutant(
@@ -70,7 +78,7 @@ MUTANTS = (
     Mutant(
         "readers-are-refused-while-commits-hang",
         "What only reads goes on while commits hang.",
-        "app.assemble",
+        "components.assemble",
         "partial(places, epoch=Epoch(fresh_seconds=0), commits=False)",
         "partial(places, epoch=Epoch(fresh_seconds=0))",
         "integration/test_places.py::test_while_commits_hang_one_probes_and_all_others_are_told_at_once",
@@ -82,6 +90,14 @@ MUTANTS = (
         "limit.reschedule(0)",
         "",
         "integration/test_places.py::test_who_waits_for_a_place_is_told_when_commits_hang",
+    ),
+    Mutant(
+        "who-gives-up-ends-the-probe",
+        "A caller that gives up while the probe finds the server lost does not end the probe.",
+        "Places._tell",
+        "limit.expired()",
+        "False",
+        "integration/test_places.py::test_the_probe_goes_on_if_a_caller_has_just_given_up",
     ),
     Mutant(
         "all-wait-for-a-server-that-is-down",

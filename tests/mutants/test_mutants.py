@@ -22,6 +22,7 @@ from subprocess import PIPE
 
 import pytest
 
+from tests.conftest import FOUND
 from tests.mutants.mutant import Mutant
 from tests.mutants.mutants import MUTANTS, SECTIONS
 from tests.stores import Stores
@@ -31,7 +32,9 @@ REPOSITORY = HERE.parents[1]
 COPIED = ("service", "tests", "pyproject.toml")
 # Plugins that were imported before pytest started cannot have their assertions rewritten, and do not need it.
 QUIET = ("-p", "no:cacheprovider", "-q", "-m", "", "--color=no", "-W", "ignore::pytest.PytestAssertRewriteWarning")
-LANES = 3  # runs at once, on two cores: with many mutants the test only waits, for what does not happen
+# Python's own traceback: for pytest's, with the source of each function, a failed test's whole file is parsed again.
+NATIVE = "--tb=native"
+LANES = 8  # runs at once, on two cores: most of the time the tests only wait, for what does not happen
 TEST_SECONDS = 60  # for a test that takes one or two; a mutant that times out is not caught
 
 CONTROL = "control"
@@ -39,10 +42,10 @@ Runs = dict[str, Future[tuple[int, str]]]  # by the mutant's name
 
 # The output of a mutant that is itself invalid: Python or SQL that cannot run proves nothing about a rule.
 NONSENSE = re.compile(
-    r"^E +(?:\w+\.)*TypeError\b|\b(?:Attribute|Import|Indentation|ModuleNotFound|Name|Syntax|UnboundLocal)Error\b"
+    r"^(?:E +)?(?:\w+\.)*TypeError\b|\b(?:Attribute|Import|Indentation|ModuleNotFound|Name|Syntax|UnboundLocal)Error\b"
     r"|\(42(?:601|703|803|804|883|P\d\d)\)|PostgresSyntaxError|Undefined(?:Column|Function|Table)Error"
     r"|DatatypeMismatchError|IndeterminateDatatypeError|AmbiguousParameterError|invalid input for query argument"
-    r"|^E +Failed: Timeout ",
+    r"|^(?:E +)?Failed: Timeout ",
     flags=re.MULTILINE,
 )
 
@@ -161,7 +164,7 @@ def runs(lanes: Lanes, request: pytest.FixtureRequest) -> Runs:
             runs[f"{CONTROL} {number}"] = lanes.submit(None, *share)
     for mutant in MUTANTS:
         if mutant.name in names:
-            runs[mutant.name] = lanes.submit(mutant, "-x", f"--timeout={TEST_SECONDS}", mutant.node_id)
+            runs[mutant.name] = lanes.submit(mutant, "-x", NATIVE, f"--timeout={TEST_SECONDS}", mutant.node_id)
     return runs
 
 
@@ -169,8 +172,11 @@ def why_not_red(node_id: str, code: int, output: str) -> str | None:
     """Why a run does not count as a failure of the test. None if it does."""
     if code == 0:
         return "the test passed: it does not detect that the rule is broken"
-    # The exit code does not matter: what a mutant leaves open may break pytest's end after the test has failed.
-    if not re.search(rf"^FAILED {re.escape(node_id)}(?:\[| |$)", output, flags=re.MULTILINE):
+    # The exit code does not matter, nor whether there is a summary: what a mutant leaves open may break pytest's end
+    # after the test has failed. The headline of an error outside the test has other words before its name.
+    name = re.escape(node_id.rpartition("::")[2])
+    failed = rf"^FAILED {re.escape(node_id)}(?:\[| |$)|^_+ {name}(?:\[.*\])? _+$"
+    if not re.search(failed, output, flags=re.MULTILINE):
         return "the test itself did not fail, but something before it"
     if nonsense := NONSENSE.search(output):
         return f"the test failed, but because the mutant is invalid: {nonsense[0]}"
@@ -197,6 +203,26 @@ def test_the_named_test_fails(mutant: Mutant, runs: Runs) -> None:
     assert (reason := why_not_red(mutant.node_id, code, output)) is None, f"{mutant.name}: {reason}\n{output}"
 
 
+@pytest.mark.mutants
+@pytest.mark.parametrize("seed", range(6))
+def test_libraries_are_imported_in_their_order(seed: int, tmp_path: Path) -> None:
+    """A lane imports what its forks imported in the same order, or no task of the next fork would know itself."""
+    (tmp_path / "libraries").write_text('["asyncio", "_asyncio"]')
+    script = f"""
+import sys
+sys.path.insert(0, {str(HERE)!r})
+sys.path.insert(0, "")  # it takes the first one away
+import warm
+warm.import_libraries({str(tmp_path)!r})
+import asyncio
+async def known(): return asyncio.current_task() is not None
+assert asyncio.run(known())
+"""
+    environment = os.environ | {"PYTHONHASHSEED": str(seed)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 # -- checks that run no mutant ------------------------------------------------------------------------
 
 
@@ -207,12 +233,14 @@ def test_the_mutant_fits(mutant: Mutant) -> None:
     compile(source, file, "exec")
 
 
-def test_every_test_named_exists() -> None:
+def test_every_test_named_exists(request: pytest.FixtureRequest) -> None:
     """Pytest finds each test that a mutant names, parameters included."""
-    named = {mutant.node_id for mutant in MUTANTS}
-    command = [sys.executable, "-m", "pytest", *QUIET, "--collect-only", *sorted(named)]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0, done.stdout
+    found = request.config.stash[FOUND]
+    known = found | {node_id.partition("[")[0] for node_id in found}
+    if missing := {mutant.node_id for mutant in MUTANTS} - known:  # this run may be of a few files
+        command = [sys.executable, "-m", "pytest", *QUIET, "--collect-only", *sorted(missing)]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode == 0, done.stdout
 
 
 def test_no_two_have_one_name() -> None:
@@ -247,10 +275,15 @@ RED = "FAILED tests/a.py::test_b - AssertionError: assert 1 == 2"
         (1, f"E   TypeError: f() takes 1 positional argument but 2 were given\n{RED}", False),
         (1, f'E   asyncpg.exceptions.PostgresSyntaxError: syntax error at or near "x"\n{RED}', False),
         (1, f"ledger_unavailable error='ProgrammingError (42703)'\n{RED}", False),
+        (1, f"TypeError: f() takes 1 positional argument but 2 were given\n{RED}", False),  # of Python
         (1, f"E   Failed: Timeout (>60.0s) from pytest-timeout.\n{RED}", False),
+        (1, f"Failed: Timeout (>60.0s) from pytest-timeout.\n{RED}", False),
         (1, f"E   TimeoutError\n{RED}", True),  # raised by the test itself
         (3, RED, True),  # pytest's end broke after the failure
         (3, "1 passed", False),
+        (3, "_____ test_b _____\nAssertionError: no", True),  # nor did it print its summary
+        (3, "_____ test_bc _____\nAssertionError: no", False),
+        (1, "_____ ERROR at setup of test_b _____\nasyncpg.PostgresError: no", False),
     ],
 )
 def test_only_the_tests_own_failure_counts(code: int, output: str, caught: bool) -> None:

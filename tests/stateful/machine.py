@@ -15,11 +15,11 @@ from functools import partial
 from typing import Final
 
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, initialize, rule
+from hypothesis.stateful import Bundle, MultipleResults, initialize, multiple, rule
 
 from firstclaim.status import Status
 from tests.stateful.oracle import SETTLED, Plan
-from tests.stateful.process import NEW_TYPE, TYPE, Process, Run
+from tests.stateful.process import BATCH_TYPE, NEW_TYPE, TYPE, Process, Run
 from tests.stateful.steps import Steps
 from tests.stateful.system import PROCESSES
 from tests.stateful.wire import Effect, Fault
@@ -28,7 +28,7 @@ from tests.stateful.wire import Effect, Fault
 DELIVERY: Final = ("lock", "insert", "take over", "lock taken over", "marker", "hold", "effect")
 RECOVERY: Final = ("return abandoned", "lock", "lock taken over", "take over", "take over", "marker", "hold", "effect")
 ENDING: Final[Mapping[Plan, Sequence[str]]] = {Plan.WORK: ("mark", "commit"), Plan.HOLD: ()}
-FAILING: Final = ("fail", "forget")
+FAILING: Final = ("fail", "forget", "renew")
 
 # Every insert of the event waits for an uncommitted mark, up to the statement's timeout: correct, and slow.
 _SLOW = {("mark", True), ("commit", False)}
@@ -57,6 +57,7 @@ Turn = tuple[Plan, Fault | None]
 events = Bundle[str]("events")
 numbers = st.integers(0, PROCESSES - 1)
 deliveries = turns(DELIVERY)
+batches = turns((*DELIVERY, "renew", "renew"), (*Plan, *[Plan.WORK] * 2, *[Plan.FAIL] * 3, Plan.HOLD))
 recoveries = turns(RECOVERY)
 endings = turns((), [*(plan for plan in Plan if plan is not Plan.HOLD), *[Plan.WORK] * 3])
 
@@ -72,7 +73,12 @@ class Machine(Steps):
         self.deliver(number, event_id, *turn)
         return event_id
 
-    @rule(target=events, number=numbers, turn=deliveries, kind=st.sampled_from([TYPE, TYPE, NEW_TYPE, UNKNOWN_TYPE]))
+    @rule(
+        target=events,
+        number=numbers,
+        turn=deliveries,
+        kind=st.sampled_from([TYPE, TYPE, BATCH_TYPE, NEW_TYPE, UNKNOWN_TYPE]),
+    )
     def deliver_new(self, number: int, turn: Turn, kind: str) -> str:
         event_id = self.system.new_story(kind)
         self.deliver(number, event_id, *turn)
@@ -94,6 +100,13 @@ class Machine(Steps):
         posts = [*((at, new) for at in copies), *others]
         self.deliver_at_once(new, [(self.system.awake(at), each) for at, each in posts], number, *turn)
         return new
+
+    @rule(target=events, number=numbers, fails=st.lists(st.booleans(), min_size=2, max_size=4), turn=batches)
+    def deliver_a_batch(self, number: int, fails: list[bool], turn: Turn) -> MultipleResults[str]:
+        new = [self.system.new_story(BATCH_TYPE) for _ in fails]
+        guilty = frozenset(event_id for event_id, failing in zip(new, fails, strict=True) if failing)
+        self.deliver_together(number, new, guilty, *turn)
+        return multiple(*new)
 
     # -- handlers that are held -----------------------------------------------------------------------
 

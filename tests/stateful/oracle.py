@@ -51,7 +51,8 @@ class Story:
     completed: bool = False
     attempt: int = 0  # the highest seen so far
     replays: int = 0
-    started: set[int] = field(default_factory=set)  # attempts whose handler was called
+    started: set[int] = field(default_factory=set)  # attempts whose handler was called with this event alone
+    batched: set[int] = field(default_factory=set)  # attempts whose handler was called with others beside it
     rogue: set[int] = field(default_factory=set)  # attempts whose handler committed by itself: without I2
     permanent: set[int] = field(default_factory=set)  # attempts whose handler raised Permanent
 
@@ -122,23 +123,24 @@ def broken(stories: Mapping[str, Story], seen: Seen, limits: Limits) -> list[str
 def _of_no_row(story: Story) -> Iterator[str]:
     if story.promised is not None:
         yield "I1: promised, and there is no row"
-    if story.started:
+    if story.started or story.batched:
         yield "I5: a handler was started, and there is no row"
 
 
 def _of_row(story: Story, row: Row, limits: Limits) -> list[str]:
     completed = row.status is Status.COMPLETED
+    ran = story.started | story.batched
     orderly = [attempt for attempt in row.effects if attempt not in story.rogue]
     wrong = {
         "I2: not one effect, of the attempt that completed it, or none": orderly != [row.attempt] * completed,
         "I2: an attempt's effect twice": len(set(row.effects)) != len(row.effects),
         "I2: completed before, and not any more": story.completed and not completed,
         f"I3: attempt fell from {story.attempt}": row.attempt < story.attempt,
-        "I3: an attempt was started that the ledger never gave": row.attempt < max(story.started, default=0),
+        "I3: an attempt was started that the ledger never gave": row.attempt < max(ran, default=0),
         "I8: ignored, although a process with a handler for it has acknowledged it": row.status is Status.IGNORED
         and story.acknowledged,
         "I4: dead, and its budget is not spent": row.status is Status.DEAD and not _may_be_dead(story, row, limits),
-        "I5: completed, and its handler was not called": completed and row.attempt not in story.started,
+        "I5: completed, and its handler was not called": completed and row.attempt not in ran,
         "more failures and abandonments than attempts": row.failures + row.abandoned > row.attempt,
     }
     return [words for words, so in wrong.items() if so]

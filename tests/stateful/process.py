@@ -19,18 +19,25 @@ from typing import Any, Protocol
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
-from firstclaim import Context, Event, Permanent, Retry
-from tests.integration.world import World, build, effect
+from firstclaim import BatchContext, Context, Event, Permanent, Retry
+from firstclaim.context import TransactionContext
+from firstclaim.inbox.claim import Claim
+from firstclaim.inbox.lanes import Lanes
+from firstclaim.inbox.slots import Place
+from firstclaim.outcome import Outcome
+from tests.integration.world import BatchFunction, Function, World, build, effect, effects
 from tests.proxy import Mode, Proxy, before_postgres, before_redis
 from tests.stateful.oracle import Plan
 from tests.stateful.wire import Effect, Fault, Switch, postgres_tap, redis_tap
 
 TYPE = "invoice.payment_failed"
 NEW_TYPE = "customer.created"  # of a newer build
+BATCH_TYPE = "checkout.session.completed"  # of a batch handler
 
 SETTINGS: dict[str, Any] = {
     "lease_seconds": 0.5,  # on the injected clock; in real time, a claim waits half of it for a slot
     "lock_ttl_seconds": 300.0,  # in real time: a rule ends it, never a wait
+    "recovery_interval_seconds": 0.0,  # every look is a full one, however soon it follows the last
     "redis_breaker_seconds": 0.0,  # each command tries again: nothing depends on real time
     "abandoned_most": 3,
     "handler_slots": 3,
@@ -52,14 +59,16 @@ class State(Enum):
 
 @dataclass(eq=False, slots=True)
 class Run:
-    """One call of a handler. `caller`: the test's call into the process that led to it, and may wait for it.
+    """An event in a call of a handler. `caller`: the test's call into the process that led to it, and may wait for it.
 
-    `severed`: its transaction's connection is gone, so it can commit nothing.
+    `together`: the events of the call, or 0 if it is an ordinary handler's. `severed`: its transaction's connection is
+    gone, so it can commit nothing.
     """
 
     event_id: str
     attempt: int
     caller: asyncio.Task[None] | None = field(repr=False)
+    together: int = 0
     severed: bool = False
     held: asyncio.Future[Plan] | None = None
 
@@ -68,10 +77,11 @@ class Observer(Protocol):
     """Observes what handlers do."""
 
     plan: Plan  # of the handlers that start now
+    guilty: frozenset[str] | None  # the events that it is for; None: all
     happened: Counter[str]
 
-    def started(self, process: "Process", run: Run, status: str, attempt: int) -> None:
-        """A handler was called; `status` and `attempt` are those of its row."""
+    def started(self, process: "Process", run: Run, status: str, attempt: int, abandoned: int) -> None:
+        """A handler was called with this event; `status`, `attempt` and `abandoned` are those of its row."""
 
     def breaks(self, run: Run, plan: Plan) -> None:
         """The handler is about to commit its transaction itself, or to raise Permanent."""
@@ -91,6 +101,8 @@ class Process:
     world: World = field(init=False)
     postgres: Proxy = field(init=False)
     redis: Proxy = field(init=False)
+    _callers: dict[tuple[str, int], "asyncio.Task[None] | None"] = field(default_factory=dict)  # by event and attempt
+    _at_once: set[tuple[str, int]] = field(default_factory=set)  # those of these attempts that go alone from the start
     _stack: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)
 
     @classmethod
@@ -104,8 +116,24 @@ class Process:
         self.redis, redis_url = await self._stack.enter_async_context(before_redis(redis_url))
         self.postgres.tap = partial(postgres_tap, self.switch)
         self.redis.tap = partial(redis_tap, self.switch)
-        self.world = await build(database_url, redis_url, prefix, dict.fromkeys(types, self._handle), **SETTINGS)
+        single: dict[str, Function] = dict.fromkeys([each for each in types if each != BATCH_TYPE], self._handle)
+        batch: dict[str, BatchFunction] = {BATCH_TYPE: self._handle_batch} if BATCH_TYPE in types else {}
+        self.world = await build(database_url, redis_url, prefix, single, batch, **SETTINGS)
+        for lanes in self.world.pipeline._batches:
+            self._note_callers(lanes)
         return self
+
+    def _note_callers(self, lanes: Lanes) -> None:
+        """A batch runs in a task that belongs to none of its callers; an event that goes alone at once, in its own."""
+        whole = lanes.run
+
+        async def run(claim: Claim, event: Event, place: Place) -> Outcome:
+            self._callers[claim.event_id, claim.attempt] = _caller.get()
+            if claim.alone or claim.abandoned:
+                self._at_once.add((claim.event_id, claim.attempt))
+            return await whole(claim, event, place)
+
+        lanes.run = run  # type: ignore[method-assign]
 
     # -- faults ---------------------------------------------------------------------------------------
 
@@ -180,8 +208,11 @@ class Process:
             self.busy.discard(task)
             task.result()
         held = [run for run in self.runs if run.held is not None]
-        # Only its own tasks show whether a claim is on its way to a handler.
-        at_rest = len(self.world.pipeline._tasks) == len(held) == len(self.runs)
+        # Only its own tasks show whether a claim is on its way to a handler. A call of a batch handler has one of its
+        # own, besides that of each event.
+        apart = [run for run in held if run.together and (run.event_id, run.attempt) not in self._at_once]
+        calls = len({id(run.held) for run in apart})
+        at_rest = len(self.world.pipeline._work.tasks) == len(held) + calls and len(held) == len(self.runs)
         return at_rest and self.busy <= {run.caller for run in held}
 
     async def _handle(self, event: Event, context: Context) -> str:
@@ -189,30 +220,59 @@ class Process:
         self.runs.append(run)
         try:
             plan = self.observer.plan
-            query = text("SELECT status, attempt FROM firstclaim.stripe_events WHERE event_id = :event_id")
-            row = (await context.connection.execute(query, {"event_id": event.id})).one()
-            self.observer.started(self, run, row.status, row.attempt)
+            await self._note_started([run], context)
             await effect(event, context)
-            if plan is Plan.HOLD:
-                run.held = asyncio.get_running_loop().create_future()
-                plan = await run.held
-                run.held = None
-            await self._end(run, plan, context)
+            await self._end([run], await self._held([run], plan), context)
         finally:
             self.runs.remove(run)
         return "worked"
 
-    async def _end(self, run: Run, plan: Plan, context: Context) -> None:
+    async def _handle_batch(self, events: list[Event], context: BatchContext) -> str:
+        attempts = [(event.id, context.attempts[event.id]) for event in events]
+        runs = [Run(*each, self._callers.get(each), len(events)) for each in attempts]
+        self.runs += runs
+        try:
+            plan, guilty = self.observer.plan, self.observer.guilty
+            if guilty is not None and not guilty & {event.id for event in events}:
+                plan = Plan.WORK
+            await self._note_started(runs, context)
+            await effects(events, context)
+            await self._end(runs, await self._held(runs, plan), context)
+        finally:
+            for run in runs:
+                self.runs.remove(run)
+        return "worked"
+
+    async def _note_started(self, runs: Sequence[Run], context: TransactionContext) -> None:
+        query = text("SELECT status, attempt, abandoned FROM firstclaim.stripe_events WHERE event_id = :event_id")
+        for run in runs:
+            row = (await context.connection.execute(query, {"event_id": run.event_id})).one()
+            self.observer.started(self, run, row.status, row.attempt, row.abandoned)
+
+    async def _held(self, runs: Sequence[Run], plan: Plan) -> Plan:
+        """The plan, once the test ends the call if it is to be held."""
+        if plan is Plan.HOLD:
+            held: asyncio.Future[Plan] = asyncio.get_running_loop().create_future()
+            for run in runs:
+                run.held = held
+            plan = await held
+            for run in runs:
+                run.held = None
+        return plan
+
+    async def _end(self, runs: Sequence[Run], plan: Plan, context: TransactionContext) -> None:
         if plan is Plan.FAIL:
             raise RuntimeError("as planned")
         if plan is Plan.RETRY:
             raise Retry("as planned", after=1)
         if plan is Plan.PERMANENT:
-            self.observer.breaks(run, plan)
+            if len(runs) == 1:  # else each goes alone
+                self.observer.breaks(runs[0], plan)
             raise Permanent("as planned")
         if plan is Plan.SWALLOW:
             with contextlib.suppress(DBAPIError):
                 await context.connection.execute(text("SELECT 1 / 0"))
         if plan is Plan.COMMIT:
-            self.observer.breaks(run, plan)
+            for run in runs:
+                self.observer.breaks(run, plan)
             await context.connection.execute(text("COMMIT"))

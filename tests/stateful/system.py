@@ -23,11 +23,12 @@ from tests.clock import Clock, installed
 from tests.integration.world import World, build, delivery, until
 from tests.stateful import oracle
 from tests.stateful.oracle import Key, Limits, Plan, Row, Seen, Story
-from tests.stateful.process import NEW_TYPE, TYPE, Process, Run, State
+from tests.stateful.process import BATCH_TYPE, NEW_TYPE, TYPE, Process, Run, State
 from tests.stores import Stores, clone, drop
 
-# Each process is a build of its own: both handle TYPE, the first also NEW_TYPE, and none handles other types.
-BUILDS: Final = ((TYPE, NEW_TYPE), (TYPE,))
+# Each process is a build of its own: both handle TYPE and, in batches, BATCH_TYPE, the first also NEW_TYPE, and none
+# handles other types.
+BUILDS: Final = ((TYPE, BATCH_TYPE, NEW_TYPE), (TYPE, BATCH_TYPE))
 PROCESSES: Final = len(BUILDS)
 _OWN_SESSIONS: Final = 3  # the clock's, and the operator's two
 
@@ -80,6 +81,7 @@ class System:
         self.answers: list[Answer] = []
         self.violations: list[str] = []
         self.plan = Plan.WORK
+        self.guilty: frozenset[str] | None = None
         self.seen = Seen({}, {}, None)
         self.happened: Counter[str] = Counter()  # over all runs: the number of each fault and answer
 
@@ -160,16 +162,18 @@ class System:
             await process.world.pipeline.return_abandoned(9)
             await process.world.pipeline.recover()
 
-    def started(self, process: Process, run: Run, status: str, attempt: int) -> None:
-        """Check I3 and I5 when a handler is called."""
+    def started(self, process: Process, run: Run, status: str, attempt: int, abandoned: int) -> None:
+        """Check I3 and I5 when a handler is called. An attempt goes alone once, after its batch at the latest."""
         story = self.stories[run.event_id]
+        if run.together > 1 and abandoned:
+            self.violations.append(f"I3: {run} was abandoned before, and may drag others along")
         if (status, attempt) != (Status.PROCESSING, run.attempt):
             self.violations.append(f"I5: started {run}, and the row is {status} at attempt {attempt}")
         if run.attempt in story.started:
             self.violations.append(f"I3: {run} was started before")
         if "redis" in process.away:
             self.violations.append(f"I5: started {run} without the lock: Redis is unreachable")
-        story.started.add(run.attempt)
+        (story.batched if run.together > 1 else story.started).add(run.attempt)
         others = [other for each in self.processes if each.state is not State.DEAD for other in each.runs]
         if any(other.event_id == run.event_id and not other.severed for other in others if other is not run):
             self.violations.append(f"I3: {run} is the second of that event that can commit")
@@ -192,7 +196,9 @@ class System:
         Recovery leaves out what it could not lock for as long as a lock lives: that time is over with them.
         """
         for process in self.processes:
-            process.world.pipeline._backlog._left_out.clear()
+            pipeline = process.world.pipeline
+            for backlog in (pipeline._backlog, pipeline._singles, *(lanes.backlog for lanes in pipeline._batches)):
+                backlog._left_out.clear()
         locks = [self._prefix + event_id for event_id, key in self.seen.keys.items() if key.claimed]
         if locks:
             await self.redis.delete(*locks)

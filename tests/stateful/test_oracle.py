@@ -36,6 +36,7 @@ def seen(row: Row | None, key: Key | None = None, *stray: str) -> Seen:
 
 SOUND = {
     "completed": (story(), seen(COMPLETED, MARKER)),
+    "completed in a batch": (story(started={1}, batched={2}), seen(COMPLETED, MARKER)),
     "failed": (story(), seen(FAILED)),
     "never promised": (story(promised=None, started=set()), seen(None, LOCK)),
     "an old marker": (story(promised=None, started=set()), seen(None, OLD_MARKER)),

@@ -29,6 +29,7 @@ POSTGRES: Final[Messages] = {
     "effect": re.compile(rb"INSERT INTO effects"),
     "mark": re.compile(rb"SET status = 'completed'"),
     "commit": re.compile(rb"^COMMIT"),
+    "renew": re.compile(rb"coalesce\(CAST\(\S+ AS text\), last_error\)"),
     "fail": re.compile(rb"failures = failures \+ 1"),
     "return abandoned": re.compile(rb"abandoned = abandoned \+ 1"),
 }

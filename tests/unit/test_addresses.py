@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 from redis.asyncio import ConnectionPool
+from redis.asyncio.connection import SSLConnection
 
+from firstclaim.inbox.redis_server import connect, sentinels
 from firstclaim.urls.postgres import _DRIVER, _IGNORED, _REFUSED, PostgresAddress, postgres_dsn
-from firstclaim.urls.redis import _ACCEPTED, redis_url
+from firstclaim.urls.redis import _ACCEPTED, _SENTINEL_LOGIN, _SERVICE, RedisAddress, RedisKind, redis_url
 from firstclaim.urls.redis import _IGNORED as _REDIS_IGNORED
-from firstclaim.urls.stripe import check_signing_secrets
+from firstclaim.urls.stripe import check_signing_secrets, secrets_by_endpoint
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "addresses.md"
 CANARY = "c4n4rypw"
@@ -222,14 +224,59 @@ def test_an_address_for_psql(given: str, for_libpq: str) -> None:
         ("redis://:p@ss@h", None),
         ("redis://h/", None),
         ("redis://h?db=&ssl_cert_reqs=", "redis://h"),
+        # Clusters: limits, redis-py, go-redis, ElastiCache
+        ("redis+cluster://h1:7000,h2:7001,h3", None),
+        ("rediss+cluster://:p@clustercfg.shop.abc.euw1.cache.amazonaws.com:6379", None),
+        ("redis+cluster://u:p@h1,h2/0?read_from_replicas=true&require_full_coverage=0", "redis+cluster://u:p@h1,h2/0"),
+        ("valkeys-cluster://h1?ssl_cert_reqs=CERT_NONE", "rediss+cluster://h1?ssl_cert_reqs=none"),
+        ("redis+cluster://h1,h2?tls=true", "rediss+cluster://h1,h2"),
+        # Sentinels: Redis-Sentinel-Url, limits, RedisVL, Prefect, Lettuce, and the form with the service as the user
+        ("redis+sentinel://u:p@h1:26379,h2:26380/main/1", None),
+        ("redis+sentinel://:p@h1,h2/main", None),
+        ("rediss+sentinel://h/main?sentinel_username=w&sentinel_password=p%40", None),
+        ("redis-sentinel://:p@h1,h2/2?sentinelMasterId=main", "redis+sentinel://:p@h1,h2/main/2"),
+        ("redis+sentinel://main@h1,h2,h3", "redis+sentinel://h1,h2,h3/main"),
+        ("redis+sentinel://main@h1,h2/3", "redis+sentinel://h1,h2/main/3"),
+        ("redis+sentinel://h/?service_name=a%2Fb&db=4", "redis+sentinel://h/a%2Fb?db=4"),
+        ("redis+sentinel://h?master_name=7", "redis+sentinel://h/7/0"),
+        ("valkey+sentinel://h/main?ssl=true&ssl_ca_certs=/ca.pem", "rediss+sentinel://h/main?ssl_ca_certs=/ca.pem"),
     ],
 )  # fmt: skip
 def test_redis_as_platforms_write_it(given: str, converted: str | None) -> None:
     """Each parameter is kept, translated or left out; the client takes the result."""
     assert redis_url(given) == (converted or given)
     assert redis_url(redis_url(given)) == redis_url(given)
-    pool: ConnectionPool = ConnectionPool.from_url(redis_url(given))
+    pool: ConnectionPool = ConnectionPool.from_url(RedisAddress.parse(redis_url(given)).server)
     pool.make_connection()  # type: ignore[no-untyped-call]
+
+
+def test_an_address_of_several_servers_taken_apart() -> None:
+    """The hosts with their ports, and what is sent to which of them: one login for the servers, one for Sentinels."""
+    cluster = RedisAddress.parse("rediss+cluster://u:p%40@h1,[fd00::1]:7/0?ssl_cert_reqs=none")
+    assert cluster == RedisAddress(
+        RedisKind.CLUSTER, (("h1", 6379), ("fd00::1", 7)), "rediss://u:p%40@h1:6379/0?ssl_cert_reqs=none"
+    )
+    given = "redis+sentinel://u:p@h1,h2:5/a%2Fb/1?sentinel_username=w&sentinel_password=x"
+    assert RedisAddress.parse(given) == RedisAddress(
+        RedisKind.SENTINEL, (("h1", 26379), ("h2", 5)), "redis://u:p@h1:26379/1", "a/b", "w", "x"
+    )
+    assert RedisAddress.parse("unix:///run/redis.sock") == RedisAddress(RedisKind.SINGLE, (), "unix:///run/redis.sock")
+
+
+def test_each_client_has_the_login_and_tls_that_are_its_own() -> None:
+    """A Cluster's node and the Sentinels' master have the servers' login and TLS; Sentinels have theirs, and TLS."""
+    node = connect("rediss+cluster://u:p@h1/0?ssl_cert_reqs=none", timeout_seconds=1, host=("h9", 7))
+    kwargs = node.connection_pool.connection_kwargs
+    assert (kwargs["host"], kwargs["port"], kwargs["username"], kwargs["password"]) == ("h9", 7, "u", "p")
+    assert node.connection_pool.connection_class is SSLConnection
+    url = "rediss+sentinel://u:p@h1,h2/main/3?ssl_cert_reqs=none&sentinel_password=x"
+    pool = connect(url, timeout_seconds=1).connection_pool
+    assert issubclass(pool.connection_class, SSLConnection)
+    assert (pool.connection_kwargs["password"], pool.connection_kwargs["db"]) == ("p", 3)
+    for sentinel in sentinels(RedisAddress.parse(url), timeout_seconds=1):
+        assert sentinel.connection_pool.connection_class is SSLConnection
+        kwargs = sentinel.connection_pool.connection_kwargs
+        assert (kwargs["password"], kwargs["username"], kwargs["ssl_cert_reqs"]) == ("x", None, "none")
 
 
 def test_both_names_of_a_database() -> None:
@@ -258,7 +305,16 @@ def test_both_names_of_a_database() -> None:
         (f"redis://:{CANARY}@h?ssl_cert_reqs=none", "ssl_cert_reqs: only TLS has a use for it; expected rediss://"),
         (f"unix://:{CANARY}@/run/redis.sock?ssl_ca_certs=x", "ssl_ca_certs: only TLS has a use for it"),
         (f"redis://:{CANARY}@h?keyPrefix=shop", "unknown parameter keyPrefix"),
-        (f"redis://:{CANARY}@h?sentinelMasterId=main", "Sentinel"),
+        (f"redis://:{CANARY}@h?sentinelMasterId=main", "a parameter is Sentinel's; expected e.g. redis+sentinel://"),
+        (f"redis+cluster://:{CANARY}@h?sentinel_password={CANARY}", "a parameter is Sentinel's"),
+        (f"redis://:{CANARY}@h1,h2", "several hosts: expected e.g. redis+cluster://"),
+        (f"redis+cluster://:{CANARY}@h/shop", "the path is the number of the database"),
+        (f"redis+cluster://:{CANARY}@h?ssl_cert_reqs=none", "only TLS has a use for it; expected rediss+cluster://"),
+        (f"redis+sentinel://:{CANARY}@h", "it names no service of the Sentinels"),
+        (f"redis+sentinel://:{CANARY}@h/0", "it names no service of the Sentinels"),
+        (f"redis+sentinel://:{CANARY}@h/main/first", "the path is the service and the number of the database"),
+        (f"redis+sentinel://:{CANARY}@h/main/1/2", "the path is the service and the number of the database"),
+        (f"redis+ring://:{CANARY}@h", "scheme 'redis+ring' is not Redis; expected redis://"),
         (f"redis://:{CANARY}@h:0", "not a URL"),
         (f"redis://:{CANARY}@h#insecure", "%23"),
     ],
@@ -290,7 +346,15 @@ def test_redis_that_is_refused_by_name(given: str, said: str) -> None:
         (["whsec_a\x00"], "a space or a non-ASCII character"),
         (["WHSEC_a"], "does not begin with whsec_"),
         (["whsec_"], "does not begin with whsec_"),
-        (["STRIPE_WEBHOOK_SECRETS=whsec_a"], "does not begin with whsec_"),
+        (["STRIPE_WEBHOOK_SECRETS=whsec_a"], "the name of an endpoint, before the =, is malformed; expected"),
+        (["connect=sk_live_a"], "one of them is an API key (sk_...)"),
+        (["connect="], "one of the secrets is blank"),
+        (["=whsec_a"], "the name of an endpoint, before the =, is malformed"),
+        (["a/b=whsec_a"], "the name of an endpoint, before the =, is malformed"),
+        (["1st=whsec_a"], "the name of an endpoint, before the =, is malformed"),
+        (["connect =whsec_a"], "the name of an endpoint, before the =, is malformed"),
+        (["connect= whsec_a"], "a space or a non-ASCII character"),
+        ([f"{'a' * 33}=whsec_a"], "the name of an endpoint, before the =, is malformed"),
         (["whsec_a", ""], "one of the secrets is blank"),
     ],
 )
@@ -303,7 +367,17 @@ def test_what_is_no_signing_secret_is_refused(secrets: list[str], said: str) -> 
 def test_signing_secrets() -> None:
     """What Stripe and its command issue is accepted."""
     check_signing_secrets([])
-    check_signing_secrets(["whsec_abcDEF0123456789", "whsec_0a1b+/="])
+    check_signing_secrets(["whsec_abcDEF0123456789", "whsec_0a1b+/=", "connect=whsec_0a1b+/=", f"{'a' * 32}=whsec_a"])
+
+
+def test_secrets_by_endpoint() -> None:
+    """A name stands before the first =, except in a secret that has none; several secrets of one name are a roll."""
+    given = ["whsec_a=", "connect=whsec_b=c", "whsec_d", "eu-2=whsec_e", "connect=whsec_f"]
+    assert secrets_by_endpoint(given) == {
+        None: ["whsec_a=", "whsec_d"],
+        "connect": ["whsec_b=c", "whsec_f"],
+        "eu-2": ["whsec_e"],
+    }
 
 
 # -- the page -----------------------------------------------------------------------------------------
@@ -313,7 +387,7 @@ def test_signing_secrets() -> None:
     ("heading", "names"),
     [
         ("## DATABASE_URL", _DRIVER | _IGNORED | _REFUSED.keys()),
-        ("## REDIS_URL", _ACCEPTED | _REDIS_IGNORED),
+        ("## REDIS_URL", _ACCEPTED | _REDIS_IGNORED | {*_SENTINEL_LOGIN, *_SERVICE}),
     ],
 )
 def test_the_page_lists_every_parameter(heading: str, names: set[str]) -> None:

@@ -10,9 +10,10 @@ import pytest
 
 from firstclaim.admin.chart import HEIGHT, ORDER, draw
 from firstclaim.admin.events import Filters, _parse_cursor
-from firstclaim.admin.rendering import STATIC_TYPES, Templates, pretty_json, printable, static
+from firstclaim.admin.json_view import changes, first_lines, fold, pretty_json
+from firstclaim.admin.rendering import STATIC_TYPES, Templates, printable, static
 from firstclaim.admin.request import client_address, is_loopback
-from firstclaim.operations.search import HourlyCounts
+from firstclaim.operations.traffic import Counts
 from firstclaim.status import Status
 
 TEMPLATES = Path(str(files("firstclaim.admin"))) / "templates"
@@ -23,12 +24,13 @@ NOW = datetime(2026, 11, 25, 12, tzinfo=UTC)
 
 
 def test_every_template_escapes() -> None:
-    """No template marks a value as safe, switches escaping off, or has a script or an inline style."""
+    """No template marks a value as safe, switches escaping off, or has an inline script or style."""
     found = sorted(TEMPLATES.glob("*.html"))
     assert len(found) >= 9
     for path in found:
         text = path.read_text()
-        assert not re.search(r"\|\s*safe|autoescape|Markup|<script|<style|\sstyle=|\son\w+=|javascript:|https?:", text)
+        assert not re.search(r"\|\s*safe|autoescape|Markup|<script>|<style|\sstyle=|\son\w+=|javascript:|https?:", text)
+        assert re.findall(r"<script[^>]*>", text) in ([], ['<script src="{{ path }}/static/admin.js" defer>']), path
         for tag in re.findall(r'<form[^>]*method="post"[^>]*>.*?</form>', text, flags=re.DOTALL):
             assert 'm.hidden("token"' in tag, path
 
@@ -78,7 +80,81 @@ def test_a_hostile_payload_is_formatted(body: str) -> None:
     assert len(pretty_json(body)) < 100 * len(body)
 
 
-def test_only_two_static_files_are_served() -> None:
+def test_a_payload_is_folded() -> None:
+    """What is between two brackets can be folded; the text of all lines is the formatted payload."""
+    pretty = pretty_json('{"a":{"b":[1,true],"c":{}},"d":"x: {"}')
+    lines = fold(pretty)
+    assert [line.kind for line in lines] == [
+        "open",
+        "open",
+        "open",
+        "line",
+        "line",
+        "close",
+        "line",
+        "close",
+        "line",
+        "close",
+    ]
+    assert "\n".join("".join(text for _, text in line.parts) for line in lines) == pretty
+    colours = {text.strip(): css for line in lines for css, text in line.parts if css}
+    keys = dict.fromkeys(['"a":', '"b":', '"c":', '"d":'], "key")
+    assert colours == {**keys, "1": "number", "true": "word", '"x: {"': "string"}
+
+
+@pytest.mark.parametrize("body", ["[" * 9000, '{"a":' * 9000, "]" * 9000, '{"a":{}}' * 9000])
+def test_a_hostile_payload_has_few_folds(body: str) -> None:
+    """However deep or unbalanced a payload is, each fold is closed, and there are only so many of them."""
+    kinds = [line.kind for line in fold(pretty_json(body))]
+    assert kinds.count("open") == kinds.count("close") <= 2000
+
+
+@pytest.mark.parametrize(
+    "body",
+    [json.dumps(list(range(100_000))), json.dumps(["x" * 600_000]), json.dumps([["y" * 5000]] * 120), "[" * 600_000],
+)
+def test_a_large_payload_is_cut(body: str) -> None:
+    """A page has so many lines and characters of it, and says how many lines are cut or left out."""
+    pretty = pretty_json(body)
+    shown, left_out = first_lines(pretty)
+    assert len(shown) < 220_000
+    lines = shown.split("\n")
+    whole = sum(each == line for each, line in zip(lines, pretty.split("\n"), strict=False))
+    assert left_out == len(pretty.split("\n")) - whole > 0
+    rendered = Templates()._environment.from_string(
+        '{% import "_macros.html" as m %}{% for line in lines %}{{ m.json_line(line) }}{% endfor %}'
+    )
+    assert len(rendered.render(lines=fold(shown))) < 1_000_000
+    assert first_lines(pretty_json("[1]")) == ("[\n  1\n]", 0)
+
+
+def test_a_large_value_of_a_change_is_cut() -> None:
+    """Values that differ behind the cut are a change all the same."""
+    before, after = "x" * 3000 + "1", "x" * 3000 + "2"
+    [change] = changes(json.dumps({"data": {"object": {"a": after}, "previous_attributes": {"a": before}}}))
+    assert change.before == change.after == '"' + "x" * 1999 + "…"
+
+
+def test_changes_are_shown_before_and_after() -> None:
+    """Each field of `previous_attributes` is shown with its path, before and after; a removed one says so."""
+    body = json.dumps(
+        {
+            "data": {
+                "object": {"status": "active", "items": {"data": [1]}, "metadata": {"b": "2"}, "plan": {"id": "p"}},
+                "previous_attributes": {"status": "past_due", "items": {"data": [1, 2]}, "metadata": {"a": None}},
+            }
+        }
+    )
+    assert [(each.path, each.before, each.after) for each in changes(body)] == [
+        ("status", '"past_due"', '"active"'),
+        ("items.data", "[\n  1,\n  2\n]", "[\n  1\n]"),
+        ("metadata.a", "null", None),
+    ]
+    for other in ("{}", "[]", "x", '{"data":{"object":{},"previous_attributes":3}}', "[" * 100_000):
+        assert changes(other) == []
+
+
+def test_only_our_static_files_are_served() -> None:
     """Files are served by name from a list, so no path leads elsewhere; none loads anything from another host."""
     for name in STATIC_TYPES:
         response = static(name)
@@ -92,8 +168,9 @@ def test_only_two_static_files_are_served() -> None:
 # -- the chart ----------------------------------------------------------------------------------------
 
 
-def hours(*counts: dict[Status, int]) -> HourlyCounts:
-    return HourlyCounts([(NOW + timedelta(hours=number), each) for number, each in enumerate(counts)])
+def hours(*counts: dict[Status, int]) -> Counts:
+    hour = timedelta(hours=1)
+    return Counts(hour, [(NOW + number * hour, each) for number, each in enumerate(counts)])
 
 
 def test_a_bar_has_a_segment_per_status() -> None:
@@ -110,12 +187,12 @@ def test_a_bar_has_a_segment_per_status() -> None:
         ground = segment.y
 
 
-def test_one_dead_event_is_visible() -> None:
-    """One dead event among a hundred thousand has a segment, and the bar is no higher than the chart."""
-    [bar] = draw(hours({Status.COMPLETED: 99_999, Status.DEAD: 1, Status.FAILED: 1})).bars
-    assert all(segment.height >= 3 for segment in bar.segments)
-    assert sum(segment.height for segment in bar.segments) <= HEIGHT + 0.01
-    assert bar.segments[-1].y >= -0.01
+def test_the_chart_tells_the_truth() -> None:
+    """One dead event among a hundred thousand is as high as its share, and is seen by the mark below its bar."""
+    [bar, other] = draw(hours({Status.COMPLETED: 99_998, Status.DEAD: 1, Status.FAILED: 1}, {Status.COMPLETED: 9})).bars
+    assert [segment.height for segment in bar.segments] == pytest.approx([0.0016, 0.0016, 159.9968], abs=0.002)
+    assert sum(segment.height for segment in bar.segments) == pytest.approx(HEIGHT, abs=0.01)
+    assert (bar.mark, other.mark) == (Status.DEAD, None)
 
 
 @pytest.mark.parametrize(("most", "top"), [(0, 1), (1, 1), (2, 2), (3, 5), (6, 10), (101, 200), (4999, 5000)])
@@ -154,10 +231,11 @@ def test_is_loopback() -> None:
         assert not is_loopback(host), host
 
 
-def test_an_unknown_filter_is_ignored() -> None:
-    """Unknown statuses and ages are ignored, and each kind of id is searched where it can be."""
+def test_an_unknown_filter_is_left_out() -> None:
+    """Unknown statuses and ages are left out and named, and each kind of id is searched where it can be."""
     filters = Filters.of({"status": ["dead", "nonsense", "failed"], "age": ["<b>"], "q": ["cus_1"]})
     assert (filters.statuses, filters.age) == ((Status.FAILED, Status.DEAD), None)
+    assert filters.unread == ("status", "age")
     assert filters.search.customer
     assert filters.search.object_id == "cus_1"
     assert Filters(q="evt_1").search.selection.event_ids == ["evt_1"]

@@ -25,7 +25,7 @@ async def _webhook(scope: Scope, receive: Receive, send: Send) -> None:
 
 def _application(**paths: str) -> Application:
     pages = ("/metrics", "/livez", "/admin", "/admin/{rest:path}")
-    return Application(cast(Webhook, _webhook), [Route(each, _page) for each in pages], None, **paths)
+    return Application({None: cast(Webhook, _webhook)}, [Route(each, _page) for each in pages], None, **paths)
 
 
 async def _request(method: str, target: str, app: ASGIApp | None = None, **scope_of: Any) -> tuple[int, bytes]:
@@ -69,7 +69,6 @@ async def test_a_path_leads_to_its_page(path: str) -> None:
         "/%61dmin",
         "/%61dmin/events",
         "/admin%2fevents",
-        "/admin/event%73",
         "%2fmetrics",
         "//metrics",
         "/./metrics",

@@ -6,13 +6,16 @@ import pytest
 from firstclaim.loadtest.capacity import Reading, ceiling, metrics_url, read
 
 PAGE = """
-# HELP firstclaim_handler_seconds Duration of handlers, by the pattern that they are declared for.
+# HELP firstclaim_handler_seconds Duration of handlers, by the pattern that they are declared for, and by the outcome.
 # TYPE firstclaim_handler_seconds histogram
-firstclaim_handler_seconds_bucket{handler="invoice.paid",le="0.001"} 1.0
-firstclaim_handler_seconds_count{handler="invoice.paid"} 3.0
-firstclaim_handler_seconds_sum{handler="invoice.paid"} 0.25
-firstclaim_handler_seconds_count{handler="*"} 1.0
-firstclaim_handler_seconds_sum{handler="*"} 5e-05
+firstclaim_handler_seconds_bucket{handler="invoice.paid",le="0.001",outcome="completed"} 1.0
+firstclaim_handler_seconds_count{handler="invoice.paid",outcome="completed"} 2.0
+firstclaim_handler_seconds_sum{handler="invoice.paid",outcome="completed"} 0.2
+firstclaim_handler_seconds_count{handler="invoice.paid",outcome="failed"} 1.0
+firstclaim_handler_seconds_sum{handler="invoice.paid",outcome="failed"} 0.05
+firstclaim_handler_seconds_count{handler="*",outcome="completed"} 1.0
+firstclaim_handler_seconds_sum{handler="*",outcome="completed"} 5e-05
+firstclaim_slots_in_use{handler="invoice.paid"} 3.0
 # HELP firstclaim_handler_slots Handlers that can run at once, in all workers.
 # TYPE firstclaim_handler_slots gauge
 firstclaim_handler_slots 40.0

@@ -60,3 +60,11 @@ def test_the_dashboard_can_be_imported(panels: list[dict[str, Any]]) -> None:
         assert panel["title"]
         assert max(x for x, _ in cells) < 24
     assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+def test_the_alerts_link_to_a_published_runbook() -> None:
+    """`--runbook` puts the address of your copy into each alert's `runbook_url`; without it, it is the file's path."""
+    alerts = printed("--alerts")
+    assert alerts.count("runbook_url: docs/runbook/Firstclaim") == alerts.count("- alert: ") > 10
+    published = printed("--alerts", "--runbook", "https://docs.shop.example/runbook/")
+    assert published == alerts.replace("docs/runbook/", "https://docs.shop.example/runbook/")

@@ -92,6 +92,29 @@ def test_an_impossible_filter(run: Run, arguments: list[str], words: list[str]) 
     assert_refused(run("events", *arguments), *words)
 
 
+@pytest.mark.parametrize("command", [["events", "prune"], ["archive", "get", "evt_1"], ["archive", "restore", "evt_1"]])
+def test_an_impossible_archive(run: Run, listener: socket.socket, command: list[str]) -> None:
+    """An address that is none, or that holds a key: exit 2, before the database is asked, and no key is printed."""
+    port = listener.getsockname()[1]
+    database = f"postgresql://nobody@127.0.0.1:{port}/x"
+    for url, words in (
+        ("/srv/archive", ["not a URL", "s3://bucket/prefix"]),
+        (f"s3://key:{PASSWORD}@bucket", ["expected no key"]),
+        ("gs://bucket", ["expected s3://"]),
+    ):
+        assert_refused(run(*command, "--archive", url, DATABASE_URL=database), "--archive", *words)
+        assert_refused(
+            run(*command, DATABASE_URL=database, FIRSTCLAIM_ARCHIVE_URL=url), "FIRSTCLAIM_ARCHIVE_URL", *words
+        )
+    assert connections(listener) == 0
+
+
+def test_no_archive(run: Run) -> None:
+    """`archive get` of a day needs no database, but an archive: exit 2 says what to set."""
+    assert_refused(run("archive", "get", "evt_1", "--received", "2026-08-27"), "FIRSTCLAIM_ARCHIVE_URL", "--archive")
+    assert_refused(run("archive", "get", "evt_1", "--received", "yesterday"), "--received")
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -174,6 +197,11 @@ def test_yes_needs_a_limit(run: Run) -> None:
     assert_refused(run("events", "replay", "--status", "dead", "--yes"), "--at-most")
 
 
+def test_a_group_holds_what_prune_spares(run: Run) -> None:
+    """`prune --group` alone would delete nothing: exit 2, with the option that it needs."""
+    assert_refused(run("events", "prune", "--group", "0f3a"), "--include-dead")
+
+
 @pytest.mark.parametrize(
     ("chosen", "count", "at_most", "passes"),
     [(3, None, 3, True), (2, None, 3, True), (4, None, 3, False), (3, 3, 3, True), (2, 3, 3, False), (4, 4, 3, False)],
@@ -203,6 +231,39 @@ def test_only_serve_creates_a_store(run: Run, tmp_path: Path, command: list[str]
 # -- exit code 2: settings and handler modules --------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("secrets", "options", "said"),
+    [
+        (f"connect={SECRET}", [], "no secret of the endpoint without a name; --endpoint connect"),
+        (f"{SECRET},a={SECRET},b={SECRET}", ["--endpoint", "c"], "no secret of an endpoint 'c'; --endpoint a or b"),
+        (SECRET, ["--endpoint", "c"], "no secret of an endpoint 'c': add c=whsec_..."),
+    ],
+)
+@pytest.mark.parametrize("command", [["send", "invoice.paid"], ["load"]], ids=" ".join)
+def test_an_endpoint_without_a_secret(
+    run: Run, command: list[str], secrets: str, options: list[str], said: str
+) -> None:
+    """`send` and `load` to an endpoint that has no secret: exit 2, and the names that there are."""
+    stores = {"DATABASE_URL": "postgresql://nobody@127.0.0.1:9/x", "REDIS_URL": "redis://127.0.0.1:9"}
+    assert_refused(run(*command, *options, STRIPE_WEBHOOK_SECRETS=secrets, **stores), said)
+
+
+@pytest.mark.parametrize("command", ["pause", "resume"])
+@pytest.mark.parametrize("types", ["invoice*", "", "a b", "invoice.paid,charge.*"])
+def test_types_that_no_pause_can_have(run: Run, command: str, types: str) -> None:
+    """What is no pattern of a handler: exit 2, and what is expected."""
+    assert_refused(run(command, types), "expected an event type", "prefix.*")
+
+
+def test_reconcile_for_an_unknown_endpoint(run: Run) -> None:
+    """`reconcile` under a name that no secret has: exit 2, before Stripe or Postgres is asked."""
+    stores = {"DATABASE_URL": "postgresql://nobody@127.0.0.1:9/x", "REDIS_URL": "redis://127.0.0.1:9"}
+    outcome = run(
+        *("reconcile", "--since", "1d", "--endpoint", "c"), STRIPE_API_KEY=KEY, STRIPE_WEBHOOK_SECRETS=SECRET, **stores
+    )
+    assert_refused(outcome, "--endpoint: STRIPE_WEBHOOK_SECRETS names no endpoint 'c'")
+
+
 @pytest.mark.parametrize("command", [["check"], ["serve", "--port", "0"]], ids=" ".join)
 @pytest.mark.parametrize("secrets", [None, " ", f"{SECRET},"], ids=["missing", "blank", "stray comma"])
 def test_no_signing_secret(run: Run, command: list[str], secrets: str | None) -> None:
@@ -225,9 +286,9 @@ def test_a_weak_password(run: Run) -> None:
 
 
 def test_two_handlers_for_one_type(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A type that two modules handle: `check` ends with exit 2, although the stores fail too, and names both."""
-    code = 'from firstclaim import on\n@on("invoice.payment_failed")\nasync def act(event, context): return "acted"\n'
-    (tmp_path / "second_handlers.py").write_text(code)
+    """An exclusive type with two handlers: `check` ends with exit 2, although the stores fail too, and names both."""
+    declared = '@on("invoice.payment_failed", exclusive=True)\nasync def act(event, context): return "acted"\n'
+    (tmp_path / "second_handlers.py").write_text(f"from firstclaim import on\n{declared}")
     monkeypatch.syspath_prepend(tmp_path)
     stores = {"DATABASE_URL": "postgresql://nobody@127.0.0.1:9/x", "REDIS_URL": "redis://127.0.0.1:9"}
     modules = "firstclaim.handlers,second_handlers"
@@ -271,6 +332,9 @@ def test_the_type_that_serve_hints_at(
         ["events", "replay", "evt_1"],
         ["events", "prune"],
         ["stats"],
+        ["pause", "invoice.*"],
+        ["resume", "invoice.*"],
+        ["pauses"],
         ["reconcile", "--since", "1d"],
         ["load", "--secret", SECRET],
         ["load", "--secret", SECRET, "--database-url", f"postgresql://user:{PASSWORD}@127.0.0.1:9/ledger"],

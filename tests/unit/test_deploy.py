@@ -1,4 +1,4 @@
-"""The Kubernetes manifest passes the Pod Security level "restricted", and agrees with the settings and the image.
+"""The Kubernetes manifests pass the Pod Security level "restricted", and agree with the settings and the image.
 
 It is parsed here, without a cluster. The rules are those of the Pod Security Standards, kubernetes.io/docs/concepts/
 security/pod-security-standards, as of Kubernetes 1.34.
@@ -18,6 +18,7 @@ from firstclaim.settings import Settings, environment_name
 
 ROOT = Path(__file__).resolve().parents[2]
 OBJECTS: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / "deploy/kubernetes.yaml").read_text()))
+JOB: dict[str, Any] = yaml.safe_load((ROOT / "deploy/kubernetes-migrate.yaml").read_text())
 
 _VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
 
@@ -75,6 +76,22 @@ def test_the_pod_passes_the_level_restricted() -> None:
     assert namespaces == {_object("Namespace")["metadata"]["name"]}
 
 
+def test_the_job_migrates_as_the_init_container_does() -> None:
+    """The Job differs from the init container in its Secret alone, and passes the level, in the same namespace."""
+    pod = JOB["spec"]["template"]["spec"]
+    assert restricted(pod) == []
+    assert JOB["metadata"]["namespace"] == _object("Namespace")["metadata"]["name"]
+    assert pod["securityContext"] == POD["securityContext"]
+    [job] = pod["containers"]
+    [init] = POD["initContainers"]
+    differing = {key for key in job.keys() | init.keys() if job.get(key) != init.get(key)}
+    assert differing == {"env"}
+    secrets = [each["env"][0]["valueFrom"]["secretKeyRef"] for each in (init, job)]
+    assert [secret["key"] for secret in secrets] == ["DATABASE_URL"] * 2
+    assert secrets[0]["name"] != secrets[1]["name"]
+    assert JOB["spec"]["template"]["metadata"]["labels"] != LABELS  # or the Service would send it requests
+
+
 @pytest.mark.parametrize(
     ("weaken", "fault"),
     [
@@ -108,7 +125,7 @@ def test_the_connections_of_a_rollout_are_named() -> None:
     each = Settings(**given).postgres_connections  # type: ignore[arg-type]  # pydantic converts the texts
     deployment = _object("Deployment")["spec"]
     pods = deployment["replicas"] + deployment["strategy"]["rollingUpdate"]["maxSurge"]
-    guide = (ROOT / "docs/how-to/container.md").read_text()
+    guide = " ".join((ROOT / "docs/how-to/kubernetes.md").read_text().split())
     assert f"{pods} pods run, with up to {each} connections to Postgres each: it needs {pods * each}" in guide
 
 
@@ -130,11 +147,26 @@ def test_the_probes_ask_what_they_are_for() -> None:
         assert SERVICE[probe]["httpGet"] == {"path": path, "port": port["name"]}
 
 
+def test_all_containers_run_one_image() -> None:
+    """Migration and service are the same build, under a tag: without one, pods of one Deployment could differ."""
+    [image] = {each["image"] for each in (SERVICE, *POD["initContainers"])}
+    assert re.fullmatch(r"[\w./-]+:[\w.-]+", image)
+
+
+def test_the_schemas_are_those_that_the_guide_names() -> None:
+    """CI validates the manifests against the versions of Kubernetes that the guide names."""
+    [versions] = re.findall(r"^for version in (\S+) (\S+); do$", (ROOT / ".ci/schemas").read_text(), flags=re.MULTILINE)
+    guide = " ".join((ROOT / "docs/how-to/kubernetes.md").read_text().split())
+    assert "schemas of Kubernetes {} and {}".format(*versions) in guide
+    assert "beside bash .ci/schemas &" in (ROOT / ".ci/run").read_text()
+
+
 def test_every_variable_is_a_setting() -> None:
     """The manifest sets no variable that the service does not read, and no secret in clear text."""
     known = {environment_name(field) for field in Settings.model_fields}
     assert set(ENVIRONMENT) <= known
-    assert {each["name"] for container in POD["initContainers"] for each in container["env"]} == {"DATABASE_URL"}
+    migrating = {each["name"] for container in POD["initContainers"] for each in container["env"]}
+    assert migrating == {"DATABASE_URL", "FIRSTCLAIM_SCHEMA"}  # all that `migrate` reads
     assert not set(ENVIRONMENT) & {"DATABASE_URL", "REDIS_URL", "STRIPE_WEBHOOK_SECRETS", "FIRSTCLAIM_ADMIN_PASSWORD"}
     assert POD["enableServiceLinks"] is False  # a Service named firstclaim would set FIRSTCLAIM_PORT
 

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from typing import Any, Final, NamedTuple
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from firstclaim.event import THIN, Event
 from firstclaim.sending.events import build_event, shipped_types
 from tests.fixtures import MISSING, SECRET, event_body, signed
-from tests.hostile import JSON, NEARLY, bodies
+from tests.hostile import JSON, NEARLY, bodies, nested
 from tests.unit.test_event import parse
 
 Document = dict[str, Any]
@@ -134,9 +135,11 @@ NOT_JSON: Final[Mapping[str, bytes]] = {
         "BOM",
     )
 }
+# Since Python 3.12, a call of a function in Python no longer counts against the limit of the C stack.
+TOO_DEEP: Final = 500 if sys.version_info < (3, 12) else 1_000
 # We accept these, because an invalid optional field is no reason to refuse an event; stripe-python raises.
 ACCEPTED_BY_US: Final[Mapping[str, Difference]] = {
-    "nesting deeper than its objects can be": Difference(lambda found: depth(found) > 300, HOSTILE["nested 500 deep"]),
+    "nesting deeper than its objects can be": Difference(lambda found: depth(found) > 300, nested(TOO_DEEP)),
     "a related object with a missing field": Difference(
         lambda found: found.get("object") == THIN and not has_related_object(found),
         event_body(THIN_TYPE, related_object=None),

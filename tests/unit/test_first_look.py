@@ -84,9 +84,9 @@ def test_a_duplicate_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
     parses: list[bytes] = []
     parse_event = event_module.parse_event
 
-    def counted(body: bytes) -> Event:
+    def counted(body: bytes, endpoint: str | None) -> Event:
         parses.append(body)
-        return parse_event(body)
+        return parse_event(body, endpoint)
 
     monkeypatch.setattr(event_module, "parse_event", counted)
     seen = first_look(event_body("invoice.paid", "evt_1"))

@@ -65,7 +65,7 @@ def test_an_exception_is_logged_without_message_and_traceback(capsys: pytest.Cap
     assert len(lines) == 2
     for line in lines:
         assert line["event"] == "it_broke"
-        assert line["error"].startswith("RuntimeError at test_logging.py:")
+        assert line["error"].startswith("RuntimeError at tests/unit/test_logging.py:")
         assert not {"exception", "exc_info", "stack", "traceback"} & set(line)
         assert CANARY not in json.dumps(line)
 
@@ -83,7 +83,7 @@ async def test_an_unretrieved_exception_is_logged_without_message(capsys: pytest
         gc.collect()
     [line] = written(capsys)
     assert "never retrieved" in line["event"]
-    assert "RuntimeError at test_logging.py:" in line["error"]
+    assert "RuntimeError at tests/unit/test_logging.py:" in line["error"]
     assert CANARY not in json.dumps(line)
 
 

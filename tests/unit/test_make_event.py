@@ -80,6 +80,12 @@ def test_what_stripe_cannot_send_is_refused(event_type: str, overrides: dict[str
     assert reason in str(refused.value)
 
 
+def test_the_endpoint_of_an_event() -> None:
+    """An event for a test has the endpoint's name that is given, or none, as one that the service received."""
+    assert make_event("invoice.paid", endpoint="eu").endpoint == "eu"
+    assert make_event("invoice.paid").endpoint is None
+
+
 LOADED = """
 import sys, json
 before = set(sys.modules)

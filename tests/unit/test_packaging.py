@@ -16,6 +16,7 @@ from packaging.utils import canonicalize_name
 
 from firstclaim.cli import livez
 from firstclaim.listening import DEFAULT_PORT
+from firstclaim.server import preflight
 from firstclaim.setting_faults import PREFIX
 from firstclaim.settings import Settings, environment_name
 
@@ -92,7 +93,7 @@ def test_the_wheel_holds_one_package() -> None:
 def test_the_sdist_holds_the_package_and_what_documents_it() -> None:
     """The source distribution has the package, its documentation and what its build needs; no tests."""
     included = PYPROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
-    documents = {"/CHANGELOG.md", "/CONTRIBUTING.md", "/deploy", "/docs", "/LICENSE", "/README.md"}
+    documents = {"/CHANGELOG.md", "/CONTRIBUTING.md", "/deploy", "/docs", "/LICENSE", "/README.md", "/SECURITY.md"}
     assert set(included) == {*documents, "/pyproject.toml", "/service"}
     assert [name for name in included if not (ROOT / name[1:]).exists()] == []
 
@@ -315,7 +316,9 @@ def test_nothing_we_ship_looks_like_a_misspelt_setting() -> None:
     assert names <= {environment_name(field) for field in Settings.model_fields}
 
 
-# -- CI -----------------------------------------------------------------------------------------------
+# -- CI, and the release ------------------------------------------------------------------------------
+
+RELEASE = (ROOT / ".github/workflows/release.yaml").read_text()
 
 
 def test_ci_runs_every_python_we_claim() -> None:
@@ -328,8 +331,82 @@ def test_ci_runs_every_python_we_claim() -> None:
 
 
 def test_ci_can_only_read() -> None:
-    """The workflow's token is read-only, and every action is pinned to a major version."""
+    """The token of CI is read-only, and that of a release has no right but those that a job names."""
     assert re.findall(r"^permissions:\n((?:  .*\n)+)", CI, flags=re.MULTILINE) == ["  contents: read\n"]
-    used = re.findall(r"uses: (\S+)", CI)
+    assert "\npermissions: {}\n" in RELEASE
+    assert not re.findall(r"secrets\.", CI + RELEASE)
+
+
+def test_actions_and_the_base_image_are_pinned_by_hash() -> None:
+    """No tag that somebody else can move decides what runs here: the version is a comment."""
+    used = re.findall(r"uses: (.+)", CI + RELEASE)
     assert used
-    assert all(re.fullmatch(r"[\w-]+/[\w-]+@v\d+", action) for action in used)
+    assert [each for each in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40}  # v\d+\.\d+\.\d+", each)] == []
+    bases = [stage[0][1] for stage in _stages()]
+    names = {base.rpartition(" AS ")[2] for base in bases if " AS " in base}
+    [outside] = [base.partition(" AS ")[0] for base in bases if base not in names and base.split()[0] not in names]
+    assert re.fullmatch(r"python:3\.\d+-slim@sha256:[0-9a-f]{64}", outside)
+
+
+def test_each_action_has_one_version() -> None:
+    """CI and the release use the same commit of an action, and a commit has one version."""
+    used = dict.fromkeys(re.findall(r"uses: (\S+?)@(\S+)  # (\S+)", CI + RELEASE))
+    assert len({action for action, _, _ in used}) == len(used)
+
+
+def test_ci_tries_what_a_release_builds() -> None:
+    """The script that builds a release also runs in CI, and the release gives it its tag, which it compares."""
+    assert "run: bash .ci/release\n" in CI
+    assert 'run: bash .ci/release "$GITHUB_REF_NAME"\n' in RELEASE
+
+
+@pytest.mark.parametrize("name", ["checks", "release"])
+def test_the_tools_of_ci_are_pinned_by_hash(name: str) -> None:
+    """What checks and builds a release is an exact version with its hashes, and named without an address."""
+    lock, wanted = ((ROOT / ".ci" / f"{name}.{end}").read_text() for end in ("txt", "in"))
+    lines = _logical_lines(lock)
+    assert [line for line in lines if not _HASH.search(line)] == []
+    pinned = {canonicalize_name(Requirement(_HASH.sub("", line)).name) for line in lines}
+    assert {canonicalize_name(line) for line in _logical_lines(wanted)} <= pinned
+    assert not re.findall(r"https?:|file:|--(?:extra-)?index|--find-links", lock)
+
+
+def test_dependabot_looks_at_everything_that_is_pinned() -> None:
+    """Dependabot proposes new versions of the packages, of CI's tools, of the actions and of the images."""
+    ecosystems = re.findall(
+        r"package-ecosystem: (\S+)\n    directory: (\S+)\n", (ROOT / ".github/dependabot.yml").read_text()
+    )
+    assert set(ecosystems) == {
+        ("pip", "/"), ("pip", "/.ci"), ("github-actions", "/"), ("docker", "/"), ("docker-compose", "/"),
+    }  # fmt: skip
+
+
+def test_the_changelog_has_the_version() -> None:
+    """The version of pyproject.toml has a section with its date, and no other version is above it but Unreleased."""
+    sections = re.findall(r"^## \[(.+?)\](.*)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    versions = [section for section in sections if section != ("Unreleased", "")]
+    assert versions[0][0] == PROJECT["version"]
+    assert all(re.fullmatch(r" - \d{4}-\d\d-\d\d", date) for _, date in versions)
+
+
+def test_the_changelog_has_the_usual_sections() -> None:
+    """Each version has each heading of Keep a Changelog at most once, and no other heading."""
+    usual = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+    for version in re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]:
+        headings = re.findall(r"^### (.+)$", version, flags=re.MULTILINE)
+        assert len(set(headings)) == len(headings)
+        assert set(headings) <= usual
+
+
+def test_the_supported_versions_are_those_that_are_checked() -> None:
+    """The page of versions names the Pythons of the matrix, the oldest Postgres that starts, and CI's Kubernetes."""
+    page = (ROOT / "docs/reference/versions.md").read_text()
+    rows = dict(re.findall(r"^\| ([\w, ]+?) \| (.+?) \|", page, flags=re.MULTILINE))
+    claimed = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    assert rows["Python"] == f"{claimed[0]} to {claimed[-1]}"
+    assert PROJECT["requires-python"] == f">={claimed[0]}"
+    assert rows["PostgreSQL"] == f"{preflight._MIN_POSTGRES // 10_000} and newer"
+    schemas = re.findall(r"^for version in (\S+) (\S+); do$", (ROOT / ".ci/schemas").read_text(), flags=re.MULTILINE)
+    assert rows["Kubernetes"] == "{} to {}".format(*schemas[0])
+    fixed = re.findall(r"^\| ([\d.]+) \| yes \|$", (ROOT / "SECURITY.md").read_text(), flags=re.MULTILINE)
+    assert fixed == [PROJECT["version"].rpartition(".")[0]]

@@ -1,5 +1,6 @@
 """The admin page's password: plain and hashed values, and which values are refused."""
 
+import hashlib
 import hmac
 from typing import Any
 
@@ -9,6 +10,24 @@ from firstclaim import passwords
 from firstclaim.passwords import MIN_CHARACTERS, Password, check, make_hash
 
 PLAIN = "correct horse battery staple"
+COSTS = passwords._N, passwords._R, passwords._P
+
+
+@pytest.fixture(autouse=True)
+def _the_lowest_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lowest that a hash may have, a sixth of the shipped ones: a comparison takes a tenth of a second of CPU."""
+    monkeypatch.setattr(passwords, "_N", passwords._N_RANGE[0])
+    monkeypatch.setattr(passwords, "_P", passwords._P_RANGE[0])
+
+
+def test_the_shipped_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hash has OWASP's costs for 32 MiB; a plain value is compared at the same ones."""
+    monkeypatch.setattr(passwords, "_N", COSTS[0])
+    monkeypatch.setattr(passwords, "_P", COSTS[2])
+    assert make_hash(PLAIN).startswith("scrypt:32768:8:3:")
+    plain = Password.read(PLAIN)
+    assert (plain.n, plain.r, plain.p) == COSTS == (32768, 8, 3)
+    assert plain.digest == hashlib.scrypt(PLAIN.encode(), salt=plain.salt, n=32768, r=8, p=3, maxmem=2**28, dklen=32)
 
 
 def test_a_plain_value_and_its_hash_match_the_same_password() -> None:

@@ -3,18 +3,14 @@
 import ast
 import re
 import tomllib
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
-from firstclaim.observability import metrics
-from firstclaim.operations.queries import Backlog
 from firstclaim.settings import Settings, environment_name
-from firstclaim.status import Status
 from firstclaim.web.answers import STATUS
-from firstclaim.web.health import Health
-from firstclaim.web.metrics import _Gauges
+from tests.blocks import block
+from tests.reference import alert_rules
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -29,83 +25,46 @@ PAGES = [
 PACKAGE = ROOT / "service" / "firstclaim"
 
 
-def settings_table() -> str:
-    """The table of settings, generated from their definitions."""
-    rows = ["| variable | default | what for |", "| --- | --- | --- |"]
-    for name, field in Settings.model_fields.items():
-        default = field.default
-        if default in (None, (), ""):
-            shown = ""
-        elif isinstance(default, tuple):
-            shown = f"`{','.join(default)}`"
-        else:
-            shown = f"`{default}`"
-        rows.append(f"| `{environment_name(name)}` | {shown} | {field.description} |")
-    return "\n".join(rows)
+def test_the_readme_is_short() -> None:
+    """The README has 400 to 600 words beside its code: everything else is in docs/."""
+    prose = re.sub(r"```.*?```|<!--.*?-->|\]\([^)]*\)", " ", README.read_text(), flags=re.DOTALL)
+    assert 400 <= len(prose.split()) <= 600
 
 
-def test_settings_table() -> None:
-    """The README's table of settings is the one that is generated from the code, including defaults."""
-    found = re.search(r"<!-- settings -->\n(.*?)\n<!-- /settings -->", README.read_text(), flags=re.DOTALL)
-    assert found
-    assert found.group(1) == settings_table()
+def test_the_index_has_every_how_to() -> None:
+    """A reader of the plain Markdown, who has no menu, finds each how-to page."""
+    index = (ROOT / "docs" / "index.md").read_text()
+    assert [path.name for path in (ROOT / "docs" / "how-to").glob("*.md") if f"(how-to/{path.name})" not in index] == []
 
 
 def test_answers_table() -> None:
-    """The README's table of answers has the status code of every outcome."""
-    answers = README.read_text().partition("## Answers")[2].partition("## Settings")[0]
+    """The table of answers has the status code of every outcome."""
+    answers = (ROOT / "docs" / "reference" / "answers.md").read_text()
     for status, processed in STATUS.values():
         assert re.search(rf"\| {status} \| {str(processed).lower()} \|", answers), (status, processed)
 
 
 def test_test_command_is_what_ci_runs() -> None:
     """The README has exactly one command under its test marker, which CI runs."""
-    block = re.search(r"<!-- test -->\n```sh\n(.*?)\n```", README.read_text(), flags=re.DOTALL)
-    assert block
-    assert block.group(1).count("\n") == 0
-    assert block.group(1).endswith("-m pytest -n 2 --dist worksteal")
+    command = block("README.md", "test")
+    assert command.count("\n") == 1
+    assert command.endswith("-m pytest -n 3 --dist worksteal\n")
+    assert f"<!-- test -->\n<!-- run: test -->\n```sh\n{command}```\n" in README.read_text()
+    assert "'/<!-- test -->/,/```$/p' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_every_alert_has_its_paragraph() -> None:
-    """The runbook names every alert."""
-    alerts = re.findall(
-        r"- alert: (\w+)", resources.files("firstclaim").joinpath("observability", "alerts.yaml").read_text()
-    )
-    runbook = README.read_text().partition("### Runbook")[2].partition("\n## ")[0]
-    assert alerts
-    assert [name for name in alerts if f"**{name}**" not in runbook] == []
+RUNBOOK = ROOT / "docs" / "runbook"
 
 
-# -- the metrics --------------------------------------------------------------------------------------
-
-METRICS = ROOT / "docs" / "reference" / "metrics.md"
-
-
-def metrics_table() -> str:
-    """The table of metrics, generated from their definitions, by name as Prometheus stores it."""
-    gauges = _Gauges(20, {"redis": Health.OK}, Backlog(0, 0.0, 0, 0), dict.fromkeys(Status, 0))
-    rows = []
-    for metric in [*metrics.REGISTRY.collect(), *gauges.collect()]:
-        labels: dict[str, list[str]] = {}
-        for sample in metric.samples:
-            for name, value in sample.labels.items():
-                labels.setdefault(name, []).append(value)
-        if metric.type == "histogram":
-            labels = {"handler": ["the handlers' patterns"]}
-        elif metric.name == "firstclaim_up":
-            labels = {"part": ["the checks of `/readyz`"]}
-        shown = "; ".join(f"`{name}`: {', '.join(sorted(set(values)))}" for name, values in labels.items())
-        suffix = {"counter": "_total", "histogram": "_bucket, _sum, _count"}.get(metric.type, "")
-        full = ", ".join(f"`{metric.name}{each}`" for each in suffix.split(", "))
-        rows.append(f"| {full} | {metric.type} | {shown} | {metric.documentation} |")
-    return "\n".join(["| metric | type | labels | meaning |", "| --- | --- | --- | --- |", *sorted(rows)])
-
-
-def test_metrics_table() -> None:
-    """The table of metrics is the one that is generated from the code."""
-    found = re.search(r"<!-- metrics -->\n(.*?)\n<!-- /metrics -->", METRICS.read_text(), flags=re.DOTALL)
-    assert found
-    assert found.group(1) == metrics_table()
+def test_every_alert_links_to_its_page() -> None:
+    """The `runbook_url` of each alert is a page under its name, and the runbook has no other page."""
+    links = {rule["alert"]: rule["annotations"]["runbook_url"] for rule in alert_rules()}
+    assert links == {alert: f"docs/runbook/{alert}.md" for alert in links}
+    assert {path.stem for path in RUNBOOK.glob("*.md")} == {*links, "index"}
+    for alert, link in links.items():
+        page = (ROOT / link).read_text()
+        assert page.startswith(f"# {alert}\n"), link
+        assert "\n## Do\n" in page or "| do |" in page, link
 
 
 # -- the log ------------------------------------------------------------------------------------------

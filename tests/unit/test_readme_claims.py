@@ -1,4 +1,4 @@
-"""What the README claims is what the code does: its figures, its commands, its examples, and a test for each promise.
+"""What our pages claim is what the code does: their figures, commands and examples, and a test for each promise.
 
 `tests/README.md` lists the promises, each with the tests or the command behind it.
 """
@@ -19,17 +19,17 @@ import typer
 from firstclaim.admin import events as admin_events
 from firstclaim.admin import limits as admin_limits
 from firstclaim.admin import session as admin_session
-from firstclaim.cli import events as events_commands
-from firstclaim.cli import load
+from firstclaim.cli import load, prune
 from firstclaim.cli.commands import app
 from firstclaim.embedded import processes
-from firstclaim.inbox import lock, transaction_watch
+from firstclaim.inbox import lock_commands, transaction_watch
 from firstclaim.loadtest.capacity import OVERHEAD_SECONDS
 from firstclaim.migrations import locking
 from firstclaim.operations import limits, search, stripe_api
 from firstclaim.registry import Registry
-from firstclaim.server import preflight, protocol, redis_check, runner, supervisor
+from firstclaim.server import preflight, protocol, redis_server_check, runner, supervisor
 from firstclaim.settings import ADMIN_CONNECTIONS, METRICS_CONNECTIONS, Settings
+from tests.blocks import block
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -48,6 +48,10 @@ def flat(text: str) -> str:
     return " ".join(text.split())
 
 
+# What users read: a claim may stand on any of these pages, and on one of them only.
+CLAIMING = flat("\n".join(path.read_text() for path in [README, *sorted((ROOT / "docs").rglob("*.md"))]))
+
+
 def default(command: Callable[..., None], name: str) -> Any:
     """The default of a command's option."""
     return inspect.signature(command).parameters[name].default
@@ -60,9 +64,9 @@ OPEN_CONNECTIONS = SETTINGS.handler_slots + SETTINGS.ingest_connections
 REQUIRES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
 
 FIGURES = [
-    f"a machine with Python {REQUIRES.removeprefix('>=')} or newer",
+    f"Python {REQUIRES.removeprefix('>=')} or newer",
     f"any PostgreSQL from {preflight._MIN_POSTGRES // 10_000}",
-    f"any Redis from {redis_check._MIN_REDIS[0]} or Valkey from 8",
+    f"any Redis from {redis_server_check._MIN_REDIS[0]} or Valkey from 8",
     f"`FIRSTCLAIM_HANDLER_SLOTS` + `FIRSTCLAIM_INGEST_CONNECTIONS` ({OPEN_CONNECTIONS} by default), "
     f"{METRICS_CONNECTIONS} for metrics, and {ADMIN_CONNECTIONS} for the admin page",
     f"`max_connections` >= {SETTINGS.postgres_connections} per worker",
@@ -93,10 +97,9 @@ FIGURES = [
     f"{admin_session.IDLE_SECONDS // 60} minutes without use",
     f"Postgres ends every statement after {search.STATEMENT_SECONDS} seconds",
     f"the newest {search.PAYLOADS_MOST:,} payloads",
-    f"if your ledger was large ({locking._LARGE_BYTES // 2**20} MB)",
-    f"Payloads are deleted after {default(events_commands.prune, 'payload_days')} days",
-    f"Rows are deleted after {default(events_commands.prune, 'row_days')} days, "
-    f"and never before {limits.ROW_DAYS_LEAST}",
+    f"If your ledger was large ({locking._LARGE_BYTES // 2**20} MB)",
+    f"Payloads are deleted after {default(prune.prune, 'payload_days')} days",
+    f"Rows are deleted after {default(prune.prune, 'row_days')} days, and never before {limits.ROW_DAYS_LEAST}",
     f"{default(load.load, 'concurrent_duplicates')}% of the events are sent as `--copies` "
     f"({default(load.load, 'copies')})",
     f"{default(load.load, 'duplicates')}% are sent a second time",
@@ -106,21 +109,21 @@ FIGURES = [
 
 @pytest.mark.parametrize("claim", FIGURES)
 def test_the_figures_are_those_of_the_code(claim: str) -> None:
-    """Each figure of the README is a constant or a default of the code: whoever changes one changes both."""
-    assert claim in flat(README.read_text())
+    """Each figure on our pages is a constant or a default of the code: whoever changes one changes both."""
+    assert claim in CLAIMING
 
 
 def test_the_rights_of_the_redis_user() -> None:
-    """The README lists the commands that the lock sends, and the PING of `/readyz`: no more, and no fewer."""
-    listed = re.search(r"The user needs ([A-Z, ]+) and PING", flat(README.read_text()))
+    """The runbook lists the commands that the lock sends, and the PING of `/readyz`: no more, and no fewer."""
+    listed = re.search(r"The user needs ([A-Z, ]+) and PING", CLAIMING)
     assert listed
-    assert set(listed[1].split(", ")) == set(lock._REPLIES)
+    assert set(listed[1].split(", ")) == set(lock_commands.REPLIES)
 
 
 # What a column is stored with (SET COMPRESSION) is no part of what a build reads or writes.
 NARROWS = re.compile(
     r"\b(DROP|RENAME|ADD\s+CONSTRAINT|UNIQUE|TRUNCATE|DELETE|UPDATE"
-    r"|ALTER\s+(?!TABLE\b|(COLUMN\s+)?\w+\s+SET\s+COMPRESSION\b)"
+    r"|ALTER\s+(?!TABLE\b|(COLUMN\s+)?\w+\s+SET\s+(COMPRESSION|DEFAULT)\b)"
     r"|ADD\s+COLUMN\s[^,;]*NOT\s+NULL(?![^,;]*DEFAULT))",
     re.IGNORECASE,
 )
@@ -148,6 +151,8 @@ def test_migrations_only_add() -> None:
         ("ADD CONSTRAINT c CHECK (a > 0)", True),
         ("ALTER COLUMN c SET COMPRESSION lz4", False),
         ("ALTER c SET COMPRESSION lz4", False),
+        ("ALTER COLUMN c SET DEFAULT clock_timestamp()", False),
+        ("ALTER COLUMN c SET DEFAULT 0, ALTER COLUMN d TYPE integer", True),
         ("ALTER COLUMN c SET NOT NULL", True),
         ("ALTER COLUMN c SET STORAGE PLAIN", True),  # refuses what is longer than a page
         ("ALTER COLUMN c TYPE integer", True),
@@ -228,37 +233,13 @@ def test_every_command_on_a_page_exists(page: Path) -> None:
                 assert (ROOT / script).exists(), script
 
 
-def test_the_table_of_commands_is_complete() -> None:
-    """The README's table under Operating lists every command of `firstclaim`."""
-    operating = README.read_text().partition("## Operating")[2].partition("Exit codes:")[0]
-    rows = re.findall(r"^\| `firstclaim ([a-z -]+)", operating, flags=re.MULTILINE)
-    listed = {options_of(row.split())[0] for row in rows}
-
-    def leaves(command: Any, path: str) -> Iterator[str]:
-        children = getattr(command, "commands", None)
-        if children is None:
-            yield path
-        else:
-            for name, child in children.items():
-                yield from leaves(child, f"{path} {name}")
-
-    assert listed == set(leaves(typer.main.get_command(app), "firstclaim"))
-
-
 # -- examples -----------------------------------------------------------------------------------------
-
-
-def block(language: str, number: int = 0) -> str:
-    """The text of a fenced block of the README."""
-    found = re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), flags=re.MULTILINE | re.DOTALL)
-    text: str = found[number]
-    return text
 
 
 def test_the_handler_of_the_readme_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The example can be loaded as `shop.handlers`, and declares a handler for `invoice.paid`."""
     (tmp_path / "shop").mkdir()
-    (tmp_path / "shop" / "handlers.py").write_text(block("python"))
+    (tmp_path / "shop" / "handlers.py").write_text(block("README.md", "first handler"))
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("shop", "shop.handlers"):
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -271,16 +252,15 @@ def test_the_handler_of_the_readme_is_one(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 
 def claims() -> list[tuple[str, str]]:
-    """The rows of `tests/README.md`: a sentence of the README, and what backs it."""
-    text = CLAIMS.read_text().partition("## What the README claims")[2]
+    """The rows of `tests/README.md`: a sentence of one of our pages, and what backs it."""
+    text = CLAIMS.read_text().partition("## What our pages claim")[2]
     rows = re.findall(r"^\| (.+?) \| (.+?) \|$", text, flags=re.MULTILINE)
     return [row for row in rows if row[0] not in ("claim", "---")]
 
 
-def test_every_claim_is_in_the_readme() -> None:
-    """`tests/README.md` quotes the README: a promise that is reworded there is looked at here."""
-    readme = flat(README.read_text())
-    assert [claim for claim, _ in claims() if claim not in readme] == []
+def test_every_claim_is_on_a_page() -> None:
+    """`tests/README.md` quotes our pages: a promise that is reworded there is looked at here."""
+    assert [claim for claim, _ in claims() if claim not in CLAIMING] == []
 
 
 def test_every_claim_has_a_test_that_exists() -> None:

@@ -74,7 +74,7 @@ def test_an_error_is_described_without_its_message() -> None:
         raise Permanent(CANARY)
     except Permanent as error:
         description = describe_error(error)
-    assert description.startswith("Permanent at test_redaction.py:")
+    assert description.startswith("Permanent at tests/unit/test_redaction.py:")
     assert describe_error(ValueError(CANARY)) == "ValueError"
 
 
@@ -123,7 +123,7 @@ def test_an_error_whose_attributes_raise_is_named() -> None:
         raise HostileError
     except HostileError as raised:
         error = raised
-    assert describe_error(error).startswith("HostileError at test_redaction.py:")
+    assert describe_error(error).startswith("HostileError at tests/unit/test_redaction.py:")
     assert redacted_error(error) == "HostileError: its message cannot be read"
     assert is_a(error, HostileError)
     assert not is_a(error, Permanent)

@@ -13,10 +13,11 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
-from firstclaim.context import BatchContext, Context
+from firstclaim.context import BatchContext, Context, TaskContext
 from firstclaim.errors import ConfigurationError, HandlerRuleBroken
 from firstclaim.event import Event, parse_event
-from firstclaim.registry import Handler, Registry, on
+from firstclaim.registry import Handler, Registry, covers, on
+from firstclaim.tasks import task
 from tests.fixtures import event_body
 
 Write = Callable[[str, str], str]
@@ -126,6 +127,27 @@ def test_a_module_is_loaded_with_all_it_declares(module: Write) -> None:
     }
 
 
+def test_fresh_objects_are_declared(module: Write) -> None:
+    """`fresh=True` is part of the declaration; a batch handler cannot have it, and it is True or False."""
+    name = module(
+        "shop_fresh",
+        """
+        from firstclaim import on
+
+        @on("a.b", "c.*", fresh=True)
+        def look(event, context): ...
+
+        @on("d.e")
+        def other(event, context): ...
+        """,
+    )
+    assert {each.pattern: each.fresh for each in Registry.load([name])} == {"a.b": True, "c.*": True, "d.e": False}
+    with pytest.raises(ValueError, match="a batch handler gets no fresh objects"):
+        on("a.b", batch=True, fresh=True)
+    with pytest.raises(TypeError, match="fresh=1\\): expected True or False"):
+        on("a.b", fresh=1)  # type: ignore[arg-type]
+
+
 def test_a_batch_handler_is_loaded_as_one(module: Write) -> None:
     """`batch=True` is part of the declaration, also where the function is re-exported."""
     name = module(
@@ -221,17 +243,125 @@ def test_nothing_else_of_another_module_is_registered(module: Write) -> None:
 # -- refused ------------------------------------------------------------------------------------------
 
 
-def test_two_handlers_for_one_pattern_are_both_named(module: Write) -> None:
-    """Two handlers for one pattern are refused with both names, as import order must not decide which one runs."""
-    module("shop_one", '@on("a.b")\ndef one(event, context): ...')
-    module("shop_two", '@on("a.b")\ndef two(event, context): ...')
+@pytest.mark.parametrize("first", [True, False])
+def test_a_second_handler_beside_an_exclusive_one_is_refused(module: Write, first: bool) -> None:
+    """`exclusive` on either of two handlers for one pattern refuses both by name."""
+    module("shop_one", f'@on("a.b", exclusive={first})\ndef one(event, context): ...')
+    module("shop_two", f'@on("a.b", exclusive={not first})\ndef two(event, context): ...')
     assert faults("shop_one", "shop_two") == ('two handlers for "a.b": shop_one.one and shop_two.two',)
 
 
-def test_two_handlers_in_one_module_are_both_named(module: Write) -> None:
-    """Two handlers for one pattern are refused within one module too, even if they have the same name."""
+def test_two_handlers_of_one_name_are_refused(module: Write) -> None:
+    """Two handlers for one pattern that have one name could not be told apart by their rows."""
     name = module("shop_same", '@on("a.b")\ndef f(event, context): ...\n@on("a.b")\ndef f(event, context): ...')
-    assert faults(name) == ('two handlers for "a.b": shop_same.f and shop_same.f',)
+    assert faults(name) == ('two handlers for "a.b" have the name shop_same.f: give one of them another, with name=',)
+
+
+def test_rows_of_one_name_have_one_set_of_options(module: Write) -> None:
+    """A function declared twice shares its events with others: a row has its name only, and could get either key."""
+    other = '@on("a.b", "c.d", name="other")\ndef other(event, context): ...\n'
+    one, two = '@on("a.b", key="id"{})\n', '@on("c.d", key="customer"{})\n'
+    twice = module("shop_twice", other + one.format("") + two.format("") + "def f(event, context): ...")
+    assert faults(twice) == (
+        'the handler "shop_twice.f" shares its events with others, and its declarations have different options: give '
+        "each of them a name of its own, with name=",
+    )
+    named = other + one.format(', name="f"') + two.format(', name="g"') + "def f(event, context): ..."
+    found = Registry.load([module("shop_named", named)])
+    assert [found.find(f"handler:{name}").options.key for name in "fg"] == ["id", "customer"]  # type: ignore[union-attr]
+
+
+def test_several_handlers_have_a_row_each(module: Write) -> None:
+    """Of several handlers for one pattern each is found by its name, and the pattern has a fan-out to them."""
+    name = module(
+        "shop_several",
+        """
+        @on("a.b", "c.d")
+        def one(event, context): ...
+        @on("a.b", name="crm:two")
+        def two(event, context): ...
+        @on("a.b", batch=True, name="three")
+        def many(events, context): ...
+        """,
+    )
+    registry = Registry.load([name])
+    assert {(each.pattern, each.name, each.batch) for each in registry} == {
+        ("a.b", "shop_several.one, crm:two, three", False),
+        ("c.d", "shop_several.one", False),
+        ("handler:shop_several.one", "shop_several.one", False),
+        ("handler:crm:two", "crm:two", False),
+        ("handler:three", "three", True),
+    }
+    assert pattern_for(registry, "handler:crm:two") == "handler:crm:two"
+
+
+def test_the_last_of_several_handlers_keeps_its_rows(module: Write) -> None:
+    """When the others are gone, the rows that wait for it are still its own; those of the others are nobody's."""
+    registry = Registry.load([module("shop_alone", '@on("a.*", name="one")\ndef one(event, context): ...')])
+    assert pattern_for(registry, "handler:one") == "a.*"
+    assert registry.find("handler:two") is None
+
+
+def test_follow_ups_are_no_events_of_a_star(module: Write) -> None:
+    """A handler for `*` gets no row of a task or of another handler."""
+    name = module(
+        "shop_star",
+        """
+        from firstclaim import task
+        @on("*")
+        def one(event, context): ...
+        @task("send")
+        def send(context): ...
+        """,
+    )
+    registry = Registry.load([name])
+    assert pattern_for(registry, "task:send") == "task:send"
+    assert registry.find("task:other") is None
+    assert registry.find("handler:other") is None
+    assert registry.tasks == {"send"}
+
+
+def test_two_tasks_of_one_name_are_refused(module: Write) -> None:
+    """A follow-up has one task: import order must not decide which."""
+    name = module(
+        "shop_tasks",
+        """
+        from firstclaim import task
+        @task("send")
+        def one(context): ...
+        @task("send")
+        def two(context): ...
+        """,
+    )
+    assert faults(name) == ('two handlers for "task:send": shop_tasks.one and shop_tasks.two',)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a b", "ü", "x" * 101, "a:b", 7, None])
+def test_a_name_that_no_task_can_have_is_refused(name: Any) -> None:
+    """It is refused where it is declared."""
+    with pytest.raises(ValueError, match="expected the name of a task"):
+        task(name)
+
+
+def test_a_function_that_cannot_be_a_task_is_refused() -> None:
+    """A task takes its context alone, returns its action, and is declared with a name."""
+    with pytest.raises(TypeError, match="a task takes"):
+        task("send")(cast(Any, lambda event, context: None))
+    with pytest.raises(TypeError, match="does not yield"):
+        task("send")(cast(Any, _yields))
+    with pytest.raises(TypeError, match="write @task"):
+        task(cast(Any, _yields))
+
+
+def _yields(context: TaskContext) -> Iterator[str]:
+    yield "nothing"
+
+
+@pytest.mark.parametrize("option", [{"name": ""}, {"name": "a b"}, {"name": 7}, {"exclusive": "yes"}])
+def test_an_option_that_could_never_work_is_refused(option: Any) -> None:
+    """A name that is none, and `exclusive` that is no bool, are refused where they are written."""
+    with pytest.raises((TypeError, ValueError), match=r"expected"):
+        on("a.b", **option)
 
 
 def test_all_faults_of_all_modules_at_once(module: Write) -> None:
@@ -239,7 +369,7 @@ def test_all_faults_of_all_modules_at_once(module: Write) -> None:
     module("shop_raises", "raise RuntimeError('no database')")
     module("shop_syntax", "def")
     module("shop_nonsense", '@on("a b")\ndef f(event, context): ...')
-    module("shop_a", '@on("a.b")\ndef f(event, context): ...')
+    module("shop_a", '@on("a.b", exclusive=True)\ndef f(event, context): ...')
     module("shop_b", '@on("a.b")\ndef f(event, context): ...')
     found = faults("shop_missing", "shop_raises", "shop_syntax", "shop_nonsense", "shop_a", "shop_b")
     assert len(found) == 5
@@ -370,7 +500,7 @@ class Unreachable:
 def context(*, seconds: float) -> Context:
     loop = asyncio.get_running_loop()
     event = parse_event(event_body(id="evt_1"))
-    return Context(Unreachable(), loop, loop.time() + seconds, event, 1)
+    return Context(Unreachable(), loop, loop.time() + seconds, event, 1, b"")
 
 
 async def test_execute_on_the_loops_thread_is_refused() -> None:
@@ -398,3 +528,26 @@ async def test_execute_after_the_deadline_is_refused() -> None:
 async def test_the_idempotency_key_is_the_events_id() -> None:
     """The idempotency key is the event's id, so that it is the same on every attempt."""
     assert context(seconds=30).idempotency_key == "evt_1"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "event_type", "covered"),
+    [
+        ("invoice.paid", "invoice.paid", True),
+        ("invoice.paid", "invoice.paid.x", False),
+        ("invoice.*", "invoice.paid", True),
+        ("invoice.*", "invoice.paid.x", True),
+        ("invoice.*", "invoice", False),
+        ("invoice.*", "invoices.paid", False),
+        ("invoice.*", "invoice.*", True),
+        ("invoice.*", "invoice.item.*", True),
+        ("invoice.*", "*", False),
+        ("*", "invoice.*", True),
+        ("*", "x", True),
+    ],
+)
+def test_what_a_pattern_covers(pattern: str, event_type: str, covered: bool) -> None:
+    """A pattern is for a type, and for all types of another pattern, exactly as a handler's is."""
+    assert covers(pattern, event_type) is covered
+    if not event_type.endswith("*"):
+        assert (Registry([Handler(pattern, print)]).find(event_type) is not None) is covered

@@ -9,7 +9,8 @@ REFUSED = "an error that the handler swallowed"
 
 def after(*statements: str) -> str | None:
     """What is refused after these statements; `refused` stands for one that the driver refused."""
-    savepoints, refused = Savepoints(), None
+    savepoints: Savepoints[str | None] = Savepoints()
+    refused: str | None = None
     for sql in statements:
         refused = REFUSED if sql == "refused" else savepoints.executed(sql, refused)
     return refused

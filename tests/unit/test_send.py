@@ -87,7 +87,7 @@ def unknown_fields(value: Any, declared: Any, path: str) -> list[str]:
 
 
 def test_the_promised_types_are_shipped() -> None:
-    """The types that the README lists have templates."""
+    """The types that are promised have templates."""
     assert shipped_types() == [
         "balance.available",
         "charge.refunded",

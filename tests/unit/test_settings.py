@@ -2,6 +2,7 @@
 
 import pickle
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from pydantic import SecretStr, ValidationError
 from firstclaim.errors import ConfigurationError
 from firstclaim.setting_faults import PREFIX
 from firstclaim.settings import Settings, environment_name, load_settings
+from firstclaim.urls.archive import archive_url, bucket_and_prefix, folder
+from firstclaim.urls.notify import notify_url, shown
 from firstclaim.urls.postgres import postgres_dsn
 from firstclaim.urls.redis import redis_url
 from firstclaim.urls.stripe import stripe_base
@@ -61,7 +64,7 @@ def test_an_empty_environment_is_enough(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_every_field_has_a_name_and_a_reason() -> None:
-    """Each setting has its own variable and a description, from which the README's table is generated."""
+    """Each setting has its own variable and a description, from which the table in docs/ is generated."""
     names = [environment_name(field) for field in Settings.model_fields]
     assert len(set(names)) == len(names)
     assert all(field.description for field in Settings.model_fields.values())
@@ -183,7 +186,8 @@ def test_no_fault_repeats_its_value(monkeypatch: pytest.MonkeyPatch, field: str)
     name = environment_name(field)
     value = f"{CANARY},{CANARY} x" if field == "stripe_webhook_secrets" else f"://{CANARY}"
     secret = {"STRIPE_WEBHOOK_SECRETS": "whsec_a"} if field == "database_url" else {}
-    assert [fault.partition(":")[0] for fault in faults(monkeypatch, **secret, **{name: value})] == [name]
+    found = faults(monkeypatch, **secret, **{name: value})
+    assert [fault.partition(":")[0].partition(" ")[0] for fault in found] == [name]
 
 
 @pytest.mark.parametrize(
@@ -207,6 +211,15 @@ def test_a_bad_postgres_url_keeps_its_password(monkeypatch: pytest.MonkeyPatch, 
     assert fault.startswith("DATABASE_URL: ")
 
 
+@pytest.mark.parametrize(("prefix", "fits"), [("shop:", True), ("{shop}:", True), ("{}:", False), ("a{b:", False)])
+def test_a_prefix_on_a_cluster(prefix: str, fits: bool) -> None:
+    """A { must begin a hash tag there, or the probe of a master would have a key of another one."""
+    url = SecretStr("redis+cluster://h1,h2")
+    assert Settings(redis_prefix=prefix).redis_prefix == prefix
+    with nullcontext() if fits else pytest.raises(ConfigurationError, match="must begin a hash tag"):
+        Settings(redis_prefix=prefix, redis_url=url)
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -215,7 +228,7 @@ def test_a_bad_postgres_url_keeps_its_password(monkeypatch: pytest.MonkeyPatch, 
         f"redis://u:5?{CANARY}@h:1/0",
         f"redis://u:5#{CANARY}@h:1/0",
         f"redis://u:5/{CANARY}@h:1/0",
-        f"redis+sentinel://:{CANARY}@a:1,b:2/main",
+        f"redis+sentinel://:{CANARY}@a:1,b:2/main/first",
         f"redis://:{CANARY}@h?unheard_of=99",
         f"unix://:{CANARY}@",
         CANARY,
@@ -235,6 +248,7 @@ def test_settings_never_show_a_secret(monkeypatch: pytest.MonkeyPatch) -> None:
         REDIS_URL=f"redis://:{CANARY}@h",
         STRIPE_WEBHOOK_SECRETS=f"whsec_{CANARY}",
         STRIPE_API_KEY=f"rk_live_{CANARY}",
+        FIRSTCLAIM_NOTIFY_URL=f"https://hooks.slack.com/services/{CANARY}",
     )
     assert settings.stripe_webhook_secrets[0].get_secret_value() == f"whsec_{CANARY}"
     assert settings.stripe_api_key is not None
@@ -321,6 +335,18 @@ def test_relations_are_reported_together(monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch, FIRSTCLAIM_LEASE_SECONDS="31", FIRSTCLAIM_DRAIN_SECONDS="40", DATABASE_URL="postgres://"
     )
     assert len(found) == 3
+
+
+def test_a_fault_is_not_reported_of_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault between settings is left out if one of them is faulty itself: with its default it would not be true."""
+    [fault] = faults(
+        monkeypatch,
+        FIRSTCLAIM_ADMIN_PASSWORD="correct horse battery",
+        FIRSTCLAIM_ADMIN_USER_HEADER="X-Forwarded-Email",
+        FIRSTCLAIM_ADMIN_USER_PROXIES="10.0.0.0/33",
+    )
+    assert fault.startswith("FIRSTCLAIM_ADMIN_USER_PROXIES: expected addresses or networks")
+    assert "a prefix is at most 32" in fault
 
 
 @pytest.mark.parametrize(
@@ -424,9 +450,8 @@ def test_redis_addresses(given: str, converted: str) -> None:
 @pytest.mark.parametrize(
     ("given", "named"),
     [
-        ("redis+sentinel://h:26379/main", "Sentinel"),
-        ("redis+sentinel://a:26379,b:26379/main", "Sentinel"),
-        ("rediss+cluster://a:1,b:2", "Cluster"),
+        ("redis+sentinel://a:26379,b:26379/0", "it names no service of the Sentinels"),
+        ("redis+cluster:///0", "it names no host"),
         ("redis://a:6379,b:6379/0", "several hosts"),
         ("redis://a,b:6379/0", "several hosts"),
         ("http://h", "scheme 'http' is not Redis"),
@@ -483,6 +508,73 @@ def test_stripe_addresses_that_are_refused(given: str, named: str) -> None:
         stripe_base(given)
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("s3://company-archive/stripe/", "s3://company-archive/stripe"),
+        ("s3://bucket", "s3://bucket"),
+        (" file:///srv/archive ", "file:///srv/archive"),
+    ],
+)
+def test_addresses_of_archives(given: str, kept: str) -> None:
+    """A bucket, with or without a prefix, or a folder."""
+    assert archive_url(given) == kept
+
+
+def test_what_an_address_of_an_archive_names() -> None:
+    """Escapes are those of a URL."""
+    assert bucket_and_prefix("s3://bucket/a/b%20c") == ("bucket", "a/b c")
+    assert folder("file:///srv/my%20archive") == Path("/srv/my archive")
+    assert folder("s3://bucket/srv") is None
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("/srv/archive", "not a URL; expected e.g. s3://bucket/prefix"),
+        ("gs://bucket", "expected s3://bucket/prefix or file:///srv/archive"),
+        ("s3://key:c4n4rypw@bucket", "expected no key"),
+        ("s3://bucket?region=c4n4rypw", "expected no key and no parameter"),
+        ("s3:///prefix", "the name of a bucket"),
+        ("s3://My_Bucket", "in lower case"),
+        ("file://srv/archive", "the whole path of a folder"),
+        ("file:///", "the whole path of a folder"),
+    ],
+)
+def test_addresses_of_archives_that_are_refused(given: str, named: str) -> None:
+    """What is expected is said, and no key is repeated."""
+    with pytest.raises(ValueError, match=named) as refused:
+        archive_url(given)
+    assert "c4n4rypw" not in str(refused.value)
+
+
+@pytest.mark.parametrize("url", ["https://hooks.slack.com/services/T0/B0/x?y=1", "http://me:pw@alerts.internal:9000/"])
+def test_addresses_for_notices(url: str) -> None:
+    """HTTP and HTTPS are accepted, and of the address only scheme, host and port are ever shown."""
+    assert notify_url(f" {url} ") == url
+    assert shown(url) in ("https://hooks.slack.com", "http://alerts.internal:9000")
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ("hooks.slack.com/services/c4n4rypw", "not a URL"),
+        ("ftp://hooks.slack.com/c4n4rypw", "expected https:// or http://"),
+        ("https:///c4n4rypw", "expected a scheme, a host"),
+        ("https://a,b/c4n4rypw", "expected a scheme, a host"),
+        ("https://h:port/c4n4rypw", "not a URL"),
+        ("'https://h/c4n4rypw'", "remove the quotes"),
+        ("https://h/c4n4rypw#general", "remove the # and what follows it"),
+        ("https://me:c4n4#rypw@h/", "must be written %23"),
+    ],
+)
+def test_addresses_for_notices_that_are_refused(monkeypatch: pytest.MonkeyPatch, given: str, named: str) -> None:
+    """The fault names the variable, and no part of the address."""
+    [fault] = faults(monkeypatch, FIRSTCLAIM_NOTIFY_URL=given)
+    assert fault.startswith("FIRSTCLAIM_NOTIFY_URL: ")
+    assert named in fault
+
+
 # -- the settings object ------------------------------------------------------------------------------
 
 
@@ -518,3 +610,25 @@ def test_arguments_override_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert Settings(**arguments).lease_seconds == 8
     with pytest.raises(ConfigurationError, match="not a setting"):
         Settings(lease_second=8)  # type: ignore[call-arg]
+
+
+def test_the_keys_of_fresh_objects(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By endpoint and mode, with STRIPE_API_KEY in their place; what is malformed or twice there is refused unseen."""
+    name = "FIRSTCLAIM_FRESH_API_KEYS"
+    assert load(monkeypatch, STRIPE_API_KEY=f"rk_live_{CANARY}").api_keys == {(None, True): f"rk_live_{CANARY}"}
+    settings = load(monkeypatch, **{name: "rk_live_a, rk_test_b,eu=sk_live_c=,connect=rk_odd"})
+    assert settings.api_keys == {
+        (None, True): "rk_live_a",
+        (None, False): "rk_test_b",
+        ("eu", True): "sk_live_c=",
+        ("connect", None): "rk_odd",
+    }
+    assert "sk_live_c" not in repr(settings)
+    for value, says in {
+        f"whsec_{CANARY}": "expected a secret key (sk_...) or a restricted one (rk_...)",
+        f"EU=rk_live_{CANARY}": "the name of an endpoint, before the =, is malformed",
+        f"eu=rk_live_{CANARY},eu=sk_live_{CANARY}": "two keys of one mode for the endpoint eu; expected one for",
+    }.items():
+        [fault] = faults(monkeypatch, **{name: value})
+        assert fault.startswith(f"{name}: {says}")
+        assert CANARY not in fault

@@ -9,6 +9,7 @@ import pytest
 from firstclaim.inbox import backlog as backlog_module
 from firstclaim.inbox.backlog import Backlog
 from firstclaim.inbox.ledger import Ledger
+from firstclaim.inbox.pauses import Pauses
 from firstclaim.inbox.slots import Place, Slots
 from firstclaim.postgres.epoch import Epoch
 
@@ -156,17 +157,19 @@ def test_a_short_queue_is_taken_whole(rows: int) -> None:
 
 
 def test_what_cannot_be_claimed_is_left_out_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For as long as a lock lives, and of too many the oldest are tried again first."""
+    """For as long as others may hold it, and of too many the oldest are tried again first."""
     now = 0.0
     monkeypatch.setattr("firstclaim.inbox.backlog.time.monotonic", lambda: now)
     monkeypatch.setattr(backlog_module, "_MAX_LEFT_OUT", 3)
-    backlog = Backlog(cast(Ledger, None), lambda *_: True, interval_seconds=1, leave_out_seconds=20)
-    backlog.leave_out(["a", "b"])
+    backlog = Backlog(cast(Ledger, None), lambda *_: True, Pauses(), interval_seconds=1)
+    backlog.leave_out({"a": 20, "b": 20})
     now = 10.0
-    backlog.leave_out(["b", "c"])
+    backlog.leave_out({"b": 20, "c": 5})
     assert sorted(backlog._remembered()) == ["a", "b", "c"]
-    backlog.leave_out(["d"])
+    backlog.leave_out({"d": 20})
     assert sorted(backlog._remembered()) == ["b", "c", "d"]
+    now = 16.0
+    assert "c" not in backlog._remembered()
     now = 31.0
     assert backlog._remembered() == []
 

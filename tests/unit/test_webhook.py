@@ -149,7 +149,7 @@ async def test_a_delivery_is_plain_asgi(monkeypatch: pytest.MonkeyPatch) -> None
     """A delivery makes no request, response or headers of Starlette's, and no task; its answer is two messages."""
     for name in ("requests.HTTPConnection", "responses.Response", "datastructures.Headers", "datastructures.URL"):
         monkeypatch.setattr(f"starlette.{name}.__init__", unexpected)
-    application = Application(webhook(FakePipeline(outcome.duplicate("evt_1"))), [], None)
+    application = Application({None: webhook(FakePipeline(outcome.duplicate("evt_1")))}, [], None)
     headers = [(name.lower().encode(), value.encode()) for name, value in signed(BODY).items()]
     loop = asyncio.get_running_loop()
     loop.set_task_factory(unexpected)

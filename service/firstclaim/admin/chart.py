@@ -1,20 +1,24 @@
-"""The shapes of a chart: the events received in each of the last hours, by their current status.
+"""The shapes of a chart: the events received in each bar's time, by their current status.
 
-Guarantees: the chart has numbers only, so that the template can draw it without a script and without a style. A small
-number stays visible: one dead event beside ten thousand completed ones has a segment.
+Guarantees: the chart has numbers only, so that the template can draw it without a script and without a style. Heights
+are true: a segment is as high as its share of the scale, and the segments of a bar add up to the bar. What would be too
+small to see is not enlarged; a failed or dead event is marked below its bar instead, however many others there are.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Final
 
-from firstclaim.operations.search import HourlyCounts
+from firstclaim.operations.traffic import Counts
 from firstclaim.status import Status
 
 WIDTH: Final = 960.0
 HEIGHT: Final = 160.0
-_GAP = 6.0
-_SEGMENT_LEAST = 3.0  # the height of a segment that has any event
+MARK_HEIGHT: Final = 7.0  # of the mark below a bar
+_GAP_SHARE: Final = 0.2  # of a bar's width
+_LABELS_MOST: Final = 8
+_LABEL_SECONDS: Final = (600, 3600, 4 * 3600, 86_400, 7 * 86_400, 28 * 86_400)  # between two labels
 # From the bottom up: what needs an operator, what is unfinished, what is done.
 ORDER: Final = (
     Status.DEAD,
@@ -38,7 +42,7 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """The events of one hour."""
+    """The events of one step. `mark` is the worst status that needs an operator, if any event has it."""
 
     began_at: datetime
     ended_at: datetime
@@ -46,6 +50,13 @@ class Bar:
     width: float
     segments: list[Segment]
     events: int
+    mark: Status | None
+    label: str
+
+    @property
+    def count(self) -> Mapping[Status, int]:
+        """The number of events in each status that has any."""
+        return {each.status: each.events for each in self.segments}
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,40 +67,51 @@ class Chart:
     top: int
     events: int
     shown: list[Status]  # statuses that have any event, in the order of the segments
+    slot: float  # the width of a bar with its gap
+    step_seconds: float
     width: float = WIDTH
     height: float = HEIGHT
+    mark_height: float = MARK_HEIGHT
 
 
-def draw(counts_by_hour: HourlyCounts) -> Chart:
-    """The chart of the hours."""
-    top = _round_up(max((sum(counts.values()) for _, counts in counts_by_hour.hours), default=0))
-    step = WIDTH / max(1, len(counts_by_hour.hours))
+def draw(counts: Counts) -> Chart:
+    """The chart of the counts."""
+    top = _round_up(max((sum(each.values()) for _, each in counts.bars), default=0))
+    slot = WIDTH / max(1, len(counts.bars))
+    length = counts.step.total_seconds() * len(counts.bars)
+    every = next((each for each in _LABEL_SECONDS if length / each <= _LABELS_MOST), _LABEL_SECONDS[-1])
     bars = []
-    for number, (began_at, counts) in enumerate(counts_by_hour.hours):
-        segments = _stack(counts, top)
+    for number, (began_at, each) in enumerate(counts.bars):
         bars.append(
             Bar(
                 began_at,
-                began_at + timedelta(hours=1),
-                round(number * step + _GAP / 2, 2),
-                round(step - _GAP, 2),
-                segments,
-                sum(counts.values()),
+                began_at + counts.step,
+                round(number * slot + slot * _GAP_SHARE / 2, 2),
+                round(slot * (1 - _GAP_SHARE), 2),
+                _stack(each, top),
+                sum(each.values()),
+                next((status for status in (Status.DEAD, Status.FAILED) if each.get(status)), None),
+                _label(began_at, counts.step.total_seconds(), every),
             )
         )
-    shown = [each for each in ORDER if any(counts.get(each) for _, counts in counts_by_hour.hours)]
-    return Chart(bars, top, sum(bar.events for bar in bars), shown)
+    shown = [status for status in ORDER if any(each.get(status) for _, each in counts.bars)]
+    return Chart(bars, top, sum(bar.events for bar in bars), shown, slot, counts.step.total_seconds())
 
 
-def _stack(counts: dict[Status, int], top: int) -> list[Segment]:
-    heights = {each: max(_SEGMENT_LEAST, counts[each] / top * HEIGHT) for each in ORDER if counts.get(each)}
-    if (high := sum(heights.values())) > HEIGHT:  # the smallest segments were enlarged: the largest is reduced
-        largest = max(heights, key=lambda each: heights[each])
-        heights[largest] -= high - HEIGHT
-    segments, bottom = [], HEIGHT
-    for status, height in heights.items():
-        bottom -= height
-        segments.append(Segment(status, counts[status], round(bottom, 2), round(height, 2)))
+def _label(began_at: datetime, step_seconds: float, every_seconds: int) -> str:
+    """What stands below the bar: its time or its day, if it is one of the round ones."""
+    if began_at.timestamp() % every_seconds >= step_seconds:
+        return ""
+    return began_at.strftime("%H:%M" if every_seconds < 86_400 else "%m-%d")
+
+
+def _stack(counts: Mapping[Status, int], top: int) -> list[Segment]:
+    segments, below = [], 0
+    for status in ORDER:
+        if events := counts.get(status):
+            low, high = below / top * HEIGHT, (below + events) / top * HEIGHT
+            segments.append(Segment(status, events, round(HEIGHT - high, 3), round(high - low, 3)))
+            below += events
     return segments
 
 

@@ -5,7 +5,7 @@ form, so that no link shows one and none is in the browser's history. Every view
 event's id.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Final
@@ -14,19 +14,36 @@ from urllib.parse import urlencode
 import structlog
 from starlette.responses import Response
 
+from firstclaim.admin import stripe_links
+from firstclaim.admin.json_view import changes, first_lines, fold, pretty_json
 from firstclaim.admin.ledger import AdminLedger
-from firstclaim.admin.rendering import pretty_json
+from firstclaim.admin.ranges import as_text, parse_instant
 from firstclaim.admin.request import AdminRequest, PageError
 from firstclaim.errors import StatementTimeout
-from firstclaim.operations.queries import Selection
+from firstclaim.inbox.routes import Routes
+from firstclaim.operations.keys import key_is_held
+from firstclaim.operations.pauses import paused_among
+from firstclaim.operations.queries import FOLLOW_UPS_SHOWN, EventRow
 from firstclaim.operations.search import UNSUCCESSFUL, Cursor, Search
+from firstclaim.operations.selection import Selection
 from firstclaim.status import Status
 
 log = structlog.get_logger(__name__)
 
 PAGE_EVENTS: Final = 50
 REPLAYED_MOST: Final = 1000  # in one replay: for more there is the command, which shows its progress
-FILTERS: Final = ("q", "status", "type", "account", "age")  # the names in an address or a form
+FILTERS: Final = (
+    "q",
+    "status",
+    "type",
+    "account",
+    "age",
+    "since",
+    "until",
+    "group",
+    "endpoint",
+)  # the names in an address or a form
+_ROW_IDS: Final = ("evt_", "task_", "handler_")
 _DAY = 86_400.0
 # The choices for the age: (label, newer than, older than), in seconds.
 AGES: Final[Mapping[str, tuple[str, float | None, float | None]]] = {
@@ -48,10 +65,15 @@ class Filters:
     type: str | None = None
     account: str | None = None
     age: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    group: str | None = None
+    endpoint: str | None = None
+    unread: tuple[str, ...] = ()  # the names of the filters that have a value which is none, and are left out
 
     @classmethod
     def of(cls, values: Mapping[str, list[str]]) -> "Filters":
-        """The filters in an address or a form. A value that is not a choice is ignored."""
+        """The filters in an address or a form."""
 
         def first(name: str) -> str | None:
             return next(iter(values.get(name, [])), None)
@@ -59,24 +81,79 @@ class Filters:
         chosen = values.get("status", [])
         age = first("age")
         statuses = tuple(each for each in Status if each in chosen)
-        return cls(first("q"), statuses, first("type"), first("account"), age if age in AGES else None)
+        since, until = (parse_instant(first(name)) for name in ("since", "until"))
+        unread = {
+            "status": len(statuses) < len(set(chosen)),
+            "age": age is not None and age not in AGES,
+            "since": first("since") is not None and since is None,
+            "until": first("until") is not None and until is None,
+        }
+        return cls(
+            first("q"),
+            statuses,
+            first("type"),
+            first("account"),
+            age if age in AGES else None,
+            since,
+            until,
+            first("group"),
+            first("endpoint"),
+            tuple(name for name, is_unread in unread.items() if is_unread),
+        )
 
     @property
     def search(self) -> Search:
         """The search for an event's id, for a customer's id (also in payloads), or for any other object's id."""
         _, newer, older = AGES.get(self.age or "", ("", None, None))
-        selection = Selection(None, self.statuses or None, self.type, self.account, older, newer)
+        selection = Selection(
+            None,
+            self.statuses or None,
+            self.type,
+            self.account,
+            older,
+            newer,
+            self.group,
+            self.since,
+            self.until,
+            "" if self.endpoint == "-" else self.endpoint,
+        )
         if self.q is None:
             return Search(selection)
-        if self.q.startswith("evt_"):
+        if self.q.startswith(_ROW_IDS):
             return Search(replace(selection, event_ids=[self.q]))
         return Search(selection, self.q, customer=self.q.startswith("cus_"))
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """The filters as parameters of an address or fields of a form."""
-        single = {"q": self.q, "type": self.type, "account": self.account, "age": self.age}
+        single = {
+            "q": self.q,
+            "type": self.type,
+            "account": self.account,
+            "age": self.age,
+            "since": None if self.since is None else as_text(self.since),
+            "until": None if self.until is None else as_text(self.until),
+            "group": self.group,
+            "endpoint": self.endpoint,
+        }
         return [(name, value) for name, value in single.items() if value] + [("status", each) for each in self.statuses]
+
+    @property
+    def words(self) -> str:
+        """The filters in words: what is said before a replay, and written into the audit."""
+        age = AGES.get(self.age or "", ("",))[0]
+        parts = {
+            "status": ", ".join(self.statuses),
+            "type": self.type,
+            "account": self.account,
+            "id": self.q,
+            "received": age,
+            "since": None if self.since is None else as_text(self.since),
+            "until": None if self.until is None else as_text(self.until),
+            "failure group": self.group,
+            "endpoint": self.endpoint,
+        }
+        return "; ".join(f"{name} {value}" for name, value in parts.items() if value)
 
     def address(self, home: str, **more: str) -> str:
         """The address of the list with these filters."""
@@ -87,8 +164,13 @@ class Filters:
 class Events:
     """The pages of events."""
 
-    def __init__(self, ledger: AdminLedger) -> None:
+    def __init__(self, ledger: AdminLedger, routes: Routes, endpoints: Sequence[str]) -> None:
         self._ledger = ledger
+        self._routes = routes
+        self._endpoints = endpoints  # the names, for the filter
+
+    def _is_replayable(self, event: EventRow) -> bool:
+        return is_replayable(event.status, event.type, event.livemode, self._routes)
 
     async def show_list(self, request: AdminRequest) -> Response:
         """One page of the list."""
@@ -96,8 +178,9 @@ class Events:
         cursor, home = _parse_cursor(request.query_value("from")), request.home
         async with self._ledger.connect() as ledger:
             found = await ledger.page(filters.search, cursor, PAGE_EVENTS)
+            among = (Status.IGNORED,) if filters.statuses == (Status.IGNORED,) else UNSUCCESSFUL
             try:
-                replayable_count = len(await ledger.replayable(filters.search, REPLAYED_MOST + 1))
+                replayable_count = len(await ledger.replayable(filters.search, REPLAYED_MOST + 1, among))
             except StatementTimeout:
                 replayable_count = 0  # the list is complete; only the offer to replay is left out
         return request.render(
@@ -111,9 +194,13 @@ class Events:
             all_selected=request.query_value("select") == "all",
             replayable_count=replayable_count,
             replayed_most=REPLAYED_MOST,
-            replayable_statuses=UNSUCCESSFUL,
+            replays_ignored=Status.IGNORED in among,
+            is_replayable=self._is_replayable,
+            any_replayable=any(map(self._is_replayable, found.events)),
             ages=AGES,
             scan_limit=filters.search.scan_limit,
+            as_text=as_text,
+            endpoints=self._endpoints,
         )
 
     async def show(self, request: AdminRequest) -> Response:
@@ -126,7 +213,29 @@ class Events:
             if event is None:
                 raise _unknown()
             timeline = await ledger.timeline(event)
-        return request.render("event.html", event=event, timeline=timeline, replayable_statuses=UNSUCCESSFUL)
+            deliveries = await ledger.deliveries(event_id)
+            try:
+                follow_ups = await ledger.follow_ups(event_id)
+            except StatementTimeout:  # a large ledger without the index of 0014
+                follow_ups = []
+            waits = event.status in (Status.PENDING, Status.FAILED)
+            paused = await paused_among(ledger, {event.type: 1} if waits else {})
+            handler = self._routes.handler_of(event.type, event.livemode) if waits else None
+            key = None if handler is None else handler.options.key
+            key_held = None if key is None else await key_is_held(ledger, event, key)
+        return request.render(
+            "event.html",
+            event=event,
+            timeline=timeline,
+            deliveries=deliveries,
+            follow_ups=follow_ups,
+            follow_ups_shown=FOLLOW_UPS_SHOWN,
+            paused=paused,
+            key_held=key_held,
+            is_replayable=self._is_replayable(event),
+            event_link=stripe_links.to_event(event),
+            object_link=stripe_links.to_object(event),
+        )
 
     async def show_payload(self, request: AdminRequest) -> Response:
         """The event's payload, in response to a form."""
@@ -138,9 +247,29 @@ class Events:
             body = await ledger.payload(event_id)
         if event is None:
             raise _unknown()
-        log.info("admin_payload_shown", event_id=event.event_id, address=request.address, pruned=body is None)
-        text = None if body is None else pretty_json(body.decode(errors="replace"))
-        return request.render("payload.html", event=event, payload=text, size_bytes=len(body or b""))
+        log.info(
+            "admin_payload_shown",
+            event_id=event.event_id,
+            address=request.address,
+            user=request.required_session.user,
+            pruned=body is None,
+        )
+        text = None if body is None else body.decode(errors="replace")
+        shown, left_out = ("", 0) if text is None else first_lines(pretty_json(text))
+        return request.render(
+            "payload.html",
+            event=event,
+            lines=None if text is None else fold(shown),
+            left_out=left_out,
+            changes=[] if text is None else changes(text),
+            size_bytes=len(body or b""),
+            event_link=stripe_links.to_event(event),
+        )
+
+
+def is_replayable(status: Status, event_type: str, livemode: bool, routes: Routes) -> bool:
+    """Whether the page offers to replay such an event: a failed or dead one, or an ignored one with a handler now."""
+    return status in UNSUCCESSFUL or (status is Status.IGNORED and routes.wants(event_type, livemode))
 
 
 def _unknown() -> PageError:

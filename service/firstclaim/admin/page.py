@@ -4,11 +4,12 @@ sqladmin 0.32 and starlette-admin 1.0 were tried in a browser with the headers b
 CSRF tokens, logs out and runs its actions by GET, and does not limit logins. starlette-admin's `base.html` has inline
 scripts and styles and a stylesheet of another host, and its CSRF cookie is not HttpOnly and only SameSite=Lax. Both
 write rows through the ORM, but here a state may only change as `firstclaim.operations.commands` changes it: their main
-purpose would be switched off. Therefore the page is a few server-rendered templates without scripts.
+purpose would be switched off. Therefore the page is a few server-rendered templates, which work without JavaScript. One
+script of our own refreshes them.
 
 Guarantees: everything except the login and the static files needs a session, which is checked here and not in each
-page. Every change is a POST with the session's CSRF token, so GET changes nothing. Every response, also an error, has
-`HEADERS`. No error page shows the cause of an internal error, or any of its text.
+page; so is the role that a form needs. Every change is a POST with the session's CSRF token, so GET changes nothing.
+Every response, also an error, has `HEADERS`. No error page shows the cause of an internal error, or any of its text.
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -24,7 +25,9 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
+from firstclaim.admin.audit import Audit
 from firstclaim.admin.events import Events
+from firstclaim.admin.identity import ProxyLogin, Role
 from firstclaim.admin.login import Login
 from firstclaim.admin.overview import Overview
 from firstclaim.admin.rendering import Templates, static
@@ -39,8 +42,8 @@ log = structlog.get_logger(__name__)
 Endpoint = Callable[[AdminRequest], Awaitable[Response]]
 
 HEADERS: Final = {
-    "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; "
-    "base-uri 'none'; frame-ancestors 'none'",  # scripts are not allowed
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self'; "
+    "img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'",  # only our own files are run
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "same-origin",  # with no-referrer, a browser sends `Origin: null` with our own forms
@@ -56,9 +59,18 @@ class AdminPage:
     """The page as one ASGI application. `proxies` is the setting `admin_proxies`."""
 
     def __init__(
-        self, signer: Signer, login: Login, overview: Overview, events: Events, replay: Replay, proxies: int
+        self,
+        signer: Signer,
+        login: Login,
+        proxy_login: ProxyLogin,
+        overview: Overview,
+        events: Events,
+        replay: Replay,
+        audit: Audit,
+        proxies: int,
     ) -> None:
         self._signer = signer
+        self._proxy_login = proxy_login
         self._templates = Templates()
         self._proxies = proxies
         self._router = Router(
@@ -67,8 +79,10 @@ class AdminPage:
                 _page_route("/events", events.show_list),
                 _page_route("/events/{event_id}", events.show),
                 _form_route("/payload", events.show_payload),
-                _form_route("/replay", replay.confirm),
-                _form_route("/replay/confirmed", replay.replay),
+                _page_route("/audit", audit.show_list),
+                _page_route("/audit/{action_id:int}", audit.show),
+                _form_route("/replay", replay.confirm, Role.OPERATOR),
+                _form_route("/replay/confirmed", replay.replay, Role.OPERATOR),
                 _form_route("/logout", login.log_out),
                 _public_route("/login", login.show, "GET"),
                 _public_route("/login", login.log_in, "POST"),
@@ -117,8 +131,15 @@ class AdminPage:
             # unless it is the browser's own machine, the cookies are for TLS only, whatever is in between.
             secure=http_request.scope["scheme"] == "https" or not is_loopback(http_request.headers.get("host", "")),
         )
+        named = [] if (header := self._proxy_login.header) is None else http_request.headers.getlist(header)
+        if (user := self._proxy_login.user(peer, named)) is not None:
+            request.session = self._signer.proxy_session(user, self._proxy_login.role(user))
+            return request
         request.session = self._signer.load_session(request.cookie_value("session"))
-        if request.session is not None and (renewed := self._signer.renew_session(request.session)) is not None:
+        # A page that refreshes itself is not use: otherwise a forgotten tab would keep its session.
+        is_refresh = "x-firstclaim-refresh" in http_request.headers
+        renewed = None if request.session is None or is_refresh else self._signer.renew_session(request.session)
+        if renewed is not None:
             request.set_cookies.append(request.cookie("session").set(self._signer.dump_session(renewed), LASTS_SECONDS))
         return request
 
@@ -176,14 +197,16 @@ def _page_route(path: str, endpoint: Endpoint) -> Route:
     return _public_route(path, guarded, "GET")
 
 
-def _form_route(path: str, endpoint: Endpoint) -> Route:
-    """A route for a form that needs a session and its CSRF token."""
+def _form_route(path: str, endpoint: Endpoint, role: Role = Role.VIEWER) -> Route:
+    """A route for a form that needs a session and its CSRF token, and perhaps an operator's."""
 
     async def guarded(request: AdminRequest) -> Response:
         if request.session is None:
             raise PageError(403, "You are not logged in", "Your session has ended. Log in and try again.")
         await request.read_form()
         request.check_csrf_token()
+        if role is Role.OPERATOR and request.required_session.role is not Role.OPERATOR:
+            raise PageError(403, "You may only read", "FIRSTCLAIM_ADMIN_OPERATORS names those who may replay.")
         return await endpoint(request)
 
     return _public_route(path, guarded, "POST")

@@ -1,11 +1,10 @@
 """Renders the pages with Jinja2.
 
 Guarantees: any value is rendered as text: autoescape is on for every template, no template switches it off, and an
-undefined name is an error. No page has a script, an inline style or an event handler, or refers to another host; the
-headers of `firstclaim.admin.page` forbid all of these too.
+undefined name is an error. No page has a script in it, an inline style or an event handler, or loads anything from
+another host; the headers of `firstclaim.admin.page` forbid all of these too. The only script is the file `admin.js`.
 """
 
-import re
 from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import version
@@ -15,13 +14,10 @@ from typing import Any, Final
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from starlette.responses import HTMLResponse, Response
 
-from firstclaim.formatting import age, ago, instant, number_of_events, thousands
+from firstclaim.formatting import age, ago, duration, instant, number_of_events, percent, rate, thousands
 from firstclaim.status import Status
 
-STATIC_TYPES: Final = {"admin.css": "text/css", "icon.svg": "image/svg+xml"}
-
-_INDENT_MOST = 32  # a payload can have a hundred thousand levels, and each would be indented by its depth
-_LEXEME = re.compile(r'"(?:[^"\\]|\\.)*"|[{}\[\],:]|[^\s{}\[\],:"]+', re.DOTALL)
+STATIC_TYPES: Final = {"admin.css": "text/css", "admin.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
 
 class Templates:
@@ -40,6 +36,9 @@ class Templates:
         self._environment.filters.update(
             age=age,
             ago=ago,
+            duration=duration,
+            percent=percent,
+            rate=rate,
             instant=instant,
             iso=datetime.isoformat,
             thousands=thousands,
@@ -65,23 +64,4 @@ def static(name: str) -> Response | None:
 
 def printable(text: str) -> str:
     """The text with escapes for characters that are invisible or change the direction of the text."""
-    return "".join(each if each.isprintable() or each in "\n " else f"\\u{ord(each):04x}" for each in text)
-
-
-def pretty_json(body: str) -> str:
-    """JSON with one item per line. The tokens are unchanged: no number is rounded, and no duplicate name is dropped."""
-    lines: list[str] = []
-    line, depth, before = "", 0, ""
-    for lexeme in _LEXEME.findall(body):
-        if lexeme in ("}", "]"):
-            depth -= 1
-            if before not in ("{", "["):
-                lines.append(line)
-                line = "  " * min(depth, _INDENT_MOST)
-        elif before in ("{", "[", ","):
-            lines.append(line)
-            line = "  " * min(depth, _INDENT_MOST)
-        line += ": " if lexeme == ":" else lexeme
-        depth += lexeme in ("{", "[")
-        before = lexeme
-    return "\n".join([*lines, line])
+    return "".join(each if each.isprintable() or each in "\n \u2009" else f"\\u{ord(each):04x}" for each in text)

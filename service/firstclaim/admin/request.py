@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl, quote, urlsplit
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from firstclaim.admin.identity import Role
 from firstclaim.admin.rendering import Templates
 from firstclaim.admin.session import Cookie, Session, Signer
 from firstclaim.operations.limits import TEXT_MOST_CHARACTERS, is_storable
@@ -68,6 +69,12 @@ class AdminRequest:
         return self.session
 
     @property
+    def operator(self) -> str:
+        """Who makes this request, for the audit: the user whom a proxy named, or only where from."""
+        user = self.required_session.user
+        return f"admin page from {self.address}" if user is None else f"{user} (admin page from {self.address})"
+
+    @property
     def home(self) -> str:
         """The address of the page: `PATH`, below the prefix that the application has."""
         return quote(self.http_request.scope.get("root_path", ""), safe="/:@~") + PATH
@@ -115,6 +122,9 @@ class AdminRequest:
             "current_path": quote(self.path, safe="/:@~"),
             "token": None if session is None else self.signer.csrf_token(session),
             "notice": self._take_notice(),
+            "user": None if session is None else session.user,
+            "role": None if session is None else session.role,
+            "is_operator": session is not None and session.role is Role.OPERATOR,
         }
         return self.templates.render(template, {**shared, **values}, status_code)
 

@@ -19,6 +19,8 @@ from typing import Any
 
 from itsdangerous import BadData, URLSafeSerializer
 
+from firstclaim.admin.identity import Role
+
 LASTS_SECONDS = 8 * 3600  # a working day
 IDLE_SECONDS = 30 * 60
 _RENEWED_SECONDS = 60  # a session is not renewed with every response
@@ -27,11 +29,13 @@ _AHEAD_SECONDS = 60  # clocks of the machines of several workers differ
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A session. Instants are unix seconds."""
+    """A session. Instants are unix seconds. `user` is the name that a proxy gave, None after a login by password."""
 
     id: str
     began_at: float
     seen_at: float
+    user: str | None = None
+    role: Role = Role.OPERATOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,13 @@ class Signer:
     def renew_session(self, session: Session) -> Session | None:
         """The session with the current time as `seen_at`; None if it was renewed within the last minute."""
         return replace(session, seen_at=self._now()) if self._now() - session.seen_at > _RENEWED_SECONDS else None
+
+    def proxy_session(self, user: str, role: Role) -> Session:
+        """The session of a user whom a proxy names with each request. It needs no cookie, and ends with the proxy's.
+
+        No login by password has its id, which has no colon.
+        """
+        return Session(f"user:{user}", self._now(), self._now(), user, role)
 
     # -- values of one session ------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from firstclaim.cli import admin, database, events, livez, load, psql, reconcile, send, serve
+from firstclaim.cli import admin, archive, database, events, livez, load, pauses, psql, reconcile, send, serve
 from firstclaim.cli.terminal import out
 
 app = typer.Typer(
@@ -48,5 +48,9 @@ app.command()(send.send)
 app.command()(load.load)
 app.add_typer(database.epoch, name="epoch")
 app.add_typer(events.app, name="events")
+app.add_typer(archive.app, name="archive")
 app.command()(events.stats)
+app.command()(pauses.pause)
+app.command()(pauses.resume)
+app.command("pauses")(pauses.list_pauses)
 app.command()(reconcile.reconcile)

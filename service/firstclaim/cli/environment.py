@@ -32,11 +32,14 @@ def read_settings(*, receiving: bool = True, flags: Mapping[str, Any] = MappingP
 
 
 @contextmanager
-def database() -> Iterator[Settings]:
-    """Settings with a database address, for commands that use Postgres alone: no Redis and no secret needed."""
+def database(flags: Mapping[str, Any] = MappingProxyType({})) -> Iterator[Settings]:
+    """Settings with a database address, for commands that use Postgres alone: no Redis and no secret needed.
+
+    `flags` are settings that options override.
+    """
     from firstclaim.embedded.data_folder import require_store, servers
 
-    settings = read_settings(receiving=False)
+    settings = read_settings(receiving=False, flags=flags)
     require_store(settings, "database_url")
     with nullcontext(settings) if settings.database_url else servers(settings, share=True) as ready:
         yield ready
@@ -63,8 +66,17 @@ def run_on_ledger(settings: Settings, work: Callable[[Commands], Awaitable[T]]) 
     return asyncio.run(connect_and_run())
 
 
-def signing_secret(given: str) -> str:
-    """The secret of `--secret`, or else the one that `serve` uses here. Raises `ConfigurationError`."""
+def endpoint_url(endpoint: str) -> str:
+    """Where `serve` listens here for the named endpoint; "": for the one without a name."""
+    url = read_settings(receiving=False).webhook_url
+    return f"{url}/{endpoint}" if endpoint else url
+
+
+def signing_secret(given: str, endpoint: str = "") -> str:
+    """The secret of `--secret`, or else the one that `serve` uses here. Raises `ConfigurationError`.
+
+    `endpoint`: the name of the endpoint whose secret it is; "": the one without a name.
+    """
     from firstclaim.embedded.data_folder import stored_secret
     from firstclaim.urls.stripe import check_signing_secrets
 
@@ -76,13 +88,24 @@ def signing_secret(given: str) -> str:
         return given
 
     settings = read_settings()
-    if settings.stripe_webhook_secrets:
-        return settings.stripe_webhook_secrets[0].get_secret_value()
+    endpoints = settings.endpoints
+    if secrets := endpoints.get(endpoint or None):
+        return secrets[0]
+    if names := sorted(name for name in endpoints if name is not None):
+        raise ConfigurationError(
+            [f"STRIPE_WEBHOOK_SECRETS has no {_secret_of(endpoint)}; --endpoint {' or '.join(names)}"]
+        )
+    if endpoint:
+        raise ConfigurationError([f"STRIPE_WEBHOOK_SECRETS has no {_secret_of(endpoint)}: add {endpoint}=whsec_..."])
     if (secret := stored_secret(settings)) is not None:
         return secret
     raise ConfigurationError(
         [f"no signing secret: set STRIPE_WEBHOOK_SECRETS, or start `firstclaim serve` on {settings.data_dir} first"]
     )
+
+
+def _secret_of(endpoint: str) -> str:
+    return f"secret of an endpoint {endpoint!r}" if endpoint else "secret of the endpoint without a name"
 
 
 def operator() -> str:

@@ -14,22 +14,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from firstclaim.cli.environment import database, operator, run_on_ledger
-from firstclaim.cli.options import Account, AsJson, DryRun, Id, NewerThan, OlderThan, Statuses, Type
+from firstclaim.cli.environment import database, run_on_ledger
+from firstclaim.cli.groups import groups
+from firstclaim.cli.options import Account, AsJson, Endpoint, Group, Id, NewerThan, OlderThan, Statuses, Type
+from firstclaim.cli.prune import prune
 from firstclaim.cli.replay import replay
-from firstclaim.cli.terminal import STATUS_COLOURS, fail, out, print_field, print_json, print_text, printable, reported
-from firstclaim.formatting import ago, instant, number_of
-from firstclaim.operations.limits import ROW_DAYS_LEAST
-from firstclaim.progress import progress_bar
+from firstclaim.cli.terminal import STATUS_COLOURS, fail, print_field, print_json, print_text, printable, reported
+from firstclaim.formatting import ago, instant
 from firstclaim.status import Status
 
 if TYPE_CHECKING:
     from firstclaim.operations.commands import Commands
-    from firstclaim.operations.queries import AttemptRow, Backlog, EventRow
+    from firstclaim.operations.deliveries import Deliveries
+    from firstclaim.operations.queries import Backlog, EventRow, History
 
 app = typer.Typer(no_args_is_help=True, help="List, show, replay and prune events.")
-
-_DAYS_MOST = 36_500
 
 
 @app.command("list")
@@ -39,14 +38,16 @@ def list_events(
     account: Account = None,
     older_than: OlderThan = None,
     newer_than: NewerThan = None,
+    group: Group = None,
+    endpoint: Endpoint = None,
     limit: Annotated[int, typer.Option(min=1, max=100_000, help="List at most this many.")] = 50,
     as_json: AsJson = False,
 ) -> None:
     """List events, newest first."""
     from firstclaim.cli.event_list import print_events
-    from firstclaim.operations.queries import Selection
+    from firstclaim.operations.selection import Selection
 
-    selection = Selection(None, status or None, event_type, account, older_than, newer_than)
+    selection = Selection(None, status or None, event_type, account, older_than, newer_than, group, endpoint=endpoint)
     with reported(), database() as settings:
         events = run_on_ledger(settings, lambda operations: operations.list_events(selection, limit))
     if as_json:
@@ -66,87 +67,78 @@ def show(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show one event: its row, its attempts, and what operators did to it."""
-    from firstclaim.operations.queries import timeline
+    """Show one event: its row, its deliveries, its attempts, and what operators did to it."""
 
-    async def read(
-        operations: Commands,
-    ) -> tuple[EventRow | None, list[AttemptRow], list[dict[str, Any]], bytes | None]:
-        event = await operations.find(event_id)
+    async def read(operations: Commands) -> tuple[EventRow, History, bytes | None] | None:
+        if (event := await operations.find(event_id)) is None:
+            return None
         body = await operations.payload(event_id) if payload else None
-        return event, await operations.attempts(event_id), await operations.actions_on(event_id), body
+        return event, await operations.history(event_id), body
 
     with reported(), database() as settings:
-        event, attempts, actions, body = run_on_ledger(settings, read)
-    if event is None:
+        found = run_on_ledger(settings, read)
+    if found is None:
         fail(f"the ledger has no event {event_id!r}", 1)
+    event, history, body = found
     text = None if body is None else body.decode(errors="replace")
     if as_json:
-        history = {"attempts": [asdict(each) for each in attempts], "actions": actions}
-        print_json({**asdict(event), **history, **({"payload": text} if payload else {})})
+        print_json({**asdict(event), **_as_json(history), **({"payload": text} if payload else {})})
         return
-    for name, value in asdict(event).items():
-        if name in ("due_at", "give_up_at") and event.settled_at is not None:
-            continue  # a settled event is not due any more
-        shown = _instant(value) if isinstance(value, datetime) else "-" if value is None else str(value)
-        print_field(name, shown, STATUS_COLOURS[event.status] if name == "status" else "")
-    print_text("")
-    for entry in timeline(event, attempts, actions):
-        print_field(f"{entry.at:%Y-%m-%d %H:%M:%S.%f}"[:-3], entry.text)
-        for frame in entry.frames:
-            print_field("", f"  {frame}")
+    _print_event(event, history)
     if payload:
         print_text("")
         print_text(printable(text or "The payload was pruned."))
 
 
+def _as_json(history: History) -> dict[str, Any]:
+    return {
+        **asdict(history.deliveries),
+        "attempts": [asdict(each) for each in history.attempts],
+        "actions": history.actions,
+        "follow_ups": [
+            {"event_id": each.event_id, "type": each.type, "status": each.status, "due_at": each.due_at}
+            for each in history.follow_ups
+        ],
+    }
+
+
+def _print_event(event: EventRow, history: History) -> None:
+    from firstclaim.operations.queries import timeline
+
+    for name, value in asdict(event).items():
+        if name in ("due_at", "give_up_at") and event.settled_at is not None:
+            continue  # a settled event is not due any more
+        shown = _instant(value) if isinstance(value, datetime) else "-" if value is None else str(value)
+        print_field(name, shown, STATUS_COLOURS[event.status] if name == "status" else "")
+    if event.parent_id is None:
+        _print_deliveries(history.deliveries)
+    for each in history.follow_ups:
+        print_field("follow-up", f"{each.event_id}  {each.type}  {each.status}", STATUS_COLOURS[each.status])
+    print_text("")
+    for entry in timeline(event, history.attempts, history.actions):
+        print_field(f"{entry.at:%Y-%m-%d %H:%M:%S.%f}"[:-3], entry.text)
+        for frame in entry.frames:
+            print_field("", f"  {frame}")
+
+
+def _print_deliveries(deliveries: Deliveries) -> None:
+    last = deliveries.last_duplicate_at
+    print_field("duplicates", str(deliveries.duplicates) + ("" if last is None else f", the last {_instant(last)}"))
+    for header in deliveries.headers or ():
+        print_field("header", printable(header))
+
+
+app.command()(groups)
 app.command()(replay)
-
-
-@app.command()
-def prune(
-    payload_days: Annotated[
-        int,
-        typer.Option(min=1, max=_DAYS_MOST, help="Delete the payloads of events settled at least this many days ago."),
-    ] = 90,
-    row_days: Annotated[
-        int, typer.Option(min=ROW_DAYS_LEAST, max=_DAYS_MOST, help="Delete events settled at least this many days ago.")
-    ] = 400,
-    include_dead: Annotated[
-        bool, typer.Option("--include-dead", help="Prune dead events too, which wait for an operator.")
-    ] = False,
-    dry_run: DryRun = False,
-) -> None:
-    """Delete old events that are completed or ignored, in small batches. Unfinished events are never deleted.
-
-    An event without its payload cannot be replayed. After its row is deleted, a late duplicate is a new event.
-    """
-    with reported(), database() as settings:
-        payloads, rows = run_on_ledger(
-            settings,
-            lambda operations: operations.count_prunable(payload_days, row_days, include_dead=include_dead),
-        )
-        if dry_run:
-            print_text(f"would delete {_pruned(rows, max(0, payloads - rows))}")
-            return
-
-        async def delete(operations: Commands) -> tuple[int, int]:
-            deleted_payloads = deleted_rows = 0
-            with progress_bar(out, "pruning", max(payloads, rows)) as bar:
-                async for batch_payloads, batch_rows in operations.prune(
-                    operator(), payload_days, row_days, include_dead=include_dead
-                ):
-                    deleted_payloads, deleted_rows = deleted_payloads + batch_payloads, deleted_rows + batch_rows
-                    bar.advance(batch_payloads + batch_rows)
-            return deleted_payloads, deleted_rows
-
-        deleted_payloads, deleted_rows = run_on_ledger(settings, delete)
-        print_text(f"deleted {_pruned(deleted_rows, deleted_payloads)}")
+app.command()(prune)
 
 
 def stats(as_json: AsJson = False) -> None:
-    """Count events by status, and how many are due and for how long."""
-    from firstclaim.operations.queries import Selection
+    """Count events by status, and how many are due and for how long.
+
+    A refused request is no event: the admin page, /metrics and the log event signatures_refused count those.
+    """
+    from firstclaim.operations.selection import Selection
 
     async def read(operations: Commands) -> tuple[dict[Status, int], Backlog]:
         return await operations.count(Selection()), await operations.backlog()
@@ -163,13 +155,6 @@ def stats(as_json: AsJson = False) -> None:
     print_field("oldest due", "-" if backlog.oldest_due_seconds is None else f"{backlog.oldest_due_seconds:.0f} s")
     print_field("past their lease", str(backlog.past_their_lease))
     print_field("abandoned before", str(backlog.abandoned_before))
-
-
-def _pruned(rows: int, payloads: int) -> str:
-    return (
-        f"{number_of(rows, 'event with its payload', 'events with their payloads')}, "
-        f"and {number_of(payloads, 'payload of another event', 'payloads of other events')}"
-    )
 
 
 def _instant(at: datetime) -> str:

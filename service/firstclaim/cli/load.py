@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from firstclaim.cli.environment import dsn_of, read_settings, signing_secret
-from firstclaim.cli.options import WebhookUrl
+from firstclaim.cli.environment import dsn_of, endpoint_url, read_settings, signing_secret
+from firstclaim.cli.options import SendTo, WebhookUrl
 from firstclaim.cli.terminal import invalid_arguments, out, reported
 
 # `firstclaim.loadtest.plan.IN_FLIGHT_MOST`, which a test compares: the help needs no load generator.
@@ -42,6 +42,7 @@ def load(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Determines the sequence of events.", show_default="random")] = None,
     secret: Annotated[str, typer.Option(help="Signing secret.", show_default="the one that serve uses here")] = "",
+    endpoint: SendTo = "",
     database_url: Annotated[
         str, typer.Option(help="The service's Postgres, for the verdict.", show_default="the one that serve uses here")
     ] = "",
@@ -68,8 +69,8 @@ def load(
     with reported():
         settings = read_settings(receiving=False)
         plan = Plan(
-            url=url or settings.webhook_url,
-            secret=signing_secret(secret),
+            url=url or endpoint_url(endpoint),
+            secret=signing_secret(secret, endpoint),
             types=tuple(types or shipped_types()),
             users=users,
             deliveries_per_second=rate,
@@ -80,7 +81,7 @@ def load(
             seed=random.getrandbits(32) if seed is None else seed,
             html=None if html is None else str(html.resolve()),
         )
-        metrics = capacity.metrics_url(plan.url, settings.webhook_path)
+        metrics = capacity.metrics_url(plan.url, settings.webhook_path, endpoint)
         if database_url:
             with invalid_arguments():
                 dsn: str | None = postgres_dsn(database_url)

@@ -13,6 +13,12 @@ from firstclaim.status import Status
 WebhookUrl = Annotated[
     str, typer.Option("--url", help="The webhook endpoint.", show_default="where serve listens here")
 ]
+SendTo = Annotated[
+    str,
+    typer.Option(
+        "--endpoint", metavar="NAME", help="Send to this named endpoint, signed with its secret.", show_default=False
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
@@ -38,6 +44,11 @@ def storable(text: str) -> str:
     return text
 
 
+def endpoint_filter(text: str) -> str:
+    """The name of an endpoint, as `Selection` takes it. Raises a usage error."""
+    return "" if text == "-" else storable(text)
+
+
 # Which events a command is about.
 Id = Annotated[str, typer.Argument(parser=storable, metavar="ID", help="Event id.")]
 Ids = Annotated[list[str] | None, typer.Argument(parser=storable, metavar="ID...", help="Event ids.")]
@@ -46,11 +57,38 @@ Statuses = Annotated[
 ]
 Type = Annotated[
     str | None,
-    typer.Option("--type", parser=storable, metavar="TYPE", help='Only events of this type, or of "prefix.*".'),
+    typer.Option(
+        "--type",
+        parser=storable,
+        metavar="TYPE",
+        help='Only events of this type, of "prefix.*", "task:*", "handler:*" or "*" (all), or of several: "a,b.*".',
+    ),
 ]
 Account = Annotated[
     str | None, typer.Option("--account", parser=storable, metavar="ID", help="Only events of this connected account.")
 ]
+Endpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--endpoint",
+        parser=endpoint_filter,
+        metavar="NAME",
+        help="Only events that this named endpoint received first; '-': the endpoint without a name.",
+    ),
+]
+Group = Annotated[
+    str | None,
+    typer.Option("--group", parser=storable, metavar="GROUP", help="Only events of this group of `events groups`."),
+]
 OlderThan = Annotated[float | None, duration_option("Only events received longer ago than this.")]
 NewerThan = Annotated[float | None, duration_option("Only events received within this time.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print how many, and change nothing.")]
+ArchiveUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--archive",
+        metavar="URL",
+        help="Archive of payloads: s3://bucket/prefix, or file:///folder.",
+        show_default="FIRSTCLAIM_ARCHIVE_URL, or none",
+    ),
+]

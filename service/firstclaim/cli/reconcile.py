@@ -44,10 +44,18 @@ def reconcile(
         bool,
         typer.Option("--undelivered", help="Only events that Stripe has not delivered to all endpoints."),
     ] = False,
+    endpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--endpoint",
+            metavar="NAME",
+            help="Record them as if this named endpoint had received them. It must be in STRIPE_WEBHOOK_SECRETS.",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print how many are missing, and change nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Record the events that Stripe lists and the ledger lacks. Running services handle them, oldest first.
+    """Record the events that Stripe lists and the ledger lacks. Running services handle them.
 
     Needs DATABASE_URL, STRIPE_API_KEY with the permission to read Events, and
     the services' FIRSTCLAIM_HANDLERS: other events are recorded as ignored.
@@ -61,11 +69,12 @@ def reconcile(
     from firstclaim.operations.stripe_api import StripeEvents
     from firstclaim.registry import Registry
 
-    options = ReconcileOptions(since, undelivered)
+    options = ReconcileOptions(since, undelivered, endpoint)
     progress = ReconcileProgress()
     with reported(), database() as settings:
         key = _key(settings)
-        routes = Routes(Registry.load(settings.handlers), settings.livemode)
+        _check_endpoint(settings, endpoint)
+        routes = Routes(Registry.load(settings.handlers, settings), settings.livemode)
 
         async def work(operations: Commands) -> None:
             nonlocal progress
@@ -94,6 +103,11 @@ def reconcile(
                 out.print(_summary(progress, complete=complete, dry_run=dry_run), soft_wrap=True)
         if progress.refused_events:
             fail("\n".join(_refusals(progress)), 1)
+
+
+def _check_endpoint(settings: Settings, endpoint: str | None) -> None:
+    if endpoint is not None and endpoint not in settings.endpoints:
+        raise ConfigurationError([f"--endpoint: STRIPE_WEBHOOK_SECRETS names no endpoint {endpoint!r}"])
 
 
 def _key(settings: Settings) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from firstclaim.cli.environment import database, operator, run_on_ledger
-from firstclaim.cli.options import Account, DryRun, Ids, NewerThan, OlderThan, Statuses, Type
+from firstclaim.cli.options import Account, DryRun, Endpoint, Group, Ids, NewerThan, OlderThan, Statuses, Type
 from firstclaim.cli.terminal import fail, out, print_text, reported
 from firstclaim.formatting import number_of, number_of_events
 from firstclaim.progress import progress_bar
@@ -20,7 +20,7 @@ from firstclaim.status import Status
 
 if TYPE_CHECKING:
     from firstclaim.operations.commands import Commands, ReplayCandidate
-    from firstclaim.operations.queries import Selection
+    from firstclaim.operations.selection import Selection
 
 _POLL_SECONDS = 0.5
 
@@ -32,6 +32,8 @@ def replay(
     account: Account = None,
     older_than: OlderThan = None,
     newer_than: NewerThan = None,
+    group: Group = None,
+    endpoint: Endpoint = None,
     dry_run: DryRun = False,
     count: Annotated[
         int | None, typer.Option(help="How many events you expect. Without it the command asks you.")
@@ -54,9 +56,11 @@ def replay(
 
     Exit code 1 if not all of them could be replayed, or with --wait if not all were completed or ignored.
     """
-    from firstclaim.operations.queries import Selection
+    from firstclaim.operations.selection import Selection
 
-    selection = Selection(ids or None, status or None, event_type, account, older_than, newer_than)
+    selection = Selection(
+        ids or None, status or None, event_type, account, older_than, newer_than, group, endpoint=endpoint
+    )
     if selection.is_empty:
         raise typer.BadParameter("select events by id, or with --status and the other filters")
     if yes and at_most is None:
@@ -135,7 +139,7 @@ async def _wait_until_settled(operations: Commands, event_ids: list[str]) -> dic
     """Wait until none of the events is pending or processing. An event that failed again is not waited for."""
     import asyncio
 
-    from firstclaim.operations.queries import Selection
+    from firstclaim.operations.selection import Selection
 
     with progress_bar(out, "settled", len(event_ids)) as bar:
         while True:

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from firstclaim.cli.environment import read_settings, signing_secret
-from firstclaim.cli.options import WebhookUrl
+from firstclaim.cli.environment import endpoint_url, signing_secret
+from firstclaim.cli.options import SendTo, WebhookUrl
 from firstclaim.cli.terminal import invalid_arguments, out, reported
 from firstclaim.progress import progress_bar
 
@@ -24,6 +24,7 @@ def send(
         typer.Option("--set", metavar="PATH=VALUE", help="Set a field: data.object.currency=usd. Repeat it for more."),
     ] = None,
     secret: Annotated[str, typer.Option(help="Signing secret.", show_default="the one that serve uses here")] = "",
+    endpoint: SendTo = "",
 ) -> None:
     """Sign an event as Stripe would, send it, and print the answers.
 
@@ -36,12 +37,14 @@ def send(
     if bool(event_type) == (file is not None):
         raise typer.BadParameter("give either an event TYPE, or a file with --file")
     with reported():
-        url = url or read_settings(receiving=False).webhook_url
+        url = url or endpoint_url(endpoint)
         with invalid_arguments():
             client.check_url(url)
             body = events.changed(_event(event_type, event_id, file), changes or ())
         with progress_bar(out, "sending", copies) as bar:
-            answers = asyncio.run(client.send(url, body, signing_secret(secret), copies, lambda _: bar.advance()))
+            answers = asyncio.run(
+                client.send(url, body, signing_secret(secret, endpoint), copies, lambda _: bar.advance())
+            )
         report.report(answers, out, events.event_id_of(body))
         raise typer.Exit(report.exit_code(answers))
 

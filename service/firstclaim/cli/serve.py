@@ -96,7 +96,7 @@ def _print_addresses(settings: Settings, ready: Settings, listener: socket.socke
     host = f"[{host}]" if ":" in host else host
     address = f"http://{host}:{port}{settings.root_path}"
     lines = {
-        "webhooks": f"POST {address}{settings.webhook_path}",
+        **_endpoint_lines(ready, f"{address}{settings.webhook_path}"),
         "workers": str(settings.workers),
         **_handler_lines(settings),
         "postgres": "DATABASE_URL" if settings.database_url else f"embedded, in {settings.data_dir}: firstclaim psql",
@@ -115,13 +115,23 @@ def _print_addresses(settings: Settings, ready: Settings, listener: socket.socke
         out.print(Text.assemble((f"{name:10}", "bold"), value), soft_wrap=True)
 
 
+def _endpoint_lines(ready: Settings, url: str) -> dict[str, str]:
+    """A line for each endpoint; the name stands at the first."""
+    urls = [url if name is None else f"{url}/{name}" for name in ready.endpoints]
+    return {"webhooks" if number == 0 else " " * number: f"POST {each}" for number, each in enumerate(urls)}
+
+
 def _handler_lines(settings: Settings) -> dict[str, str]:
     """A line for each pattern; the name stands at the first."""
     from firstclaim.registry import Registry
 
-    handlers = sorted(Registry.load(settings.handlers), key=lambda handler: handler.pattern)
+    handlers = sorted(Registry.load(settings.handlers, settings), key=lambda handler: handler.pattern)
     width = max((len(handler.pattern) for handler in handlers), default=0)
-    shown = (f"{handler.pattern:{width}} {handler.name}" for handler in handlers)
+    shown = (
+        f"{handler.pattern:{width}} {handler.name}"
+        + (f" ({', '.join(handler.options.words)})" if handler.options.words else "")
+        for handler in handlers
+    )
     return {"handlers" if number == 0 else " " * number: line for number, line in enumerate(shown)}
 
 
@@ -138,7 +148,7 @@ def _handled_type(settings: Settings) -> str | None:
     from firstclaim.registry import Registry
     from firstclaim.sending.events import shipped_types
 
-    registry = Registry.load(settings.handlers)
+    registry = Registry.load(settings.handlers, settings)
     types = ("invoice.payment_failed", *shipped_types())
     return next((each for each in types if registry.find(each) is not None), None)
 

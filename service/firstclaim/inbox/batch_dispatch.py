@@ -2,8 +2,8 @@
 
 Guarantees: a batch that fails charges nobody. Its transaction is rolled back, its events get new leases, and each goes
 alone, where only its own failure counts. So an event that fails costs the other events of its batch one more run, in
-whichever process, and no more: the row of an event that goes alone says so. Everything that is not a failure of the
-batch is settled event by event, as after an attempt at one event.
+whichever process, and no more: the row of an event that goes alone says so, until it has run. Everything that is not a
+failure of the batch is settled event by event, as after an attempt at one event.
 """
 
 import asyncio
@@ -14,16 +14,16 @@ from typing import Any
 import structlog
 
 from firstclaim import outcome
-from firstclaim.backoff import Backoff
 from firstclaim.errors import LedgerUnavailable, Retry
 from firstclaim.event import Event
-from firstclaim.inbox.attempt import AttemptResult, Committed, CommitUnknown, Failed, Interrupted
+from firstclaim.inbox.attempt import AttemptResult, Committed, CommitUnknown, Failed, Interrupted, effects_committed
 from firstclaim.inbox.batch_attempt import BatchAttempt, BatchResult
 from firstclaim.inbox.batch_ledger import BatchLedger
-from firstclaim.inbox.claims import Claims
-from firstclaim.inbox.dispatch import QUEUED, Dispatcher, decision, effects_committed, requested_wait
-from firstclaim.inbox.ledger import Claim
-from firstclaim.inbox.slots import Place, Slots
+from firstclaim.inbox.claim import Claim
+from firstclaim.inbox.decisions import decision, failure, requested_wait
+from firstclaim.inbox.dispatch import QUEUED, Dispatcher
+from firstclaim.inbox.slots import Place
+from firstclaim.inbox.statements import GOES_ALONE
 from firstclaim.observability import tracing
 from firstclaim.observability.frames import failure_report, frames
 from firstclaim.observability.redaction import class_name, describe_error, is_a, redacted_error
@@ -33,21 +33,20 @@ from firstclaim.status import Status
 
 log = structlog.get_logger(__name__)
 
-_ALONE = "its batch has failed, so it goes alone: "
-
 
 class Member:
     """A claimed event on its way through a batch, and the outcome that somebody waits for."""
 
-    __slots__ = ("begun", "claim", "ended", "event", "leased_at", "link", "result")
+    __slots__ = ("alone", "begun", "claim", "ended", "event", "leased_at", "result", "span")
 
     def __init__(self, claim: Claim, event: Event, loop: asyncio.AbstractEventLoop) -> None:
         self.claim = claim
         self.event = event
         self.leased_at = loop.time()
-        self.link = tracing.link()
-        self.begun = False  # its attempt; again not, once its batch has failed
-        self.ended = False  # not `result.done()`: a shutdown cancels who waits for it, and with it the future
+        self.span = tracing.current()  # of its delivery, or of its recovery
+        self.begun = False  # whether its attempt has begun; false again once its batch has failed
+        self.alone = False  # its batch has failed, and it has left it: a task of its own settles it
+        self.ended = False  # not `result.done()`: a shutdown cancels the task that waits, and the future with it
         self.result: asyncio.Future[Outcome] = loop.create_future()
 
     def end(self, result: Outcome) -> None:
@@ -75,66 +74,86 @@ class Member:
         )
 
 
+GoAlone = Callable[[Member], object]  # starts what dispatches it by itself
+
+
 @dataclass(frozen=True, slots=True)
 class BatchDispatcher:
-    """Runs the batches of one handler."""
+    """Runs the batches of one handler, in the slots and with the ledger and the limits of `dispatcher`."""
 
     handler: Handler
     dispatcher: Dispatcher
     ledger: BatchLedger
-    claims: Claims
-    slots: Slots
-    backoff: Backoff
-    lease_seconds: float
-    attempt: Callable[..., BatchAttempt]
 
-    async def run(self, members: Sequence[Member]) -> list[Member]:
-        """Dispatch them together, and end each; returns those that have to go alone, because the batch has failed.
+    @property
+    def lease_seconds(self) -> float:
+        """How long a claim lasts."""
+        return self.dispatcher.limits.lease_seconds
+
+    async def run(self, members: Sequence[Member], go_alone: GoAlone) -> None:
+        """Dispatch them together, and end each, or let it go alone, because the batch has failed.
 
         Raises nothing but a shutdown's cancellation.
         """
         result: BatchResult | None = None
         try:
             result = await self._attempt(members)
-            return await self._settle(members, result)
+            await self._settle(members, result, go_alone)
         except asyncio.CancelledError:
             end = None if result is None else result.end
             await self._settle_interrupted(members, effects_committed=effects_committed(end))
             raise
-        except Exception as error:  # noqa: BLE001  (each who waits for a member answers with it)
+        except Exception as error:  # noqa: BLE001  (every task that waits for a member gets it)
             for member in members:
                 member.fail(error)
-            return []
 
     async def _attempt(self, members: Sequence[Member]) -> BatchResult | None:
         """The result of their attempt; None: there was no slot in time."""
-        place = Place(self.slots, for_delivery=True)
+        place = Place(self.dispatcher.slots, for_delivery=True)
         running: asyncio.Future[Any] | None = None
         try:
             waited = asyncio.get_running_loop().time() - members[0].leased_at
-            left = self.lease_seconds / 2 - waited  # for the second half of a batch it may be over
-            if left <= 0 or not await place.enter(previously_abandoned=False, timeout_seconds=left):
+            left = self.lease_seconds / 2 - waited  # the second half of a split batch may have no time left
+            if left <= 0 or not await place.enter(
+                self.handler.metrics, previously_abandoned=False, timeout_seconds=left
+            ):
                 return None
             for member in members:
                 member.begun = True
-            claims, events = [each.claim for each in members], [each.event for each in members]
-            attempt = self.attempt(claim=claims[0], event=events[0], claims=claims, events=events)
-            with tracing.span("batch", [member.link for member in members], events=len(members)):
-                result = await attempt.run_batch()
+            with tracing.span("batch", [member.span for member in members], events=len(members)):
+                result = await self._attempt_at(members).run()
                 if not isinstance(result.end, Committed):
                     name = class_name(result.end.error) if isinstance(result.end, Failed) else type(result.end).__name__
                     tracing.note(error=name)
+            if isinstance(result.end, Committed) and result.end.follow_ups_due:
+                self.dispatcher.slots.wake()
             running = result.end.running if isinstance(result.end, Failed | Interrupted) else None
             return result
         finally:
             place.release(running)
 
+    def _attempt_at(self, members: Sequence[Member]) -> BatchAttempt:
+        own = self.dispatcher
+        return BatchAttempt(
+            own.connections,
+            own.ledger,
+            own.watch,
+            self.handler,
+            own.limits.deadline_of(self.handler),
+            own.limits.idle_of(self.handler),
+            own.limits.postgres_timeout_seconds,
+            own.tasks,
+            self.ledger,
+            [member.claim for member in members],
+            [member.event for member in members],
+        )
+
     # -- settling ---------------------------------------------------------------------------------------
 
-    async def _settle(self, members: Sequence[Member], result: BatchResult | None) -> list[Member]:
+    async def _settle(self, members: Sequence[Member], result: BatchResult | None, go_alone: GoAlone) -> None:
         if result is None:
             await asyncio.gather(*(self.release(member) for member in members))
-            return []
+            return
         held_ids = {claim.event_id for claim in result.held}
         held: list[Member] = []
         for member in members:
@@ -144,23 +163,25 @@ class BatchDispatcher:
                 member.end(outcome.duplicate(member.claim.event_id))
         match result.end:
             case Committed():
+                self.handler.metrics.attempts["completed"].inc(len(held))
                 for member, action in zip(held, result.actions, strict=True):
                     member.end(outcome.processed(action, member.claim.attempt))
-                await self.claims.mark([member.claim for member in held])
+                await self.dispatcher.claims.mark([member.claim for member in held])
             case CommitUnknown() as end:
-                return await self._settle_unknown(held, end, result.actions)
+                await self._settle_unknown(held, end, result.actions, go_alone)
             case Failed() as end:
-                return await self._settle_failed(held, end, conflict=result.conflict)
+                await self._settle_failed(held, end, go_alone)
             case Interrupted():
                 raise asyncio.CancelledError
             case end:
                 await self._settle_each(held, end)
-        return []
 
     async def _settle_unknown(
-        self, members: Sequence[Member], end: CommitUnknown, actions: Sequence[str]
-    ) -> list[Member]:
-        """Row by row, by the guarded update. If the database cannot say it of one, recovery gets the rest as well.
+        self, members: Sequence[Member], end: CommitUnknown, actions: Sequence[str], go_alone: GoAlone
+    ) -> None:
+        """Settle row by row, with the guarded update.
+
+        If the database cannot tell the result of one, recovery gets that row and the rest.
 
         A COMMIT that has failed (of a deferred constraint, for example) is a failure like any other: each goes alone.
         """
@@ -169,7 +190,8 @@ class BatchDispatcher:
             if not await self.ledger.committed(end.transaction):
                 failure = LedgerUnavailable(f"COMMIT failed: {end.error}")
                 failed = Failed(failure, effects_committed=False, running=None, hung=False)
-                return await self._settle_failed(members, failed, conflict=False)
+                await self._settle_failed(members, failed, go_alone)
+                return
         except LedgerUnavailable as unavailable:
             error = unavailable
         for member, action in zip(members, actions, strict=True):
@@ -182,8 +204,7 @@ class BatchDispatcher:
             except LedgerUnavailable as unavailable:
                 error = unavailable
                 member.fail(error)
-        await self.claims.mark([member.claim for member in members if member.processed])
-        return []
+        await self.dispatcher.claims.mark([member.claim for member in members if member.processed])
 
     async def _settle_each(self, members: Sequence[Member], end: AttemptResult) -> None:
         """Settle each as after an attempt at it alone; at once, because each may wait as long as Postgres is silent."""
@@ -196,29 +217,32 @@ class BatchDispatcher:
 
         await asyncio.gather(*map(settle, members))
 
-    async def _settle_failed(self, members: Sequence[Member], end: Failed, *, conflict: bool) -> list[Member]:
+    async def _settle_failed(self, members: Sequence[Member], end: Failed, go_alone: GoAlone) -> None:
         self._note_failed(members, end)
         if end.effects_committed is not False:  # committed by the handler, or perhaps: nothing may be tried again
             await self._settle_each(members, end)
-            return []
+            return
         # Nothing is committed, and the backend is known to be out of the transaction: the rows can be locked again.
         if _is_cancelled():
             raise asyncio.CancelledError
         decided = decision(end.error)
         if decided is not None and is_a(decided, Retry):
-            await self._postpone(members, decided, failure_report(end.error, self.handler.function))
-            return []
-        members = await self._renewed(members, None if conflict else _ALONE + redacted_error(end.error))
-        if conflict and len(members) > 2:  # nobody is guilty of it: again, at half the size
+            await self._postpone(members, decided, end.error)
+            return
+        members = await self._renewed(members, None if end.conflict else f"{GOES_ALONE}: {redacted_error(end.error)}")
+        if end.conflict and len(members) > 2:  # nobody is guilty of it: again, at half the size
             half = len(members) // 2
-            return [*await self.run(members[:half]), *await self.run(members[half:])]
-        await self.claims.mark([member.claim for member in members])
-        for member in members:
+            await self.run(members[:half], go_alone)
+            await self.run(members[half:], go_alone)
+            return
+        await self.dispatcher.claims.mark([member.claim for member in members])
+        for member in members:  # at once: its lease has begun, and the other half of its batch may take longer
             member.claim = replace(member.claim, token="")
-        return members
+            member.alone = True
+            go_alone(member)
 
     async def _renewed(self, members: Sequence[Member], error: str | None) -> list[Member]:
-        """Begin their leases anew. Returns those that are ours still; those that cannot be renewed are released."""
+        """Begin their leases anew. Returns those that are still ours. Those that cannot be renewed are released."""
         try:
             ours = await self.ledger.renew_if_held([member.claim for member in members], error)
         except LedgerUnavailable:
@@ -231,16 +255,19 @@ class BatchDispatcher:
                 member.end(outcome.duplicate(member.claim.event_id))
         return [member for member in members if member.claim.event_id in ours]
 
-    async def _postpone(self, members: Sequence[Member], decided: Retry, report: str) -> None:
+    async def _postpone(self, members: Sequence[Member], decided: Retry, error: Exception) -> None:
         """The handler wants the whole batch again later. Nobody is charged, because nobody has failed."""
+        self.handler.metrics.attempts["retry"].inc(len(members))
         wait = requested_wait(decided)
         statuses = await self.ledger.postpone_if_held(
             [member.claim for member in members],
-            report,
-            due_in_seconds=self.backoff.after(1) if wait is None else wait,
+            failure_report(error, self.handler.function),
+            failure(error, self.handler),
+            give_up_seconds=self.handler.options.give_up_seconds,
+            due_in_seconds=self.dispatcher.backoff_of(self.handler).after(1) if wait is None else wait,
         )
         moved = [member for member in members if statuses.get(member.claim.event_id) is Status.PENDING]
-        await asyncio.gather(*(self.claims.forget(member.claim) for member in moved))
+        await asyncio.gather(*(self.dispatcher.claims.forget(member.claim) for member in moved))
         for member in members:
             is_dead = statuses.get(member.claim.event_id) is Status.DEAD
             member.end(outcome.failed(member.claim.attempt, dead=is_dead))
@@ -252,7 +279,7 @@ class BatchDispatcher:
 
     async def _settle_interrupted(self, members: Sequence[Member], *, effects_committed: bool | None) -> None:
         """A shutdown: what has no outcome yet is released, as after an attempt at one event."""
-        left = [member for member in members if not member.ended]
+        left = [member for member in members if not member.ended and not member.alone]
         for member in left:
             member.ended = True
         await asyncio.gather(

@@ -1,15 +1,17 @@
 """The ledger's part in a batch: rows are locked, marked, kept and put off together, by event id and attempt.
 
-Guarantees: those of `firstclaim.inbox.ledger`, of which this is the plural. Each method names what it changed, because
-a process that has taken over one event of a batch has not taken over the others.
+Guarantees: those of `firstclaim.inbox.ledger`, for many events at once. Each method names what it changed, because a
+process that has taken over one event of a batch has not taken over the others.
 """
 
 from collections.abc import Mapping, Sequence
 
 from firstclaim.errors import HandlerRuleBroken
 from firstclaim.inbox import batch_statements
-from firstclaim.inbox.ledger import Claim, HandlerTransaction, Ledger
+from firstclaim.inbox.claim import Claim, HandlerTransaction
+from firstclaim.inbox.ledger import Ledger
 from firstclaim.inbox.statements import NOT_MARKED
+from firstclaim.observability.failure import Failure, failure_columns
 from firstclaim.postgres.handler_connections import HandlerConnection
 from firstclaim.postgres.one_round_trip import NotCommitted
 from firstclaim.postgres.statement import Statement
@@ -21,13 +23,11 @@ _SHORT_MARK = "rule broken: the handler has changed the ledger's rows of its own
 class BatchLedger:
     """The statements for many claims; `hold` and `complete_if_held` on a handler's own connection."""
 
-    def __init__(self, ledger: Ledger, *, lease_seconds: float, idle_in_transaction_seconds: float) -> None:
+    def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._lease_seconds = lease_seconds
-        self._timeout_ms = str(round(idle_in_transaction_seconds * 1000))
 
     async def hold(
-        self, connection: HandlerConnection, claims: Sequence[Claim]
+        self, connection: HandlerConnection, claims: Sequence[Claim], *, idle_seconds: float | None = None
     ) -> tuple[HandlerTransaction | None, set[str]]:
         """Begin the handler's transaction, and lock the claimed rows. Returns also the ids of those that are held.
 
@@ -36,7 +36,7 @@ class BatchLedger:
         rows = await connection.begin(
             batch_statements.HOLD_ALL,
             **_pairs(claims),
-            timeout_ms=self._timeout_ms,
+            timeout_ms=self._ledger.timeout_ms(idle_seconds),
             synchronous_commit=connection.synchronous_commit,
         )
         return HandlerTransaction(*rows[0][:4]) if rows else None, {row["event_id"] for row in rows}
@@ -73,7 +73,7 @@ class BatchLedger:
     async def committed(self, transaction: HandlerTransaction) -> bool:
         """Whether a COMMIT whose result is unknown has succeeded, as `Ledger.committed` says it.
 
-        False also if the server cannot know it after a crash: then the guarded statements find out which rows are ours.
+        False also if the server cannot know it after a crash: then the guarded statements show which rows are ours.
         """
         self._ledger.connect_anew()
         return await self._ledger.committed(transaction)
@@ -83,13 +83,29 @@ class BatchLedger:
 
         `error`: why each of them goes alone from now on, in whichever process; None: they may enter a batch again.
         """
-        return set(await self._settle(batch_statements.RENEW, claims, lease=self._lease_seconds, error=error))
+        return set(await self._settle(batch_statements.RENEW, claims, lease=self._ledger.lease_seconds, error=error))
 
     async def postpone_if_held(
-        self, claims: Sequence[Claim], error: str, *, due_in_seconds: float
+        self,
+        claims: Sequence[Claim],
+        error: str,
+        failure: Failure | None = None,
+        *,
+        due_in_seconds: float,
+        give_up_seconds: float | None = None,
     ) -> dict[str, Status]:
-        """Make the events due later, without a charge. Returns the statuses of those that were ours."""
-        return await self._settle(batch_statements.POSTPONE, claims, due_in=due_in_seconds, error=error)
+        """Make the events due later, without a charge. Returns the statuses of those that were ours.
+
+        `give_up_seconds`: that of the handler, if it has its own.
+        """
+        return await self._settle(
+            batch_statements.POSTPONE,
+            claims,
+            due_in=due_in_seconds,
+            give_up_later=self._ledger.later(give_up_seconds),
+            error=error,
+            **failure_columns(failure),
+        )
 
     async def _settle(self, statement: Statement, claims: Sequence[Claim], **values: object) -> dict[str, Status]:
         """Change the rows that we hold. Those that were returned as abandoned meanwhile are taken back first."""

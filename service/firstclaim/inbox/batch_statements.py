@@ -6,6 +6,7 @@ statements a batch costs does not depend on its size.
 
 from asyncpg import DivisionByZeroError
 
+from firstclaim.inbox.statements import FAILURE, GIVE_UP_AT
 from firstclaim.postgres.statement import statement
 
 _PAIRS = "unnest(CAST(:event_ids AS text[]), CAST(:attempts AS int[]))"
@@ -65,21 +66,24 @@ UPDATE firstclaim.stripe_events e
 RETURNING e.event_id, e.status
 """)
 
-# A batch handler has asked for a retry of the whole: no charge, and no error, so that the events may enter a batch
-# again. Past its time to give up an event is dead, because it is never charged on this way.
+# A batch handler has asked for a retry of the whole, or another system for a pause: no charge, no error, so that the
+# events may enter a batch again. Past its time to give up an event is dead, because it is never charged on this way.
 POSTPONE = statement(f"""
 WITH changed AS (
     UPDATE firstclaim.stripe_events e
-       SET status = CASE WHEN clock_timestamp() >= give_up_at THEN 'dead' ELSE 'pending' END,
-           settled_at = CASE WHEN clock_timestamp() >= give_up_at THEN clock_timestamp() END,
-           last_error = CASE WHEN clock_timestamp() >= give_up_at THEN CAST(:error AS text) ELSE last_error END,
+       SET status = CASE WHEN clock_timestamp() >= {GIVE_UP_AT} THEN 'dead' ELSE 'pending' END,
+           settled_at = CASE WHEN clock_timestamp() >= {GIVE_UP_AT} THEN clock_timestamp() END,
+           last_error = CASE WHEN clock_timestamp() >= {GIVE_UP_AT} THEN split_part(CAST(:error AS text), chr(10), 1)
+                             ELSE last_error END,
            due_at = clock_timestamp() + make_interval(secs => :due_in)
       FROM {_PAIRS} AS claimed (event_id, attempt)
      WHERE e.event_id = claimed.event_id AND e.attempt = claimed.attempt AND e.status = 'processing'
     RETURNING e.*
 ), noted AS (
-    INSERT INTO firstclaim.stripe_event_attempts (event_id, attempt, outcome, process, began_at, ended_at, error)
-    SELECT event_id, attempt, status, claimed_by, claimed_at, clock_timestamp(), last_error FROM changed
+    INSERT INTO firstclaim.stripe_event_attempts
+           (event_id, attempt, outcome, process, began_at, ended_at, error, failure_group, handler, error_class, place)
+    SELECT event_id, attempt, status, claimed_by, claimed_at, clock_timestamp(), CAST(:error AS text), {FAILURE}
+      FROM changed
      WHERE status = 'dead'
     ON CONFLICT DO NOTHING
 )

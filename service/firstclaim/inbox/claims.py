@@ -12,14 +12,15 @@ reach a process that wants it.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from firstclaim import outcome
 from firstclaim.errors import Rejected
 from firstclaim.event import Delivery
+from firstclaim.inbox.claim import Claim
 from firstclaim.inbox.existing_row import ExistingRow
-from firstclaim.inbox.ledger import Claim, Ledger, Recorded
+from firstclaim.inbox.ledger import Ledger, Recorded
 from firstclaim.inbox.lock import Lock, LockReply
 from firstclaim.inbox.lock_token import new_token
 from firstclaim.observability import metrics
@@ -28,7 +29,7 @@ from firstclaim.postgres.epoch import Epoch
 from firstclaim.status import TAKEABLE, UNFINISHED, Status
 
 _WANTED_ELSEWHERE = "Recorded; dispatched by a process that has a handler for it"
-_QUEUED = outcome.deferred("Recorded; dispatched when a handler slot is free")
+_MISSED_SECONDS = 2.0  # some rounds of recovery: a failover takes about as long
 _IGNORED_MEANWHILE = "Recorded as ignored by another build; deliver it again"
 
 
@@ -38,6 +39,22 @@ class LockAttempt:
 
     token: str
     reply: LockReply
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Why a delivery is recorded and not claimed, and in how many seconds it is due.
+
+    `recorded`: to be called with its id once it is.
+    """
+
+    answer: Outcome
+    due_in_seconds: float = 0.0
+    recorded: Callable[[str], None] = lambda _: None
+
+
+NO_PLACE = outcome.deferred("Recorded; dispatched when a handler slot is free")
+_PAUSED = Refused(outcome.deferred("Recorded; dispatched when its type is no longer paused"))
 
 
 class Claims:
@@ -74,22 +91,23 @@ class Claims:
         lock: LockAttempt,
         *,
         unwanted: str | None,
-        has_place: bool = True,
+        refused: Refused | None = None,
+        paused: bool = False,
         marked: bool = True,
     ) -> Claim | Outcome:
         """Claim or record a delivered event, after `lock`.
 
         `unwanted` is the reason why this process does not dispatch the event, or None if it has a handler for it.
-        Without a place for the handler, the event is recorded and not claimed. With `marked` false a claim keeps the
-        lock, and its caller writes the marker (`mark`). Raises `LedgerUnavailable`: then nothing is promised, and our
-        lock is released.
+        If it is `refused` a place for its handler, or if its type is paused, it is recorded and not claimed. With
+        `marked` false a claim keeps the lock, and its caller writes the marker (`mark`). Raises `LedgerUnavailable`:
+        then nothing is promised, and our lock is released.
         """
         match lock.reply, unwanted:
             case LockReply.RECORDED, _:
                 return outcome.duplicate(delivery.event.id)
             case LockReply.HELD, None:
-                if not has_place:
-                    return await self._queue(delivery, lock.token)
+                if paused or refused is not None:
+                    return await self._queue(delivery, lock.token, refused or _PAUSED)
                 return await self._claim(delivery, lock.token, marked=marked)
             case LockReply.BUSY, None:
                 # The holder of the lock finds our row and takes it over. If it died, the row is due once its lock has
@@ -106,11 +124,14 @@ class Claims:
             case _, reason:
                 return await self._ignore(delivery, lock, reason or "")
 
-    async def recover(self, event_ids: Sequence[str]) -> tuple[list[Claim], list[str]]:
-        """Claim events that are due by the ledger. Returns the claims, and the ids of those that others hold.
+    async def recover(self, event_ids: Sequence[str]) -> tuple[list[Claim], dict[str, float]]:
+        """Claim events that are due by the ledger. Returns the claims, and how long others may hold the rest.
 
-        The lock replaces a marker: the ledger says that the work is due, so a marker does not count. Where Redis is
-        unreachable, an event is in neither list.
+        The lock replaces a marker: the ledger says that the work is due, so a marker does not count. The times are in
+        seconds. An event whose lock another holds is tried again when that lock ends, so that a stale lock delays it by
+        no more than its TTL. An event whose row is locked in the ledger is tried again after a TTL. One whose lock
+        could not be requested, because a master of a Cluster is down, is tried again after a pause, so that no round is
+        spent on such events alone. While Redis as a whole is unreachable, events are in neither result.
         """
         tokens = {event_id: new_token() for event_id in event_ids}
         replies = await asyncio.gather(
@@ -118,9 +139,13 @@ class Claims:
         )
         by_id = dict(zip(tokens, replies, strict=True))
         busy = [event_id for event_id, reply in by_id.items() if reply is LockReply.BUSY]
+        held = dict(zip(busy, await asyncio.gather(*map(self._lock.remaining_seconds, busy)), strict=True))
+        if not self._lock.unreachable:
+            missed = [event_id for event_id, reply in by_id.items() if reply is LockReply.UNREACHABLE]
+            held |= dict.fromkeys(missed, _MISSED_SECONDS)
         locked = {event_id: tokens[event_id] for event_id, reply in by_id.items() if reply is LockReply.HELD}
         if not locked:
-            return [], busy
+            return [], held
         claims: dict[str, Claim] = {}
         try:
             claims = {claim.event_id: claim for claim in await self._ledger.take_over(list(locked))}
@@ -134,7 +159,8 @@ class Claims:
                     for event_id, token in locked.items()
                 )
             )
-        return list(claims.values()), busy + [event_id for event_id in locked if event_id not in claims]
+        held |= dict.fromkeys(locked.keys() - claims.keys(), self._lock_ttl_seconds)
+        return list(claims.values()), held
 
     async def mark(self, claims: Sequence[Claim]) -> None:
         """Write the markers of claims that still have their locks, in one command."""
@@ -169,19 +195,19 @@ class Claims:
         await self._lock.mark_recorded(event_id, token, row.epoch)
         return row if isinstance(row, Claim) else row.answer(event_id)
 
-    async def _queue(self, delivery: Delivery, token: str) -> Outcome:
-        """Record the event for recovery, due now, as every place is taken. It will be finished, so it is marked."""
+    async def _queue(self, delivery: Delivery, token: str, refused: Refused) -> Outcome:
+        """Record the event for recovery. Recovery finishes it, so it gets the marker."""
         event_id = delivery.event.id
         try:
-            row = await self._ledger.record(delivery, due_in_seconds=0)
+            row = await self._ledger.record(delivery, due_in_seconds=refused.due_in_seconds)
         except BaseException:
             await self._lock.forget(event_id, token, None)
             raise
         if isinstance(row, ExistingRow) and row.status in (*TAKEABLE, Status.IGNORED):
             await self._lock.forget(event_id, token, None)  # the next delivery may get a place
-            return outcome.unavailable(_IGNORED_MEANWHILE) if row.status is Status.IGNORED else _QUEUED
+            return outcome.unavailable(_IGNORED_MEANWHILE) if row.status is Status.IGNORED else refused.answer
         await self._lock.mark_recorded(event_id, token, row.epoch)
-        return row.answer(event_id) if isinstance(row, ExistingRow) else _QUEUED
+        return row.answer(event_id) if isinstance(row, ExistingRow) else refused.answer
 
     async def _take_over(self, event_id: str, row: ExistingRow) -> Claim | ExistingRow:
         """Take over a row that was recorded without the lock, has failed, or was ignored by another build.

@@ -6,35 +6,48 @@ of its lease, or that a shutdown interrupts, is released without a charge.
 """
 
 import asyncio
-import contextlib
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, assert_never
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any, Final, assert_never
 
 import structlog
 
 from firstclaim import outcome
 from firstclaim.backoff import Backoff
-from firstclaim.errors import LedgerUnavailable, Permanent, Retry
+from firstclaim.errors import LedgerUnavailable, Pause, Permanent, Retry
 from firstclaim.event import Event
 from firstclaim.inbox.attempt import (
-    Attempt,
     AttemptResult,
     Committed,
     CommitUnknown,
     Failed,
     Interrupted,
+    KeyTaken,
     NotStarted,
+    Postponed,
     TakenOver,
+    effects_committed,
+    outcome_of,
 )
+from firstclaim.inbox.batch_ledger import BatchLedger
+from firstclaim.inbox.claim import Claim
 from firstclaim.inbox.claims import Claims
-from firstclaim.inbox.ledger import Claim, Ledger
+from firstclaim.inbox.decisions import decision, failure, requested_wait
+from firstclaim.inbox.dispatch_limits import DispatchLimits
+from firstclaim.inbox.fresh import FetchObject, with_fresh_object
+from firstclaim.inbox.keys import Turn
+from firstclaim.inbox.ledger import Ledger
+from firstclaim.inbox.pauses import TYPE_PAUSED, pause_for_handler
+from firstclaim.inbox.releases import Releases
+from firstclaim.inbox.single_attempt import SingleAttempt
 from firstclaim.inbox.slots import Place, Slots
 from firstclaim.inbox.transaction_watch import TransactionEnded, TransactionWatch
 from firstclaim.observability import metrics, tracing
+from firstclaim.observability.failure import Failure
 from firstclaim.observability.frames import failure_report, frames
+from firstclaim.observability.handler_metrics import AttemptOutcome
 from firstclaim.observability.redaction import class_name, describe_error, is_a
-from firstclaim.outcome import Outcome
+from firstclaim.outcome import Kind, Outcome
 from firstclaim.postgres.handler_connections import HandlerConnections
 from firstclaim.registry import Handler
 from firstclaim.status import Status
@@ -42,16 +55,9 @@ from firstclaim.status import Status
 log = structlog.get_logger(__name__)
 
 QUEUED = "Recorded; dispatched when a handler slot is free"
-_RELEASE_RETRY_SECONDS = 1.0  # well below a lease: an event that is released in time is not charged
-
-
-@dataclass(frozen=True, slots=True)
-class DispatchLimits:
-    """Seconds; `firstclaim.settings` says why each has its default."""
-
-    deadline_seconds: float
-    lease_seconds: float
-    postgres_timeout_seconds: float
+_POSTPONED = "Recorded; dispatched when Stripe's API takes requests again"
+KEY_IS_TAKEN = "Recorded; dispatched when no other event of its key is being handled"
+_COUNTED: Final[Mapping[Kind, AttemptOutcome]] = {Kind.PROCESSED: "completed", Kind.FAILED: "failed"}
 
 
 class Dispatcher:
@@ -66,24 +72,40 @@ class Dispatcher:
         watch: TransactionWatch,
         backoff: Backoff,
         limits: DispatchLimits,
+        tasks: Collection[str],
+        fetch: FetchObject | None = None,
     ) -> None:
-        self._connections = connections
-        self._ledger = ledger
-        self._claims = claims
-        self._slots = slots
-        self._watch = watch
-        self._backoff = backoff
-        self._limits = limits
-        self._retries: dict[asyncio.Task[None], Claim] = {}
+        """`fetch`: for handlers with `fresh=True`."""
+        self.connections = connections
+        self.ledger = ledger
+        self.claims = claims
+        self.slots = slots
+        self.watch = watch
+        self.backoff = backoff
+        self.limits = limits
+        self.tasks = tasks  # the names that a handler may enqueue
+        self._fetch = fetch
+        self.releases = Releases(ledger, claims)
         self._waiting: dict[tuple[str, int], Claim] = {}
 
     @property
     def unstarted(self) -> list[Claim]:
-        """The claims whose attempt has not begun: they wait for a slot, or for their release."""
-        return [*self._waiting.values(), *self._retries.values()]
+        """The claims whose attempt has not begun."""
+        return [*self._waiting.values(), *self.releases.waiting]
 
-    async def run(self, claim: Claim, event: Event, handler: Handler, place: Place) -> Outcome:
-        """Dispatch a claimed event, and release `place`.
+    async def run(
+        self,
+        claim: Claim,
+        event: Event,
+        handler: Handler,
+        place: Place,
+        *,
+        waited_seconds: float = 0,
+        turn: Turn | None = None,
+    ) -> Outcome:
+        """Dispatch a claimed event, and release `place`. `waited_seconds`: how long it has been claimed.
+
+        `turn`: of an event that has a key. If another process has the key, it is noted there, and the event released.
 
         Raises `LedgerUnavailable` if the event's state is unknown or cannot be written.
         """
@@ -92,14 +114,22 @@ class Dispatcher:
         try:
             try:
                 if not await place.enter(
-                    previously_abandoned=claim.abandoned > 0, timeout_seconds=self._limits.lease_seconds / 2
+                    handler.metrics,
+                    previously_abandoned=claim.abandoned > 0,
+                    timeout_seconds=self.limits.lease_seconds / 2 - waited_seconds,
                 ):  # the next process with a free slot takes it
                     await self.release(claim)
                     return outcome.deferred(QUEUED, claim.attempt)
-                del self._waiting[claim.event_id, claim.attempt]
-                result = await self._attempt(claim, event, handler)
+                key = None if turn is None else turn.number
+                if not handler.fresh or self._fetch is None:
+                    del self._waiting[claim.event_id, claim.attempt]
+                    result = await self._attempt(claim, event, handler, key)
+                else:
+                    result = await self._attempt_fresh(self._fetch, claim, event, handler, key)
             finally:
                 place.release(result.running if isinstance(result, Failed | Interrupted) else None)
+            if isinstance(result, KeyTaken) and turn is not None:
+                return await self._miss(claim, turn)
             return await self.settle(claim, handler, result)
         except asyncio.CancelledError:
             # A shutdown: during the attempt, or while the claim waited for its slot or its result was being settled.
@@ -108,19 +138,57 @@ class Dispatcher:
         finally:
             self._waiting.pop((claim.event_id, claim.attempt), None)
 
-    async def _attempt(self, claim: Claim, event: Event, handler: Handler) -> AttemptResult:
-        attempt = Attempt(
-            self._connections,
-            self._ledger,
-            self._watch,
+    async def _miss(self, claim: Claim, turn: Turn) -> Outcome:
+        """The event waits for its key. Nobody is charged: its handler was not called."""
+        turn.missed = True
+        await self.release(claim, due_in_seconds=turn.due_in_seconds)
+        return outcome.deferred(KEY_IS_TAKEN, claim.attempt)
+
+    async def fail(self, claim: Claim, handler: Handler, error: Exception) -> Outcome:
+        """Settle a claim whose attempt could not begin, because a function of the handler's author raised `error`."""
+        failed = Failed(error, effects_committed=False, running=None, hung=False)
+        self._note_failed(claim, handler, failed)
+        return await self.settle(claim, handler, failed)
+
+    def backoff_of(self, handler: Handler) -> Backoff:
+        """When a failed event of this handler is due again."""
+        return handler.options.backoff or self.backoff
+
+    async def _attempt_fresh(
+        self, fetch: FetchObject, claim: Claim, event: Event, handler: Handler, key: int | None
+    ) -> AttemptResult:
+        """Fetch the event's object, then attempt. Until it is there, the attempt has not begun."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        with tracing.span("fetch"):
+            fetched = await with_fresh_object(fetch, event, self.limits.fetch_seconds)
+        del self._waiting[claim.event_id, claim.attempt]
+        if isinstance(fetched, Event):
+            return await self._attempt(claim, fetched, handler, key, spent_seconds=loop.time() - began)
+        if isinstance(fetched, Failed):
+            self._note_failed(claim, handler, fetched)
+        return fetched
+
+    async def _attempt(
+        self, claim: Claim, event: Event, handler: Handler, key: int | None, *, spent_seconds: float = 0
+    ) -> AttemptResult:
+        attempt = SingleAttempt(
+            self.connections,
+            self.ledger,
+            self.watch,
+            handler,
+            self.limits.deadline_of(handler) - spent_seconds,
+            self.limits.idle_of(handler),
+            self.limits.postgres_timeout_seconds,
+            self.tasks,
             claim,
             event,
-            handler,
-            self._limits.deadline_seconds,
-            self._limits.postgres_timeout_seconds,
+            key,
         )
         with tracing.span("attempt", attempt=claim.attempt):
             result = await attempt.run()
+            if isinstance(result, Committed) and result.follow_ups_due:
+                self.slots.wake()
             if not isinstance(result, Committed):
                 name = class_name(result.error) if isinstance(result, Failed) else type(result).__name__
                 tracing.note(error=name)
@@ -146,30 +214,38 @@ class Dispatcher:
             self._note_hung(claim, handler, result.running, name)
         else:  # its call was ended before its deadline, because it has ended its transaction: it may return in time
             loop = asyncio.get_running_loop()
-            loop.call_later(self._limits.deadline_seconds, self._note_hung, claim, handler, result.running, name)
+            loop.call_later(self.limits.deadline_of(handler), self._note_hung, claim, handler, result.running, name)
 
     def _note_hung(self, claim: Claim, handler: Handler, running: asyncio.Future[Any], name: str) -> None:
         if not running.done():
-            self._slots.hang(name, running)
+            self.slots.hang(name, running)
             metrics.hung_handlers.inc()
+            held = handler.metrics.slots_held["hung_thread"]
+            held.inc()
+            running.add_done_callback(lambda _: held.dec())
             log.error("handler_hung", **_names(claim, handler))
 
     async def settle(self, claim: Claim, handler: Handler, result: AttemptResult) -> Outcome:
-        """Record the result of an attempt in the ledger."""
+        """Count the attempt, and record its result in the ledger."""
+        _count(handler, outcome_of(result))
         match result:
             case Committed(action):
                 return outcome.processed(action, claim.attempt)
-            case TakenOver():
+            case TakenOver() | KeyTaken():
                 return outcome.duplicate(claim.event_id)
             case NotStarted(error):
                 # For example, the server takes no more connections. If the event stayed claimed, it would count as
                 # abandoned, and be dead after eight times. If it were due now, it would be tried again at once.
-                await self.release(claim, due_in_seconds=self._backoff.first_seconds)
+                await self.release(claim, due_in_seconds=self.backoff.first_seconds)
                 raise LedgerUnavailable(error)
+            case Postponed(error):
+                return await self._postpone(claim, handler, error, _POSTPONED)
             case CommitUnknown():
-                return await self._settle_unknown(claim, result)
-            case Failed(hung=True, effects_committed=False):
-                return await self._settle_hung(claim, failure_report(result.error, handler.function))
+                settled = await self._settle_unknown(claim, handler, result)
+                _count(handler, _COUNTED.get(settled.kind))
+                return settled
+            case Failed(error, hung=True, effects_committed=False):
+                return await self._settle_hung(claim, handler, error)
             case Failed(error, effects_committed):
                 return await self._settle_failed(claim, handler, error, effects_committed)
             case Interrupted():  # `run` settles it, as it does if the shutdown interrupts `run` itself
@@ -177,20 +253,20 @@ class Dispatcher:
             case _:
                 assert_never(result)
 
-    async def _settle_unknown(self, claim: Claim, result: CommitUnknown) -> Outcome:
+    async def _settle_unknown(self, claim: Claim, handler: Handler, result: CommitUnknown) -> Outcome:
         """The connection was lost during COMMIT. The guarded update waits for the old backend, unlike a read."""
-        self._ledger.connect_anew()
-        if await self._ledger.committed(result.transaction):
+        self.ledger.connect_anew()
+        if await self.ledger.committed(result.transaction):
             # Together with the mark; or by the handler itself, before it, and then the row is not marked.
-            if await self._ledger.kill_if_held(claim, str(TransactionEnded())) is not None:
+            ended = TransactionEnded()
+            if await self.ledger.kill_if_held(claim, str(ended), failure(ended, handler)) is not None:
                 return outcome.failed(claim.attempt, dead=True)
         else:
-            wait = self._backoff.after(claim.failures + 1)
-            status = await self._ledger.fail_if_held(claim, f"COMMIT failed: {result.error}", due_in_seconds=wait)
+            status = await self._fail(claim, handler, f"COMMIT failed: {result.error}")
             if status is not None:
-                await self._claims.forget(claim)
+                await self.claims.forget(claim)
                 return outcome.failed(claim.attempt, dead=status is Status.DEAD)
-        row = await self._ledger.find(claim.event_id)
+        row = await self.ledger.find(claim.event_id)
         if row is None:  # the ledger was restored meanwhile: no promise for a row that does not exist
             raise LedgerUnavailable("the row is gone")
         if (row.status, row.attempt) == (Status.COMPLETED, claim.attempt):
@@ -204,97 +280,74 @@ class Dispatcher:
             raise LedgerUnavailable("it is not known whether the handler's transaction was committed")
         if effects_committed:
             report = "\n".join([str(TransactionEnded()), *frames(error, handler.function)])
-            await self._ledger.kill_if_held(claim, report)
+            ended = replace(failure(error, handler), error_class=TransactionEnded.__name__)
+            await self.ledger.kill_if_held(claim, report, ended)
             return outcome.failed(claim.attempt, dead=True)
-        report = failure_report(error, handler.function)
+        report, of = failure_report(error, handler.function), failure(error, handler)
         decided = decision(error)
         if decided is not None and is_a(decided, Permanent):
-            await self._ledger.kill_if_held(claim, report)
+            await self.ledger.kill_if_held(claim, report, of)
             return outcome.dead(claim.event_id, claim.attempt)
+        if decided is not None and is_a(decided, Pause):
+            if await pause_for_handler(self.ledger, claim, handler.name):
+                log.error("paused_by_handler", **_names(claim, handler), error=describe_error(error))
+            return await self._postpone(claim, handler, error, TYPE_PAUSED)
         wait = requested_wait(decided) if decided is not None and is_a(decided, Retry) else None
-        if wait is None:
-            wait = self._backoff.after(claim.failures + 1)
-        status = await self._ledger.fail_if_held(claim, report, due_in_seconds=wait)
+        status = await self._fail(claim, handler, report, of, wait)
         if status is Status.FAILED:
-            await self._claims.forget(claim)
+            await self.claims.forget(claim)
         return outcome.failed(claim.attempt, dead=status is Status.DEAD)
 
-    async def _settle_hung(self, claim: Claim, report: str) -> Outcome:
+    async def _fail(
+        self, claim: Claim, handler: Handler, report: str, of: Failure | None = None, wait: float | None = None
+    ) -> Status | None:
+        """The attempt failed; it is due again in `wait` seconds, None: by the handler's backoff."""
+        seconds = self.backoff_of(handler).after(claim.failures + 1) if wait is None else wait
+        own = handler.options.give_up_seconds
+        return await self.ledger.fail_if_held(claim, report, of, due_in_seconds=seconds, give_up_seconds=own)
+
+    async def _postpone(self, claim: Claim, handler: Handler, error: Exception, answer: str) -> Outcome:
+        """Nobody has failed: due at the time that was named, or after a backoff, without a charge."""
+        wait = requested_wait(error) if is_a(error, Retry) else None
+        statuses = await BatchLedger(self.ledger).postpone_if_held(
+            [claim],
+            failure_report(error, handler.function),
+            failure(error, handler),
+            due_in_seconds=self.backoff_of(handler).after(claim.failures + 1) if wait is None else wait,
+            give_up_seconds=handler.options.give_up_seconds,
+        )
+        status = statuses.get(claim.event_id)
+        if status is Status.DEAD:
+            return outcome.dead(claim.event_id, claim.attempt)
+        if status is not None:
+            await self.claims.forget(claim)
+        return outcome.deferred(answer, claim.attempt)
+
+    async def _settle_hung(self, claim: Claim, handler: Handler, error: Exception) -> Outcome:
         """The thread ignores its deadline, and only a restart ends it: the event counts as abandoned."""
-        status = await self._ledger.abandon_if_held(claim, report)
+        report = failure_report(error, handler.function)
+        status = await self.ledger.abandon_if_held(claim, report, failure(error, handler))
         if status is Status.PENDING:
-            await self._claims.forget(claim)
+            await self.claims.forget(claim)
         return outcome.failed(claim.attempt, dead=status is Status.DEAD)
 
     async def settle_interrupted(self, claim: Claim, *, effects_committed: bool | None) -> None:
         """A shutdown has cancelled the attempt: release the event, unless its effects are or may be committed."""
         if effects_committed:
-            await self._ledger.kill_if_held(claim, str(TransactionEnded()))
+            await self.ledger.kill_if_held(claim, str(TransactionEnded()))
         elif effects_committed is not None:  # else it is left to recovery, once its lease is over
             await self.release(claim)
 
-    async def close(self) -> None:
-        """Stop repeating releases. Events that could not be released count as abandoned once their lease is over."""
-        for retry in self._retries:
-            retry.cancel()
-        if self._retries:
-            await asyncio.wait(self._retries)
-
-    async def release_unstarted(self, claims: Iterable[Claim]) -> None:
-        """Release claims that `unstarted` returned, without a charge. Recovery gets those that cannot be released."""
-        await asyncio.gather(*(self._release_once(claim, 0) for claim in claims), return_exceptions=True)
-
     async def release(self, claim: Claim, *, due_in_seconds: float = 0) -> None:
         """Release without a charge. If Postgres is unreachable, repeat it until it succeeds."""
-        try:
-            await self._release_once(claim, due_in_seconds)
-        except LedgerUnavailable:
-            retry = asyncio.create_task(self._release_repeatedly(claim, due_in_seconds))
-            self._retries[retry] = claim
-            retry.add_done_callback(self._retries.pop)
+        await self.releases.release(claim, due_in_seconds=due_in_seconds)
 
-    async def _release_once(self, claim: Claim, due_in_seconds: float) -> None:
-        await self._ledger.release_if_held(claim, due_in_seconds=due_in_seconds)
-        await self._claims.forget(claim)
 
-    async def _release_repeatedly(self, claim: Claim, due_in_seconds: float) -> None:
-        while True:
-            await asyncio.sleep(_RELEASE_RETRY_SECONDS)
-            with contextlib.suppress(LedgerUnavailable):
-                return await self._release_once(claim, due_in_seconds)
+def _count(handler: Handler, counted: AttemptOutcome | None) -> None:
+    if counted is not None:
+        handler.metrics.attempts[counted].inc()
 
 
 def _names(claim: Claim, handler: Handler) -> dict[str, str | int]:
-    """What every log record of an attempt names."""
+    """The fields that every log record of an attempt has."""
     return {"event_id": claim.event_id, "type": claim.type, "attempt": claim.attempt, "handler": handler.name}
-
-
-def effects_committed(result: AttemptResult | None) -> bool | None:
-    """What a shutdown assumes if it interrupts the settling of `result`; None: it must leave the row alone."""
-    if isinstance(result, Failed | Interrupted):
-        return result.effects_committed
-    return False if result is None or isinstance(result, NotStarted) else None
-
-
-def decision(error: Exception) -> Permanent | Retry | None:
-    """The `Permanent` or `Retry` that the handler raised, also in an exception group (of an `asyncio.TaskGroup`)."""
-    found: Permanent | Retry | None = None
-    left: list[BaseException] = [error]
-    while left:
-        each = left.pop()
-        if is_a(each, BaseExceptionGroup):
-            left.extend(reversed(vars(BaseExceptionGroup)["exceptions"].__get__(each)))
-        elif is_a(each, Permanent):
-            return each
-        elif is_a(each, Retry) and found is None:
-            found = each
-    return found
-
-
-def requested_wait(retry: Retry) -> float | None:
-    """The seconds of `Retry(after=...)`; None if a subclass leaves the attribute out, or sets an invalid one."""
-    try:
-        after = Retry(after=retry.after).after
-        return None if after is None else float(after)
-    except Exception:  # noqa: BLE001  (a handler's code may run here)
-        return None

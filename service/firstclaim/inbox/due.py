@@ -27,3 +27,14 @@ class ReturnedEvent:
     process: str | None
     status: Status
     times: int
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """What recovery needs to know of a ledger: one statement, which is all of a round that finds nothing to do."""
+
+    epoch: str | None
+    overdue: bool  # there are claims past their lease
+    waiting: list[Queue]  # those that have pending and failed events
+    abandoned: list[Queue]  # the same of those that were abandoned before
+    paused: list[str]  # the patterns of the types that operators have paused

@@ -11,16 +11,20 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
-from firstclaim.context import BatchContext, Context
+from firstclaim.context import BatchContext, Context, TaskContext
 from firstclaim.errors import HandlerRuleBroken
 from firstclaim.event import Event
 from firstclaim.inbox import unawaited
 from firstclaim.inbox.step_timer import StepTimer
-from firstclaim.observability import metrics, tracing
+from firstclaim.observability import tracing
+from firstclaim.observability.handler_metrics import AttemptOutcome
 from firstclaim.observability.redaction import class_name, is_a
 from firstclaim.registry import Handler
+
+AnyContext: TypeAlias = Context | BatchContext | TaskContext
 
 _GRACE_SECONDS = 1.0
 _MAX_ACTION_CHARACTERS = 200
@@ -35,15 +39,16 @@ class DeadlineExceeded(Exception):
 
 
 class HandlerCall:
-    """A handler, and from `run` on the task or thread that it runs in."""
+    """A handler, and, once `run` is called, the task or thread that it runs in."""
 
     def __init__(self, handler: Handler, deadline_seconds: float, timer: StepTimer) -> None:
         self._handler = handler
         self._deadline_seconds = deadline_seconds
         self._timer = timer
-        self._context: Context | BatchContext | None = None
+        self._context: AnyContext | None = None
         self._work: asyncio.Future[Any] | None = None
         self._reason: Exception | None = None  # to stop waiting for the handler
+        self._seconds: float | None = None  # until it ended, or until nobody waited for it any more
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     @property
@@ -58,10 +63,13 @@ class HandlerCall:
             return {}
         if isinstance(self._context, BatchContext):
             return {"events": len(self._context.attempts), "handler": self._handler.name}
-        event = self._context.event
+        if isinstance(self._context, TaskContext):
+            event_id, row_type = self._context.id, self._handler.pattern
+        else:
+            event_id, row_type = self._context.event.id, self._context.event.type
         return {
-            "event_id": event.id,
-            "type": event.type,
+            "event_id": event_id,
+            "type": row_type,
             "attempt": self._context.attempt,
             "handler": self._handler.name,
         }
@@ -72,15 +80,27 @@ class HandlerCall:
             self._reason = reason
             self._over.set_result(None)
 
+    def observe(self, outcome: AttemptOutcome | None) -> None:
+        """Count the time that the handler took, and the outcome of its attempt, unless that has none."""
+        if outcome is None or self._seconds is None:
+            return
+        self._handler.metrics.observe(outcome, self._seconds)
+        if isinstance(self._context, BatchContext):
+            self._handler.metrics.observe_batch(len(self._context.attempts), self._seconds)
+
     async def run(self, event: Event, context: Context) -> str:
         """The handler's action. Raises the handler's exception, `end`'s, `DeadlineExceeded` or `HandlerRuleBroken`."""
-        return _checked_action(await self._run(event, context))
+        return _checked_action(await self._run(context, event.id, event, context))
+
+    async def run_task(self, context: TaskContext) -> str:
+        """The action of a task. Raises as `run` does."""
+        return _checked_action(await self._run(context, context.id, context))
 
     async def run_batch(self, events: Sequence[Event], context: BatchContext) -> list[str]:
         """The actions of a batch handler, one for each event. Raises as `run` does."""
-        return _checked_actions(await self._run(list(events), context), len(events))
+        return _checked_actions(await self._run(context, events[0].id, list(events), context), len(events))
 
-    async def _run(self, argument: Event | list[Event], context: Context | BatchContext) -> Any:
+    async def _run(self, context: AnyContext, first_id: str, *arguments: object) -> Any:
         self._context = context
         loop = asyncio.get_running_loop()
         start = _in_task if self._handler.is_async else _in_thread
@@ -88,7 +108,7 @@ class HandlerCall:
         began = time.perf_counter()  # the loop's own clock counts milliseconds
         try:
             with tracing.span("handler", handler=self._handler.pattern):
-                self._work = work = start(loop, self._handler.function, argument, context, forgotten)
+                self._work = work = start(loop, partial(self._handler.function, *arguments), first_id, forgotten)
                 work.add_done_callback(self._has_returned)
                 self._timer.start(self._deadline_seconds, self._exceed_deadline)
                 await self._over
@@ -97,11 +117,7 @@ class HandlerCall:
             raise
         finally:
             self._timer.stop()
-            seconds = time.perf_counter() - began
-            metrics.handler_seconds(self._handler.pattern).observe(seconds)
-            if isinstance(argument, list):
-                metrics.batch_events(self._handler.pattern).observe(len(argument))
-                metrics.batch_event_seconds(self._handler.pattern).observe(seconds / len(argument))
+            self._seconds = time.perf_counter() - began
         if self._reason is not None and not work.done():
             _cancel(work)
             if is_a(self._reason, DeadlineExceeded) and not self._handler.is_async:
@@ -128,15 +144,14 @@ class HandlerCall:
 
 def _in_task(
     loop: asyncio.AbstractEventLoop,
-    function: Callable[..., Any],
-    argument: Event | list[Event],
-    context: Context | BatchContext,
+    function: Callable[[], Any],
+    _first_id: str,
     forgotten: list[str],
 ) -> asyncio.Future[Any]:
     async def body() -> Any:
         unawaited.note_in(forgotten)
         try:
-            return await function(argument, context)
+            return await function()
         except (SystemExit, KeyboardInterrupt) as error:
             raise _forbidden(error) from error
 
@@ -145,9 +160,8 @@ def _in_task(
 
 def _in_thread(
     loop: asyncio.AbstractEventLoop,
-    function: Callable[..., Any],
-    argument: Event | list[Event],
-    context: Context | BatchContext,
+    function: Callable[[], Any],
+    first_id: str,
     forgotten: list[str],
 ) -> asyncio.Future[Any]:
     """Run a sync handler in a thread of its own. It is a daemon thread: if it hangs, it does not delay the exit."""
@@ -165,7 +179,7 @@ def _in_thread(
         result: Any = None
         failure: Exception | None = None
         try:
-            result = function(argument, context)
+            result = function()
         except BaseException as error:  # noqa: BLE001
             catchable = is_a(error, Exception) and not is_a(error, StopIteration)
             failure = error if catchable else _forbidden(error)  # type: ignore[assignment]
@@ -173,8 +187,7 @@ def _in_thread(
             loop.call_soon_threadsafe(settle, result, failure)
 
     run = contextvars.copy_context().run
-    first = argument[0] if isinstance(argument, list) else argument
-    threading.Thread(target=run, args=(body,), daemon=True, name=f"handler-{first.id}").start()
+    threading.Thread(target=run, args=(body,), daemon=True, name=f"handler-{first_id}").start()
     return future
 
 

@@ -7,23 +7,24 @@ nothing. The clock is always the database's. Intervals are parameters, in second
 """
 
 import asyncio
+import json
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
-
-import asyncpg
 
 from firstclaim.backoff import Backoff
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.event import Delivery
 from firstclaim.inbox import statements
-from firstclaim.inbox.batcher import Batcher
-from firstclaim.inbox.due import DueEvent, Queue, ReturnedEvent
+from firstclaim.inbox.claim import Claim, HandlerTransaction
+from firstclaim.inbox.due import DueEvent, Queue, ReturnedEvent, Survey
 from firstclaim.inbox.existing_row import ExistingRow, find
-from firstclaim.inbox.new_row import NewRow, insert
-from firstclaim.postgres.connection import ROW_FAULTS, PinnedConnection, describe
+from firstclaim.inbox.inserts import Inserts
+from firstclaim.inbox.key_statement import HOLD_FOR_KEY
+from firstclaim.inbox.new_row import NewRow
+from firstclaim.observability.failure import Failure, failure_columns
 from firstclaim.postgres.epoch import read_epoch
 from firstclaim.postgres.handler_connections import HandlerConnection
 from firstclaim.postgres.one_round_trip import NotCommitted
@@ -31,36 +32,8 @@ from firstclaim.postgres.pool import Pool
 from firstclaim.postgres.statement import Statement
 from firstclaim.status import Status
 
-# Deliveries in one insert. A larger batch saves nothing more, and all its deliveries wait for its slowest row.
-_MAX_BATCH = 100
-# Concurrent inserts. Two, so that an insert that waits for a row does not delay the next. The second starts only while
-# the first is late, that is, slower than nearly all inserts are. So batches fill better: an event in a full insert
-# costs half as much as an event alone.
-_PARALLEL_BATCHES = 2
-_LATE_SECONDS = 0.02
-# An insert waits at most this fraction of its timeout for a row that another transaction has changed: the rest of its
-# batch waits too.
-_PATIENCE_DIVISOR = 3
 _ENDED_POLL_SECONDS = 0.02
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A ledger row that is ours to dispatch. `attempt` fences it, `epoch` goes into its marker.
-
-    `erred`: an earlier attempt has left an error in the row, so it never enters a batch. `token`: of its lock, until
-    its marker is written.
-    """
-
-    event_id: str
-    type: str
-    attempt: int
-    failures: int
-    abandoned: int
-    body: bytes | None = field(repr=False)
-    epoch: str | None
-    erred: bool = False
-    token: str = ""
+_QUEUES = ("waiting", "abandoned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,21 +41,6 @@ class Recorded:
     """A new row that waits for recovery."""
 
     epoch: str | None
-
-
-@dataclass(frozen=True, slots=True, eq=False)  # by identity: the watch looks it up for each event
-class HandlerTransaction:
-    """A handler's transaction: its id, its backend, when the server was started, and when the transaction began."""
-
-    xid: str
-    pid: int
-    server_started_at: datetime
-    began_at: datetime
-
-
-# If a batch has several copies of an event, the row of the first of these statuses is inserted: that of a delivery
-# which may dispatch, before one which records for recovery, before one which ignores.
-_PRECEDENCE = {Status.PROCESSING: 0, Status.PENDING: 1, Status.IGNORED: 2}
 
 
 class Ledger:
@@ -102,22 +60,19 @@ class Ledger:
     ) -> None:
         self._pool = pool
         self._timeout_seconds = timeout_seconds
-        self._lease_seconds = lease_seconds
-        self._give_up_seconds = give_up_seconds
-        self._timeout_ms = str(round(idle_in_transaction_seconds * 1000))
+        self.lease_seconds = lease_seconds
+        self.give_up_seconds = give_up_seconds
+        self._idle_seconds = idle_in_transaction_seconds
         self._max_abandoned = max_abandoned
         self._process = process
         self._backoff = backoff
-        self._patience_seconds = timeout_seconds / _PATIENCE_DIVISOR
-        self._inserts: Batcher[NewRow, Claim | ExistingRow] = Batcher(
-            self._insert_batch, max_items=_MAX_BATCH, parallel=_PARALLEL_BATCHES, late_seconds=_LATE_SECONDS
-        )
+        self._inserts = Inserts(pool, timeout_seconds=timeout_seconds, give_up_seconds=give_up_seconds, process=process)
 
     # -- inserting --------------------------------------------------------------------------------------
 
     async def claim(self, delivery: Delivery) -> Claim | ExistingRow:
         """Insert the event for dispatch. Only the holder of the lock may call it. Raises `LedgerUnavailable`."""
-        return await self._inserts.call(NewRow(delivery, Status.PROCESSING, 1, self._lease_seconds))
+        return await self._inserts.call(NewRow(delivery, Status.PROCESSING, 1, self.lease_seconds))
 
     async def record(self, delivery: Delivery, *, due_in_seconds: float) -> Recorded | ExistingRow:
         """Insert the event for recovery, because this delivery may not dispatch. Raises `LedgerUnavailable`."""
@@ -128,57 +83,6 @@ class Ledger:
         """Insert the event as `ignored`. Returns the row that was there, or None. Raises `LedgerUnavailable`."""
         row = await self._inserts.call(NewRow(delivery, Status.IGNORED, 1, 0))
         return row if isinstance(row, ExistingRow) else None
-
-    async def _insert_batch(self, rows: Sequence[NewRow]) -> Sequence[Claim | ExistingRow | Exception]:
-        """Insert all of them in one statement. If a row is at fault, only that row fails."""
-        try:
-            async with self._pool.acquire(self._timeout_seconds) as connection:
-                try:
-                    return await self._insert(connection, rows)
-                except ROW_FAULTS as error:
-                    if len(rows) == 1:
-                        return [LedgerUnavailable(describe(error))]
-        except LedgerUnavailable as error:
-            # After a timeout, ours or the server's, the deliveries that wait would wait as long again for a 503.
-            if isinstance(error.__cause__, (TimeoutError, asyncpg.QueryCanceledError)):
-                self._inserts.refuse_waiting(error)
-            raise
-        return [answer for row in rows for answer in await self._insert_one(row)]
-
-    async def _insert_one(self, row: NewRow) -> Sequence[Claim | ExistingRow | Exception]:
-        try:
-            return await self._insert_batch([row])
-        except LedgerUnavailable as error:
-            return [error]
-
-    async def _insert(
-        self, connection: PinnedConnection, rows: Sequence[NewRow]
-    ) -> Sequence[Claim | ExistingRow | Exception]:
-        first: dict[str, NewRow] = {}  # the row that is inserted, by event id
-        for row in sorted(rows, key=lambda row: _PRECEDENCE[row.status]):
-            first.setdefault(row.event_id, row)
-        warnings = connection.warnings
-        new = await insert(
-            connection,
-            first.values(),
-            patience_seconds=self._patience_seconds,
-            give_up_seconds=self._give_up_seconds,
-            process=self._process,
-        )
-        epoch = connection.epoch
-        late = [row.event_id for row in rows if row.event_id not in new or first[row.event_id] is not row]
-        if connection.warnings != warnings:  # committed, and perhaps not replicated: nothing may be promised yet
-            late = list(first)
-        known = await find(connection, late) if late else {}
-
-        def answer(row: NewRow) -> Claim | ExistingRow:
-            event_id = row.event_id
-            if event_id in new and first[event_id] is row:
-                return Claim(event_id, row.delivery.event.type, row.attempt, 0, 0, row.delivery.body, epoch)
-            # Pruned between the two statements: it was old and settled.
-            return known.get(event_id) or ExistingRow(Status.COMPLETED, 0, None)
-
-        return [answer(row) for row in rows]
 
     # -- taking over ----------------------------------------------------------------------------------
 
@@ -193,13 +97,20 @@ class Ledger:
                 connection,
                 event_ids=list(event_ids),
                 ignored=ignored,
-                lease=self._lease_seconds,
-                give_up_in=self._give_up_seconds,
+                lease=self.lease_seconds,
+                give_up_in=self.give_up_seconds,
                 process=self._process,
             )
             if connection.warnings != warnings:
                 await find(connection, event_ids)
             return [Claim(**row, epoch=connection.epoch) for row in rows]
+
+    async def survey(self) -> Survey:
+        """The epoch that the server has now, and what there is to do for recovery. Raises `LedgerUnavailable`."""
+        async with self._pool.acquire(self._timeout_seconds) as connection:
+            epoch, row = await statements.SURVEY.fetch(connection)
+        queues = {name: [(type_, livemode) for type_, livemode in json.loads(row[name])] for name in _QUEUES}
+        return Survey(epoch, row["overdue"], **queues, paused=row["paused"])
 
     async def return_abandoned(self, limit: int) -> list[ReturnedEvent]:
         """Make events of vanished holders `pending` with a backoff, or `dead`; returns those events."""
@@ -249,19 +160,28 @@ class Ledger:
 
     # -- inside a handler's transaction ---------------------------------------------------------------
 
-    async def hold(self, connection: HandlerConnection, claim: Claim) -> HandlerTransaction | None:
+    async def hold(
+        self, connection: HandlerConnection, claim: Claim, *, idle_seconds: float | None = None, key: int | None = None
+    ) -> HandlerTransaction | None:
         """Begin the handler's transaction, and lock the claimed row. Returns None if the claim was taken over.
 
-        Raises as `HandlerConnection.begin` does.
+        `idle_seconds`: the server ends the transaction if it is idle for longer, by default as for all. `key`: the
+        number of an advisory lock that the transaction tries to take too. Raises as `HandlerConnection.begin` does.
         """
-        rows = await connection.begin(
-            statements.HOLD,
-            event_id=claim.event_id,
-            attempt=claim.attempt,
-            timeout_ms=self._timeout_ms,
-            synchronous_commit=connection.synchronous_commit,
-        )
-        return HandlerTransaction(*rows[0][:4]) if rows else None
+        values: dict[str, object] = {
+            "event_id": claim.event_id,
+            "attempt": claim.attempt,
+            "timeout_ms": self.timeout_ms(idle_seconds),
+            "synchronous_commit": connection.synchronous_commit,
+        }
+        if key is None:
+            rows = await connection.begin(statements.HOLD, **values)
+        else:
+            rows = await connection.begin(HOLD_FOR_KEY, **values, key=key)
+        if not rows:
+            return None
+        transaction = HandlerTransaction(*rows[0][:4])
+        return transaction if key is None else replace(transaction, has_key=rows[0]["has_key"])
 
     async def complete_if_held(
         self, connection: HandlerConnection, claim: Claim, transaction: HandlerTransaction, action: str
@@ -285,33 +205,54 @@ class Ledger:
             raise
         return True
 
+    def timeout_ms(self, idle_seconds: float | None) -> str:
+        """The timeouts of a handler's transaction, as the server takes them. None: those of all."""
+        return str(round((self._idle_seconds if idle_seconds is None else idle_seconds) * 1000))
+
     # -- after a handler's transaction ----------------------------------------------------------------
 
     def connect_anew(self) -> None:
         """Send the next statements on new connections: if one connection is lost, usually all are."""
         self._pool.discard_free()
 
-    async def fail_if_held(self, claim: Claim, error: str, *, due_in_seconds: float) -> Status | None:
+    async def fail_if_held(
+        self,
+        claim: Claim,
+        error: str,
+        failure: Failure | None = None,
+        *,
+        due_in_seconds: float,
+        give_up_seconds: float | None = None,
+    ) -> Status | None:
         """The attempt failed: `failed`, or `dead` after the event's time to give up. None if the row is no longer ours.
 
         It waits for a backend that is still committing this row, so it also settles a COMMIT of unknown result.
+        `failure`: of what, if the handler has raised it. `give_up_seconds`: that of the handler, if it has its own.
         """
-        return await self._settle(statements.FAIL, claim, error=error, due_in=due_in_seconds)
+        later = self.later(give_up_seconds)
+        return await self._settle(
+            statements.FAIL, claim, failure, error=error, due_in=due_in_seconds, give_up_later=later
+        )
 
-    async def abandon_if_held(self, claim: Claim, error: str) -> Status | None:
+    def later(self, give_up_seconds: float | None) -> float:
+        """How many seconds later than others an event is given up whose handler has this time; None: it has none."""
+        return 0.0 if give_up_seconds is None else give_up_seconds - self.give_up_seconds
+
+    async def abandon_if_held(self, claim: Claim, error: str, failure: Failure | None = None) -> Status | None:
         """The attempt cannot be ended: it counts as abandoned. None if the row is no longer ours."""
         return await self._settle(
             statements.ABANDON,
             claim,
+            failure,
             error=error,
             most=self._max_abandoned,
             first=self._backoff.first_seconds,
             longest=self._backoff.max_seconds,
         )
 
-    async def kill_if_held(self, claim: Claim, error: str) -> Status | None:
+    async def kill_if_held(self, claim: Claim, error: str, failure: Failure | None = None) -> Status | None:
         """No retry will help: `dead`. None if the row is no longer ours."""
-        return await self._settle(statements.KILL, claim, error=error)
+        return await self._settle(statements.KILL, claim, failure, error=error)
 
     async def release_if_held(self, claim: Claim, *, due_in_seconds: float = 0) -> Status | None:
         """The attempt did not begin, or we interrupted it: `pending`, no charge. None if the row is no longer ours."""
@@ -346,12 +287,12 @@ class Ledger:
                 raise LedgerUnavailable("the handler's transaction has not ended")
             await asyncio.sleep(_ENDED_POLL_SECONDS)
 
-    async def _settle(self, statement: Statement, claim: Claim, **values: object) -> Status | None:
+    async def _settle(self, change: Statement, claim: Claim, of: Failure | None = None, **values: Any) -> Status | None:
         """Change the row if we hold it. If it was returned as abandoned meanwhile, take it back first."""
-        ours = {"event_id": claim.event_id, "attempt": claim.attempt}
-        rows = await self.run(statement, **ours, **values)
+        ours = {"event_id": claim.event_id, "attempt": claim.attempt, **failure_columns(of)}
+        rows = await self.run(change, **ours, **values)
         if not rows and await self.take_back(claim):
-            rows = await self.run(statement, **ours, **values)
+            rows = await self.run(change, **ours, **values)
         return Status(rows[0]["status"]) if rows else None
 
     async def take_back(self, claim: Claim) -> bool:
@@ -361,7 +302,7 @@ class Ledger:
             event_id=claim.event_id,
             attempt=claim.attempt,
             abandoned=claim.abandoned,
-            lease=self._lease_seconds,
+            lease=self.lease_seconds,
         )
         return bool(rows)
 

@@ -1,4 +1,4 @@
-"""Lock tokens: a value for each lock attempt, which no other attempt has, of this process or of another one.
+"""Lock tokens: each lock attempt has a value that no other attempt of any process has.
 
 Guarantees: a process never mistakes an earlier lock of its own for the current one, and never a lock of another process
 for its own. A token is a prefix, drawn at random when the process starts, and a number. A process that was forked draws

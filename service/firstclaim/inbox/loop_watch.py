@@ -1,8 +1,8 @@
-"""The watch over the event loop: a handler that blocks it is named, because everything else waits for that handler.
+"""Watches the event loop: a handler that blocks it is named in the log, because everything else waits for that handler.
 
 Guarantees: while the loop is blocked for more than a second, by whatever code, there is one warning, which comes
 while it is still blocked. It has the place in the user's code, and the handler and its event if a handler's task
-runs. A process that was frozen, or got no processor, was not blocked: the thread that watches stood still too.
+runs. A process that was frozen, or got no CPU time, does not count as blocked: the watching thread did not run either.
 
 The cost is a timer of the loop and a thread, which both wake four times a second.
 """

@@ -1,22 +1,28 @@
 """Inserting events into the ledger: a row and its body for each, many in one statement."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from firstclaim.event import Delivery
 from firstclaim.inbox import statements
+from firstclaim.inbox.kept_headers import kept_headers
+from firstclaim.observability import tracing
 from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.status import Status
 
 
 @dataclass(frozen=True, slots=True)
 class NewRow:
-    """A delivery to be inserted, and the state that its row gets."""
+    """A delivery to be inserted, and the state that its row gets.
+
+    `traceparent`: the span in which it is made, for recovery's spans to link to.
+    """
 
     delivery: Delivery
     status: Status
     attempt: int
     due_in_seconds: float
+    traceparent: str | None = field(default_factory=tracing.traceparent)
 
     @property
     def event_id(self) -> str:
@@ -52,6 +58,9 @@ async def insert(
         attempts=[row.attempt for _, row in events],
         due_ins=[row.due_in_seconds for _, row in events],
         bodies=[row.delivery.body for _, row in events],
+        traceparents=[row.traceparent for _, row in events],
+        headers=[kept_headers(row.delivery.headers) for _, row in events],
+        endpoints=[event.endpoint for event, _ in events],
         process=process,
         give_up_in=give_up_seconds,
     )

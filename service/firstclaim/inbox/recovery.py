@@ -29,7 +29,7 @@ class Recovery:
     """The loop of one process: every `interval_seconds`, and after a full round as soon as there is capacity.
 
     A round makes at most `batch` abandoned events due again, and none before Postgres has been reachable for a lease
-    without a break.
+    without a break. A round that finds nothing to do sends one statement.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Recovery:
         while True:
             more = await self._round()
             # Jitter, so that processes started together do not query together for ever.
-            pause = self._interval_seconds * random.uniform(0.75, 1)  # noqa: S311
+            pause = self._interval_seconds * random.uniform(1, 1.25)  # noqa: S311
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     if not more:
@@ -78,15 +78,18 @@ class Recovery:
 
     async def _round(self) -> bool:
         """Run one round. Returns whether there may be more to do right away."""
+        survey = None
         try:
             if time.monotonic() >= self._upkeep_at:
-                self._epoch.confirm(await self._ledger.read_epoch())
+                survey = await self._ledger.survey()
+                self._epoch.confirm(survey.epoch)
+                self._pipeline.pause(survey)
                 # After an outage, a lease may be over although its process is alive and about to release the event.
-                if self._epoch.unbroken_seconds >= self._lease_seconds:
+                if survey.overdue and self._epoch.unbroken_seconds >= self._lease_seconds:
                     await self._pipeline.return_abandoned(self._batch)
-                await self._pipeline.give_up_unwanted(self._batch)
+                await self._pipeline.give_up_unwanted(survey, self._batch)
                 self._upkeep_at = time.monotonic() + self._interval_seconds / 2
-            more = await self._pipeline.recover()
+            more = await self._pipeline.recover(survey)
         except LedgerUnavailable as error:
             self._note_failure(str(error))
             return False

@@ -1,9 +1,9 @@
 """Commands to Redis over one connection. Those of one turn of the event loop go together in one write, and so do those
 that gather while replies are awaited.
 
-Guarantees: a reply goes to the command that it was sent for, because replies arrive in order. If there is one too many,
-nobody can say which, and all commands of its batch fail. After a timeout, a lost connection or such a reply, the
-connection is closed: a late reply is never taken for that of another command. All commands that are sent or waiting
+Guarantees: a reply goes to the command that it was sent for, because replies arrive in order. If there is one reply too
+many, it is unknown which one, and all commands of its batch fail. After a timeout, a lost connection or such a reply,
+the connection is closed: a late reply is never taken for that of another command. All commands that are sent or waiting
 fail then, so an outage costs all of them one timeout, and none is sent again. A caller that is cancelled disturbs no
 other: its reply is read and dropped.
 
@@ -47,6 +47,11 @@ class RedisCommands(asyncio.Protocol):
         """Whether the connection is open."""
         return self._transport is not None
 
+    @property
+    def idle(self) -> bool:
+        """Whether no command waits for its reply."""
+        return not self._waiting and not self._sent
+
     def call(self, command: bytes) -> asyncio.Future[Any]:
         """The reply to a packed command, to be awaited.
 
@@ -59,8 +64,12 @@ class RedisCommands(asyncio.Protocol):
             reply.get_loop().call_soon(self._send)
         return reply
 
+    def disconnect(self, error: BaseException) -> None:
+        """Close the connection; the next command opens it again. Commands that still wait for a reply get `error`."""
+        self._fail(error)
+
     async def close(self) -> None:
-        """Close the connection. What is still awaited fails."""
+        """Close the connection for good. Commands that still wait for a reply fail."""
         if self._connecting is not None:
             self._connecting.cancel()
             await asyncio.wait({self._connecting})

@@ -20,7 +20,8 @@ class Flight(Generic[T]):
         self._event_id = event_id
         self._over = False
         self._results: list[T] = []  # one, once it is known
-        self._followed: asyncio.Future[T] | None = None  # made by the first follower: most flights have none
+        # Each has its own: a client that hangs up cancels the one that its delivery waits for.
+        self._followers: list[asyncio.Future[T]] = []
 
     @property
     def recorded(self) -> bool:
@@ -28,11 +29,12 @@ class Flight(Generic[T]):
         return bool(self._results)
 
     def announce(self, result: T) -> None:
-        """Give the followers this result, and those that come until the flight ends."""
+        """Give this result to the followers, and to those that come before the flight ends."""
         if not self.recorded and not self._over:
             self._results.append(result)
-            if self._followed is not None:
-                self._followed.set_result(result)
+            for follower in self._followers:
+                if not follower.done():
+                    follower.set_result(result)
 
     def end(self, result: T) -> None:
         """Give the followers this result."""
@@ -41,23 +43,38 @@ class Flight(Generic[T]):
 
     def fail(self, error: BaseException) -> None:
         """Raise `LedgerUnavailable` to the followers: nothing is promised."""
-        if not self.recorded and not self._over and self._followed is not None:
-            self._followed.set_exception(LedgerUnavailable(str(error) or type(error).__name__))
-            self._followed.exception()  # marks it as retrieved, because a follower may have left
+        if not self.recorded and not self._over:
+            for follower in self._followers:
+                _raise_to(follower, LedgerUnavailable(str(error) or type(error).__name__))
         self._leave()
 
-    def follow(self) -> asyncio.Future[T]:
-        """The result, for a follower. Never cancel it: other followers wait for it too."""
-        if self._followed is None:
-            self._followed = asyncio.get_running_loop().create_future()
-            for result in self._results:
-                self._followed.set_result(result)
-        return self._followed
+    async def follow(self, seconds: float) -> T:
+        """The result, for a follower. Raises `TimeoutError` after `seconds`.
+
+        A future and a timer of its own, because most duplicates of a burst are followers: `asyncio.wait` takes twice as
+        long.
+        """
+        for result in self._results:
+            return result
+        loop = asyncio.get_running_loop()
+        followed: asyncio.Future[T] = loop.create_future()
+        self._followers.append(followed)
+        timer = loop.call_later(seconds, _raise_to, followed, TimeoutError())
+        try:
+            return await followed
+        finally:
+            timer.cancel()
 
     def _leave(self) -> None:
         if not self._over:
             self._over = True
             self._flights.remove(self._event_id)
+
+
+def _raise_to(follower: asyncio.Future[T], error: Exception) -> None:
+    if not follower.done():
+        follower.set_exception(error)
+        follower.exception()  # marks it as retrieved, because the follower may be cancelled before it looks
 
 
 class SingleFlight(Generic[T]):

@@ -7,15 +7,18 @@ capacity, the oldest event would wait without bound. Of the events that were aba
 it may end the process again, and then as few other events as possible are abandoned with it.
 
 Under a backlog of brief handlers, recovery claims ahead: half as many events as there are slots wait in this process,
-and start in the moment a slot is free. Otherwise each slot would be empty for a round of recovery after each event,
-which a handler of 0.1 s feels (measured: a seventh of the throughput) and one of a second does not. Without a backlog
-nothing is claimed ahead: another process may have the free slot.
+and start in the moment a slot is free. Otherwise each slot would be empty for a round of recovery after each event.
+With a handler of 0.1 s that costs throughput (measured with `tests.load.drain`: a fifth with 20 slots, a fourteenth
+with 4), with one of a second it does not. Without a backlog nothing is claimed ahead: another process may have the free
+slot.
 """
 
 import asyncio
 import contextlib
 import time
 from typing import Any
+
+from firstclaim.observability.handler_metrics import HandlerMetrics
 
 _BRIEF_SECONDS = 1.0
 
@@ -29,10 +32,13 @@ class Place:
         self._entered: list[asyncio.Semaphore] = []
         self._released = False
         self._entered_at: float | None = None
+        self._metrics: HandlerMetrics | None = None
         slots.count(for_delivery=for_delivery, change=1)
 
-    async def enter(self, *, previously_abandoned: bool, timeout_seconds: float) -> bool:
-        """Wait for a slot. Returns whether there was one within `timeout_seconds`."""
+    async def enter(
+        self, metrics: HandlerMetrics | None = None, *, previously_abandoned: bool, timeout_seconds: float
+    ) -> bool:
+        """Wait for a slot. Returns whether there was one within `timeout_seconds`. `metrics`: the handler's."""
         gates = self.slots.gates(previously_abandoned=previously_abandoned)
         full = any(gate.locked() for gate in gates)
         try:
@@ -43,6 +49,11 @@ class Place:
         except TimeoutError:
             return False
         self._entered_at = time.monotonic()
+        if metrics is not None:
+            self._metrics = metrics
+            metrics.slots_in_use.inc()
+            if previously_abandoned:
+                metrics.slots_held["previously_abandoned"].inc()
         return True
 
     def release(self, running: asyncio.Future[Any] | None = None) -> None:
@@ -54,6 +65,8 @@ class Place:
             self._entered.remove(self.slots.previously_abandoned)
             self.slots.previously_abandoned.release()
             self.slots.work.set()
+            if self._metrics is not None:
+                self._metrics.slots_held["previously_abandoned"].dec()
         if running is None:
             self._free()
         else:
@@ -65,6 +78,8 @@ class Place:
         self._released = True
         if self._entered_at is not None:
             self.slots.brief = time.monotonic() - self._entered_at < _BRIEF_SECONDS
+        if self._metrics is not None:
+            self._metrics.slots_in_use.dec()
         for gate in self._entered:
             gate.release()
         self.slots.count(for_delivery=self._for_delivery, change=-1)
@@ -90,14 +105,23 @@ class Slots:
 
     def reserve(self) -> Place | None:
         """A place for a delivery. None if it could not start soon: then it is recorded for recovery."""
+        return Place(self, for_delivery=True) if self.has_place else None
+
+    @property
+    def has_place(self) -> bool:
+        """Whether a delivery gets a place now."""
         limit = self.size // 2 if self.backlog else self._places
-        if self._deliveries < limit and self._deliveries + self._recovered < self._places:
-            return Place(self, for_delivery=True)
-        return None
+        return self._deliveries < limit and self._deliveries + self._recovered < self._places
 
     def overflowed(self) -> None:
         """Note that a delivery was recorded without a place: there is a backlog, so recovery is woken."""
         self.backlog = True
+        # Recovery does not wait for the capacity of slots that share its work: it would look in vain each time.
+        if self._has_capacity or not self._shares_work:
+            self.work.set()
+
+    def wake(self) -> None:
+        """Wake recovery: follow-ups that are due at once have been committed."""
         self.work.set()
 
     @property

@@ -1,6 +1,6 @@
 """The ledger's SQL, with a line of purpose for each statement.
 
-Guarantees: every change of state names status and attempt in its WHERE. `ON CONFLICT DO UPDATE` is never used:
+Guarantees: every change of state names status and attempt in its WHERE. `ON CONFLICT DO UPDATE` is never used here:
 it queues behind a running handler's row lock, `DO NOTHING` does not. The ledger's clock is always
 `clock_timestamp()`. Every table is named with its schema: some of these statements run on a handler's connection, whose
 `search_path` the handler may have changed.
@@ -8,10 +8,11 @@ it queues behind a running handler's row lock, `DO NOTHING` does not. The ledger
 
 from asyncpg import InvalidTextRepresentationError, NoActiveSQLTransactionError
 
+from firstclaim.postgres.epoch import EpochStatement
 from firstclaim.postgres.statement import statement
 
 # The condition by whether the event was abandoned before. Each has an index of its own.
-_ABANDONED_BEFORE = {False: "abandoned = 0", True: "abandoned > 0"}
+ABANDONED_BEFORE = {False: "abandoned = 0", True: "abandoned > 0"}
 
 # Insert the events of many deliveries and their bodies, or do nothing where the id is known. An id is returned only to
 # the statement that inserted it. Sorted, because two processes that insert the same ids in opposite order deadlock. The
@@ -25,24 +26,27 @@ WITH patience AS MATERIALIZED (
       FROM patience CROSS JOIN unnest(
           CAST(:event_ids AS text[]), CAST(:types AS text[]), CAST(:accounts AS text[]), CAST(:livemodes AS bool[]),
           CAST(:api_versions AS text[]), CAST(:object_ids AS text[]), CAST(:created_ats AS timestamptz[]),
-          CAST(:statuses AS text[]), CAST(:attempts AS int[]), CAST(:due_ins AS float8[]), CAST(:bodies AS bytea[])
-      ) AS d (event_id, type, account, livemode, api_version, object_id, created_at, status, attempt, due_in, body)
+          CAST(:statuses AS text[]), CAST(:attempts AS int[]), CAST(:due_ins AS float8[]), CAST(:bodies AS bytea[]),
+          CAST(:traceparents AS text[]), CAST(:headers AS text[]), CAST(:endpoints AS text[])
+      ) AS d (event_id, type, account, livemode, api_version, object_id, created_at, status, attempt, due_in, body,
+              traceparent, headers, endpoint)
      ORDER BY d.event_id COLLATE "C"
 ), event AS (
     INSERT INTO firstclaim.stripe_events
            (event_id, type, account, livemode, api_version, object_id, created_at, status,
-            attempt, action, received_at, due_at, give_up_at, settled_at, claimed_at, claimed_by)
+            attempt, action, received_at, due_at, give_up_at, settled_at, claimed_at, claimed_by, endpoint)
     SELECT event_id, type, account, livemode, api_version, object_id, created_at, status,
            attempt, CASE status WHEN 'ignored' THEN status END,
            now, now + make_interval(secs => due_in), now + make_interval(secs => :give_up_in),
            CASE status WHEN 'ignored' THEN now END,
-           CASE status WHEN 'processing' THEN now END, CASE status WHEN 'processing' THEN :process END
+           CASE status WHEN 'processing' THEN now END, CASE status WHEN 'processing' THEN :process END,
+           endpoint
       FROM delivered, clock_timestamp() AS now
     ON CONFLICT (event_id) DO NOTHING
     RETURNING event_id
 ), payload AS (
-    INSERT INTO firstclaim.stripe_event_payloads (event_id, body)
-    SELECT event_id, body FROM event JOIN delivered USING (event_id)
+    INSERT INTO firstclaim.stripe_event_payloads (event_id, body, traceparent, headers)
+    SELECT event_id, body, traceparent, headers FROM event JOIN delivered USING (event_id)
     ON CONFLICT (event_id) DO NOTHING
 )
 SELECT event_id FROM event
@@ -56,10 +60,13 @@ SELECT event_id, status, attempt, pg_logical_emit_message(true, 'firstclaim', ''
   FROM firstclaim.stripe_events WHERE event_id = ANY(:event_ids)
 """)
 
+# The beginning of the error of an event whose batch has failed. Its own next failure, or its success, replaces it.
+GOES_ALONE = "its batch has failed, so it goes alone"
+
 # Take over unfinished events that no handler is working on; with :ignored also events that a build without a handler
 # has recorded, whose time to give up then starts again. MATERIALIZED: a plain IN (SELECT ... LIMIT) claimed 200 rows
 # instead of 5 under another plan. SKIP LOCKED: a row that a running handler has locked is held, however late it is.
-TAKE_OVER = statement("""
+TAKE_OVER = statement(f"""
 WITH due AS MATERIALIZED (
     SELECT event_id FROM firstclaim.stripe_events
      WHERE event_id = ANY(:event_ids) AND (status IN ('pending', 'failed') OR (:ignored AND status = 'ignored'))
@@ -72,7 +79,8 @@ UPDATE firstclaim.stripe_events e
                                 ELSE give_up_at END
   FROM due LEFT JOIN firstclaim.stripe_event_payloads p USING (event_id)
  WHERE e.event_id = due.event_id
-RETURNING e.event_id, e.type, e.attempt, e.failures, e.abandoned, p.body, e.last_error IS NOT NULL AS erred
+RETURNING e.event_id, e.type, e.attempt, e.failures, e.abandoned, p.body, e.last_error IS NOT NULL AS erred,
+          coalesce(starts_with(e.last_error, '{GOES_ALONE}'), false) AS alone, p.traceparent, e.endpoint
 """)
 
 # Return events whose process vanished: the claim is past its lease, and no handler has locked the row. The event is due
@@ -104,8 +112,8 @@ SELECT event_id, type, attempt, claimed_by AS process, status, abandoned AS time
 """)
 
 # The types and modes of all pending and failed events: one index descent for each, however many rows they have.
-QUEUES = {
-    abandoned: statement(f"""
+_QUEUES = {
+    abandoned: f"""
 WITH RECURSIVE waiting AS (
     (SELECT type, livemode FROM firstclaim.stripe_events
       WHERE status IN ('pending', 'failed') AND {condition}
@@ -118,9 +126,21 @@ WITH RECURSIVE waiting AS (
          ORDER BY type, livemode LIMIT 1) AS following
 )
 SELECT type, livemode FROM waiting
-""")
-    for abandoned, condition in _ABANDONED_BEFORE.items()
+"""
+    for abandoned, condition in ABANDONED_BEFORE.items()
 }
+QUEUES = {abandoned: statement(sql) for abandoned, sql in _QUEUES.items()}
+
+# All that a round of recovery has to know where there is nothing to do, which is the rule: the epoch, whether claims
+# are past their lease, what waits, and what is paused. The clock is in a subquery: see DUE.
+SURVEY = EpochStatement(f"""
+       EXISTS (SELECT FROM firstclaim.stripe_events
+                WHERE status = 'processing' AND due_at <= (SELECT clock_timestamp())) AS overdue,
+       (SELECT coalesce(json_agg(json_build_array(type, livemode)), '[]') FROM ({_QUEUES[False]}) AS queue)::text
+           AS waiting,
+       (SELECT coalesce(json_agg(json_build_array(type, livemode)), '[]') FROM ({_QUEUES[True]}) AS queue)::text
+           AS abandoned,
+       ARRAY(SELECT pattern FROM firstclaim.operator_pauses) AS paused""")
 
 # The due events of these types, oldest first, each type from its start on; events that were abandoned before are read
 # separately. One scan with a filter on the types would read past all rows of the other types. The clock is in a
@@ -138,7 +158,7 @@ SELECT due.*
        ORDER BY due_at LIMIT :limit) AS due
  ORDER BY due_at LIMIT :limit
 """)
-    for abandoned, condition in _ABANDONED_BEFORE.items()
+    for abandoned, condition in ABANDONED_BEFORE.items()
 }
 
 # Give up events of types that this process does not want, if nobody has taken them a day after their time to give up:
@@ -203,29 +223,43 @@ SELECT FROM (SELECT count(pinned) AS number FROM marked) AS counted
 NOT_MARKED = (InvalidTextRepresentationError, NoActiveSQLTransactionError)
 
 
-# Of a report of several lines (`failure_report`) the event keeps the first, and the attempt all of them.
+# If the report has several lines (`failure_report`), the event keeps the first, and the attempt all of them.
 _FIRST_LINE = "split_part(CAST(:error AS text), chr(10), 1)"
 
 
-def _with_attempt(change: str) -> str:
+# The cause of a failed attempt (`Failure`). A retry that the handler asked for has no group, unless the event is dead
+# now.
+FAILURE = """
+           CASE WHEN status = 'dead' OR NOT CAST(:requested AS bool) THEN CAST(:failure_group AS text) END,
+           CAST(:handler AS text), CAST(:error_class AS text), CAST(:place AS text)"""
+
+
+def _with_attempt(change: str, outcome: str = "status") -> str:
     """`change`, and a row for the attempt that did not succeed, in one statement: never one without the other."""
     return f"""
 WITH changed AS ({change}RETURNING *
 ), noted AS (
-    INSERT INTO firstclaim.stripe_event_attempts (event_id, attempt, outcome, process, began_at, ended_at, error)
-    SELECT event_id, attempt, status, claimed_by, claimed_at, clock_timestamp(), CAST(:error AS text) FROM changed
+    INSERT INTO firstclaim.stripe_event_attempts
+           (event_id, attempt, outcome, process, began_at, ended_at, error, failure_group, handler, error_class, place)
+    SELECT event_id, attempt, {outcome}, claimed_by, claimed_at, clock_timestamp(), CAST(:error AS text), {FAILURE}
+      FROM changed
     ON CONFLICT DO NOTHING
 )
 SELECT status FROM changed
 """
 
 
+# A row is recorded with the time to give up of the settings. A handler with a time of its own corrects it at the first
+# failure, by the difference: the row then says when it is given up, whoever looks.
+GIVE_UP_AT = "give_up_at + CASE failures WHEN 0 THEN make_interval(secs => :give_up_later) ELSE interval '0' END"
+
 FAIL = statement(
     _with_attempt(f"""
 UPDATE firstclaim.stripe_events
    SET failures = failures + 1, last_error = {_FIRST_LINE},
-       status = CASE WHEN clock_timestamp() >= give_up_at THEN 'dead' ELSE 'failed' END,
-       settled_at = CASE WHEN clock_timestamp() >= give_up_at THEN clock_timestamp() END,
+       give_up_at = {GIVE_UP_AT},
+       status = CASE WHEN clock_timestamp() >= {GIVE_UP_AT} THEN 'dead' ELSE 'failed' END,
+       settled_at = CASE WHEN clock_timestamp() >= {GIVE_UP_AT} THEN clock_timestamp() END,
        due_at = clock_timestamp() + make_interval(secs => :due_in)
  WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
 """)
@@ -240,18 +274,15 @@ UPDATE firstclaim.stripe_events
 )
 
 # An attempt that cannot be ended counts as abandoned, like one whose process vanished.
-ABANDON = statement(f"""
-WITH changed AS (
-    UPDATE firstclaim.stripe_events SET {_ABANDONED}, last_error = {_FIRST_LINE}
-     WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
-    RETURNING *
-), noted AS (
-    INSERT INTO firstclaim.stripe_event_attempts (event_id, attempt, outcome, process, began_at, ended_at, error)
-    SELECT event_id, attempt, 'abandoned', claimed_by, claimed_at, clock_timestamp(), CAST(:error AS text) FROM changed
-    ON CONFLICT DO NOTHING
+ABANDON = statement(
+    _with_attempt(
+        f"""
+UPDATE firstclaim.stripe_events SET {_ABANDONED}, last_error = {_FIRST_LINE}
+ WHERE event_id = :event_id AND status = 'processing' AND attempt = :attempt
+""",
+        "'abandoned'",
+    )
 )
-SELECT status FROM changed
-""")
 
 RELEASE = statement("""
 UPDATE firstclaim.stripe_events SET status = 'pending', due_at = clock_timestamp() + make_interval(secs => :due_in)

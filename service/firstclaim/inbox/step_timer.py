@@ -34,7 +34,7 @@ class StepTimer:
         self._end = None
 
     def limit(self, seconds: float, end: Callable[[], object]) -> "StepTimer":
-        """For a `with` block that is a step: raises TimeoutError if it took longer, whatever came of it."""
+        """For a `with` block that is a step: raises TimeoutError if it took longer, whatever its result."""
         self.start(seconds, end)
         return self
 

@@ -1,4 +1,4 @@
-"""Watches running handlers: does each still work in the transaction that it was given?
+"""Watches whether each running handler still works in the transaction that it was given.
 
 Guarantees: a handler that ends its transaction itself (by a raw COMMIT, for example) and goes on is detected within two
 periods. Then its attempt is over: the row becomes `dead`, the handler is cancelled, and its connection is closed,
@@ -26,8 +26,8 @@ import structlog
 
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
 from firstclaim.inbox import statements
+from firstclaim.inbox.claim import HandlerTransaction
 from firstclaim.inbox.handler_call import HandlerCall
-from firstclaim.inbox.ledger import HandlerTransaction
 from firstclaim.observability.redaction import describe_error
 from firstclaim.postgres.pool import Pool
 

@@ -1,9 +1,9 @@
-"""Coroutines that a handler forgot to await: nothing of them ran, and the event must not be completed without it.
+"""Coroutines that a handler forgot to await: they never ran, so the event must not be completed.
 
 Guarantees, while `detected()` is entered: a coroutine that is dropped unawaited while a handler runs, in its task, its
-thread, or a task or thread that it started, is on that handler's list when it has ended. Python reports each one
-with a warning as the last reference to it goes, which is where the list is found in the context. One that a cycle of
-references keeps is reported later, by the garbage collector, and to nobody.
+thread, or a task or thread that it started, is on that handler's list when it has ended. Python reports each one with a
+warning when the last reference to it goes, and at that moment the context still has the list. One that a cycle of
+references keeps is reported later, by the garbage collector, and is on no list.
 """
 
 import re

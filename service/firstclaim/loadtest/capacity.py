@@ -27,10 +27,10 @@ class Reading:
     seconds: float
 
 
-def metrics_url(webhook_url: str, webhook_path: str) -> str:
-    """The address of `/metrics` beside an endpoint, which may be below a prefix."""
+def metrics_url(webhook_url: str, webhook_path: str, endpoint: str = "") -> str:
+    """The address of `/metrics` beside an endpoint, which may have a name, and be below a prefix."""
     parts = urlsplit(webhook_url)
-    prefix = parts.path.rstrip("/").removesuffix(webhook_path)
+    prefix = parts.path.rstrip("/").removesuffix(f"/{endpoint}" if endpoint else "").removesuffix(webhook_path)
     return parts._replace(path=f"{prefix}/metrics", query="").geturl()
 
 

@@ -137,7 +137,7 @@ class Pace:
 
 
 class AnswerKind(StrEnum):
-    """How a delivery was answered, by the README's table of answers."""
+    """How a delivery was answered, by the table of answers in docs/."""
 
     PROCESSED = "processed"
     IGNORED = "ignored"

@@ -36,11 +36,15 @@ def between_handlers(changes: str) -> None:
     op.execute(attempted_between_handlers(changes))
 
 
-def index_unless_large(indexes: str) -> None:
-    """Create indexes on `stripe_events` if it is small, as it is in every ledger that begins with their revision.
+def index_unless_large(indexes: str, table: str = "stripe_events") -> None:
+    """Create indexes on `table` if it is small, as it is in every ledger that begins with their revision.
 
     On many events every delivery would wait until an index is made. CONCURRENTLY does not block deliveries, but cannot
-    run in a transaction. So on a large ledger they are left to the operator: the README has the statements.
+    run in a transaction. So on a large ledger they are left to the operator, with the statements in
+    docs/how-to/large-ledger.md.
+
+    The events are locked first, whatever table the indexes are on, because 0012 changes them in the same transaction:
+    a handler would wait for the index's lock with its completion mark, and the migration for that handler.
     """
-    if op.get_bind().scalar(text("SELECT pg_relation_size('stripe_events')")) <= _LARGE_BYTES:
-        between_handlers(indexes)
+    if op.get_bind().scalar(text("SELECT pg_relation_size(CAST(:t AS regclass))"), {"t": table}) <= _LARGE_BYTES:
+        between_handlers("LOCK TABLE stripe_events IN ACCESS EXCLUSIVE MODE;" + indexes)

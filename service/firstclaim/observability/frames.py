@@ -12,15 +12,14 @@ that no line of the user's raised, such as a broken rule, has the definition of 
 
 import inspect
 import os
-import sys
 import sysconfig
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import CodeType, FrameType, TracebackType
 from typing import Any
 
 from firstclaim.observability.redaction import class_name, is_a, redact, redacted_error
+from firstclaim.observability.source_path import source_path
 
 _MAX_LINES = 60
 _MAX_USER_FRAMES = 20  # of one error: a recursion has a thousand
@@ -43,7 +42,7 @@ def frames(error: BaseException, handler: Callable[..., Any] | None = None) -> l
 
     `handler`: the function that failed with it.
     """
-    code = None if handler is None else getattr(inspect.unwrap(handler), "__code__", None)
+    code = _code_of(handler)
     own = None if code is None else _folder(code.co_filename)
     lines = [line for relation, each in _related(error) for line in _described(relation, each, own)]
     if code is not None and not _frames_of(error, own)[0]:
@@ -51,12 +50,22 @@ def frames(error: BaseException, handler: Callable[..., Any] | None = None) -> l
     return [redact(line) for line in lines[:_MAX_LINES]]
 
 
+def innermost(errors: Sequence[BaseException], handler: Callable[..., Any] | None = None) -> str | None:
+    """The innermost frame of the user's code of the first of `errors` that has one; else the handler's definition."""
+    code = _code_of(handler)
+    own = None if code is None else _folder(code.co_filename)
+    found = [user[0] for user, _ in (_frames_of(error, own) for error in errors) if user]
+    if not found and code is not None:
+        found.append(describe_frame(code, code.co_firstlineno))
+    return redact(found[0]) if found else None
+
+
 def place(error: BaseException) -> str | None:
     """The file and line in the user's code that an error came from; None: no such frame."""
     if is_a(error, SyntaxError):
         filename, line = (vars(SyntaxError)[name].__get__(error) for name in ("filename", "lineno"))
         if isinstance(filename, str) and isinstance(line, int):
-            return redact(f"{_shortened(filename)}:{line}")
+            return redact(f"{source_path(filename)}:{line}")
     user, _ = _frames_of(error)
     return redact(user[0].partition(" in ")[0]) if user else None
 
@@ -72,6 +81,10 @@ def running_place(frame: FrameType) -> str | None:
             found.append(describe_frame(left.f_code, left.f_lineno))
         left = left.f_back
     return redact(found[0]) if found else None
+
+
+def _code_of(handler: Callable[..., Any] | None) -> CodeType | None:
+    return None if handler is None else getattr(inspect.unwrap(handler), "__code__", None)
 
 
 def _related(error: BaseException) -> Iterator[tuple[str, BaseException]]:
@@ -131,7 +144,7 @@ def is_users(code: CodeType) -> bool:
 
 def describe_frame(code: CodeType, line: int | None) -> str:
     """`shop/handlers.py:12 in grant_access`."""
-    return f"{_shortened(code.co_filename)}:{line} in {code.co_qualname}"
+    return f"{source_path(code.co_filename)}:{line} in {code.co_qualname}"
 
 
 def _is_standard(path: str) -> bool:
@@ -140,15 +153,7 @@ def _is_standard(path: str) -> bool:
 
 def _folder(path: str) -> str:
     """The package that a file belongs to."""
-    return _shortened(path).partition(os.sep)[0]
-
-
-@cache
-def _shortened(path: str) -> str:
-    """Below the folder that it is imported from: as the user knows it, and without the machine's folders."""
-    folders = [os.path.join(os.path.abspath(each), "") for each in sys.path]
-    within = [each for each in folders if path.startswith(each)]
-    return path[len(max(within, key=len)) :] if within else path
+    return source_path(path).partition(os.sep)[0]
 
 
 def _attribute(error: BaseException, name: str) -> Any:

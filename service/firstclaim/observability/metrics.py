@@ -1,4 +1,4 @@
-"""The counters of this service, with a closed set of values for every label.
+"""The counters of this service, except those of its handlers, with a closed set of values for every label.
 
 Guarantees: no value from a request becomes a label, so no sender can create a time series. Every series exists from the
 start, at zero, so that an alert on its increase notices the first event. Several workers write to files in one folder
@@ -6,12 +6,12 @@ start, at zero, so that an alert on its increase notices the first event. Severa
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Final, Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client import CollectorRegistry, Counter, disable_created_metrics
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from firstclaim.errors import RejectedKind
 from firstclaim.outcome import Kind
@@ -20,9 +20,10 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 REGISTRY: Final = CollectorRegistry()
 FOLDER: Final = "PROMETHEUS_MULTIPROC_DIR"  # the variable that prometheus-client reads
 # From a handler that only writes a row to one that runs into its deadline.
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 StoppedBy = Literal["process", "redis", "ledger"]
+Verification = Literal["verified", "signature_refused"]
 
 
 def _counters(name: str, help_text: str, label: str, values: Iterable[str]) -> dict[str, Counter]:
@@ -56,46 +57,18 @@ hung_handlers: Final = Counter(
 recovery_rounds: Final = _counters(
     "firstclaim_recovery_rounds", "Rounds of recovery, by result.", "result", ("good", "failed")
 )
+_endpoint_requests = Counter(
+    "firstclaim_endpoint_requests",
+    "Requests to an endpoint, by its name (-: without a name): verified, or refused because of their signature.",
+    ["endpoint", "result"], registry=REGISTRY,
+)  # fmt: skip
 redis_outages: Final = Counter("firstclaim_redis_outages", "Times that Redis became unreachable.", registry=REGISTRY)
-_handler_seconds = Histogram(
-    "firstclaim_handler_seconds", "Duration of handlers, by the pattern that they are declared for.", ["handler"],
-    buckets=_SECONDS, registry=REGISTRY,
-)  # fmt: skip
-
-_batch_events = Histogram(
-    "firstclaim_batch_events", "Events of a batch, by the pattern of the batch handler.", ["handler"],
-    buckets=(1, 2, 4, 8, 16, 32, 64), registry=REGISTRY,
-)  # fmt: skip
-_batch_event_seconds = Histogram(
-    "firstclaim_batch_event_seconds", "Duration of a batch handler, divided by the events of its batch.", ["handler"],
-    buckets=(0.0001, 0.00025, 0.0005, *_SECONDS), registry=REGISTRY,
-)  # fmt: skip
 
 
 @cache
-def handler_seconds(pattern: str) -> Histogram:
-    """The histogram of the handler that is declared for `pattern`. The pattern comes from code, not from a request."""
-    return _handler_seconds.labels(pattern)
-
-
-@cache
-def batch_events(pattern: str) -> Histogram:
-    """The histogram of the sizes of the batches of this batch handler."""
-    return _batch_events.labels(pattern)
-
-
-@cache
-def batch_event_seconds(pattern: str) -> Histogram:
-    """The histogram of the seconds that this batch handler takes for one event."""
-    return _batch_event_seconds.labels(pattern)
-
-
-def create_series(pattern: str, *, batch: bool) -> None:
-    """Create the series of a handler, so that they exist from the start."""
-    handler_seconds(pattern)
-    if batch:
-        batch_events(pattern)
-        batch_event_seconds(pattern)
+def endpoint_requests(name: str | None) -> Mapping[Verification, Counter]:
+    """The series of an endpoint, None: the one without a name. They exist once this was called: before it serves."""
+    return {each: _endpoint_requests.labels(name or "-", each) for each in get_args(Verification)}
 
 
 def collected() -> CollectorRegistry:
@@ -108,7 +81,28 @@ def collected() -> CollectorRegistry:
     return registry
 
 
+def forget_process(pid: int) -> None:
+    """A worker has ended: what it had in use is in use no more. What it has counted stays counted."""
+    if os.environ.get(FOLDER) is not None:
+        mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+
+def own(counter: Counter) -> int:
+    """What this process has counted, also where several write to one folder."""
+    return int(next(iter(counter.collect())).samples[0].value)
+
+
 def totals(name: str) -> dict[str, int]:
     """The counters of a family with one label, by the label's value, summed over all workers since their start."""
     samples = [sample for metric in collected().collect() if metric.name == name for sample in metric.samples]
     return {next(iter(each.labels.values())): int(each.value) for each in samples if each.name == f"{name}_total"}
+
+
+def endpoint_totals(*, this_process: bool = False) -> dict[str, dict[str, int]]:
+    """The requests to each endpoint (`-`: without a name), by result, summed over all workers since their start."""
+    found: dict[str, dict[str, int]] = {}
+    for metric in _endpoint_requests.collect() if this_process else collected().collect():
+        for sample in metric.samples:
+            if sample.name == "firstclaim_endpoint_requests_total":
+                found.setdefault(sample.labels["endpoint"], {})[sample.labels["result"]] = int(sample.value)
+    return found

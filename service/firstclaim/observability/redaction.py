@@ -10,6 +10,8 @@ import re
 from types import TracebackType
 from typing import TypeGuard, TypeVar
 
+from firstclaim.observability.source_path import source_path
+
 E = TypeVar("E", bound=BaseException)
 
 _MAX_CHARACTERS = 500
@@ -67,4 +69,4 @@ def _place(trace: TracebackType | None) -> str:
         return ""
     while trace.tb_next is not None:
         trace = trace.tb_next
-    return f" at {trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}"
+    return f" at {redact(source_path(trace.tb_frame.f_code.co_filename))}:{trace.tb_lineno}"

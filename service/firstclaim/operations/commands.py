@@ -1,7 +1,7 @@
 """What an operator changes in the ledger.
 
 Guarantees: nothing here dispatches. A replay makes events due, and the running services take them up. An event that is
-being handled is never changed, and an unfinished event is never pruned. Every change is recorded in `operator_actions`
+being handled is never changed. Every change is recorded in `operator_actions`
 before it begins (who, what, which events), and completed with the number of events that it changed. An interrupted
 change has no number. Changes are made in small batches, one transaction each, and skip rows that are locked, so that
 no delivery waits for them.
@@ -16,8 +16,8 @@ from firstclaim.errors import LedgerUnavailable, OperatorError
 from firstclaim.event import Delivery
 from firstclaim.inbox.new_row import NewRow, insert
 from firstclaim.migrations import schema
-from firstclaim.operations.limits import ROW_DAYS_LEAST
-from firstclaim.operations.queries import SELECTED, Queries, Selection
+from firstclaim.operations.queries import STATEMENT_SECONDS, Queries
+from firstclaim.operations.selection import SELECTED, Selection
 from firstclaim.postgres.advice import explain
 from firstclaim.postgres.connection import UNAVAILABLE, open_connection
 from firstclaim.postgres.epoch import read_epoch
@@ -25,6 +25,9 @@ from firstclaim.postgres.statement import statement
 from firstclaim.schema_name import DEFAULT_SCHEMA
 from firstclaim.status import Status
 
+# The server ends a statement at the limit too. After a command that gave up, or was killed, it would go on, with its
+# locks, for as long as it takes. (Seen: a prune that had given up kept a migration from its lock.)
+_PINS = {"statement_timeout": f"{STATEMENT_SECONDS:.0f}s"}
 BATCH = 500  # events in one transaction: about ten milliseconds, so that no row is locked for long
 _RECORD_SECONDS = 60.0  # for a batch with its bodies over a slow connection
 _PATIENCE_SECONDS = 5.0  # a concurrent delivery of the same event commits in milliseconds
@@ -32,7 +35,7 @@ _MICROSECOND = 1e-6
 REPLAYABLE = (Status.PENDING, Status.FAILED, Status.DEAD, Status.IGNORED)  # a replay of these repeats no effect
 
 _SELECT_CANDIDATES = statement(f"""
-SELECT event_id, status, attempt, p.event_id IS NOT NULL AS has_payload
+SELECT event_id, status, attempt, p.event_id IS NOT NULL AS has_payload, type, livemode
   FROM firstclaim.stripe_events e LEFT JOIN firstclaim.stripe_event_payloads p USING (event_id)
  WHERE {SELECTED} ORDER BY due_at
 """)
@@ -57,46 +60,18 @@ UPDATE firstclaim.stripe_events e
   FROM chosen WHERE e.event_id = chosen.event_id
 RETURNING e.event_id
 """)
+# A payload that was pruned, put back. It counts as recorded now, so that the next prune does not take it away again.
+_RESTORE = statement("""
+INSERT INTO firstclaim.stripe_event_payloads (event_id, body, traceparent, headers)
+SELECT event_id, :body, :traceparent, :headers FROM firstclaim.stripe_events WHERE event_id = :event_id FOR UPDATE
+ON CONFLICT (event_id) DO NOTHING RETURNING event_id
+""")
 _ROTATE = statement("UPDATE firstclaim.ledger_epoch SET id = gen_random_uuid(), rotated_at = clock_timestamp()")
 _BEGIN_ACTION = statement("""
 INSERT INTO firstclaim.operator_actions (at, operator, action, selection)
 VALUES (clock_timestamp(), :operator, :action, :selection) RETURNING action_id
 """)
 _END_ACTION = statement("UPDATE firstclaim.operator_actions SET changed = :changed WHERE action_id = :action_id")
-
-# Payloads of events that were settled so long ago, in the order of the ids, from the end of the last batch on. The
-# event's row is locked first, because an event that is being replayed needs its payload.
-_PRUNE_PAYLOADS = statement("""
-WITH old AS MATERIALIZED (
-    SELECT event_id FROM firstclaim.stripe_events JOIN firstclaim.stripe_event_payloads USING (event_id)
-     WHERE event_id > :after AND status = ANY(:statuses)
-       AND settled_at < clock_timestamp() - make_interval(days => :days)
-     ORDER BY event_id LIMIT :limit
-       FOR UPDATE OF stripe_events SKIP LOCKED
-)
-DELETE FROM firstclaim.stripe_event_payloads p USING old WHERE p.event_id = old.event_id RETURNING p.event_id
-""")
-_PRUNE_ROWS = statement("""
-WITH old AS MATERIALIZED (
-    SELECT event_id FROM firstclaim.stripe_events
-     WHERE event_id > :after AND status = ANY(:statuses)
-       AND settled_at < clock_timestamp() - make_interval(days => :days)
-     ORDER BY event_id LIMIT :limit
-       FOR UPDATE SKIP LOCKED
-), payloads AS (
-    DELETE FROM firstclaim.stripe_event_payloads p USING old WHERE p.event_id = old.event_id
-), attempts AS (
-    DELETE FROM firstclaim.stripe_event_attempts a USING old WHERE a.event_id = old.event_id
-)
-DELETE FROM firstclaim.stripe_events e USING old WHERE e.event_id = old.event_id RETURNING e.event_id
-""")
-_COUNT_PRUNABLE = statement("""
-SELECT count(*) FILTER (WHERE p.event_id IS NOT NULL
-                          AND settled_at < clock_timestamp() - make_interval(days => :payload_days)) AS payloads,
-       count(*) FILTER (WHERE settled_at < clock_timestamp() - make_interval(days => :row_days)) AS rows
-  FROM firstclaim.stripe_events LEFT JOIN firstclaim.stripe_event_payloads p USING (event_id)
- WHERE status = ANY(:statuses)
-""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +82,8 @@ class ReplayCandidate:
     status: Status
     attempt: int
     has_payload: bool
+    type: str = ""
+    livemode: bool = False
 
 
 @dataclass(slots=True)
@@ -132,7 +109,7 @@ class Commands(Queries):
         Raises `SchemaOutdated` before anything is changed.
         """
         try:
-            connection = await open_connection(dsn, timeout_seconds, schema=schema_name)
+            connection = await open_connection(dsn, timeout_seconds, pins=_PINS, schema=schema_name)
             try:
                 async with asyncio.timeout(timeout_seconds):
                     version = await schema.read_version(connection)
@@ -144,48 +121,43 @@ class Commands(Queries):
         except UNAVAILABLE as error:
             raise LedgerUnavailable(explain(error)) from error
 
-    async def count_prunable(self, payload_days: int, row_days: int, *, include_dead: bool) -> tuple[int, int]:
-        """The number of payloads and the number of rows that `prune` would delete."""
-        statuses = _prunable(include_dead)
-        [row] = await self._fetch(
-            _COUNT_PRUNABLE, payload_days=payload_days, row_days=row_days, statuses=list(statuses)
-        )
-        return row["payloads"], row["rows"]
-
     async def recorded_ids(self, event_ids: Sequence[str]) -> set[str]:
         """Those of the ids that the ledger has, in any status."""
-        return {row["event_id"] for row in await self._fetch(_RECORDED, event_ids=list(event_ids))}
+        return {row["event_id"] for row in await self.fetch(_RECORDED, event_ids=list(event_ids))}
 
     # -- changing -------------------------------------------------------------------------------------
 
     async def select_candidates(self, selection: Selection) -> list[ReplayCandidate]:
         """The selected events, in any status; the event that has been due longest is first."""
-        rows = await self._fetch(_SELECT_CANDIDATES, **selection.parameters())
+        rows = await self.fetch(_SELECT_CANDIDATES, **selection.parameters())
         return [ReplayCandidate(**{**row, "status": Status(row["status"])}) for row in rows]
 
     async def replay(
         self,
         candidates: Sequence[ReplayCandidate],
-        selection: Selection,
+        selection: Selection | str,
         operator: str,
         *,
         give_up_seconds: float,
         repeat_completed: bool = False,
+        began: Callable[[int], object] = lambda _: None,
     ) -> AsyncIterator[list[str]]:
         """Make the events due now, reset their failures, keep their attempt; yields the ids that each batch changed.
 
         Skips events that are locked, that have changed since they were selected, that are being handled, or whose
-        payload has been pruned. `selection` is what they were selected by, for the audit.
+        payload has been pruned. `selection` is what they were selected by, for the audit; `began` is called with the id
+        of its row.
 
         `repeat_completed`: also replay completed events. Their effects will happen a second time.
         """
         statuses = {*REPLAYABLE, *([Status.COMPLETED] if repeat_completed else [])}
         remaining = [each for each in candidates if each.status in statuses]
         action = OperatorAction(operator, "replay", str(selection))
-        async with self._audited(action):
+        async with self.audited(action) as action_id:
+            began(action_id)
             while remaining:
                 batch, remaining = remaining[:BATCH], remaining[BATCH:]
-                rows = await self._fetch(
+                rows = await self.fetch(
                     _REPLAY,
                     event_ids=[each.event_id for each in batch],
                     statuses=[each.status for each in batch],
@@ -195,33 +167,22 @@ class Commands(Queries):
                 action.changed += len(rows)
                 yield [row["event_id"] for row in rows]
 
-    async def prune(
-        self, operator: str, payload_days: int, row_days: int, *, include_dead: bool
-    ) -> AsyncIterator[tuple[int, int]]:
-        """Delete old rows with their payloads, then old payloads; yields (payloads, rows) deleted by each batch."""
-        if row_days < ROW_DAYS_LEAST:
-            raise ValueError(f"rows are kept for at least {ROW_DAYS_LEAST} days: until then they detect duplicates")
-        selection = f"payloads={payload_days}d rows={row_days}d" + (" dead" if include_dead else "")
-        action = OperatorAction(operator, "prune", selection)
-        async with self._audited(action):
-            for query, kept_days, is_row in ((_PRUNE_ROWS, row_days, 1), (_PRUNE_PAYLOADS, payload_days, 0)):
-                after = ""
-                while True:
-                    rows = await self._fetch(
-                        query, after=after, statuses=_prunable(include_dead), days=kept_days, limit=BATCH
-                    )
-                    if not rows:
-                        break
-                    after = max(row["event_id"] for row in rows)
-                    action.changed += len(rows)
-                    yield (0, len(rows)) if is_row else (len(rows), 0)
+    async def restore_payload(
+        self, operator: str, event_id: str, body: bytes, *, traceparent: str | None, headers: str | None
+    ) -> bool:
+        """Put the payload of an event back that was pruned; whether it had none and there is such an event."""
+        action = OperatorAction(operator, "restore", event_id)
+        async with self.audited(action):
+            rows = await self.fetch(_RESTORE, event_id=event_id, body=body, traceparent=traceparent, headers=headers)
+            action.changed = len(rows)
+        return bool(rows)
 
     async def rotate_epoch(self, operator: str) -> tuple[str | None, str | None]:
         """Give the ledger a new epoch; returns the previous one and the new one."""
         before = self._connection.epoch
         action = OperatorAction(operator, "rotate", f"epoch {before}")
-        async with self._audited(action):
-            await self._fetch(_ROTATE)
+        async with self.audited(action):
+            await self.fetch(_ROTATE)
             action.changed = 1
         return before, await read_epoch(self._connection)
 
@@ -252,21 +213,18 @@ class Commands(Queries):
             action.changed += len(new)
             return new
 
-        async with self._audited(action):
+        async with self.audited(action):
             yield record
 
     @asynccontextmanager
-    async def _audited(self, action: OperatorAction) -> AsyncIterator[None]:
-        [row] = await self._fetch(
+    async def audited(self, action: OperatorAction) -> AsyncIterator[int]:
+        """Record that the action begins, and at the end of the block how much it has changed; yields its id."""
+        [row] = await self.fetch(
             _BEGIN_ACTION, operator=action.operator, action=action.action, selection=action.selection
         )
         try:
-            yield
+            yield row["action_id"]
         except OperatorError:  # not a failure of the ledger: the number changed until then is known
-            await self._fetch(_END_ACTION, action_id=row["action_id"], changed=action.changed)
+            await self.fetch(_END_ACTION, action_id=row["action_id"], changed=action.changed)
             raise
-        await self._fetch(_END_ACTION, action_id=row["action_id"], changed=action.changed)
-
-
-def _prunable(include_dead: bool) -> list[Status]:
-    return [Status.COMPLETED, Status.IGNORED, *([Status.DEAD] if include_dead else [])]
+        await self.fetch(_END_ACTION, action_id=row["action_id"], changed=action.changed)

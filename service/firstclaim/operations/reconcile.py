@@ -29,14 +29,19 @@ _WINDOW_MOST_SECONDS = 86_400  # limits what is read twice when many missing eve
 
 @dataclass(frozen=True, slots=True)
 class ReconcileOptions:
-    """What to reconcile. `undelivered`: only events that, as Stripe sees it, some endpoint has not accepted yet."""
+    """What to reconcile. `undelivered`: only events that, as Stripe sees it, some endpoint has not accepted yet.
+
+    `endpoint`: the named endpoint that receives the events of the key's account; what is recorded gets its name.
+    """
 
     since_seconds: int
     undelivered: bool = False
+    endpoint: str | None = None
 
     def __str__(self) -> str:
         """As options of the command line, for the audit."""
-        return f"since={self.since_seconds}s" + (" undelivered" if self.undelivered else "")
+        endpoint = "" if self.endpoint is None else f" endpoint={self.endpoint}"
+        return f"since={self.since_seconds}s" + (" undelivered" if self.undelivered else "") + endpoint
 
 
 @dataclass(slots=True)
@@ -174,4 +179,5 @@ class Reconciliation:
         """The event as the webhook would parse it; raises `Rejected`."""
         if len(listed.body) > self._body_most_bytes:
             raise Rejected("content", "larger than FIRSTCLAIM_BODY_MOST_BYTES", 413)
-        return Delivery(parse_event(listed.body), listed.body)
+        endpoint = self._options.endpoint
+        return Delivery(parse_event(listed.body, endpoint), listed.body, endpoint=endpoint)

@@ -7,16 +7,19 @@ Postgres uses one core for a statement, and ends it after `STATEMENT_SECONDS`.
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from typing import Any, Final
 
 import asyncpg
 
 from firstclaim.errors import StatementTimeout
+from firstclaim.operations.audit import AuditQueries
 from firstclaim.operations.commands import Commands
-from firstclaim.operations.queries import COLUMNS, SELECTED, EventRow, Selection, event_row
+from firstclaim.operations.queries import COLUMNS, EventRow, event_row
+from firstclaim.operations.selection import SELECTED, Selection
+from firstclaim.operations.traffic import TrafficQueries
 from firstclaim.postgres.statement import Statement, statement
 from firstclaim.status import Status
 
@@ -66,13 +69,6 @@ SELECT {columns} FROM (SELECT * {_FROM_CURSOR} LIMIT :scan_limit) e WHERE {_MATC
 _PAGE, _PAGE_MATCHING = _newest(COLUMNS), _newest_matching(COLUMNS)
 _IDS, _IDS_MATCHING = _newest("event_id"), _newest_matching("event_id")
 _LAST_SCANNED = statement(f"SELECT received_at, event_id {_FROM_CURSOR} OFFSET :scan_limit - 1 LIMIT 1")
-_HOURLY_COUNTS = statement("""
-SELECT date_trunc('hour', received_at, 'UTC') AS began_at, status, count(*) AS events
-  FROM firstclaim.stripe_events
- WHERE received_at >= :since
- GROUP BY 1, 2
-""")
-_NOW = statement("SELECT clock_timestamp() AS now")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,51 +119,33 @@ class SearchPage:
     scanned_until: datetime | None
 
 
-@dataclass(frozen=True, slots=True)
-class HourlyCounts:
-    """Events by the hour in which they were received and by their current status; includes the hours without events."""
-
-    hours: list[tuple[datetime, dict[Status, int]]]
-
-
-class LedgerSearch(Commands):
+class LedgerSearch(Commands, TrafficQueries, AuditQueries):
     """Queries of the admin page, on a connection with `PINS`. A query that takes too long is a `StatementTimeout`."""
 
     async def page(self, search: Search, cursor: Cursor | None, limit: int) -> SearchPage:
         """The newest events that match, at most `limit`, from `cursor` on; None: from the newest event on."""
         parameters = search.parameters(cursor)
         query = _PAGE if search.object_id is None else _PAGE_MATCHING
-        rows = await self._fetch(query, **parameters, limit=limit + 1)
+        rows = await self.fetch(query, **parameters, limit=limit + 1)
         events = [event_row(row) for row in rows[:limit]]
         if len(rows) > limit:
             return SearchPage(events, Cursor(events[-1].received_at, events[-1].event_id), None)
-        if search.scan_limit is not None and (last := await self._fetch(_LAST_SCANNED, **parameters)):
+        if search.scan_limit is not None and (last := await self.fetch(_LAST_SCANNED, **parameters)):
             return SearchPage(events, Cursor(**last[0]), last[0]["received_at"])
         return SearchPage(events, None, None)
 
-    async def replayable(self, search: Search, limit: int) -> list[str]:
-        """The ids of the failed and dead events that match, the newest first, at most `limit`."""
+    async def replayable(self, search: Search, limit: int, among: Sequence[Status] = UNSUCCESSFUL) -> list[str]:
+        """The ids of the events that match and are `among` these statuses, the newest first, at most `limit`."""
         wanted = search.selection.statuses
-        statuses = [each for each in UNSUCCESSFUL if wanted is None or each in wanted]
+        statuses = [each for each in among if wanted is None or each in wanted]
         narrowed = replace(search, selection=replace(search.selection, statuses=statuses))
         query = _IDS if search.object_id is None else _IDS_MATCHING
-        return [row["event_id"] for row in await self._fetch(query, **narrowed.parameters(None), limit=limit)]
+        return [row["event_id"] for row in await self.fetch(query, **narrowed.parameters(None), limit=limit)]
 
-    async def hourly_counts(self, hours: int) -> HourlyCounts:
-        """Events of the last `hours`, the current hour included: whole hours of UTC, by the database's clock."""
-        [clock] = await self._fetch(_NOW)
-        current = clock["now"].astimezone(UTC).replace(minute=0, second=0, microsecond=0)
-        counts: dict[datetime, dict[Status, int]] = {
-            current - timedelta(hours=back): {} for back in reversed(range(hours))
-        }
-        # The start is a value: for an expression, the planner assumes that a third of all rows is later.
-        for row in await self._fetch(_HOURLY_COUNTS, since=min(counts)):
-            counts.setdefault(row["began_at"], {})[Status(row["status"])] = row["events"]
-        return HourlyCounts(sorted(counts.items()))
-
-    async def _fetch(self, query: Statement, **values: object) -> list[Any]:
+    async def fetch(self, query: Statement, **values: object) -> list[Any]:
+        """The rows of a statement. Raises `StatementTimeout`."""
         try:
             async with asyncio.timeout(STATEMENT_SECONDS + _FROZEN_SECONDS):
-                return await super()._fetch(query, **values)
+                return await super().fetch(query, **values)
         except asyncpg.QueryCanceledError as error:
             raise StatementTimeout(f"ended after {STATEMENT_SECONDS} s") from error

@@ -114,12 +114,12 @@ class StripeEvents:
         status = getattr(failure, "http_status", None)
         if status is not None and not 200 <= status < 300 and status not in (408, 409, 429) and status < 500:
             _refused(failure, status)
-        retry_after = _retry_after(failure)
-        if attempt < _ATTEMPTS and (retry_after or 0) <= _RETRY_AFTER_MOST_SECONDS:
-            return _BACKOFF.after(attempt) if retry_after is None else retry_after
-        tried = f"after {attempt} attempt{'' if attempt == 1 else 's'}{_request_id(failure)}"
+        asked = retry_after(failure)
+        if attempt < _ATTEMPTS and (asked or 0) <= _RETRY_AFTER_MOST_SECONDS:
+            return _BACKOFF.after(attempt) if asked is None else asked
+        tried = f"after {attempt} attempt{'' if attempt == 1 else 's'}{request_id(failure)}"
         if status == 429:
-            wait = f"wait {retry_after} s before you run it again" if retry_after else "run it again later"
+            wait = f"wait {asked} s before you run it again" if asked else "run it again later"
             raise StripeUnavailable(f"Stripe limits the rate of requests (429, {tried}): {wait}")
         if status is not None and status >= 400:
             raise StripeUnavailable(f"Stripe failed ({status}, {tried}): run it again later")
@@ -131,26 +131,27 @@ class StripeEvents:
 
 def _refused(failure: Exception, status: int) -> NoReturn:
     if status == 401:
-        raise StripeRefused(f"Stripe does not accept the key in STRIPE_API_KEY (401{_request_id(failure)})")
+        raise StripeRefused(f"Stripe does not accept the key in STRIPE_API_KEY (401{request_id(failure)})")
     if status == 403:
         raise StripeRefused(
-            f"the key in STRIPE_API_KEY may not read events (403{_request_id(failure)}): "
+            f"the key in STRIPE_API_KEY may not read events (403{request_id(failure)}): "
             "a restricted key needs the permission to read Events"
         )
     code = getattr(failure, "code", None)
     shown_code = f", {code}" if isinstance(code, str) and _SHOWN.fullmatch(code) else ""
     raise StripeRefused(
-        f"Stripe refused the request for its list of events ({status}{shown_code}{_request_id(failure)})"
+        f"Stripe refused the request for its list of events ({status}{shown_code}{request_id(failure)})"
     )
 
 
-def _request_id(failure: Exception) -> str:
-    """The request's id, which Stripe's support asks for."""
-    request_id = getattr(failure, "request_id", None)
-    return f", request {request_id}" if isinstance(request_id, str) and _SHOWN.fullmatch(request_id) else ""
+def request_id(failure: Exception) -> str:
+    """The request's id, which Stripe's support asks for, as the end of a message; empty if it is not known."""
+    found = getattr(failure, "request_id", None)
+    return f", request {found}" if isinstance(found, str) and _SHOWN.fullmatch(found) else ""
 
 
-def _retry_after(failure: Exception) -> int | None:
+def retry_after(failure: Exception) -> int | None:
+    """The seconds of a response's Retry-After, if it has one."""
     # If the response is not JSON (a proxy's page), the library passes the headers as `json_body`.
     headers = getattr(failure, "headers", None) or getattr(failure, "json_body", None)
     value = str(headers.get("retry-after") or "") if isinstance(headers, Mapping) else ""

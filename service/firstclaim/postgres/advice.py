@@ -36,6 +36,10 @@ _BY_CLASS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
         "FIRSTCLAIM_POSTGRES_TIMEOUT_SECONDS is the limit",
     ),
     (
+        (asyncpg.TargetServerAttributeNotMatched,),
+        "no host in DATABASE_URL accepts writes: name the primary too, or promote a standby",
+    ),
+    (
         (asyncpg.ClientConfigurationError,),
         "the driver does not accept DATABASE_URL, or a file that it names: `firstclaim check` says why",
     ),

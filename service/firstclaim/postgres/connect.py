@@ -1,14 +1,15 @@
 """Opens a connection by a `DATABASE_URL`, and says of a failure whether another attempt can help.
 
-Guarantees: among several hosts each gets its share of the time, so that one that does not answer does not hide the
-next. A refusal (login, database, TLS, a parameter) is a `LedgerRefused`, which says what to change, and is never
-reported as an unreachable server.
+Guarantees: of several hosts, only one that accepts writes is used, and one that does not answer does not hide the next
+(`firstclaim.postgres.hosts`). A refusal (login, database, TLS, a parameter) is a `LedgerRefused`, which says what to
+change, and is never reported as an unreachable server.
 """
 
 import asyncio
 import errno
 import re
 import ssl
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import asyncpg
@@ -16,16 +17,18 @@ import asyncpg
 from firstclaim.errors import ConfigurationError, LedgerRefused
 from firstclaim.postgres import tls
 from firstclaim.postgres.advice import explain, in_one_line
+from firstclaim.postgres.hosts import first_to_accept
 from firstclaim.urls.postgres import PostgresAddress
 
 C = TypeVar("C", bound=asyncpg.Connection)
 
+Host = tuple[str | None, int | None]  # None: by the URL
+
+_last_good: dict[str, Host] = {}  # by the address: the host that took this process's last connection
+
 _NAME = {"application_name": "firstclaim"}
 _SET = "SELECT set_config(name, value, false) FROM unnest($1::text[], $2::text[]) AS given (name, value)"
 _NOT_AT_START = "unsupported startup parameter"  # PgBouncer
-
-# After these another host may do.
-_NEXT_HOST = (OSError, TimeoutError, asyncpg.CannotConnectNowError, asyncpg.TargetServerAttributeNotMatched)
 
 # What the server says then names the user or the database, and holds no password.
 _LOGIN = (
@@ -46,31 +49,41 @@ _PARAMETER_NAME = re.compile(r'parameter(?: in options)?:? "?([\w.]+)')
 async def connect(dsn: str, timeout_seconds: float, connection_class: type[C], **options: Any) -> C:
     """A connection to the first host that takes it. Raises `LedgerRefused`, or what the driver and the network raise.
 
-    `options` are the driver's.
+    The host that took the last one is tried first. `options` are the driver's.
     """
     address = PostgresAddress.of(dsn)
-    hosts: tuple[tuple[str | None, int | None], ...] = address.hosts or ((None, None),)
-    # A socket has no TLS, whatever the mode.
-    sockets = all(host is not None and host.startswith("/") for host, _ in hosts)
-    ways: tuple[tls.Attempt, ...] = (False,) if sockets else tls.attempts(address.parameters)
-    deadline = asyncio.get_running_loop().time() + timeout_seconds
-    failures: list[Exception] = []
-    for position, (host, port) in enumerate(hosts):
-        remaining = deadline - asyncio.get_running_loop().time()
-        options |= {"host": host, "port": port, "connection_class": connection_class}
-        try:
-            async with asyncio.timeout(remaining / (len(hosts) - position)):
-                connection: C = await _connect_to(address, ways, options)
-                return connection
-        except _NEXT_HOST as error:
-            failures.append(error)
-        except (asyncpg.PostgresError, asyncpg.InterfaceError) as error:
-            failures.append(error)
-            break
-    for failure in failures:
+    hosts = _last_good_first(dsn, address.hosts or ((None, None),))
+    options["connection_class"] = connection_class
+
+    def attempt(host: str | None, port: int | None) -> Callable[[], Awaitable[C]]:
+        # A socket has no TLS, whatever the mode.
+        is_socket = host is not None and host.startswith("/")
+        ways: tuple[tls.Attempt, ...] = (False,) if is_socket else tls.attempts(address.parameters)
+        return lambda: _connect_to(address, ways, options | {"host": host, "port": port})
+
+    failures: dict[int, Exception] = {}
+    accepted: tuple[int, C] | None = None
+    late: TimeoutError | None = None
+    try:
+        async with asyncio.timeout(timeout_seconds):
+            accepted = await first_to_accept([attempt(*host) for host in hosts], failures)
+    except TimeoutError as error:
+        late = error
+    if accepted is not None:
+        number, connection = accepted
+        _last_good[dsn] = hosts[number]
+        return connection
+    in_order = [failures[number] for number in sorted(failures)]
+    for failure in in_order:
         if (refused := refusal(failure)) is not None:
             raise refused from failure
-    raise failures[-1]
+    unsuitable = (each for each in in_order if isinstance(each, asyncpg.TargetServerAttributeNotMatched))
+    raise late or next(unsuitable, in_order[0])
+
+
+def _last_good_first(dsn: str, hosts: Sequence[Host]) -> list[Host]:
+    last = _last_good.get(dsn)
+    return sorted(hosts, key=lambda host: host != last)
 
 
 def refusal(error: Exception) -> LedgerRefused | None:

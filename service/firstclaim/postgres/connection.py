@@ -24,6 +24,7 @@ from firstclaim.errors import LedgerUnavailable
 from firstclaim.postgres.advice import describe as describe
 from firstclaim.postgres.connect import connect
 from firstclaim.postgres.epoch import Epoch, read_epoch
+from firstclaim.postgres.joined_writes import JoiningLoop
 from firstclaim.postgres.one_round_trip import OneRoundTripConnection
 from firstclaim.schema_name import DEFAULT_SCHEMA
 
@@ -57,7 +58,8 @@ SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit
                   WHEN 'error' THEN 'warning' ELSE current_setting('client_min_messages') END, false),
        pg_is_in_recovery() OR current_setting('default_transaction_read_only')::bool AS read_only,
        pg_backend_pid() AS pid,
-       (SELECT backend_start FROM pg_stat_get_activity(pg_backend_pid())) AS backend_start
+       (SELECT backend_start FROM pg_stat_get_activity(pg_backend_pid())) AS backend_start,
+       pg_postmaster_start_time() AS server_started_at
 """
 _DURABLE = ("on", "remote_apply")
 _PIN_MORE = "SELECT set_config(name, value, false) FROM unnest($1::text[], $2::text[]) AS pin (name, value)"
@@ -65,7 +67,7 @@ _PIN_MORE = "SELECT set_config(name, value, false) FROM unnest($1::text[], $2::t
 
 @dataclass(frozen=True, slots=True)
 class Backend:
-    """A server process of ours. Pids are reused, so its start names it too; None: it has not told it yet."""
+    """A server process of ours. Pids are reused, so its start names it too; None: it is not known yet."""
 
     pid: int
     started_at: datetime | None
@@ -75,11 +77,13 @@ class PinnedConnection(OneRoundTripConnection):
     """A connection with the ledger's epoch that was read when it was opened; None: no ledger yet.
 
     `schema` is where the ledger's tables are. `backend` serves it; None: a pooler's, which ends it or gives it to
-    others when this connection is closed. `synchronous_commit` is what it was pinned to.
+    others when this connection is closed. `server_started_at` tells its server from another one that is reached by the
+    same address after a failover. `synchronous_commit` is what it was pinned to.
     """
 
     schema: str = DEFAULT_SCHEMA
     backend: Backend | None = None
+    server_started_at: datetime | None = None
     epoch: str | None = None
     on_loss: Callable[[object], None] | None = None
     synchronous_commit: str = "on"
@@ -116,7 +120,8 @@ async def open_connection(
 
 async def connect_unpinned(dsn: str, timeout_seconds: float, schema: str = DEFAULT_SCHEMA) -> PinnedConnection:
     """A connection on which nothing is pinned yet. Raises what `UNAVAILABLE` lists, and `LedgerUnavailable`."""
-    connection = await connect(dsn, timeout_seconds, PinnedConnection)
+    loop = JoiningLoop(asyncio.get_running_loop())
+    connection = await connect(dsn, timeout_seconds, PinnedConnection, loop=loop)
     connection.schema = schema
     connection.backend = Backend(connection.get_server_pid(), None)
     connection.add_log_listener(connection.note_log_message)
@@ -159,15 +164,7 @@ async def pin(connection: PinnedConnection) -> None:
         raise LedgerUnavailable("the server is read-only: set DATABASE_URL to the primary")
     is_direct = pinned["pid"] == connection.get_server_pid()
     connection.backend = Backend(pinned["pid"], pinned["backend_start"]) if is_direct else None
+    connection.server_started_at = pinned["server_started_at"]
     connection.synchronous_commit = pinned["synchronous_commit"]
     if connection.synchronous_commit not in _DURABLE or pinned["isolation"] != "read committed":
         raise LedgerUnavailable("synchronous_commit or the isolation level cannot be pinned")
-
-
-def is_current(connection: PinnedConnection, epoch: Epoch) -> bool:
-    """Whether the connection is open, and its epoch is the latest.
-
-    A server that restarted has closed the socket. The epoch that a connection has read goes into the markers of what
-    it commits: after a rotation, markers of the old epoch would never count.
-    """
-    return not connection.is_closed() and connection.epoch == epoch.latest

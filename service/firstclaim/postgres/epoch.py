@@ -13,25 +13,24 @@ import asyncpg
 
 from firstclaim.postgres.statement import statement
 
-# With the rights to ask for the timeline: a call that is refused would be an ERROR in the server's log, at every round
-# of every process.
-_STORED = statement("""
-SELECT id::text,
-       has_function_privilege(to_regprocedure('pg_control_system()'), 'EXECUTE')
+# The rights to ask for the timeline: a call that is refused would be an ERROR in the server's log, at every round of
+# every process.
+_RIGHTS = """
+SELECT has_function_privilege(to_regprocedure('pg_control_system()'), 'EXECUTE')
        AND has_function_privilege(to_regprocedure('pg_walfile_name(pg_lsn)'), 'EXECUTE')
-       AND has_function_privilege(to_regprocedure('pg_current_wal_insert_lsn()'), 'EXECUTE') AS may_ask
-FROM firstclaim.ledger_epoch
-""")
-_TIMELINE = """
-SELECT (SELECT system_identifier::text FROM pg_control_system())
-       || '/' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)
+       AND has_function_privilege(to_regprocedure('pg_current_wal_insert_lsn()'), 'EXECUTE')
 """
+_TIMELINE = """(SELECT system_identifier::text FROM pg_control_system())
+       || '/' || substr(pg_walfile_name(pg_current_wal_insert_lsn()), 1, 8)"""
+
+_NO_LEDGER = (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError)
 
 # Some managed servers grant the right, and the function itself refuses, with whatever error: such a connection does not
 # ask again. It does after an error of these classes: a lost connection, a conflict, no resources, a server in recovery,
 # a cancelled statement.
 _MOMENTARY = ("08", "40", "53", "55", "57")
 _refused: "weakref.WeakSet[Any]" = weakref.WeakSet()
+_may_ask: "weakref.WeakKeyDictionary[Any, bool]" = weakref.WeakKeyDictionary()
 
 
 class Epoch:
@@ -77,6 +76,45 @@ class Epoch:
         return self._value if time.monotonic() - self._confirmed <= self._fresh_seconds else None
 
 
+class EpochStatement:
+    """A statement of one row that reads the epoch as well. `columns` is its select list."""
+
+    def __init__(self, columns: str) -> None:
+        self._by_asking = {
+            asks: statement(f"""
+SELECT (SELECT id::text FROM firstclaim.ledger_epoch) AS stored, {_TIMELINE if asks else "NULL"} AS timeline,
+{columns}
+""")
+            for asks in (False, True)
+        }
+
+    async def fetch(self, connection: Any, **values: object) -> tuple[str | None, Any]:
+        """The epoch, and the row. Raises what asyncpg raises; see `Statement.fetch`."""
+        if connection not in _may_ask:
+            _may_ask[connection] = bool(await connection.fetchval(_RIGHTS))
+        if _may_ask[connection] and connection not in _refused:
+            try:
+                return self._read(await self._by_asking[True].fetch(connection, **values))
+            except _NO_LEDGER:
+                raise
+            except asyncpg.PostgresError as error:
+                if not (error.sqlstate or "").startswith(_MOMENTARY):
+                    _refused.add(connection)
+        return self._read(await self._by_asking[False].fetch(connection, **values))
+
+    @staticmethod
+    def _read(rows: list[Any]) -> tuple[str | None, Any]:
+        [row] = rows
+        stored, timeline = row["stored"], row["timeline"]
+        if stored is None:
+            return None, row
+        named = stored if timeline is None else f"{stored}/{timeline}"
+        return hashlib.sha256(named.encode()).hexdigest()[:16], row
+
+
+_ALONE = EpochStatement("true AS read")
+
+
 async def read_epoch(connection: Any) -> str | None:
     """The epoch as 16 hex digits, read on a `PinnedConnection`; None while the ledger has no tables.
 
@@ -85,17 +123,7 @@ async def read_epoch(connection: Any) -> str | None:
     a hash of the uuid alone.
     """
     try:
-        rows = await _STORED.fetch(connection)
-    except (asyncpg.UndefinedTableError, asyncpg.InvalidSchemaNameError):
+        epoch, _ = await _ALONE.fetch(connection)
+    except _NO_LEDGER:
         return None
-    if not rows:
-        return None
-    [row] = rows
-    stored: str = row["id"]
-    if row["may_ask"] and connection not in _refused:
-        try:
-            stored += "/" + (await connection.fetchval(_TIMELINE) or "")
-        except asyncpg.PostgresError as error:
-            if not (error.sqlstate or "").startswith(_MOMENTARY):
-                _refused.add(connection)
-    return hashlib.sha256(stored.encode()).hexdigest()[:16]
+    return epoch

@@ -23,7 +23,8 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import AssertionPool
 
 from firstclaim.errors import HandlerRuleBroken, LedgerUnavailable
-from firstclaim.postgres.connection import PinnedConnection, is_current
+from firstclaim.follow_up import Outbox
+from firstclaim.postgres.connection import PinnedConnection
 from firstclaim.postgres.handler_sqlalchemy import HandlerRules, LoopConnection, RunOnLoop, Sessions
 from firstclaim.postgres.one_round_trip import NotCommitted
 from firstclaim.postgres.places import Places
@@ -166,9 +167,9 @@ class HandlerConnection:
         driver = self._pooled.driver
         return self._pooled.has_begun and not driver.is_closed() and not driver.is_in_transaction()
 
-    def start(self) -> None:
-        """The handler starts: from now on it must not end its transaction."""
-        self._pooled.rules.start()
+    def start(self, outbox: Outbox) -> None:
+        """The handler starts: from now on it must not end its transaction. `outbox`: what it enqueues."""
+        self._pooled.rules.start(outbox)
         self._used = True
 
     def stop(self) -> None:
@@ -241,6 +242,7 @@ class HandlerConnection:
             self._pooled.driver.retire()
         else:
             self._pooled.driver.terminate()
+            self._places.note_error(self._pooled.driver, error)
         if self._has_place:
             self._has_place = False
             self._places.leave(self._pooled.driver)
@@ -283,7 +285,7 @@ class HandlerConnections:
         await self._places.take()
         while self._free:
             pooled = self._free.pop()
-            if is_current(pooled.driver, self._places.epoch):
+            if self._places.is_current(pooled.driver):
                 return HandlerConnection(pooled, self._places)
             pooled.driver.retire()
             self._places.leave(pooled.driver)

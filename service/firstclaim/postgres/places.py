@@ -11,6 +11,8 @@ While commits hang, nobody waits for a place of a pool that commits: see `Probe`
 import asyncio
 from collections.abc import Mapping
 
+import asyncpg
+
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.postgres.connection import PinnedConnection, connect_unpinned, prepare
 from firstclaim.postgres.epoch import Epoch
@@ -80,12 +82,36 @@ class Places:
             raise
         try:
             await prepare(connection, self.timeout_seconds, self.epoch, self._pins)
+            self._probe.server_started_at = connection.server_started_at
         except BaseException as error:
             self.leave(connection)
             if isinstance(error, TimeoutError):
                 self.doubt()
             raise
         return connection
+
+    def is_current(self, connection: PinnedConnection) -> bool:
+        """Whether the connection is open, to the server that took the last connection, and under the latest epoch.
+
+        After a failover, those to the old server are silent, each for its timeout, or read-only. A server that
+        restarted has closed the socket. The epoch that a connection has read goes into the markers of what it commits:
+        after a rotation, markers of the old epoch would never count.
+        """
+        return (
+            not connection.is_closed()
+            and connection.server_started_at == self._probe.server_started_at
+            and connection.epoch == self.epoch.latest
+        )
+
+    def note_error(self, connection: PinnedConnection, error: BaseException) -> None:
+        """Note an error of one of our statements, after which the connection may have to be closed.
+
+        A server that has become read-only is the primary no more: all connections to it are given up.
+        """
+        if isinstance(error, asyncpg.ReadOnlySQLTransactionError):
+            if self._probe.server_started_at == connection.server_started_at:
+                self._probe.server_started_at = None
+            connection.terminate()
 
     def release(self) -> None:
         """The place is free: its connection is idle, or was never opened."""
@@ -116,7 +142,8 @@ class Places:
     def _tell(self) -> None:
         if self._is_hopeless:
             for limit in self._waiting:
-                limit.reschedule(0)
+                if not limit.expired():  # its caller gives up by itself, and has not had its turn yet
+                    limit.reschedule(0)
 
     async def _wait(self) -> None:
         if self._is_hopeless:

@@ -4,8 +4,10 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import asyncpg
+
 from firstclaim.errors import LedgerUnavailable
-from firstclaim.postgres.connection import UNAVAILABLE, PinnedConnection, describe, is_current
+from firstclaim.postgres.connection import UNAVAILABLE, PinnedConnection, describe
 from firstclaim.postgres.places import Places
 
 
@@ -43,6 +45,9 @@ class Pool:
             except asyncio.CancelledError:
                 connection.retire()
                 raise
+            except asyncpg.PostgresError as error:
+                self._places.note_error(connection, error)
+                raise
             finally:
                 self._put(connection)
         except UNAVAILABLE as error:
@@ -63,7 +68,7 @@ class Pool:
         await self._places.take()
         while self._free:
             connection = self._free.pop()
-            if is_current(connection, self._places.epoch):
+            if self._places.is_current(connection):
                 return connection
             connection.retire()
             self._places.leave(connection)

@@ -1,12 +1,13 @@
 """What a silent Postgres means: whether it confirms commits, and which of our backends it still has.
 
 Guarantees: one connection of the process asks, and only while there is something to ask. While commits hang (the
-synchronous standby is gone, a disk stalls) it waits in a COMMIT of its own, and all others are told at once. Without
-it, every caller would wait for its own timeout, and leave a backend that waits in the server.
+synchronous standby is gone, a disk stalls) it waits in a COMMIT of its own, and all others fail at once. Without it,
+every caller would wait for its own timeout, and leave a backend that waits in the server.
 
 Nothing that waits for the standby is ended: its row would be visible without being replicated. The probe itself is
 replaced only if it is silent and a server that answers shows that it does not wait for the standby. A backend that was
-left is ended only if it is idle, that is, if the server has not noticed that its client is gone.
+left is ended only if it is idle, that is, if the server has not noticed that its client is gone. After a failover,
+another server is asked, on which the pid may be somebody else's: the start must agree, or our name if it is not known.
 
 A server that takes no connections is tried again after a moment. One that is silent gets twice the time at each try,
 up to `_MAX_PATIENCE_SECONDS`: a frozen server answers the try that waits, and each that was given up is one more
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 
 import asyncpg
 import structlog
@@ -26,7 +28,7 @@ from firstclaim.postgres.connection import Backend, PinnedConnection, connect_un
 
 log = structlog.get_logger(__name__)
 
-# Others wait this long for the probe: a single frozen backend is told from a stall in a hundredth of that.
+# Others wait this long for the probe: a single frozen backend is distinguished from a stall in a hundredth of that.
 _LATE_SECONDS = 0.25
 _FIRST_PAUSE_SECONDS = 0.01
 _MAX_PAUSE_SECONDS = 10.0
@@ -43,7 +45,8 @@ SELECT left_behind.number, activity.wait_event = 'SyncRep' AS waits_for_standby,
        AS left_behind (pid, started_at, is_late, number)
   JOIN pg_stat_activity AS activity
     ON activity.pid = left_behind.pid
-   AND activity.backend_start = coalesce(left_behind.started_at, activity.backend_start)
+   AND CASE WHEN left_behind.started_at IS NULL THEN activity.application_name = current_setting('application_name')
+            ELSE activity.backend_start = left_behind.started_at END
 """
 
 
@@ -79,6 +82,7 @@ class Probe:
         self._closed = False
         self.unreachable = False
         self.commits_hang = False
+        self.server_started_at: datetime | None = None  # of the server that took the last connection
 
     def add_listener(self, listener: Callable[[], None]) -> None:
         """`listener` is called when commits are found to hang, or the server is found to be unreachable."""
@@ -156,6 +160,7 @@ class Probe:
                 del self._unnamed[:unnamed]
                 if begins := self.doubted and not self._waits(waiting):
                     await pin(connection)
+                    self.server_started_at = connection.server_started_at
         except BaseException:
             connection.terminate()
             self._leave_own(connection)

@@ -6,6 +6,9 @@ refuses in an aborted transaction releases nothing. A statement that is not reco
 """
 
 import re
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
 
 _GAP = r"(?:\s|--[^\n]*+|/\*(?:[^*]|\*(?!/))*+\*/)"  # possessive: what a comment holds is never read as SQL
 _STATEMENT = re.compile(
@@ -17,29 +20,29 @@ _STATEMENT = re.compile(
 )
 
 
-class Savepoints:
-    """Those that are set, and for each what was refused when it was set (see `HandlerRules`)."""
+class Savepoints(Generic[T]):
+    """Those that are set, and for each what was noted when it was set: what was refused, for example."""
 
     def __init__(self) -> None:
-        self._set: list[tuple[str, str | None]] = []
+        self._set: list[tuple[str, T]] = []
 
     def clear(self) -> None:
         """A transaction begins."""
         self._set.clear()
 
-    def executed(self, sql: str, refused: str | None) -> str | None:
-        """After a statement. Returns what is refused now: what was refused since a savepoint is undone with it."""
+    def executed(self, sql: str, noted: T) -> T:
+        """After a statement. Returns what is noted now: what was noted since a savepoint is undone with it."""
         if (found := _STATEMENT.match(sql)) is None:
-            return refused
+            return noted
         name = found["plain"].lower() if found["plain"] else found["quoted"].replace('""', '"')
         if found["set"]:
-            self._set.append((name, refused))
-            return refused
+            self._set.append((name, noted))
+            return noted
         position = next((n for n in reversed(range(len(self._set))) if self._set[n][0] == name), None)
         if position is None:
-            return refused
+            return noted
         if found["release"]:
             del self._set[position:]
-            return refused
+            return noted
         del self._set[position + 1 :]
         return self._set[position][1]

@@ -8,6 +8,7 @@ those that stripe-python declares. The people and the ids in them are made up.
 """
 
 import difflib
+import functools
 import re
 import secrets
 import string
@@ -33,20 +34,20 @@ _OPTIONAL = {"account", "context", "reason", "data.previous_attributes"}
 
 def shipped_types() -> list[str]:
     """The event types that have a template."""
-    names = (entry.name for entry in _templates().iterdir())
-    return sorted(name.removesuffix(".json") for name in names if name.endswith(".json"))
+    return sorted(_templates())
 
 
 def build_event(event_type: str, event_id: str | None = None) -> bytes:
     """A new event of a shipped type, pretty-printed as Stripe's are. Raises `ValueError` for any other type."""
-    types = shipped_types()
-    if event_type not in types:
+    templates = _templates()
+    if event_type not in templates:
+        types = shipped_types()
         near = difflib.get_close_matches(event_type, types, n=1)
         raise ValueError(
             f"no template for {event_type!r}{f'; did you mean {near[0]}?' if near else '.'}\n"
             f"Templates: {', '.join(types)}.\nTo send any other event: --file event.json"
         )
-    template = orjson.loads((_templates() / f"{event_type}.json").read_bytes())
+    template = orjson.loads(templates[event_type])
     now = datetime.now(UTC)
     thin = isinstance(template["created"], str)
     seconds = int(now.timestamp())
@@ -145,8 +146,11 @@ def _value(text: str) -> Any:
         return text
 
 
-def _templates() -> Any:
-    return resources.files("firstclaim") / "sending" / "templates"
+@functools.cache
+def _templates() -> dict[str, bytes]:
+    """The templates by event type."""
+    files = (resources.files("firstclaim") / "sending" / "templates").iterdir()
+    return {file.name.removesuffix(".json"): file.read_bytes() for file in files if file.name.endswith(".json")}
 
 
 def _dump(event: dict[str, Any], event_id: str | None) -> bytes:
@@ -170,4 +174,6 @@ def _renewed(value: Any, created: int, now: int, ids: dict[str, str]) -> Any:
 
 def _random_like(old: str) -> str:
     """A letter for a letter, a digit for a digit: without a digit the result would not match `_ID` again."""
-    return old[:2] + "".join(secrets.choice(string.digits if c.isdigit() else string.ascii_letters) for c in old[2:])
+    # Bytes in one call: a call of `secrets.choice` for each character was half of the time of an event.
+    drawn = zip(old[2:], secrets.token_bytes(len(old) - 2), strict=True)
+    return old[:2] + "".join(string.digits[n % 10] if c.isdigit() else string.ascii_letters[n % 52] for c, n in drawn)

@@ -15,8 +15,10 @@ from firstclaim.sending.events import build_event, check_field, shipped_types
 _ENVELOPE = "invoice.paid"
 
 
-def make_event(event_type: str, **overrides: Any) -> Event:
+def make_event(event_type: str, *, endpoint: str | None = None, **overrides: Any) -> Event:
     """A new event of `event_type`, as Stripe renders it. Each call makes new ids.
+
+    `endpoint`: the name of the endpoint that received it (`Event.endpoint`), if it has one.
 
     `overrides` are fields of the event (`livemode=True`, `account="acct_1"`, `data={"previous_attributes": {...}}`).
     A dict is merged into the template's dict, any other value replaces the template's. `object` stands for
@@ -34,7 +36,7 @@ def make_event(event_type: str, **overrides: Any) -> Event:
     if "api_version" not in overrides:
         _check_fields(payload, overrides, (), f"make_event({event_type!r})")
     try:
-        return parse_event(orjson.dumps(_merged(payload, overrides)))
+        return parse_event(orjson.dumps(_merged(payload, overrides)), endpoint)
     except (Rejected, TypeError) as error:
         raise ValueError(f"make_event({event_type!r}): not an event that Stripe can send: {error}") from error
 

@@ -6,24 +6,29 @@ recorded without Redis.
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 
 import asyncpg
 import stripe
 
 from firstclaim.errors import ConfigurationError, LedgerRefused, LedgerUnavailable, StoreUnsuitable
+from firstclaim.follow_up import is_follow_up
 from firstclaim.formatting import number_of
 from firstclaim.migrations.rights import unfit_encoding
+from firstclaim.notify.sender import Sender
+from firstclaim.operations.stripe_objects import faults
 from firstclaim.postgres.advice import explain, in_one_line
 from firstclaim.postgres.connect import connect
 from firstclaim.postgres.connection import UNAVAILABLE, PinnedConnection, describe
-from firstclaim.registry import Registry
+from firstclaim.registry import Handler, Registry
 from firstclaim.server.check import Check, fail, ok, warn
 from firstclaim.server.connection_limiter import affordable_connections
 from firstclaim.server.event_types import unmatched
+from firstclaim.server.postgres_product import check_distribution, check_product
 from firstclaim.server.redis_check import check_redis
 from firstclaim.server.schema_checks import check_schema
 from firstclaim.settings import Settings
+from firstclaim.urls.notify import shown
 
 _CONNECT_ATTEMPTS = 20  # half a second apart, for a database that is starting at the same time
 _CONNECT_PAUSE_SECONDS = 0.5
@@ -47,6 +52,11 @@ SELECT least(
        AND other.application_name IS DISTINCT FROM current_setting('application_name')
  GROUP BY r.oid, rolconnlimit, d.oid, datconnlimit
 """
+_FINDS_DEAD_EVENTS = """
+SELECT EXISTS (
+       SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+        WHERE n.nspname = $1 AND c.relname = 'stripe_event_attempts_final' AND i.indisvalid)
+"""
 _POOLER_PROBES = 4
 _NO_ADVICE = "the server's log says more"
 
@@ -58,20 +68,52 @@ async def all_checks(settings: Settings, *, wait: bool = False) -> list[Check]:
     found += check_files(settings)
     found += [check async for check in check_postgres(settings, wait=wait)]
     found += [check async for check in check_redis(settings)]
+    found += [check async for check in check_notify(settings)]
     return found
+
+
+async def check_notify(settings: Settings) -> AsyncIterator[Check]:
+    """Check that something answers at the address for notices, which are sent again until it does. Sends none."""
+    if settings.notify_url is None:
+        return
+    url = settings.notify_url.get_secret_value()
+    sender = Sender(url)
+    try:
+        reached, answer = await sender.reach()
+    finally:
+        await sender.close()
+    if reached:
+        yield ok(
+            "notify", f"{shown(url)} answers HEAD with {answer}; whether it takes a notice shows only when one is sent"
+        )
+    else:
+        yield warn("notify", f"{shown(url)} cannot be reached: {answer}; notices wait in the ledger until it can")
 
 
 def check_handlers(settings: Settings) -> list[Check]:
     """Check that the handler modules can be loaded together, and that their event types exist at Stripe."""
     try:
-        handlers = list(Registry.load(settings.handlers))
+        handlers = list(Registry.load(settings.handlers, settings))
     except ConfigurationError as error:
         return [fail("handlers", fault, exit_code=error.exit_code) for fault in error.faults]
+    if faulty := faults(settings, handlers):
+        return [fail("handlers", fault, exit_code=ConfigurationError.exit_code) for fault in faulty]
     if not handlers:
         return [warn("handlers", f"{', '.join(settings.handlers)} declare none: every event will be ignored")]
-    if unknown := unmatched(handler.pattern for handler in handlers):
-        return [warn("handlers", f"no event type of stripe-python {stripe.VERSION} matches {', '.join(unknown)}")]
-    return [ok("handlers", ", ".join(sorted(h.pattern for h in handlers)))]
+    if unknown := unmatched(handler.pattern for handler in handlers if not is_follow_up(handler.pattern)):
+        unmatched_ = f"no event type of stripe-python {stripe.VERSION} matches {', '.join(unknown)}"
+        return [warn("handlers", unmatched_), *check_limits(handlers, settings)]
+    return [ok("handlers", ", ".join(sorted(h.pattern for h in handlers))), *check_limits(handlers, settings)]
+
+
+def check_limits(handlers: Sequence[Handler], settings: Settings) -> Iterator[Check]:
+    """Show the options of the handlers, and those that will not do what was probably meant."""
+    shown = [f"{each.pattern}: {', '.join(each.options.words)}" for each in handlers if each.options.words]
+    advice = [f"{each.pattern}: {advice}" for each in handlers for advice in each.options.advice(settings)]
+    if shown:
+        yield ok("limits", "; ".join(sorted(shown)))
+    if advice:
+        yield warn("limits", "; ".join(sorted(advice)))
 
 
 def check_files(settings: Settings) -> list[Check]:
@@ -120,6 +162,9 @@ async def _connect(dsn: str, settings: Settings, *, wait: bool) -> PinnedConnect
 
 
 async def _inspect_postgres(connection: PinnedConnection, dsn: str, settings: Settings) -> AsyncIterator[Check]:
+    if (unsuitable := await check_product(connection)) is not None:  # before its version, which is not PostgreSQL's
+        yield unsuitable
+        return
     version = await _setting(connection, "server_version")
     number = int(await _setting(connection, "server_version_num"))
     if number < _MIN_POSTGRES:
@@ -153,9 +198,17 @@ async def _check_database(connection: PinnedConnection, settings: Settings) -> A
         yield fail("replication", "the role may not execute pg_logical_emit_message(boolean, text, text): grant it")
     if (encoding := await _setting(connection, "server_encoding")) != "UTF8":
         yield fail("encoding", unfit_encoding(encoding))
+    if (distributed := await check_distribution(connection, settings.schema_name)) is not None:
+        yield distributed
     yield await _check_connections(connection, settings)
     async for check in check_schema(connection, settings.handlers):
         yield check
+    if settings.notify_url is not None and not await connection.fetchval(_FINDS_DEAD_EVENTS, settings.schema_name):
+        yield warn(
+            "notify",
+            "the index stripe_event_attempts_final is missing: each look for dead events reads all attempts; create it "
+            "(docs/how-to/large-ledger.md)",
+        )
 
 
 async def _setting(connection: asyncpg.Connection, name: str) -> str:

@@ -13,7 +13,9 @@ Guarantees, for every connection:
   answers garbage that follows a delivery before it answers the delivery.)
 - A client that ends its side of the connection after a complete request (`shutdown(SHUT_WR)`) gets its answer. (uvicorn
   closes the connection: the request was processed and never answered.)
-- A client that does not read its answers is disconnected: at `pause_writing`, hundreds of answers are unread.
+- A client that does not read its answers is disconnected: when more is unread than the transport buffers, no further
+  answer is written, and the connection is aborted `UNREAD_SECONDS` after the client has last read. A large answer
+  (a payload's page, `/metrics` of many handlers) fills that buffer at once, however fast the client reads.
 - When the process has too many connections or buffered bytes, the `ConnectionLimiter` decides which one is evicted.
 
 A refused request is answered in the same JSON form as all others, and its sender can read that answer.
@@ -22,6 +24,7 @@ A refused request is answered in the same JSON form as all others, and its sende
 import asyncio
 import weakref
 from collections.abc import Callable
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -41,7 +44,9 @@ log = structlog.get_logger(__name__)
 
 MAX_HEAD_BYTES = 32 * 1024  # Stripe's heads are under 2 kB, and proxies add some; common servers allow 8 to 64 kB
 HEAD_SECONDS = 10.0  # a slow mobile link needs one or two, and no sender of webhooks uses one
-LINGER_SECONDS = 2.0  # for the client to read the last answer; closing at once would reset a client that still sends
+UNREAD_SECONDS = 10.0  # for a client to read some more of what the transport's buffer has no room for
+# For the client to read the last answer, or some more of it; closing at once would reset a client that still sends.
+LINGER_SECONDS = 2.0
 _BETWEEN_HEADER_BYTES = 4  # the colon, a space, the end of the line
 _FRAMING = (b"content-length", b"transfer-encoding")
 _INTERIM = b"HTTP/1.1 1"  # 100 Continue: the client sends its body after it
@@ -65,6 +70,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._received_bytes = 0  # of this request, since its first byte or since the last piece of its body
         self._ignoring_input = False  # once true, received bytes are discarded
+        self._unread_timer: asyncio.TimerHandle | None = None
 
     # -- callbacks of the transport -------------------------------------------------------------------
 
@@ -79,6 +85,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is closed."""
         self._clear_timer()
+        self._clear_unread_timer()
         self._limiter.closed(self)
         super().connection_lost(exc)
 
@@ -107,8 +114,29 @@ class HttpProtocol(HttpToolsProtocol):
         return True
 
     def pause_writing(self) -> None:
-        """The client has left so many answers unread that it must have stopped reading."""
-        self.transport.abort()
+        """More is unread than the transport buffers: no further answer is written until the client has read."""
+        super().pause_writing()
+        self._await_reading(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        """The client has read nearly all."""
+        self._clear_unread_timer()
+        super().resume_writing()
+
+    def _await_reading(self, unread_bytes: int) -> None:
+        self._unread_timer = self.loop.call_later(UNREAD_SECONDS, self._check_reading, unread_bytes)
+
+    def _check_reading(self, unread_before: int) -> None:
+        unread = self.transport.get_write_buffer_size()
+        if unread < unread_before:
+            self._await_reading(unread)
+        else:
+            self.transport.abort()
+
+    def _clear_unread_timer(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def timeout_keep_alive_handler(self) -> None:
         """The connection was idle for too long."""
@@ -153,7 +181,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_response_complete()
         self._received_bytes = 0
         if self.transport.is_closing():
-            self._set_timer(LINGER_SECONDS, self.transport.abort)
+            self._set_timer(LINGER_SECONDS, self._check_lingering)
         elif self._ignoring_input or self.cycle.more_body:  # nobody reads the rest of that body
             self._linger()
         else:
@@ -227,7 +255,15 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self.transport.write_eof()
         self._limiter.request_awaited(self)
-        self._set_timer(LINGER_SECONDS, self.transport.abort)
+        self._set_timer(LINGER_SECONDS, self._check_lingering)
+
+    def _check_lingering(self, unread_before: int | None = None) -> None:
+        """Abort, unless the client still reads a last answer that was larger than the buffers."""
+        unread = self.transport.get_write_buffer_size()
+        if unread and (unread_before is None or unread < unread_before):
+            self._set_timer(LINGER_SECONDS, partial(self._check_lingering, unread))
+        else:
+            self.transport.abort()
 
     # -- state ----------------------------------------------------------------------------------------
 

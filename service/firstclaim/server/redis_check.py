@@ -1,215 +1,204 @@
-"""The check of Redis before the start: the server, its version and role, and the commands that the lock needs.
+"""The check of Redis before the start, and what REDIS_URL leads to: one server, a Sentinel's master, or a Cluster.
 
-Guarantees: what no later attempt can help (a certificate, a login, a missing right, a database that does not exist, a
-file that cannot be read, a server that is no Redis) is fatal, and named. Only silence and what passes by itself (a name
-that does not resolve, a server that starts or fails over, a full memory) is not: events are recorded without Redis.
+Guarantees: an address of another kind than the servers is fatal, and the kind that they are is named: one server, a
+Sentinel, a node of a Cluster. So is a service that the Sentinels do not know. A Sentinel or a node that cannot be
+reached is a warning as long as another one answers. Each master is checked as a single server is: see
+`redis_server_check.py`.
 """
 
 import asyncio
-import errno
-import socket
-import ssl
-from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+from itertools import count
+from typing import cast
+from urllib.parse import SplitResult, parse_qsl, urlsplit
 
 from redis.asyncio import Redis
-from redis.exceptions import AuthenticationError, InvalidResponse, NoPermissionError, RedisError, ResponseError
+from redis.crc import key_slot
+from redis.exceptions import ResponseError
 
-from firstclaim.errors import ConfigurationError, LockUnavailable
-from firstclaim.inbox.lock import Lock, connect
-from firstclaim.server.check import Check, fail, ok, warn
+from firstclaim.errors import ConfigurationError
+from firstclaim.inbox.redis_cluster import SLOTS, ClusterNode, Host, Range
+from firstclaim.inbox.redis_server import RedisServer, connect, sentinels
+from firstclaim.server.check import Check, Verdict, fail, ok, warn
+from firstclaim.server.redis_server_check import FAILURES, check_server, explain, log_in
 from firstclaim.settings import Settings
 from firstclaim.urls.parts import unreadable_file
-from firstclaim.urls.redis import TLS_FILES
+from firstclaim.urls.redis import TLS_FILES, RedisAddress, RedisKind
 
-_MIN_REDIS = (7, 0)
-_PROBE_SECONDS = 1.0
-_NO_REDIS = "the server answers, but not as a Redis or a Valkey: check the host and the port in REDIS_URL"
-_SSL_REQUEST = bytes.fromhex("0000000804d2162f")  # Postgres' first message: no other server answers it with one letter
-# What the client raises at a reply that no Redis gives: it parses what it expects, and does not look first.
-_UNEXPECTED_REPLY = (InvalidResponse, AttributeError, KeyError, TypeError, ValueError)
-_OTHER_KIND = {
-    True: "the server has no TLS, and REDIS_URL asks for it; expected redis://",
-    False: "the server expects TLS; expected rediss:// in REDIS_URL",
-}
+_KEYS_TRIED = 4  # are in one slot only if it is that of a hash tag
 
 
 async def check_redis(settings: Settings) -> AsyncIterator[Check]:
-    """Check the files for TLS, the login, the version, the role, and that the lock's commands are allowed."""
+    """Check the files for TLS, what the address leads to, and each server that would hold locks."""
     url = settings.redis_url.get_secret_value() if settings.redis_url else ""
     if fault := unreadable_file(dict(parse_qsl(urlsplit(url).query)), TLS_FILES):
         yield fail("redis", f"REDIS_URL: {fault}", exit_code=ConfigurationError.exit_code)
         return
-    redis = connect(url, timeout_seconds=max(1.0, settings.redis_timeout_seconds))
-    try:
-        await _log_in(redis)
-        async for check in _inspect_redis(redis, settings):
-            yield check
-    except _UNEXPECTED_REPLY:
-        yield fail("redis", _NO_REDIS)
-    except (RedisError, OSError, TimeoutError) as error:
-        check = _failed(error, urlsplit(url))
-        if not check.fatal and (reason := await _unfit_server(urlsplit(url))) is not None:
-            check = fail("redis", reason)
+    address = RedisAddress.parse(url)
+    check = {RedisKind.SENTINEL: _check_service, RedisKind.CLUSTER: _check_cluster}.get(address.kind, _check_single)
+    async for each in check(url, address, settings):
+        yield each
+
+
+def _timeout(settings: Settings) -> float:
+    return max(1.0, settings.redis_timeout_seconds)
+
+
+async def _check_single(url: str, address: RedisAddress, settings: Settings) -> AsyncIterator[Check]:
+    server = RedisServer(connect(url, timeout_seconds=_timeout(settings)), breaker_seconds=1)
+    async for check in check_server(server, urlsplit(address.server), f"{settings.redis_prefix}check/"):
         yield check
-    finally:
-        await redis.aclose()
 
 
-async def _unfit_server(address: SplitResult) -> str | None:
-    """What a server that seems silent shows itself to be: one with TLS where the address has none, a Postgres, ..."""
-    with_tls = address.scheme == "rediss"
-    # No password: nothing secret is sent without TLS.
-    if with_tls and await _first_byte(address, b"PING\r\n") in (b"+", b"-"):
-        return _OTHER_KIND[True]
-    if address.scheme == "redis" and await _accepts_tls(address):
-        return _OTHER_KIND[False]
-    # It ends a connection whose first message it cannot read, without an answer.
-    return _NO_REDIS if await _first_byte(address, _SSL_REQUEST) in (b"S", b"N") else None
+# -- Sentinel -----------------------------------------------------------------------------------------
 
 
-async def _accepts_tls(address: SplitResult) -> bool:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return await _first_byte(address, b"", context) is not None
+async def _check_service(url: str, address: RedisAddress, settings: Settings) -> AsyncIterator[Check]:
+    """Ask every Sentinel for the master, then check the master."""
+    timeout = _timeout(settings)
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(client) for client in sentinels(address, timeout_seconds=timeout)]
+        found = await asyncio.gather(
+            *(_master_of(client, address.service) for client in clients), return_exceptions=True
+        )
+        names = await asyncio.gather(*(_services(client) for client in clients))
+    masters = [each for each in found if isinstance(each, tuple)]
+    failed = [
+        await _sentinel_failed(each, _place(address, host))
+        for host, each in zip(address.hosts, found, strict=True)
+        if isinstance(each, BaseException)
+    ]
+    for check in _of_many(failed, reached=bool(masters) or None in found, what="Sentinel"):
+        yield check
+    if masters:
+        server = RedisServer(connect(url, timeout_seconds=timeout), breaker_seconds=1)
+        host, port = masters[0]
+        place = _place(address, (host, port))
+        kind = f"the master at {host}:{port} of {len(masters)} of {len(clients)} Sentinels"
+        async for check in check_server(server, place, f"{settings.redis_prefix}check/", kind=kind):
+            yield check
+    elif None in found:
+        known = sorted({name for each in names for name in each})
+        have = f"they know {', '.join(known)}" if known else "they know none"
+        yield fail("redis", f"the Sentinels do not know the service that REDIS_URL names; {have}")
 
 
-async def _first_byte(address: SplitResult, message: bytes, tls: ssl.SSLContext | None = None) -> bytes | None:
-    """The first byte of the answer to `message`, if there is one to be had; None: no connection, or silence."""
-    with suppress(OSError, TimeoutError):
-        async with asyncio.timeout(_PROBE_SECONDS):
-            if address.scheme == "unix":
-                reader, writer = await asyncio.open_unix_connection(unquote(address.path))
-            else:
-                reader, writer = await asyncio.open_connection(address.hostname, address.port or 6379, ssl=tls)
-            try:
-                if not message:
-                    return b""
-                writer.write(message)
-                return await reader.read(1)
-            finally:
-                writer.transport.abort()
-    return None
+async def _master_of(sentinel: Redis, service: str) -> Host | None:
+    found = cast(tuple[bytes, int] | None, await sentinel.sentinel_get_master_addr_by_name(service))
+    return (found[0].decode(), found[1]) if found else None
 
 
-async def _log_in(redis: Redis) -> None:
-    """Connect as the lock does. Raises what the client and the network raise."""
-    connection = redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+async def _services(sentinel: Redis) -> Sequence[str]:
     try:
-        await connection.connect()
-    finally:
-        await connection.disconnect(nowait=True)
+        return list(cast(dict[str, object], await sentinel.sentinel_masters()))
+    except FAILURES:
+        return ()
 
 
-async def _inspect_redis(redis: Redis, settings: Settings) -> AsyncIterator[Check]:
-    name = "Redis"
-    try:
-        name, unsuitable = _inspect_info(await redis.info())
-    except (NoPermissionError, ResponseError) as error:
-        if not isinstance(error, NoPermissionError) and "unknown command" not in str(error):
-            raise
-        yield warn("redis", "the user may not run INFO: version and role are not checked")
-    else:
-        if unsuitable is not None:
-            yield unsuitable
-            return
-    lock = Lock(redis, prefix=settings.redis_prefix, lock_ttl_seconds=1, marker_ttl_seconds=2, breaker_seconds=1)
-    try:
-        await lock.try_commands()
-        await lock.ping()
-    except LockUnavailable as error:
-        detail = f"{name}: {error}. The lock needs SET with NX, GET and PX, GET, PTTL, EVAL, DEL and PING"
-        hopeless = _hopeless(error) is not None
-        yield fail("redis", f"{detail}: check the user's permissions and maxmemory", fatal=hopeless)
-    else:
-        yield ok("redis", name)
-    finally:
-        await lock.close()
+async def _sentinel_failed(error: BaseException, place: SplitResult) -> Check:
+    if isinstance(error, ResponseError) and "unknown command" in str(error).lower():
+        return fail("redis", "is a Redis server and no Sentinel; expected its own address, redis:// in REDIS_URL")
+    if not isinstance(error, FAILURES):
+        raise error
+    return await explain(error, place, login="sentinel_username and sentinel_password")
 
 
-def _failed(error: Exception, address: SplitResult) -> Check:
-    """The check that fails with `error`, which stops `serve` only if no other attempt can help."""
-    if (reason := _hopeless(error)) is not None:
-        return fail("redis", reason)
-    if isinstance(error, ResponseError):
-        return fail("redis", f"refuses INFO: {error}", fatal=False)
-    detail = (
-        f"cannot be reached: {_unreachable(error, address)}. Events are recorded, and dispatched once it is reachable"
+# -- Cluster ------------------------------------------------------------------------------------------
+
+
+async def _check_cluster(url: str, address: RedisAddress, settings: Settings) -> AsyncIterator[Check]:
+    """Read the table of the slots from each node that is named, then check each master."""
+    found = await asyncio.gather(
+        *(_table(_node(url, host, settings)) for host in address.hosts), return_exceptions=True
     )
-    return fail("redis", detail, fatal=False)
+    failed = [
+        await _node_failed(each, _place(address, host))
+        for host, each in zip(address.hosts, found, strict=True)
+        if isinstance(each, BaseException)
+    ]
+    tables = [each for each in found if not isinstance(each, BaseException)]
+    for check in _of_many(failed, reached=bool(tables), what="node"):
+        yield check
+    if not tables:
+        return
+    table = max(tables, key=_served)
+    if _served(table) < SLOTS:
+        detail = f"{SLOTS - _served(table)} of {SLOTS} slots have no master: events with these are not dispatched"
+        yield fail("redis", detail, fatal=False)
+    async for check in _check_masters(url, address, settings, table):
+        yield check
 
 
-def _unreachable(error: Exception, address: SplitResult) -> str:
-    """What the network says of the address, which is shown without the login."""
-    path = Path(unquote(address.path))
-    host = f"[{address.hostname}]" if ":" in (address.hostname or "") else address.hostname
-    place = str(path) if address.scheme == "unix" else f"{host}:{address.port or 6379}"
-    for each in _chain(error):
-        match each:
-            case socket.gaierror():
-                return f"the host name {host} in REDIS_URL cannot be resolved"
-            case FileNotFoundError():
-                return f"there is no socket {path}" if path.parent.is_dir() else f"there is no folder {path.parent}"
-            case OSError() if f"[Errno {errno.ECONNREFUSED}]" in str(each):  # also one of several addresses of a name
-                return f"connection refused at {place}: check the address in REDIS_URL, and that the server runs"
-    return f"no answer from {place} ({type(error).__name__})"
+async def _check_masters(
+    url: str, address: RedisAddress, settings: Settings, table: Sequence[Range]
+) -> AsyncIterator[Check]:
+    passed: list[str] = []
+    masters = list(dict.fromkeys(hosts[0] for _, _, hosts in table))
+    for host in masters:
+        key = _key_at(host, table, f"{settings.redis_prefix}check/")
+        if key is None:
+            continue
+        async for check in check_server(_node(url, host, settings), _place(address, host), key, kind=""):
+            if check.verdict is Verdict.OK:
+                passed.append(check.detail)
+            else:
+                yield _prefixed(check, f"master {host[0]}:{host[1]}")
+    if passed:
+        yield ok("redis", f"{', '.join(dict.fromkeys(passed))}: a Cluster of {len(masters)} masters")
 
 
-def _hopeless(error: BaseException) -> str | None:
-    """What to change, if `error`, or one that it was raised over, says that no other attempt can help."""
-    found = (_refusal(each) or _network_refusal(each) for each in _chain(error))
-    return next((reason for reason in found if reason is not None), None)
+def _node(url: str, host: Host, settings: Settings) -> ClusterNode:
+    return ClusterNode(host, connect(url, timeout_seconds=_timeout(settings), host=host), breaker_seconds=1)
 
 
-def _refusal(error: BaseException) -> str | None:
-    match error:
-        case AuthenticationError():
-            return f"refuses the login: {error}; check the user and the password in REDIS_URL"
-        case NoPermissionError():
-            return f"refuses the user: {error}"
-        case ResponseError() if "DB index" in str(error):
-            return f"has no database of this number: {error}; correct REDIS_URL"
-        case ResponseError() if "unknown command" in str(error):
-            return f"lacks a command: {error}"
-    return None
+async def _table(node: ClusterNode) -> list[Range]:
+    try:
+        await log_in(node.client)
+        return await node.slots()
+    finally:
+        await node.close()
 
 
-def _network_refusal(error: BaseException) -> str | None:
-    match error:
-        case ssl.SSLEOFError() | ssl.SSLZeroReturnError():  # it ended: it may be restarting
-            return None
-        case ssl.SSLCertVerificationError():
-            return (
-                f"its certificate is refused: {error.verify_message}; name the file of its CA in ssl_ca_certs, or "
-                "do not verify it, with ssl_cert_reqs=none"
-            )
-        case ssl.SSLError():
-            reason = error.reason or type(error).__name__
-            return f"TLS fails ({reason}): check that it has TLS on this port, and {', '.join(TLS_FILES)}"
-        case OSError(errno=errno.EACCES):
-            return "this process may not use its socket: permission denied"
-    return None
+def _served(table: Sequence[Range]) -> int:
+    return sum(last + 1 - first for first, last, _ in table)
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def _key_at(host: Host, table: Sequence[Range], prefix: str) -> str | None:
+    """A key in a slot of this master; None if another one has all keys, because the prefix has a hash tag."""
+    own = {slot for first, last, hosts in table if hosts[0] == host for slot in range(first, last + 1)}
+    if len({_slot(f"{prefix}{number}/") for number in range(_KEYS_TRIED)}) == 1 and _slot(prefix) not in own:
+        return None
+    return next(key for number in count() if _slot(key := f"{prefix}{number}/") in own)
 
 
-def _inspect_info(info: dict[str, Any]) -> tuple[str, Check | None]:
-    """The server's name and version, and the check that fails if it is not suitable."""
-    valkey = info.get("valkey_version")
-    version = str(valkey or info["redis_version"])
-    name = f"{'Valkey' if valkey else 'Redis'} {version}"
-    if tuple(int(part) for part in version.split(".")[:2]) < _MIN_REDIS:
-        detail = f"{name} is too old: Redis 7 or Valkey 8, or newer, is required (for SET with NX and GET)"
-        return name, fail("redis", detail)
-    if info.get("cluster_enabled"):
-        return name, fail("redis", f"{name} runs as a Cluster, which is not supported: use a single primary")
-    if info.get("role") != "master":
-        return name, fail("redis", f"{name} is a replica: use the primary's address", fatal=False)
-    return name, None
+def _slot(key: str) -> int:
+    return int(key_slot(key.encode()))
+
+
+async def _node_failed(error: BaseException, place: SplitResult) -> Check:
+    if isinstance(error, ResponseError) and "cluster support disabled" in str(error):
+        return fail("redis", "is a single server and no node of a Cluster; expected redis:// in REDIS_URL")
+    if not isinstance(error, FAILURES):
+        raise error
+    return await explain(error, place)
+
+
+# -- both ---------------------------------------------------------------------------------------------
+
+
+def _place(address: RedisAddress, host: Host) -> SplitResult:
+    """The address of one server, without a login."""
+    name = f"[{host[0]}]" if ":" in host[0] else host[0]
+    return SplitResult(urlsplit(address.server).scheme, f"{name}:{host[1]}", "", "", "")
+
+
+def _of_many(failed: Sequence[Check], *, reached: bool, what: str) -> list[Check]:
+    """The failed checks of several servers: warnings if another one answered; else the worst of them."""
+    if reached:
+        return [warn("redis", f"a {what} of REDIS_URL: {check.detail}") for check in failed]
+    return [_prefixed(max(failed, key=lambda check: check.fatal), f"a {what} of REDIS_URL")]
+
+
+def _prefixed(check: Check, place: str) -> Check:
+    return Check(check.name, check.verdict, f"{place}: {check.detail}", check.fatal, check.exit_code)

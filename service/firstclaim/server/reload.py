@@ -67,14 +67,14 @@ class Reloader:
 
     def _wait_for_change(self, process: BaseProcess, before: Snapshot) -> Path | None:
         """The file that has changed; None: a signal came first."""
-        is_told = False
+        is_reported = False
         while not self._stopping:  # looked at again after the wait: a signal to the group ends the process as well
             if process.is_alive():
                 wait([process.sentinel], timeout=_POLL_SECONDS)
             else:
-                if not is_told:
+                if not is_reported:
                     log.warning("waiting_for_change", exit_code=process.exitcode)
-                is_told = True
+                is_reported = True
                 time.sleep(_POLL_SECONDS)
             now = snapshot(self._watched)
             if changed := [path for path in before.keys() | now.keys() if before.get(path) != now.get(path)]:

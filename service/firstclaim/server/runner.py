@@ -162,7 +162,7 @@ def workers_settings(settings: Settings) -> Settings:
 
 
 def _work_until_change(create_app: CreateApp, settings: Settings, listener: socket.socket) -> None:
-    """One process of `serve --reload`. A fault in a handler module is told in a line, as at the start."""
+    """One process of `serve --reload`. A fault in a handler module is reported in one line, as at the start."""
     exit_on_signals()
     watchdog = Watchdog()
     watchdog.skip_teardown()

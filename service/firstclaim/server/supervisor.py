@@ -22,6 +22,7 @@ from multiprocessing.process import BaseProcess
 
 import structlog
 
+from firstclaim.observability.metrics import forget_process
 from firstclaim.shutdown import stop_signals
 
 _BEAT_SECONDS = 1.0
@@ -136,6 +137,8 @@ class Supervisor:
         pid = worker.process.pid if worker.process is not None else None
         self._read(worker)  # its last words: it may have ended since the last look
         self._close(worker)
+        if pid is not None:
+            forget_process(pid)
         if code > 0 and not self._ever_served:
             log.error("worker_failed_to_start", pid=pid, exit_code=code)
             self._failed = code

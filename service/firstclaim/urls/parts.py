@@ -33,6 +33,8 @@ def split_url(url: str, example: str) -> SplitResult:
     # An unescaped # ? or / in a password ends the host part early. The rest of the password, and the real host, would
     # then be used, or shown, as a different part of the URL.
     cut_short = parts.netloc and "@" not in parts.netloc and "@" in parts.path + parts.query.partition("=")[0]
+    if "#" in text and "@" not in text.partition("#")[2]:
+        raise ValueError("remove the # and what follows it: no such part of a URL is sent; in a password, write %23")
     if "#" in text or cut_short:
         raise ValueError("a # ? / or @ in the user name or the password must be written %23, %3F, %2F or %40")
     return parts

@@ -1,17 +1,23 @@
-"""Stripe's API address, its key, and the signing secrets: what is refused before anything is sent or verified.
+"""Stripe's API address, its keys, and the signing secrets: what is refused before anything is sent or verified.
 
 Guarantees: no message repeats any part of a key, a secret or a URL.
 """
 
 import ipaddress
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from firstclaim.urls.parts import split_hosts, split_url
 
 _EXAMPLE = "https://api.stripe.com"
 _KEY = re.compile(r"[sr]k_[\x21-\x7e]{1,500}")
 _SECRET = re.compile(r"whsec_[\x21-\x7e]+")
+_ENDPOINT = re.compile(r"[a-z][a-z0-9_\-]{0,31}")
+_ENDPOINT_EXPECTED = (
+    "the name of an endpoint, before the =, is malformed; "
+    "expected a lower-case letter, then at most 31 of a-z, 0-9, _ and -, e.g. {}"
+)
+_MODE = re.compile(r"[sr]k_(live|test)_")
 _KINDS = {
     "sk_": "an API key (sk_...)",
     "rk_": "a restricted API key (rk_...)",
@@ -41,11 +47,67 @@ def stripe_key(key: str) -> str:
     return key
 
 
+def check_api_keys(keys: Sequence[str]) -> None:
+    """Raise ValueError for a key or a name that is malformed, and for two keys of one endpoint and mode."""
+    seen: set[tuple[str | None, bool | None]] = set()
+    for each in keys:
+        name, key = _endpoint_and_key(each)
+        if name is not None and not _ENDPOINT.fullmatch(name):
+            raise ValueError(_ENDPOINT_EXPECTED.format("connect=rk_live_..."))
+        stripe_key(key)
+        if (name, _mode(key)) in seen:
+            raise ValueError(
+                f"two keys of one mode for the endpoint {name or '-'}; expected one for each mode: "
+                "sk_live_... or rk_live_..., and sk_test_... or rk_test_..."
+            )
+        seen.add((name, _mode(key)))
+
+
+def keys_by_endpoint_and_mode(keys: Iterable[str]) -> Mapping[tuple[str | None, bool | None], str]:
+    """The API keys by the name of the endpoint (None: without a name) and the mode: True is live mode, False test mode.
+
+    A key that does not say its mode has None, and is for both.
+    """
+    pairs = map(_endpoint_and_key, keys)
+    return {(name, _mode(key)): key for name, key in pairs}
+
+
+def _endpoint_and_key(text: str) -> tuple[str | None, str]:
+    name, equals, key = text.partition("=")
+    return (None, text) if not equals or _KEY.fullmatch(text) else (name, key)
+
+
+def _mode(key: str) -> bool | None:
+    found = _MODE.match(key)
+    return None if found is None else found[1] == "live"
+
+
 def check_signing_secrets(secrets: Sequence[str]) -> None:
-    """Raise ValueError with what is expected, if Stripe cannot have issued one of `secrets`."""
-    for secret in secrets:
+    """Raise ValueError with what is expected, if Stripe cannot have issued one of `secrets`, or a name is malformed."""
+    for each in secrets:
+        endpoint, secret = _endpoint_and_secret(each)
         if fault := _fault_of(secret):
             raise ValueError(fault)
+        if endpoint is not None and not _ENDPOINT.fullmatch(endpoint):
+            raise ValueError(_ENDPOINT_EXPECTED.format("connect=whsec_..."))
+
+
+def secrets_by_endpoint(secrets: Iterable[str]) -> Mapping[str | None, Sequence[str]]:
+    """The signing secrets of each endpoint, by its name; None: the endpoint without a name.
+
+    A secret with a name is written `name=whsec_...`. The secrets themselves may have a `=` too, so what begins with
+    `whsec_` is one without a name.
+    """
+    endpoints: dict[str | None, list[str]] = {}
+    for each in secrets:
+        endpoint, secret = _endpoint_and_secret(each)
+        endpoints.setdefault(endpoint, []).append(secret)
+    return endpoints
+
+
+def _endpoint_and_secret(text: str) -> tuple[str | None, str]:
+    name, equals, secret = text.partition("=")
+    return (None, text) if not equals or text.startswith("whsec_") else (name, secret)
 
 
 def _fault_of(secret: str) -> str | None:

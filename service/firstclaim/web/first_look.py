@@ -2,9 +2,11 @@
 
 Guarantees: a delivery whose id is found here is the delivery of the event that parsing finds, or parsing refuses it. It
 is parsed in full only if its event is not recorded yet (`Delivery.event`), because most of the time of a duplicate was
-spent on parsing what nobody would look at. A body without a usable id is parsed here, for its error.
+spent on parsing what nobody would look at. A body without a usable id is parsed here, because parsing says what is
+wrong with it.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -23,10 +25,13 @@ class _Top(msgspec.Struct, gc=False):
 _decoder = msgspec.json.Decoder(_Top)
 
 
-def first_look(body: bytes) -> Delivery:
-    """The delivery of `body`, which is verified. Raises `Rejected` (400) if it has no usable id, and why."""
+def first_look(body: bytes, headers: Iterable[tuple[bytes, bytes]] = (), endpoint: str | None = None) -> Delivery:
+    """The delivery of `body`, which is verified, with the headers of its request and the name of its endpoint.
+
+    Raises `Rejected` (400), with the reason, if it has no usable id.
+    """
     head = _look(body)
-    return Delivery(parse_event(body) if head is None else head, body)
+    return Delivery(parse_event(body, endpoint) if head is None else head, body, headers, endpoint)
 
 
 def _look(body: bytes) -> EventHead | None:

@@ -9,23 +9,24 @@ reported with old values, and `firstclaim_up` is 0 for the failed check.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final, Generic, TypeVar
 
 import structlog
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily
-from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
 from firstclaim.errors import LedgerUnavailable
+from firstclaim.inbox.pauses import Pauses
+from firstclaim.inbox.routes import Routes
 from firstclaim.observability import metrics
-from firstclaim.operations.queries import Backlog, Queries, Selection
+from firstclaim.operations.queries import Queries
+from firstclaim.operations.selection import Selection
 from firstclaim.postgres.pool import Pool
 from firstclaim.status import Status
-from firstclaim.web.health import Health, HealthCheck
+from firstclaim.web.gauges import Gauges, LedgerReading, Unfinished
+from firstclaim.web.health import HealthCheck
 
 log = structlog.get_logger(__name__)
 
@@ -67,8 +68,8 @@ class _CachedQuery(Generic[T]):
         return self._result
 
 
-async def _read_open(queries: Queries) -> tuple[Backlog, dict[Status, int]]:
-    return await queries.backlog(), await queries.count_open()
+async def _read_unfinished(queries: Queries) -> tuple[Unfinished, dict[Status, int]]:
+    return Unfinished(await queries.backlog(), await queries.oldest_due()), await queries.count_open()
 
 
 async def _read_settled(queries: Queries) -> dict[Status, int]:
@@ -78,65 +79,36 @@ async def _read_settled(queries: Queries) -> dict[Status, int]:
 class MetricsEndpoint:
     """`/metrics`. `pool` is used for these queries only. `slots`: those of all workers."""
 
-    def __init__(self, checks: Sequence[HealthCheck], pool: Pool, slots: int) -> None:
+    def __init__(self, checks: Sequence[HealthCheck], pool: Pool, slots: int, routes: Routes, pauses: Pauses) -> None:
         self._checks = checks
         self._slots = slots
-        self._open = _CachedQuery(pool, _read_open, _OPEN_SECONDS)
+        self._routes = routes
+        self._pauses = pauses
+        self._open = _CachedQuery(pool, _read_unfinished, _OPEN_SECONDS)
         self._settled = _CachedQuery(pool, _read_settled, _SETTLED_SECONDS)
+        self._gaps = _CachedQuery(pool, Queries.gaps, _OPEN_SECONDS)
 
     async def report(self, _request: Request) -> Response:
         """All metrics."""
-        results, opened, settled = await asyncio.gather(
-            asyncio.gather(*(check.run() for check in self._checks)), self._open.get(), self._settled.get()
+        gauges = CollectorRegistry()
+        gauges.register(await self.read())
+        text = generate_latest(metrics.collected()) + generate_latest(gauges)
+        return Response(text, headers={"Cache-Control": "no-store", "Content-Type": CONTENT_TYPE_LATEST})
+
+    async def read(self) -> Gauges:
+        """The current values of all metrics that are not counters."""
+        results, opened, settled, gaps = await asyncio.gather(
+            asyncio.gather(*(check.run() for check in self._checks)),
+            self._open.get(),
+            self._settled.get(),
+            self._gaps.get(),
         )
         up = {check.name: finding.health for check, (finding, _) in zip(self._checks, results, strict=True)}
-        backlog, open_counts = (None, None) if opened is None else opened
+        unfinished, open_counts = (None, None) if opened is None else opened
         by_status = {
             status: counts.get(status, 0)
             for statuses, counts in ((_OPEN, open_counts), (_SETTLED, settled))
             if counts is not None
             for status in statuses
         }
-        gauges = CollectorRegistry()
-        gauges.register(_Gauges(self._slots, up, backlog, by_status))
-        text = generate_latest(metrics.collected()) + generate_latest(gauges)
-        return Response(text, headers={"Cache-Control": "no-store", "Content-Type": CONTENT_TYPE_LATEST})
-
-
-class _Gauges(Collector):
-    """The values that are read at the time of the scrape."""
-
-    def __init__(self, slots: int, up: dict[str, Health], backlog: Backlog | None, counts: dict[Status, int]) -> None:
-        self._slots = slots
-        self._up = up
-        self._backlog = backlog
-        self._counts = counts
-
-    def collect(self) -> Iterator[Metric]:
-        yield GaugeMetricFamily(
-            "firstclaim_handler_slots", "Handlers that can run at once, in all workers.", value=self._slots
-        )
-        up = GaugeMetricFamily("firstclaim_up", "1 if the health check of /readyz passes, else 0.", labels=["part"])
-        for check, health in self._up.items():
-            up.add_metric([check], float(health is Health.OK))
-        yield up
-        if (backlog := self._backlog) is not None:
-            for name, help_text, value in (
-                ("firstclaim_due_events", "Events that are due and not yet taken over.", backlog.due),
-                (
-                    "firstclaim_oldest_due_seconds",
-                    "How long the oldest due event has been due; 0 if none is due.",
-                    backlog.oldest_due_seconds or 0,
-                ),
-                (
-                    "firstclaim_past_their_lease",
-                    "Claims past their lease that recovery has not yet marked as abandoned.",
-                    backlog.past_their_lease,
-                ),
-            ):
-                yield GaugeMetricFamily(name, help_text, value=value)
-        if self._counts:
-            events = GaugeMetricFamily("firstclaim_events", "Events in the ledger.", labels=["status"])
-            for status, number in self._counts.items():
-                events.add_metric([status], number)
-            yield events
+        return Gauges(self._slots, up, self._routes, self._pauses, LedgerReading(unfinished, by_status, gaps))

@@ -36,7 +36,7 @@ def verify(body: bytes, headers: Sequence[str], secrets: Sequence[str], *, toler
 
 
 def _without_blanks(header: str) -> str:
-    """`header` without the blanks and tabs around its commas. What follows the most items is left as it is."""
+    """`header` without the blanks and tabs around its commas. What follows the maximum of items is unchanged."""
     if " " not in header and "\t" not in header:  # as Stripe sends it
         return header
     return ",".join(item.strip(" \t") for item in header.split(",", _MAX_ITEMS))
@@ -54,7 +54,7 @@ def _parse(header: str) -> tuple[int, list[str]]:
 
 
 def _signed_by(secret: str, signed: bytes, signatures: Sequence[str]) -> bool:
-    """Whether one of the signatures is that of `secret`. A blank one, which anybody could sign with, signs nothing."""
+    """Whether one of the signatures is that of `secret`. An empty secret matches none: anybody could sign with it."""
     if not secret:
         return False
     expected = hmac.digest(secret.encode(), signed, "sha256").hex()

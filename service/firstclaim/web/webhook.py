@@ -1,17 +1,18 @@
-"""The endpoint, by default POST /webhooks/stripe: reads a delivery, passes it on, and answers with the outcome.
+"""An endpoint, by default POST /webhooks/stripe: reads a delivery, passes it on, and answers with the outcome.
 
 Guarantees: the signature is verified over the raw bytes before they are looked at. The size of a body is limited here,
 and the time that it may take in `firstclaim.server.protocol`. A delivery that is answered with 500 or 503 can always be
-sent again.
+sent again. A named endpoint, POST /webhooks/stripe/{name}, takes only what is signed with a secret of its own: the name
+of a delivery is as trustworthy as its signature.
 
-It is plain ASGI, without a framework's request and response, because most deliveries of a burst are duplicates, whose
-cost is that of HTTP.
+It is plain ASGI, without a framework's request and response, because most deliveries of a burst are duplicates, and
+most of the cost of a duplicate is that of HTTP.
 """
 
 import asyncio
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import structlog
 from starlette.types import Receive, Scope, Send
@@ -24,6 +25,7 @@ from firstclaim.observability import metrics, tracing
 from firstclaim.outcome import Outcome
 from firstclaim.web.answers import Answer, Header, answer, rejection
 from firstclaim.web.first_look import first_look
+from firstclaim.web.refusals import RefusalLog
 from firstclaim.web.signature import verify
 
 log = structlog.get_logger(__name__)
@@ -32,17 +34,19 @@ WEBHOOK_PATH = "/webhooks/stripe"  # the default
 
 
 class _DisconnectedError(Exception):
-    """The client is gone before its body was complete."""
+    """The client disconnected before its body was complete."""
 
 
 @dataclass(frozen=True, slots=True)
 class Webhook:
-    """The endpoint, an ASGI application of its own."""
+    """One endpoint, an ASGI application of its own. `name`: its name, if it has one."""
 
     pipeline: Pipeline
     secrets: Sequence[str]
     tolerance_seconds: int
     max_body_bytes: int
+    name: str | None = None
+    refusals: RefusalLog = field(default_factory=RefusalLog)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Verify, deliver to the pipeline, answer."""
@@ -57,19 +61,24 @@ class Webhook:
             length, signatures = _relevant(headers)
             body = await self._read(length, receive)
             verify(body, signatures, self.secrets, tolerance_seconds=self.tolerance_seconds, now=time.time())
-            delivery = first_look(body)
+            self._count("verified")
+            delivery = first_look(body, headers, self.name)
             result = await self._deliver(delivery)
         except Rejected as error:
-            log.info("rejected", kind=error.kind, status=error.status)
+            self.refusals.note(error, **self._named)
             metrics.rejected[error.kind].inc()
-            tracing.note(error=error.kind)
+            if error.kind.startswith("signature_"):
+                self._count("signature_refused")
+            tracing.note(error=error.kind, **self._named)
             return rejection(error)
         except _DisconnectedError:
             return Answer(400, b"", ())  # the client does not read it
         except asyncio.CancelledError:  # the server is shutting down and no longer waits for this body
             return answer(None, outcomes.unavailable("Shutting down"))
         metrics.deliveries[result.kind].inc()
-        tracing.note(event_id=delivery.event_id, type=delivery.type, outcome=result.kind, attempt=result.attempt)
+        tracing.note(
+            event_id=delivery.event_id, type=delivery.type, outcome=result.kind, attempt=result.attempt, **self._named
+        )
         log.info(
             "delivery",
             event_id=delivery.event_id,
@@ -77,8 +86,17 @@ class Webhook:
             outcome=result.kind,
             attempt=result.attempt,
             milliseconds=round((time.perf_counter() - began) * 1000, 1),
+            **self._named,
         )
         return answer(delivery.event_id, result)
+
+    @property
+    def _named(self) -> dict[str, str]:
+        """The field of log records and spans."""
+        return {} if self.name is None else {"endpoint": self.name}
+
+    def _count(self, verification: metrics.Verification) -> None:
+        metrics.endpoint_requests(self.name)[verification].inc()
 
     async def _deliver(self, delivery: Delivery) -> Outcome:
         try:

@@ -4,7 +4,7 @@ Measured on PostgreSQL 15: to write a body of 5.4 kB takes 26 us of CPU time ins
 any compression. It is stored in 2.5 kB instead of 2.1, and processor time is what limits a burst.
 
 Bodies from before stay as they are. Where the server was built without lz4, or the table belongs to another role, all
-stays as it was: the README has the statement.
+stays as it was: docs/how-to/large-ledger.md has the statement.
 """
 
 from alembic import op

@@ -1,0 +1,95 @@
+"""`firstclaim pause`, `resume` and `pauses`: parses, calls `firstclaim.operations.pauses`, prints; decides nothing.
+
+Exit codes: 0 success · 1 nothing was changed · 2 the command line is wrong · 3 Postgres is unreachable, or not
+migrated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from firstclaim.cli.environment import database, operator, run_on_ledger
+from firstclaim.cli.options import AsJson
+from firstclaim.cli.terminal import fail, print_field, print_json, print_text, reported
+from firstclaim.formatting import ago, number_of
+from firstclaim.status import Status
+
+if TYPE_CHECKING:
+    from firstclaim.operations.commands import Commands
+
+
+def _pattern(text: str) -> str:
+    """The pattern, if it is one. Raises a usage error."""
+    from firstclaim.registry import is_pattern
+
+    if not is_pattern(text):
+        raise typer.BadParameter(
+            f'expected an event type, "prefix.*", "*", "task:name" or "handler:name", not {text!r:.80}'
+        )
+    return text
+
+
+Pattern = Annotated[
+    str,
+    typer.Argument(
+        parser=_pattern, metavar="TYPES", help='An event type, "prefix.*", "task:name", "handler:name", or "*" for all.'
+    ),
+]
+
+
+def pause(types: Pattern) -> None:
+    """Stop dispatching events of these types, in all services. They are still received and recorded, and wait.
+
+    Running services learn of it within a round of recovery, about a second. Events that are claimed by then go on.
+
+    Exit code 1 if exactly these types are paused already.
+    """
+    from firstclaim.operations import pauses
+    from firstclaim.operations.selection import Selection
+
+    async def work(operations: Commands) -> tuple[bool, int]:
+        new = await pauses.pause(operations, operator(), types)
+        counts = await operations.count(Selection(statuses=[Status.PROCESSING], type=types))
+        return new, counts.get(Status.PROCESSING, 0)
+
+    with reported(), database() as settings:
+        new, processing = run_on_ledger(settings, work)
+        if not new:
+            fail(f"{types} is paused already", 1)
+        print_text(f"paused {types}; {number_of(processing, 'event is', 'events are')} being handled right now")
+
+
+def resume(types: Pattern) -> None:
+    """Dispatch events of these types again. Those that have waited have their whole time to give up again.
+
+    Exit code 1 if exactly these types are not paused: `firstclaim pauses` lists what is.
+    """
+    from firstclaim.operations import pauses
+
+    with reported(), database() as settings:
+        waited = run_on_ledger(
+            settings,
+            lambda operations: pauses.resume(operations, operator(), types, give_up_seconds=settings.give_up_seconds),
+        )
+        if waited is None:
+            fail(f"{types} is not paused", 1)
+        print_text(f"resumed {types}; {number_of(waited, 'event has', 'events have')} waited")
+
+
+def list_pauses(as_json: AsJson = False) -> None:
+    """List what is paused, by whom, and since when."""
+    from firstclaim.operations.pauses import paused
+
+    with reported(), database() as settings:
+        found = run_on_ledger(settings, paused)
+    if as_json:
+        for each in found:
+            print_json(asdict(each))
+        return
+    if not found:
+        print_text("nothing is paused")
+    for each in found:
+        print_field(each.pattern, f"by {each.operator}, {ago(each.paused_at)}")
