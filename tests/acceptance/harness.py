@@ -388,11 +388,11 @@ def _alive_in_group(group: int) -> list[int]:
         rows = [row.split() for row in table.splitlines()]
         return [int(pid) for pid, pgid, state in rows if int(pgid) == group and state[0] != "Z"]
     found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(OSError):  # it ended meanwhile
-            state, _, pgid = path.read_text().rpartition(")")[2].split()[:3]
+            state, _, pgid = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:3]
             if int(pgid) == group and state not in "ZX":
-                found.append(int(path.parent.name))
+                found.append(int(pid))
     return found
 
 

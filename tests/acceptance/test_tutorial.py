@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 
 import pytest
@@ -103,6 +103,7 @@ async def stop(folder: Path) -> None:
     """End the service in the background, if it still runs, and wait until its servers have stopped."""
     pid = int((folder / "serve.pid").read_text())
     async with asyncio.timeout(SECONDS):
-        while Path(f"/proc/{pid}/stat").exists() and b") Z " not in Path(f"/proc/{pid}/stat").read_bytes():
-            os.kill(pid, signal.SIGTERM)
-            await asyncio.sleep(0.1)
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended
+            while b") Z " not in Path(f"/proc/{pid}/stat").read_bytes():
+                os.kill(pid, signal.SIGTERM)
+                await asyncio.sleep(0.1)

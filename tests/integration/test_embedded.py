@@ -139,6 +139,13 @@ def socket_folder(filled: Settings) -> Path:
     return Path(parse_qs(urlsplit(filled.database_url.get_secret_value()).query)["host"][0])
 
 
+def user_of(pid: int) -> list[int]:
+    """The user of the process; nobody if it has ended."""
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return [Path(f"/proc/{pid}").stat().st_uid]
+    return []
+
+
 def processes(mark: object) -> list[int]:
     return [pid for pid, line in embedded_processes._command_lines() if str(mark) in line]
 
@@ -409,6 +416,24 @@ def test_a_folder_that_cannot_be_used_is_an_operators_error(folder: Path) -> Non
         servers(Settings(data_dir=folder / "file" / "data")).__enter__()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ps reads the process table")
+def test_a_process_that_ends_while_the_table_is_read_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at a process may meet one that has just ended: it is left out, and the others are found."""
+    with subprocess.Popen([sys.executable, "-c", ""]) as ended:
+        ended.wait()
+    look, names = os.stat, os.listdir("/proc")
+
+    def stat_of_the_ended(path: str | Path, **options: bool) -> os.stat_result:
+        if str(path).startswith("/proc/"):
+            raise ProcessLookupError
+        return look(path, **options)
+
+    monkeypatch.setattr(os, "listdir", lambda _: [str(ended.pid), *names])
+    monkeypatch.setattr(os, "stat", stat_of_the_ended)
+    assert os.getpid() in processes("pytest")
+    assert ended.pid not in processes("")
+
+
 @pytest.mark.skipif(not AS_ROOT, reason="only root runs the servers as somebody else")
 def test_root_runs_nothing_and_opens_no_more_than_it_must(used: Settings) -> None:
     """As root the servers belong to another user, and a closed parent folder gets search permission only."""
@@ -416,7 +441,7 @@ def test_root_runs_nothing_and_opens_no_more_than_it_must(used: Settings) -> Non
     with servers(used) as filled:
         assert both_answer(filled)
         mark = sql(filled, "SHOW cluster_name")
-        assert 0 not in {Path(f"/proc/{pid}").stat().st_uid for pid in processes(mark)}
+        assert 0 not in [uid for pid in processes(mark) for uid in user_of(pid)]
     assert stat.S_IMODE(used.data_dir.parent.stat().st_mode) == 0o701
 
 

@@ -116,10 +116,11 @@ def _command_lines() -> list[tuple[int, str]]:
         rows = (row.strip().partition(" ") for row in table.splitlines())
         return [(int(pid), line) for pid, _, line in rows]
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    # Listed, not globbed: a glob looks at each file, and raises if a process ends at that moment.
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
         with suppress(OSError):  # The process ended in the meantime.
-            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            found.append((int(path.parent.name), line))
+            line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            found.append((int(pid), line))
     return found
 
 
