@@ -9,7 +9,8 @@ import pytest
 
 from firstclaim import Context, Event
 from firstclaim.event import Delivery
-from firstclaim.inbox.limits import Limits, Look
+from firstclaim.inbox.limited import Look
+from firstclaim.inbox.limits import Limits
 from firstclaim.inbox.rate import Rate
 from firstclaim.inbox.redis_server import RedisServer, connect
 from firstclaim.observability.handler_metrics import limit_metrics
