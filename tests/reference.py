@@ -18,7 +18,7 @@ from sqlalchemy.dialects import postgresql
 
 import firstclaim
 from firstclaim.cli.commands import app
-from firstclaim.context import TransactionContext
+from firstclaim.context import RowContext, TransactionContext
 from firstclaim.inbox import model
 from firstclaim.inbox.pauses import Pauses
 from firstclaim.inbox.routes import Routes
@@ -130,7 +130,7 @@ ORDER: Final = (
     "asgi",
     "Settings",
 )
-TRANSACTION: Final = f"The transaction: `{'`, `'.join(each for each in vars(TransactionContext) if each[0] != '_')}`."
+SHARED: Final = {"row": RowContext, "transaction": TransactionContext}  # what several contexts have
 
 
 def _section_of(name: str) -> Iterator[str]:
@@ -142,8 +142,10 @@ def _section_of(name: str) -> Iterator[str]:
     if is_class and made_by is None and name != "Settings":
         fields = [each for each in value.__dataclass_fields__ if not each.startswith("_")]
         yield f"Fields: `{'`, `'.join(fields)}`."
-        if issubclass(value, TransactionContext):
-            yield TRANSACTION
+        for what, base in SHARED.items():
+            if issubclass(value, base):
+                members = [each for each, member in vars(base).items() if each[0] != "_" and inspect.getdoc(member)]
+                yield f"The {what}: `{'`, `'.join(each for each in members if each not in fields)}`."
         yield from _members(value)
 
 
@@ -151,8 +153,9 @@ def names() -> str:
     """Every public name of the package, with its docstring and those of its members."""
     assert sorted(ORDER) == sorted(firstclaim.__all__)
     sections = [part for name in ORDER for part in _section_of(name)]
-    shared = "### The transaction of a context\n\n" + (inspect.getdoc(TransactionContext) or "")
-    return "\n\n".join([*sections, shared, *_members(TransactionContext)])
+    for what, base in SHARED.items():
+        sections += [f"### The {what} of a context", inspect.getdoc(base) or "", *_members(base)]
+    return "\n\n".join(sections)
 
 
 # -- metrics ------------------------------------------------------------------------------------------

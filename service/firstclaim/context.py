@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from firstclaim.errors import HandlerRuleBroken
 from firstclaim.event import Event
-from firstclaim.follow_up import Outbox
+from firstclaim.follow_up import Origin, Outbox
 
 if TYPE_CHECKING:  # importing them takes a quarter of a second, in every command and test process
     import asyncio
@@ -136,26 +136,25 @@ class TransactionContext:
 
 
 @dataclass(frozen=True, slots=True)
-class Context(TransactionContext):
-    """What a handler gets beside the event: the attempt's number (from 1, always rising) and a transaction.
+class RowContext(TransactionContext):
+    """The context of one row: an event's, or a follow-up's. `attempt`: its number, from 1, always rising."""
 
-    `body`: the bytes that Stripe has signed. In tests of handlers, the event's payload as JSON.
-    """
-
-    event: Event
     attempt: int
-    body: bytes = field(repr=False)
-    _outbox: Outbox = field(default_factory=Outbox, repr=False, compare=False)
+    _outbox: Outbox = field(repr=False, compare=False)
+
+    @property
+    def _origin(self) -> Origin:
+        raise NotImplementedError
 
     @property
     def idempotency_key(self) -> str:
-        """The event's id. Pass it to every call to another system (`idempotency_key=` of Stripe's own API).
+        """The row's id: the event's, or the follow-up's. Pass it to every call to another system, also to Stripe's API.
 
-        It is the same on every attempt, so that the other system can detect a repeated call. If a handler makes
-        several calls, add a suffix of your own to each. Where several handlers get the event, each has a key of its
-        own: the id of its row.
+        It is the same on every attempt, so that the other system can detect a repeated call. If a function makes
+        several calls, add a suffix of your own to each. Where several handlers get the event, each has a row, and so a
+        key, of its own.
         """
-        return self._outbox.row_id(self.event.id)
+        return self._origin.row_id
 
     def enqueue(
         self,
@@ -169,23 +168,30 @@ class Context(TransactionContext):
         """Write a follow-up for `@task(name)`, which is committed with the completion mark or not at all.
 
         Returns its id. `payload` is what JSON has, 64 KiB at most. It is due `after` seconds or a timedelta from the
-        COMMIT on, or `at` an aware datetime, within 366 days. Not to be awaited; async and sync handlers call it alike.
-        If a savepoint around the call is rolled back, the follow-up is forgotten. The n-th call with a name has the
-        same id in every attempt: if the event is replayed, a follow-up that exists is not written again, unless
-        `repeat` is set. Raises `TypeError` or `ValueError` for an argument that cannot be stored, `HandlerRuleBroken`
-        for a name that no task of this process has, and after the handler has ended.
+        COMMIT on, or `at` an aware datetime, within 366 days. Not to be awaited; async and sync functions call it
+        alike. A task may enqueue one for itself. If a savepoint around the call is rolled back, the follow-up is
+        forgotten. The n-th call with a name has the same id in every attempt: if the row is replayed, a follow-up that
+        exists is not written again, unless `repeat` is set. Raises `TypeError` or `ValueError` for an argument that
+        cannot be stored, `HandlerRuleBroken` for a name that no task of this process has, and after the function has
+        ended.
         """
-        return self._outbox.enqueue(
-            name,
-            payload,
-            event_id=self.event.id,
-            parent_id=self._outbox.row_id(self.event.id),
-            account=self.event.account,
-            livemode=self.event.livemode,
-            after=after,
-            at=at,
-            repeat=self.attempt if repeat else None,
-        )
+        attempt = self.attempt if repeat else None
+        return self._outbox.enqueue(name, payload, self._origin, after=after, at=at, repeat=attempt)
+
+
+@dataclass(frozen=True, slots=True)
+class Context(RowContext):
+    """What a handler gets beside the event: the attempt's number (from 1, always rising) and a transaction.
+
+    `body`: the bytes that Stripe has signed. In tests of handlers, the event's payload as JSON.
+    """
+
+    event: Event
+    body: bytes = field(repr=False)
+
+    @property
+    def _origin(self) -> Origin:
+        return _origin_of(self.event, self._outbox)
 
     @property
     def snapshot(self) -> dict[str, Any] | None:
@@ -208,7 +214,7 @@ class BatchContext(TransactionContext):
     """
 
     attempts: Mapping[str, int]
-    _outbox: Outbox = field(default_factory=Outbox, repr=False, compare=False)
+    _outbox: Outbox = field(repr=False, compare=False)
 
     def enqueue(
         self,
@@ -223,21 +229,13 @@ class BatchContext(TransactionContext):
         """Write a follow-up of one of the events, as `Context.enqueue` does. Raises `ValueError` for another event."""
         if event.id not in self.attempts:
             raise ValueError(f"enqueue: the event {event.id} is not in this batch")
-        return self._outbox.enqueue(
-            name,
-            payload,
-            event_id=event.id,
-            parent_id=self._outbox.row_id(event.id),
-            account=event.account,
-            livemode=event.livemode,
-            after=after,
-            at=at,
-            repeat=self.attempts[event.id] if repeat else None,
-        )
+        attempt = self.attempts[event.id] if repeat else None
+        origin = _origin_of(event, self._outbox)
+        return self._outbox.enqueue(name, payload, origin, after=after, at=at, repeat=attempt)
 
 
 @dataclass(frozen=True, slots=True)
-class TaskContext(TransactionContext):
+class TaskContext(RowContext):
     """What a task gets: what was enqueued for it, the attempt's number (from 1, always rising) and a transaction.
 
     `id` is that of its row, and `parent_id` that of the row which enqueued it: of the event, or of another follow-up.
@@ -247,39 +245,18 @@ class TaskContext(TransactionContext):
     id: str
     name: str
     payload: Any = field(repr=False)
-    attempt: int
     event_id: str
     parent_id: str
     account: str | None
     livemode: bool
-    _outbox: Outbox = field(default_factory=Outbox, repr=False, compare=False)
 
     @property
-    def idempotency_key(self) -> str:
-        """The row's id: pass it to every call to another system. It is the same on every attempt."""
-        return self.id
+    def _origin(self) -> Origin:
+        return Origin(self.id, self.event_id, self.account, self.livemode)
 
-    def enqueue(
-        self,
-        name: str,
-        payload: Any = None,
-        *,
-        after: float | timedelta = 0,
-        at: datetime | None = None,
-        repeat: bool = False,
-    ) -> str:
-        """Write a follow-up of this task, as `Context.enqueue` does: also for a task of the same name."""
-        return self._outbox.enqueue(
-            name,
-            payload,
-            event_id=self.event_id,
-            parent_id=self.id,
-            account=self.account,
-            livemode=self.livemode,
-            after=after,
-            at=at,
-            repeat=self.attempt if repeat else None,
-        )
+
+def _origin_of(event: Event, outbox: Outbox) -> Origin:
+    return Origin(outbox.row_id(event.id), event.id, event.account, event.livemode)
 
 
 def outbox_of(context: Context) -> Outbox:

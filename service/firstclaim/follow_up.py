@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from firstclaim.errors import HandlerRuleBroken
 
@@ -48,6 +48,15 @@ class FollowUp:
     def payload(self) -> Any:
         """What was enqueued for a task. None for one of several handlers, which gets the event."""
         return None if self.body is None else parse_task(self.body).payload
+
+
+class Origin(NamedTuple):
+    """Where a follow-up comes from: the row that enqueues it, and Stripe's event which that goes back to."""
+
+    row_id: str
+    event_id: str
+    account: str | None
+    livemode: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,17 +147,15 @@ class Outbox:
         self,
         name: str,
         payload: Any,
+        origin: Origin,
         *,
-        event_id: str,
-        parent_id: str,
-        account: str | None,
-        livemode: bool,
         after: float | timedelta,
         at: datetime | None,
         repeat: int | None,
     ) -> str:
         """Add a follow-up for a task; returns its id. `repeat`: the attempt, if each attempt is to write its own."""
         self._check_open(name)
+        parent_id, event_id, account, livemode = origin
         body = TaskData(_checked_payload(name, payload), event_id, parent_id, account, livemode).body()
         if len(body) > PAYLOAD_MOST_BYTES:
             raise ValueError(

@@ -15,6 +15,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from firstclaim import BatchContext, Event
 from firstclaim.event import parse_event
+from firstclaim.follow_up import Outbox
 from firstclaim.handlers.invoices import payment_failure, payment_failures, record_payment_failures
 from tests.fixtures import event_body
 
@@ -45,7 +46,7 @@ async def handle(connection: AsyncConnection, *events: Event) -> None:
     underneath = (await connection.get_raw_connection()).driver_connection
     assert underneath is not None
     transaction = SimpleNamespace(connection=connection, fetch=underneath.fetch)
-    context = BatchContext(transaction, loop, loop.time() + 30, {event.id: 1 for event in events})
+    context = BatchContext(transaction, loop, loop.time() + 30, {event.id: 1 for event in events}, Outbox())
     assert await record_payment_failures(list(events), context) == "payment_failure_recorded"
 
 

@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from firstclaim.context import BatchContext, Context, TaskContext
 from firstclaim.errors import ConfigurationError, HandlerRuleBroken
 from firstclaim.event import Event, parse_event
+from firstclaim.follow_up import Outbox
 from firstclaim.registry import Handler, Registry, covers, on
 from firstclaim.tasks import task
 from tests.fixtures import event_body
@@ -500,7 +501,7 @@ class Unreachable:
 def context(*, seconds: float) -> Context:
     loop = asyncio.get_running_loop()
     event = parse_event(event_body(id="evt_1"))
-    return Context(Unreachable(), loop, loop.time() + seconds, event, 1, b"")
+    return Context(Unreachable(), loop, loop.time() + seconds, 1, Outbox(), event, b"")
 
 
 async def test_execute_on_the_loops_thread_is_refused() -> None:

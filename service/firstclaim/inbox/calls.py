@@ -34,7 +34,7 @@ async def call_handler(
     Raises what the handler or `HandlerCall.end` gives, `DeadlineExceeded`, and `HandlerRuleBroken`.
     """
     loop = asyncio.get_running_loop()
-    context = Context(connection, loop, loop.time() + deadline_seconds, event, attempt, body, outbox)
+    context = Context(connection, loop, loop.time() + deadline_seconds, attempt, outbox, event, body)
     return await _within_its_rules(connection, outbox, call.run(event, context))
 
 
@@ -56,15 +56,15 @@ async def call_task(
         connection,
         loop,
         loop.time() + deadline_seconds,
+        attempt,
+        outbox,
         task.id,
         task.name,
         data.payload,
-        attempt,
         data.event_id,
         data.parent_id,
         data.account,
         data.livemode,
-        outbox,
     )
     return await _within_its_rules(connection, outbox, call.run_task(context))
 
