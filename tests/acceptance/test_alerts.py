@@ -28,6 +28,7 @@ from tests.acceptance.harness import (
     DEAD,
     DEFERRED,
     FAILED,
+    HANDLERS,
     PROCESSED,
     SHORT_LEASE,
     Overrides,
@@ -45,6 +46,7 @@ MONITORING = resources.files("firstclaim").joinpath("observability")
 ALERTS = set(re.findall(r"- alert: (\w+)", MONITORING.joinpath("alerts.yaml").read_text()))
 HEALTHY_MINUTES, BAD_MINUTES = 5, 40
 QUICK_MINUTES = 6
+LIMITED: Overrides = {"handlers": f"{HANDLERS},tests.chaos.limited_handlers"}
 SECRETS = f"{SECRET},eu=whsec_eu"  # two endpoints, of which `eu` has no request in most states
 
 needs_promtool = pytest.mark.skipif(
@@ -401,24 +403,28 @@ def panel_queries() -> list[str]:
 
 @needs_promtool
 async def test_every_panel_shows_a_real_scrape(sandbox: Sandbox, tmp_path: Path) -> None:
-    """Each query of the dashboard has a result on real scrapes, and each query by handler has one for every handler."""
+    """Each query of the dashboard has a result on real scrapes, and each query by handler has one for every handler.
+
+    Waits for a key or a limit are those of the one handler that has limits.
+    """
     await sandbox.fetch(QUIET_FOR_AN_HOUR)
-    service = await sandbox.service().start()
+    service = await sandbox.service(LIMITED).start()
     before = await scraped(service)
     for given in (sample(), sample("fail", "invoice.paid")):
         await sandbox.deliver(service, given)
     await post(service.url, b"{}")
     after = await scraped(service)
     patterns = {found[1] for name in after if (found := re.search(r'_attempts_total.*handler="([^"]*)"', name))}
-    assert len(patterns) == 5
+    assert len(patterns) == 6
     expectations = [
         {
             "expr": f"count(count by (handler) ({query}))" if "handler" in by else f"count({query}) > bool 0",
             "eval_time": f"{BAD_MINUTES}m",
-            "exp_samples": [{"labels": "{}", "value": len(patterns) if "handler" in by else 1}],
+            "exp_samples": [{"labels": "{}", "value": len(patterns) if "handler" in by and not waits else 1}],
         }
         for query in panel_queries()
         for by in [re.findall(r"\w+", " ".join(re.findall(r"by \(([^)]*)\)", query)))]
+        for waits in [re.search("_key_waits_|_limited_deliveries_", query)]
     ]
     evaluate(tmp_path, before, after, expectations)
 
@@ -426,7 +432,7 @@ async def test_every_panel_shows_a_real_scrape(sandbox: Sandbox, tmp_path: Path)
 async def test_every_queried_metric_exists(sandbox: Sandbox) -> None:
     """The rules and the dashboard query only series that a service reports."""
     await sandbox.fetch(QUIET_FOR_AN_HOUR)
-    service = await sandbox.service().start()
+    service = await sandbox.service(LIMITED).start()
     reported = {name.partition("{")[0] for name in await scraped(service)}
     for text in (printed(), printed("--alerts")):
         queried = set(re.findall(r"\bfirstclaim_\w+", text))
