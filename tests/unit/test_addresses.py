@@ -154,6 +154,13 @@ def test_an_unescaped_at_sign_in_a_password() -> None:
     assert postgres_dsn("postgresql://me@corp:p@ss@h/db") == "postgresql://me%40corp:p%40ss@h/db"
 
 
+def test_brackets_in_a_password() -> None:
+    """A password may have brackets, as in every client of Postgres; the libraries get them escaped."""
+    assert postgres_dsn("postgresql://u:p[1]@[::1]/db") == "postgresql://u:p%5B1%5D@[::1]/db"
+    assert redis_url("redis://:p[1@h:6379/0") == "redis://:p%5B1@h:6379/0"
+    assert ConnectionPool.from_url("redis://:p%5B1@h:6379/0").connection_kwargs["password"] == "p[1"
+
+
 def test_an_address_taken_apart() -> None:
     """Hosts, the driver's parameters and the settings of the session are told apart."""
     address = PostgresAddress.of(
@@ -162,7 +169,7 @@ def test_an_address_taken_apart() -> None:
     assert address.hosts == (("::1", 5433), ("h", None))
     assert address.parameters == {"sslmode": "require", "target_session_attrs": "read-write"}
     assert address.settings == {"work_mem": "8MB", "options": "endpoint=e"}
-    assert "work_mem" not in address.driver_url
+    assert address.driver_url == "postgresql://u:p@/db?sslmode=require&target_session_attrs=read-write"
     assert PostgresAddress.of("postgresql://u@%2Frun%2Fpg/db").hosts == (("/run/pg", None),)
     assert PostgresAddress.of("postgresql://u@/db?host=a,b&port=1").hosts == (("a", 1), ("b", 1))
     assert PostgresAddress.of("postgresql://u@/db").hosts == ()
@@ -172,6 +179,7 @@ def test_an_address_taken_apart() -> None:
     ("given", "for_libpq"),
     [
         ("postgresql://u:p@h/db?sslmode=require", "postgresql://u:p@h/db?sslmode=require"),
+        ("postgresql://u@h,[::1]:7/db", "postgresql://u@h,[::1]:7/db?target_session_attrs=read-write"),
         ("postgresql://u:p@h/db?schema=shop", "postgresql://u:p@h/db?options=-c%20search_path%3D%22shop%22"),
         (
             "postgresql://u@/db?host=/run/pg&a.b=c%20d&options=endpoint%3De",
@@ -221,7 +229,7 @@ def test_an_address_for_psql(given: str, for_libpq: str) -> None:
         ("unix:///run/redis.sock?db=3", None),
         ("unix://u:p@/run/redis.sock", None),
         ("redis://[fd00::1]:6379/0", None),
-        ("redis://:p@ss@h", None),
+        ("redis://:p@ss@h", "redis://:p%40ss@h"),
         ("redis://h/", None),
         ("redis://h?db=&ssl_cert_reqs=", "redis://h"),
         # Clusters: limits, redis-py, go-redis, ElastiCache

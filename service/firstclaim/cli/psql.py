@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 from typing import Annotated
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 import typer
 
@@ -47,11 +47,12 @@ def psql(
 
 def without_password(url: str) -> tuple[str, str | None]:
     """An address of libpq without its password, which may be one of its parameters, and the password."""
-    parts = urlsplit(url)
+    from firstclaim.urls.parts import split
+
+    parts = split(url)
     user, at, host = parts.netloc.rpartition("@")
     name, colon, password = user.partition(":")
     query = dict(parse_qsl(parts.query))
     found = query.pop("password", unquote(password) if colon else None)
     shown = urlencode(query, safe="/:,", quote_via=quote)  # libpq reads no + as a space
-    # Not `geturl`, which makes `postgresql:/ledger` of an address without a host: libpq would take it for a name.
     return f"postgresql://{name}{at}{host}{parts.path}" + (f"?{shown}" if shown else ""), found

@@ -23,7 +23,7 @@ from firstclaim.inbox.redis_server import RedisServer, connect, sentinels
 from firstclaim.server.check import Check, Verdict, fail, ok, warn
 from firstclaim.server.redis_server_check import FAILURES, check_server, explain, log_in
 from firstclaim.settings import Settings
-from firstclaim.urls.parts import unreadable_file
+from firstclaim.urls.parts import split, unreadable_file
 from firstclaim.urls.redis import TLS_FILES, RedisAddress, RedisKind
 
 _KEYS_TRIED = 4  # are in one slot only if it is that of a hash tag
@@ -32,7 +32,7 @@ _KEYS_TRIED = 4  # are in one slot only if it is that of a hash tag
 async def check_redis(settings: Settings) -> AsyncIterator[Check]:
     """Check the files for TLS, what the address leads to, and each server that would hold locks."""
     url = settings.redis_url.get_secret_value() if settings.redis_url else ""
-    if fault := unreadable_file(dict(parse_qsl(urlsplit(url).query)), TLS_FILES):
+    if fault := unreadable_file(dict(parse_qsl(split(url).query)), TLS_FILES):
         yield fail("redis", f"REDIS_URL: {fault}", exit_code=ConfigurationError.exit_code)
         return
     address = RedisAddress.parse(url)

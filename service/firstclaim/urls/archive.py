@@ -2,9 +2,9 @@
 
 import re
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
-from firstclaim.urls.parts import split_url
+from firstclaim.urls.parts import split, split_url
 
 EXAMPLE = "s3://bucket/prefix or file:///srv/archive"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]")
@@ -28,11 +28,11 @@ def archive_url(url: str) -> str:
 
 def bucket_and_prefix(url: str) -> tuple[str, str]:
     """Of a checked `s3://` address."""
-    parts = urlsplit(url)
+    parts = split(url)
     return parts.netloc, unquote(parts.path).strip("/")
 
 
 def folder(url: str) -> Path | None:
     """Of a checked `file://` address; None: it is none."""
-    parts = urlsplit(url)
+    parts = split(url)
     return Path(unquote(parts.path)) if parts.scheme == "file" else None

@@ -3,9 +3,7 @@
 Guarantees: no message repeats any part of the URL. For Slack and its like, the URL's path is the secret.
 """
 
-from urllib.parse import urlsplit
-
-from firstclaim.urls.parts import split_hosts, split_url
+from firstclaim.urls.parts import escaped_login, split, split_hosts, split_url
 
 _EXAMPLE = "https://hooks.example.com/services/..."
 
@@ -18,10 +16,10 @@ def notify_url(url: str) -> str:
         raise ValueError("expected https:// or http://")
     if not parts.hostname or "," in parts.netloc:
         raise ValueError(f"expected a scheme, a host and a path, e.g. {_EXAMPLE}")
-    return parts.geturl()
+    return parts._replace(netloc=escaped_login(parts.netloc)).geturl()
 
 
 def shown(url: str) -> str:
     """The scheme, the host and the port of a checked `url`, and nothing else of it."""
-    parts = urlsplit(url)
+    parts = split(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"

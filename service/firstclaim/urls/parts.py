@@ -5,11 +5,25 @@ Guarantees: no message repeats any part of a URL except its scheme, so no passwo
 
 import re
 from collections.abc import Iterable, Mapping
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import SplitResult
 
+# RFC 3986, appendix B: every text matches.
+_URL = re.compile(r"(?:([^:/?#]+):)?(?://([^/?#]*))?([^?#]*)(?:\?([^#]*))?(?:#(.*))?", re.DOTALL)
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.%\w]+\]|[^\[\]:]+)(?::([0-9]*))?")
 _QUOTES = "\"'`\u2018\u2019\u201c\u201d"
 _MOST_PORT = 65_535
+
+
+def split(url: str) -> SplitResult:
+    """As `urlsplit`, which refuses the IPv6 address of one of several hosts, and brackets in a password."""
+    scheme, *others = _URL.findall(url)[0]
+    return SplitResult(scheme.lower(), *others)
+
+
+def escaped_login(netloc: str) -> str:
+    """`netloc` with what the libraries of others misread in the user's name and password escaped: @, [ and ]."""
+    user, found, hosts = netloc.rpartition("@")
+    return user.replace("@", "%40").replace("[", "%5B").replace("]", "%5D") + found + hosts
 
 
 def split_url(url: str, example: str) -> SplitResult:
@@ -24,11 +38,8 @@ def split_url(url: str, example: str) -> SplitResult:
         raise ValueError("expected the URL alone, without the command or the name that is before it")
     if re.search(r"[\s\x00-\x1f\x7f]", text):
         raise ValueError("the URL holds white space or a control character: remove it, or write %20")
-    try:
-        parts = urlsplit(text)
-    except ValueError:
-        raise ValueError(f"not a URL; expected e.g. {example}") from None
-    if not parts.scheme:
+    parts = split(text)
+    if not re.fullmatch(r"[a-z][a-z0-9+.-]*", parts.scheme):
         raise ValueError(f"not a URL; expected e.g. {example}")
     # An unescaped # ? or / in a password ends the host part early. The rest of the password, and the real host, would
     # then be used, or shown, as a different part of the URL.

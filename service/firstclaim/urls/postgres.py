@@ -14,9 +14,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
-from firstclaim.urls.parts import require_one_of, split_hosts, split_url
+from firstclaim.urls.parts import escaped_login, require_one_of, split, split_hosts, split_url
 
 EXAMPLE = "postgresql://user:password@host:5432/database"
 
@@ -68,22 +68,29 @@ _NEIGHBOURS = ("ssl", "gss", "krb", "channel")  # an unknown parameter of these 
 
 @dataclass(frozen=True, slots=True)
 class PostgresAddress:
-    """A converted address, taken apart. `driver_url` has no setting of the session; those are in `settings`."""
+    """A converted address, taken apart. The settings of the session are not among the parameters."""
 
-    driver_url: str
     hosts: tuple[tuple[str, int | None], ...]
     parameters: Mapping[str, str]
     settings: Mapping[str, str]
+    _netloc: str
+    _path: str
 
     @classmethod
     def of(cls, dsn: str) -> Self:
         """`dsn` as `postgres_dsn` returns it."""
-        parts = urlsplit(dsn)
+        parts = split(dsn)
         given = dict(parse_qsl(parts.query))
         parameters = {name: value for name, value in given.items() if name in _DRIVER}
         settings = {name: value for name, value in given.items() if name not in _DRIVER}
         hosts = tuple((unquote(host), port) for host, port in split_hosts(parts.netloc, EXAMPLE))
-        return cls(parts._replace(query=urlencode(parameters)).geturl(), hosts or _hosts(given), parameters, settings)
+        return cls(hosts or _hosts(given), parameters, settings, parts.netloc, parts.path)
+
+    @property
+    def driver_url(self) -> str:
+        """For the driver, which is given one of the hosts beside it and could not read a list of them with IPv6."""
+        user, at, _ = self._netloc.rpartition("@")
+        return f"postgresql://{user}{at}{self._path}?{urlencode(self.parameters)}"
 
     @property
     def libpq_url(self) -> str:
@@ -92,7 +99,7 @@ class PostgresAddress:
         words = [value if name == "options" else f"-c {name}={escaped[name]}" for name, value in self.settings.items()]
         query = dict(self.parameters) | ({"options": " ".join(words)} if words else {})
         shown = urlencode(query, safe="/:,", quote_via=quote)  # libpq reads no + as a space
-        return urlsplit(self.driver_url)._replace(query=shown).geturl()
+        return f"postgresql://{self._netloc}{self._path}" + (f"?{shown}" if shown else "")
 
 
 def postgres_dsn(url: str) -> str:
@@ -106,7 +113,7 @@ def postgres_dsn(url: str) -> str:
     hosts = split_hosts(parts.netloc, EXAMPLE) or _hosts(kept)
     if attributes := _attributes(given, len(hosts)):
         kept["target_session_attrs"] = attributes
-    netloc = _netloc(parts.netloc)
+    netloc = escaped_login(parts.netloc)
     _require_user(netloc, kept)
     query = urlencode(kept, safe="/:,")
     return f"postgresql://{netloc}{parts.path}" + (f"?{query}" if query else "")
@@ -219,12 +226,6 @@ def _hosts(given: Mapping[str, str]) -> tuple[tuple[str, int | None], ...]:
     if not ports:
         return tuple((host, None) for host in hosts)
     return tuple(zip(hosts, ports * (len(hosts) // len(ports)), strict=True))
-
-
-def _netloc(netloc: str) -> str:
-    """With an `@` in the user's name or password escaped: the driver would end them at the first one."""
-    user, found, hosts = netloc.rpartition("@")
-    return user.replace("@", "%40") + found + hosts
 
 
 def _require_user(netloc: str, kept: dict[str, str]) -> None:

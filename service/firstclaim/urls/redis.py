@@ -14,9 +14,9 @@ import ssl
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Self
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlunsplit
 
-from firstclaim.urls.parts import require_one_of, split_hosts, split_url
+from firstclaim.urls.parts import escaped_login, require_one_of, split, split_hosts, split_url
 
 EXAMPLE = "redis://:password@host:6379/0"
 SENTINEL_EXAMPLE = "redis+sentinel://:password@host:26379,host:26379/service_name/0"
@@ -90,7 +90,7 @@ class RedisAddress:
     @classmethod
     def parse(cls, url: str) -> Self:
         """`url` must have been converted by `redis_url`."""
-        parts = urlsplit(url)
+        parts = split(url)
         scheme, _, kind = parts.scheme.partition("+")
         default_port = 26379 if kind == "sentinel" else 6379
         hosts = tuple((host, port or default_port) for host, port in split_hosts(parts.netloc, EXAMPLE))
@@ -180,7 +180,7 @@ def _netloc(parts: SplitResult, given: dict[str, str]) -> str:
     if not found and ("username" in given or "password" in given):
         user = f"{quote(given.get('username', ''), safe='')}:{quote(given.get('password', ''), safe='')}"
         return f"{user}@{host}"
-    return parts.netloc
+    return escaped_login(parts.netloc)
 
 
 def _tls(given: dict[str, str], scheme: str) -> dict[str, str]:
