@@ -52,4 +52,5 @@ async def run(programs: Path, arguments: list[str]) -> int:
 if __name__ == "__main__":
     if len(sys.argv) < 2 or not (Path(sys.argv[1]) / "postgres").exists():
         sys.exit(f"{__doc__}\nBIN: expected the folder of `initdb` and `postgres`")
-    sys.exit(asyncio.run(run(Path(sys.argv[1]), sys.argv[2:])))
+    # Absolute: a server runs in another folder.
+    sys.exit(asyncio.run(run(Path(sys.argv[1]).resolve(), sys.argv[2:])))
