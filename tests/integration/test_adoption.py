@@ -210,7 +210,7 @@ async def relations(admin: asyncpg.Connection, schema: str, kind: str) -> list[A
 async def test_rights_go_with_the_tables(database_url: str, admin: asyncpg.Connection) -> None:
     """A service's role that did not own its tables keeps its rights on them, and has them on the views."""
     role = f"{await admin.fetchval('SELECT current_database()')}_service"
-    await admin.execute(f"CREATE ROLE {role}")
+    await admin.execute(f"CREATE ROLE {role}; GRANT {role} TO CURRENT_USER")  # who may be no superuser
     try:
         await admin.execute(f"GRANT SELECT, INSERT, UPDATE ON ALL TABLES IN SCHEMA public TO {role}")
         await migrate(database_url, SECONDS)
@@ -229,7 +229,8 @@ async def test_another_owner_is_named(database_url: str, admin: asyncpg.Connecti
     owner, other = f"{name}_owner", f"{name}_other"
     try:
         await admin.execute(
-            f"CREATE ROLE {owner}; CREATE ROLE {other} LOGIN; GRANT CREATE ON DATABASE {name} TO {other}"
+            f"CREATE ROLE {owner}; CREATE ROLE {other} LOGIN; GRANT CREATE ON DATABASE {name} TO {other};"
+            f"GRANT {owner}, {other} TO CURRENT_USER; GRANT CREATE ON SCHEMA public TO {owner}"
         )
         for table in TABLES:
             await admin.execute(f"ALTER TABLE {table} OWNER TO {owner}")

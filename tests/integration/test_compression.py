@@ -136,6 +136,7 @@ async def test_a_role_that_does_not_own_the_table_migrates(old_url: str, monkeyp
     role = f"test_{secrets.token_hex(6)}"
     await run(old_url, f"CREATE ROLE {role}")
     try:
+        await run(old_url, f"GRANT {role} TO CURRENT_USER")
         await run(old_url, f"GRANT USAGE ON SCHEMA firstclaim TO {role}")
         await run(old_url, f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA firstclaim TO {role}")
         assert await migrate(f"{old_url}&role={role}", SECONDS, handlers=["shop.handlers"]) == ("0006", head())
