@@ -49,6 +49,14 @@ package *arguments:
 postgres *arguments:
     bash .ci/postgres {{arguments}}
 
+# The same on another Redis or Valkey: `just redis redis-7`, `redis-8` or `valkey-8`
+redis *arguments:
+    bash .ci/redis {{arguments}}
+
+# What depends on a store's version, on all of these
+versions:
+    bash .ci/versions
+
 # Everything that CI runs
 ci:
     bash .ci/run
