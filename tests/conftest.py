@@ -9,7 +9,9 @@ import signal
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Generator, Iterator
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +32,7 @@ LONG_FOLDERS = ("acceptance", "chaos")
 # The ids of all tests that pytest has found, also of those that -m leaves out.
 FOUND = pytest.StashKey[frozenset[str]]()
 # Modules in these folders that start no process.
-QUICK_MODULES = ("test_checker.py", "test_page.py", "test_plan.py", "test_failpoints.py")
+QUICK_MODULES = ("test_checker.py", "test_failovers.py", "test_page.py", "test_plan.py", "test_failpoints.py")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -50,6 +52,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             [Placed(item, item.path, seconds(item)) for item in items], config.workerinput["workercount"]
         )
     return result
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What each failover of the run has cost, in a table."""
+    reports = [each for each in chain(*terminalreporter.stats.values()) if isinstance(each, pytest.TestReport)]
+    calls = [each for each in reports if each.when == "call"]
+    rows: list[Any] = [row for each in calls for name, row in each.user_properties if name == "failover"]
+    if rows:
+        lines = [list(rows[0]), *(list(row.values()) for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        terminalreporter.section("failovers")
+        for line in lines:
+            terminalreporter.line("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
 
 
 @pytest.hookimpl(wrapper=True)

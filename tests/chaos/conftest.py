@@ -2,13 +2,14 @@
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import clock as clocks
 from tests.acceptance.harness import Sandbox
+from tests.chaos.failovers import Failovers
 from tests.chaos.history import History
 from tests.chaos.own import Own
 from tests.chaos.servers import Servers, make_template, own_servers
@@ -23,6 +24,12 @@ async def history(stores: Stores, tmp_path: Path) -> AsyncIterator[History]:
         yield History(sandbox)
     finally:
         await sandbox.close()
+
+
+@pytest.fixture
+def failovers(history: History, record_property: Callable[[str, object], None]) -> Failovers:
+    """The failovers of this test, for the table at the end of the run."""
+    return Failovers(history, record_property)
 
 
 @pytest.fixture

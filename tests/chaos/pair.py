@@ -4,26 +4,16 @@ Guarantees: the primary is always the one that was promoted last. While the load
 reads them at the end, on the last primary.
 """
 
-import os
-import time
-from collections.abc import AsyncIterator, Sequence
+import math
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Final
 
 from tests.acceptance.harness import PROCESSED, Overrides, Service
-from tests.chaos.history import History
+from tests.chaos.failovers import BACK_SECONDS, Failover, Failovers, longest_gap, now
 from tests.chaos.load import Load
 from tests.chaos.servers import PostgresServer
-
-# How often each test makes its servers fail over. Where it is set, nothing else runs beside the test, and the limits
-# are those of the documentation. In the lanes of CI, four tests share two cores: then that much longer is allowed.
-FAILOVERS: Final = int(os.environ.get("TEST_FAILOVERS", "1"))
-_SLACK: Final = 1 if "TEST_FAILOVERS" in os.environ else 4
-BACK_SECONDS: Final = 1.0 * _SLACK  # after a promotion
-BACK_BESIDE_A_FROZEN_HOST_SECONDS: Final = 3.0 * _SLACK
-SWITCHOVER_SECONDS: Final = 5.0 * _SLACK  # the gap in the answers
 
 # The timeouts of Postgres are those of production. What a killed primary leaves claimed is soon taken up.
 SHIPPED: Final[Overrides] = {"postgres_timeout_seconds": 1.5, "lease_seconds": 2, "answer_budget_seconds": 5}
@@ -70,52 +60,60 @@ class Pair:
 class FailoverLoad:
     """Deliveries to the services through every failover, and when they were answered."""
 
-    history: History
+    failovers: Failovers
     services: Sequence[Service]
     load: Load = field(init=False)
 
     def __post_init__(self) -> None:
-        self.load = Load(self.history, self.services, senders=6, pause_seconds=0.01, looks=False)
+        history = self.failovers.history
+        self.load = Load(history, self.services, senders=6, pause_seconds=0.01, looks=False)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Send deliveries while the block runs; then print what was counted."""
-        with self.history.unread():
+        """Send deliveries while the block runs."""
+        with self.failovers.history.unread():
             async with self.load.running():
                 yield
-        print(f"{len(self.acknowledged)} events acknowledged ({self.load.counts}), gap {self.longest_gap:.2f} s")
 
     async def processed(self, events: int) -> None:
         """Wait until that many more deliveries were answered as processed."""
         await self.load.more_of(PROCESSED, events)
 
-    async def back_after(self, began: float, service: Service | None = None) -> float:
-        """Seconds from the instant `began` to the first answer "processed" after it, of one service or of any."""
-        while not (found := [at for at in self._processed_at(service) if at > began]):
+    async def back(
+        self,
+        kind: str,
+        began: float,
+        promoted: float,
+        most_seconds: float = BACK_SECONDS,
+        *,
+        interrupted_most_seconds: float = math.inf,
+        missing: Collection[str] = (),
+        service: Service | None = None,
+    ) -> None:
+        """Wait for an event that is processed after the instant `promoted` (by `service`), and note the failover."""
+        while not (found := [at for at in self._processed_at(service) if at > promoted]):
             await self.processed(1)
-        print(f"processed again {found[0] - began:.2f} s after the promotion")
-        return found[0] - began
-
-    def longest_gap_of(self, service: Service | None, since: float = 0) -> float:
-        """The longest time in seconds without an answer "processed", from an instant on."""
-        answered = [at for at in self._processed_at(service) if at > since]
-        return max((later - earlier for earlier, later in pairwise(answered)), default=0)
-
-    @property
-    def longest_gap(self) -> float:
-        """The same of all services."""
-        return self.longest_gap_of(None)
+        self.failovers.done.append(
+            Failover(
+                kind,
+                began,
+                interrupted_seconds=longest_gap(self._processed_at(service), since=began),
+                back_seconds=min(found) - promoted,
+                back_most_seconds=most_seconds,
+                interrupted_most_seconds=interrupted_most_seconds,
+                missing=missing,
+                service=service.name if service else None,
+            )
+        )
 
     @property
     def acknowledged(self) -> set[str]:
         """The ids of the events that were answered with a 2xx."""
-        return {each.event_id for each in self.history.deliveries if each.promised}
+        return {each.event_id for each in self.failovers.history.deliveries if each.promised}
 
     def _processed_at(self, service: Service | None) -> list[float]:
-        deliveries = (each for each in self.history.deliveries if each.result == PROCESSED)
-        return sorted(each.answered_at / 1e9 for each in deliveries if service is None or each.service == service.name)
-
-
-def now() -> float:
-    """The instant on the clock of the record."""
-    return time.monotonic_ns() / 1e9
+        return [
+            each.answered_at / 1e9
+            for each in self.failovers.history.deliveries
+            if each.result == PROCESSED and (service is None or each.service == service.name)
+        ]

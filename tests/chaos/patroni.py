@@ -22,7 +22,7 @@ import psutil
 from firstclaim.embedded.processes import User
 from firstclaim.migrations import schema
 from tests.acceptance.harness import START_SECONDS, eventually
-from tests.chaos.pair import now
+from tests.chaos.failovers import now
 from tests.chaos.server import Server, free_port
 from tests.chaos.servers import Servers
 from tests.stores import EFFECTS, SHIPPED

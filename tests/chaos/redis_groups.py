@@ -162,8 +162,12 @@ class Watched(Group):
         return f"redis+sentinel://{','.join(f'{_LOOPBACK}:{each.port}' for each in self.sentinels)}/{SERVICE}/0"
 
     async def masters(self) -> list[RedisServer]:
-        address = await self.sentinels[0].raw("SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)
-        return [self.at(int(address[1]))]
+        async def said() -> set[int]:
+            ask = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)
+            return {int((await sentinel.raw(*ask))[1]) for sentinel in self.sentinels}
+
+        [port] = await eventually(said, lambda ports: len(ports) == 1, _FAIL_OVER_SECONDS)
+        return [self.at(port)]
 
     async def has_failed_over(self, killed: RedisServer) -> None:
         async def found() -> bool:
