@@ -85,9 +85,10 @@ async def test_row_23_a_standby(own: Own) -> None:
     """A server in recovery is refused at start, by name; once it is promoted, the service starts."""
     backup = await own.postgres.backup()
     await own.postgres.stand_by(backup)
-    refused = await own.command("serve", "--port", "0")
-    assert refused.code == 3, refused.output
-    refused.shows("writable", "standby")
+    for command in (("serve", "--port", "0"), ("check",)):
+        refused = await own.command(*command)
+        assert refused.code == 3, refused.output
+        refused.shows("writable", "standby")
     await own.postgres.execute("SELECT pg_promote()")
     service = await own.history.service().start()
     assert (await retried(own.history, service, sample())).result == PROCESSED
