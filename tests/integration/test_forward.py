@@ -10,6 +10,7 @@ import pytest
 
 from firstclaim.handlers import forward
 from firstclaim.handlers.forward import breaker
+from firstclaim.handlers.forward import delivery as forwarding
 from firstclaim.outcome import Kind
 from firstclaim.registry import Registry
 from firstclaim.settings import Settings
@@ -177,6 +178,20 @@ async def test_a_body_without_an_end_is_a_success(start: Start, target: ForwardT
     world = await start()
     target.respond = lambda _: ENDLESS
     assert (await world.pipeline.deliver(delivery("evt_1", "invoice.paid"))).kind is Kind.PROCESSED
+
+
+@pytest.mark.parametrize(("number", "kind"), [(200, Kind.PROCESSED), (500, Kind.FAILED)])
+async def test_a_body_that_stalls_ends_at_the_time_limit(
+    start: Start, target: ForwardTarget, monkeypatch: pytest.MonkeyPatch, number: int, kind: Kind
+) -> None:
+    """The time limit is that of head and body together, and what the head has said stands."""
+    monkeypatch.setattr(forwarding, "_DRAIN_SECONDS", 3600.0)
+    world = await start({"name": "crm", "url": target.url, "timeout_seconds": 0.3})
+    target.respond = lambda _: f"HTTP/1.1 {number} Reason\r\nContent-Length: 10\r\n\r\nhalf".encode()
+    async with asyncio.timeout(20):
+        assert (await world.pipeline.deliver(delivery("evt_1", "invoice.paid"))).kind is kind
+    error = None if kind is Kind.PROCESSED else "TargetFailed: crm answered 500: half"
+    assert (await world.row("evt_1"))["last_error"] == error
 
 
 async def test_a_target_that_nobody_serves(start: Start) -> None:

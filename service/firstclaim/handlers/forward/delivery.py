@@ -100,15 +100,16 @@ class Forwarder:
         headers = signed_headers(target.secret.get_secret_value(), event_id, body, int(time.time()))
         client = await _client()
         request = client.build_request("POST", target.url, content=body, headers=_HEADERS | headers)
+        ends_at = asyncio.get_running_loop().time() + target.timeout_seconds
         try:
-            async with asyncio.timeout(target.timeout_seconds):
+            async with asyncio.timeout_at(ends_at):
                 response = await client.send(request, stream=True, follow_redirects=False)
         except TimeoutError:
             raise TargetFailed(f"{target.name} did not answer within {target.timeout_seconds:g} s") from None
         except Exception as error:  # noqa: BLE001  (of a resolver or a certificate too; the message names the address)
             raise TargetFailed(f"{target.name} gave no answer: {type(error).__name__}") from None
         try:
-            return _Answer(response.status_code, _retry_after(response), await _beginning(response))
+            return _Answer(response.status_code, _retry_after(response), await _beginning(response, ends_at))
         finally:
             await response.aclose()
 
@@ -138,13 +139,16 @@ def _new_client() -> httpx.AsyncClient:
     return httpx.AsyncClient(timeout=_CLIENT_SECONDS, limits=limits, cookies=cookies)
 
 
-async def _beginning(response: httpx.Response) -> str:
-    """The beginning of the body, one line; of a success nothing, but it is read if it is short."""
+async def _beginning(response: httpx.Response, ends_at: float) -> str:
+    """The beginning of the body, one line; of a success nothing, but it is read if it is short.
+
+    `ends_at`, on the clock of the event loop: the end of the target's time limit, past which nothing is read.
+    """
     taken = 200 <= response.status_code < 300
     most = _DRAINED_MOST_BYTES if taken else _TEXT_MOST_BYTES
     read = bytearray()
     try:
-        async with asyncio.timeout(_DRAIN_SECONDS):
+        async with asyncio.timeout_at(min(ends_at, asyncio.get_running_loop().time() + _DRAIN_SECONDS)):
             async for chunk in response.aiter_raw():
                 read += chunk[: most - len(read)]
                 if len(read) >= most:

@@ -20,7 +20,7 @@ from firstclaim import on
 from firstclaim.handlers.forward.signing import key_of
 
 SETTING: Final = "FIRSTCLAIM_FORWARD_TARGETS"
-# What an attempt needs beside the request: to lock the row, to mark it, and to read the end of an answer.
+# What an attempt needs beside the request: to lock the row and to mark it.
 MARGIN_SECONDS: Final = 2.0
 _NAME = re.compile(r"[a-z][a-z0-9_\-]{0,31}")
 
