@@ -51,10 +51,13 @@ def deferred(reason: str, attempt: int | None = None) -> Outcome:
     return Outcome(Kind.DEFERRED, "deferred", reason, attempt)
 
 
-def failed(attempt: int, *, dead: bool = False) -> Outcome:
-    """The attempt failed, and its row is updated: retried later, or `dead`. The caller gets no details."""
+def failed(attempt: int, *, dead: bool = False, of: str = "handler") -> Outcome:
+    """The attempt failed, and its row is updated: retried later, or `dead`. The caller gets no details.
+
+    `of`: what has failed.
+    """
     state = "is dead: replay it" if dead else "will be retried"
-    return Outcome(Kind.FAILED, "failed", f"The handler failed; the event {state}", attempt)
+    return Outcome(Kind.FAILED, "failed", f"The {of} failed; the event {state}", attempt)
 
 
 def dead(event_id: str, attempt: int) -> Outcome:

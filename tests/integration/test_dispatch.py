@@ -43,7 +43,8 @@ async def ends(
     assert result.attempt == 1
     if kind is Kind.FAILED:
         state = "is dead: replay it" if status is Status.DEAD else "will be retried"
-        assert result.reason == f"The handler failed; the event {state}"
+        failed = "ledger" if error is not None and error.startswith("COMMIT failed: ") else "handler"
+        assert result.reason == f"The {failed} failed; the event {state}"
     assert await world.effects(claim.event_id) == effects
     if error is None:
         assert row["last_error"] is None

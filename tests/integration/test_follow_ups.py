@@ -1,19 +1,22 @@
 """Follow-ups on real stores: written with the handler's own COMMIT, once for each, and dispatched like events."""
 
 import asyncio
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import asyncpg
 import pytest
 from sqlalchemy import text
+from structlog.testing import capture_logs
 
 from firstclaim import BatchContext, Context, Event, Permanent, Retry, TaskContext, on
 from firstclaim.event import Delivery, parse_event
 from firstclaim.follow_up import FOLLOW_UPS_MOST, follow_up_id
-from firstclaim.inbox import enqueue
+from firstclaim.inbox import attempt, enqueue
 from firstclaim.outcome import Kind
+from firstclaim.postgres import probe
 from firstclaim.registry import Handler, handlers_of
 from firstclaim.status import Status
 from tests.fixtures import event_body
@@ -559,6 +562,50 @@ async def test_the_rows_of_a_handler_that_is_gone_wait(make_world: MakeWorld) ->
     await recovered(single, rows["handler:one"])
     await single.pipeline.recover(await single.ledger.survey())
     assert await single.status(rows["handler:two"]) is Status.PENDING
+
+
+async def test_rows_that_the_ledger_does_not_take(
+    make_world: MakeWorld, module_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger has failed, and no handler: the log, the answer and the row say so, and a retry writes the rows."""
+    async with locked(module_database) as lock:
+
+        async def enqueue_in_vain(*arguments: Any, **options: Any) -> None:
+            await lock()
+            await enqueue.enqueue(*arguments, **options)
+
+        async def run(event: Event, context: Context) -> None:
+            await effect(event, context)
+
+        world = await make_world(declared=[named("one", run), named("two", run)], postgres_timeout_seconds=2)
+        monkeypatch.setattr(probe, "_LATE_SECONDS", 30)  # on a busy machine, commits would count as hanging
+        monkeypatch.setattr(attempt, "enqueue", enqueue_in_vain)
+        given = delivery()
+        with capture_logs() as logged:
+            answer = await world.pipeline.deliver(given)
+    assert (answer.kind, answer.reason) == (Kind.FAILED, "The ledger failed; the event will be retried")
+    row = await world.row(given.event.id)
+    assert (row["status"], row["failures"], row["last_error"]) == (Status.FAILED, 1, "COMMIT failed: TimeoutError")
+    names = [line["event"] for line in logged]
+    assert "handler_failed" not in names
+    assert "ledger_unavailable" in names
+    attempts = await world.database.fetch("SELECT handler, error_class FROM firstclaim.stripe_event_attempts")
+    assert [tuple(each) for each in attempts] == [(None, None)]
+    monkeypatch.undo()
+    assert (await world.pipeline.deliver(given)).action == "fanned_out"
+    await recovered(world, *(each["event_id"] for each in await follow_ups(world, given.event.id)))
+    assert await world.effects(given.event.id) == 2
+
+
+@asynccontextmanager
+async def locked(url: str) -> AsyncIterator[Callable[[], Awaitable[object]]]:
+    """A function that locks the table of the payloads, until the end of the block."""
+    connection = await asyncpg.connect(url)
+    try:
+        await connection.execute("BEGIN")
+        yield lambda: connection.execute("LOCK TABLE firstclaim.stripe_event_payloads IN ACCESS EXCLUSIVE MODE")
+    finally:
+        await connection.close()
 
 
 async def test_one_of_several_handlers_enqueues(make_world: MakeWorld) -> None:

@@ -46,6 +46,14 @@ MUTANTS = (
         TESTS + "test_recovery_is_woken_after_the_commit[now]",
     ),
     Mutant(
+        "the-handlers-fail-for-the-ledger",
+        "If the rows of the handlers cannot be written, the ledger has failed, and none of the handlers.",
+        "Attempt._complete",
+        "return CommitUnknown(action, describe(error), transaction)",
+        "raise",
+        TESTS + "test_rows_that_the_ledger_does_not_take",
+    ),
+    Mutant(
         "an-unknown-task-is-enqueued",
         "The recorder of an unfinished row wants it: a name that no task of this process has is refused.",
         "Outbox._check_open",

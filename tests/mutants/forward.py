@@ -70,6 +70,14 @@ MUTANTS = (
         FORWARD + "test_what_is_no_success[redirect]",
     ),
     Mutant(
+        "a-body-has-more-time",
+        "A target's time limit is that of the head and the body of its answer.",
+        "_beginning",
+        "min(ends_at, asyncio.get_running_loop().time() + _DRAIN_SECONDS)",
+        "asyncio.get_running_loop().time() + _DRAIN_SECONDS",
+        FORWARD + "test_a_body_that_stalls_ends_at_the_time_limit[200-processed]",
+    ),
+    Mutant(
         "retry-after-is-ignored",
         "A pause that a target asks for is kept.",
         "Forwarder._try",

@@ -69,7 +69,7 @@ class NotStarted:
 
 @dataclass(frozen=True, slots=True)
 class CommitUnknown:
-    """COMMIT was sent, and its success was not confirmed."""
+    """The handler has returned, and Postgres has not confirmed the COMMIT; perhaps it was not even sent."""
 
     action: str
     error: str
@@ -110,6 +110,15 @@ class Postponed:
 
 # What leaves an attempt without a connection, or without its rows' locks: it has not begun, so nobody is charged.
 NO_CONNECTION = (*UNAVAILABLE, LedgerUnavailable)
+
+# How Postgres fails a statement of ours, whatever a handler has done.
+_LEDGER_FAILED = (
+    OSError,  # a timeout is one
+    LedgerUnavailable,
+    asyncpg.PostgresConnectionError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.QueryCanceledError,
+)
 
 _CONFLICTS: tuple[type[BaseException], ...] = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
 
@@ -184,15 +193,12 @@ class Attempt:
         Raises the reason if nothing is committed.
         """
         try:
-            await self._reset_role(connection, transaction)
-            if outbox.follow_ups:
-                with self._timer.limit(self.postgres_timeout_seconds, connection.terminate):
-                    await enqueue(
-                        connection,
-                        transaction,
-                        outbox.follow_ups,
-                        give_up_seconds=self.ledger.give_up_seconds,
-                    )
+            try:
+                await connection.reset_role(self.postgres_timeout_seconds)
+                await self._enqueue(connection, transaction, outbox)
+            except _LEDGER_FAILED as error:
+                await self._terminate(connection, transaction, error)  # COMMIT was not sent: it can wait for no standby
+                return CommitUnknown(action, describe(error), transaction)
             result = await self._commit(connection, transaction, action, mark)
             return replace(result, follow_ups_due=outbox.has_due) if isinstance(result, Committed) else result
         except asyncpg.InFailedSQLTransactionError as error:
@@ -202,12 +208,10 @@ class Attempt:
         except asyncpg.ReadOnlySQLTransactionError as error:
             raise HandlerRuleBroken(_READ_ONLY) from error
 
-    async def _reset_role(self, connection: HandlerConnection, transaction: HandlerTransaction) -> None:
-        try:
-            await connection.reset_role(self.postgres_timeout_seconds)
-        except TimeoutError as error:
-            await self._terminate(connection, transaction, error)
-            raise
+    async def _enqueue(self, connection: HandlerConnection, transaction: HandlerTransaction, outbox: Outbox) -> None:
+        if outbox.follow_ups:
+            with self._timer.limit(self.postgres_timeout_seconds, connection.terminate):
+                await enqueue(connection, transaction, outbox.follow_ups, give_up_seconds=self.ledger.give_up_seconds)
 
     async def _commit(
         self, connection: HandlerConnection, transaction: HandlerTransaction, action: str, mark: Mark

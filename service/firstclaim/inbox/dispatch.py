@@ -254,18 +254,17 @@ class Dispatcher:
                 assert_never(result)
 
     async def _settle_unknown(self, claim: Claim, handler: Handler, result: CommitUnknown) -> Outcome:
-        """The connection was lost during COMMIT. The guarded update waits for the old backend, unlike a read."""
+        """COMMIT was not confirmed. The guarded update waits for the old backend, unlike a read."""
         self.ledger.connect_anew()
         if await self.ledger.committed(result.transaction):
             # Together with the mark; or by the handler itself, before it, and then the row is not marked.
             ended = TransactionEnded()
             if await self.ledger.kill_if_held(claim, str(ended), failure(ended, handler)) is not None:
                 return outcome.failed(claim.attempt, dead=True)
-        else:
-            status = await self._fail(claim, handler, f"COMMIT failed: {result.error}")
-            if status is not None:
-                await self.claims.forget(claim)
-                return outcome.failed(claim.attempt, dead=status is Status.DEAD)
+        elif status := await self._fail(claim, handler, error := f"COMMIT failed: {result.error}"):
+            log.warning("ledger_unavailable", event_id=claim.event_id, type=claim.type, error=error)
+            await self.claims.forget(claim)
+            return outcome.failed(claim.attempt, dead=status is Status.DEAD, of="ledger")
         row = await self.ledger.find(claim.event_id)
         if row is None:  # the ledger was restored meanwhile: no promise for a row that does not exist
             raise LedgerUnavailable("the row is gone")
