@@ -217,6 +217,25 @@ async def test_a_pause_that_a_target_asks_for(start: Start, target: ForwardTarge
     )
 
 
+@pytest.mark.parametrize(
+    ("number", "asked"), [(429, "0"), (503, "0"), (503, "Wed, 21 Oct 2015 07:28:00 GMT"), (503, "-1"), (503, "soon")]
+)
+async def test_a_pause_that_names_no_time_to_come(
+    start: Start, target: ForwardTarget, monkeypatch: pytest.MonkeyPatch, number: int, asked: str
+) -> None:
+    """It is a failure like any other: tried again after the backoff, and the breaker counts it."""
+    monkeypatch.setattr(breaker, "_FIRST_PAUSE_SECONDS", 60.0)
+    world = await start()
+    target.respond = lambda _: status(number, b"", f"Retry-After: {asked}\r\n")
+    assert (await world.pipeline.deliver(delivery("evt_1", "invoice.paid"))).kind is Kind.FAILED
+    row = await world.row("evt_1")
+    assert row["last_error"] == f"TargetFailed: crm answered {number}"
+    assert row["due_in"] > 1
+    for other in range(2, 8):
+        await world.pipeline.deliver(delivery(f"evt_{other}", "invoice.paid"))
+    assert len(target.received) == 5
+
+
 async def test_a_target_that_is_gone_pauses_its_type(start: Start, target: ForwardTarget) -> None:
     """410: the event is not completed and not charged, its type is paused, and what comes later waits too."""
     world = await start()

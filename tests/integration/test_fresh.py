@@ -182,13 +182,24 @@ async def test_a_pause_past_the_time_to_give_up(process: World, api: StripeApi) 
     assert (row["status"], row["last_error"]) == (Status.DEAD, "Retry: Stripe asks for a pause (429)")
 
 
-async def test_a_rate_limit_without_a_time(process: World, api: StripeApi) -> None:
-    """429 without Retry-After: uncharged too, after the usual backoff."""
-    api.responses = [error(429)]
-    assert (await process.pipeline.deliver(paid(api))).kind is Kind.DEFERRED
+@pytest.mark.parametrize("headers", [{}, {"Retry-After": "0"}, {"Retry-After": "soon"}])
+async def test_a_rate_limit_without_a_time(process: World, api: StripeApi, headers: dict[str, str]) -> None:
+    """429 without a time to come: uncharged too, after the usual backoff, and no request follows at once."""
+    api.responses = [error(429, headers=headers)]
+    for event_id in ("evt_1", "evt_2"):
+        assert (await process.pipeline.deliver(paid(api, event_id))).kind is Kind.DEFERRED
     row = await process.row("evt_1")
     assert (row["status"], row["failures"]) == (Status.PENDING, 0)
     assert 1 < row["due_in"] <= process.settings.backoff_first_seconds
+    assert len(api.heads) == 1
+
+
+@pytest.mark.parametrize("asked", ["7200", "9" * 30])
+async def test_a_pause_is_an_hour_at_most(process: World, api: StripeApi, asked: str) -> None:
+    """A longer one is an hour, and is not left out because it is absurd."""
+    api.responses = [error(503, headers={"Retry-After": asked})]
+    assert (await process.pipeline.deliver(paid(api))).kind is Kind.DEFERRED
+    assert 3590 < (await process.row("evt_1"))["due_in"] <= 4500
 
 
 @pytest.mark.parametrize("gone", [None, {"id": "cus_1", "object": "customer", "deleted": True}])

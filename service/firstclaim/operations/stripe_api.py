@@ -155,7 +155,7 @@ def retry_after(failure: Exception) -> int | None:
     # If the response is not JSON (a proxy's page), the library passes the headers as `json_body`.
     headers = getattr(failure, "headers", None) or getattr(failure, "json_body", None)
     value = str(headers.get("retry-after") or "") if isinstance(headers, Mapping) else ""
-    return int(value) if re.fullmatch(r"[0-9]{1,6}", value) else None
+    return int(value) if re.fullmatch(r"[0-9]{1,100}", value) else None
 
 
 def _names_the_cursor(failure: Exception) -> bool:

@@ -31,6 +31,7 @@ from firstclaim.settings import Settings
 _RELATED_PATH = re.compile(r"/v[12](?:/[A-Za-z0-9_][A-Za-z0-9_.\-]{0,254}){1,8}")
 _LEASE_SHARE = 4  # see `firstclaim.inbox.fresh`
 _LONGEST_PAUSE_SECONDS = 3600
+_UNNAMED_PAUSE_SECONDS = 1.0  # after a 429 without Retry-After, as Stripe sends it: its limits are for a second
 _SPREAD = 0.25  # of a pause, so that what waited for its end does not come all at once
 _EXPECTED = "an object with the same id"
 
@@ -136,6 +137,12 @@ class StripeObjects:
             )
         return key
 
+    def _pause(self, key: str, seconds: float) -> float:
+        """Send nothing with this key for so long. A pause that ends later stays. Returns `seconds`."""
+        ends_at = asyncio.get_running_loop().time() + seconds
+        self._resume_at[key] = max(self._resume_at.get(key, 0), ends_at)
+        return seconds
+
     def _check_pause(self, key: str) -> None:
         left = self._resume_at.get(key, 0) - asyncio.get_running_loop().time()
         if left > 0:
@@ -146,11 +153,11 @@ class StripeObjects:
         status, named = getattr(error, "http_status", None), request_id(error)
         if status == 404 and getattr(error, "code", None) in ("resource_missing", "not_found"):
             return _deleted(event)
-        if status in (429, 503) and (asked := retry_after(error)) is not None:
-            pause = min(asked, _LONGEST_PAUSE_SECONDS)
-            self._resume_at[key] = asyncio.get_running_loop().time() + pause
+        if status in (429, 503) and (asked := retry_after(error)):  # 0 names no time
+            pause = self._pause(key, min(asked, _LONGEST_PAUSE_SECONDS))
             raise Retry(f"Stripe asks for a pause ({status}{named})", after=_spread(pause)) from None
         if status == 429:
+            self._pause(key, _UNNAMED_PAUSE_SECONDS)
             raise Retry(f"Stripe limits the rate of requests (429{named})") from None
         if status == 401:
             raise StripeRefused(f"Stripe does not accept the API key of {_of(event.endpoint)} (401{named})") from None

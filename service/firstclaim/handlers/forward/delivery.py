@@ -12,6 +12,7 @@ import math
 import re
 import time
 from dataclasses import dataclass
+from datetime import UTC
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Final
 from weakref import WeakKeyDictionary
@@ -163,12 +164,18 @@ async def _beginning(response: httpx.Response, ends_at: float) -> str:
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """The seconds of Retry-After: a number, or the time until a date."""
+    """The seconds of Retry-After: a number, or the time until a date. None if it names no time that is to come.
+
+    Else `Retry-After: 0`, or the date of a clock that is slow, would have each event tried again at once, for days.
+    """
     value = response.headers.get("retry-after", "")
-    if re.fullmatch(r"[0-9]{1,100}", value):
-        return min(float(value), _LONGEST_PAUSE_SECONDS)
     try:
-        seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+        seconds = float(value) if re.fullmatch(r"[0-9]{1,100}", value) else _seconds_until(value)
     except (ValueError, TypeError, OverflowError):
         return None
-    return min(max(math.ceil(seconds), 0.0), _LONGEST_PAUSE_SECONDS)
+    return min(seconds, _LONGEST_PAUSE_SECONDS) if seconds > 0 else None
+
+
+def _seconds_until(date: str) -> float:
+    at = email.utils.parsedate_to_datetime(date)
+    return math.ceil((at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp() - time.time())
