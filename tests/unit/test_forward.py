@@ -131,7 +131,7 @@ def test_every_fault_of_the_file_is_named(tmp_path: Path) -> None:
         url = "{URL}"
         types = ["*"]
         """
-        f'secret = "{SECRET}"\n[[target]]\n'
+        f'secret = "{SECRET}"\n[[target]]\ntimeout_seconds = true\nconcurrency = "8"'
     )
     with pytest.raises(ConfigurationError) as caught:
         Registry.load([MODULE], settings_of(path))
@@ -144,13 +144,19 @@ def test_every_fault_of_the_file_is_named(tmp_path: Path) -> None:
         "target 1 (crm): colour: not known; expected some of name, url, types, secret, timeout_seconds, concurrency, "
         "secret_env",
         "target 2: secret and secret_env are both there: leave one of them out",
+        "target 2: name: expected a lower-case letter, then at most 31 of a-z, 0-9, _ and -",
+        "target 2: types: List should have at least 1 item after validation, not 0",
+        "target 2: secret: expected whsec_ and 24 to 64 random bytes in base64",
         "target 3 (erp): secret_env: expected the name of an environment variable that is set",
+        "target 3 (erp): url: expected http:// or https://, a host and a path, e.g. https://crm.example.com/webhooks",
         "target 4 (slow): concurrency: Input should be greater than or equal to 1",
         "target 5 (late): timeout_seconds: expected at most 28, which is 2 s below FIRSTCLAIM_HANDLER_DEADLINE_SECONDS",
         "target 8: name: is missing",
         "target 8: url: is missing",
         "target 8: types: is missing",
         "target 8: secret: is missing, and so is secret_env",
+        "target 8: timeout_seconds: Input should be a valid number",
+        "target 8: concurrency: Input should be a valid integer",
         "2 targets are called twice",
     ]
     text = "".join(caught.value.faults)

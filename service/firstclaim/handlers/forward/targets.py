@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
 
 import httpx
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from firstclaim import on
 from firstclaim.handlers.forward.signing import key_of
@@ -22,6 +22,7 @@ from firstclaim.handlers.forward.signing import key_of
 SETTING: Final = "FIRSTCLAIM_FORWARD_TARGETS"
 # What an attempt needs beside the request: to lock the row and to mark it.
 MARGIN_SECONDS: Final = 2.0
+_UNKNOWN: Final = "whsec_" + "0" * 32  # so that the other fields of a target are checked: it is refused all the same
 _NAME = re.compile(r"[a-z][a-z0-9_\-]{0,31}")
 
 
@@ -65,26 +66,12 @@ class Target(BaseModel):
     url: Annotated[str, AfterValidator(_url)] = Field(repr=False)
     types: Annotated[list[Annotated[str, AfterValidator(_pattern)]], Field(min_length=1)]
     secret: Annotated[SecretStr, AfterValidator(_secret)]
-    timeout_seconds: float = Field(10, gt=0, allow_inf_nan=False)
-    concurrency: int = Field(8, ge=1, le=500)
+    timeout_seconds: float = Field(10, gt=0, allow_inf_nan=False, strict=True)
+    concurrency: int = Field(8, ge=1, le=500, strict=True)
 
     def takes(self, pattern: str) -> bool:
         """Whether it gets the events of this type, or of all types of another pattern."""
         return any(pattern.startswith(own[:-1]) if own.endswith("*") else pattern == own for own in self.types)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _secret_from_environment(cls, values: Any) -> Any:
-        """`secret_env` names the variable that holds the secret."""
-        if not isinstance(values, dict) or "secret_env" not in values:
-            return values
-        values = dict(values)
-        name = values.pop("secret_env")
-        if "secret" in values:
-            raise ValueError("secret and secret_env are both there: leave one of them out")
-        if not isinstance(name, str) or not os.environ.get(name):
-            raise ValueError("secret_env: expected the name of an environment variable that is set")
-        return {**values, "secret": os.environ[name]}
 
 
 def load_targets(path: Path | None, *, deadline_seconds: float) -> list[Target]:
@@ -113,24 +100,42 @@ def _checked(content: Mapping[str, Any], deadline_seconds: float) -> Iterator[Ta
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
         yield "expected [[target]], once for each target"
         return
-    targets: list[Target] = []
-    for number, table in enumerate(tables, 1):
-        where = f"target {number}" + (f" ({table['name']})" if _is_name(table.get("name")) else "")
-        try:
-            target = Target.model_validate(table)
-        except ValidationError as error:
-            yield from (f"{where}: {fault}" for fault in _in_words(error))
-            continue
-        if target.timeout_seconds > deadline_seconds - MARGIN_SECONDS:
-            yield (
-                f"{where}: timeout_seconds: expected at most {deadline_seconds - MARGIN_SECONDS:g}, which is "
-                f"{MARGIN_SECONDS:g} s below FIRSTCLAIM_HANDLER_DEADLINE_SECONDS"
-            )
-        targets.append(target)
-    yield from targets
-    for name, count in Counter(target.name for target in targets).items():
+    found = [each for number, table in enumerate(tables, 1) for each in _target(number, table, deadline_seconds)]
+    yield from found
+    for name, count in Counter(each.name for each in found if isinstance(each, Target)).items():
         if count > 1:
             yield f"{count} targets are called {name}"
+
+
+def _target(number: int, table: Mapping[str, Any], deadline_seconds: float) -> Iterator[Target | str]:
+    where = f"target {number}" + (f" ({table['name']})" if _is_name(table.get("name")) else "")
+    values, fault = _with_secret(table)
+    if fault is not None:
+        yield f"{where}: {fault}"
+    try:
+        target = Target.model_validate(values)
+    except ValidationError as error:
+        yield from (f"{where}: {fault}" for fault in _in_words(error))
+        return
+    if target.timeout_seconds > deadline_seconds - MARGIN_SECONDS:
+        yield (
+            f"{where}: timeout_seconds: expected at most {deadline_seconds - MARGIN_SECONDS:g}, which is "
+            f"{MARGIN_SECONDS:g} s below FIRSTCLAIM_HANDLER_DEADLINE_SECONDS"
+        )
+    yield target
+
+
+def _with_secret(table: Mapping[str, Any]) -> tuple[Mapping[str, Any], str | None]:
+    """The fields of a target, with the secret that `secret_env` names; or what is wrong with `secret_env`."""
+    if "secret_env" not in table:
+        return table, None
+    values = {key: value for key, value in table.items() if key != "secret_env"}
+    if "secret" in values:
+        return values, "secret and secret_env are both there: leave one of them out"
+    name = table["secret_env"]
+    if isinstance(name, str) and os.environ.get(name):
+        return {**values, "secret": os.environ[name]}, None
+    return {**values, "secret": _UNKNOWN}, "secret_env: expected the name of an environment variable that is set"
 
 
 def _in_words(error: ValidationError) -> Iterator[str]:
