@@ -194,11 +194,14 @@ async def test_a_body_that_stalls_ends_at_the_time_limit(
     assert (await world.row("evt_1"))["last_error"] == error
 
 
-async def test_a_target_that_nobody_serves(start: Start) -> None:
-    """A refused connection is a failure like any other."""
-    world = await start({"name": "crm", "url": "http://127.0.0.1:9/c4n4rypath"})
+@pytest.mark.parametrize(
+    ("origin", "cause"), [("http://127.0.0.1:9", "ConnectionRefusedError"), ("http://nobody.invalid", "gaierror")]
+)
+async def test_a_target_that_nobody_serves(start: Start, origin: str, cause: str) -> None:
+    """It is a failure like any other, and says whether it was the name or the connection."""
+    world = await start({"name": "crm", "url": f"{origin}/c4n4rypath"})
     assert (await world.pipeline.deliver(delivery("evt_1", "invoice.paid"))).kind is Kind.FAILED
-    assert (await world.row("evt_1"))["last_error"] == "TargetFailed: crm gave no answer: ConnectError"
+    assert (await world.row("evt_1"))["last_error"] == f"TargetFailed: crm gave no answer: {cause}"
 
 
 @pytest.mark.parametrize("number", [429, 503])

@@ -108,7 +108,7 @@ class Forwarder:
         except TimeoutError:
             raise TargetFailed(f"{target.name} did not answer within {target.timeout_seconds:g} s") from None
         except Exception as error:  # noqa: BLE001  (of a resolver or a certificate too; the message names the address)
-            raise TargetFailed(f"{target.name} gave no answer: {type(error).__name__}") from None
+            raise TargetFailed(f"{target.name} gave no answer: {_cause(error)}") from None
         try:
             return _Answer(response.status_code, _retry_after(response), await _beginning(response, ends_at))
         finally:
@@ -138,6 +138,13 @@ def _new_client() -> httpx.AsyncClient:
     # It keeps no cookies: they are for a host, whatever the port, and would reach another target, or grow for ever.
     cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
     return httpx.AsyncClient(timeout=_CLIENT_SECONDS, limits=limits, cookies=cookies)
+
+
+def _cause(error: BaseException) -> str:
+    """The class of what the error comes from: the client has one for a refused certificate, port and name."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return type(error).__name__
 
 
 async def _beginning(response: httpx.Response, ends_at: float) -> str:
