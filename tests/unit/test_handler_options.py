@@ -161,7 +161,7 @@ def test_the_checks_and_the_first_lines_of_serve_show_the_options(
         (Verdict.OK, f"invoice.paid: {options}"),
         (Verdict.WARN, "invoice.paid: slots=50 limits nothing: FIRSTCLAIM_HANDLER_SLOTS is 20"),
     ]
-    assert list(_handler_lines(settings).values()) == [
+    assert list(_handler_lines(settings)) == [
         "charge.refunded limited_shop.refund",
         f"invoice.paid    limited_shop.act ({options})",
     ]

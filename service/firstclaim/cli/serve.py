@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from firstclaim.errors import ConfigurationError
 
 if TYPE_CHECKING:
     import socket
+    from collections.abc import Iterable, Iterator
 
     from firstclaim.settings import Settings
 
@@ -92,47 +94,48 @@ def serve(
 
 
 def _print_addresses(settings: Settings, ready: Settings, listener: socket.socket) -> None:
-    host, port = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    address = f"http://{host}:{port}{settings.root_path}"
-    lines = {
-        **_endpoint_lines(ready, f"{address}{settings.webhook_path}"),
-        "workers": str(settings.workers),
-        **_handler_lines(settings),
-        "postgres": "DATABASE_URL" if settings.database_url else f"embedded, in {settings.data_dir}: firstclaim psql",
-        "redis": "REDIS_URL" if settings.redis_url else "embedded Valkey",
-    }
-    if settings.admin_password is not None:
-        lines["admin"] = f"{address}/admin"
-    if not settings.stripe_webhook_secrets:
-        secret = ready.stripe_webhook_secrets[0].get_secret_value()
-        lines["secret"] = f"{secret} (generated, stored in {settings.data_dir})"
-        if command := _command_to_try(settings, port):
-            lines["try"] = command
     out.print(f"firstclaim {version('firstclaim')}")
-    for name, value in lines.items():
+    host, port = listener.getsockname()[:2]
+    for name, value in _lines(settings, ready, host, port):
         # Not as markup: a pattern may have brackets. A secret that is wrapped cannot be copied.
         out.print(Text.assemble((f"{name:10}", "bold"), value), soft_wrap=True)
 
 
-def _endpoint_lines(ready: Settings, url: str) -> dict[str, str]:
-    """A line for each endpoint; the name stands at the first."""
-    urls = [url if name is None else f"{url}/{name}" for name in ready.endpoints]
-    return {"webhooks" if number == 0 else " " * number: f"POST {each}" for number, each in enumerate(urls)}
+def _lines(settings: Settings, ready: Settings, host: str, port: int) -> Iterator[tuple[str, str]]:
+    """What a service that listens there is made of: names and values. `ready`: with what embedded servers add."""
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}{settings.root_path}"
+    url = f"{address}{settings.webhook_path}"
+    yield from _named("webhooks", (f"POST {url}" if name is None else f"POST {url}/{name}" for name in ready.endpoints))
+    yield "workers", str(settings.workers)
+    yield from _named("handlers", _handler_lines(settings))
+    yield (
+        "postgres",
+        "DATABASE_URL" if settings.database_url else f"embedded, in {settings.data_dir}: firstclaim psql",
+    )
+    yield "redis", "REDIS_URL" if settings.redis_url else "embedded Valkey"
+    if settings.admin_password is not None:
+        yield "admin", f"{address}/admin"
+    if not settings.stripe_webhook_secrets:
+        secret = ready.stripe_webhook_secrets[0].get_secret_value()
+        yield "secret", f"{secret} (generated, stored in {settings.data_dir})"
+        if command := _command_to_try(settings, port):
+            yield "try", command
 
 
-def _handler_lines(settings: Settings) -> dict[str, str]:
-    """A line for each pattern; the name stands at the first."""
+def _named(name: str, values: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """A line for each value; the name stands at the first."""
+    return zip(itertools.chain([name], itertools.repeat("")), values, strict=False)
+
+
+def _handler_lines(settings: Settings) -> Iterator[str]:
+    """A line for each pattern."""
     from firstclaim.registry import Registry
 
     handlers = sorted(Registry.load(settings.handlers, settings), key=lambda handler: handler.pattern)
     width = max((len(handler.pattern) for handler in handlers), default=0)
-    shown = (
-        f"{handler.pattern:{width}} {handler.name}"
-        + (f" ({', '.join(handler.options.words)})" if handler.options.words else "")
-        for handler in handlers
-    )
-    return {"handlers" if number == 0 else " " * number: line for number, line in enumerate(shown)}
+    for handler in handlers:
+        options = f" ({', '.join(handler.options.words)})" if handler.options.words else ""
+        yield f"{handler.pattern:{width}} {handler.name}{options}"
 
 
 def _command_to_try(settings: Settings, port: int) -> str | None:
