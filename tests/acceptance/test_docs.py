@@ -471,7 +471,7 @@ async def test_the_tasks_of_the_page(given: Transaction) -> None:
     await given.fetch("CREATE TABLE access (customer text)")
     await given.fetch("CREATE TABLE reviews (customer text)")
     reviews = sqlalchemy.Table("reviews", sqlalchemy.MetaData(), sqlalchemy.Column("customer", sqlalchemy.Text))
-    more = {"mail": mail, "insert": sqlalchemy.insert, "reviews": reviews}
+    more = {"mail": mail, "reviews": reviews}
     code = block("docs/how-to/follow-ups.md", "follow-ups") + block("docs/how-to/follow-ups.md", "test")
     names = loaded(code, **more)
     await names["test_the_receipt_is_sent"](given)
