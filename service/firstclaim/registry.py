@@ -10,6 +10,7 @@ row for each of them, and each row goes to its handler by the handler's name.
 
 import importlib
 import inspect
+import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -148,7 +149,15 @@ def _check_options(*, batch: object, name: object, exclusive: object) -> None:
 
 
 def note(function: Callable[..., Any], handlers: list[Handler]) -> None:
-    """Store declarations where `Registry.load` finds them: in the function's module, and on the function."""
+    """Store declarations where `Registry.load` finds them: in the function's module, and on the function.
+
+    Raises `ValueError` for two of one function, pattern and name that differ: only one of them could hold.
+    """
+    for new, known in itertools.product(handlers, handlers_of(function)):
+        if (known.function, known.pattern, known.name) == (function, new.pattern, new.name) and known != new:
+            raise ValueError(
+                f'{function.__qualname__} is declared twice for "{new.pattern}", with different options: leave one out'
+            )
     # A list in the module's namespace: a second function of the same name replaces the first one in the module,
     # and must not replace its handler.
     vars(sys.modules[function.__module__]).setdefault(_DECLARED, []).extend(handlers)
@@ -220,7 +229,7 @@ class Registry:
         declared: dict[str, list[Handler]] = {}
         for handler in handlers:
             several = declared.setdefault(handler.pattern, [])
-            if (handler.function, handler.name) not in ((known.function, known.name) for known in several):
+            if handler not in several:
                 several.append(handler)
         if faults := [fault for several in declared.values() for fault in _faults(several)]:
             raise ConfigurationError(faults)

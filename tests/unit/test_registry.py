@@ -235,6 +235,19 @@ def test_stacked_declarations_are_all_reexported(module: Write) -> None:
     assert {each.pattern for each in Registry.load([package])} == {"a.b", "c.d"}
 
 
+@pytest.mark.parametrize("other", ["slots=2", "key='id'", "fresh=True", "exclusive=True"])
+def test_a_function_has_one_set_of_options_for_a_pattern(module: Write, other: str) -> None:
+    """A second declaration with other options would not hold, and is refused; an equal one changes nothing."""
+    code = "@on('a.b', {})\n@on('a.b', 'a.c', {})\ndef f(event, context): ..."
+    assert len([*Registry.load([module("shop_equal", code.format(other, other))])]) == 2
+    assert faults(module("shop_different", code.format("", other))) == (
+        "FIRSTCLAIM_HANDLERS: cannot import shop_different: ValueError: "
+        'f is declared twice for "a.b", with different options: leave one out (at shop_different.py:2)',
+    )
+    named = module("shop_named", code.format("name='one'", f"name='two', {other}"))
+    assert ("exclusive" in other) or len([*Registry.load([named])]) == 4  # both, by a row each
+
+
 def test_nothing_else_of_another_module_is_registered(module: Write) -> None:
     """Importing another module does not register the handlers that it declares."""
     module("shop_hidden", '@on("a.b")\ndef handle(event, context): ...')
