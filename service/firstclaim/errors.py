@@ -7,6 +7,8 @@ Expected results (a duplicate, a failed handler, an unreachable Redis) are value
 from collections.abc import Sequence
 from typing import Literal
 
+from firstclaim.formatting import shown
+
 
 class FirstclaimError(Exception):
     """The base class. Catch it at a boundary (an endpoint, a command), not inside."""
@@ -139,7 +141,7 @@ class Retry(FirstclaimError):
 
     def __init__(self, reason: str = "", *, after: float | None = None) -> None:
         if after is not None and not (isinstance(after, int | float) and 0 <= after <= 3 * 86_400):
-            raise ValueError(f"Retry(after={after!r}): expected 0 to 259200 seconds (3 days)")
+            raise ValueError(f"Retry(after={shown(after)}): expected 0 to 259200 seconds (3 days)")
         super().__init__(reason or "handler asked for a retry")
         self.after = after
 

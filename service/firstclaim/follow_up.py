@@ -7,14 +7,16 @@ mark, and so exists exactly if the handler's effects do. What cannot be stored i
 """
 
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Final, NamedTuple
 
 from firstclaim.errors import HandlerRuleBroken
+from firstclaim.formatting import shown
 
 # The types of follow-ups have a colon, which no type of Stripe's has (see `firstclaim.event`).
 TASK, HANDLER = "task:", "handler:"
@@ -22,6 +24,8 @@ PAYLOAD_MOST_BYTES: Final = 64 * 1024  # a task needs ids, and reads the rest wh
 FOLLOW_UPS_MOST: Final = 1000  # of one attempt: they are written in one statement, while the event's row is locked
 AFTER_MOST_SECONDS: Final = 366 * 86_400.0
 _DEPTH_MOST = 50
+_INT_MOST_BITS = 14_284  # 4,300 digits: the most that Python reads
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
 _HANDLER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:\-]{0,199}")
 _OBJECT = "firstclaim.task"
@@ -163,11 +167,10 @@ class Outbox:
                 "store what is large in a table of yours, and enqueue its id"
             )
         due_in_seconds = _checked_after(name, after)
-        if at is not None:
-            _check_at(name, at, has_after=bool(due_in_seconds))
+        due_at = None if at is None else _checked_at(name, at, has_after=bool(due_in_seconds))
         number = 1 + sum(each.parent_id == parent_id and each.type == TASK + name for each in self._follow_ups)
         row_id = follow_up_id(parent_id, TASK + name, number if repeat is None else f"{number} of attempt {repeat}")
-        self._follow_ups.append(FollowUp(row_id, parent_id, TASK + name, body, due_in_seconds, at))
+        self._follow_ups.append(FollowUp(row_id, parent_id, TASK + name, body, due_in_seconds, due_at))
         return row_id
 
     def fan_out(self, event_id: str, names: Iterable[str]) -> None:
@@ -189,7 +192,7 @@ class Outbox:
         if self._closed:
             raise HandlerRuleBroken(_HAS_ENDED)
         if not is_task_name(name):
-            raise ValueError(f"enqueue({name!r}): {NAME_RULE}")
+            raise ValueError(f"enqueue({shown(name)}): {NAME_RULE}")
         if self._tasks is not None and name not in self._tasks:
             declared = ", ".join(sorted(self._tasks)) or "none"
             raise HandlerRuleBroken(
@@ -209,47 +212,75 @@ def _checked_after(name: str, after: object) -> float:
     seconds = after.total_seconds() if isinstance(after, timedelta) else after
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= AFTER_MOST_SECONDS:
         raise ValueError(
-            f'enqueue("{name}", after={after!r}): expected seconds or a timedelta, from 0 to {AFTER_MOST_SECONDS:.0f} '
-            "seconds (366 days)"
+            f'enqueue("{name}", after={shown(after)}): expected seconds or a timedelta, from 0 to '
+            f"{AFTER_MOST_SECONDS:.0f} seconds (366 days)"
         )
     return float(seconds)
 
 
-def _check_at(name: str, at: object, *, has_after: bool) -> None:
+def _checked_at(name: str, at: object, *, has_after: bool) -> datetime:
+    """The same instant in UTC. One that is past is due at once, since a handler may run again long after its event."""
     if has_after:
         raise ValueError(f'enqueue("{name}"): give after= or at=, not both')
-    if not isinstance(at, datetime) or at.tzinfo is None or at.utcoffset() is None:
+    try:
+        aware = isinstance(at, datetime) and at.utcoffset() is not None
+        instant = at.astimezone(UTC) if isinstance(at, datetime) and aware else None
+    except OverflowError:  # of `datetime.min` and `datetime.max` in another zone
+        aware, instant = True, None
+    if not aware:
         raise ValueError(
-            f'enqueue("{name}", at={at!r}): expected an aware datetime, such as datetime.now(UTC) + timedelta(days=1)'
+            f'enqueue("{name}", at={shown(at)}): expected an aware datetime, such as '
+            "datetime.now(UTC) + timedelta(days=1)"
         )
-    if at > datetime.now(at.tzinfo) + timedelta(seconds=AFTER_MOST_SECONDS + 60):
-        raise ValueError(f'enqueue("{name}", at={at!r}): expected a time within the next 366 days')
+    if instant is None or not _EPOCH <= instant <= datetime.now(UTC) + timedelta(seconds=AFTER_MOST_SECONDS + 60):
+        raise ValueError(
+            f'enqueue("{name}", at={shown(at)}): expected a time within the next 366 days, or a past one from 1970 on'
+        )
+    return instant
 
 
 def _checked_payload(name: str, payload: Any) -> Any:
     """The payload, if a task gets what was enqueued: JSON turns some other values into something else silently."""
-    if (fault := _fault(payload, "payload", 0)) is not None:
+    if (fault := next(_faults("payload", payload, itertools.count(1), 0), None)) is not None:
         raise TypeError(
-            f'enqueue("{name}"): {fault}. Expected what JSON has: dict with str keys, list, str, int, float, bool, None'
+            f'enqueue("{name}"): {fault}. Expected what JSON has (dict with str keys, list, str, int, float, bool, '
+            f"None), {PAYLOAD_MOST_BYTES // 1024} KiB at most"
         )
     return payload
 
 
-def _fault(value: Any, path: str, depth: int) -> str | None:
+def _faults(path: str, value: Any, values: Iterator[int], depth: int) -> Iterator[str]:
+    """What JSON cannot store of `value`, which is at `path`. `values` numbers all values of the payload."""
     if depth > _DEPTH_MOST:
-        return f"the payload is nested more than {_DEPTH_MOST} levels deep"
-    if value is None or isinstance(value, bool | int | str):
-        return None
-    if isinstance(value, float):
-        return None if value - value == 0 else f"{path} is {value}, which JSON does not have"
-    if isinstance(value, dict):
+        yield f"the payload is nested more than {_DEPTH_MOST} levels deep"
+    elif next(values) > PAYLOAD_MOST_BYTES:  # each has a byte at least; one list may be in many others
+        yield f"the payload has more than {PAYLOAD_MOST_BYTES:,} values"
+    elif isinstance(value, dict):
         for key, each in value.items():
-            if not isinstance(key, str):
-                return f"{path} has the key {key!r:.80}, which is no str"
-            if (fault := _fault(each, f"{path}[{key!r:.80}]", depth + 1)) is not None:
-                return fault
-        return None
-    if isinstance(value, list | tuple):
-        faults = (_fault(each, f"{path}[{number}]", depth + 1) for number, each in enumerate(value))
-        return next((fault for fault in faults if fault is not None), None)
-    return f"{path} is a {type(value).__name__}"
+            if not (isinstance(key, str) and _is_text(key)):
+                yield f"{path} has the key {shown(key)}, which is no {'text' if isinstance(key, str) else 'str'}"
+            yield from _faults(f"{path}[{shown(key)}]", each, values, depth + 1)
+    elif isinstance(value, list | tuple):
+        for number, each in enumerate(value):
+            yield from _faults(f"{path}[{number}]", each, values, depth + 1)
+    elif (fault := _fault(value)) is not None:
+        yield f"{path} is {fault}"
+
+
+def _fault(value: Any) -> str | None:
+    """Why JSON cannot store a value that has no others in it."""
+    if isinstance(value, float):
+        return None if value - value == 0 else f"{value}, which JSON does not have"
+    if isinstance(value, int):
+        return None if value.bit_length() <= _INT_MOST_BITS else "an int of more than 4,300 digits"
+    if isinstance(value, str):
+        return None if _is_text(value) else "a str with a surrogate, which is no text"
+    return None if value is None else f"a {type(value).__name__}"
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written in UTF-8. Two surrogates in a row would become another string."""
+    try:
+        return text.isascii() or bool(text.encode())
+    except UnicodeEncodeError:
+        return False

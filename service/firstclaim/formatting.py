@@ -1,10 +1,18 @@
-"""How the admin page and the command line write durations, instants and numbers: one form for both."""
+"""How durations, instants, numbers and values are written, for operators and in messages: one form for all."""
 
 import math
 from datetime import UTC, datetime
 from typing import Final
 
 _UNITS: Final = ((86_400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+def shown(value: object) -> str:
+    """A value as Python writes it, 80 characters at most. For messages about values that are refused: never raises."""
+    try:
+        return f"{value!r:.80}"
+    except Exception:  # noqa: BLE001  (of an int of more than 4,300 digits, or in a `__repr__` of the user's)
+        return f"a value of type {type(value).__name__}"
 
 
 def age(seconds: float) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict
 from firstclaim.backoff import Backoff
 from firstclaim.errors import HandlerRuleBroken
 from firstclaim.event import Event
+from firstclaim.formatting import shown
 
 if TYPE_CHECKING:
     from firstclaim.settings import Settings
@@ -141,7 +142,7 @@ def checked(options: HandlerOptions, *, batch: bool) -> Options:
 
 
 def _wrong(name: str, value: object, expected: str) -> ValueError:
-    return ValueError(f"@on(..., {name}={value!r:.80}): expected {expected}")
+    return ValueError(f"@on(..., {name}={shown(value)}): expected {expected}")
 
 
 def _is_int(value: object) -> bool:
@@ -185,7 +186,7 @@ def _checked_key(value: object) -> Key | None:
             "key", value, 'a path into data.object, e.g. "customer" or "parent.subscription_details.subscription"'
         )
     if not callable(value):
-        raise TypeError(f"@on(..., key={value!r:.80}): expected a path into data.object, or a function of the event")
+        raise TypeError(f"@on(..., key={shown(value)}): expected a path into data.object, or a function of the event")
     if inspect.iscoroutinefunction(value):
         raise TypeError("@on(..., key=...): an async function cannot give a key: it must not wait for anything")
     try:
