@@ -110,8 +110,9 @@ def test_an_impossible_archive(run: Run, listener: socket.socket, command: list[
 
 
 def test_no_archive(run: Run) -> None:
-    """`archive get` of a day needs no database, but an archive: exit 2 says what to set."""
-    assert_refused(run("archive", "get", "evt_1", "--received", "2026-08-27"), "FIRSTCLAIM_ARCHIVE_URL", "--archive")
+    """Without an archive, exit 2 says what to set, before anything is looked for in the ledger."""
+    for command in (["get", "evt_1", "--received", "2026-08-27"], ["get", "evt_1"], ["restore", "evt_1"]):
+        assert_refused(run("archive", *command), "FIRSTCLAIM_ARCHIVE_URL", "--archive")
     assert_refused(run("archive", "get", "evt_1", "--received", "yesterday"), "--received")
 
 

@@ -42,13 +42,13 @@ def get(event_id: Id, received: Received = None, archive: ArchiveUrl = None) -> 
 
     The time at which the event was received leads to its file. The ledger knows it while it has the event's row.
     """
-    flags = {} if archive is None else {"archive_url": archive}
     with reported():
+        url = _url(archive)
         if received is None:
-            with database(flags=flags) as settings:
-                found = _find(settings, event_id, _received_at(settings, event_id))
+            with database() as settings:
+                found = _find(url, event_id, _received_at(settings, event_id))
         else:
-            found = _find(read_settings(receiving=False, flags=flags), event_id, received.date())
+            found = _find(url, event_id, received.date())
     sys.stdout.buffer.write(found.body)
     sys.stdout.buffer.flush()
 
@@ -56,17 +56,27 @@ def get(event_id: Id, received: Received = None, archive: ArchiveUrl = None) -> 
 @app.command()
 def restore(event_id: Id, archive: ArchiveUrl = None) -> None:
     """Put the payload of an event back into the ledger, so that it can be replayed. `events replay` does that."""
-    with reported(), database(flags={} if archive is None else {"archive_url": archive}) as settings:
-        found = _find(settings, event_id, _received_at(settings, event_id))
 
-        async def put_back(commands: Commands) -> bool:
-            return await commands.restore_payload(
-                operator(), event_id, found.body, traceparent=found.traceparent, headers=found.headers
-            )
+    async def put_back(commands: Commands) -> bool:
+        return await commands.restore_payload(
+            operator(), event_id, found.body, traceparent=found.traceparent, headers=found.headers
+        )
 
-        if not run_on_ledger(settings, put_back):
-            fail(f"the ledger has the payload of {event_id}: nothing was changed", 1)
+    with reported():
+        url = _url(archive)
+        with database() as settings:
+            found = _find(url, event_id, _received_at(settings, event_id))
+            if not run_on_ledger(settings, put_back):
+                fail(f"the ledger has the payload of {event_id}: nothing was changed", 1)
     print_text(f"the ledger has the payload of {event_id} again: firstclaim events replay {event_id}")
+
+
+def _url(archive: str | None) -> str:
+    """The archive's address, from `--archive` or the settings. Raises `ConfigurationError` if there is none."""
+    settings = read_settings(receiving=False, flags={} if archive is None else {"archive_url": archive})
+    if settings.archive_url is None:
+        raise ConfigurationError(["no archive: set FIRSTCLAIM_ARCHIVE_URL, or name it with --archive"])
+    return settings.archive_url
 
 
 def _received_at(settings: Settings, event_id: str) -> datetime:
@@ -76,16 +86,14 @@ def _received_at(settings: Settings, event_id: str) -> datetime:
     return event.received_at
 
 
-def _find(settings: Settings, event_id: str, received_at: datetime | date) -> ArchivedEvent:
+def _find(url: str, event_id: str, received_at: datetime | date) -> ArchivedEvent:
     import asyncio
 
     from firstclaim.operations import archive
     from firstclaim.operations.archive_storage import open_storage
 
-    if settings.archive_url is None:
-        raise ConfigurationError(["no archive: set FIRSTCLAIM_ARCHIVE_URL, or name it with --archive"])
-    found = asyncio.run(archive.find(open_storage(settings.archive_url), event_id, received_at))
+    found = asyncio.run(archive.find(open_storage(url), event_id, received_at))
     if found is None:
         day = received_at.strftime("%Y-%m-%d")
-        fail(f"{settings.archive_url} has no event {event_id!r} that was received on {day}", 1)
+        fail(f"{url} has no event {event_id!r} that was received on {day}", 1)
     return found
