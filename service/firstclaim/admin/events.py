@@ -42,7 +42,9 @@ FILTERS: Final = (
     "until",
     "group",
     "endpoint",
+    "kind",
 )  # the names in an address or a form
+KINDS: Final[Mapping[str, bool]] = {"events": False, "follow-ups": True}  # whether the rows are follow-ups
 _ROW_IDS: Final = ("evt_", "task_", "handler_")
 _DAY = 86_400.0
 # The choices for the age: (label, newer than, older than), in seconds.
@@ -69,6 +71,7 @@ class Filters:
     until: datetime | None = None
     group: str | None = None
     endpoint: str | None = None
+    kind: str | None = None
     unread: tuple[str, ...] = ()  # the names of the filters that have a value which is none, and are left out
 
     @classmethod
@@ -79,7 +82,7 @@ class Filters:
             return next(iter(values.get(name, [])), None)
 
         chosen = values.get("status", [])
-        age = first("age")
+        age, kind = first("age"), first("kind")
         statuses = tuple(each for each in Status if each in chosen)
         since, until = (parse_instant(first(name)) for name in ("since", "until"))
         unread = {
@@ -87,6 +90,7 @@ class Filters:
             "age": age is not None and age not in AGES,
             "since": first("since") is not None and since is None,
             "until": first("until") is not None and until is None,
+            "kind": kind is not None and kind not in KINDS,
         }
         return cls(
             first("q"),
@@ -98,6 +102,7 @@ class Filters:
             until,
             first("group"),
             first("endpoint"),
+            kind if kind in KINDS else None,
             tuple(name for name, is_unread in unread.items() if is_unread),
         )
 
@@ -116,6 +121,7 @@ class Filters:
             self.since,
             self.until,
             "" if self.endpoint == "-" else self.endpoint,
+            KINDS.get(self.kind or ""),
         )
         if self.q is None:
             return Search(selection)
@@ -135,6 +141,7 @@ class Filters:
             "until": None if self.until is None else as_text(self.until),
             "group": self.group,
             "endpoint": self.endpoint,
+            "kind": self.kind,
         }
         return [(name, value) for name, value in single.items() if value] + [("status", each) for each in self.statuses]
 
@@ -152,6 +159,7 @@ class Filters:
             "until": None if self.until is None else as_text(self.until),
             "failure group": self.group,
             "endpoint": self.endpoint,
+            "only": self.kind,
         }
         return "; ".join(f"{name} {value}" for name, value in parts.items() if value)
 
@@ -198,6 +206,7 @@ class Events:
             is_replayable=self._is_replayable,
             any_replayable=any(map(self._is_replayable, found.events)),
             ages=AGES,
+            kinds=KINDS,
             scan_limit=filters.search.scan_limit,
             as_text=as_text,
             endpoints=self._endpoints,

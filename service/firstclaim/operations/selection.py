@@ -32,6 +32,7 @@ SELECTED = f"""
        OR e.received_at > (SELECT clock_timestamp()) - make_interval(secs => CAST(:newer AS float8)))
   AND (CAST(:since AS timestamptz) IS NULL OR e.received_at >= CAST(:since AS timestamptz))
   AND (CAST(:until AS timestamptz) IS NULL OR e.received_at < CAST(:until AS timestamptz))
+  AND (CAST(:follow_ups AS bool) IS NULL OR (e.parent_id IS NOT NULL) = CAST(:follow_ups AS bool))
   AND {IN_GROUP}
 """
 
@@ -43,7 +44,8 @@ class Selection:
     `type` is a type, `prefix.*`, `*`, that of follow-ups (`task:name`, `task:*`), or several of them with commas
     between; ages count from `received_at`, which lies in `since` <= `received_at` < `until`. `group`: the id of a group
     of failures. An event is in that of its last failure, until it is completed. `endpoint`: the name of the endpoint
-    that first received it; "" is the one without.
+    that first received it; "" is the one without. `follow_ups`: whether to select follow-ups, or Stripe's events; None:
+    both.
     """
 
     event_ids: Sequence[str] | None = None
@@ -56,6 +58,7 @@ class Selection:
     since: datetime | None = None
     until: datetime | None = None
     endpoint: str | None = None
+    follow_ups: bool | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -74,6 +77,7 @@ class Selection:
             "group": self.group,
             "since": None if self.since is None else self.since.isoformat(),
             "until": None if self.until is None else self.until.isoformat(),
+            "kind": None if self.follow_ups is None else "follow-ups" if self.follow_ups else "events",
         }
         words = [f"{name}={value}" for name, value in given.items() if value is not None]
         return " ".join((*(self.event_ids or ()), *words)) or "all"
@@ -91,6 +95,7 @@ class Selection:
             "group": self.group,
             "since": self.since,
             "until": self.until,
+            "follow_ups": self.follow_ups,
         }
 
 
