@@ -21,5 +21,5 @@ async def replay(database_url: str, event_ids: Sequence[str]) -> list[str]:
     async with Commands.connect(database_url, CONNECT_SECONDS) as operations:
         selection = Selection(event_ids)
         chosen = await operations.select_candidates(selection)
-        batches = operations.replay(chosen, selection, OPERATOR, give_up_seconds=GIVE_UP_SECONDS)
+        batches = operations.replay(chosen, selection.filters, OPERATOR, give_up_seconds=GIVE_UP_SECONDS)
         return [event_id async for batch in batches for event_id in batch]

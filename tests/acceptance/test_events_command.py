@@ -100,6 +100,7 @@ async def test_a_failure_is_found_and_replayed_by_its_group(sandbox: Sandbox, co
     run = await command("events", "replay", *selected, "--at-most", "2", "--yes", "--wait")
     assert run.code == 0, run.output
     run.shows("2 completed")
+    (await command("events", "show", events[0].id)).shows("replay by ")
     assert objects(await command("events", "list", *selected, "--json")) == []
     run = await command("events", "groups")
     run.shows("2 failed attempts", "none failed or dead")

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from firstclaim.errors import SchemaOutdated
+from firstclaim.operations import audit as audit_module
 from firstclaim.operations import commands as operations_module
 from firstclaim.operations import prune as prune_module
 from firstclaim.operations.commands import BATCH, Commands
@@ -38,7 +39,7 @@ async def event(world: World, status: Status, *, settled_days: float = 0) -> str
 async def replayed(operations: Commands, selection: Selection, *, repeat_completed: bool = False) -> list[str]:
     chosen = await operations.select_candidates(selection)
     batches = operations.replay(
-        chosen, selection, OPERATOR, give_up_seconds=GIVE_UP_SECONDS, repeat_completed=repeat_completed
+        chosen, selection.filters, OPERATOR, give_up_seconds=GIVE_UP_SECONDS, repeat_completed=repeat_completed
     )
     return [event_id async for batch in batches for event_id in batch]
 
@@ -151,7 +152,7 @@ async def test_what_changed_since_it_was_chosen_is_left(world: World, operations
     else:
         await world.change(given, attempt=2)
     before = [await world.row(each) for each in (given, await event(world, Status.FAILED))]
-    batches = operations.replay(chosen, selection, OPERATOR, give_up_seconds=9, repeat_completed=True)
+    batches = operations.replay(chosen, selection.filters, OPERATOR, give_up_seconds=9, repeat_completed=True)
     assert [batch async for batch in batches] == [[other]]
     for row in before:
         assert unchanged(row, await world.row(row["event_id"]))
@@ -170,7 +171,9 @@ async def test_a_prune_beside_a_replay(world: World, operations: Commands, monke
     monkeypatch.setattr(operations_module, "BATCH", 1)
     old = [await event(world, Status.IGNORED, settled_days=100) for _ in range(3)]
     selection = Selection(old)
-    batches = operations.replay(await operations.select_candidates(selection), selection, OPERATOR, give_up_seconds=9)
+    batches = operations.replay(
+        await operations.select_candidates(selection), selection.filters, OPERATOR, give_up_seconds=9
+    )
     [first] = await anext(batches)
     async with Commands.connect(world.url, 10) as others:
         assert await pruned(others, 90, 400) == [2, 0]
@@ -189,7 +192,21 @@ async def test_a_replay_by_selection(world: World, operations: Commands) -> None
     assert {await world.status(each) for each in dead} == {Status.PENDING}
     for row in before:
         assert (await world.row(row["event_id"]))["status"] == row["status"]
-    assert await audit(world) == [(OPERATOR, "replay", "status=dead", 3)]
+    [(operator, action, selection, changed)] = await audit(world)
+    assert (operator, action, changed) == (OPERATOR, "replay", 3)
+    assert sorted(selection.split(" ")[:3]) == sorted(dead)
+    assert selection.endswith(" filter: status=dead")
+
+
+async def test_the_audit_of_a_large_replay(world: World, operations: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of more events than its row may name, it has the filters alone; ids that an operator has typed are kept."""
+    monkeypatch.setattr(audit_module, "NAMED_MOST", 1)
+    dead = sorted([await event(world, Status.DEAD) for _ in range(2)])
+    await replayed(operations, Selection(statuses=[Status.DEAD]))
+    await replayed(operations, Selection(dead))
+    (_, _, first, _), (_, _, second, _) = await audit(world)
+    assert first == "status=dead"
+    assert sorted(second.split(" ")) == dead
 
 
 async def test_completed_events_are_replayed_only_with_repeat_completed(world: World, operations: Commands) -> None:

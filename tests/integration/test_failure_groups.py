@@ -156,12 +156,16 @@ async def test_a_retry_that_was_asked_for_is_no_failure(world: World, operations
 
 
 async def test_a_group_is_replayed_and_nothing_else(world: World, operations: Commands) -> None:
-    """Its events are due now, the audit has its id, and events of another group stay dead."""
+    """Its events are due now, the audit and the history of each have it, and events of another group stay dead."""
     mine, other = await fail(world, refuses), await fail(world, refuses, "invoice.paid")
     [group] = [each.group for each in await operations.failure_groups(10) if each.example_id == mine]
     assert await replayed(operations, Selection(group=group)) == [mine]
     assert (await world.status(mine), await world.status(other)) == (Status.PENDING, Status.DEAD)
-    assert await audit(world) == [(OPERATOR, "replay", f"group={group}", 1)]
+    assert await audit(world) == [(OPERATOR, "replay", f"{mine} filter: group={group}", 1)]
+    for event_id, replays in ((mine, [f"replay by {OPERATOR}"]), (other, [])):
+        row = await operations.find(event_id)
+        assert row is not None
+        assert [each.text for each in await operations.timeline(row) if each.kind == "replay"] == replays
     assert not Selection(group=group).is_empty
 
 

@@ -20,7 +20,6 @@ from firstclaim.admin.request import AdminRequest, PageError, own_address
 from firstclaim.errors import LedgerUnavailable
 from firstclaim.formatting import number_of_events
 from firstclaim.inbox.routes import Routes
-from firstclaim.operations.audit import FILTER_MARK
 from firstclaim.operations.commands import ReplayCandidate
 from firstclaim.operations.limits import is_storable
 from firstclaim.operations.pauses import paused_among
@@ -111,12 +110,11 @@ class Replay:
     async def _replay(self, request: AdminRequest, chosen: list[ReplayCandidate], words: str) -> tuple[int, int]:
         """The number of events that became due, and the id of the audit's row."""
         done, action_ids = 0, list[int]()
-        ids = str(Selection([each.event_id for each in chosen]))
         try:
             async with self._ledger.connect() as ledger:
                 async for batch in ledger.replay(
                     chosen,
-                    f"{ids}{FILTER_MARK}{words}" if words else ids,
+                    words,
                     request.operator,
                     give_up_seconds=self._give_up_seconds,
                     began=action_ids.append,

@@ -128,7 +128,7 @@ async def _replay(
     replayed: list[str] = []
     with progress_bar(out, "replaying", len(chosen)) as bar:
         async for batch in operations.replay(
-            chosen, selection, operator(), give_up_seconds=give_up_seconds, repeat_completed=force
+            chosen, selection.filters, operator(), give_up_seconds=give_up_seconds, repeat_completed=force
         ):
             replayed += batch
             bar.advance(len(batch))

@@ -1,9 +1,10 @@
 """What operators did: the table `operator_actions`, read for the audit page.
 
-Guarantees: nothing here changes a row. A list holds only the beginning of each selection, which can have a thousand
-ids. `changed` is None while an action goes on, and stays so if it was interrupted.
+Guarantees: nothing here changes a row. A list holds only the beginning of each selection, which can have ten
+thousand ids. `changed` is None while an action goes on, and stays so if it was interrupted.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
@@ -12,6 +13,7 @@ from firstclaim.operations.queries import Queries
 from firstclaim.postgres.statement import statement
 
 FILTER_MARK: Final = " filter: "  # between the ids of a selection and the words of its filter
+NAMED_MOST: Final = 10_000  # ids of a replay by filters: 300 kB, which the history of each event looks through
 _SHOWN_CHARACTERS: Final = 400
 _ID_MOST: Final = 2**63 - 1
 
@@ -28,6 +30,16 @@ SELECT action_id, at, operator, action, selection, changed, split_part(selection
 """)
 
 
+def replay_selection(event_ids: Sequence[str], words: str) -> str:
+    """What the audit has of a replay: the ids, for the history of each of the events, and by which filters.
+
+    Of more than `NAMED_MOST` events that filters have selected, it has the filters only.
+    """
+    if words and len(event_ids) > NAMED_MOST:
+        return words
+    return " ".join(event_ids) + (f"{FILTER_MARK}{words}" if words else "")
+
+
 @dataclass(frozen=True, slots=True)
 class Action:
     """One action of an operator. `words` say what was chosen, if the page recorded it beside the ids."""
@@ -42,10 +54,10 @@ class Action:
 
     @property
     def event_ids(self) -> list[str]:
-        """The ids that a replay named. Of a replay by the command line's filters, the audit has no ids."""
+        """The ids of the events that a replay chose. The audit of an older build has none where filters chose them."""
         if self.action != "replay":
             return []
-        words = self.selection.partition(FILTER_MARK)[0].split(" ")
+        words = self.selection.partition(FILTER_MARK)[0].split()
         return [word for word in words if "=" not in word and word != "all"]
 
     @property

@@ -16,6 +16,7 @@ from firstclaim.errors import LedgerUnavailable, OperatorError
 from firstclaim.event import Delivery
 from firstclaim.inbox.new_row import NewRow, insert
 from firstclaim.migrations import schema
+from firstclaim.operations.audit import replay_selection
 from firstclaim.operations.queries import STATEMENT_SECONDS, Queries
 from firstclaim.operations.selection import SELECTED, Selection
 from firstclaim.postgres.advice import explain
@@ -135,7 +136,7 @@ class Commands(Queries):
     async def replay(
         self,
         candidates: Sequence[ReplayCandidate],
-        selection: Selection | str,
+        filters: str,
         operator: str,
         *,
         give_up_seconds: float,
@@ -145,14 +146,14 @@ class Commands(Queries):
         """Make the events due now, reset their failures, keep their attempt; yields the ids that each batch changed.
 
         Skips events that are locked, that have changed since they were selected, that are being handled, or whose
-        payload has been pruned. `selection` is what they were selected by, for the audit; `began` is called with the id
-        of its row.
+        payload has been pruned. `filters` are what they were selected by beside their ids, for the audit; `began` is
+        called with the id of its row.
 
         `repeat_completed`: also replay completed events. Their effects will happen a second time.
         """
         statuses = {*REPLAYABLE, *([Status.COMPLETED] if repeat_completed else [])}
         remaining = [each for each in candidates if each.status in statuses]
-        action = OperatorAction(operator, "replay", str(selection))
+        action = OperatorAction(operator, "replay", replay_selection([each.event_id for each in remaining], filters))
         async with self.audited(action) as action_id:
             began(action_id)
             while remaining:

@@ -50,8 +50,8 @@ SELECT attempt, outcome, process, began_at, ended_at, error, {REQUESTED} AS requ
  WHERE event_id = :event_id ORDER BY ended_at
 """)
 _ACTIONS_ON = statement("""
-SELECT at, operator, action, selection FROM firstclaim.operator_actions
- WHERE position(:event_id IN selection) > 0 ORDER BY at
+SELECT at, operator, action FROM firstclaim.operator_actions
+ WHERE position(:event_id IN selection) > 0 AND :event_id = ANY(string_to_array(selection, ' ')) ORDER BY at
 """)
 _BACKLOG = statement("""
 SELECT count(*) FILTER (WHERE status IN ('pending', 'failed') AND due_at <= now) AS due,
@@ -239,8 +239,7 @@ class Queries:
 
     async def actions_on(self, event_id: str) -> list[dict[str, Any]]:
         """The actions of operators that named the event's id, the oldest first: `at`, `operator`, `action`."""
-        rows = await self.fetch(_ACTIONS_ON, event_id=event_id)
-        return [dict(row) for row in rows if event_id in row["selection"].split(" ")]
+        return [dict(row) for row in await self.fetch(_ACTIONS_ON, event_id=event_id)]
 
     async def history(self, event_id: str) -> History:
         """All of it."""

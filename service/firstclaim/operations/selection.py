@@ -67,6 +67,11 @@ class Selection:
 
     def __str__(self) -> str:
         """As options of the command line, for the audit."""
+        return " ".join((*(self.event_ids or ()), *([self.filters] if self.filters else ()))) or "all"
+
+    @property
+    def filters(self) -> str:
+        """The same without ids. Empty if there is no other condition."""
         given = {
             "status": None if self.statuses is None else ",".join(self.statuses),
             "type": self.type,
@@ -79,8 +84,7 @@ class Selection:
             "until": None if self.until is None else self.until.isoformat(),
             "kind": None if self.follow_ups is None else "follow-ups" if self.follow_ups else "events",
         }
-        words = [f"{name}={value}" for name, value in given.items() if value is not None]
-        return " ".join((*(self.event_ids or ()), *words)) or "all"
+        return " ".join(f"{name}={value}" for name, value in given.items() if value is not None)
 
     def parameters(self) -> dict[str, Any]:
         """The parameters of a statement with `SELECTED`."""
