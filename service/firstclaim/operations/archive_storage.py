@@ -12,13 +12,10 @@ import re
 import tempfile
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from firstclaim.errors import ArchiveUnavailable, ConfigurationError
 from firstclaim.urls.archive import bucket_and_prefix, folder
-
-if TYPE_CHECKING:
-    pass
 
 _CONNECT_SECONDS = 5
 _REQUEST_SECONDS = 120  # for a file of some megabytes over a slow line

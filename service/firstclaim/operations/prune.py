@@ -34,9 +34,9 @@ PAYLOADS_INDEX = "stripe_event_payloads_received"
 _ROWS_INDEX = "stripe_events_received"
 _HAS_INDEX = statement("""
 SELECT EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
-                WHERE i.indrelid = CAST('firstclaim.stripe_events' AS regclass) AND c.relname = :name AND i.indisvalid
-                   OR i.indrelid = CAST('firstclaim.stripe_event_payloads' AS regclass) AND c.relname = :name
-                  AND i.indisvalid) AS found
+                WHERE i.indrelid IN (CAST('firstclaim.stripe_events' AS regclass),
+                                     CAST('firstclaim.stripe_event_payloads' AS regclass))
+                  AND c.relname = :name AND i.indisvalid) AS found
 """)
 
 # The next events to look at, in the order of an index, whether they can be pruned or not. The clock is read in a
