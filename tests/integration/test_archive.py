@@ -5,6 +5,7 @@ A payload is deleted only after its file is stored. What is stored comes back by
 
 import gzip
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from firstclaim.operations import prune as prune_module
 from firstclaim.operations.archive import find
 from firstclaim.operations.archive_storage import FolderStorage, S3Storage, Storage, open_storage
 from firstclaim.operations.commands import Commands
+from firstclaim.operations.pace import Pace
 from firstclaim.operations.prune import Pruned, Retention, prune
 from firstclaim.operations.selection import Selection
 from firstclaim.status import Status
@@ -216,6 +218,40 @@ async def test_nothing_is_deleted_that_is_not_stored(world: World, operations: C
     assert await payloads(world) == old
     assert len(await operations.list_events(Selection(), 9)) == 2
     assert await world.database.fetchval("SELECT changed FROM firstclaim.operator_actions") == 0
+
+
+@pytest.mark.parametrize("archived", [False, True])
+async def test_every_statement_of_a_prune_is_paced(
+    world: World, operations: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, archived: bool
+) -> None:
+    """Each statement waits for the rest after the one before it, but for the two of the audit."""
+    given: list[float] = []
+    paced, unpaced, within = [0], [0], [False]
+
+    class Watched(Pace):
+        def __init__(self, busy_percent: float) -> None:
+            given.append(busy_percent)
+
+        @asynccontextmanager
+        async def statement(self) -> AsyncIterator[None]:
+            within[0] = True
+            yield
+            within[0] = False
+
+    async def fetch(*arguments: Any, **values: Any) -> list[Any]:
+        (paced if within[0] else unpaced)[0] += 1
+        return await whole(*arguments, **values)
+
+    await event(world, 100), await event(world, 500)
+    whole = operations.fetch
+    monkeypatch.setattr(prune_module, "Pace", Watched)
+    monkeypatch.setattr(operations, "fetch", fetch)
+    storage = FolderStorage(tmp_path / "archive") if archived else None
+    batches = prune(operations, OPERATOR, RETENTION, storage, busy_percent=25)
+    assert sum([batch async for batch in batches], Pruned()).rows == 1
+    assert given == [25]
+    assert paced[0] > 4
+    assert unpaced == [2]
 
 
 async def test_a_prune_that_is_killed_loses_nothing(world: World, operations: Commands, tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ FIGURES = [
     f"If your ledger was large ({locking._LARGE_BYTES // 2**20} MB)",
     f"Payloads are deleted after {default(prune.prune, 'payload_days')} days",
     f"Rows are deleted after {default(prune.prune, 'row_days')} days, and never before {limits.ROW_DAYS_LEAST}",
+    f"for at most {default(prune.prune, 'busy_percent')}% of the time",
     f"{default(load.load, 'concurrent_duplicates')}% of the events are sent as `--copies` "
     f"({default(load.load, 'copies')})",
     f"{default(load.load, 'duplicates')}% are sent a second time",

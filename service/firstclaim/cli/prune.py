@@ -13,7 +13,7 @@ from firstclaim.cli.environment import database, operator, run_on_ledger
 from firstclaim.cli.options import ArchiveUrl, DryRun, Group
 from firstclaim.cli.terminal import out, print_text, reported
 from firstclaim.formatting import number_of
-from firstclaim.operations.limits import ROW_DAYS_LEAST
+from firstclaim.operations.limits import PRUNE_BUSY_PERCENT, ROW_DAYS_LEAST
 from firstclaim.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -37,6 +37,12 @@ def prune(
     ] = False,
     group: Group = None,
     archive: ArchiveUrl = None,
+    busy_percent: Annotated[
+        int,
+        typer.Option(
+            min=1, max=100, help="The share of the time, at most, for which the server deletes; 100: no rests."
+        ),
+    ] = PRUNE_BUSY_PERCENT,
     dry_run: DryRun = False,
 ) -> None:
     """Delete old events that are completed or ignored, in small batches. Unfinished events are never deleted.
@@ -60,7 +66,9 @@ def prune(
             return
         done = run_on_ledger(
             settings,
-            lambda commands: _delete(commands, retention, storage, payloads if storage else max(payloads, rows)),
+            lambda commands: _delete(
+                commands, retention, storage, payloads if storage else max(payloads, rows), busy_percent
+            ),
         )
     if settings.archive_url is None:
         print_text(f"deleted {_deleted(done.rows, done.payloads)}")
@@ -71,13 +79,15 @@ def prune(
         )
 
 
-async def _delete(commands: Commands, retention: Retention, storage: Storage | None, total: int) -> Pruned:
+async def _delete(
+    commands: Commands, retention: Retention, storage: Storage | None, total: int, busy_percent: int
+) -> Pruned:
     from firstclaim.operations.prune import Pruned
     from firstclaim.operations.prune import prune as prune_ledger
 
     done = Pruned()
-    with progress_bar(out, "pruning", total) as bar:
-        async for batch in prune_ledger(commands, operator(), retention, storage):
+    with progress_bar(out, f"pruning for at most {busy_percent}% of the time", total) as bar:
+        async for batch in prune_ledger(commands, operator(), retention, storage, busy_percent=busy_percent):
             done += batch
             bar.advance(batch.payloads + batch.rows)
     return done

@@ -10,7 +10,8 @@ a small one, and what is too young is not looked at. (By the id alone, a day's p
 Payloads from before schema 0015 have no time of their own. They are walked through by id, and so is everything where an
 index is missing: a large ledger leaves it to the operator to make.
 
-Each batch is a transaction of its own, of some ten milliseconds, and skips rows that are locked: no delivery waits.
+Each batch is a transaction of its own, of some milliseconds, and skips rows that are locked: no delivery waits for a
+lock. Between batches the run rests, so that deliveries have the server for most of the time: `pace.py`.
 """
 
 from collections.abc import AsyncIterator
@@ -21,12 +22,14 @@ from typing import Any
 from firstclaim.operations import archive
 from firstclaim.operations.archive import ArchivedEvent, ArchiveFile
 from firstclaim.operations.archive_storage import Storage
-from firstclaim.operations.commands import BATCH, Commands, OperatorAction
+from firstclaim.operations.commands import Commands, OperatorAction
 from firstclaim.operations.limits import ROW_DAYS_LEAST
+from firstclaim.operations.pace import Pace
 from firstclaim.operations.selection import IN_GROUP
 from firstclaim.postgres.statement import Statement, statement
 from firstclaim.status import Status
 
+BATCH = 100  # events in one statement
 _BODIES = 100  # that are read at once: a body has up to a megabyte
 _OPEN_FILES_MOST = 50  # days; by the index they come one after the other, from before schema 0015 in any order
 
@@ -180,15 +183,21 @@ async def count_prunable(commands: Commands, retention: Retention) -> tuple[int,
 
 
 async def prune(
-    commands: Commands, operator: str, retention: Retention, storage: Storage | None = None
+    commands: Commands,
+    operator: str,
+    retention: Retention,
+    storage: Storage | None = None,
+    *,
+    busy_percent: float = 100,
 ) -> AsyncIterator[Pruned]:
     """Delete old rows with their payloads, then old payloads; yields what each batch has deleted.
 
     With `storage`, payloads are stored there and deleted, then old rows are deleted. Raises `ArchiveUnavailable`.
+    `busy_percent`: at most this share of the time is spent in statements.
     """
     archived = "" if storage is None else " archived"
     action = OperatorAction(operator, "prune", f"{retention}{archived}")
-    run = _Prune(commands, retention)
+    run = _Prune(commands, retention, Pace(busy_percent))
     steps = [run.rows(), run.payloads()] if storage is None else [run.stored_payloads(storage), run.rows(kept=True)]
     async with commands.audited(action):
         for step in steps:
@@ -200,9 +209,10 @@ async def prune(
 class _Prune:
     """One run."""
 
-    def __init__(self, commands: Commands, retention: Retention) -> None:
+    def __init__(self, commands: Commands, retention: Retention, pace: Pace) -> None:
         self._commands = commands
         self._retention = retention
+        self._pace = pace
 
     async def rows(self, *, kept: bool = False) -> AsyncIterator[Pruned]:
         """Delete rows, with their payloads. `kept`: only rows that have none."""
@@ -233,7 +243,7 @@ class _Prune:
 
     async def _events(self, ids: list[str]) -> AsyncIterator[ArchivedEvent]:
         for first in range(0, len(ids), _BODIES):
-            for row in await self._commands.fetch(_READ, event_ids=ids[first : first + _BODIES]):
+            for row in await self._fetch(_READ, event_ids=ids[first : first + _BODIES]):
                 yield ArchivedEvent(**row)
 
     async def _store_and_delete(self, storage: Storage, file: ArchiveFile, days: int) -> Pruned:
@@ -242,20 +252,18 @@ class _Prune:
         deleted = 0
         for first in range(0, len(file.ids), BATCH):
             batch = file.ids[first : first + BATCH]
-            deleted += len(
-                await self._commands.fetch(_PRUNE_STORED, event_ids=batch, **self._retention.parameters(days))
-            )
+            deleted += len(await self._fetch(_PRUNE_STORED, event_ids=batch, **self._retention.parameters(days)))
         return Pruned(payloads=deleted, archived=len(file.ids))
 
     async def _walk(
         self, statements: dict[str, Statement], index: str, days: int, **values: object
     ) -> AsyncIterator[list[str]]:
         """Look at all events that can be old enough; yields the ids that each statement has deleted or found."""
-        [indexed] = await self._commands.fetch(_HAS_INDEX, name=index)
+        [indexed] = await self._fetch(_HAS_INDEX, name=index)
         for order in ("old", "undated") if indexed["found"] else ("all",):
             place: dict[str, Any] = {"after": "", "after_at": None}
             while True:
-                rows = await self._commands.fetch(
+                rows = await self._fetch(
                     statements[order], **place, **self._retention.parameters(days), limit=BATCH, **values
                 )
                 if not rows:
@@ -264,3 +272,7 @@ class _Prune:
                 place = {"after": row["after"], "after_at": row["after_at"]}
                 if row["ids"]:
                     yield row["ids"]
+
+    async def _fetch(self, sql: Statement, **values: object) -> list[Any]:
+        async with self._pace.statement():
+            return await self._commands.fetch(sql, **values)
