@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Bar:
     """A bar that is shown until its block ends."""
 
-    def __init__(self, progress: Progress, description: str, total: float) -> None:
+    def __init__(self, progress: Progress, description: str, total: float | None) -> None:
         self._progress = progress
         self._task = progress.add_task(description, total=total)
 
@@ -28,8 +28,8 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(console: Console, description: str, total: float, *, counted: bool = True) -> Iterator[Bar]:
-    """A bar with its description; `counted` shows how many of how many too."""
+def progress_bar(console: Console, description: str, total: float | None, *, counted: bool = True) -> Iterator[Bar]:
+    """A bar with its description; `counted` shows how many of how many too. Without a `total` it only counts."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     count = [MofNCompleteColumn()] if counted else []

@@ -59,17 +59,12 @@ def prune(
     retention = Retention(payload_days, row_days, include_dead, group)
     with reported(), database(flags={} if archive is None else {"archive_url": archive}) as settings:
         storage = None if settings.archive_url is None else open_storage(settings.archive_url)
-        payloads, rows = run_on_ledger(settings, lambda commands: count_prunable(commands, retention))
         if dry_run:
+            payloads, rows = run_on_ledger(settings, lambda commands: count_prunable(commands, retention))
             where = "" if storage is None else f", and store the payloads at {settings.archive_url} before"
             print_text(f"would delete {_deleted(rows, max(0, payloads - rows))}{where}")
             return
-        done = run_on_ledger(
-            settings,
-            lambda commands: _delete(
-                commands, retention, storage, payloads if storage else max(payloads, rows), busy_percent
-            ),
-        )
+        done = run_on_ledger(settings, lambda commands: _delete(commands, retention, storage, busy_percent))
     if settings.archive_url is None:
         print_text(f"deleted {_deleted(done.rows, done.payloads)}")
     else:
@@ -79,14 +74,13 @@ def prune(
         )
 
 
-async def _delete(
-    commands: Commands, retention: Retention, storage: Storage | None, total: int, busy_percent: int
-) -> Pruned:
+async def _delete(commands: Commands, retention: Retention, storage: Storage | None, busy_percent: int) -> Pruned:
     from firstclaim.operations.prune import Pruned
     from firstclaim.operations.prune import prune as prune_ledger
 
     done = Pruned()
-    with progress_bar(out, f"pruning for at most {busy_percent}% of the time", total) as bar:
+    # Without a total: to count a million events takes half a minute, in which deliveries wait longer.
+    with progress_bar(out, f"pruning for at most {busy_percent}% of the time", None) as bar:
         async for batch in prune_ledger(commands, operator(), retention, storage, busy_percent=busy_percent):
             done += batch
             bar.advance(batch.payloads + batch.rows)
