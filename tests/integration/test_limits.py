@@ -4,6 +4,9 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from itertools import cycle
+from random import choices
+from types import SimpleNamespace
 
 import pytest
 
@@ -232,8 +235,12 @@ async def test_a_handler_has_a_time_of_its_own_to_give_up(make_world: MakeWorld)
 # -- priority -----------------------------------------------------------------------------------------
 
 
-async def test_scarce_slots_go_to_the_higher_priority_first(make_world: MakeWorld, shop: Shop) -> None:
+async def test_scarce_slots_go_to_the_higher_priority_first(
+    make_world: MakeWorld, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With one slot and due events of both, most of the first that run are of the higher, and some of the other."""
+    drawn = cycle([0.1, 0.4, 0.7, 0.8])  # three of four are below the share of the higher
+    monkeypatch.setattr("firstclaim.inbox.limits.random", SimpleNamespace(random=lambda: next(drawn), choices=choices))
     shop.gate.set()
     world = await make_world({TYPE: shop.handle, OTHER: shop.handle}, options={TYPE: {"priority": 5}}, handler_slots=1)
     kinds: dict[str, str] = {}
