@@ -149,8 +149,7 @@ class Watched(Group):
         group = cls([master, *others], watching)
 
         async def knows(sentinel: SentinelServer) -> bool:
-            [state] = await sentinel.raw("SENTINEL", "MASTERS")
-            found = dict(zip(state[::2], state[1::2], strict=True))
+            found = await _watched_by(sentinel)
             return (int(found[b"num-other-sentinels"]), int(found[b"num-slaves"])) == (sentinels - 1, replicas)
 
         for sentinel in watching:
@@ -162,19 +161,30 @@ class Watched(Group):
         return f"redis+sentinel://{','.join(f'{_LOOPBACK}:{each.port}' for each in self.sentinels)}/{SERVICE}/0"
 
     async def masters(self) -> list[RedisServer]:
-        async def said() -> set[int]:
-            ask = ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)
-            return {int((await sentinel.raw(*ask))[1]) for sentinel in self.sentinels}
+        """All of them say so, and none of them is failing over: on a busy machine they do that by themselves."""
 
-        [port] = await eventually(said, lambda ports: len(ports) == 1, _FAIL_OVER_SECONDS)
-        return [self.at(port)]
+        async def said() -> set[tuple[bytes, bytes]]:
+            states = [await _watched_by(sentinel) for sentinel in self.sentinels]
+            return {(state[b"port"], state[b"flags"]) for state in states}
+
+        [(port, _)] = await eventually(
+            said, lambda said: len(said) == 1 and {flags for _, flags in said} == {b"master"}, _FAIL_OVER_SECONDS
+        )
+        return [self.at(int(port))]
 
     async def has_failed_over(self, killed: RedisServer) -> None:
         async def found() -> bool:
-            [master] = await self.masters()
+            address = await self.sentinels[0].raw("SENTINEL", "GET-MASTER-ADDR-BY-NAME", SERVICE)
+            master = self.at(int(address[1]))
             return master is not killed and not await master.is_replica()
 
         await eventually(found, bool, _FAIL_OVER_SECONDS)
+
+
+async def _watched_by(sentinel: SentinelServer) -> dict[bytes, bytes]:
+    """What it knows of the master."""
+    [state] = await sentinel.raw("SENTINEL", "MASTERS")
+    return dict(zip(state[::2], state[1::2], strict=True))
 
 
 def _parsed(info: bytes) -> dict[str, Any]:
