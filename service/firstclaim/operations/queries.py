@@ -50,7 +50,7 @@ SELECT attempt, outcome, process, began_at, ended_at, error, {REQUESTED} AS requ
  WHERE event_id = :event_id ORDER BY ended_at
 """)
 _ACTIONS_ON = statement("""
-SELECT at, operator, action FROM firstclaim.operator_actions
+SELECT at, operator, action, selection FROM firstclaim.operator_actions
  WHERE position(:event_id IN selection) > 0 AND :event_id = ANY(string_to_array(selection, ' ')) ORDER BY at
 """)
 _BACKLOG = statement("""
