@@ -601,7 +601,7 @@ except UNAVAILABLE:
         "unknown-commit-is-only-read",
         "The guarded update decides the result of a lost COMMIT: it waits for the old backend, a read would not.",
         "Dispatcher._settle_unknown",
-        "await self._fail(claim, handler, (error := f'COMMIT failed: {result.error}'))",
+        "await self._fail(claim, handler, error)",
         "(await self.ledger.find(claim.event_id)).status is Status.PROCESSING or None",
         "integration/test_dispatch.py::test_a_commit_still_under_way_is_waited_for",
     ),

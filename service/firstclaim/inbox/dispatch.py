@@ -255,13 +255,14 @@ class Dispatcher:
 
     async def _settle_unknown(self, claim: Claim, handler: Handler, result: CommitUnknown) -> Outcome:
         """COMMIT was not confirmed. The guarded update waits for the old backend, unlike a read."""
+        error = f"COMMIT failed: {result.error}"
         self.ledger.connect_anew()
         if await self.ledger.committed(result.transaction):
             # Together with the mark; or by the handler itself, before it, and then the row is not marked.
             ended = TransactionEnded()
             if await self.ledger.kill_if_held(claim, str(ended), failure(ended, handler)) is not None:
                 return outcome.failed(claim.attempt, dead=True)
-        elif status := await self._fail(claim, handler, error := f"COMMIT failed: {result.error}"):
+        elif status := await self._fail(claim, handler, error):
             log.warning("ledger_unavailable", event_id=claim.event_id, type=claim.type, error=error)
             await self.claims.forget(claim)
             return outcome.failed(claim.attempt, dead=status is Status.DEAD, of="ledger")
