@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from firstclaim.handlers import forward
 from firstclaim.handlers.forward import breaker
@@ -302,6 +303,26 @@ async def test_an_outage_costs_a_few_requests(
     assert len(target.received) == 5
     waiting = await world.database.fetchval("SELECT count(*) FROM firstclaim.stripe_events WHERE status = 'failed'")
     assert waiting == 20
+
+
+async def test_an_outage_is_logged_once(start: Start, target: ForwardTarget) -> None:
+    """Eight requests fail together: one line says so, and one that the target is back."""
+    world = await start({"name": "crm", "url": target.url, "timeout_seconds": 20}, handler_slots=8)
+    target.respond = lambda _: status(502)
+    target.hold = asyncio.Event()
+    with capture_logs() as logged:
+        work = [asyncio.create_task(world.pipeline.deliver(delivery(f"evt_{n}", "invoice.paid"))) for n in range(8)]
+
+        async def all_at_once() -> bool:
+            return target.at_once == 8
+
+        await until(all_at_once)
+        target.hold.set()
+        await asyncio.gather(*work)
+        target.respond = lambda _: OK
+        await recovered(world, "evt_0")
+    changes = [line["event"] for line in logged if line["event"].startswith("forward_target")]
+    assert changes == ["forward_target_failing", "forward_target_back"]
 
 
 async def test_1200_events_of_a_target_that_fails_part_of_the_time(

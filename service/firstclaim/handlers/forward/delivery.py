@@ -71,7 +71,7 @@ class Forwarder:
         return await self._try(request, event_id, body)
 
     async def _try(self, request: Request, event_id: str, body: bytes) -> str:
-        was_open, result, pause = self._breaker.is_open, Result.UNKNOWN, None
+        result, pause = Result.UNKNOWN, None
         try:
             answer = await self._post(event_id, body)
             pause = answer.retry_after if answer.status in (429, 503) else None
@@ -81,8 +81,7 @@ class Forwarder:
             result = Result.FAILED
             raise
         finally:
-            self._breaker.note(request, result, pause_seconds=pause)
-            self._log_change(was_open)
+            self._note(request, result, pause)
         return self._taken(answer, pause)
 
     def _taken(self, answer: _Answer, pause: float | None) -> str:
@@ -114,7 +113,9 @@ class Forwarder:
         finally:
             await response.aclose()
 
-    def _log_change(self, was_open: bool) -> None:
+    def _note(self, request: Request, result: Result, pause: float | None) -> None:
+        was_open = self._breaker.is_open
+        self._breaker.note(request, result, pause_seconds=pause)
         if self._breaker.is_open and not was_open:
             log.warning("forward_target_failing", target=self._target.name)
         elif was_open and not self._breaker.is_open:
