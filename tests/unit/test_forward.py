@@ -85,6 +85,17 @@ async def test_no_cookie_is_kept() -> None:
         assert all("cookie" not in each.headers for each in target.received)
 
 
+async def test_this_machine_is_behind_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy that the environment names is for other targets: it is not asked for one on the loopback."""
+    async with ForwardTarget().listening() as proxy, ForwardTarget().listening() as target:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        for number, url in enumerate((target.url, target.url.replace("127.0.0.1", "localhost"), "http://crm.invalid")):
+            crm = Target.model_validate({"name": "crm", "url": url, "types": ["*"], "secret": SECRET})
+            await Forwarder(crm).forward(f"evt_{number}", b'{"id":"evt_%d"}' % number)
+        assert target.ids == {"evt_0", "evt_1"}
+        assert proxy.ids == {"evt_2"}
+
+
 def test_every_fault_of_the_file_is_named(tmp_path: Path) -> None:
     """Together, each with its target and field, at the start and by `check`; no fault has a secret or an address."""
     path = tmp_path / "targets.toml"

@@ -38,6 +38,8 @@ _TEXT_MOST_CHARACTERS = 120
 _DRAINED_MOST_BYTES = 65_536  # of a success: then the connection can be used again
 _DRAIN_SECONDS = 1.0
 _CLIENT_SECONDS = 3600.0  # the maximum of a handler's deadline
+# A request to this machine must not go through a proxy that the environment names.
+_WITHOUT_PROXY: Final = {"all://127.0.0.1": None, "all://localhost": None, "all://[::1]": None}
 _LONGEST_PAUSE_SECONDS = 3600.0  # that a target may ask for: the next request asks again
 
 
@@ -138,7 +140,7 @@ def _new_client() -> httpx.AsyncClient:
     # The time limit of each target is that of its whole request, and not of one step of it.
     # It keeps no cookies: they are for a host, whatever the port, and would reach another target, or grow for ever.
     cookies = CookieJar(DefaultCookiePolicy(allowed_domains=()))
-    return httpx.AsyncClient(timeout=_CLIENT_SECONDS, limits=limits, cookies=cookies)
+    return httpx.AsyncClient(timeout=_CLIENT_SECONDS, limits=limits, cookies=cookies, mounts=_WITHOUT_PROXY)
 
 
 def _cause(error: BaseException) -> str:
