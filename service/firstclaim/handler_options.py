@@ -1,4 +1,4 @@
-"""The options of a handler besides its patterns: its key, and limits of its own.
+"""The options of a handler or a task: its key, and limits of its own.
 
 Guarantees: `checked` refuses what could never work, where the handler is declared, and names the option, what was
 given and what was expected. What depends on the settings is derived from them for each handler
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict
 from firstclaim.backoff import Backoff
 from firstclaim.errors import HandlerRuleBroken
 from firstclaim.event import Event
+from firstclaim.follow_up import TASK
 from firstclaim.formatting import shown
 
 if TYPE_CHECKING:
@@ -42,16 +43,27 @@ _NOT_FOR_BATCHES = {
 }
 
 
-class HandlerOptions(TypedDict, total=False):
-    """The options of `@on`, as they are written. Times are in seconds."""
+class LimitOptions(TypedDict, total=False):
+    """The limits of a handler or a task, as they are written. Times are in seconds."""
 
-    key: Key | None
     slots: int | None
     per_second: float | None
     deadline: float | None
     backoff: tuple[float, float] | None
     give_up: float | None
     priority: int
+
+
+class HandlerOptions(LimitOptions, total=False):
+    """The options of `@on`: the limits, and the key of an event."""
+
+    key: Key | None
+
+
+class TaskOptions(LimitOptions, total=False):
+    """The options of `@task`: the limits, and the key of a payload."""
+
+    key: str | Callable[[Any], str | None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,21 +122,25 @@ class Options:
 NONE: Final = Options()
 
 
-def checked(options: HandlerOptions, *, batch: bool) -> Options:
-    """The options, checked. Raises `TypeError` or `ValueError`, which name the option."""
-    given: dict[str, Any] = dict(options)
+def checked(options: HandlerOptions | TaskOptions, *, batch: bool = False, of: str = "@on") -> Options:
+    """The options, checked. Raises `TypeError` or `ValueError`, which name the option and `of`, the decorator."""
+    try:
+        return _checked(dict(options), batch=batch)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{of}{error}") from None
+
+
+def _checked(given: dict[str, Any], *, batch: bool) -> Options:
     for name in given:
         if name not in HandlerOptions.__annotations__:
             near = difflib.get_close_matches(name, HandlerOptions.__annotations__, n=1)
-            raise TypeError(
-                f"@on(..., {name}=...): no such option" + "".join(f"; did you mean {each}?" for each in near)
-            )
+            raise TypeError(f"(..., {name}=...): no such option" + "".join(f"; did you mean {each}?" for each in near))
     set_ = {name: value for name, value in given.items() if value is not None and (name != "priority" or value != 0)}
     if not set_:
         return NONE
     for name, why in _NOT_FOR_BATCHES.items():
         if batch and name in set_:
-            raise ValueError(f"@on(..., batch=True, {name}=...): a batch handler cannot have it: {why}; leave one out")
+            raise ValueError(f"(..., batch=True, {name}=...): a batch handler cannot have it: {why}; leave one out")
     slots, priority = set_.get("slots"), set_.get("priority", 0)
     if slots is not None and not (_is_int(slots) and 1 <= slots <= SLOTS_MOST):
         raise _wrong("slots", slots, f"a whole number from 1 to {SLOTS_MOST}")
@@ -142,7 +158,7 @@ def checked(options: HandlerOptions, *, batch: bool) -> Options:
 
 
 def _wrong(name: str, value: object, expected: str) -> ValueError:
-    return ValueError(f"@on(..., {name}={shown(value)}): expected {expected}")
+    return ValueError(f"(..., {name}={shown(value)}): expected {expected}")
 
 
 def _is_int(value: object) -> bool:
@@ -183,16 +199,18 @@ def _checked_key(value: object) -> Key | None:
         return value
     if isinstance(value, str):
         raise _wrong(
-            "key", value, 'a path into data.object, e.g. "customer" or "parent.subscription_details.subscription"'
+            "key",
+            value,
+            'a path into data.object, or into a payload, e.g. "customer" or "parent.subscription_details.subscription"',
         )
     if not callable(value):
-        raise TypeError(f"@on(..., key={shown(value)}): expected a path into data.object, or a function of the event")
+        raise TypeError(f"(..., key={shown(value)}): expected a path, or a function of the event or payload")
     if inspect.iscoroutinefunction(value):
-        raise TypeError("@on(..., key=...): an async function cannot give a key: it must not wait for anything")
+        raise TypeError("(..., key=...): an async function cannot give a key: it must not wait for anything")
     try:
         inspect.signature(value).bind(object())
     except TypeError:
-        raise TypeError("@on(..., key=...): a key's function takes one argument, the event") from None
+        raise TypeError("(..., key=...): a key's function takes one argument, the event or payload") from None
     except ValueError:  # a builtin has no signature
         pass
     return value
@@ -202,13 +220,17 @@ def _checked_key(value: object) -> Key | None:
 
 
 def key_of(key: Key, event: Event[Any]) -> str | None:
-    """The event's key; None: it has none. Raises what a key's function raises, and `HandlerRuleBroken`."""
+    """The event's key; None: it has none. Raises what a key's function raises, and `HandlerRuleBroken`.
+
+    The object of what was enqueued for a task is its payload (see `firstclaim.inbox.task_event`).
+    """
     value: object
+    of_task = event.type.startswith(TASK)
     if isinstance(key, str):
-        value = _at(key, event)
-        given = f'key="{key}": data.object.{key}'
+        value = _at(key, event, "payload" if of_task else "data.object")
+        given = f'key="{key}": {"payload" if of_task else "data.object"}.{key}'
     else:
-        value = key(event)
+        value = key(event.data["object"] if of_task else event)
         given = "the key's function"
     if value is None or (isinstance(value, str) and 0 < len(value) <= _KEY_MOST_CHARACTERS):
         return value
@@ -218,22 +240,21 @@ def key_of(key: Key, event: Event[Any]) -> str | None:
     )
 
 
-def _at(path: str, event: Event[Any]) -> object:
+def _at(path: str, event: Event[Any], root: str) -> object:
     """What the object of the event has at `path`; None: null, or a part of the path is. Raises `HandlerRuleBroken`.
 
     What is missing is no null: a path that is misspelt would lock nothing, and nobody would notice.
     """
     value: object = event.data.get("object")
     if value is None:
-        raise HandlerRuleBroken(
-            f'key="{path}": a thin event has no data.object; write a function, e.g. one of object_id'
-        )
+        advice = "it is null" if root == "payload" else "a thin event has none; write a function, e.g. one of object_id"
+        raise HandlerRuleBroken(f'key="{path}": no {root}: {advice}')
     for name in path.split("."):
         if value is None:
             return None
         if not isinstance(value, dict) or name not in value:
             raise HandlerRuleBroken(
-                f'key="{path}": data.object of {event.type} has no such field; write a function that returns None '
+                f'key="{path}": {root} of {event.type} has no such field; write a function that returns None '
                 "where there is no key"
             )
         value = value[name]

@@ -20,7 +20,6 @@ from firstclaim.follow_up import FollowUp, Outbox
 from firstclaim.handler_options import NONE, Options, key_of
 from firstclaim.inbox.attempt import swallowed
 from firstclaim.inbox.calls import call_batch_handler, call_handler, call_task
-from firstclaim.inbox.claim import Claim
 from firstclaim.inbox.decisions import decision
 from firstclaim.inbox.handler_call import HandlerCall
 from firstclaim.inbox.step_timer import StepTimer
@@ -101,11 +100,12 @@ class Transaction:
         follow_up: FollowUp | None = None,
         *,
         attempt: int = 1,
-        deadline_seconds: float = DEADLINE_SECONDS,
+        deadline_seconds: float | None = None,
     ) -> str:
         """Call a task for what was enqueued for it, as the service would once it is due. Returns its action.
 
-        `follow_up`: one of `follow_ups`; None: the only one that was enqueued for this task. Raises `TypeError` for a
+        `follow_up`: one of `follow_ups`; None: the only one that was enqueued for this task. `deadline_seconds` and the
+        task's `key`: as those of a handler, see `deliver`. Raises `TypeError` for a
         function that is not declared with `@task`, `ValueError` if the follow-up is for another task, or if there is
         not exactly one, and what `deliver` raises.
         """
@@ -114,15 +114,17 @@ class Transaction:
             follow_up = self._only(handler)
         if follow_up.type != handler.pattern:
             raise ValueError(f"run: {follow_up.id} was enqueued for {follow_up.type}, and not for {handler.pattern}")
-        event = parse_row(Claim(follow_up.id, follow_up.type, attempt, 0, 0, follow_up.body, None))
+        event = parse_row(follow_up.id, follow_up.type, follow_up.body or b"")
         if not isinstance(event, TaskEvent):
             raise TypeError(f"run: {follow_up.id} is not a task's")
-        of_task = event
+        of_task, deadline = event, _deadline(handler.options, deadline_seconds)
+        if handler.options.key is not None:
+            key_of(handler.options.key, event)
 
         async def handle(call: HandlerCall, connection: HandlerConnection, outbox: Outbox) -> str:
-            return await call_task(call, of_task, attempt, connection, deadline_seconds, outbox)
+            return await call_task(call, of_task, attempt, connection, deadline, outbox)
 
-        return await self._call(handler, deadline_seconds, handle)
+        return await self._call(handler, deadline, handle)
 
     def _only(self, handler: Handler) -> FollowUp:
         found = [each for each in self.follow_ups if each.type == handler.pattern]

@@ -30,7 +30,6 @@ from firstclaim.postgres.handler_connections import HandlerConnections
 from firstclaim.postgres.places import Places
 from firstclaim.postgres.probe import Probe
 from firstclaim.rolled_back import (
-    DEADLINE_SECONDS,
     POSTGRES_SECONDS,
     XID,
     BatchFunction,
@@ -127,7 +126,7 @@ class SyncTransaction:
         follow_up: FollowUp | None = None,
         *,
         attempt: int = 1,
-        deadline_seconds: float = DEADLINE_SECONDS,
+        deadline_seconds: float | None = None,
     ) -> str:
         """As `Transaction.run`."""
         return self._loop.run(

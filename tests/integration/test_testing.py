@@ -11,7 +11,7 @@ from sqlalchemy import select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from firstclaim import BatchContext, Context, Event, Permanent, Retry, on
+from firstclaim import BatchContext, Context, Event, Permanent, Retry, TaskContext, on, task
 from firstclaim.errors import FirstclaimError, HandlerRuleBroken, LedgerUnavailable
 from firstclaim.inbox.handler_call import DeadlineExceeded
 from firstclaim.observability.frames import frames
@@ -272,6 +272,29 @@ async def test_the_options_of_a_handler_are_those_of_its_declaration(work: Trans
         await work.deliver(handle, EVENT)
     with pytest.raises(HandlerRuleBroken, match="has no such field"):
         await work.deliver(handle, make_event("charge.refunded"))
+
+
+async def test_the_options_of_a_task_are_those_of_its_declaration(work: Transaction) -> None:
+    """As those of a handler: its deadline, which a test can choose too, and a key that cannot be read."""
+
+    @task("hang", deadline=0.5)
+    async def hang(context: TaskContext) -> None:
+        await asyncio.Event().wait()
+
+    @task("keyed", key="custmer")
+    async def keyed(context: TaskContext) -> None: ...
+
+    async def enqueues(event: Event, context: Context) -> None:
+        context.enqueue("hang")
+        context.enqueue("keyed", {"customer": "cus_1"})
+
+    await work.deliver(enqueues, EVENT)
+    with pytest.raises(DeadlineExceeded, match=r"its deadline of 0\.5 s"):
+        await work.run(hang)
+    with pytest.raises(DeadlineExceeded, match=r"its deadline of 0\.05 s"):
+        await work.run(hang, deadline_seconds=0.05)
+    with pytest.raises(HandlerRuleBroken, match="payload of task:keyed has no such field"):
+        await work.run(keyed)
 
 
 async def test_a_handler_past_its_deadline_fails(work: Transaction) -> None:

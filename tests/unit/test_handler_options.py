@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 
-from firstclaim import Context, Event, on
+from firstclaim import Context, Event, TaskContext, on, task
 from firstclaim.backoff import Backoff
 from firstclaim.cli.serve import _handler_lines
 from firstclaim.errors import HandlerRuleBroken
 from firstclaim.event import parse_event
+from firstclaim.follow_up import TaskData
 from firstclaim.handler_options import NONE, checked, key_of, lock_number
+from firstclaim.inbox.task_event import parse_row
 from firstclaim.registry import handlers_of
 from firstclaim.server.check import Verdict
 from firstclaim.server.preflight import check_handlers
@@ -28,7 +30,7 @@ async def _slow_key(event: Event) -> str:
     [
         ({"key": ""}, r"key=''\): expected a path into data\.object"),
         ({"key": "a..b"}, "expected a path into data.object"),
-        ({"key": 3}, "expected a path into data.object, or a function of the event"),
+        ({"key": 3}, "expected a path, or a function of the event or payload"),
         ({"key": _slow_key}, "an async function cannot give a key"),
         ({"key": lambda: "x"}, "takes one argument, the event"),
         ({"slots": 0}, "expected a whole number from 1 to 500"),
@@ -112,12 +114,62 @@ def test_what_is_no_text_is_no_key(about: dict[str, Any]) -> None:
     assert "cus_1" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("key", "payload", "expected"),
+    [
+        ("customer", {"customer": "cus_1"}, "cus_1"),
+        ("shop.number", {"shop": {"number": 7}}, "7"),
+        ("customer", {"customer": None}, None),
+        (lambda payload: payload["customer"], {"customer": "cus_1"}, "cus_1"),
+        (lambda payload: payload, None, None),
+    ],
+)
+def test_the_key_of_a_payload(key: Any, payload: Any, expected: str | None) -> None:
+    """A path into what was enqueued for a task, or a function of it."""
+    body = TaskData(payload, "evt_1", "evt_1", None, False).body()
+    assert key_of(key, parse_row("task_1", "task:send", body)) == expected
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        ({}, r"payload of task:send has no such field"),
+        ("cus_1", r"payload of task:send has no such field"),
+        (None, r"no payload: it is null"),
+        ({"customer": 1.5}, r"payload\.customer gave float"),
+    ],
+)
+def test_a_payload_without_the_key_is_an_error(payload: Any, message: str) -> None:
+    """As for an event: it would lock nothing, and nobody would notice."""
+    with pytest.raises(HandlerRuleBroken, match=rf'key="customer": {message}'):
+        key_of("customer", parse_row("task_1", "task:send", TaskData(payload, "evt_1", "evt_1", None, False).body()))
+
+
+def test_a_task_has_the_options_of_a_handler() -> None:
+    """All of them, with the same checks, which name `@task`."""
+
+    @task("send", key="customer", slots=2, per_second=10, deadline=60, backoff=(1, 2), give_up=3600, priority=-1)
+    async def send(context: TaskContext) -> None: ...
+
+    [handler] = handlers_of(send)
+    assert handler.options.words == [
+        *("key customer", "slots 2", "per_second 10", "deadline 60 s", "backoff 1 to 2 s", "give_up 3600 s"),
+        "priority -1",
+    ]
+    with pytest.raises(ValueError, match=r"@task\(..., slots=0\): expected a whole number from 1 to"):
+        task("send", slots=0)
+    with pytest.raises(TypeError, match=r"@task\(..., slot=...\): no such option; did you mean slots\?"):
+        task("send", slot=1)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match='send is declared twice for "task:send", with different options'):
+        task("send", slots=1)(send)
+
+
 def test_a_path_that_does_not_exist_is_an_error() -> None:
     """A misspelt path would lock nothing; a thin event has no object at all."""
     event = parse_event(event_body("invoice.paid"))
     with pytest.raises(HandlerRuleBroken, match=r"data.object of invoice.paid has no such field"):
         key_of("custmer", event)
-    with pytest.raises(HandlerRuleBroken, match=r"a thin event has no data\.object"):
+    with pytest.raises(HandlerRuleBroken, match=r"no data\.object: a thin event has none"):
         key_of("customer", parse_event(event_body("v1.billing.meter.error_report_triggered")))
 
 
@@ -144,13 +196,16 @@ def test_the_checks_and_the_first_lines_of_serve_show_the_options(
 ) -> None:
     """Of each handler that has some, and a warning for one that limits nothing; nothing where there are none."""
     code = """
-        from firstclaim import on
+        from firstclaim import on, task
 
         @on("invoice.paid", slots=50, per_second=0.5, key="customer")
         async def act(event, context): ...
 
         @on("charge.refunded")
         async def refund(event, context): ...
+
+        @task("send", slots=2)
+        async def send(context): ...
         """
     (tmp_path / "limited_shop.py").write_text(textwrap.dedent(code))
     monkeypatch.syspath_prepend(tmp_path)
@@ -158,11 +213,12 @@ def test_the_checks_and_the_first_lines_of_serve_show_the_options(
     options = "key customer, slots 50, per_second 0.5"
     found = [(each.verdict, each.detail) for each in check_handlers(settings) if each.name == "limits"]
     assert found == [
-        (Verdict.OK, f"invoice.paid: {options}"),
+        (Verdict.OK, f"invoice.paid: {options}; task:send: slots 2"),
         (Verdict.WARN, "invoice.paid: slots=50 limits nothing: FIRSTCLAIM_HANDLER_SLOTS is 20"),
     ]
     assert list(_handler_lines(settings)) == [
         "charge.refunded limited_shop.refund",
         f"invoice.paid    limited_shop.act ({options})",
+        "task:send       limited_shop.send (slots 2)",
     ]
     assert [each.name for each in check_handlers(Settings())] == ["handlers"]

@@ -58,12 +58,19 @@ class Limited:
         self.backlog = backlog
         self.ready: deque[str] = deque()  # events whose key is free now
         self._rate = rate
+        self.takes_follow_ups = False
+        self._wakes = slots.wakes  # as of the last look
         self._opens_at: float | None = None  # the rate is used up until then, by the event loop's clock
 
     @property
     def is_full(self) -> bool:
         """Whether none of its events could begin now, by the handler's own limits."""
         return self._opens_at is not None or self.places.claimable <= 0
+
+    @property
+    def _is_woken(self) -> bool:
+        """Whether follow-ups were committed since the last look, which may be for these handlers."""
+        return self.takes_follow_ups and self._wakes != self.slots.wakes
 
     def refused(self, reason: str) -> Refused:
         """A delivery gets no place: recovery looks for its event, once it is recorded."""
@@ -81,8 +88,9 @@ class Limited:
             return None
         count = min(most, self.places.claimable)
         found = Look(self, list(ready[:count]), most=count)
-        if survey is None and (only_surveyed or not self.places.backlog):
+        if survey is None and (only_surveyed or not (self.places.backlog or self._is_woken)):
             return found if found.first else None  # no other event has come to wait since the last look
+        self._wakes = self.slots.wakes
         found.due = await self.backlog.look(count, survey, left_out=left_out)
         if survey is not None and survey.abandoned and self.slots.previously_abandoned_free:
             suspects = await self.backlog.look(1, survey, abandoned=True, left_out=left_out)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 from firstclaim import outcome
 from firstclaim.event import Event
+from firstclaim.follow_up import is_follow_up
 from firstclaim.handler_options import Options, key_of, lock_number
 from firstclaim.inbox.backlog import Backlog
 from firstclaim.inbox.claim import Claim
@@ -53,6 +54,8 @@ class Limits:
             rated = None if options.per_second is None else rate(handler.name, options.per_second)
             metrics = limit_metrics(handler.pattern)
             self._by_options[id(options)] = Limited(options, metrics, self._slots, backlog(), rated)
+        if options.limited and is_follow_up(handler.pattern):
+            self._by_options[id(options)].takes_follow_ups = True
 
     def of(self, handler: Handler | str) -> Limited | None:
         """The limits of this handler, if it has any."""

@@ -301,7 +301,7 @@ class Pipeline:
         if claim.body is None:
             return await self._kill(claim, place, "its payload has expired: it cannot be dispatched")
         try:
-            event = parse_row(claim)
+            event = parse_row(claim.event_id, claim.type, claim.body, claim.endpoint)
         except (FirstclaimError, ValueError) as error:  # accepted by a build with other rules
             return await self._kill(claim, place, f"its payload cannot be read: {error}")
         return await self._dispatch(claim, event, self._routes.find_for(claim.type, event), place)

@@ -94,6 +94,7 @@ class Slots:
         self.previously_abandoned = asyncio.Semaphore(1)
         self.backlog = False  # the last round of recovery left due events behind
         self.brief = False  # the handler that ended last had its slot for less than a second
+        self.wakes = 0  # how often follow-ups were committed that were due at once
         self.work = work or asyncio.Event()  # recovery has work before its next interval
         self._shares_work = work is not None
         self.hung: dict[str, asyncio.Future[Any]] = {}  # event id: the thread that ignores its deadline
@@ -122,6 +123,7 @@ class Slots:
 
     def wake(self) -> None:
         """Wake recovery: follow-ups that are due at once have been committed."""
+        self.wakes += 1
         self.work.set()
 
     @property

@@ -3,8 +3,8 @@
 Guarantees: it looks at the locks of Postgres and takes none, so it keeps no handler waiting.
 """
 
-from firstclaim.event import parse_event
 from firstclaim.handler_options import Key, key_of, lock_number
+from firstclaim.inbox.task_event import parse_row
 from firstclaim.operations.queries import EventRow
 from firstclaim.operations.search import LedgerSearch
 from firstclaim.postgres.statement import statement
@@ -28,7 +28,7 @@ async def key_is_held(ledger: LedgerSearch, event: EventRow, key: Key) -> bool |
     if (body := await ledger.payload(event.event_id)) is None:
         return None
     try:
-        value = key_of(key, parse_event(body, event.endpoint))
+        value = key_of(key, parse_row(event.event_id, event.type, body, event.endpoint))
     except Exception:  # noqa: BLE001  (a user's function may raise anything; the timeline has the failure)
         return None
     if value is None:
