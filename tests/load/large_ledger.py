@@ -2,23 +2,26 @@
 
 Two services of the same build on two databases of the same server: one ledger is filled, the other is empty.
 
-- Cost: both get the same rate of fresh events, in alternating rounds. Counted is the processor time that an event took
-  the worker, and that it took Postgres (its backends and its writers).
-- Prune: `firstclaim events prune` deletes a million payloads of the large ledger, beside the same rate of fresh events.
-  It is stopped and continued (SIGSTOP, SIGCONT) from round to round, so that rounds with and without it alternate.
+- Rate: both get fresh events in a closed loop, in alternating rounds.
+- Cost: both get the same rate of fresh events in an open loop, half of what the empty one takes in a closed loop, in
+  alternating rounds. Counted is the processor time that an event took the worker, and that it took Postgres (its
+  backends and its writers).
+- Prune: a million payloads of the large ledger are to be pruned, beside the same rate of fresh events. From round to
+  round the prune waits between two of its batches, so that rounds with and without it alternate.
 
 The rows came evenly within 395 days. Those of the last 89 days and those that are old enough to be pruned have a body,
-that of a template; the others had theirs pruned. The ids are random, which is the worst case: `tests/load/README.md`.
-Fifty million rows take 25 GB and half an hour; the database is dropped at the end.
+that of a template; the others had theirs pruned. Their ids rise with time, and so do those that are sent, as Stripe's
+do; `--ids random` is the worst case: `tests/load/README.md`. Fifty million rows take 25 GB and half an hour; the
+database is dropped at the end.
 """
 
 import argparse
-import signal
+import asyncio
 import statistics
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import asyncpg
@@ -26,18 +29,23 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from firstclaim.operations.commands import Commands
+from firstclaim.operations.limits import PRUNE_BUSY_PERCENT
+from firstclaim.operations.prune import Retention, prune
 from firstclaim.sending.events import marked_event
 from tests.acceptance.harness import Sandbox, Service
 from tests.fixtures import SECRET
-from tests.load.bench import PROBE, SHIPPED, execute, on_stores, served
+from tests.load.bench import execute, on_stores, served
 from tests.load.drain import processor_seconds
-from tests.load.driver import Driver, Ids
+from tests.load.driver import Driver, Ids, Kind, side_by_side
 from tests.load.open_loop import latencies
 from tests.stores import Stores
 
 _BATCH = 1_000_000
 _KEPT_DAYS, _PRUNED_DAYS, _OLDEST_DAYS = 89, 91, 395
 _PAYLOAD_DAYS = 90
+_TIMEOUT_SECONDS = 10.0
+_SHARE = 0.5  # of what the empty ledger takes in a closed loop
 _MARK = b"\xff" * 24
 
 _TYPES = "ARRAY['invoice.paid', 'invoice.payment_failed', 'customer.subscription.updated', 'charge.succeeded']"
@@ -48,20 +56,27 @@ _AGE = """
 (CASE WHEN n <= $3::int THEN n * $6::float8 / $3
       WHEN n <= $3 + $4::int THEN $7::float8 + (n - $3) * 4.0 / $4
       ELSE $7 + 4 + (n - $3 - $4) * ($8::float8 - $7 - 4) / greatest(1, $5::int - $3 - $4) END) * interval '1 day'"""
-_ID = "'evt_1' || left(md5(n::text), 24)"
-_FILL_ROWS = f"""
+# $9: the time of the fill. Rising ids are those of `Driver`: the time in units of 100 us.
+_AT = f"$9::timestamptz - {_AGE}"
+_ID = {
+    Ids.RANDOM: "left(md5(n::text), 24)",
+    Ids.RISING: "lpad(to_hex((extract(epoch FROM at) * 10000)::bigint), 24, '0')",
+}
+_FILL_ROWS = """
 INSERT INTO firstclaim.stripe_events
        (event_id, type, livemode, api_version, object_id, created_at, status, attempt, action, received_at, due_at,
         give_up_at, settled_at, claimed_at, claimed_by)
-SELECT {_ID}, ({_TYPES})[1 + n % 4], true, '2026-10-28.acacia', 'in_1' || left(md5('in' || n), 24), at, 'completed', 1,
-       'load_effect_recorded', at, at, at + interval '3 days', at + interval '20 milliseconds', at, 'web-7d9f-2xkqp:42'
-  FROM generate_series($1::int, $2::int) AS n, LATERAL (SELECT now() - {_AGE} AS at) AS received
+SELECT 'evt_1' || {id}, ({types})[1 + n % 4], true, '2026-10-28.acacia', 'in_1' || left(md5('in' || n), 24), at,
+       'completed', 1, 'load_effect_recorded', at, at, at + interval '3 days', at + interval '20 milliseconds', at,
+       'web-7d9f-2xkqp:42'
+  FROM generate_series($1::int, $2::int) AS n, LATERAL (SELECT {at} AS at) AS received
  ORDER BY n DESC
 """
-_FILL_PAYLOADS = f"""
+_FILL_PAYLOADS = """
 INSERT INTO firstclaim.stripe_event_payloads (event_id, body, received_at)
-SELECT {_ID}, convert_to(replace($9, $10, left(md5(n::text), 24)), 'UTF8'), now() - {_AGE}
-  FROM generate_series($1::int, $2::int) AS n
+SELECT 'evt_1' || id, convert_to(replace($10, $11, id), 'UTF8'), at
+  FROM generate_series($1::int, $2::int) AS n, LATERAL (SELECT {at} AS at) AS received,
+       LATERAL (SELECT {id} AS id) AS named
  ORDER BY n DESC
 """
 _TABLES = ("firstclaim.stripe_events", "firstclaim.stripe_event_payloads")
@@ -83,7 +98,7 @@ SELECT count(*) FROM load_effects FULL JOIN
 """
 
 
-async def fill(database_url: str, rows: int, kept: int, prunable: int) -> None:
+async def fill(database_url: str, rows: int, kept: int, prunable: int, ids: Ids) -> None:
     """Put so many settled events into an empty ledger; `kept` and `prunable` of them have a payload.
 
     The indexes are made at the end: into an index of random ids, rows go a hundred times slower.
@@ -95,12 +110,16 @@ async def fill(database_url: str, rows: int, kept: int, prunable: int) -> None:
             key = index["primary_key"]
             drop = f"DROP INDEX {index['name']}"
             await connection.execute(f"ALTER TABLE {index['table']} DROP CONSTRAINT {key}" if key else drop)
-        ages = (kept, prunable, rows, float(_KEPT_DAYS), float(_PRUNED_DAYS), float(_OLDEST_DAYS))
+        began_at = await connection.fetchval("SELECT now()")
+        ages = (kept, prunable, rows, float(_KEPT_DAYS), float(_PRUNED_DAYS), float(_OLDEST_DAYS), began_at)
+        names = {"types": _TYPES, "at": _AT, "id": _ID[ids]}
         for last in range(rows, 0, -_BATCH):  # the oldest first, as they would have come
-            await connection.execute(_FILL_ROWS, max(1, last - _BATCH + 1), last, *ages)
+            await connection.execute(_FILL_ROWS.format(**names), max(1, last - _BATCH + 1), last, *ages)
         body = marked_event("invoice.payment_failed", "evt_1", b"m" * 24).decode()
         for last in range(kept + prunable, 0, -_BATCH):
-            await connection.execute(_FILL_PAYLOADS, max(1, last - _BATCH + 1), last, *ages, body, "m" * 24)
+            await connection.execute(
+                _FILL_PAYLOADS.format(**names), max(1, last - _BATCH + 1), last, *ages, body, "m" * 24
+            )
         await connection.execute("SET maintenance_work_mem = '1GB'")
         for index in indexes:
             key = index["primary_key"]
@@ -119,12 +138,12 @@ class Side:
     def __init__(self, name: str, sandbox: Sandbox, service: Service, seconds: float, ids: Ids) -> None:
         self.name = name
         self._sandbox, self._service = sandbox, service
-        self._driver = Driver(service.url, SECRET, seconds, ids=ids)
+        self.driver = Driver(service.url, SECRET, seconds, ids=ids)
 
     async def live(self, per_second: float) -> tuple[list[float], float, float]:
         """One round of fresh events: latencies in ms; processor microseconds an event, of worker and Postgres."""
         worker, postgres = self._worker_seconds(), await self._postgres_seconds()
-        seen = await latencies(self._driver, per_second)
+        seen = await latencies(self.driver, per_second)
         worker = self._worker_seconds() - worker
         postgres = await self._postgres_seconds() - postgres
         return seen, worker / len(seen) * 1e6, postgres / len(seen) * 1e6
@@ -171,53 +190,51 @@ async def compare_costs(full: Side, empty: Side, rounds: int, per_second: float)
     return table
 
 
-@contextmanager
-def _pruning(environment: dict[str, str]) -> Iterator[psutil.Popen]:
-    """`firstclaim events prune`, stopped until it is continued; killed at the end if it has not ended."""
-    command = [sys.executable, "-m", "firstclaim", "events", "prune", "--payload-days", str(_PAYLOAD_DAYS)]
-    process = psutil.Popen(command, env=environment)
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGCONT)
-            process.kill()
-        process.wait()
+@dataclass(slots=True)
+class _Pruning:
+    """A prune that goes on only while `allowed`."""
+
+    sandbox: Sandbox
+    busy_percent: int
+    payloads: int = 0
+    allowed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def run(self) -> None:
+        async with Commands.connect(self.sandbox.database_url, _TIMEOUT_SECONDS) as commands:
+            await self.allowed.wait()
+            async for batch in prune(commands, "bench", Retention(_PAYLOAD_DAYS, 400), busy_percent=self.busy_percent):
+                self.payloads += batch.payloads
+                await self.allowed.wait()
 
 
-async def compare_prune(side: Side, sandbox: Sandbox, rounds: int, per_second: float) -> Table:
+async def compare_prune(side: Side, sandbox: Sandbox, rounds: int, per_second: float, busy_percent: int) -> Table:
     """Fresh events into the large ledger, in rounds with a prune beside them and without, by turns."""
-    table = Table("round", title=f"Beside a prune, {per_second:,.0f} fresh events a second")
+    table = Table("round", title=f"Beside a prune ({busy_percent}%), {per_second:,.0f} fresh events a second")
     for column in ("p50 ms", "p99 ms", "without: p50", "p99", "ratio of p99", "payloads pruned", "a second"):
         table.add_column(column, justify="right")
     ratios: list[float] = []
-    with _pruning(sandbox.environment({**SHIPPED, "handlers": PROBE})) as process:
-        process.suspend()
-        for turn in range(rounds):
-            quiet, _, _ = await side.live(per_second)
-            before, began = await _deleted(sandbox), time.monotonic()
-            process.resume()
-            busy, _, _ = await side.live(per_second)
-            ended = process.poll() is not None
-            if not ended:
-                process.suspend()
-            seconds, pruned = time.monotonic() - began, await _deleted(sandbox) - before
-            ratios.append(_quantile(busy, 0.99) / _quantile(quiet, 0.99))
-            figures = [_quantile(waits, at) for waits in (busy, quiet) for at in (0.5, 0.99)]
-            shown = [f"{each:.1f}" for each in figures]
-            table.add_row(str(turn + 1), *shown, f"{ratios[-1]:.2f}", f"{pruned:,}", f"{pruned / seconds:,.0f}")
-            if ended:
-                break
+    pruning = _Pruning(sandbox, busy_percent)
+    task = asyncio.create_task(pruning.run())
+    for turn in range(rounds):
+        waits: dict[bool, list[float]] = {}
+        for beside in (True, False) if turn % 2 else (False, True):
+            before, began = pruning.payloads, time.monotonic()
+            if beside:
+                pruning.allowed.set()
+            waits[beside], _, _ = await side.live(per_second)
+            pruning.allowed.clear()
+            if beside:
+                seconds, pruned = time.monotonic() - began, pruning.payloads - before
+        if task.done():  # there was no more to prune
+            break
+        ratios.append(_quantile(waits[True], 0.99) / _quantile(waits[False], 0.99))
+        shown = [f"{_quantile(waits[beside], at):.1f}" for beside in (True, False) for at in (0.5, 0.99)]
+        table.add_row(str(turn + 1), *shown, f"{ratios[-1]:.2f}", f"{pruned:,}", f"{pruned / seconds:,.0f}")
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
     table.add_row("median", "", "", "", "", f"{statistics.median(ratios):.2f}", "", "")
     return table
-
-
-async def _deleted(sandbox: Sandbox) -> int:
-    """The payloads that were deleted so far, as Postgres counts: a second late at most."""
-    [row] = await sandbox.fetch(
-        "SELECT n_tup_del FROM pg_stat_all_tables WHERE relid = 'firstclaim.stripe_event_payloads'::regclass"
-    )
-    return int(row[0])
 
 
 async def _check_and_empty(sandbox: Sandbox, began_at: object) -> None:
@@ -236,12 +253,13 @@ def main() -> None:
     parser.add_argument("--prunable", type=int, default=1_000_000, help="rows whose payload is to be pruned")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=10, help="of one round")
-    parser.add_argument("--rate", type=float, default=150, help="fresh events a second")
-    parser.add_argument("--ids", type=Ids, choices=[*Ids], default=Ids.RANDOM, help="of the events that are sent")
+    parser.add_argument("--rate", type=float, help="fresh events a second, instead of half of what is possible")
+    parser.add_argument("--busy-percent", type=int, default=PRUNE_BUSY_PERCENT, help="of the prune")
+    parser.add_argument("--ids", type=Ids, choices=[*Ids], default=Ids.RISING, help="of the events")
     asked = parser.parse_args()
 
     async def fill_ledger(sandbox: Sandbox) -> None:
-        await fill(sandbox.database_url, asked.rows, asked.kept, asked.prunable)
+        await fill(sandbox.database_url, asked.rows, asked.kept, asked.prunable, asked.ids)
 
     async def run(stores: Stores, folder: Path) -> None:
         async with served(stores, folder, prepare=fill_ledger) as full, served(stores, folder) as empty:
@@ -251,12 +269,15 @@ def main() -> None:
 
 
 async def measure(full: tuple[Sandbox, Service], empty: tuple[Sandbox, Service], asked: argparse.Namespace) -> None:
-    """Both comparisons, on ledgers that are ready."""
+    """All comparisons, on ledgers that are ready."""
     large = Side(f"{asked.rows:,} rows", *full, asked.seconds, asked.ids)
     small = Side("empty", *empty, asked.seconds, asked.ids)
     [row] = await full[0].fetch("SELECT clock_timestamp() AS now")
-    Console().print(await compare_costs(large, small, asked.rounds, asked.rate))
-    Console().print(await compare_prune(large, full[0], asked.rounds, asked.rate))
+    drivers = {side.name: side.driver for side in (large, small)}
+    Console().print(side_by_side(drivers, [Kind.FRESH], asked.rounds))
+    rate = asked.rate or _SHARE * small.driver.run(Kind.FRESH).per_second
+    Console().print(await compare_costs(large, small, asked.rounds, rate))
+    Console().print(await compare_prune(large, full[0], asked.rounds, rate, asked.busy_percent))
     for sandbox, _ in (full, empty):
         await _check_and_empty(sandbox, row["now"])
 
