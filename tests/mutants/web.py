@@ -111,7 +111,7 @@ MUTANTS = (
         "recovery-forgets-the-endpoint",
         "A handler that recovery starts sees the name of the endpoint that received the event.",
         "parse_row",
-        "parse_event(body, claim.endpoint)",
+        "parse_event(body, endpoint)",
         "parse_event(body)",
         "integration/test_endpoints.py::test_recovery_knows_the_endpoint[invoice.payment_failed]",
     ),
