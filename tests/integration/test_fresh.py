@@ -318,10 +318,11 @@ async def test_a_shutdown_while_stripe_is_waited_for(process: World, api: Stripe
 
     async def ask() -> None:
         asked.set()
-        await asyncio.Event().wait()
 
     api.on_request = ask
-    work = asyncio.create_task(process.pipeline.deliver(paid(api)))
+    given = paid(api)
+    api.responses.append(FROZEN)
+    work = asyncio.create_task(process.pipeline.deliver(given))
     await asked.wait()
     await process.pipeline.drain(0)
     work.cancel()
