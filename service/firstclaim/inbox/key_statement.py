@@ -19,6 +19,6 @@ SELECT held.*, pg_try_advisory_xact_lock(CAST(${len(HOLD.names) + 1} AS bigint))
 # `:seconds` at most. What has failed meanwhile, in another process, waits for its backoff, like any other event.
 READY = statement("""
 SELECT event_id, type FROM firstclaim.stripe_events
- WHERE event_id = ANY(:event_ids) AND status IN ('pending', 'failed')
+ WHERE event_id = ANY(:event_ids) AND status || '' IN ('pending', 'failed')
    AND due_at <= clock_timestamp() + make_interval(secs => CASE status WHEN 'pending' THEN :seconds ELSE 0 END)
 """)

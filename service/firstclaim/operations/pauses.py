@@ -18,7 +18,7 @@ from firstclaim.registry import covers
 _PAUSED = statement("SELECT pattern, operator, paused_at FROM firstclaim.operator_pauses ORDER BY paused_at, pattern")
 _PENDING_TYPES = statement("""
 SELECT type, count(*) AS events FROM firstclaim.stripe_events
- WHERE event_id = ANY(CAST(:event_ids AS text[])) AND status = 'pending' GROUP BY type
+ WHERE event_id = ANY(CAST(:event_ids AS text[])) AND status || '' = 'pending' GROUP BY type
 """)
 _PAUSE = statement("""
 INSERT INTO firstclaim.operator_pauses (pattern, operator, paused_at) VALUES (:pattern, :operator, clock_timestamp())
