@@ -10,10 +10,13 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
@@ -21,6 +24,7 @@ import pytest
 import redis
 from pydantic import SecretStr
 
+from firstclaim.embedded import data_folder
 from firstclaim.embedded import processes as embedded_processes
 from firstclaim.embedded.data_folder import running_database, servers, stored_secret
 from firstclaim.errors import ConfigurationError, OperatorError
@@ -221,6 +225,26 @@ def test_a_second_service_is_refused(used: Settings) -> None:
             pytest.fail("two owners of one data folder")
         for part in (str(used.data_dir), f"process {os.getpid()}", "Stop", "FIRSTCLAIM_DATA_DIR"):
             assert part in str(refusal.value)
+
+
+def test_a_service_waits_for_a_command_to_end(used: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a service, a command runs the servers for a moment: a service that starts then is not refused."""
+    waited = threading.Event()
+
+    def sleep(seconds: float) -> None:
+        waited.set()
+        time.sleep(seconds)
+
+    def serve() -> bool:
+        with servers(used) as filled:
+            return both_answer(filled)
+
+    monkeypatch.setattr(data_folder, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    with ThreadPoolExecutor(1) as pool:
+        with servers(used, share=True):
+            serving = pool.submit(serve)
+            assert waited.wait(DEADLINE_SECONDS)
+        assert serving.result(DEADLINE_SECONDS)
 
 
 def test_sharing_waits_for_a_service_that_is_starting_and_stops_nothing(used: Settings) -> None:

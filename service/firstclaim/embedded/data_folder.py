@@ -22,7 +22,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import structlog
 from pydantic import SecretStr
@@ -68,8 +68,8 @@ def servers(settings: Settings, *, share: bool = False) -> Iterator[Settings]:
                 addresses = _start_servers(data, programs, stack)
                 if "database_url" in programs and not settings.stripe_webhook_secrets:
                     _store_secret(settings)
-                _write_lock(lock, addresses)
-                stack.callback(_write_lock, lock, {})
+                _write_lock(lock, addresses, is_command=share)
+                stack.callback(_write_lock, lock, {}, is_command=share)
         except OSError as error:
             raise OperatorError(
                 f"The embedded servers cannot use {error.filename or settings.data_dir}: {error.strerror} "
@@ -106,11 +106,13 @@ def running_database(settings: Settings) -> str | None:
     """The address of the Postgres that a service runs on this data folder right now, or None. Starts nothing."""
     try:
         with _open_lock(settings.data_dir, create=False) as lock:
-            if not (addresses := _read_lock(lock)[1]):
+            holder = _read_lock(lock)
+            if holder is None or not holder.addresses:
                 return None
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # succeeds if the addresses are those of a killed service
-    except BlockingIOError:
-        return addresses.get("database_url")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # succeeds if the addresses are of a killed service
+            except BlockingIOError:
+                return holder.addresses.get("database_url")
     except OSError:
         return None
     return None
@@ -168,43 +170,53 @@ def _open_lock(data: Path, *, create: bool = True) -> IO[str]:
     return os.fdopen(os.open(data / "lock", flags, 0o600), "r+")
 
 
-def _write_lock(lock: IO[str], addresses: dict[str, str]) -> None:
-    """Write our pid and the addresses. Commands that share the servers wait until there are addresses."""
+class _Holder(NamedTuple):
+    """What the process that holds the lock has written: others share its servers as soon as it has addresses."""
+
+    pid: int
+    addresses: dict[str, str]
+    is_command: bool
+
+
+def _write_lock(lock: IO[str], addresses: dict[str, str], *, is_command: bool) -> None:
     lock.seek(0)
     lock.truncate()
-    lock.write(json.dumps({"pid": os.getpid(), "addresses": addresses}))
+    lock.write(json.dumps(_Holder(os.getpid(), addresses, is_command)._asdict()))
     lock.flush()
 
 
-def _read_lock(lock: IO[str]) -> tuple[object, dict[str, str]]:
+def _read_lock(lock: IO[str]) -> _Holder | None:
+    """None between the truncate and the write of the process that holds the lock."""
     lock.seek(0)
     try:
         content = json.loads(lock.read())
-    except ValueError:  # Empty, between the truncate and the write of the process that holds the lock.
-        return "(unknown)", {}
-    return content["pid"], content["addresses"]
+    except ValueError:
+        return None
+    return _Holder(content["pid"], content["addresses"], content.get("is_command", False))
 
 
 def _lock_or_share(lock: IO[str], data: Path, missing: Collection[str], *, share: bool) -> dict[str, str] | None:
-    """None if we hold the lock now, else the addresses of the servers of the process that holds it."""
+    """None if we hold the lock now, else the addresses of the servers of the process that holds it.
+
+    A command holds it for a moment, where no service runs: a service that starts beside one waits for its end.
+    """
     deadline = time.monotonic() + START_SECONDS
     while True:
-        try:
+        with suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid, addresses = _read_lock(lock)
-        else:
-            _write_lock(lock, {})
+            _write_lock(lock, {}, is_command=share)
             return None
-        busy = f"The data folder {data} is in use by process {pid}"
-        if not share:
+        holder = _read_lock(lock)
+        busy = f"The data folder {data} is in use by process {holder.pid if holder else '(unknown)'}"
+        if holder and not share and not holder.is_command:
             raise OperatorError(f"{busy}. Stop that process, or set FIRSTCLAIM_DATA_DIR to another folder.")
-        if addresses:
-            if absent := [name.upper() for name in missing if name not in addresses]:
+        if holder and share and holder.addresses:
+            if absent := [name.upper() for name in missing if name not in holder.addresses]:
                 raise OperatorError(f"{busy}, which has {' and '.join(absent)} set. Set the same here.")
-            return addresses
+            return holder.addresses
         if time.monotonic() > deadline:
-            raise OperatorError(f"{busy}, whose servers are not ready after {START_SECONDS} s. Stop that process.")
+            waited_for = "whose servers are not ready" if share else "a command that has not ended"
+            raise OperatorError(f"{busy}, {waited_for} after {START_SECONDS} s. Stop that process.")
         time.sleep(POLL_SECONDS)
 
 
