@@ -32,7 +32,7 @@ _BY_CLASS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
     ((ssl.SSLError,), "TLS failed: check sslmode and the certificates in DATABASE_URL"),
     (
         (TimeoutError,),
-        "no answer in time: check the host in DATABASE_URL, the network and the server's load; "
+        "no answer in time: check the server's load, and the network and the host if DATABASE_URL is set; "
         "FIRSTCLAIM_POSTGRES_TIMEOUT_SECONDS is the limit",
     ),
     (
