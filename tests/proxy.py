@@ -82,7 +82,7 @@ class Proxy:
         self.port: int = self._holder.getsockname()[1]
         self._listener: socket.socket | None = None
         self._fillers: list[socket.socket] = []
-        self._serving: set[asyncio.Task[None]] = set()
+        self._serving: dict[asyncio.Task[None], int] = {}  # and the client's port
         self._changed = asyncio.Event()
 
     async def __aenter__(self) -> Self:
@@ -98,6 +98,11 @@ class Proxy:
     def connections(self) -> int:
         """The number of connected clients."""
         return len(self._serving)
+
+    @property
+    def client_ports(self) -> set[int]:
+        """The port of each connected client."""
+        return set(self._serving.values())
 
     def switch(self, mode: Mode) -> None:
         """Change the mode, at once."""
@@ -150,11 +155,11 @@ class Proxy:
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(BlockingIOError, ConnectionError):  # the client has closed it already
-            client, _ = listener.accept()
+            client, (_, port) = listener.accept()
             client.setblocking(False)
             task = asyncio.create_task(self._serve(client))
-            self._serving.add(task)
-            task.add_done_callback(self._serving.discard)
+            self._serving[task] = port
+            task.add_done_callback(self._serving.pop)
             task.add_done_callback(lambda _: client.close())  # also if it was cut before the task ran
 
     async def _serve(self, client: socket.socket) -> None:

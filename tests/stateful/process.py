@@ -16,6 +16,7 @@ from enum import Enum, auto
 from functools import partial
 from typing import Any, Protocol
 
+import asyncpg
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
 
@@ -215,6 +216,19 @@ class Process:
         at_rest = len(self.world.pipeline._work.tasks) == len(held) + calls and len(held) == len(self.runs)
         return at_rest and self.busy <= {run.caller for run in held}
 
+    @property
+    def knows_its_connections(self) -> bool:
+        """Whether it knows which of its connections are lost, and that Postgres answers. True if it is frozen or away.
+
+        Until then its next statement may be sent on a lost connection, or be refused at once.
+        """
+        if self.state is not State.AWAKE or "postgres" in self.away:
+            return True
+        components, open_ports = self.world.components, self.postgres.client_ports
+        free = [*components.ingest._free, *(each.driver for each in components.handler_connections._free)]
+        noticed = all(each.is_closed() or _port(each) in open_ports for each in free)
+        return noticed and not components.probe.doubted and not components.probe.unreachable
+
     async def _handle(self, event: Event, context: Context) -> str:
         run = Run(event.id, context.attempt, _caller.get())
         self.runs.append(run)
@@ -276,3 +290,9 @@ class Process:
             for run in runs:
                 self.observer.breaks(run, plan)
             await context.connection.execute(text("COMMIT"))
+
+
+def _port(connection: asyncpg.Connection) -> int:
+    """Our end's port."""
+    port: int = connection._transport.get_extra_info("sockname")[1]  # type: ignore[attr-defined]
+    return port

@@ -74,9 +74,10 @@ class Steps(RuleBasedStateMachine):
         kind, status = expected(wanted, before, key, epoch=epoch, plan=plan, capacity=capacity)
         self.arm(number, fault)
         self.begin_deliveries([(process, event_id)])
-        kinds = [answer.outcome.kind for answer in self.settle(plan) if answer.event_id == event_id]
+        outcomes = [answer.outcome for answer in self.settle(plan) if answer.event_id == event_id]
+        kinds = [outcome.kind for outcome in outcomes]
         if known:
-            self.check(kinds == ([] if kind is None else [kind]), f"{event_id}: {kinds}, not {kind}; {before} {key}")
+            self.check(kinds == ([] if kind is None else [kind]), f"{event_id}: {outcomes}, not {kind}; {before} {key}")
             self._compare(event_id, before, kind, status)
 
     def _compare(self, event_id: str, before: Row | None, kind: Kind | None, status: Status | None) -> None:
