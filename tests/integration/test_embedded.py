@@ -23,6 +23,7 @@ import asyncpg
 import pytest
 import redis
 from pydantic import SecretStr
+from structlog.testing import capture_logs
 
 from firstclaim.embedded import data_folder
 from firstclaim.embedded import processes as embedded_processes
@@ -80,9 +81,12 @@ def fresh(folder: Path) -> Settings:
 
 @pytest.fixture(scope="module")
 def used() -> Iterator[Settings]:
-    """One data folder for all tests that need no new cluster: each leaves it as after a stop or a kill."""
+    """One data folder for all tests that need no new cluster: each finds it as after a stop or a kill."""
     with new_folder() as path:
-        yield Settings(data_dir=path / "data")
+        settings = Settings(data_dir=path / "data")
+        with servers(settings):
+            pass
+        yield settings
 
 
 @contextmanager
@@ -228,7 +232,10 @@ def test_a_second_service_is_refused(used: Settings) -> None:
 
 
 def test_a_service_waits_for_a_command_to_end(used: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a service, a command runs the servers for a moment: a service that starts then is not refused."""
+    """Without a service, a command runs the servers for a moment: a service that starts then is not refused.
+
+    It says once that it waits, and for which process.
+    """
     waited = threading.Event()
 
     def sleep(seconds: float) -> None:
@@ -240,11 +247,14 @@ def test_a_service_waits_for_a_command_to_end(used: Settings, monkeypatch: pytes
             return both_answer(filled)
 
     monkeypatch.setattr(data_folder, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
-    with ThreadPoolExecutor(1) as pool:
+    monkeypatch.setattr(data_folder, "_TOLD_SECONDS", -1.0)
+    with ThreadPoolExecutor(1) as pool, capture_logs() as logs:
         with servers(used, share=True):
             serving = pool.submit(serve)
             assert waited.wait(DEADLINE_SECONDS)
         assert serving.result(DEADLINE_SECONDS)
+    [told] = [each for each in logs if each["event"] == "waiting_for_command"]
+    assert (told["pid"], told["data_dir"]) == (os.getpid(), str(used.data_dir))
 
 
 def test_sharing_waits_for_a_service_that_is_starting_and_stops_nothing(used: Settings) -> None:

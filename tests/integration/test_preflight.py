@@ -18,6 +18,7 @@ from firstclaim.server.preflight import check_notify, check_postgres
 from firstclaim.server.redis_check import _key_at, check_redis
 from firstclaim.settings import Settings
 from tests.notice_receiver import receiving_notices
+from tests.proxy import before_postgres
 from tests.stores import Stores, redis_user
 
 # The checks call functions by their bare names, and this database's search_path names `public` first.
@@ -113,6 +114,26 @@ async def checked(database_url: str, pretend: str, **changes: Any) -> dict[str, 
         database_url=SecretStr(database_url), stripe_webhook_secrets=(SecretStr("whsec_test"),), **changes
     )
     return {check.name: check async for check in check_postgres(settings)}
+
+
+async def test_a_server_that_falls_silent_at_the_start_is_asked_again(database_url: str) -> None:
+    """A connection that is lost in the middle of the checks ends no start: they are made again, from the first on."""
+    async with before_postgres(database_url) as (proxy, url):
+        met: list[bytes] = []
+
+        def cut_first(chunk: bytes) -> None:
+            if b"pg_is_in_recovery" in chunk and not met:
+                met.append(chunk)
+                proxy.cut()
+
+        proxy.on_sent = cut_first
+        settings = Settings(database_url=SecretStr(url), stripe_webhook_secrets=(SecretStr("whsec_test"),))
+        [fault] = [check async for check in check_postgres(settings)]
+        assert (fault.verdict, "failed during the checks" in fault.detail) == (Verdict.FAIL, True)
+        met.clear()
+        found = [check async for check in check_postgres(settings, wait=True)]
+    assert met
+    assert Verdict.FAIL not in {check.verdict for check in found}
 
 
 # -- connections --------------------------------------------------------------------------------------

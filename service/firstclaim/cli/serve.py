@@ -79,7 +79,7 @@ def serve(
             if migrate or settings.embedded_database:
                 raise_if_fatal([check for check in checks if check.name != "schema"])
                 migrate_schema(ready)
-                checks = asyncio.run(all_checks(ready))
+                checks = asyncio.run(all_checks(ready, wait=True))
             raise_if_fatal(checks)
             _print_addresses(settings, ready, listener)
             print_checks([check for check in checks if check.verdict is not Verdict.OK])

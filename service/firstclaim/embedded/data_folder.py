@@ -40,6 +40,7 @@ from firstclaim.embedded.processes import (
 from firstclaim.errors import ConfigurationError, OperatorError
 from firstclaim.settings import Settings
 
+_TOLD_SECONDS = 1.0  # a service that waits longer for a command says so
 _SOCKET_PATH_MOST_BYTES = 103  # macOS takes 103, Linux 107.
 
 log = structlog.get_logger(__name__)
@@ -200,7 +201,7 @@ def _lock_or_share(lock: IO[str], data: Path, missing: Collection[str], *, share
 
     A command holds it for a moment, where no service runs: a service that starts beside one waits for its end.
     """
-    deadline = time.monotonic() + START_SECONDS
+    began, told = time.monotonic(), False
     while True:
         with suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -214,7 +215,11 @@ def _lock_or_share(lock: IO[str], data: Path, missing: Collection[str], *, share
             if absent := [name.upper() for name in missing if name not in holder.addresses]:
                 raise OperatorError(f"{busy}, which has {' and '.join(absent)} set. Set the same here.")
             return holder.addresses
-        if time.monotonic() > deadline:
+        waited_seconds = time.monotonic() - began
+        if waited_seconds > _TOLD_SECONDS and not (share or told):
+            told = True
+            log.info("waiting_for_command", pid=holder.pid if holder else None, data_dir=str(data))
+        if waited_seconds > START_SECONDS:
             waited_for = "whose servers are not ready" if share else "a command that has not ended"
             raise OperatorError(f"{busy}, {waited_for} after {START_SECONDS} s. Stop that process.")
         time.sleep(POLL_SECONDS)

@@ -30,8 +30,8 @@ from firstclaim.server.schema_checks import check_schema
 from firstclaim.settings import Settings
 from firstclaim.urls.notify import shown
 
-_CONNECT_ATTEMPTS = 20  # half a second apart, for a database that is starting at the same time
-_CONNECT_PAUSE_SECONDS = 0.5
+_ATTEMPTS = 20  # half a second apart, for a database that is starting at the same time
+_PAUSE_SECONDS = 0.5
 _MIN_POSTGRES = 140000
 # The read that answers a duplicate by the ledger runs this function, so that it waits for the synchronous standby.
 _MAY_EMIT = """
@@ -126,39 +126,43 @@ def check_files(settings: Settings) -> list[Check]:
 
 
 async def check_postgres(settings: Settings, *, wait: bool = False) -> AsyncIterator[Check]:
-    """Check the version, the pooler, that it is writable, durability, the schema and the connection limit."""
+    """Check the version, the pooler, that it is writable, durability, the schema and the connection limit.
+
+    `wait`: if it cannot be reached, or falls silent, all is tried again for a while: it may be starting just now.
+    """
+    for left in reversed(range(_ATTEMPTS if wait else 1)):
+        try:
+            found = await _check_postgres_once(settings)
+        except LedgerRefused as error:
+            yield fail("postgres", error.explained, exit_code=error.exit_code)
+            return
+        except LedgerUnavailable as error:
+            if left:
+                await asyncio.sleep(_PAUSE_SECONDS)
+                continue
+            yield fail("postgres", str(error))
+            return
+        for check in found:
+            yield check
+        return
+
+
+async def _check_postgres_once(settings: Settings) -> list[Check]:
     dsn = settings.database_url.get_secret_value() if settings.database_url else ""
     try:
-        connection = await _connect(dsn, settings, wait=wait)
-    except LedgerRefused as error:
-        yield fail("postgres", error.explained, exit_code=error.exit_code)
-        return
-    except LedgerUnavailable as error:
-        yield fail("postgres", f"cannot connect: {error}")
-        return
+        connection = await connect(dsn, settings.postgres_timeout_seconds, PinnedConnection, statement_cache_size=0)
+    except asyncpg.PostgresError as error:
+        # With the server's message, which holds no password.
+        raise LedgerUnavailable(f"cannot connect: {in_one_line(error)} ({explain(error, _NO_ADVICE)})") from error
+    except UNAVAILABLE as error:
+        raise LedgerUnavailable(f"cannot connect: {explain(error)}") from error
     try:
-        async for check in _inspect_postgres(connection, dsn, settings):
-            yield check
+        connection.schema = settings.schema_name
+        return [check async for check in _inspect_postgres(connection, dsn, settings)]
     except (*UNAVAILABLE, LedgerUnavailable) as error:
-        yield fail("postgres", f"failed during the checks: {describe(error)}")
+        raise LedgerUnavailable(f"failed during the checks: {describe(error)}") from error
     finally:
         connection.terminate()
-
-
-async def _connect(dsn: str, settings: Settings, *, wait: bool) -> PinnedConnection:
-    for attempt in range(_CONNECT_ATTEMPTS if wait else 1):
-        if attempt:
-            await asyncio.sleep(_CONNECT_PAUSE_SECONDS)
-        try:
-            connection = await connect(dsn, settings.postgres_timeout_seconds, PinnedConnection, statement_cache_size=0)
-            connection.schema = settings.schema_name
-            return connection
-        except asyncpg.PostgresError as error:
-            # With the server's message, which holds no password.
-            failure = f"{in_one_line(error)} ({explain(error, _NO_ADVICE)})"
-        except UNAVAILABLE as error:
-            failure = explain(error)
-    raise LedgerUnavailable(failure)
 
 
 async def _inspect_postgres(connection: PinnedConnection, dsn: str, settings: Settings) -> AsyncIterator[Check]:
