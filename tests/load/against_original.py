@@ -1,12 +1,14 @@
 """`python -m tests.load.against_original`: its figures, against the function that this service grew out of.
 
-Four receivers take turns, and only the one that is measured has any load:
+Five receivers take turns, and only the one that is measured has any load:
 
 - `original`: that function on Node, from `tests/load/original`. npm installs its packages into a folder that is
   deleted at the end.
 - `one at a time`: this service, with an ordinary handler that does what the shipped one does.
 - `batch`: this service as it is shipped, whose handler takes a batch.
-- `verify only`: a receiver that verifies and parses, and stores nothing; for `completed`, where nothing is to be done.
+- `verify only`: an endpoint that verifies and parses, and stores nothing, as an application would write it: Starlette
+  on uvicorn, with the check of stripe-python; for `completed`, where nothing is to be done.
+- `verify only, our check`: the same with the signature check, the parser and the HTTP of this service.
 
 Each has one process, and a database of its own on the same servers. A ratio is that of two rounds which followed each
 other; printed is the median. At the end the databases of this service are checked for effects that do not agree with
@@ -75,25 +77,31 @@ def main() -> None:
         async with AsyncExitStack() as stack:
             stack.enter_context(contextlib.redirect_stdout(io.StringIO()))  # the output of servers that end
             original = await stack.enter_async_context(_original(stores, folder, asked.seconds))
-            ceiling = await stack.enter_async_context(_verify_only(folder, asked.seconds))
+            checks = {"verify only": ["--stripe"], "verify only, our check": []}
+            ceilings = [
+                await stack.enter_async_context(_verify_only(folder, asked.seconds, name, *options))
+                for name, options in checks.items()
+            ]
             ours = []
             for name, handlers in (("one at a time", _TWIN), ("batch", _SHIPPED)):
                 _, service = await stack.enter_async_context(served(stores, folder, handlers, _PAYMENT_FAILURES))
                 driver = Driver(service.url, SECRET, asked.seconds)
                 ours.append(Receiver(name, driver, psutil.Process(service.pid)))
-            table = _compare(original, ceiling, ours, asked.load or [*Kind], asked.rounds)
+            table = _compare(original, ceilings, ours, asked.load or [*Kind], asked.rounds)
         Console().print(table)
 
     on_stores(run)
 
 
-def _compare(original: Receiver, ceiling: Receiver, ours: list[Receiver], kinds: list[Kind], rounds: int) -> Table:
+def _compare(
+    original: Receiver, ceilings: list[Receiver], ours: list[Receiver], kinds: list[Kind], rounds: int
+) -> Table:
     table = Table("load", "receiver")
     for column in ("requests/s", "processor us each", "ratio to the first"):
         table.add_column(column, justify="right")
     for kind in kinds:
-        base = ceiling if kind is Kind.COMPLETED else original
-        receivers = [base, *ours]
+        base, *others = ceilings if kind is Kind.COMPLETED else [original]
+        receivers = [base, *others, *ours]
         for receiver in receivers:
             receiver.driver.run(kind)  # warm, and not counted
         seen = [
@@ -135,12 +143,12 @@ async def _original(stores: Stores, folder: Path, seconds: float) -> AsyncIterat
 
 
 @asynccontextmanager
-async def _verify_only(folder: Path, seconds: float) -> AsyncIterator[Receiver]:
-    command = (sys.executable, "-m", "tests.load.ceiling", "--port", "0", "--secret", SECRET)
+async def _verify_only(folder: Path, seconds: float, name: str, *options: str) -> AsyncIterator[Receiver]:
+    command = (sys.executable, "-m", "tests.load.ceiling", "--port", "0", "--secret", SECRET, *options)
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": PYTHON_PATH}
     async with server_process(folder, environment, *command) as server:
         driver = Driver(f"{await server.origin()}/webhooks/stripe", SECRET, seconds)
-        yield Receiver("verify only", driver, psutil.Process(server.process.pid))
+        yield Receiver(name, driver, psutil.Process(server.process.pid))
 
 
 if __name__ == "__main__":
