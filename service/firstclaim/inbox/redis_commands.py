@@ -38,6 +38,8 @@ class RedisCommands(asyncio.Protocol):
         # their round trips to Postgres too.
         self._answered: list[tuple[asyncio.Future[Any], Any]] = []
         self._transport: asyncio.Transport | None = None
+        # The event loop of the transport. (Up to Python 3.11, `get_running_loop` costs a system call.)
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._replies = _reader()
@@ -58,10 +60,11 @@ class RedisCommands(asyncio.Protocol):
         Raises `ResponseError` for an error reply, and another `RedisError`, `OSError`, `TimeoutError` or `ValueError`
         if there is no reply.
         """
-        reply: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        loop = self._loop or asyncio.get_running_loop()
+        reply: asyncio.Future[Any] = loop.create_future()
         self._waiting.append((command, reply))
         if len(self._waiting) == 1:  # those of the same turn of the event loop go together
-            reply.get_loop().call_soon(self._send)
+            loop.call_soon(self._send)
         return reply
 
     def disconnect(self, error: BaseException) -> None:
@@ -80,13 +83,12 @@ class RedisCommands(asyncio.Protocol):
         """Send what is waiting, unless replies are awaited: then it goes with the next batch."""
         if self._sent or self._connecting is not None or not self._waiting:
             return
-        loop = asyncio.get_running_loop()
-        if self._transport is None:
-            self._connecting = loop.create_task(self._connect())
+        if self._transport is None or self._loop is None:
+            self._connecting = asyncio.create_task(self._connect())
             return
         batch = [self._waiting.popleft() for _ in range(min(self._max_batch, len(self._waiting)))]
         self._sent.extend(reply for _, reply in batch)
-        self._timer = loop.call_later(self._timeout_seconds, self._fail, TimeoutError())
+        self._timer = self._loop.call_later(self._timeout_seconds, self._fail, TimeoutError())
         self._transport.write(b"".join([command for command, _ in batch]))
 
     async def _connect(self) -> None:
@@ -98,7 +100,7 @@ class RedisCommands(asyncio.Protocol):
             await connection.connect()  # type: ignore[no-untyped-call]
             transport = cast(asyncio.Transport, cast(asyncio.StreamWriter, connection._writer).transport)  # noqa: SLF001
             transport.set_protocol(self)
-            self._transport, self._replies = transport, _reader()
+            self._transport, self._loop, self._replies = transport, asyncio.get_running_loop(), _reader()
         except Exception as error:  # noqa: BLE001  (raised to every caller)
             self._fail(error)
         finally:
@@ -108,7 +110,7 @@ class RedisCommands(asyncio.Protocol):
     def _fail(self, error: BaseException) -> None:
         """Close the connection, and raise `error` to all callers."""
         self._clear_timer()
-        transport, self._transport = self._transport, None
+        transport, self._transport, self._loop = self._transport, None, None
         if transport is not None:
             transport.abort()
         failed = [*self._sent, *(reply for _, reply in self._waiting)]

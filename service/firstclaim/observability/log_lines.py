@@ -14,6 +14,7 @@ import os
 import select
 import threading
 from collections import deque
+from threading import get_ident
 from typing import TextIO
 
 _GATHER_SECONDS = 0.01
@@ -26,6 +27,7 @@ class LogLines:
         self._stream = stream
         self._gathered: deque[str] = deque()  # its operations are atomic: a thread may log at any time
         self._flushed_by: asyncio.AbstractEventLoop | None = None  # it has a timer that will write the lines
+        self._flushed_in = 0  # the thread of that loop
         self._new_lock()
         # The child would write the same lines again, and would wait for a thread that it does not have.
         os.register_at_fork(before=self.flush, after_in_child=self._new_lock)
@@ -36,14 +38,16 @@ class LogLines:
     def gather(self, line: str) -> None:
         """Write `line` within 10 ms; without a running event loop, at once."""
         self._gathered.append(f"{line}\n")
+        # Before `get_running_loop`, which up to Python 3.11 costs a system call.
+        if self._flushed_by is not None and self._flushed_in == get_ident() and self._flushed_by.is_running():
+            return
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:
             self.flush()
             return
-        if loop is not self._flushed_by:
-            self._flushed_by = loop
-            loop.call_later(_GATHER_SECONDS, self.flush)
+        self._flushed_by, self._flushed_in = loop, get_ident()
+        loop.call_later(_GATHER_SECONDS, self.flush)
 
     def write(self, text: str) -> None:
         """Add `text`, to be written by the next `flush`."""
