@@ -25,9 +25,9 @@ format:
 # The long run: the rest of the acceptance suite, the fault matrix, the browser, the model, the mutants
 long: acceptance alone mutants
 
-# Real processes, real servers broken on purpose, the model and the browser, in four lanes
+# Real processes, real servers broken on purpose, the model and the browser, in six lanes
 acceptance *arguments:
-    {{bin}}/python -m pytest -n 4 --dist worksteal -m '(acceptance or chaos or model or browser) and not alone' {{arguments}}
+    {{bin}}/python -m pytest -n 6 --dist worksteal -m '(acceptance or chaos or model or browser) and not alone' {{arguments}}
 
 # Those of them that measure time, one after the other
 alone *arguments:
