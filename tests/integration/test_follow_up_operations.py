@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from firstclaim import Context, Event, TaskContext, on, task
 from firstclaim.cli.commands import app
 from firstclaim.operations import pauses
+from firstclaim.operations import prune as prune_module
 from firstclaim.operations.commands import Commands
 from firstclaim.operations.prune import Retention, count_prunable, prune
 from firstclaim.operations.search import LedgerSearch
@@ -139,12 +140,33 @@ async def test_a_follow_up_is_kept_as_long_as_its_event(world: World) -> None:
         assert (await count_prunable(operations, Retention(90, 90)))[1] == 0
         assert await _pruned(operations) == 0
         await world.change(event_id, settled_at=-100 * DAY, received_at=-102 * DAY)
-        for left in (3, 2, 1):  # the event, then the handler's row, then the task
-            assert await operations.find(task_id) is not None, left
-            assert await _pruned(operations) >= 1
-            if await operations.find(task_id) is None:
-                break
+        assert (await count_prunable(operations, Retention(90, 90)))[1] == await _pruned(operations) == 3
         assert await operations.find(task_id) is None
+
+
+# What is left of a chain in which each row has enqueued the next two, by the row that is too young.
+@pytest.mark.parametrize(("young", "left"), [(None, 0), (1, 31), (2, 15), (4, 7)])
+async def test_a_prune_deletes_all_generations(
+    world: World, monkeypatch: pytest.MonkeyPatch, young: int | None, left: int
+) -> None:
+    """One run takes each row that is old enough, with its follow-ups and theirs; what has a parent, stays."""
+    monkeypatch.setattr(prune_module, "BATCH", 3)
+    await world.database.execute(
+        """
+        INSERT INTO firstclaim.stripe_events
+               (event_id, type, livemode, created_at, status, attempt, received_at, due_at, give_up_at, settled_at,
+                parent_id)
+        SELECT 'evt_' || n, 'task:loop', true, now(), 'completed', 1, at, at, at,
+               CASE n WHEN $1 THEN now() ELSE at END, CASE WHEN n > 1 THEN 'evt_' || n / 2 END
+          FROM generate_series(1, 31) AS n, LATERAL (SELECT now() - interval '100 days' + n * interval '1 s') AS t (at)
+        """,
+        young,
+    )
+    async with Commands.connect(world.url, CONNECT_SECONDS) as operations:
+        assert (await count_prunable(operations, Retention(90, 90)))[1] == 31 - left
+        assert await _pruned(operations) == 31 - left
+        assert (await count_prunable(operations, Retention(90, 90)))[1] == 0
+    assert await world.database.fetchval("SELECT count(*) FROM firstclaim.stripe_events") == left
 
 
 async def _pruned(operations: Commands) -> int:

@@ -14,7 +14,7 @@ Each batch is a transaction of its own, of some milliseconds, and skips rows tha
 lock. Between batches the run rests, so that deliveries have the server for most of the time: `pace.py`.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -35,6 +35,7 @@ _OPEN_FILES_MOST = 50  # days; by the index they come one after the other, from 
 
 PAYLOADS_INDEX = "stripe_event_payloads_received"
 _ROWS_INDEX = "stripe_events_received"
+_PARENTS_INDEX = "stripe_events_parent"
 _HAS_INDEX = statement("""
 SELECT EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
                 WHERE i.indrelid IN (CAST('firstclaim.stripe_events' AS regclass),
@@ -59,10 +60,15 @@ _NEXT = {
     SELECT event_id, received_at FROM firstclaim.{table}
      WHERE event_id > :after
      ORDER BY event_id LIMIT :limit""",
+    "follow-ups": """
+    SELECT event_id, received_at FROM firstclaim.{table}
+     WHERE parent_id = ANY(:parents) AND event_id > :after
+     ORDER BY event_id LIMIT :limit""",
 }
 # Of these, what is old enough since it was settled.
 _PRUNABLE = f"""e.status = ANY(:statuses) AND e.settled_at < {_CUTOFF} AND {IN_GROUP}"""
-# A follow-up is kept as long as the row that wrote it: a replay of that one would write it again, and run it again.
+# A follow-up is kept as long as the row that wrote it: a replay of that one would write it again, and run it again. A
+# statement does not see what it deletes itself, so each generation is deleted by one of its own.
 _WITHOUT_PARENT = """(e.parent_id IS NULL OR NOT EXISTS (
            SELECT FROM firstclaim.stripe_events parent WHERE parent.event_id = e.parent_id))"""
 
@@ -105,6 +111,7 @@ SELECT event_id AS after, received_at AS after_at, (SELECT array_agg(event_id) F
   FROM looked ORDER BY {"received_at DESC, " if order == "old" else ""}event_id DESC LIMIT 1
 """)
         for order, look in _NEXT.items()
+        if order != "follow-ups" or table == "stripe_events"
     }
 
 
@@ -130,7 +137,15 @@ SELECT count(*) AS events FROM firstclaim.stripe_event_payloads p JOIN firstclai
  WHERE (p.received_at < {_CUTOFF} OR p.received_at IS NULL) AND {_PRUNABLE}
 """),
     "rows": statement(f"""
-SELECT count(*) AS events FROM firstclaim.stripe_events e
+WITH RECURSIVE follow_ups AS (
+    SELECT event_id FROM firstclaim.stripe_events e
+     WHERE e.parent_id IS NOT NULL AND {_PRUNABLE} AND e.parent_id IN (
+           SELECT e.event_id FROM firstclaim.stripe_events e WHERE {_PRUNABLE} AND {_WITHOUT_PARENT})
+    UNION ALL
+    SELECT e.event_id FROM follow_ups JOIN firstclaim.stripe_events e ON e.parent_id = follow_ups.event_id
+     WHERE {_PRUNABLE}
+)
+SELECT count(*) + (SELECT count(*) FROM follow_ups) AS events FROM firstclaim.stripe_events e
  WHERE e.received_at < {_CUTOFF} AND {_PRUNABLE} AND {_WITHOUT_PARENT}
 """),
 }
@@ -215,20 +230,29 @@ class _Prune:
         self._pace = pace
 
     async def rows(self, *, kept: bool = False) -> AsyncIterator[Pruned]:
-        """Delete rows, with their payloads. `kept`: only rows that have none."""
-        async for ids in self._walk(_PRUNE_ROWS, _ROWS_INDEX, self._retention.row_days, keep_payloads=kept):
-            yield Pruned(rows=len(ids))
+        """Delete rows, with their payloads, each with its follow-ups. `kept`: only rows that have no payload."""
+        days = self._retention.row_days
+        with_follow_ups = await self._has(_PARENTS_INDEX)  # without it, each batch would read the whole ledger
+        async for ids in self._walk(_PRUNE_ROWS, await self._orders(_ROWS_INDEX), days, keep_payloads=kept):
+            deleted = [ids]
+            while deleted:
+                parents = deleted.pop()
+                yield Pruned(rows=len(parents))
+                if with_follow_ups:
+                    then = self._walk(_PRUNE_ROWS, ["follow-ups"], days, keep_payloads=kept, parents=parents)
+                    deleted += [ids async for ids in then]
 
     async def payloads(self) -> AsyncIterator[Pruned]:
         """Delete payloads."""
-        async for ids in self._walk(_PRUNE_PAYLOADS, PAYLOADS_INDEX, self._retention.payload_days):
+        orders = await self._orders(PAYLOADS_INDEX)
+        async for ids in self._walk(_PRUNE_PAYLOADS, orders, self._retention.payload_days):
             yield Pruned(payloads=len(ids))
 
     async def stored_payloads(self, storage: Storage) -> AsyncIterator[Pruned]:
         """Store payloads, also of rows that are deleted soon, and delete them."""
         days = min(self._retention.payload_days, self._retention.row_days)
         files: dict[date, ArchiveFile] = {}
-        async for ids in self._walk(_TO_ARCHIVE, PAYLOADS_INDEX, days):
+        async for ids in self._walk(_TO_ARCHIVE, await self._orders(PAYLOADS_INDEX), days):
             async for event in self._events(ids):
                 day = archive.day_of(event)
                 file = files.setdefault(day, ArchiveFile())
@@ -255,12 +279,19 @@ class _Prune:
             deleted += len(await self._fetch(_PRUNE_STORED, event_ids=batch, **self._retention.parameters(days)))
         return Pruned(payloads=deleted, archived=len(file.ids))
 
+    async def _has(self, index: str) -> bool:
+        [row] = await self._fetch(_HAS_INDEX, name=index)
+        return bool(row["found"])
+
+    async def _orders(self, index: str) -> Sequence[str]:
+        """In which orders a walk looks at all events that can be old enough. `index`: of their times."""
+        return ("old", "undated") if await self._has(index) else ("all",)
+
     async def _walk(
-        self, statements: dict[str, Statement], index: str, days: int, **values: object
+        self, statements: dict[str, Statement], orders: Sequence[str], days: int, **values: object
     ) -> AsyncIterator[list[str]]:
-        """Look at all events that can be old enough; yields the ids that each statement has deleted or found."""
-        [indexed] = await self._fetch(_HAS_INDEX, name=index)
-        for order in ("old", "undated") if indexed["found"] else ("all",):
+        """Look at events in these orders; yields the ids that each statement has deleted or found."""
+        for order in orders:
             place: dict[str, Any] = {"after": "", "after_at": None}
             while True:
                 rows = await self._fetch(
