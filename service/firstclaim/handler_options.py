@@ -230,7 +230,7 @@ def key_of(key: Key, event: Event[Any]) -> str | None:
         value = _at(key, event, "payload" if of_task else "data.object")
         given = f'key="{key}": {"payload" if of_task else "data.object"}.{key}'
     else:
-        value = key(event.data["object"] if of_task else event)
+        value = _called(key, event.data["object"] if of_task else event)
         given = "the key's function"
     if value is None or (isinstance(value, str) and 0 < len(value) <= _KEY_MOST_CHARACTERS):
         return value
@@ -238,6 +238,19 @@ def key_of(key: Key, event: Event[Any]) -> str | None:
     raise HandlerRuleBroken(
         f"{given} gave {shown}; expected a text of 1 to {_KEY_MOST_CHARACTERS} characters, or None for no key"
     )
+
+
+def _called(key: Callable[[Any], object], given: object) -> object:
+    """What a key's function returns. Raises what it raises, and `HandlerRuleBroken` for what would end the process.
+
+    It is called before the event is recorded: each retry of Stripe's would end another process, uncharged.
+    """
+    try:
+        return key(given)
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise HandlerRuleBroken(f"the key's function raised {type(error).__name__}") from error
 
 
 def _at(path: str, event: Event[Any], root: str) -> object:

@@ -165,10 +165,20 @@ def _raises(event: Event) -> str | None:
     raise LookupError("no such customer")
 
 
+def _exits(event: Event) -> str | None:
+    raise SystemExit(3)
+
+
+def _is_cancelled(event: Event) -> str | None:
+    raise asyncio.CancelledError
+
+
 @pytest.mark.parametrize(
     ("key", "error"),
     [
         (_raises, "LookupError"),
+        (_exits, "the key's function raised SystemExit"),
+        (_is_cancelled, "the key's function raised CancelledError"),
         (lambda _: 7, "the key's function gave int; expected a text of 1 to 1000 characters, or None for no key"),
         (lambda _: "", "the key's function gave a text of 0 characters; expected"),
         ("custmer", 'key="custmer": data.object of customer.subscription.updated has no such field; write a function'),
