@@ -28,6 +28,8 @@ _INT_MOST_BITS = 14_284  # 4,300 digits: the most that Python reads
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,99}")
 _HANDLER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:\-]{0,199}")
+# What a handler is called that was given no name: its module and its qualified name.
+_DEFAULT_NAME = re.compile(r"[\w\-]+(\.([\w\-]+|<locals>|<lambda>))+")
 _OBJECT = "firstclaim.task"
 _HAS_ENDED = "this handler has ended: nothing more can be enqueued in its transaction"
 
@@ -112,6 +114,14 @@ def is_task_name(name: object) -> bool:
 def is_handler_name(name: object) -> bool:
     """Whether a handler may be given this name."""
     return isinstance(name, str) and _HANDLER_NAME.fullmatch(name) is not None
+
+
+def names_follow_ups(row_type: str) -> bool:
+    """Whether rows can have this type: that of a task or handler which can be declared, by its name."""
+    kind, colon, name = row_type.partition(":")
+    if kind + colon == TASK:
+        return is_task_name(name)
+    return kind + colon == HANDLER and (is_handler_name(name) or _DEFAULT_NAME.fullmatch(name) is not None)
 
 
 def follow_up_id(parent_id: str, row_type: str, number: object) -> str:

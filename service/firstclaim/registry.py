@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack, cast
 
 from firstclaim.context import outbox_of
 from firstclaim.errors import ConfigurationError
-from firstclaim.follow_up import HANDLER, TASK, is_follow_up, is_handler_name
+from firstclaim.follow_up import HANDLER, TASK, is_follow_up, is_handler_name, names_follow_ups
 from firstclaim.handler_options import NONE, HandlerOptions, Options, checked
 from firstclaim.observability.frames import place
 from firstclaim.observability.redaction import redacted_error
@@ -36,8 +36,7 @@ _PATTERN = re.compile(r"\*|[A-Za-z0-9_\[\]\-]+(\.[A-Za-z0-9_\[\]\-]+)*(\.\*)?")
 # Annotations of the first parameter, as they are written.
 _ONE_EVENT = re.compile(r"['\"]?([\w.]+\.)?Event\b")
 _LIST = re.compile(r"['\"]?([\w.]+\.)?([Ll]ist|Sequence)\[")
-# The type of follow-ups, or of some: `task:send_receipt`, `handler:crm`, `task:*`.
-_FOLLOW_UPS = re.compile(rf"({TASK}|{HANDLER})([!-)+-~]{{1,250}}|\*)")
+_ALL_FOLLOW_UPS = (f"{TASK}*", f"{HANDLER}*")
 _NAME_RULE = "expected letters, digits, _, ., : and -, 200 characters at most"
 _DECLARED = "__firstclaim_handlers__"
 _DECLARE = "declare_handlers"
@@ -210,8 +209,11 @@ def _declare(module: ModuleType, settings: "Settings | None") -> list[str]:
 
 
 def is_pattern(text: str) -> bool:
-    """Whether it is an event type, `prefix.*` or `*`, or says which follow-ups: `task:name`, `handler:name`."""
-    return (_PATTERN.fullmatch(text) or _FOLLOW_UPS.fullmatch(text)) is not None
+    """Whether it is an event type, `prefix.*` or `*`, or says which follow-ups: `task:name`, `handler:name`, `task:*`.
+
+    A name is one that can be declared: a pattern that covers nothing would seem to pause something.
+    """
+    return _PATTERN.fullmatch(text) is not None or text in _ALL_FOLLOW_UPS or names_follow_ups(text)
 
 
 def covers(pattern: str, event_type: str) -> bool:

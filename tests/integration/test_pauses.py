@@ -147,3 +147,13 @@ async def test_a_round_of_recovery_learns_of_a_pause(running: World) -> None:
         await pauses.pause(operations, OPERATOR, SINGLE)
     await running.components.recovery._round()
     assert running.components.pauses.cover(SINGLE)
+
+
+async def test_the_end_of_a_pause_is_about_its_own_events_alone(running: World) -> None:
+    """A comma separates nothing in the pattern of a pause. (`handler:bad,handler:good` was accepted as one.)"""
+    await running.state_of(delivery("evt_never_paused", SINGLE), Status.FAILED)
+    await running.change("evt_never_paused", give_up_at=DAY)
+    assert await paused(running, f"{OTHER},{SINGLE}")
+    assert (await running.pipeline.deliver(delivery(type=SINGLE))).kind is Kind.PROCESSED
+    assert await resumed(running, f"{OTHER},{SINGLE}") == 0
+    assert (await running.row("evt_never_paused"))["give_up_in"] == pytest.approx(DAY, abs=60)

@@ -256,6 +256,18 @@ def test_types_that_no_pause_can_have(run: Run, command: str, types: str) -> Non
     assert_refused(run(command, types), "expected an event type", "prefix.*")
 
 
+@pytest.mark.parametrize("types", ["handler:bad,handler:good", "handler:bad;", "task:a:b", "task:", "handler:n*"])
+def test_names_that_no_follow_up_can_have(run: Run, types: str) -> None:
+    """A pause of a name that cannot be declared would pause nothing, without a word."""
+    assert_refused(run("pause", types), "expected an event type", "handler:name", types)
+
+
+def test_several_types_in_one_pause(run: Run) -> None:
+    """Filters take several with commas between, a pause does not: it says so."""
+    for types in ("handler:bad,handler:good", "invoice.paid,charge.*"):
+        assert_refused(run("pause", types), "expected an event type", "call the command once for each")
+
+
 def test_reconcile_for_an_unknown_endpoint(run: Run) -> None:
     """`reconcile` under a name that no secret has: exit 2, before Stripe or Postgres is asked."""
     stores = {"DATABASE_URL": "postgresql://nobody@127.0.0.1:9/x", "REDIS_URL": "redis://127.0.0.1:9"}

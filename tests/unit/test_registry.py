@@ -17,7 +17,7 @@ from firstclaim.context import BatchContext, Context, TaskContext
 from firstclaim.errors import ConfigurationError, HandlerRuleBroken
 from firstclaim.event import Event, parse_event
 from firstclaim.follow_up import Outbox
-from firstclaim.registry import Handler, Registry, covers, on
+from firstclaim.registry import Handler, Registry, covers, is_pattern, on
 from firstclaim.tasks import task
 from tests.fixtures import event_body
 
@@ -565,3 +565,38 @@ def test_what_a_pattern_covers(pattern: str, event_type: str, covered: bool) -> 
     assert covers(pattern, event_type) is covered
     if not event_type.endswith("*"):
         assert (Registry([Handler(pattern, print)]).find(event_type) is not None) is covered
+
+
+@pytest.mark.parametrize(
+    "name", ["crm", "crm:two", "_x", "a.b-c", "n" * 200, "n" * 201, "bad,good", "bad;", "", "-a", "n*"]
+)
+def test_a_handler_is_paused_by_the_names_that_it_may_have(name: str) -> None:
+    """`handler:` takes exactly what `name=` takes: what it took beyond that was a pause of nothing."""
+    try:
+        on("invoice.paid", name=name)
+        declared = True
+    except ValueError:
+        declared = False
+    assert is_pattern(f"handler:{name}") is declared
+
+
+@pytest.mark.parametrize("name", ["charge", "a.b-c", "n" * 100, "n" * 101, "a:b", "bad,good", "bad;", "", ".a", "n*"])
+def test_a_task_is_paused_by_the_names_that_it_may_have(name: str) -> None:
+    """`task:` takes exactly what `@task` takes."""
+    try:
+        task(name)
+        declared = True
+    except ValueError:
+        declared = False
+    assert is_pattern(f"task:{name}") is declared
+
+
+def test_a_handler_without_a_name_is_paused_by_its_function() -> None:
+    """The name that a function gives it is no worse, also of a function in another one or of a lambda."""
+
+    async def act(event: Event, context: Context) -> None: ...
+
+    for function in (handler, act, lambda event, context: None):
+        assert is_pattern(f"handler:{Handler('a', function).name}")
+    assert "<locals>" in Handler("a", act).name
+    assert all(map(is_pattern, ("task:*", "handler:*")))

@@ -44,6 +44,18 @@ def storable(text: str) -> str:
     return text
 
 
+def pattern_of_types(text: str) -> str:
+    """The text, if it is one pattern of types. Raises a usage error."""
+    from firstclaim.registry import is_pattern
+
+    if not (is_storable(text) and is_pattern(text)):
+        one = " (one pattern: call the command once for each)" if "," in text else ""
+        raise typer.BadParameter(
+            f'expected an event type, "prefix.*", "*", "task:name" or "handler:name", not {text!r:.80}{one}'
+        )
+    return text
+
+
 def endpoint_filter(text: str) -> str:
     """The name of an endpoint, as `Selection` takes it. Raises a usage error."""
     return "" if text == "-" else storable(text)

@@ -6,13 +6,14 @@ migrated.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from firstclaim.cli.environment import database, operator, run_on_ledger
-from firstclaim.cli.options import AsJson
+from firstclaim.cli.options import AsJson, pattern_of_types, storable
 from firstclaim.cli.terminal import fail, print_field, print_json, print_text, reported
 from firstclaim.formatting import ago, number_of
 from firstclaim.status import Status
@@ -21,23 +22,18 @@ if TYPE_CHECKING:
     from firstclaim.operations.commands import Commands
 
 
-def _pattern(text: str) -> str:
-    """The pattern, if it is one. Raises a usage error."""
-    from firstclaim.registry import is_pattern
-
-    if not is_pattern(text):
-        raise typer.BadParameter(
-            f'expected an event type, "prefix.*", "*", "task:name" or "handler:name", not {text!r:.80}'
-        )
-    return text
+# An event's type, or what was accepted for follow-ups before it had to be a name: such a pause must end like any other.
+_STORED = re.compile(r"[A-Za-z0-9_.\[\]\-]+|(task|handler):[!-)+-~]+")
 
 
-Pattern = Annotated[
-    str,
-    typer.Argument(
-        parser=_pattern, metavar="TYPES", help='An event type, "prefix.*", "task:name", "handler:name", or "*" for all.'
-    ),
-]
+def _resumable(text: str) -> str:
+    """The text, if there can be such a pause: a handler that raises `Pause` pauses any type. Raises a usage error."""
+    return storable(text) if _STORED.fullmatch(text) else pattern_of_types(text)
+
+
+_HELP = 'An event type, "prefix.*", "task:name", "handler:name", or "*" for all.'
+Pattern = Annotated[str, typer.Argument(parser=pattern_of_types, metavar="TYPES", help=_HELP)]
+PausedPattern = Annotated[str, typer.Argument(parser=_resumable, metavar="TYPES", help=_HELP)]
 
 
 def pause(types: Pattern) -> None:
@@ -62,7 +58,7 @@ def pause(types: Pattern) -> None:
         print_text(f"paused {types}; {number_of(processing, 'event is', 'events are')} being handled right now")
 
 
-def resume(types: Pattern) -> None:
+def resume(types: PausedPattern) -> None:
     """Dispatch events of these types again. Those that have waited have their whole time to give up again.
 
     Exit code 1 if exactly these types are not paused: `firstclaim pauses` lists what is.
@@ -75,6 +71,7 @@ def resume(types: Pattern) -> None:
             lambda operations: pauses.resume(operations, operator(), types, give_up_seconds=settings.give_up_seconds),
         )
         if waited is None:
+            pattern_of_types(types)
             fail(f"{types} is not paused", 1)
         print_text(f"resumed {types}; {number_of(waited, 'event has', 'events have')} waited")
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from firstclaim.operations.commands import BATCH, Commands, OperatorAction
-from firstclaim.operations.selection import Selection
+from firstclaim.operations.selection import like
 from firstclaim.postgres.statement import statement
 from firstclaim.registry import covers
 
@@ -90,7 +90,7 @@ async def resume(operations: Commands, operator: str, pattern: str, *, give_up_s
     action = OperatorAction(operator, "resume", pattern)
     async with operations.audited(action):
         [row] = await operations.fetch(_UNTIL, give_up_in=give_up_seconds)
-        types = Selection(type=pattern).parameters()["types"]
+        types = [like(pattern)]
         while rows := await operations.fetch(_PROLONG, until=row["until"], types=types, limit=BATCH):
             action.changed += len(rows)
         await operations.fetch(_RESUME, pattern=pattern)

@@ -91,7 +91,7 @@ class Selection:
         return {
             "event_ids": self.event_ids,
             "statuses": self.statuses,
-            "types": None if self.type is None else [_like(each.strip()) for each in self.type.split(",")],
+            "types": None if self.type is None else [like(each.strip()) for each in self.type.split(",")],
             "account": self.account,
             "endpoint": self.endpoint,
             "older": self.older_than_seconds,
@@ -103,7 +103,7 @@ class Selection:
         }
 
 
-def _like(pattern: str) -> str:
-    """A type, `prefix.*`, `task:*`, `handler:*` or `*`, as a pattern of LIKE."""
+def like(pattern: str) -> str:
+    """One type, `prefix.*`, `task:*`, `handler:*` or `*`, as a pattern of LIKE."""
     escaped = pattern.replace("\\", "\\\\").replace("_", "\\_").replace("%", "\\%")
     return escaped[:-1] + "%" if escaped == "*" or escaped.endswith((".*", ":*")) else escaped
