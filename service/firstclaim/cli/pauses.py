@@ -20,6 +20,7 @@ from firstclaim.status import Status
 
 if TYPE_CHECKING:
     from firstclaim.operations.commands import Commands
+    from firstclaim.operations.pauses import Pause
 
 
 # An event's type, or what was accepted for follow-ups before it had to be a name: such a pause must end like any other.
@@ -65,15 +66,32 @@ def resume(types: PausedPattern) -> None:
     """
     from firstclaim.operations import pauses
 
+    async def work(operations: Commands) -> tuple[int | None, list[Pause]]:
+        waited = await pauses.resume(operations, operator(), types, give_up_seconds=settings.give_up_seconds)
+        return waited, await pauses.covering(operations, types)
+
     with reported(), database() as settings:
-        waited = run_on_ledger(
-            settings,
-            lambda operations: pauses.resume(operations, operator(), types, give_up_seconds=settings.give_up_seconds),
-        )
+        waited, others = run_on_ledger(settings, work)
         if waited is None:
             pattern_of_types(types)
-            fail(f"{types} is not paused", 1)
+            fail(
+                f"{types} has no pause of its own, and is {_paused_by(others)}" if others else f"{types} is not paused",
+                1,
+            )
         print_text(f"resumed {types}; {number_of(waited, 'event has', 'events have')} waited")
+        if others:
+            print_text(f"{types} is still {_paused_by(others)}")
+
+
+def _paused_by(pauses: list[Pause]) -> str:
+    return f"paused by {' and '.join(each.pattern for each in pauses)}: to end that, {resume_commands(pauses)}"
+
+
+def resume_commands(pauses: list[Pause]) -> str:
+    """What an operator types to end these pauses."""
+    import shlex
+
+    return " and ".join(f"firstclaim resume {shlex.quote(each.pattern)}" for each in pauses)
 
 
 def list_pauses(as_json: AsJson = False) -> None:

@@ -75,6 +75,11 @@ async def paused_pending(operations: Commands, event_ids: Sequence[str]) -> Paus
     return await paused_among(operations, {row["type"]: row["events"] for row in rows})
 
 
+async def covering(operations: Commands, pattern: str) -> list[Pause]:
+    """The pauses that cover all types of this pattern, the oldest first."""
+    return [each for each in await paused(operations) if covers(each.pattern, pattern)]
+
+
 async def pause(operations: Commands, operator: str, pattern: str) -> bool:
     """Pause the types of `pattern`: a type, `prefix.*` or `*`. False: exactly this pattern was paused already."""
     action = OperatorAction(operator, "pause", pattern)
