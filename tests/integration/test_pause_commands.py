@@ -1,4 +1,4 @@
-"""What `firstclaim pause` and `resume` say about pauses, beside a process that obeys them."""
+"""What `firstclaim pause`, `resume` and `events replay` say about pauses, beside a process that obeys them."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 from firstclaim.cli.commands import app
 from firstclaim.operations import pauses
 from firstclaim.operations.commands import Commands
+from firstclaim.status import Status
 from tests.integration.conftest import MakeWorld
-from tests.integration.world import World, effect
+from tests.integration.world import World, delivery, effect, until
 from tests.operator import CONNECT_SECONDS, OPERATOR
 from tests.pages import logging_as_served
 
@@ -59,3 +60,50 @@ async def test_an_old_pause_is_resumed(world: World) -> None:
     await paused(world, "handler:bad,handler:good")
     assert "0 events have waited" in await command("resume", "handler:bad,handler:good")
     assert "call the command once for each" in await command("resume", "handler:bad,handler:good", code=2)
+
+
+@pytest.mark.parametrize("wait", [[], ["--wait"]])
+async def test_a_replay_of_what_is_paused(world: World, wait: list[str]) -> None:
+    """It says what waits, for which pause, and how to end that; with --wait it ends, and not all were completed."""
+    for event_id, event_type in (("evt_held", PAID), ("evt_done", REFUNDED)):
+        await world.state_of(delivery(event_id, event_type), Status.DEAD)
+    await paused(world, "invoice.*", "task:*")
+    dry = await command("events", "replay", "--status", "dead", "--type", f"{PAID},{REFUNDED}", "--dry-run")
+    held = f"1 event will wait, because its type is paused: invoice.*, by {OPERATOR}, now"
+    assert held in dry
+    assert "task:*" not in dry
+    said = await command("events", "replay", "evt_held", "--count", "1", *wait, code=1 if wait else 0)
+    assert held in said
+    assert f"1 event waits, because its type is paused: invoice.*, by {OPERATOR}" in said
+    assert "To end that: firstclaim resume 'invoice.*'" in said
+    assert "due now" not in said
+    assert ("1 pending" in said.splitlines()) is bool(wait)
+
+
+async def test_a_replay_beside_what_is_paused(world: World) -> None:
+    """What no pause holds is due, and only that."""
+    for event_id, event_type in (("evt_held", PAID), ("evt_due", REFUNDED)):
+        await world.state_of(delivery(event_id, event_type), Status.DEAD)
+    await paused(world, PAID)
+    said = await command("events", "replay", "evt_held", "evt_due", "--count", "2")
+    assert "1 event is due now" in said
+    assert "1 event waits" in said
+
+
+async def test_a_replay_waits_for_what_is_handled(world: World) -> None:
+    """A claimed event goes on in a pause: --wait waits for it, and ends when it has ended."""
+    for event_id, event_type in (("evt_held", PAID), ("evt_runs", REFUNDED)):
+        await world.state_of(delivery(event_id, event_type), Status.DEAD)
+    await paused(world, PAID)
+    waiting = asyncio.create_task(command("events", "replay", "evt_held", "evt_runs", "--count", "2", "--wait", code=1))
+
+    async def replayed() -> bool:
+        return await world.status("evt_runs") is Status.PENDING
+
+    await until(replayed)
+    await world.settle("evt_runs", Status.PROCESSING)
+    done, _ = await asyncio.wait([waiting], timeout=1.5)
+    assert not done
+    await world.settle("evt_runs", Status.COMPLETED)
+    said = await waiting
+    assert "1 event waits" in said

@@ -3,6 +3,7 @@
 The command runs in this process. One real process for each kind of exit is in `tests/acceptance`.
 """
 
+import io
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -247,6 +248,25 @@ def test_an_endpoint_without_a_secret(
     """`send` and `load` to an endpoint that has no secret: exit 2, and the names that there are."""
     stores = {"DATABASE_URL": "postgresql://nobody@127.0.0.1:9/x", "REDIS_URL": "redis://127.0.0.1:9"}
     assert_refused(run(*command, *options, STRIPE_WEBHOOK_SECRETS=secrets, **stores), said)
+
+
+@pytest.mark.parametrize("typed", ["", "two\n"])
+def test_nobody_to_ask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], typed: str) -> None:
+    """A replay without a terminal names the options that take the place of the answer."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    with pytest.raises(typer.Exit) as ended:
+        _confirm(2, None, None, yes=False)
+    assert ended.value.exit_code == 1
+    said = capsys.readouterr()
+    assert said.out.endswith("Type 2 to replay them: \n")
+    for word in ("without a terminal", "--count", "--at-most N --yes", "Nothing was changed"):
+        assert word in said.err
+
+
+def test_an_answer_from_a_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number may be piped in: it is an answer as one that is typed."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("2\n"))
+    _confirm(2, None, None, yes=False)
 
 
 @pytest.mark.parametrize("command", ["pause", "resume"])
