@@ -7,7 +7,7 @@ wrong · 3 the archive or Postgres is unreachable.
 from __future__ import annotations
 
 import sys
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,11 +26,21 @@ app = typer.Typer(no_args_is_help=True, help="Read archived payloads back.")
 
 _NEEDS_DAY = "the ledger has no event {!r} any more: name the day on which it was received, --received 2026-08-27"
 
+
+def _day(text: str) -> date:
+    """The day. Raises a usage error, in words of ours: typer's begin with "Value error,"."""
+    try:
+        return datetime.strptime(text, "%Y-%m-%d").replace(tzinfo=UTC).date()
+    except ValueError:
+        raise typer.BadParameter(f"expected a day, such as 2026-08-27, not {text!r:.80}") from None
+
+
 Received = Annotated[
-    datetime | None,
+    date | None,
     typer.Option(
         "--received",
-        formats=["%Y-%m-%d"],
+        parser=_day,
+        metavar="DAY",
         help="The day, in UTC, on which the event was received: for one that the ledger does not have any more.",
     ),
 ]
@@ -48,7 +58,7 @@ def get(event_id: Id, received: Received = None, archive: ArchiveUrl = None) -> 
             with database() as settings:
                 found = _find(url, event_id, _received_at(settings, event_id))
         else:
-            found = _find(url, event_id, received.date())
+            found = _find(url, event_id, received)
     sys.stdout.buffer.write(found.body)
     sys.stdout.buffer.flush()
 

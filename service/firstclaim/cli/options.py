@@ -56,6 +56,21 @@ def pattern_of_types(text: str) -> str:
     return text
 
 
+def types_filter(text: str) -> str:
+    """The patterns with commas between, if each is one: a mistyped one would select nothing. Raises a usage error."""
+    for each in storable(text).split(","):
+        pattern_of_types(each.strip())
+    return text
+
+
+def status(text: str) -> Status:
+    """The status. Raises a usage error, in words of ours: typer's begin with "Value error,"."""
+    try:
+        return Status(text)
+    except ValueError:
+        raise typer.BadParameter(f"expected {', '.join(Status)}, not {text!r:.80}") from None
+
+
 def endpoint_filter(text: str) -> str:
     """The name of an endpoint, as `Selection` takes it. Raises a usage error."""
     return "" if text == "-" else storable(text)
@@ -65,13 +80,20 @@ def endpoint_filter(text: str) -> str:
 Id = Annotated[str, typer.Argument(parser=storable, metavar="ID", help="Event id.")]
 Ids = Annotated[list[str] | None, typer.Argument(parser=storable, metavar="ID...", help="Event ids.")]
 Statuses = Annotated[
-    list[Status] | None, typer.Option("--status", help="Only events with this status. Repeat it for more.")
+    list[Status] | None,
+    typer.Option(
+        "--status",
+        parser=status,
+        autocompletion=lambda: list(Status),
+        metavar="|".join(Status),
+        help="Only events with this status. Repeat it for more.",
+    ),
 ]
 Type = Annotated[
     str | None,
     typer.Option(
         "--type",
-        parser=storable,
+        parser=types_filter,
         metavar="TYPE",
         help='Only events of this type, of "prefix.*", "task:*", "handler:*" or "*" (all), or of several: "a,b.*".',
     ),
