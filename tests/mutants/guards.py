@@ -45,6 +45,22 @@ MUTANTS = (
         "integration/test_plans.py::test_rows_are_found_by_their_ids",
     ),
     TextMutant(
+        "a-batch-held-by-an-index-of-its-status",
+        "The rows of a batch are found by their ids, too.",
+        "HOLD_ALL",
+        "e.status || '' = 'processing'",
+        "e.status = 'processing'",
+        "integration/test_plans.py::test_rows_are_found_by_their_ids",
+    ),
+    TextMutant(
+        "a-batch-reads-a-new-ledger",
+        "A batch looks up its rows, also in a ledger that has never been analysed.",
+        "COMPLETE_ALL",
+        "     LIMIT :number\n",
+        "",
+        "integration/test_plans.py::test_a_new_ledger_is_not_read_whole",
+    ),
+    TextMutant(
         "no-idle-timeout",
         "The server ends the transaction of a process that froze.",
         "HOLD",
