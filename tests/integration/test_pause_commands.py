@@ -62,6 +62,26 @@ async def test_an_old_pause_is_resumed(world: World) -> None:
     assert "call the command once for each" in await command("resume", "handler:bad,handler:good", code=2)
 
 
+@pytest.mark.parametrize(
+    ("types", "hints"),
+    [
+        ("charge.succeded", ["matches charge.succeded (did you mean charge.succeeded?)"]),
+        ("good", ["matches good", "a handler is paused as handler:good, a task as task:good"]),
+        ("invoice.*", []),
+        ("*", []),
+        ("task:nope", []),
+        ("handler:nope", []),
+    ],
+)
+async def test_a_pause_of_an_unknown_type(world: World, types: str, hints: list[str]) -> None:
+    """It is made, because Stripe may have newer types, and a note says that none of stripe-python's matches."""
+    said = await command("pause", types)
+    assert f"paused {types}; 0 events are being handled right now" in said
+    assert ("note: no event type of stripe-python" in said) is bool(hints)
+    for hint in hints:
+        assert hint in said
+
+
 @pytest.mark.parametrize("wait", [[], ["--wait"]])
 async def test_a_replay_of_what_is_paused(world: World, wait: list[str]) -> None:
     """It says what waits, for which pause, and how to end that; with --wait it ends, and not all were completed."""

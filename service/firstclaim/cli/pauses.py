@@ -57,6 +57,20 @@ def pause(types: Pattern) -> None:
         if not new:
             fail(f"{types} is paused already", 1)
         print_text(f"paused {types}; {number_of(processing, 'event is', 'events are')} being handled right now")
+        if (doubt := _doubt(types)) is not None:
+            typer.echo(f"note: {doubt}", err=True)
+
+
+def _doubt(types: str) -> str | None:
+    """Why the pause may hold nothing: it matches no known type. It is made all the same: Stripe may have newer ones."""
+    from firstclaim.follow_up import is_follow_up
+    from firstclaim.server.event_types import no_event_type
+
+    if is_follow_up(types):  # which tasks and handlers there are, only the services know
+        return None
+    if (doubt := no_event_type([types])) is not None and "." not in types:
+        return f"{doubt}; a handler is paused as handler:{types}, a task as task:{types}"
+    return doubt
 
 
 def resume(types: PausedPattern) -> None:

@@ -27,6 +27,13 @@ def _thin_event_types() -> frozenset[str]:
     return frozenset(getattr(_event_classes, "_V2_EVENT_NOTIFICATION_CLASS_LOOKUP", ()))
 
 
+def no_event_type(patterns: Iterable[str]) -> str | None:
+    """Say which of the patterns match no known type; None: each matches one."""
+    if unknown := unmatched(patterns):
+        return f"no event type of stripe-python {stripe.VERSION} matches {', '.join(unknown)}"
+    return None
+
+
 def unmatched(patterns: Iterable[str]) -> list[str]:
     """The patterns that match no known type, each with the pattern that may have been meant."""
     types = known_event_types()

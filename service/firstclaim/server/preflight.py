@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 
 import asyncpg
-import stripe
 
 from firstclaim.errors import ConfigurationError, LedgerRefused, LedgerUnavailable, StoreUnsuitable
 from firstclaim.follow_up import is_follow_up
@@ -23,7 +22,7 @@ from firstclaim.postgres.connection import UNAVAILABLE, PinnedConnection, descri
 from firstclaim.registry import Handler, Registry
 from firstclaim.server.check import Check, fail, ok, warn
 from firstclaim.server.connection_limiter import affordable_connections
-from firstclaim.server.event_types import unmatched
+from firstclaim.server.event_types import no_event_type
 from firstclaim.server.postgres_product import check_distribution, check_product
 from firstclaim.server.redis_check import check_redis
 from firstclaim.server.schema_checks import check_schema
@@ -100,9 +99,8 @@ def check_handlers(settings: Settings) -> list[Check]:
         return [fail("handlers", fault, exit_code=ConfigurationError.exit_code) for fault in faulty]
     if not handlers:
         return [warn("handlers", f"{', '.join(settings.handlers)} declare none: every event will be ignored")]
-    if unknown := unmatched(handler.pattern for handler in handlers if not is_follow_up(handler.pattern)):
-        unmatched_ = f"no event type of stripe-python {stripe.VERSION} matches {', '.join(unknown)}"
-        return [warn("handlers", unmatched_), *check_limits(handlers, settings)]
+    if advice := no_event_type(handler.pattern for handler in handlers if not is_follow_up(handler.pattern)):
+        return [warn("handlers", advice), *check_limits(handlers, settings)]
     return [ok("handlers", ", ".join(sorted(h.pattern for h in handlers))), *check_limits(handlers, settings)]
 
 
