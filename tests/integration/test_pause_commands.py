@@ -82,6 +82,14 @@ async def test_a_pause_of_an_unknown_type(world: World, types: str, hints: list[
         assert hint in said
 
 
+async def test_the_list_of_pauses_has_columns(world: World) -> None:
+    """A long pattern moves the second column of all lines, not of its own alone."""
+    await paused(world, PAID, "handler:shop.handlers.invoices.send_receipt")
+    lines = (await command("pauses")).splitlines()
+    assert [line.split()[0] for line in lines] == [PAID, "handler:shop.handlers.invoices.send_receipt"]
+    assert len({line.index(f" by {OPERATOR}") for line in lines}) == 1
+
+
 @pytest.mark.parametrize("wait", [[], ["--wait"]])
 async def test_a_replay_of_what_is_paused(world: World, wait: list[str]) -> None:
     """It says what waits, for which pause, and how to end that; with --wait it ends, and not all were completed."""

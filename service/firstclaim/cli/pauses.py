@@ -14,7 +14,7 @@ import typer
 
 from firstclaim.cli.environment import database, operator, run_on_ledger
 from firstclaim.cli.options import AsJson, pattern_of_types, storable
-from firstclaim.cli.terminal import fail, print_field, print_json, print_text, reported
+from firstclaim.cli.terminal import NAME_WIDTH, fail, print_field, print_json, print_text, reported
 from firstclaim.formatting import ago, number_of
 from firstclaim.status import Status
 
@@ -120,5 +120,6 @@ def list_pauses(as_json: AsJson = False) -> None:
         return
     if not found:
         print_text("nothing is paused")
+    width = max([NAME_WIDTH, *(len(each.pattern) for each in found)])
     for each in found:
-        print_field(each.pattern, f"by {each.operator}, {ago(each.paused_at)}")
+        print_field(each.pattern, f"by {each.operator}, {ago(each.paused_at)}", width=width)

@@ -29,6 +29,7 @@ STATUS_COLOURS = {
 }
 
 COLUMN_LEAST = 24  # characters: text in a narrower column is a column of single words
+NAME_WIDTH = 18  # characters: of a field's name
 _INDENT = "  "
 
 out = Console(highlight=False)
@@ -72,9 +73,9 @@ def print_text(content: RenderableType) -> None:
     out.print(content, soft_wrap=isinstance(content, Text))
 
 
-def print_field(name: str, value: str, style: str = "") -> None:
-    """Print a name and its value in two columns."""
-    _print_columns(Text(f"{name:18} ", "bold"), printable(value), style)
+def print_field(name: str, value: str, style: str = "", *, width: int = NAME_WIDTH) -> None:
+    """Print a name and its value in two columns. `width`: of the first one."""
+    _print_columns(Text(f"{name:{width}} ", "bold"), printable(value), style)
 
 
 def print_json(content: dict[str, Any]) -> None:
