@@ -90,6 +90,15 @@ async def test_the_list_of_pauses_has_columns(world: World) -> None:
     assert len({line.index(f" by {OPERATOR}") for line in lines}) == 1
 
 
+async def test_a_type_for_an_id(world: World) -> None:
+    """What was given a type as an id names the option for types; an id that is unknown is only that."""
+    for event_type in ("handler:bad", "invoice.*"):
+        assert f"--type {event_type} of `events list`" in await command("events", "show", event_type, code=1)
+        assert f"; --type {event_type} selects by type" in await command("events", "replay", event_type, code=1)
+    for subcommand in ("show", "replay"):
+        assert "--type" not in await command("events", subcommand, "evt_unknown", code=1)
+
+
 @pytest.mark.parametrize("wait", [[], ["--wait"]])
 async def test_a_replay_of_what_is_paused(world: World, wait: list[str]) -> None:
     """It says what waits, for which pause, and how to end that; with --wait it ends, and not all were completed."""

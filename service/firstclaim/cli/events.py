@@ -16,7 +16,18 @@ import typer
 
 from firstclaim.cli.environment import database, run_on_ledger
 from firstclaim.cli.groups import groups
-from firstclaim.cli.options import Account, AsJson, Endpoint, Group, Id, NewerThan, OlderThan, Statuses, Type
+from firstclaim.cli.options import (
+    Account,
+    AsJson,
+    Endpoint,
+    Group,
+    Id,
+    NewerThan,
+    OlderThan,
+    Statuses,
+    Type,
+    is_type_of_events,
+)
 from firstclaim.cli.prune import prune
 from firstclaim.cli.replay import replay
 from firstclaim.cli.terminal import STATUS_COLOURS, fail, print_field, print_json, print_text, printable, reported
@@ -78,7 +89,8 @@ def show(
     with reported(), database() as settings:
         found = run_on_ledger(settings, read)
     if found is None:
-        fail(f"the ledger has no event {event_id!r}", 1)
+        hint = f"; --type {event_id} of `events list` selects by type" if is_type_of_events(event_id) else ""
+        fail(f"the ledger has no event {event_id!r}{hint}", 1)
     event, history, body = found
     text = None if body is None else body.decode(errors="replace")
     if as_json:

@@ -63,6 +63,13 @@ def types_filter(text: str) -> str:
     return text
 
 
+def is_type_of_events(event_id: str) -> bool:
+    """Whether an unknown id is a type instead: what is refused can then name --type."""
+    from firstclaim.registry import is_pattern
+
+    return ("." in event_id or ":" in event_id) and is_pattern(event_id)
+
+
 def status(text: str) -> Status:
     """The status. Raises a usage error, in words of ours: typer's begin with "Value error,"."""
     try:

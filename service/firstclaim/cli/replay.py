@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from firstclaim.cli.environment import database, operator, run_on_ledger
-from firstclaim.cli.options import Account, DryRun, Endpoint, Group, Ids, NewerThan, OlderThan, Statuses, Type
+from firstclaim.cli.options import (
+    Account,
+    DryRun,
+    Endpoint,
+    Group,
+    Ids,
+    NewerThan,
+    OlderThan,
+    Statuses,
+    Type,
+    is_type_of_events,
+)
 from firstclaim.cli.pauses import resume_commands
 from firstclaim.cli.terminal import fail, out, print_text, printable, reported
 from firstclaim.formatting import ago, number_of, number_of_events
@@ -98,7 +109,8 @@ def replay(
 def _replayable(found: list[ReplayCandidate], ids: list[str] | None, *, force: bool) -> list[ReplayCandidate]:
     """The candidates that have a payload; exits if the selection holds an event that must not be replayed."""
     if unknown := sorted(set(ids or ()) - {each.event_id for each in found}):
-        fail(f"not in the ledger, or excluded by the other filters: {', '.join(unknown)}", 1)
+        hint = "".join(f"; --type {each} selects by type" for each in unknown if is_type_of_events(each))
+        fail(f"not in the ledger, or excluded by the other filters: {', '.join(unknown)}{hint}", 1)
     if running := sum(each.status is Status.PROCESSING for each in found):
         fail(f"{number_of(running, 'event is', 'events are')} being handled right now: try again later", 1)
     with_payload = [each for each in found if each.has_payload]
