@@ -1,7 +1,7 @@
 """What `firstclaim pause`, `resume` and `events replay` say about pauses, beside a process that obeys them."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 from typer.testing import CliRunner
@@ -127,20 +127,33 @@ async def test_a_replay_beside_what_is_paused(world: World) -> None:
     assert "1 event waits" in said
 
 
-async def test_a_replay_waits_for_what_is_handled(world: World) -> None:
+async def test_a_replay_waits_for_what_is_handled(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A claimed event goes on in a pause: --wait waits for it, and ends when it has ended."""
     for event_id, event_type in (("evt_held", PAID), ("evt_runs", REFUNDED)):
         await world.state_of(delivery(event_id, event_type), Status.DEAD)
     await paused(world, PAID)
+    looks: list[int] = []
+    look = pauses.paused_pending
+
+    async def counted(operations: Commands, event_ids: Sequence[str]) -> pauses.Paused:
+        held = await look(operations, event_ids)
+        looks.append(held.events)
+        return held
+
+    monkeypatch.setattr(pauses, "paused_pending", counted)
     waiting = asyncio.create_task(command("events", "replay", "evt_held", "evt_runs", "--count", "2", "--wait", code=1))
 
-    async def replayed() -> bool:
-        return await world.status("evt_runs") is Status.PENDING
+    async def looked() -> bool:
+        return len(looks) > 0
 
-    await until(replayed)
+    async def looked_again() -> bool:
+        return len(looks) > 2
+
+    await until(looked)
     await world.settle("evt_runs", Status.PROCESSING)
-    done, _ = await asyncio.wait([waiting], timeout=1.5)
-    assert not done
+    looks.clear()
+    await until(looked_again)
+    assert not waiting.done()
     await world.settle("evt_runs", Status.COMPLETED)
     said = await waiting
     assert "1 event waits" in said
