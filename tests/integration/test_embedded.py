@@ -25,7 +25,7 @@ import redis
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from firstclaim.embedded import data_folder
+from firstclaim.embedded import folder_lock
 from firstclaim.embedded import processes as embedded_processes
 from firstclaim.embedded.data_folder import running_database, servers, stored_secret
 from firstclaim.errors import ConfigurationError, OperatorError
@@ -246,8 +246,8 @@ def test_a_service_waits_for_a_command_to_end(used: Settings, monkeypatch: pytes
         with servers(used) as filled:
             return both_answer(filled)
 
-    monkeypatch.setattr(data_folder, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
-    monkeypatch.setattr(data_folder, "_TOLD_SECONDS", -1.0)
+    monkeypatch.setattr(folder_lock, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    monkeypatch.setattr(folder_lock, "_TOLD_SECONDS", -1.0)
     with ThreadPoolExecutor(1) as pool, capture_logs() as logs:
         with servers(used, share=True):
             serving = pool.submit(serve)

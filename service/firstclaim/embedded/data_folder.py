@@ -1,46 +1,34 @@
 """A real PostgreSQL and a real Valkey where `DATABASE_URL` or `REDIS_URL` is not set, in a data folder.
 
-Guarantees: at most one service uses a data folder at a time. (A flock ensures it: the kernel releases it whenever the
-process ends, so it is never stale.) The servers stop with the block that started them. If their service was killed,
-they stop before the next service starts, at the latest. What Postgres committed survives, and so does the signing
-secret. Only the user who runs the servers can reach their sockets, and root never runs them.
+Guarantees: at most one service uses a data folder at a time (`firstclaim.embedded.folder_lock`). The servers stop with
+the block that started them. If their service was killed, they stop before the next service starts, at the latest. What
+Postgres committed survives, and so does the signing secret. Only the user who runs the servers can reach their sockets,
+and root never runs them.
 
 `firstclaim.embedded.processes` runs the servers, and documents why it does not use the wheels' own helpers.
 """
 
-import fcntl
 import hashlib
 import importlib.util
-import json
 import os
 import pwd
 import secrets
 import shutil
 import stat
 import tempfile
-import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import structlog
 from pydantic import SecretStr
 
-from firstclaim.embedded.processes import (
-    MAJOR,
-    POLL_SECONDS,
-    START_SECONDS,
-    ServerFolders,
-    User,
-    rename_durably,
-    start,
-    stop_leftovers,
-)
+from firstclaim.embedded.folder_lock import lock_or_share, open_lock, running_addresses, write_lock
+from firstclaim.embedded.processes import MAJOR, ServerFolders, User, rename_durably, start, stop_leftovers
 from firstclaim.errors import ConfigurationError, OperatorError
 from firstclaim.settings import Settings
 
-_TOLD_SECONDS = 1.0  # a service that waits longer for a command says so
 _SOCKET_PATH_MOST_BYTES = 103  # macOS takes 103, Linux 107.
 
 log = structlog.get_logger(__name__)
@@ -64,13 +52,13 @@ def servers(settings: Settings, *, share: bool = False) -> Iterator[Settings]:
     with ExitStack() as stack:
         try:
             data = _data_folder(settings.data_dir)
-            lock = stack.enter_context(_open_lock(data))
-            if (addresses := _lock_or_share(lock, data, programs, share=share)) is None:
+            lock = stack.enter_context(open_lock(data))
+            if (addresses := lock_or_share(lock, data, programs, share=share)) is None:
                 addresses = _start_servers(data, programs, stack)
                 if "database_url" in programs and not settings.stripe_webhook_secrets:
                     _store_secret(settings)
-                _write_lock(lock, addresses, is_command=share)
-                stack.callback(_write_lock, lock, {}, is_command=share)
+                write_lock(lock, addresses, is_command=share)
+                stack.callback(write_lock, lock, {}, is_command=share)
         except OSError as error:
             raise OperatorError(
                 f"The embedded servers cannot use {error.filename or settings.data_dir}: {error.strerror} "
@@ -105,18 +93,7 @@ def stored_secret(settings: Settings) -> str | None:
 
 def running_database(settings: Settings) -> str | None:
     """The address of the Postgres that a service runs on this data folder right now, or None. Starts nothing."""
-    try:
-        with _open_lock(settings.data_dir, create=False) as lock:
-            holder = _read_lock(lock)
-            if holder is None or not holder.addresses:
-                return None
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # succeeds if the addresses are of a killed service
-            except BlockingIOError:
-                return holder.addresses.get("database_url")
-    except OSError:
-        return None
-    return None
+    return running_addresses(settings.data_dir).get("database_url")
 
 
 def _find_programs(settings: Settings) -> dict[str, Path]:
@@ -152,9 +129,6 @@ def _find_in_wheel(wheel: str, pattern: str) -> Path | None:
     return next((path.resolve() for folder in folders for path in Path(folder).glob(pattern)), None)
 
 
-# -- the lock on the folder ---------------------------------------------------------------------------
-
-
 def _data_folder(path: Path) -> Path:
     data = path.resolve()
     if not data.exists():
@@ -162,67 +136,6 @@ def _data_folder(path: Path) -> Path:
         data.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)
         (data / ".gitignore").write_text("*\n")  # By default the folder is in a project, and it holds a secret.
     return data
-
-
-def _open_lock(data: Path, *, create: bool = True) -> IO[str]:
-    # Close-on-exec, as Python opens every file: a server that inherited the lock would hold it after us.
-    # The file is never deleted: otherwise two services could each lock a file of this name.
-    flags = os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
-    return os.fdopen(os.open(data / "lock", flags, 0o600), "r+")
-
-
-class _Holder(NamedTuple):
-    """What the process that holds the lock has written: others share its servers as soon as it has addresses."""
-
-    pid: int
-    addresses: dict[str, str]
-    is_command: bool
-
-
-def _write_lock(lock: IO[str], addresses: dict[str, str], *, is_command: bool) -> None:
-    lock.seek(0)
-    lock.truncate()
-    lock.write(json.dumps(_Holder(os.getpid(), addresses, is_command)._asdict()))
-    lock.flush()
-
-
-def _read_lock(lock: IO[str]) -> _Holder | None:
-    """None between the truncate and the write of the process that holds the lock."""
-    lock.seek(0)
-    try:
-        content = json.loads(lock.read())
-    except ValueError:
-        return None
-    return _Holder(content["pid"], content["addresses"], content.get("is_command", False))
-
-
-def _lock_or_share(lock: IO[str], data: Path, missing: Collection[str], *, share: bool) -> dict[str, str] | None:
-    """None if we hold the lock now, else the addresses of the servers of the process that holds it.
-
-    A command holds it for a moment, where no service runs: a service that starts beside one waits for its end.
-    """
-    began, told = time.monotonic(), False
-    while True:
-        with suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _write_lock(lock, {}, is_command=share)
-            return None
-        holder = _read_lock(lock)
-        busy = f"The data folder {data} is in use by process {holder.pid if holder else '(unknown)'}"
-        if holder and not share and not holder.is_command:
-            raise OperatorError(f"{busy}. Stop that process, or set FIRSTCLAIM_DATA_DIR to another folder.")
-        if holder and share and holder.addresses:
-            if absent := [name.upper() for name in missing if name not in holder.addresses]:
-                raise OperatorError(f"{busy}, which has {' and '.join(absent)} set. Set the same here.")
-            return holder.addresses
-        waited_seconds = time.monotonic() - began
-        if waited_seconds > _TOLD_SECONDS and not (share or told):
-            told = True
-            log.info("waiting_for_command", pid=holder.pid if holder else None, data_dir=str(data))
-        if waited_seconds > START_SECONDS:
-            waited_for = "whose servers are not ready" if share else "a command that has not ended"
-            raise OperatorError(f"{busy}, {waited_for} after {START_SECONDS} s. Stop that process.")
-        time.sleep(POLL_SECONDS)
 
 
 # -- what the servers need --------------------------------------------------------------------------
