@@ -13,10 +13,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import IO
 from urllib.parse import parse_qs, urlsplit
 
 import asyncpg
@@ -285,6 +286,42 @@ def test_a_running_service_s_database_is_found_and_nothing_is_started(used: Sett
     assert running_database(used) is None
     (used.data_dir / "lock").write_text('{"pid": 1, "addresses": {"database_url": "postgresql://gone"}}')
     assert running_database(used) is None
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["command", "service"])
+def test_the_addresses_of_a_killed_service_are_not_believed(
+    used: Settings, monkeypatch: pytest.MonkeyPatch, share: bool
+) -> None:
+    """After a kill -9, a process that finds the lock just taken by another one does not take it for the killed service.
+
+    A command waits for the new servers and shares them, and a service waits for the command that took the lock.
+    """
+    stale = '{"pid": 1, "addresses": {"database_url": "postgresql://gone", "redis_url": "redis://gone"}}'
+    (used.data_dir / "lock").write_text(stale)
+    waited, second = threading.Event(), list[Future[bool]]()
+    write_lock = folder_lock.write_lock
+
+    def sleep(seconds: float) -> None:
+        waited.set()
+        time.sleep(seconds)
+
+    def use() -> bool:
+        with servers(used, share=share) as filled:
+            return both_answer(filled)
+
+    def write_later(lock: IO[str], addresses: dict[str, str], *, is_command: bool) -> None:
+        if not second:
+            second.append(pool.submit(use))
+            until(lambda: waited.is_set() or second[0].done())
+        write_lock(lock, addresses, is_command=is_command)
+
+    monkeypatch.setattr(folder_lock, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    monkeypatch.setattr(folder_lock, "write_lock", write_later)
+    with ThreadPoolExecutor(1) as pool:
+        with servers(used, share=True):
+            if share:
+                assert second[0].result(DEADLINE_SECONDS)
+        assert second[0].result(DEADLINE_SECONDS)
 
 
 def test_sharing_names_the_store_that_the_service_does_not_run(used: Settings) -> None:

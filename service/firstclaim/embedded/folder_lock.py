@@ -9,8 +9,8 @@ import fcntl
 import json
 import os
 import time
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -24,14 +24,39 @@ _TOLD_SECONDS = 1.0  # a service that waits longer for a command says so
 log = structlog.get_logger(__name__)
 
 
-def open_lock(data: Path, *, create: bool = True) -> IO[str]:
+def open_lock(data: Path, name: str = "lock", *, create: bool = True) -> IO[str]:
+    """Open a lock's file. Closing it releases the lock, and so does the end of the process."""
     # Close-on-exec, as Python opens every file: a server that inherited the lock would hold it after us.
     # The file is never deleted: otherwise two services could each lock a file of this name.
     flags = os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
-    return os.fdopen(os.open(data / "lock", flags, 0o600), "r+")
+    return os.fdopen(os.open(data / name, flags, 0o600), "r+")
 
 
-class Holder(NamedTuple):
+def _locked(file: IO[str], kind: int) -> bool:
+    """Whether we have the lock now, shared or exclusive. Does not wait."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def _guarded(data: Path) -> Iterator[None]:
+    """Take the lock on the folder, or read who holds it, in the block. Nothing in the block waits.
+
+    After a kill -9 the file still has the addresses of the dead process. The next one has the lock for a moment before
+    it has cleared them; without the guard, a third one that looks at that moment sees a lock that is held and the
+    addresses of servers that are gone. In the same way, the look of `running_addresses` at the lock would be taken for
+    a service that runs.
+    """
+    with open_lock(data, "lock.guard") as guard:
+        while not _locked(guard, fcntl.LOCK_EX):
+            time.sleep(POLL_SECONDS)
+        yield
+
+
+class _Holder(NamedTuple):
     """What the process that holds the lock has written: others share its servers as soon as it has addresses."""
 
     pid: int
@@ -40,36 +65,34 @@ class Holder(NamedTuple):
 
 
 def write_lock(lock: IO[str], addresses: dict[str, str], *, is_command: bool) -> None:
+    """Write where our servers listen; nowhere, as long as they do not. The caller must hold the lock."""
     lock.seek(0)
     lock.truncate()
-    lock.write(json.dumps(Holder(os.getpid(), addresses, is_command)._asdict()))
+    lock.write(json.dumps(_Holder(os.getpid(), addresses, is_command)._asdict()))
     lock.flush()
 
 
-def read_lock(lock: IO[str]) -> Holder | None:
+def _read_lock(lock: IO[str]) -> _Holder | None:
     """None between the truncate and the write of the process that holds the lock."""
     lock.seek(0)
     try:
         content = json.loads(lock.read())
     except ValueError:
         return None
-    return Holder(content["pid"], content["addresses"], content.get("is_command", False))
+    return _Holder(content["pid"], content["addresses"], content.get("is_command", False))
 
 
 def running_addresses(data: Path) -> dict[str, str]:
     """Where the servers listen that a process runs on this data folder right now; empty if there is none."""
     try:
-        with open_lock(data, create=False) as lock:
-            holder = read_lock(lock)
-            if holder is None or not holder.addresses:
+        with open_lock(data, create=False) as lock, _guarded(data):
+            if _locked(lock, fcntl.LOCK_SH):  # no process runs here, or it was killed
+                fcntl.flock(lock, fcntl.LOCK_UN)  # before the guard is released
                 return {}
-            try:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)  # succeeds if the addresses are of a killed service
-            except BlockingIOError:
-                return holder.addresses
+            holder = _read_lock(lock)
     except OSError:
         return {}
-    return {}
+    return holder.addresses if holder else {}
 
 
 def lock_or_share(lock: IO[str], data: Path, missing: Collection[str], *, share: bool) -> dict[str, str] | None:
@@ -79,11 +102,11 @@ def lock_or_share(lock: IO[str], data: Path, missing: Collection[str], *, share:
     """
     began, told = time.monotonic(), False
     while True:
-        with suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            write_lock(lock, {}, is_command=share)
-            return None
-        holder = read_lock(lock)
+        with _guarded(data):
+            if _locked(lock, fcntl.LOCK_EX):
+                write_lock(lock, {}, is_command=share)
+                return None
+            holder = _read_lock(lock)
         busy = f"The data folder {data} is in use by process {holder.pid if holder else '(unknown)'}"
         if holder and not share and not holder.is_command:
             raise OperatorError(f"{busy}. Stop that process, or set FIRSTCLAIM_DATA_DIR to another folder.")
