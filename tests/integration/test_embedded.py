@@ -26,7 +26,8 @@ import redis
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from firstclaim.embedded import folder_lock
+from firstclaim.cli.environment import shared_servers, whole_command
+from firstclaim.embedded import data_folder, folder_lock
 from firstclaim.embedded import processes as embedded_processes
 from firstclaim.embedded.data_folder import running_database, servers, stored_secret
 from firstclaim.errors import ConfigurationError, OperatorError
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.skipif(
     not all(map(importlib.util.find_spec, WHEELS)), reason="needs the wheels of firstclaim[embedded]"
 )
 
-# A service in a process of its own, to be killed. It ends with its input.
+# A service or a command in a process of its own, to be killed. It ends with its input.
 OWNER = """
 import sys
 from firstclaim.embedded import processes as embedded_processes
@@ -51,7 +52,8 @@ from firstclaim.settings import Settings
 
 if "without-pdeathsig" in sys.argv:  # as on macOS
     embedded_processes._PR_SET_PDEATHSIG = -1
-with servers(Settings()):
+with servers(Settings(), share="command" in sys.argv):
+    print("ready", flush=True)
     sys.stdin.read()
 """
 
@@ -92,17 +94,25 @@ def used() -> Iterator[Settings]:
 
 @contextmanager
 def owner(data_dir: Path, *arguments: str, user: str | None = None) -> Iterator["subprocess.Popen[bytes]"]:
+    with started(data_dir, *arguments, user=user) as process:
+        until(lambda: owns(process.pid, data_dir) or process.poll() is not None)
+        yield process
+
+
+@contextmanager
+def started(data_dir: Path, *arguments: str, user: str | None = None) -> Iterator["subprocess.Popen[bytes]"]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "FIRSTCLAIM_DATA_DIR": str(data_dir)}
     with subprocess.Popen(
         [sys.executable, "-c", OWNER, *arguments],
         stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE if "command" in arguments else None,
         cwd="/",
         env=environment,
         user=user,
         extra_groups=[] if user else None,
     ) as process:
         try:
-            until(lambda: owns(process.pid, data_dir) or process.poll() is not None)
             yield process
         finally:
             process.kill()
@@ -273,6 +283,131 @@ def test_sharing_with_nobody_starts_the_servers(used: Settings) -> None:
     with servers(used, share=True) as filled:
         assert both_answer(filled)
         mark = sql(filled, "SHOW cluster_name")
+    assert processes(mark) == []
+
+
+def test_a_command_keeps_its_servers_for_those_that_share_them(used: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that has started the servers stops them after the last command that shares them, and not before."""
+    sharing, leave = threading.Event(), threading.Event()
+
+    def share() -> bool:
+        with servers(used, share=True) as shared:
+            sharing.set()
+            return leave.wait(DEADLINE_SECONDS) and both_answer(shared)
+
+    def sleep(seconds: float) -> None:
+        leave.set()  # the first one waits for the second one
+        time.sleep(seconds)
+
+    with ThreadPoolExecutor(1) as pool:
+        with servers(used, share=True) as filled:
+            mark = sql(filled, "SHOW cluster_name")
+            second = pool.submit(share)
+            assert sharing.wait(DEADLINE_SECONDS)
+            monkeypatch.setattr(folder_lock, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+        leave.set()
+        assert second.result(DEADLINE_SECONDS)
+    assert processes(mark) == []
+
+
+def test_nobody_shares_servers_that_are_about_to_stop(used: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that finds the addresses just before another one clears them starts servers of its own."""
+    waited, second = threading.Event(), list[Future[bool]]()
+    write_lock = folder_lock.write_lock
+
+    def sleep(seconds: float) -> None:
+        waited.set()
+        time.sleep(seconds)
+
+    def use() -> bool:
+        with servers(used, share=True) as filled:
+            return both_answer(filled)
+
+    def write_later(lock: IO[str], addresses: dict[str, str], *, is_command: bool) -> None:
+        if not second:
+            second.append(pool.submit(use))
+            until(lambda: waited.is_set() or second[0].done())
+            assert not second[0].done()
+        write_lock(lock, addresses, is_command=is_command)
+
+    with ThreadPoolExecutor(1) as pool:
+        with servers(used, share=True):
+            monkeypatch.setattr(folder_lock, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+            monkeypatch.setattr(folder_lock, "write_lock", write_later)
+        assert second[0].result(DEADLINE_SECONDS)
+
+
+def test_nobody_shares_servers_that_have_just_stopped(used: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that reads the addresses, and is held up until the other one has ended, starts servers of its own."""
+    begun, ended, count_in = threading.Event(), threading.Event(), folder_lock._count_in
+
+    def count_in_late(users: IO[str], lock: IO[str], holder: folder_lock._Holder) -> folder_lock._Holder:
+        begun.set()
+        assert ended.wait(DEADLINE_SECONDS)
+        return count_in(users, lock, holder)
+
+    def use() -> bool:
+        with servers(used, share=True) as filled:
+            return both_answer(filled)
+
+    with ThreadPoolExecutor(1) as pool:
+        with servers(used, share=True):
+            monkeypatch.setattr(folder_lock, "_count_in", count_in_late)
+            second = pool.submit(use)
+            assert begun.wait(DEADLINE_SECONDS)
+        ended.set()
+        assert second.result(DEADLINE_SECONDS)
+
+
+def test_a_command_that_waits_says_so_and_can_be_interrupted(used: Settings) -> None:
+    """A command that waits for one that shares its servers says so. Ctrl-C ends the wait alone: the servers stop."""
+    with owner(used.data_dir, "command") as command, servers(used, share=True) as shared:
+        assert command.stdin
+        assert command.stderr
+        mark = sql(shared, "SHOW cluster_name")
+        command.stdin.close()
+        assert command.stderr.readline() == b"firstclaim: waiting for another command that uses the embedded servers\n"
+        assert both_answer(shared)
+        command.send_signal(signal.SIGINT)
+        assert command.wait(DEADLINE_SECONDS) == 0
+        assert processes(mark) == []
+
+
+def test_a_killed_command_is_not_waited_for(used: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    """A command that shared the servers and was killed leaves nothing behind that another one would wait for."""
+    with servers(used, share=True), started(used.data_dir, "command") as other:
+        assert other.stdout
+        assert other.stdout.readline() == b"ready\n"
+        other.kill()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_service_does_not_wait_for_commands(used: Settings) -> None:
+    """A service that stops does not wait for the commands that share its servers."""
+    with owner(used.data_dir) as service, servers(used, share=True):
+        service.communicate(timeout=DEADLINE_SECONDS)
+        assert service.returncode == 0
+
+
+def test_the_output_of_a_command_ends_before_its_servers_stop(used: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command prints its result while its servers run, and whoever reads it need not wait for their stop."""
+    reading, writing = os.pipe()
+    mark, read, end_sharing = None, list[bytes](), folder_lock.end_sharing
+
+    def end_later(lock: IO[str], users: IO[str]) -> None:
+        os.set_blocking(reading, False)
+        read.extend(iter(lambda: os.read(reading, 100), b""))  # raises if the end is still to come
+        end_sharing(lock, users)
+
+    monkeypatch.setattr(data_folder, "end_sharing", end_later)
+    with os.fdopen(reading), os.fdopen(writing, "w") as output:
+        monkeypatch.setattr(sys, "stdout", output)
+        with whole_command():
+            with shared_servers(used) as filled:
+                mark = sql(filled, "SHOW cluster_name")
+            assert both_answer(filled)
+            output.write("the result")
+    assert read == [b"the result"]
     assert processes(mark) == []
 
 

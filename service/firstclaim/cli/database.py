@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from firstclaim.cli.environment import database, dsn_of, operator, read_settings, run_on_ledger
+from firstclaim.cli.environment import database, dsn_of, operator, read_settings, run_on_ledger, shared_servers
 from firstclaim.cli.terminal import out, print_checks, reported
 
 if TYPE_CHECKING:
@@ -28,11 +28,10 @@ def check() -> None:
     """
     import asyncio
 
-    from firstclaim.embedded.data_folder import servers
     from firstclaim.server.check import Verdict
     from firstclaim.server.preflight import all_checks
 
-    with reported(), servers(read_settings(), share=True) as settings:
+    with reported(), shared_servers(read_settings()) as settings:
         checks = asyncio.run(all_checks(settings))
         print_checks(checks)
         if any(each.verdict is Verdict.FAIL for each in checks):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import getpass
+import os
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from firstclaim.settings import Settings
 
 T = TypeVar("T")
+
+_ending: list[ExitStack] = []  # of the command that this process runs
 
 
 def read_settings(*, receiving: bool = True, flags: Mapping[str, Any] = MappingProxyType({})) -> Settings:
@@ -32,16 +36,54 @@ def read_settings(*, receiving: bool = True, flags: Mapping[str, Any] = MappingP
 
 
 @contextmanager
+def whole_command() -> Iterator[None]:
+    """The embedded servers that a command uses in the block are stopped after it: the command has printed its result.
+
+    A command that started them waits then for those that share them (`firstclaim.embedded`), for as long as they run.
+    """
+    with ExitStack() as stack:
+        _ending.append(stack)
+        try:
+            yield
+        finally:
+            _ending.clear()
+
+
+@contextmanager
+def shared_servers(settings: Settings) -> Iterator[Settings]:
+    """The settings with the addresses of embedded servers: those that run on the data folder, or else our own."""
+    from firstclaim.embedded.data_folder import servers
+
+    with ExitStack() as block:
+        stack = _ending[0] if _ending else block
+        ready = stack.enter_context(servers(settings, share=True))
+        if _ending and ready is not settings:
+            stack.callback(_end_output)
+        yield ready
+
+
+def _end_output() -> None:
+    """Let the reader of our output see its end: it may be a command that shares our servers, and that we wait for."""
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+@contextmanager
 def database(flags: Mapping[str, Any] = MappingProxyType({})) -> Iterator[Settings]:
     """Settings with a database address, for commands that use Postgres alone: no Redis and no secret needed.
 
     `flags` are settings that options override.
     """
-    from firstclaim.embedded.data_folder import require_store, servers
+    from firstclaim.embedded.data_folder import require_store
 
     settings = read_settings(receiving=False, flags=flags)
     require_store(settings, "database_url")
-    with nullcontext(settings) if settings.database_url else servers(settings, share=True) as ready:
+    if settings.database_url:
+        yield settings
+        return
+    with shared_servers(settings) as ready:
         yield ready
 
 

@@ -24,5 +24,7 @@ def main() -> None:
         sys.exit(livez())
     sys.path.insert(0, os.getcwd())  # handler modules in the current folder, as with `python -m`
     from firstclaim.cli.commands import app
+    from firstclaim.cli.environment import whole_command
 
-    app()
+    with whole_command():
+        app()

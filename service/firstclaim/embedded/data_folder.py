@@ -24,7 +24,7 @@ from typing import Any
 import structlog
 from pydantic import SecretStr
 
-from firstclaim.embedded.folder_lock import lock_or_share, open_lock, running_addresses, write_lock
+from firstclaim.embedded.folder_lock import end_sharing, lock_or_share, open_lock, running_addresses, write_lock
 from firstclaim.embedded.processes import MAJOR, ServerFolders, User, rename_durably, start, stop_leftovers
 from firstclaim.errors import ConfigurationError, OperatorError
 from firstclaim.settings import Settings
@@ -38,7 +38,8 @@ log = structlog.get_logger(__name__)
 def servers(settings: Settings, *, share: bool = False) -> Iterator[Settings]:
     """The settings with every address filled in. The addresses are valid while the block runs.
 
-    `share` is for one-shot commands: if a service already runs on the data folder, they use its servers. They never
+    `share` is for one-shot commands: if a service or another command already runs on the data folder, they use its
+    servers. If it is a command that started them, the end of the block waits for those that share them. Commands never
     create a data folder: whoever forgot a setting would get an empty ledger, and the wrong answer.
     Call it from a thread that outlives the block, preferably the main one: the servers stop when that thread ends.
     Raises `ConfigurationError` (nothing to start) or `OperatorError` (folder in use, server does not start).
@@ -53,12 +54,16 @@ def servers(settings: Settings, *, share: bool = False) -> Iterator[Settings]:
         try:
             data = _data_folder(settings.data_dir)
             lock = stack.enter_context(open_lock(data))
-            if (addresses := lock_or_share(lock, data, programs, share=share)) is None:
+            users = stack.enter_context(open_lock(data, "lock.users"))
+            if (addresses := lock_or_share(lock, users, data, programs, share=share)) is None:
                 addresses = _start_servers(data, programs, stack)
                 if "database_url" in programs and not settings.stripe_webhook_secrets:
                     _store_secret(settings)
                 write_lock(lock, addresses, is_command=share)
-                stack.callback(write_lock, lock, {}, is_command=share)
+                if share:
+                    stack.callback(end_sharing, lock, users)
+                else:
+                    stack.callback(write_lock, lock, {}, is_command=False)
         except OSError as error:
             raise OperatorError(
                 f"The embedded servers cannot use {error.filename or settings.data_dir}: {error.strerror} "

@@ -2,12 +2,13 @@
 
 Guarantees: at most one process holds it. (It is a flock: the kernel releases it whenever the process ends, so it is
 never stale.) The process that holds it has written to the file where its servers listen, for the commands that share
-them.
+them. A command that holds it keeps its servers until no other command shares them; a service ends when it wants to.
 """
 
 import fcntl
 import json
 import os
+import sys
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ import structlog
 from firstclaim.embedded.processes import POLL_SECONDS, START_SECONDS
 from firstclaim.errors import OperatorError
 
-_TOLD_SECONDS = 1.0  # a service that waits longer for a command says so
+_WAITING = "waiting for another command that uses the embedded servers"
+_TOLD_SECONDS = 1.0  # who waits longer for a command says so
 
 log = structlog.get_logger(__name__)
 
@@ -95,10 +97,13 @@ def running_addresses(data: Path) -> dict[str, str]:
     return holder.addresses if holder else {}
 
 
-def lock_or_share(lock: IO[str], data: Path, missing: Collection[str], *, share: bool) -> dict[str, str] | None:
+def lock_or_share(
+    lock: IO[str], users: IO[str], data: Path, missing: Collection[str], *, share: bool
+) -> dict[str, str] | None:
     """None if we hold the lock now, else the addresses of the servers of the process that holds it.
 
-    A command holds it for a moment, where no service runs: a service that starts beside one waits for its end.
+    A command holds it for a moment, where no service runs: a service that starts beside one waits for its end. `users`:
+    as long as it is open, the servers of another command that we share keep running.
     """
     began, told = time.monotonic(), False
     while True:
@@ -107,6 +112,8 @@ def lock_or_share(lock: IO[str], data: Path, missing: Collection[str], *, share:
                 write_lock(lock, {}, is_command=share)
                 return None
             holder = _read_lock(lock)
+            if share and holder and holder.is_command and holder.addresses:
+                holder = _count_in(users, lock, holder)
         busy = f"The data folder {data} is in use by process {holder.pid if holder else '(unknown)'}"
         if holder and not share and not holder.is_command:
             raise OperatorError(f"{busy}. Stop that process, or set FIRSTCLAIM_DATA_DIR to another folder.")
@@ -122,3 +129,35 @@ def lock_or_share(lock: IO[str], data: Path, missing: Collection[str], *, share:
             waited_for = "whose servers are not ready" if share else "a command that has not ended"
             raise OperatorError(f"{busy}, {waited_for} after {START_SECONDS} s. Stop that process.")
         time.sleep(POLL_SECONDS)
+
+
+def _count_in(users: IO[str], lock: IO[str], holder: _Holder) -> _Holder:
+    """Become a user of that command's servers; without addresses if it is about to stop them.
+
+    It may have begun to stop them since we have read the addresses. So we lock first, and read again: if the addresses
+    are still there, it waits for us. (It clears them while it has this lock for itself: `end_sharing`.)
+    """
+    if _locked(users, fcntl.LOCK_SH):
+        if (again := _read_lock(lock)) and again.addresses:
+            return again
+        fcntl.flock(users, fcntl.LOCK_UN)
+    return holder._replace(addresses={})
+
+
+def end_sharing(lock: IO[str], users: IO[str]) -> None:
+    """For a command that is about to stop its servers: wait until no other command uses them, and let none join.
+
+    Ctrl-C ends the wait, and nothing else: the command has had its result.
+    """
+    began = time.monotonic()
+    try:
+        while not _locked(users, fcntl.LOCK_EX):
+            if time.monotonic() - began > _TOLD_SECONDS:
+                print(f"firstclaim: {_WAITING}", file=sys.stderr)
+                fcntl.flock(users, fcntl.LOCK_EX)
+                break
+            time.sleep(POLL_SECONDS)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        write_lock(lock, {}, is_command=True)
