@@ -11,8 +11,9 @@ Five receivers take turns, and only the one that is measured has any load:
 - `verify only, our check`: the same with the signature check, the parser and the HTTP of this service.
 
 Each has one process, and a database of its own on the same servers. A ratio is that of two rounds which followed each
-other; printed is the median. At the end the databases of this service are checked for effects that do not agree with
-the completion marks.
+other; printed is the median. Two are printed, and in both more is better: of requests per second, and of the processor
+time that the receiver and its sessions of Postgres took for each request. At the end the databases of this service are
+checked for effects that do not agree with the completion marks.
 """
 
 import argparse
@@ -23,11 +24,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import asyncpg
 import psutil
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +38,7 @@ from tests.acceptance.harness import PYTHON_PATH
 from tests.acceptance.server_process import server_process
 from tests.fixtures import SECRET
 from tests.load.bench import on_stores, served
+from tests.load.drain import processor_seconds
 from tests.load.driver import Driver, Kind
 from tests.stores import Stores, clone, drop
 
@@ -44,23 +47,46 @@ _PAYMENT_FAILURES = "payment_failures"  # a row for each event: each is about an
 _SHIPPED, _TWIN = "firstclaim.handlers", "tests.load.one_at_a_time"
 
 
+_BACKENDS = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()"
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What a receiver did in one round: requests per second, and processor microseconds for each request."""
+
+    per_second: float
+    receiver_us: float
+    postgres_us: float
+
+
 @dataclass(frozen=True, slots=True)
 class Receiver:
-    """A running receiver: its driver, and the process that was started for it."""
+    """A running receiver: its driver, the process that was started for it, and the address of its database."""
 
     name: str
     driver: Driver
     process: psutil.Process
+    database_url: str | None = None
 
-    def run(self, kind: Kind) -> tuple[float, float]:
-        """One round: requests per second, and the microseconds of processor time that its processes took for each."""
-        before = self._processor_seconds()
+    async def run(self, kind: Kind) -> Round:
+        """One round."""
+        receiver, postgres = self._receiver_seconds(), await self._postgres_seconds()
         rate = self.driver.run(kind)
-        return rate.per_second, (self._processor_seconds() - before) / rate.deliveries * 1e6
+        receiver, postgres = self._receiver_seconds() - receiver, await self._postgres_seconds() - postgres
+        return Round(rate.per_second, receiver / rate.deliveries * 1e6, postgres / rate.deliveries * 1e6)
 
-    def _processor_seconds(self) -> float:
-        processes = [self.process, *self.process.children(recursive=True)]
-        return sum(times.user + times.system for times in (each.cpu_times() for each in processes))
+    def _receiver_seconds(self) -> float:
+        return sum(processor_seconds(each.pid) for each in (self.process, *self.process.children(recursive=True)))
+
+    async def _postgres_seconds(self) -> float:
+        if self.database_url is None:
+            return 0.0
+        connection = await asyncpg.connect(self.database_url)
+        try:
+            pids = [row["pid"] for row in await connection.fetch(_BACKENDS)]
+        finally:
+            await connection.close()
+        return sum(processor_seconds(pid) for pid in pids if Path(f"/proc/{pid}").exists())
 
 
 def main() -> None:
@@ -84,36 +110,50 @@ def main() -> None:
             ]
             ours = []
             for name, handlers in (("one at a time", _TWIN), ("batch", _SHIPPED)):
-                _, service = await stack.enter_async_context(served(stores, folder, handlers, _PAYMENT_FAILURES))
+                serving = served(stores, folder, handlers, _PAYMENT_FAILURES)
+                sandbox, service = await stack.enter_async_context(serving)
                 driver = Driver(service.url, SECRET, asked.seconds)
-                ours.append(Receiver(name, driver, psutil.Process(service.pid)))
-            table = _compare(original, ceilings, ours, asked.load or [*Kind], asked.rounds)
+                ours.append(Receiver(name, driver, psutil.Process(service.pid), sandbox.database_url))
+            table = await _compare(original, ceilings, ours, asked.load or [*Kind], asked.rounds)
         Console().print(table)
 
     on_stores(run)
 
 
-def _compare(
+async def _compare(
     original: Receiver, ceilings: list[Receiver], ours: list[Receiver], kinds: list[Kind], rounds: int
 ) -> Table:
     table = Table("load", "receiver")
-    for column in ("requests/s", "processor us each", "ratio to the first"):
+    for column in ("requests/s", "ratio", "processor us each", "of Postgres", "ratio of both"):
         table.add_column(column, justify="right")
     for kind in kinds:
         base, *others = ceilings if kind is Kind.COMPLETED else [original]
         receivers = [base, *others, *ours]
         for receiver in receivers:
-            receiver.driver.run(kind)  # warm, and not counted
+            await receiver.run(kind)  # warm, and not counted
         seen = [
-            {each.name: each.run(kind) for each in (receivers if turn % 2 else receivers[::-1])}
+            {each.name: await each.run(kind) for each in (receivers if turn % 2 else receivers[::-1])}
             for turn in range(rounds)
         ]
         for receiver in receivers:
-            rate, cost = (statistics.median(row[receiver.name][column] for row in seen) for column in (0, 1))
-            ratio = statistics.median(row[receiver.name][0] / row[base.name][0] for row in seen)
-            table.add_row(kind, receiver.name, f"{rate:,.0f}", f"{cost:,.0f}", f"{ratio:.2f}")
+            mine, its = [row[receiver.name] for row in seen], [row[base.name] for row in seen]
+            figures = (
+                f"{statistics.median(each.per_second for each in mine):,.0f}",
+                _median_ratio([each.per_second for each in mine], [each.per_second for each in its]),
+                f"{statistics.median(each.receiver_us for each in mine):,.0f}",
+                f"{statistics.median(each.postgres_us for each in mine):,.0f}",
+                _median_ratio(
+                    [each.receiver_us + each.postgres_us for each in its],
+                    [each.receiver_us + each.postgres_us for each in mine],
+                ),
+            )
+            table.add_row(kind, receiver.name, *figures)
         table.add_section()
     return table
+
+
+def _median_ratio(one: Sequence[float], other: Sequence[float]) -> str:
+    return f"{statistics.median(a / b for a, b in zip(one, other, strict=True)):.2f}"
 
 
 def _installed(folder: Path) -> Path:
@@ -137,7 +177,7 @@ async def _original(stores: Stores, folder: Path, seconds: float) -> AsyncIterat
         }
         async with server_process(folder, environment, "node", str(_installed(folder) / "server.mjs")) as server:
             driver = Driver(f"{await server.origin()}/webhooks/stripe", SECRET, seconds)
-            yield Receiver("original", driver, psutil.Process(server.process.pid))
+            yield Receiver("original", driver, psutil.Process(server.process.pid), url)
     finally:
         await drop(url)
 
