@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +25,9 @@ import pytest
 import redis
 from pydantic import SecretStr
 from structlog.testing import capture_logs
+from typer.testing import CliRunner
 
+from firstclaim.cli.commands import app
 from firstclaim.cli.environment import shared_servers, whole_command
 from firstclaim.embedded import data_folder, folder_lock
 from firstclaim.embedded import processes as embedded_processes
@@ -387,6 +389,29 @@ def test_a_service_does_not_wait_for_commands(used: Settings) -> None:
     with owner(used.data_dir) as service, servers(used, share=True):
         service.communicate(timeout=DEADLINE_SECONDS)
         assert service.returncode == 0
+
+
+@pytest.mark.parametrize("arguments", [["events", "list"], ["migrate"], ["check"]], ids=" ".join)
+def test_a_command_under_which_the_service_stops_says_that(
+    used: Settings, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    """A command that loses the embedded Postgres says what has stopped, and nothing of a DATABASE_URL."""
+    run = asyncio.run
+
+    def run_without_the_service(work: Coroutine[object, object, object]) -> object:
+        service.communicate(timeout=DEADLINE_SECONDS)
+        return run(work)
+
+    monkeypatch.setenv("FIRSTCLAIM_DATA_DIR", str(used.data_dir))
+    monkeypatch.setattr("firstclaim.observability.logging.configure", lambda *_: None)
+    monkeypatch.setattr(asyncio, "run", run_without_the_service)
+    with owner(used.data_dir) as service:
+        done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 3
+    assert done.stderr == (
+        f"firstclaim: the embedded Postgres of {used.data_dir} has stopped (the service on this folder was stopped, or "
+        "ended): run the command again\n"
+    )
 
 
 def test_the_output_of_a_command_ends_before_its_servers_stop(used: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,8 @@ import asyncpg
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from firstclaim.postgres.advice import explain
+from firstclaim.errors import LedgerUnavailable
+from firstclaim.postgres.advice import explain, is_lost
 from firstclaim.postgres.connection import UNAVAILABLE
 
 VALUE = "c4n4rypw"
@@ -57,3 +58,27 @@ def test_sqlalchemy_wraps_the_drivers_error() -> None:
     wrapped.__cause__ = asyncpg.InvalidPasswordError(VALUE)
     assert "password in DATABASE_URL" in explain(wrapped)
     assert VALUE not in explain(wrapped)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (FileNotFoundError(), True),
+        (ConnectionRefusedError(), True),
+        (ConnectionResetError(), True),
+        (asyncpg.ConnectionDoesNotExistError(VALUE), True),
+        (asyncpg.InterfaceError(VALUE), True),
+        (asyncpg.AdminShutdownError(VALUE), True),
+        (asyncpg.CrashShutdownError(VALUE), True),
+        (asyncpg.CannotConnectNowError(VALUE), True),
+        (TimeoutError(), False),
+        (asyncpg.QueryCanceledError(VALUE), False),
+        (asyncpg.UndefinedTableError(VALUE), False),
+        (asyncpg.TooManyConnectionsError(VALUE), False),
+    ],
+)
+def test_a_server_that_has_ended_is_known(error: Exception, lost: bool) -> None:
+    """Errors of a server that is gone, or going, are told from those of one that runs, also where they are a cause."""
+    above = LedgerUnavailable(VALUE)
+    above.__cause__ = error
+    assert (is_lost(error), is_lost(above)) == (lost, lost)

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from firstclaim.cli.environment import database, dsn_of, operator, read_settings, run_on_ledger, shared_servers
+from firstclaim.cli.environment import (
+    database,
+    dsn_of,
+    embedded_stopped,
+    operator,
+    read_settings,
+    run_on_ledger,
+    shared_servers,
+)
 from firstclaim.cli.terminal import out, print_checks, reported
 
 if TYPE_CHECKING:
@@ -28,14 +36,18 @@ def check() -> None:
     """
     import asyncio
 
+    from firstclaim.embedded.data_folder import running_database
     from firstclaim.server.check import Verdict
     from firstclaim.server.preflight import all_checks
 
-    with reported(), shared_servers(read_settings()) as settings:
+    with reported(), shared_servers(given := read_settings()) as settings:
         checks = asyncio.run(all_checks(settings))
+        failed = [each for each in checks if each.verdict is Verdict.FAIL]
+        if failed and given.embedded_database and running_database(given) is None:
+            raise embedded_stopped(given)
         print_checks(checks)
-        if any(each.verdict is Verdict.FAIL for each in checks):
-            raise typer.Exit(min(each.exit_code for each in checks if each.verdict is Verdict.FAIL))
+        if failed:
+            raise typer.Exit(min(each.exit_code for each in failed))
 
 
 @epoch.command()

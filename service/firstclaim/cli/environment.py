@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from firstclaim.errors import ConfigurationError
+from firstclaim.errors import ConfigurationError, LedgerUnavailable, OperatorError
 
 if TYPE_CHECKING:
     from firstclaim.operations.commands import Commands
@@ -51,15 +51,32 @@ def whole_command() -> Iterator[None]:
 
 @contextmanager
 def shared_servers(settings: Settings) -> Iterator[Settings]:
-    """The settings with the addresses of embedded servers: those that run on the data folder, or else our own."""
+    """The settings with the addresses of embedded servers: those that run on the data folder, or else our own.
+
+    Raises `OperatorError` where the Postgres of these servers stops in the block: no advice about DATABASE_URL helps.
+    """
     from firstclaim.embedded.data_folder import servers
+    from firstclaim.postgres.advice import is_lost
 
     with ExitStack() as block:
         stack = _ending[0] if _ending else block
         ready = stack.enter_context(servers(settings, share=True))
         if _ending and ready is not settings:
             stack.callback(_end_output)
-        yield ready
+        try:
+            yield ready
+        except LedgerUnavailable as error:
+            if settings.embedded_database and is_lost(error):
+                raise embedded_stopped(settings) from error
+            raise
+
+
+def embedded_stopped(settings: Settings) -> OperatorError:
+    """The error of a command that used the embedded Postgres when the process that ran it ended."""
+    return OperatorError(
+        f"the embedded Postgres of {settings.data_dir} has stopped (the service on this folder was stopped, or ended): "
+        "run the command again"
+    )
 
 
 def _end_output() -> None:

@@ -25,6 +25,9 @@ _BY_SQLSTATE = {
     "57P01": "the server ended the connection: run the command again once it runs",
     "57P03": "the server is starting or stopping: run the command again in a moment",
 }
+# What a server that ends, or has ended, leads to. A TimeoutError, which is an OSError, says only that it is slow.
+_ENDING = ("57P01", "57P02", "57P03")
+_LOST = (OSError, asyncpg.PostgresConnectionError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _UNREACHABLE = "check the host, the port and the sslmode in DATABASE_URL, and that the server runs"
 _BY_CLASS: tuple[tuple[tuple[type[BaseException], ...], str], ...] = (
     ((socket.gaierror,), "the host name in DATABASE_URL cannot be resolved: correct it"),
@@ -55,6 +58,18 @@ def describe(error: BaseException) -> str:
         original = error.orig.__cause__ or error.orig  # SQLAlchemy's error wraps the driver's
     state = getattr(original, "sqlstate", None)
     return type(original).__name__ + (f" ({state})" if state else "")
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether the error, or what caused it, says that the server ends, has ended, or just starts."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, "sqlstate", None) in _ENDING:
+            return True
+        if isinstance(cause, _LOST) and not isinstance(cause, TimeoutError):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def in_one_line(error: BaseException) -> str:
