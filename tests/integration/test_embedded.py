@@ -676,6 +676,17 @@ def test_root_runs_nothing_and_opens_no_more_than_it_must(used: Settings) -> Non
     assert stat.S_IMODE(used.data_dir.parent.stat().st_mode) == 0o701
 
 
+@pytest.mark.skipif(not AS_ROOT, reason="only root makes files of another user")
+def test_a_lock_that_root_makes_belongs_to_the_owner_of_the_folder(tmp_path: Path) -> None:
+    """A command of root's that is the first to make it does not lock out the user whose service runs there."""
+    os.chown(tmp_path, 65534, 65534)
+    with folder_lock.open_lock(tmp_path, "lock.users") as lock, folder_lock.open_lock(tmp_path, "lock.users") as again:
+        for each in (lock, again):
+            assert (os.fstat(each.fileno()).st_uid, os.fstat(each.fileno()).st_gid) == (65534, 65534)
+    with pytest.raises(FileNotFoundError):
+        folder_lock.open_lock(tmp_path, create=False)
+
+
 @pytest.mark.skipif(not AS_ROOT, reason="the other tests run without root already")
 def test_works_without_root(folder: Path) -> None:
     """An ordinary user runs the servers on a folder that no other user can read."""

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -30,8 +30,18 @@ def open_lock(data: Path, name: str = "lock", *, create: bool = True) -> IO[str]
     """Open a lock's file. Closing it releases the lock, and so does the end of the process."""
     # Close-on-exec, as Python opens every file: a server that inherited the lock would hold it after us.
     # The file is never deleted: otherwise two services could each lock a file of this name.
-    flags = os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
-    return os.fdopen(os.open(data / name, flags, 0o600), "r+")
+    path, flags = data / name, os.O_RDWR | os.O_NOFOLLOW
+    with suppress(FileNotFoundError if create else ()):
+        return os.fdopen(os.open(path, flags), "r+")
+    try:
+        file = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:  # another process was first
+        file = os.open(path, flags)
+    else:
+        if os.geteuid() == 0:  # a command of root's must not lock out the user whose service this is
+            owner = data.stat()
+            os.fchown(file, owner.st_uid, owner.st_gid)
+    return os.fdopen(file, "r+")
 
 
 def _locked(file: IO[str], kind: int) -> bool:
