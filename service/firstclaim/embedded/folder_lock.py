@@ -31,17 +31,14 @@ def open_lock(data: Path, name: str = "lock", *, create: bool = True) -> IO[str]
     # Close-on-exec, as Python opens every file: a server that inherited the lock would hold it after us.
     # The file is never deleted: otherwise two services could each lock a file of this name.
     path, flags = data / name, os.O_RDWR | os.O_NOFOLLOW
-    with suppress(FileNotFoundError if create else ()):
-        return os.fdopen(os.open(path, flags), "r+")
-    try:
-        file = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:  # another process was first
-        file = os.open(path, flags)
-    else:
-        if os.geteuid() == 0:  # a command of root's must not lock out the user whose service this is
-            owner = data.stat()
-            os.fchown(file, owner.st_uid, owner.st_gid)
-    return os.fdopen(file, "r+")
+    if create:
+        with suppress(FileExistsError):
+            new = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+            if os.geteuid() == 0:  # a command of root's must not lock out the user whose service this is
+                owner = data.stat()
+                os.fchown(new, owner.st_uid, owner.st_gid)
+            return os.fdopen(new, "r+")
+    return os.fdopen(os.open(path, flags), "r+")
 
 
 def _locked(file: IO[str], kind: int) -> bool:
