@@ -1,6 +1,8 @@
-"""Changes of a table that running services write to."""
+"""Changes of a table that running services write to.
 
-from alembic import op
+Alembic is imported by what runs in a revision: the rest is imported by every process, and needs none of it.
+"""
+
 from sqlalchemy import text
 
 # For one statement that runs while no handler is in a transaction. Waiting for a lock until the longest handler has
@@ -33,6 +35,8 @@ def attempted_between_handlers(changes: str) -> str:
 
 def between_handlers(changes: str) -> None:
     """Run `changes`, short DDL statements on a table of the ledger, in a revision, while nobody holds it for long."""
+    from alembic import op
+
     op.execute(attempted_between_handlers(changes))
 
 
@@ -46,5 +50,7 @@ def index_unless_large(indexes: str, table: str = "stripe_events") -> None:
     The events are locked first, whatever table the indexes are on, because 0012 changes them in the same transaction:
     a handler would wait for the index's lock with its completion mark, and the migration for that handler.
     """
+    from alembic import op
+
     if op.get_bind().scalar(text("SELECT pg_relation_size(CAST(:t AS regclass))"), {"t": table}) <= _LARGE_BYTES:
         between_handlers("LOCK TABLE stripe_events IN ACCESS EXCLUSIVE MODE;" + indexes)

@@ -13,10 +13,6 @@ from functools import cache
 from pathlib import Path
 
 import asyncpg
-from alembic import command
-from alembic.config import Config
-from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
@@ -63,33 +59,30 @@ class SchemaState(Enum):
     NEWER = auto()  # migrated by a newer build; it works, because migrations only add
 
 
-@cache
-def _scripts() -> ScriptDirectory:
-    return ScriptDirectory.from_config(_config())
-
-
-def _config() -> Config:
-    config = Config()
-    config.set_main_option("script_location", str(Path(str(firstclaim.migrations.__file__)).parent))
-    return config
+_FOLDER = Path(str(firstclaim.migrations.__file__)).parent
 
 
 @cache
+def revisions() -> tuple[str, ...]:
+    """The revisions of this build, oldest first: what the names of their files begin with.
+
+    Not asked of Alembic, which takes a tenth of the time that `serve` needs to start, and is needed to migrate only.
+    """
+    return tuple(sorted(file.name.partition("_")[0] for file in _FOLDER.glob("versions/[0-9]*_*.py")))
+
+
 def head() -> str:
     """The revision that this build needs."""
-    revision = _scripts().get_current_head()
-    if revision is None:
+    if not revisions():
         raise RuntimeError("the package holds no migrations")
-    return revision
+    return revisions()[-1]
 
 
-@cache
 def compare(version: str | None) -> SchemaState:
     """Compare a stored revision with this build's; None is a database without a ledger."""
     if version == head():
         return SchemaState.CURRENT
-    known = {script.revision for script in _scripts().walk_revisions()}
-    return SchemaState.OUTDATED if version is None or version in known else SchemaState.NEWER
+    return SchemaState.OUTDATED if version is None or version in revisions() else SchemaState.NEWER
 
 
 def outdated(version: str | None) -> SchemaOutdated:
@@ -158,6 +151,10 @@ async def migrate(
 
 def _upgrade(connection: Connection, schema: str, handlers: Sequence[str], lines: list[str]) -> str | None:
     """Everything in one transaction, which begins with the lock."""
+    from alembic import command
+    from alembic.config import Config
+    from alembic.migration import MigrationContext
+
     connection.execute(_LOCK)
     old = None
     quoted = connection.scalar(_QUOTED, {"schema": schema})
@@ -177,7 +174,8 @@ def _upgrade(connection: Connection, schema: str, handlers: Sequence[str], lines
     context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
     before = context.get_current_revision()
     if compare(before) is SchemaState.OUTDATED:
-        config = _config()
+        config = Config()
+        config.set_main_option("script_location", str(_FOLDER))
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
     connection.execute(_IN_SEARCH_PATH)
