@@ -262,6 +262,22 @@ MUTANTS = (
         "CAST(:statuses AS text[]) IS NOT NULL AND coalesce(e.settled_at, e.received_at)",
         "integration/test_commands.py::test_what_is_unfinished_is_never_pruned",
     ),
+    TextMutant(
+        "a-follow-up-pruned-before-its-event",
+        "A follow-up is kept as long as the row that wrote it: a replay of that would run it again.",
+        "_WITHOUT_PARENT",
+        "(e.parent_id IS NULL OR NOT EXISTS (",
+        "(true OR NOT EXISTS (",
+        "integration/test_follow_up_operations.py::test_a_follow_up_is_kept_as_long_as_its_event",
+    ),
+    Mutant(
+        "one-generation-of-follow-ups-pruned",
+        "A row is pruned with its follow-ups and theirs.",
+        "_Prune.rows",
+        "if with_follow_ups:\n    ...",
+        "",
+        "integration/test_follow_up_operations.py::test_a_prune_deletes_all_generations",
+    ),
     Mutant(
         "pruned-while-stripe-may-resend",
         "A row is kept for at least 35 days: a deleted row detects no duplicate.",
