@@ -244,26 +244,50 @@ def test_a_second_service_is_refused(used: Settings) -> None:
             assert part in str(refusal.value)
 
 
-def test_a_service_waits_for_a_command_to_end(used: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a service, a command runs the servers for a moment: a service that starts then is not refused.
+def uses(settings: Settings, *, share: bool) -> bool:
+    """Use both servers once, as a command (`share`) or as a service."""
+    with servers(settings, share=share) as filled:
+        return both_answer(filled)
 
-    It says once that it waits, and for which process.
-    """
+
+def noticed_wait(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once somebody waits for a lock of a data folder."""
     waited = threading.Event()
 
     def sleep(seconds: float) -> None:
         waited.set()
         time.sleep(seconds)
 
-    def serve() -> bool:
-        with servers(used) as filled:
-            return both_answer(filled)
-
     monkeypatch.setattr(folder_lock, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+    return waited
+
+
+def beside_the_next_write(monkeypatch: pytest.MonkeyPatch, begin: Callable[[], Future[bool]]) -> list[Future[bool]]:
+    """What `begin` returns: called before the lock's file is written, which happens once that has to wait."""
+    waited, begun = noticed_wait(monkeypatch), list[Future[bool]]()
+    write_lock = folder_lock.write_lock
+
+    def write_later(lock: IO[str], addresses: dict[str, str], *, is_command: bool) -> None:
+        if not begun:
+            begun.append(begin())
+            until(lambda: waited.is_set() or begun[0].done())
+            assert not begun[0].done()
+        write_lock(lock, addresses, is_command=is_command)
+
+    monkeypatch.setattr(folder_lock, "write_lock", write_later)
+    return begun
+
+
+def test_a_service_waits_for_a_command_to_end(used: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a service, a command runs the servers for a moment: a service that starts then is not refused.
+
+    It says once that it waits, and for which process.
+    """
+    waited = noticed_wait(monkeypatch)
     monkeypatch.setattr(folder_lock, "_TOLD_SECONDS", -1.0)
     with ThreadPoolExecutor(1) as pool, capture_logs() as logs:
         with servers(used, share=True):
-            serving = pool.submit(serve)
+            serving = pool.submit(uses, used, share=False)
             assert waited.wait(DEADLINE_SECONDS)
         assert serving.result(DEADLINE_SECONDS)
     [told] = [each for each in logs if each["event"] == "waiting_for_command"]
@@ -314,28 +338,9 @@ def test_a_command_keeps_its_servers_for_those_that_share_them(used: Settings, m
 
 def test_nobody_shares_servers_that_are_about_to_stop(used: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """A command that finds the addresses just before another one clears them starts servers of its own."""
-    waited, second = threading.Event(), list[Future[bool]]()
-    write_lock = folder_lock.write_lock
-
-    def sleep(seconds: float) -> None:
-        waited.set()
-        time.sleep(seconds)
-
-    def use() -> bool:
-        with servers(used, share=True) as filled:
-            return both_answer(filled)
-
-    def write_later(lock: IO[str], addresses: dict[str, str], *, is_command: bool) -> None:
-        if not second:
-            second.append(pool.submit(use))
-            until(lambda: waited.is_set() or second[0].done())
-            assert not second[0].done()
-        write_lock(lock, addresses, is_command=is_command)
-
     with ThreadPoolExecutor(1) as pool:
         with servers(used, share=True):
-            monkeypatch.setattr(folder_lock, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
-            monkeypatch.setattr(folder_lock, "write_lock", write_later)
+            second = beside_the_next_write(monkeypatch, lambda: pool.submit(uses, used, share=True))
         assert second[0].result(DEADLINE_SECONDS)
 
 
@@ -348,14 +353,10 @@ def test_nobody_shares_servers_that_have_just_stopped(used: Settings, monkeypatc
         assert ended.wait(DEADLINE_SECONDS)
         return count_in(users, lock, holder)
 
-    def use() -> bool:
-        with servers(used, share=True) as filled:
-            return both_answer(filled)
-
     with ThreadPoolExecutor(1) as pool:
         with servers(used, share=True):
             monkeypatch.setattr(folder_lock, "_count_in", count_in_late)
-            second = pool.submit(use)
+            second = pool.submit(uses, used, share=True)
             assert begun.wait(DEADLINE_SECONDS)
         ended.set()
         assert second.result(DEADLINE_SECONDS)
@@ -458,26 +459,8 @@ def test_the_addresses_of_a_killed_service_are_not_believed(
     """
     stale = '{"pid": 1, "addresses": {"database_url": "postgresql://gone", "redis_url": "redis://gone"}}'
     (used.data_dir / "lock").write_text(stale)
-    waited, second = threading.Event(), list[Future[bool]]()
-    write_lock = folder_lock.write_lock
-
-    def sleep(seconds: float) -> None:
-        waited.set()
-        time.sleep(seconds)
-
-    def use() -> bool:
-        with servers(used, share=share) as filled:
-            return both_answer(filled)
-
-    def write_later(lock: IO[str], addresses: dict[str, str], *, is_command: bool) -> None:
-        if not second:
-            second.append(pool.submit(use))
-            until(lambda: waited.is_set() or second[0].done())
-        write_lock(lock, addresses, is_command=is_command)
-
-    monkeypatch.setattr(folder_lock, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
-    monkeypatch.setattr(folder_lock, "write_lock", write_later)
     with ThreadPoolExecutor(1) as pool:
+        second = beside_the_next_write(monkeypatch, lambda: pool.submit(uses, used, share=share))
         with servers(used, share=True):
             if share:
                 assert second[0].result(DEADLINE_SECONDS)
