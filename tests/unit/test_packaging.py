@@ -6,6 +6,7 @@ They are read as text, without Docker and without the network. CI builds and sta
 import json
 import re
 import shlex
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,27 @@ PROJECT: dict[str, Any] = PYPROJECT["project"]
 LOCK = (ROOT / "requirements.lock").read_text()
 COMPOSE = (ROOT / "compose.yaml").read_text()
 CI = (ROOT / ".github/workflows/ci.yaml").read_text()
+TOP_LEVEL = {
+    ".ci",
+    ".dockerignore",
+    ".github",
+    ".gitignore",
+    ".pre-commit-config.yaml",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "Dockerfile",
+    "LICENSE",
+    "README.md",
+    "SECURITY.md",
+    "compose.yaml",
+    "deploy",
+    "docs",
+    "justfile",
+    "pyproject.toml",
+    "requirements.lock",
+    "service",
+    "tests",
+}
 
 _HASH = re.compile(r"\s--hash=sha256:[0-9a-f]{64}(?=\s|$)")
 
@@ -88,6 +110,14 @@ def test_the_wheel_holds_one_package() -> None:
     """Only `firstclaim` is installed: nothing named `service` shadows an application's own package of that name."""
     assert PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["service/firstclaim"]}
     assert [path.name for path in (ROOT / "service").iterdir() if path.name != "__pycache__"] == ["firstclaim"]
+
+
+def test_nothing_else_lies_at_the_top_level() -> None:
+    """What somebody has tried out is not committed by mistake: its output may have a path or a secret."""
+    found = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if found.returncode:
+        pytest.skip("no git checkout")
+    assert {name.partition("/")[0] for name in found.stdout.split("\0") if name} == TOP_LEVEL
 
 
 def test_the_sdist_holds_the_package_and_what_documents_it() -> None:
