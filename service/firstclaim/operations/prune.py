@@ -60,11 +60,11 @@ _NEXT = {
     SELECT event_id, received_at FROM firstclaim.{table}
      WHERE event_id > :after
      ORDER BY event_id LIMIT :limit""",
-    "follow-ups": """
+}
+_FOLLOW_UPS = """
     SELECT event_id, received_at FROM firstclaim.{table}
      WHERE parent_id = ANY(:parents) AND event_id > :after
-     ORDER BY event_id LIMIT :limit""",
-}
+     ORDER BY event_id LIMIT :limit"""
 # Of these, what is old enough since it was settled.
 _PRUNABLE = f"""e.status = ANY(:statuses) AND e.settled_at < {_CUTOFF} AND {IN_GROUP}"""
 # A follow-up is kept as long as the row that wrote it: a replay of that one would write it again, and run it again. A
@@ -101,8 +101,8 @@ _CANDIDATES = f"""
 gone AS (SELECT e.event_id FROM firstclaim.stripe_events e JOIN looked USING (event_id) WHERE {_PRUNABLE})"""
 
 
-def _over(table: str, then: str) -> dict[str, Statement]:
-    """Look at the next events, and then: the last that was looked at, and the ids in `gone`."""
+def _over(table: str, then: str, **more: str) -> dict[str, Statement]:
+    """Look at the next events, and then: the last that was looked at, and the ids in `gone`. `more`: orders besides."""
     return {
         order: statement(f"""
 WITH looked AS MATERIALIZED ({look.format(table=table)}
@@ -110,13 +110,12 @@ WITH looked AS MATERIALIZED ({look.format(table=table)}
 SELECT event_id AS after, received_at AS after_at, (SELECT array_agg(event_id) FROM gone) AS ids
   FROM looked ORDER BY {"received_at DESC, " if order == "old" else ""}event_id DESC LIMIT 1
 """)
-        for order, look in _NEXT.items()
-        if order != "follow-ups" or table == "stripe_events"
+        for order, look in (_NEXT | more).items()
     }
 
 
 _PRUNE_PAYLOADS = _over("stripe_event_payloads", _DELETE_PAYLOADS)
-_PRUNE_ROWS = _over("stripe_events", _DELETE_ROWS)
+_PRUNE_ROWS = _over("stripe_events", _DELETE_ROWS, follow_ups=_FOLLOW_UPS)
 _TO_ARCHIVE = _over("stripe_event_payloads", _CANDIDATES)
 _READ = statement("""
 SELECT e.event_id AS id, type, account, livemode, endpoint, status, e.received_at, settled_at, traceparent, headers,
@@ -239,7 +238,7 @@ class _Prune:
                 parents = deleted.pop()
                 yield Pruned(rows=len(parents))
                 if with_follow_ups:
-                    then = self._walk(_PRUNE_ROWS, ["follow-ups"], days, keep_payloads=kept, parents=parents)
+                    then = self._walk(_PRUNE_ROWS, ["follow_ups"], days, keep_payloads=kept, parents=parents)
                     deleted += [ids async for ids in then]
 
     async def payloads(self) -> AsyncIterator[Pruned]:
