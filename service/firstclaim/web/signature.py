@@ -2,10 +2,10 @@
 
 Guarantees: a body without a valid signature reaches no store, and the only exception is `Rejected`, whatever the input.
 The scheme is Stripe's (docs.stripe.com/webhooks#verify-manually), and a test compares the result with stripe-python's
-for any header. Its own check takes one secret, accepts timestamps in the future, raises UnicodeDecodeError or TypeError
-for some inputs, and took half of the time of a delivery that is only verified. This module requires exactly one header,
-checks its form first, accepts blanks and tabs around its commas, which HTTP allows and a proxy may insert, accepts
-several secrets, and applies the tolerance in both directions.
+for any header. Its own check takes one secret, accepts timestamps in the future, and raises UnicodeDecodeError or
+TypeError for some inputs. This module requires exactly one header, checks its form first, accepts blanks and tabs
+around its commas, which HTTP allows and a proxy may insert, accepts several secrets, and applies the tolerance in both
+directions.
 """
 
 import hmac
