@@ -31,8 +31,8 @@ TABLES = [name for name in metadata.tables if name not in LATER]
 OLDER = {  # of what the revisions from 0010 on brought
     "ARRAY(SELECT pattern FROM firstclaim.operator_pauses)": "CAST('{}' AS text[])",
     "body, traceparent, headers)\n    SELECT event_id, body, traceparent, headers": "body) SELECT event_id, body",
-    ", duplicates AS (\n    DELETE FROM firstclaim.stripe_event_duplicates d USING old"
-    " WHERE d.event_id = old.event_id\n)": "",
+    ", duplicates AS (\n    DELETE FROM firstclaim.stripe_event_duplicates d USING doomed"
+    " WHERE d.event_id = doomed.event_id\n)": "",
     "claimed_by, endpoint)": "claimed_by)",
     "END,\n           endpoint": "END",
     "p.traceparent, e.endpoint": "CAST(NULL AS text) AS traceparent, CAST(NULL AS text) AS endpoint",

@@ -144,13 +144,44 @@ async def test_a_follow_up_is_kept_as_long_as_its_event(world: World) -> None:
         assert await operations.find(task_id) is None
 
 
-# What is left of a chain in which each row has enqueued the next two, by the row that is too young.
-@pytest.mark.parametrize(("young", "left"), [(None, 0), (1, 31), (2, 15), (4, 7)])
+# What is left of a tree in which each row has enqueued the next two, by the row that is too young.
+TREE = 31
+LEFT = [(None, 0), (1, 31), (2, 15), (4, 7)]
+
+
+@pytest.mark.parametrize("batch", [3, 100])
+@pytest.mark.parametrize(("young", "left"), LEFT)
 async def test_a_prune_deletes_all_generations(
-    world: World, monkeypatch: pytest.MonkeyPatch, young: int | None, left: int
+    world: World, monkeypatch: pytest.MonkeyPatch, batch: int, young: int | None, left: int
 ) -> None:
     """One run takes each row that is old enough, with its follow-ups and theirs; what has a parent, stays."""
-    monkeypatch.setattr(prune_module, "BATCH", 3)
+    monkeypatch.setattr(prune_module, "BATCH", batch)
+    await plant(world, young)
+    async with Commands.connect(world.url, CONNECT_SECONDS) as operations:
+        assert (await count_prunable(operations, Retention(90, 90)))[1] == TREE - left
+        assert await _pruned(operations) == TREE - left
+        assert (await count_prunable(operations, Retention(90, 90)))[1] == 0
+    assert await world.database.fetchval("SELECT count(*) FROM firstclaim.stripe_events") == left
+
+
+@pytest.mark.parametrize("batch", [3, 100])
+@pytest.mark.parametrize(("locked", "left"), LEFT[1:])
+async def test_a_locked_row_keeps_its_follow_ups(
+    world: World, monkeypatch: pytest.MonkeyPatch, batch: int, locked: int, left: int
+) -> None:
+    """It may be being replayed: it stays, and so does all that it has written, until the next run."""
+    monkeypatch.setattr(prune_module, "BATCH", batch)
+    await plant(world, None)
+    async with Commands.connect(world.url, CONNECT_SECONDS) as operations:
+        async with world.database.transaction():
+            lock = "SELECT FROM firstclaim.stripe_events WHERE event_id = $1 FOR UPDATE"
+            await world.database.execute(lock, f"evt_{locked}")
+            assert await _pruned(operations) == TREE - left
+        assert await _pruned(operations) == left
+
+
+async def plant(world: World, young: int | None) -> None:
+    """A tree of completed rows, evt_1 to evt_31, that are old enough, but for one."""
     await world.database.execute(
         """
         INSERT INTO firstclaim.stripe_events
@@ -162,11 +193,6 @@ async def test_a_prune_deletes_all_generations(
         """,
         young,
     )
-    async with Commands.connect(world.url, CONNECT_SECONDS) as operations:
-        assert (await count_prunable(operations, Retention(90, 90)))[1] == 31 - left
-        assert await _pruned(operations) == 31 - left
-        assert (await count_prunable(operations, Retention(90, 90)))[1] == 0
-    assert await world.database.fetchval("SELECT count(*) FROM firstclaim.stripe_events") == left
 
 
 async def _pruned(operations: Commands) -> int:

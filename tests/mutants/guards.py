@@ -270,12 +270,12 @@ MUTANTS = (
         "(true OR NOT EXISTS (",
         "integration/test_follow_up_operations.py::test_a_follow_up_is_kept_as_long_as_its_event",
     ),
-    Mutant(
+    TextMutant(
         "one-generation-of-follow-ups-pruned",
         "A row is pruned with its follow-ups and theirs.",
-        "_Prune.rows",
-        "if with_follow_ups:\n    ...",
-        "",
+        "_DELETE_ROWS",
+        "JOIN old ON old.parent_id = doomed.event_id",
+        "JOIN old ON false",
         "integration/test_follow_up_operations.py::test_a_prune_deletes_all_generations",
     ),
     Mutant(

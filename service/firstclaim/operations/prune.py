@@ -14,7 +14,7 @@ Each batch is a transaction of its own, of some milliseconds, and skips rows tha
 lock. Between batches the run rests, so that deliveries have the server for most of the time: `pace.py`.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -35,7 +35,6 @@ _OPEN_FILES_MOST = 50  # days; by the index they come one after the other, from 
 
 PAYLOADS_INDEX = "stripe_event_payloads_received"
 _ROWS_INDEX = "stripe_events_received"
-_PARENTS_INDEX = "stripe_events_parent"
 _HAS_INDEX = statement("""
 SELECT EXISTS (SELECT FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
                 WHERE i.indrelid IN (CAST('firstclaim.stripe_events' AS regclass),
@@ -61,14 +60,9 @@ _NEXT = {
      WHERE event_id > :after
      ORDER BY event_id LIMIT :limit""",
 }
-_FOLLOW_UPS = """
-    SELECT event_id, received_at FROM firstclaim.{table}
-     WHERE parent_id = ANY(:parents) AND event_id > :after
-     ORDER BY event_id LIMIT :limit"""
 # Of these, what is old enough since it was settled.
 _PRUNABLE = f"""e.status = ANY(:statuses) AND e.settled_at < {_CUTOFF} AND {IN_GROUP}"""
-# A follow-up is kept as long as the row that wrote it: a replay of that one would write it again, and run it again. A
-# statement does not see what it deletes itself, so each generation is deleted by one of its own.
+# A follow-up is kept as long as the row that wrote it: a replay of that one would write it again, and run it again.
 _WITHOUT_PARENT = """(e.parent_id IS NULL OR NOT EXISTS (
            SELECT FROM firstclaim.stripe_events parent WHERE parent.event_id = e.parent_id))"""
 
@@ -81,41 +75,47 @@ old AS MATERIALIZED (
 ), gone AS (
     DELETE FROM firstclaim.stripe_event_payloads p USING old WHERE p.event_id = old.event_id RETURNING p.event_id
 )"""
+# A follow-up was received after the row that wrote it. So by then that row is deleted, or it is looked at in the same
+# statement, which does not see what it deletes itself: hence `doomed`. A row that is locked keeps what it has written.
 _DELETE_ROWS = f"""
 old AS MATERIALIZED (
-    SELECT e.event_id FROM firstclaim.stripe_events e JOIN looked USING (event_id)
-     WHERE {_PRUNABLE} AND {_WITHOUT_PARENT}
+    SELECT e.event_id, e.parent_id FROM firstclaim.stripe_events e JOIN looked USING (event_id)
+     WHERE {_PRUNABLE}
        AND NOT (:keep_payloads AND EXISTS (
                SELECT FROM firstclaim.stripe_event_payloads p WHERE p.event_id = e.event_id))
        FOR UPDATE OF e SKIP LOCKED
+), doomed AS (
+    SELECT event_id FROM old e WHERE {_WITHOUT_PARENT}
+    UNION ALL
+    SELECT old.event_id FROM doomed JOIN old ON old.parent_id = doomed.event_id
 ), payloads AS (
-    DELETE FROM firstclaim.stripe_event_payloads p USING old WHERE p.event_id = old.event_id
+    DELETE FROM firstclaim.stripe_event_payloads p USING doomed WHERE p.event_id = doomed.event_id
 ), attempts AS (
-    DELETE FROM firstclaim.stripe_event_attempts a USING old WHERE a.event_id = old.event_id
+    DELETE FROM firstclaim.stripe_event_attempts a USING doomed WHERE a.event_id = doomed.event_id
 ), duplicates AS (
-    DELETE FROM firstclaim.stripe_event_duplicates d USING old WHERE d.event_id = old.event_id
+    DELETE FROM firstclaim.stripe_event_duplicates d USING doomed WHERE d.event_id = doomed.event_id
 ), gone AS (
-    DELETE FROM firstclaim.stripe_events e USING old WHERE e.event_id = old.event_id RETURNING e.event_id
+    DELETE FROM firstclaim.stripe_events e USING doomed WHERE e.event_id = doomed.event_id RETURNING e.event_id
 )"""
 _CANDIDATES = f"""
 gone AS (SELECT e.event_id FROM firstclaim.stripe_events e JOIN looked USING (event_id) WHERE {_PRUNABLE})"""
 
 
-def _over(table: str, then: str, **more: str) -> dict[str, Statement]:
-    """Look at the next events, and then: the last that was looked at, and the ids in `gone`. `more`: orders besides."""
+def _over(table: str, then: str) -> dict[str, Statement]:
+    """Look at the next events, and then: the last that was looked at, and the ids in `gone`."""
     return {
         order: statement(f"""
-WITH looked AS MATERIALIZED ({look.format(table=table)}
+WITH RECURSIVE looked AS MATERIALIZED ({look.format(table=table)}
 ), {then}
 SELECT event_id AS after, received_at AS after_at, (SELECT array_agg(event_id) FROM gone) AS ids
   FROM looked ORDER BY {"received_at DESC, " if order == "old" else ""}event_id DESC LIMIT 1
 """)
-        for order, look in (_NEXT | more).items()
+        for order, look in _NEXT.items()
     }
 
 
 _PRUNE_PAYLOADS = _over("stripe_event_payloads", _DELETE_PAYLOADS)
-_PRUNE_ROWS = _over("stripe_events", _DELETE_ROWS, follow_ups=_FOLLOW_UPS)
+_PRUNE_ROWS = _over("stripe_events", _DELETE_ROWS)
 _TO_ARCHIVE = _over("stripe_event_payloads", _CANDIDATES)
 _READ = statement("""
 SELECT e.event_id AS id, type, account, livemode, endpoint, status, e.received_at, settled_at, traceparent, headers,
@@ -230,28 +230,19 @@ class _Prune:
 
     async def rows(self, *, kept: bool = False) -> AsyncIterator[Pruned]:
         """Delete rows, with their payloads, each with its follow-ups. `kept`: only rows that have no payload."""
-        days = self._retention.row_days
-        with_follow_ups = await self._has(_PARENTS_INDEX)  # without it, each batch would read the whole ledger
-        async for ids in self._walk(_PRUNE_ROWS, await self._orders(_ROWS_INDEX), days, keep_payloads=kept):
-            deleted = [ids]
-            while deleted:
-                parents = deleted.pop()
-                yield Pruned(rows=len(parents))
-                if with_follow_ups:
-                    then = self._walk(_PRUNE_ROWS, ["follow_ups"], days, keep_payloads=kept, parents=parents)
-                    deleted += [ids async for ids in then]
+        async for ids in self._walk(_PRUNE_ROWS, _ROWS_INDEX, self._retention.row_days, keep_payloads=kept):
+            yield Pruned(rows=len(ids))
 
     async def payloads(self) -> AsyncIterator[Pruned]:
         """Delete payloads."""
-        orders = await self._orders(PAYLOADS_INDEX)
-        async for ids in self._walk(_PRUNE_PAYLOADS, orders, self._retention.payload_days):
+        async for ids in self._walk(_PRUNE_PAYLOADS, PAYLOADS_INDEX, self._retention.payload_days):
             yield Pruned(payloads=len(ids))
 
     async def stored_payloads(self, storage: Storage) -> AsyncIterator[Pruned]:
         """Store payloads, also of rows that are deleted soon, and delete them."""
         days = min(self._retention.payload_days, self._retention.row_days)
         files: dict[date, ArchiveFile] = {}
-        async for ids in self._walk(_TO_ARCHIVE, await self._orders(PAYLOADS_INDEX), days):
+        async for ids in self._walk(_TO_ARCHIVE, PAYLOADS_INDEX, days):
             async for event in self._events(ids):
                 day = archive.day_of(event)
                 file = files.setdefault(day, ArchiveFile())
@@ -278,19 +269,12 @@ class _Prune:
             deleted += len(await self._fetch(_PRUNE_STORED, event_ids=batch, **self._retention.parameters(days)))
         return Pruned(payloads=deleted, archived=len(file.ids))
 
-    async def _has(self, index: str) -> bool:
-        [row] = await self._fetch(_HAS_INDEX, name=index)
-        return bool(row["found"])
-
-    async def _orders(self, index: str) -> Sequence[str]:
-        """In which orders a walk looks at all events that can be old enough. `index`: of their times."""
-        return ("old", "undated") if await self._has(index) else ("all",)
-
     async def _walk(
-        self, statements: dict[str, Statement], orders: Sequence[str], days: int, **values: object
+        self, statements: dict[str, Statement], index: str, days: int, **values: object
     ) -> AsyncIterator[list[str]]:
-        """Look at events in these orders; yields the ids that each statement has deleted or found."""
-        for order in orders:
+        """Look at all events that can be old enough; yields the ids that each statement has deleted or found."""
+        [indexed] = await self._fetch(_HAS_INDEX, name=index)
+        for order in ("old", "undated") if indexed["found"] else ("all",):
             place: dict[str, Any] = {"after": "", "after_at": None}
             while True:
                 rows = await self._fetch(
