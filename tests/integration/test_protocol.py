@@ -20,6 +20,8 @@ from firstclaim.inbox.slots import Slots
 from firstclaim.server import protocol
 from firstclaim.server.connection_limiter import ConnectionLimiter
 from firstclaim.server.protocol import HttpProtocol
+from firstclaim.web import answers
+from firstclaim.web.answers import WHOLE_ANSWER, Answer
 from firstclaim.web.health import Liveness
 from tests.raw_connection import RawConnection
 
@@ -27,6 +29,7 @@ GET = b"GET /livez HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /headers HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
 CHUNKED = POST + b"Transfer-Encoding: chunked\r\n\r\n"
 ROOMY = (1000, 10**8)
+_HEADERS = ((b"content-length", b"2"), (b"retry-after", b"5"))
 
 
 @dataclass
@@ -98,6 +101,9 @@ async def _served(
     served = Served(uvicorn.Server(config))
     app.add_route("/held", served.hold, methods=["GET", "POST"])
     app.add_route("/large", _large)
+    app.router.routes.append(Route("/whole", Answer(202, b"{}", _HEADERS)))
+    app.router.routes.append(Route("/last", Answer(202, b"{}", (*_HEADERS, (b"connection", b"close")))))
+    app.router.routes.append(Route("/large-whole", Answer(200, b"x" * 60_000, ((b"content-length", b"60000"),))))
     app.add_route("/larger-than-buffers", _larger_than_buffers)
     config.load()
     served.server.lifespan = config.lifespan_class(config)
@@ -198,6 +204,31 @@ async def test_an_answer_is_sent_in_one_piece(last: bytes, monkeypatch: pytest.M
     [sent] = written
     assert sent.startswith(b"HTTP/1.1 200 OK\r\n")
     assert sent.endswith(reply.body)
+
+
+@pytest.mark.parametrize("extension", [WHOLE_ANSWER, "of another server"])
+@pytest.mark.parametrize("path", ["whole", "last"])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("asked", [b"", b"Connection: close\r\n", b"Connection: keep-alive\r\n"])
+async def test_a_whole_answer_is_that_of_two_messages(
+    monkeypatch: pytest.MonkeyPatch, extension: str, path: str, version: str, asked: bytes
+) -> None:
+    """An answer that is sent in one step has the same headers, and closes the connection in the same cases."""
+    monkeypatch.setattr(answers, "WHOLE_ANSWER", extension)
+    kept = path == "whole" and version == "1.1" and b"close" not in asked
+    async with _served() as served:
+        served.server.server_state.default_headers = [(b"date", b"now")]
+        connection = await served.connect(f"GET /{path} HTTP/{version}\r\n".encode() + asked + b"\r\n")
+        reply = await connection.reply()
+        assert (reply.status, reply.body) == (202, b"{}")
+        lines = [b"http/1.1 202 accepted", b"date: now", b"content-length: 2", b"retry-after: 5"]
+        assert reply.head.rstrip().split(b"\r\n") == [*lines, *([] if kept else [b"connection: close"])]
+        assert served.answered == 1
+        if kept:
+            await connection.send(b"GET /livez HTTP/1.1\r\n\r\n")
+            assert (await connection.reply()).status == 200
+        else:
+            assert await connection.rest() == b""
 
 
 async def test_an_answer_without_a_body_is_sent() -> None:
@@ -458,6 +489,16 @@ async def test_a_client_that_reads_nothing_is_disconnected(monkeypatch: pytest.M
         with _deaf_client(served) as send:
             await _until_cut(lambda: send(b"GET /large HTTP/1.1\r\n\r\n"))
         await _until(lambda: (served.sockets, served.tasks) == (0, 0))
+
+
+async def test_a_whole_answer_waits_until_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that sends and does not read gets no further answer when the buffer is full. It holds two of these."""
+    monkeypatch.setattr(protocol, "UNREAD_SECONDS", 0.2)
+    async with _served() as served:
+        with _deaf_client(served) as send:
+            await _until_cut(lambda: send(b"GET /large-whole HTTP/1.1\r\n\r\n"))
+        await _until(lambda: (served.sockets, served.tasks) == (0, 0))
+        assert served.answered == 2
 
 
 @pytest.mark.parametrize(

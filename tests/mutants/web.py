@@ -55,8 +55,8 @@ MUTANTS = (
         "only-the-first-secret",
         "During a secret's rotation either secret may have signed.",
         "verify",
-        "(_signed_by(secret, signed, signatures) for secret in secrets)",
-        "(_signed_by(secret, signed, signatures) for secret in secrets[:1])",
+        "for secret in secrets:\n    ...",
+        "for secret in secrets[:1]:\n    ...",
         "unit/test_signature.py::test_any_configured_secret_is_accepted",
     ),
     Mutant(
@@ -154,6 +154,22 @@ MUTANTS = (
         "self._linger()",
         "self.transport.close()",
         "integration/test_protocol.py::test_who_still_sends_gets_to_read_the_answer",
+    ),
+    Mutant(
+        "whole-answers-without-limit",
+        "A client that does not read its answers is sent no further ones.",
+        "HttpProtocol.send_whole",
+        "self.flow.write_paused or cycle.disconnected or cycle.response_started",
+        "cycle.disconnected or cycle.response_started",
+        "integration/test_protocol.py::test_a_whole_answer_waits_until_there_is_room",
+    ),
+    Mutant(
+        "whole-answer-keeps-the-connection",
+        "An answer that closes the connection does, however it is sent.",
+        "HttpProtocol.send_whole",
+        "_CLOSE in whole.headers",
+        "False",
+        "integration/test_protocol.py::test_a_whole_answer_is_that_of_two_messages",
     ),
     Mutant(
         "percent-encoded-path-is-served",

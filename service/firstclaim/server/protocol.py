@@ -23,7 +23,7 @@ A refused request is answered in the same JSON form as all others, and its sende
 
 import asyncio
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -31,14 +31,14 @@ from typing import Any
 import httptools
 import structlog
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from firstclaim import outcome as outcomes
 from firstclaim.errors import Rejected
 from firstclaim.observability import metrics
 from firstclaim.server.connection_limiter import ConnectionLimiter
-from firstclaim.web.answers import Answer, answer, rejection
+from firstclaim.web.answers import WHOLE_ANSWER, Answer, Header, answer, rejection
 
 log = structlog.get_logger(__name__)
 
@@ -48,6 +48,7 @@ UNREAD_SECONDS = 10.0  # for a client to read some more of what the transport's 
 # For the client to read the last answer, or some more of it; closing at once would reset a client that still sends.
 LINGER_SECONDS = 2.0
 _BETWEEN_HEADER_BYTES = 4  # the colon, a space, the end of the line
+_CLOSE = (b"connection", b"close")
 _FRAMING = (b"content-length", b"transfer-encoding")
 _INTERIM = b"HTTP/1.1 1"  # 100 Continue: the client sends its body after it
 
@@ -78,6 +79,7 @@ class HttpProtocol(HttpToolsProtocol):
         """A new connection: await its first head, or refuse it if there is no capacity."""
         super().connection_made(transport)
         self._answer_transport = _AnswerTransport(self, transport)
+        self._extensions: dict[str, dict[object, object]] = {WHOLE_ANSWER: {"send": self._answer_transport.send_whole}}
         self._await_head()
         if not self._limiter.opened(self):
             self._refuse_overload()
@@ -162,6 +164,7 @@ class HttpProtocol(HttpToolsProtocol):
             raise Rejected("upgrade", "Protocol upgrades are not supported")  # the parser would skip its body
         super().on_headers_complete()
         self._answer_transport.begin(self.cycle)
+        self.scope["extensions"] = self._extensions
         self.headers = []  # the request keeps the old list; trailers are appended to this one, which nobody reads
 
     def on_body(self, body: bytes) -> None:
@@ -186,6 +189,26 @@ class HttpProtocol(HttpToolsProtocol):
             self._linger()
         else:
             self._limiter.request_awaited(self)
+
+    def send_whole(self, whole: Answer) -> bool:
+        """Send the answer to the request in one step. False if that has to wait, or if nobody awaits an answer.
+
+        For a duplicate, uvicorn's own steps take as long as all that Redis takes.
+        """
+        cycle = self.cycle
+        if self.flow.write_paused or cycle.disconnected or cycle.response_started:
+            return False
+        cycle.response_started = cycle.response_complete = True
+        headers = [*self.server_state.default_headers, *whole.headers]
+        if _CLOSE in whole.headers:
+            cycle.keep_alive = False
+        elif not cycle.keep_alive:
+            headers.append(_CLOSE)
+        self.transport.write(_written(whole.status, headers, whole.body))
+        if not cycle.keep_alive:
+            self.close_after_answer()
+        self.on_response_complete()
+        return True
 
     def close_after_answer(self) -> None:
         """Close after the last answer. A client that is still sending its body gets time to read the answer."""
@@ -240,10 +263,8 @@ class HttpProtocol(HttpToolsProtocol):
         """Send the last answer of the connection, outside of a request's own answer."""
         if self._ignoring_input or self.transport.is_closing():
             return
-        headers = dict(last.headers) | {b"connection": b"close"}
-        head = b"".join(b"%s: %s\r\n" % header for header in headers.items())
-        line = f"HTTP/1.1 {last.status} {HTTPStatus(last.status).phrase}\r\n".encode()
-        self.transport.write(line + head + b"\r\n" + last.body)
+        headers = dict((*last.headers, _CLOSE))
+        self.transport.write(_written(last.status, headers.items(), last.body))
         self._linger()
 
     def _linger(self) -> None:
@@ -323,6 +344,11 @@ class _AnswerTransport(asyncio.Transport):
             self._send(self._head + data)
             self._head = b""
 
+    def send_whole(self, whole: Answer) -> bool:
+        """Send an answer in one step, and return whether it could be."""
+        protocol = self._protocol()
+        return protocol is not None and protocol.send_whole(whole)
+
     def flush(self) -> None:
         """The answer is complete: send a head that no body has followed, as after HEAD."""
         if self._head:
@@ -333,6 +359,12 @@ class _AnswerTransport(asyncio.Transport):
         self.flush()
         if (protocol := self._protocol()) is not None:
             protocol.close_after_answer()
+
+
+def _written(status: int, headers: Iterable[Header], body: bytes) -> bytes:
+    """An answer as it is sent."""
+    head = b"".join([b"%b: %b\r\n" % header for header in headers])
+    return b"%b%b\r\n%b" % (STATUS_LINE[status], head, body)
 
 
 def _too_large() -> Rejected:

@@ -2,9 +2,13 @@
 
 Guarantees: the table `STATUS` is the only place that turns an outcome into a status code. The answer to an error names
 no event. A 503 says when to send the event again.
+
+Under `serve` an answer goes to its connection as a whole, by an extension of the scope, and under any other server as
+the two messages of ASGI.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 from starlette.types import Receive, Scope, Send
@@ -25,6 +29,11 @@ _RETRY_AFTER = (b"retry-after", b"5")  # sooner, a retry would meet the same out
 _CLOSE = (b"connection", b"close")
 _JSON = (b"content-type", b"application/json")
 
+WHOLE_ANSWER = "firstclaim.answer"
+"""The name of the scope's extension: `{"send": function}`, which sends an `Answer`, and returns whether it could."""
+
+_NO_EXTENSIONS: dict[str, Any] = {}
+
 Header = tuple[bytes, bytes]
 
 
@@ -36,8 +45,11 @@ class Answer:
     body: bytes
     headers: tuple[Header, ...]
 
-    async def __call__(self, _scope: Scope, _receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, _receive: Receive, send: Send) -> None:
         """Send it."""
+        extension = scope.get("extensions", _NO_EXTENSIONS).get(WHOLE_ANSWER)
+        if extension is not None and extension["send"](self):
+            return
         await send({"type": "http.response.start", "status": self.status, "headers": list(self.headers)})
         await send({"type": "http.response.body", "body": self.body})
 
