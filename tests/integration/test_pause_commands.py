@@ -55,6 +55,15 @@ async def test_types_that_another_pause_covers(world: World) -> None:
     assert "handler:bad is not paused" in await command("resume", "handler:bad", code=1)
 
 
+async def test_narrower_pauses_that_are_left(world: World) -> None:
+    """What else holds events of the resumed types is named, with the command that ends it."""
+    await paused(world, "invoice.*", "invoice.paid", "charge.refunded")
+    left = "some of its types are still paused by invoice.paid: to end that, firstclaim resume invoice.paid"
+    assert left in await command("resume", "invoice.*")
+    said = await command("resume", "invoice.*", code=1)
+    assert "invoice.* has no pause of its own; some of its types are paused by invoice.paid" in said
+
+
 async def test_an_old_pause_is_resumed(world: World) -> None:
     """A name that no pause can have any more is no reason to keep it."""
     await paused(world, "handler:bad,handler:good")

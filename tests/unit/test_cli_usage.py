@@ -65,9 +65,10 @@ def connections(listener: socket.socket) -> int:
 
 
 def assert_refused(outcome: tuple[int, str], *words: str, code: int = USAGE) -> None:
-    """The command ended with this exit code and named all of these words."""
+    """The command ended with this exit code and named all of these words, wherever its lines end."""
     found, output = outcome
     assert found == code, output
+    output = " ".join(output.replace("│", " ").split())
     for word in words:
         assert word in output
 

@@ -344,10 +344,11 @@ def test_without_a_database_lost_and_doubled_are_unknown() -> None:
 
 
 def test_without_the_probe_nothing_is_known() -> None:
-    """All events completed by other handlers: the sentence words that nothing is known, and names the setting."""
+    """All events completed by other handlers: exit code 1, because nothing is known, and the setting is named."""
     code, text = printed(plan(), result(), with_fates(elsewhere=["evt_a", "evt_b"]))
-    assert code == 0
-    assert "unknown" in text
+    assert code == 1
+    assert [row(text, name) for name in ("effects once", "lost", "doubled")] == ["0", "unknown", "unknown"]
+    assert "Lost and doubled events are unknown" in text
     assert "FIRSTCLAIM_HANDLERS=firstclaim.handlers.load_probe" in text
 
 

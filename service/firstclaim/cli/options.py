@@ -21,6 +21,7 @@ SendTo = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object per line.")]
 
+PATTERNS = 'an event type, "prefix.*", "task:name", "task:*", "handler:name", "handler:*", or "*" for all'
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
@@ -50,16 +51,17 @@ def pattern_of_types(text: str) -> str:
 
     if not (is_storable(text) and is_pattern(text)):
         one = " (one pattern: call the command once for each)" if "," in text else ""
-        raise typer.BadParameter(
-            f'expected an event type, "prefix.*", "*", "task:name" or "handler:name", not {text!r:.80}{one}'
-        )
+        raise typer.BadParameter(f"expected {PATTERNS}, not {text!r:.80}{one}")
     return text
 
 
 def types_filter(text: str) -> str:
     """The patterns with commas between, if each is one: a mistyped one would select nothing. Raises a usage error."""
+    from firstclaim.registry import is_pattern
+
     for each in storable(text).split(","):
-        pattern_of_types(each.strip())
+        if not is_pattern(each.strip()):
+            raise typer.BadParameter(f"expected {PATTERNS}, or several with commas between, not {each.strip()!r:.80}")
     return text
 
 

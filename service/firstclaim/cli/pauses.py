@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from firstclaim.cli.environment import database, operator, run_on_ledger
-from firstclaim.cli.options import AsJson, pattern_of_types, storable
+from firstclaim.cli.options import PATTERNS, AsJson, pattern_of_types, storable
 from firstclaim.cli.terminal import NAME_WIDTH, fail, print_field, print_json, print_text, reported
 from firstclaim.formatting import ago, number_of
 from firstclaim.status import Status
 
 if TYPE_CHECKING:
     from firstclaim.operations.commands import Commands
-    from firstclaim.operations.pauses import Pause
+    from firstclaim.operations.pauses import Overlapping, Pause
 
 
 # An event's type, or what was accepted for follow-ups before it had to be a name: such a pause must end like any other.
@@ -32,7 +32,7 @@ def _resumable(text: str) -> str:
     return storable(text) if _STORED.fullmatch(text) else pattern_of_types(text)
 
 
-_HELP = 'An event type, "prefix.*", "task:name", "handler:name", or "*" for all.'
+_HELP = f"{PATTERNS[0].upper()}{PATTERNS[1:]}."
 Pattern = Annotated[str, typer.Argument(parser=pattern_of_types, metavar="TYPES", help=_HELP)]
 PausedPattern = Annotated[str, typer.Argument(parser=_resumable, metavar="TYPES", help=_HELP)]
 
@@ -80,21 +80,28 @@ def resume(types: PausedPattern) -> None:
     """
     from firstclaim.operations import pauses
 
-    async def work(operations: Commands) -> tuple[int | None, list[Pause]]:
+    async def work(operations: Commands) -> tuple[int | None, Overlapping]:
         waited = await pauses.resume(operations, operator(), types, give_up_seconds=settings.give_up_seconds)
-        return waited, await pauses.covering(operations, types)
+        return waited, await pauses.overlapping(operations, types)
 
     with reported(), database() as settings:
         waited, others = run_on_ledger(settings, work)
         if waited is None:
             pattern_of_types(types)
-            fail(
-                f"{types} has no pause of its own, and is {_paused_by(others)}" if others else f"{types} is not paused",
-                1,
-            )
+            fail(f"{types} {_not_paused(others)}", 1)
         print_text(f"resumed {types}; {number_of(waited, 'event has', 'events have')} waited")
-        if others:
-            print_text(f"{types} is still {_paused_by(others)}")
+        if others.of_all:
+            print_text(f"{types} is still {_paused_by(others.of_all)}")
+        elif others.of_some:
+            print_text(f"some of its types are still {_paused_by(others.of_some)}")
+
+
+def _not_paused(others: Overlapping) -> str:
+    if others.of_all:
+        return f"has no pause of its own, and is {_paused_by(others.of_all)}"
+    if others.of_some:
+        return f"has no pause of its own; some of its types are {_paused_by(others.of_some)}"
+    return "is not paused"
 
 
 def _paused_by(pauses: list[Pause]) -> str:

@@ -200,6 +200,8 @@ def report_verdict(plan: Plan, result: Result, fates: dict[Fate, list[str]] | No
         counts = {
             fate: f"{len(ids):,}" for fate, ids in fates.items() if ids or fate in BROKEN[:2] or fate is Fate.ONCE
         }
+        if not fates[Fate.ONCE]:  # nothing shows that the probe, which counts effects, is served at all
+            counts |= {fate: "unknown" for fate in BROKEN[:2] if not fates[fate]}
         broken = {fate: fates[fate] for fate in BROKEN}
     for fate, count in counts.items():
         table.add_row(fate, count)
@@ -229,7 +231,7 @@ def _sentence(result: Result, fates: dict[Fate, list[str]] | None, broken: dict[
     if fates is None:
         return 0, "Lost and doubled events are unknown: there is no database to read (--database-url)."
     if not fates[Fate.ONCE]:
-        return 0, (
+        return 1, (
             "Lost and doubled events are unknown: the probe handled no event. "
             "Serve with FIRSTCLAIM_HANDLERS=firstclaim.handlers.load_probe."
         )

@@ -75,9 +75,21 @@ async def paused_pending(operations: Commands, event_ids: Sequence[str]) -> Paus
     return await paused_among(operations, {row["type"]: row["events"] for row in rows})
 
 
-async def covering(operations: Commands, pattern: str) -> list[Pause]:
-    """The pauses that cover all types of this pattern, the oldest first."""
-    return [each for each in await paused(operations) if covers(each.pattern, pattern)]
+@dataclass(frozen=True, slots=True)
+class Overlapping:
+    """The pauses that hold types of a pattern, the oldest first."""
+
+    of_all: list[Pause]
+    """They hold all of its types."""
+    of_some: list[Pause]
+    """They are narrower."""
+
+
+async def overlapping(operations: Commands, pattern: str) -> Overlapping:
+    """The pauses that hold types of this pattern."""
+    pauses = await paused(operations)
+    of_all = [each for each in pauses if covers(each.pattern, pattern)]
+    return Overlapping(of_all, [each for each in pauses if covers(pattern, each.pattern) and each not in of_all])
 
 
 async def pause(operations: Commands, operator: str, pattern: str) -> bool:
