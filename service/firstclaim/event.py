@@ -13,7 +13,6 @@ twice on purpose, is a duplicate too: a retry and a second press of the button a
 must never run twice. A live event is never renamed: its id is Stripe's, and is unique.
 """
 
-import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -216,6 +215,8 @@ def _unique(event_id: str, livemode: bool, body: bytes) -> str:
     """The id; in test mode a placeholder gets a suffix, which is the same for every delivery of the same bytes."""
     if livemode or not _PLACEHOLDER.fullmatch(event_id):
         return event_id
+    import hashlib
+
     return f"{event_id}-{hashlib.sha256(body).hexdigest()[:_SUFFIX_CHARACTERS]}"
 
 

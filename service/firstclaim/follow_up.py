@@ -6,7 +6,6 @@ returned: what it has enqueued waits in an `Outbox`, is written in the handler's
 mark, and so exists exactly if the handler's effects do. What cannot be stored is refused when it is enqueued.
 """
 
-import hashlib
 import itertools
 import json
 import re
@@ -126,6 +125,8 @@ def names_follow_ups(row_type: str) -> bool:
 
 def follow_up_id(parent_id: str, row_type: str, number: object) -> str:
     """The id of a follow-up: always the same for the same arguments, and of the same length for all of them."""
+    import hashlib
+
     digest = hashlib.sha256("\0".join((parent_id, row_type, str(number))).encode()).hexdigest()
     return f"{row_type.partition(':')[0]}_{digest[:32]}"
 

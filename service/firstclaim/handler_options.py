@@ -6,8 +6,6 @@ given and what was expected. What depends on the settings is derived from them f
 nothing more.
 """
 
-import difflib
-import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterator
@@ -133,6 +131,8 @@ def checked(options: HandlerOptions | TaskOptions, *, batch: bool = False, of: s
 def _checked(given: dict[str, Any], *, batch: bool) -> Options:
     for name in given:
         if name not in HandlerOptions.__annotations__:
+            import difflib
+
             near = difflib.get_close_matches(name, HandlerOptions.__annotations__, n=1)
             raise TypeError(f"(..., {name}=...): no such option" + "".join(f"; did you mean {each}?" for each in near))
     set_ = {name: value for name, value in given.items() if value is not None and (name != "priority" or value != 0)}
@@ -281,5 +281,7 @@ def lock_number(schema: str, key: str) -> int:
 
     Two keys that share a number wait for one another, which costs time and nothing else. All builds must agree on it.
     """
+    import hashlib
+
     named = f"{schema}\0{key}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.blake2b(named, digest_size=8, person=b"firstclaim-key").digest(), "big", signed=True)

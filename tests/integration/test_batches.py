@@ -284,16 +284,18 @@ async def test_who_may_drag_others_along_goes_alone(make_world: MakeWorld, chang
     for each in given:
         await world.state_of(each, Status.PENDING)
         await world.change(each.event.id, due_at=-1.0)
-    suspects = ids(given)[:count]
-    for suspect in suspects:
-        await world.change(suspect, **change)
+    abandoned_before = ids(given)[:count]
+    for one in abandoned_before:
+        await world.change(one, **change)
     await world.pipeline.recover()
 
     async def settled() -> bool:
         return not await due(world, 10) and {await world.status(each) for each in ids(given)} == {Status.COMPLETED}
 
     await until(settled)
-    assert sorted(map(sorted, seen.batches)) == sorted([sorted(ids(given)[count:]), *([each] for each in suspects)])
+    assert sorted(map(sorted, seen.batches)) == sorted(
+        [sorted(ids(given)[count:]), *([each] for each in abandoned_before)]
+    )
 
 
 async def test_what_has_failed_gathers_with_its_like(make_world: MakeWorld) -> None:

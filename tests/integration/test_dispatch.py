@@ -1035,14 +1035,14 @@ async def test_a_full_house_charges_nothing(make_world: MakeWorld) -> None:
 async def test_those_abandoned_before_run_one_at_a_time(world: World) -> None:
     """An event that may end the process drags as few neighbours along as can be; others do not wait for it."""
     held = HandlerTransaction()
-    suspects = []
+    abandoned_before = []
     for _ in range(2):
         claim = await world.claim()
         await world.change(claim.event_id, abandoned=1, due_at=-1.0)
         await world.ledger.release_if_held(claim)
-        suspects += await world.ledger.take_over([claim.event_id])
-    assert [claim.abandoned for claim in suspects] == [1, 1]
-    work = [asyncio.create_task(world.dispatch(held.as_handler(), claim)) for claim in suspects]
+        abandoned_before += await world.ledger.take_over([claim.event_id])
+    assert [claim.abandoned for claim in abandoned_before] == [1, 1]
+    work = [asyncio.create_task(world.dispatch(held.as_handler(), claim)) for claim in abandoned_before]
     await held.reaches(1)
     assert not world.slots.previously_abandoned_free
     assert (await world.dispatch(handles, await world.claim())).kind is Kind.PROCESSED

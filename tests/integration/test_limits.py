@@ -286,7 +286,7 @@ async def test_no_priority_keeps_the_others_waiting(make_world: MakeWorld, shop:
 async def test_events_of_handlers_without_options_are_looked_for_as_ever(make_world: MakeWorld, shop: Shop) -> None:
     """A process without options has one backlog for all; one with them looks for the others apart."""
     plain = await make_world({TYPE: shop.handle})
-    assert plain.pipeline._singles is plain.pipeline._backlog is plain.pipeline._suspects
+    assert plain.pipeline._singles is plain.pipeline._backlog is plain.pipeline._abandoned
     assert not list(plain.pipeline._limits)
     mixed = await make_world({TYPE: shop.handle, OTHER: shop.handle}, options={TYPE: {"slots": 1}})
     shop.gate.set()

@@ -93,8 +93,8 @@ class Limited:
         self._wakes = self.slots.wakes
         found.due = await self.backlog.look(count, survey, left_out=left_out)
         if survey is not None and survey.abandoned and self.slots.previously_abandoned_free:
-            suspects = await self.backlog.look(1, survey, abandoned=True, left_out=left_out)
-            found.first += suspects[:1]
+            abandoned_before = await self.backlog.look(1, survey, abandoned=True, left_out=left_out)
+            found.first += abandoned_before[:1]
         return found
 
     async def admit(self, wanted: int) -> int:

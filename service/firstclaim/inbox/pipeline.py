@@ -57,7 +57,7 @@ class Pipeline:
         routes: Routes,
         backlog: Backlog,
         singles: Backlog,
-        suspects: Backlog,
+        previously_abandoned: Backlog,
         batches: Batches,
         limits: Limits,
         work: Work,
@@ -73,7 +73,7 @@ class Pipeline:
         self._routes = routes
         self._backlog = backlog  # of all events that this process wants
         self._singles = singles  # of those whose handlers take one at a time, and have no limits
-        self._suspects = suspects  # of those whose handlers have no limits, for those that were abandoned before
+        self._abandoned = previously_abandoned  # of those whose handlers have no limits, and that were abandoned before
         self._batches = batches
         self._limits = limits
         self._work = work
@@ -225,7 +225,7 @@ class Pipeline:
         due = await self._singles.look(claimable, survey, left_out=hung)
         previously_abandoned: list[str] = []
         if self._slots.previously_abandoned_free:
-            previously_abandoned = await self._suspects.look(1, survey, abandoned=True, left_out=hung)
+            previously_abandoned = await self._abandoned.look(1, survey, abandoned=True, left_out=hung)
         limited = await self._limits.look(claimable, survey, hung)
         count = min(claimable, self._slots.claimable)  # deliveries may have taken places during the looks
         if limited:
@@ -235,7 +235,7 @@ class Pipeline:
         places |= self._limits.take_places(limited)
         # In a task of its own, so that claims which are made while recovery is cancelled here are dispatched or
         # released. Otherwise they would count as abandoned when their lease is over.
-        backlogs = (self._singles, self._suspects, *(each.limited.backlog for each in limited))
+        backlogs = (self._singles, self._abandoned, *(each.limited.backlog for each in limited))
         got_on = await asyncio.shield(self._work.spawn(self._take_up(places, *backlogs)))
         self._slots.backlog = len(due) > count or any(each.number > each.share for each in limited)
         return (self._slots.backlog and got_on) or any(more)

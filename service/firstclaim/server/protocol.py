@@ -22,8 +22,7 @@ A refused request is answered in the same JSON form as all others, and its sende
 """
 
 import asyncio
-import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -31,14 +30,15 @@ from typing import Any
 import httptools
 import structlog
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from firstclaim import outcome as outcomes
 from firstclaim.errors import Rejected
 from firstclaim.observability import metrics
+from firstclaim.server.answer_transport import AnswerTransport, as_sent
 from firstclaim.server.connection_limiter import ConnectionLimiter
-from firstclaim.web.answers import WHOLE_ANSWER, Answer, Header, answer, rejection
+from firstclaim.web.answers import WHOLE_ANSWER, Answer, answer, rejection
 
 log = structlog.get_logger(__name__)
 
@@ -50,7 +50,6 @@ LINGER_SECONDS = 2.0
 _BETWEEN_HEADER_BYTES = 4  # the colon, a space, the end of the line
 _CLOSE = (b"connection", b"close")
 _FRAMING = (b"content-length", b"transfer-encoding")
-_INTERIM = b"HTTP/1.1 1"  # 100 Continue: the client sends its body after it
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -78,7 +77,7 @@ class HttpProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """A new connection: await its first head, or refuse it if there is no capacity."""
         super().connection_made(transport)
-        self._answer_transport = _AnswerTransport(self, transport)
+        self._answer_transport = AnswerTransport(self, transport)
         self._extensions: dict[str, dict[object, object]] = {WHOLE_ANSWER: {"send": self._answer_transport.send_whole}}
         self._await_head()
         if not self._limiter.opened(self):
@@ -204,7 +203,7 @@ class HttpProtocol(HttpToolsProtocol):
             cycle.keep_alive = False
         elif not cycle.keep_alive:
             headers.append(_CLOSE)
-        self.transport.write(_written(whole.status, headers, whole.body))
+        self.transport.write(as_sent(whole.status, headers, whole.body))
         if not cycle.keep_alive:
             self.close_after_answer()
         self.on_response_complete()
@@ -264,7 +263,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._ignoring_input or self.transport.is_closing():
             return
         headers = dict((*last.headers, _CLOSE))
-        self.transport.write(_written(last.status, headers.items(), last.body))
+        self.transport.write(as_sent(last.status, headers.items(), last.body))
         self._linger()
 
     def _linger(self) -> None:
@@ -314,57 +313,6 @@ class HttpProtocol(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-
-class _AnswerTransport(asyncio.Transport):
-    """The transport that answers are written to, each in one piece if it is not streamed.
-
-    uvicorn writes the head of an answer before its body is there: one more system call and one more packet for each
-    delivery. And it closes the transport after the last answer, even over an unread body.
-    """
-
-    def __init__(self, protocol: HttpProtocol, transport: asyncio.Transport) -> None:
-        super().__init__()
-        self._protocol = weakref.ref(protocol)  # weak: a cycle would keep the buffers until the next collection
-        self._send = transport.write
-        self._head_is_next = False
-        self._head = b""  # written, and not sent yet
-        self.is_closing = transport.is_closing  # type: ignore[method-assign]
-
-    def begin(self, cycle: RequestResponseCycle) -> None:
-        """The answer of `cycle` is the next one."""
-        cycle.transport = self
-        self._head_is_next = True
-
-    def write(self, data: Any) -> None:
-        """Keep the head of an answer until a piece of its body follows."""
-        if self._head_is_next and not data.startswith(_INTERIM):
-            self._head_is_next, self._head = False, data
-        else:
-            self._send(self._head + data)
-            self._head = b""
-
-    def send_whole(self, whole: Answer) -> bool:
-        """Send an answer in one step, and return whether it could be."""
-        protocol = self._protocol()
-        return protocol is not None and protocol.send_whole(whole)
-
-    def flush(self) -> None:
-        """The answer is complete: send a head that no body has followed, as after HEAD."""
-        if self._head:
-            self.write(b"")
-
-    def close(self) -> None:
-        """Leave closing to the protocol: a socket closed over unread bytes is reset, which often loses the answer."""
-        self.flush()
-        if (protocol := self._protocol()) is not None:
-            protocol.close_after_answer()
-
-
-def _written(status: int, headers: Iterable[Header], body: bytes) -> bytes:
-    """An answer as it is sent."""
-    head = b"".join([b"%b: %b\r\n" % header for header in headers])
-    return b"%b%b\r\n%b" % (STATUS_LINE[status], head, body)
 
 
 def _too_large() -> Rejected:
