@@ -114,7 +114,7 @@ assert sys.argv[1] != "firstclaim" or not loaded, loaded
 
 @pytest.mark.parametrize("name", ["firstclaim", "firstclaim.handlers", "firstclaim.app", "firstclaim.cli.main"])
 def test_importing_opens_nothing(name: str) -> None:
-    """No socket, process, thread or file for writing; `firstclaim` alone loads no library: it costs under 50 ms."""
+    """No socket, process, thread or file for writing; `firstclaim` alone loads nothing that is slow to import."""
     done = subprocess.run(
         [sys.executable, "-c", OPENS, name], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
     )

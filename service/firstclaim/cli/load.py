@@ -58,8 +58,8 @@ def load(
     A second time that would come after the end is left out.
     At a fixed rate, latency counts from the time at which a delivery was due.
 
-    Exit code 1 if an event was lost, doubled or not settled in time, or if
-    none was accepted, or handled by the probe.
+    Exit code 1 if an event was lost, doubled or not settled in time, if none
+    was accepted, or if the probe handled none.
     """
     from firstclaim.embedded.data_folder import running_database
     from firstclaim.loadtest import capacity, runner

@@ -28,6 +28,7 @@ from firstclaim.loadtest.plan import AnswerKind, Latencies, Observed, Plan, Prog
 from firstclaim.loadtest.verdict import BROKEN, Fate, judge
 from firstclaim.progress import progress_bar
 
+_ALWAYS_SHOWN = (Fate.ONCE, Fate.LOST, Fate.DOUBLED)  # also if there is none
 _LISTED_MOST = 20  # event ids of one fate; a longer list is not read
 _CPU_SHARE_MOST = 0.9  # of a core: above it the generator itself was the limit that was measured
 
@@ -197,11 +198,9 @@ def report_verdict(plan: Plan, result: Result, fates: dict[Fate, list[str]] | No
         counts = {Fate.ONCE: "unknown", Fate.LOST: "unknown", Fate.DOUBLED: f"{len(twice):,}" if twice else "unknown"}
         broken = {Fate.DOUBLED: twice}
     else:
-        counts = {
-            fate: f"{len(ids):,}" for fate, ids in fates.items() if ids or fate in BROKEN[:2] or fate is Fate.ONCE
-        }
+        counts = {fate: f"{len(ids):,}" for fate, ids in fates.items() if ids or fate in _ALWAYS_SHOWN}
         if not fates[Fate.ONCE]:  # nothing shows that the probe, which counts effects, is served at all
-            counts |= {fate: "unknown" for fate in BROKEN[:2] if not fates[fate]}
+            counts |= {fate: "unknown" for fate in (Fate.LOST, Fate.DOUBLED) if not fates[fate]}
         broken = {fate: fates[fate] for fate in BROKEN}
     for fate, count in counts.items():
         table.add_row(fate, count)

@@ -77,6 +77,7 @@ old AS MATERIALIZED (
 )"""
 # A follow-up was received after the row that wrote it. So by then that row is deleted, or it is looked at in the same
 # statement, which does not see what it deletes itself: hence `doomed`. A row that is locked keeps what it has written.
+# What was received before its parent, because a clock went back, waits for the next run; so it may in the order `all`.
 _DELETE_ROWS = f"""
 old AS MATERIALIZED (
     SELECT e.event_id, e.parent_id FROM firstclaim.stripe_events e JOIN looked USING (event_id)

@@ -38,7 +38,7 @@ from firstclaim.errors import Rejected
 from firstclaim.observability import metrics
 from firstclaim.server.answer_transport import AnswerTransport, as_sent
 from firstclaim.server.connection_limiter import ConnectionLimiter
-from firstclaim.web.answers import WHOLE_ANSWER, Answer, answer, rejection
+from firstclaim.web.answers import CLOSE, WHOLE_ANSWER, Answer, answer, rejection
 
 log = structlog.get_logger(__name__)
 
@@ -48,7 +48,6 @@ UNREAD_SECONDS = 10.0  # for a client to read some more of what the transport's 
 # For the client to read the last answer, or some more of it; closing at once would reset a client that still sends.
 LINGER_SECONDS = 2.0
 _BETWEEN_HEADER_BYTES = 4  # the colon, a space, the end of the line
-_CLOSE = (b"connection", b"close")
 _FRAMING = (b"content-length", b"transfer-encoding")
 
 
@@ -192,17 +191,17 @@ class HttpProtocol(HttpToolsProtocol):
     def send_whole(self, whole: Answer) -> bool:
         """Send the answer to the request in one step. False if that has to wait, or if nobody awaits an answer.
 
-        For a duplicate, uvicorn's own steps take as long as all that Redis takes.
+        uvicorn's own steps look at each header with regular expressions: 6 us of a duplicate's 113 (measured).
         """
         cycle = self.cycle
         if self.flow.write_paused or cycle.disconnected or cycle.response_started:
             return False
         cycle.response_started = cycle.response_complete = True
         headers = [*self.server_state.default_headers, *whole.headers]
-        if _CLOSE in whole.headers:
+        if CLOSE in whole.headers:
             cycle.keep_alive = False
         elif not cycle.keep_alive:
-            headers.append(_CLOSE)
+            headers.append(CLOSE)
         self.transport.write(as_sent(whole.status, headers, whole.body))
         if not cycle.keep_alive:
             self.close_after_answer()
@@ -262,7 +261,7 @@ class HttpProtocol(HttpToolsProtocol):
         """Send the last answer of the connection, outside of a request's own answer."""
         if self._ignoring_input or self.transport.is_closing():
             return
-        headers = dict((*last.headers, _CLOSE))
+        headers = dict((*last.headers, CLOSE))
         self.transport.write(as_sent(last.status, headers.items(), last.body))
         self._linger()
 

@@ -26,7 +26,7 @@ STATUS: dict[Kind, tuple[int, bool]] = {  # (HTTP status, processed)
     Kind.UNAVAILABLE: (503, False),
 }
 _RETRY_AFTER = (b"retry-after", b"5")  # sooner, a retry would meet the same outage (Stripe retries on its own schedule)
-_CLOSE = (b"connection", b"close")
+CLOSE = (b"connection", b"close")
 _JSON = (b"content-type", b"application/json")
 
 WHOLE_ANSWER = "firstclaim.answer"
@@ -63,7 +63,7 @@ def answer(event_id: str | None, result: Outcome) -> Answer:
 
 def rejection(error: Rejected) -> Answer:
     """The answer for a refused request. A 413 closes the connection, because the body was not read to its end."""
-    headers = (_CLOSE,) if error.status == 413 else ()
+    headers = (CLOSE,) if error.status == 413 else ()
     return _answer(error.status, None, False, "rejected", error.reason, headers)
 
 
